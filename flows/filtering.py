@@ -1,0 +1,16 @@
+"""problems → pool: the deployment `kdrl-filtering/filtering`."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows import hooks, shown
+from kdrl_core.ledger import RunPaths, run_lock
+from tasks.filter_problems import filter_problems
+
+
+@flow(name="kdrl-filtering", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])
+def filtering(run_dir: str) -> None:
+    """Filter the problems of every stage of an existing run, unless the pool is there."""
+    with run_lock(RunPaths(Path(run_dir)).lock):
+        shown.filtered(run_dir, filter_problems(run_dir))

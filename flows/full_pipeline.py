@@ -1,0 +1,47 @@
+"""filter → stage 1 → stage 2 → evaluate → report: the deployment `kdrl/full-pipeline`."""
+
+from prefect import flow, runtime
+
+from flows import hooks, shown
+from flows.evaluation import evaluation
+from flows.filtering import filtering
+from flows.reporting import reporting
+from flows.training_stage import training_stage
+from kdrl_core.config import load_recipe
+from kdrl_core.ledger import create_run, run_lock
+from kdrl_core.preflight import check_inputs
+
+
+def default_run_name() -> str:
+    """The name in the parameters, or one from recipe and flow-run id, so that a retry goes on with the same files."""
+    parameters = runtime.flow_run.parameters
+    flow_run_id = str(runtime.flow_run.id)[:8]
+    return parameters.get("run_name") or f"{parameters.get('recipe', 'miniature').split('/')[-1]}-{flow_run_id}"
+
+
+@flow(name="kdrl", flow_run_name=default_run_name, on_failure=[hooks.on_failure], on_crashed=[hooks.on_failure])
+def full_pipeline(
+    recipe: str = "miniature", run_name: str | None = None, overrides: list[str] | None = None
+) -> str:
+    """Run the whole method, or go on with it where the files of `run_name` end.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        run_name: folder below artifacts/runs; an existing run is resumed.
+        overrides: changes to the recipe, `stage2.steps=100` each.
+
+    Returns:
+        The run's folder.
+    """
+    loaded = load_recipe(recipe, overrides or [])
+    check_inputs(loaded)
+    run = create_run(run_name or default_run_name(), loaded)
+    with run_lock(run.paths.lock):
+        shown.run_opened(run)
+        run_dir = str(run.paths.root)
+        filtering(run_dir)
+        for stage in run.recipe.stages:
+            training_stage(run_dir, stage)
+        evaluation(run_dir)
+        reporting(run_dir)
+        return run_dir

@@ -1,0 +1,50 @@
+"""Names of flow runs, and what is said when one fails: stage, step, cause, and the command that goes on."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow, runtime
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import PrefectException
+from prefect.logging import get_logger
+from prefect.states import State
+
+from kdrl_core.errors import RunError
+from kdrl_core.ledger import RunPaths
+from kdrl_core.progress import read_progress
+
+
+def flow_run_name() -> str:
+    """`<run>-<stage or flow>` from the parameters of a stage flow."""
+    parameters = runtime.flow_run.parameters
+    what = parameters.get("stage") or str(runtime.flow_run.flow_name).removeprefix("kdrl-")
+    return f"{Path(parameters['run_dir']).name}-{what}"
+
+
+def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Log where the run stands and how to go on, and keep it as a Markdown artifact."""
+    root = _run_root(flow_run)
+    if root is None:
+        return
+    lines = [f"**{flow_run.name}** failed: {state.message}"]
+    if progress := read_progress(RunPaths(root)):
+        lines.append(f"- last seen: {progress['stage']}, step {progress['step']}, {progress['phase']}")
+    lines.append(f"- files: `{root}`")
+    lines.append(f"- go on with: `kdrl resume {root.name}`")
+    get_logger("kdrl").error(" ".join(line.replace("`", "").replace("*", "").removeprefix("- ") for line in lines))
+    try:
+        create_markdown_artifact("\n".join(lines), key="kdrl-failure", description=f"why {flow_run.name} failed")
+    except PrefectException as error:  # the server may be what failed
+        get_logger("kdrl").warning("the failure could not be kept as an artifact: %s", error)
+
+
+def _run_root(flow_run: FlowRun) -> Path | None:
+    """The run's folder, if it came to have one."""
+    if run_dir := flow_run.parameters.get("run_dir"):
+        return Path(run_dir)
+    try:
+        root = RunPaths.of(flow_run.parameters.get("run_name") or flow_run.name).root
+    except RunError:
+        return None
+    return root if root.is_dir() else None

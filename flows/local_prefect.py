@@ -1,0 +1,62 @@
+"""Prefect for one process or one demo: its own home below the artifacts folder, no analytics, loopback only.
+
+Imports no Prefect itself: its settings are read from the environment when it is first imported.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+from kdrl_core.errors import KdrlError
+from kdrl_core.ledger.layout import artifacts_root
+
+_QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}
+
+
+class PortError(KdrlError, OSError):
+    """A port is taken."""
+
+
+def use_private_prefect(*, log_level: str) -> None:
+    """Set the environment so that Prefect, imported afterwards, needs nothing set up.
+
+    With PREFECT_API_URL set, flows are shown on that server; otherwise Prefect starts a temporary one on loopback.
+    """
+    os.environ.update(_QUIET)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
+    if "PREFECT_API_URL" not in os.environ:
+        os.environ.setdefault("PREFECT_HOME", str(prefect_home()))
+        os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
+
+
+def server_environment(port: int) -> dict[str, str]:
+    """The environment of a private server on loopback and of its clients."""
+    return {
+        **os.environ,
+        **_QUIET,
+        "PREFECT_HOME": str(prefect_home()),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+    }
+
+
+def prefect_home() -> Path:
+    """The project's own PREFECT_HOME, made if it is missing: Prefect's database needs the folder."""
+    home = artifacts_root() / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+def free_port(wanted: int | None = None) -> int:
+    """`wanted` if it is free on loopback, or any free port. Raises PortError if `wanted` is taken."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise PortError(
+                f"port {wanted} on 127.0.0.1 is taken; stop its program or choose another: make demo PORT={(wanted or 0) + 1}"
+            ) from error
+        return int(probe.getsockname()[1])

@@ -1,0 +1,147 @@
+"""What a run shows in Prefect: log lines, a progress artifact per stage, tables, the result, links to its files."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import get_run_logger
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from kdrl_core.ledger import Run, open_run_dir
+from kdrl_core.reporting.summary import summarize
+from kdrl_core.reporting.tables import accuracy_table, phase_table
+from kdrl_core.rollouts.metrics import load_metrics
+from kdrl_core.steps.checkpoints import remaining_steps
+from kdrl_core.steps.update import StepSummary
+
+_MIN_INTERVAL_S = 2.0
+_TABLE_COLUMNS = [
+    *("step", "reward/mean", "response/length_mean", "response/clip_ratio", "kd/kl_unmasked", "entropy", "beta"),
+    *("optim/grad_norm", "time/rollout_s", "time/update_s"),
+]
+_MAX_TABLE_ROWS = 100
+
+
+def artifact_key(run: Run, *parts: str) -> str:
+    """A key that Prefect accepts: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join([run.name, *parts]).lower()).strip("-")
+
+
+def run_opened(run: Run) -> None:
+    """Say which run this is, and where its files are."""
+    get_run_logger().info("run %s, recipe %s, files in %s", run.name, run.recipe.name, run.paths.root)
+
+
+def filtered(run_dir: str, reports: dict[str, str]) -> None:
+    """Show the filter's counts."""
+    run = open_run_dir(run_dir)
+    if not reports:
+        get_run_logger().info("reused %s", run.relative(run.paths.pool))
+        return
+    text = "\n\n".join(f"**{stage}**\n\n```\n{table}\n```" for stage, table in reports.items())
+    create_markdown_artifact(text, key=artifact_key(run, "filter"), description="problems kept and dropped, by rule")
+    for stage, table in reports.items():
+        get_run_logger().info("%s filter\n%s", stage, table)
+
+
+class StageProgress:
+    """One stage's log lines and progress artifact."""
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self._logger = get_run_logger()
+        self._run, self._stage = run, stage
+        self._steps = run.recipe.stage(stage).steps
+        remaining = remaining_steps(run, stage)
+        if remaining.start:
+            self._logger.info("%s: steps 0 to %d are published already, reused", stage, remaining.start - 1)
+        self._artifact = create_progress_artifact(
+            progress=100.0 * remaining.start / self._steps,
+            key=artifact_key(run, stage),
+            description=f"{stage} of {run.name}, {self._steps} steps",
+        )
+        self._last = time.monotonic()
+
+    def step(self, summary: StepSummary) -> None:
+        """A step is done."""
+        metrics, timings = summary.metrics, summary.timings
+        self._logger.info(
+            "%s step %d/%d  reward %.3f  length %.1f  clip %.3f  kl %s  beta %.2g  %.0f tokens/s%s",
+            self._stage,
+            summary.step,
+            self._steps,
+            metrics["reward/mean"],
+            metrics["response/length_mean"],
+            metrics["response/clip_ratio"],
+            f"{metrics['kd/kl_unmasked']:.3f}" if "kd/kl_unmasked" in metrics else "–",
+            metrics["beta"],
+            timings["throughput/rollout_tokens_per_s"],
+            "  (replayed)" if summary.replayed else "",
+        )
+        if time.monotonic() - self._last > _MIN_INTERVAL_S:
+            self._last = time.monotonic()
+            self._set_progress(100.0 * (summary.step + 1) / self._steps)
+
+    def evaluated(self, label: str, results: dict[str, Any]) -> None:
+        """A checkpoint was evaluated."""
+        shown = ", ".join(f"{name} {100 * r['accuracy']:.1f} %" for name, r in results["benchmarks"].items())
+        self._logger.info("%s: %s", label, shown)
+
+    def finish(self) -> None:
+        """The stage is done: full bar, table of metrics, links to the files."""
+        run, stage = self._run, self._stage
+        self._set_progress(100.0)
+        rows = load_metrics(run, stage)
+        every = max(1, -(-len(rows) // _MAX_TABLE_ROWS))
+        table = [{name: _rounded(row[name]) for name in _TABLE_COLUMNS if name in row} for row in rows[::every]]
+        create_table_artifact(table=table, key=artifact_key(run, stage, "metrics"), description=f"metrics of {stage}")
+        for what, path in (
+            ("rollouts", run.paths.step(stage, 0).parent),
+            ("metrics", run.paths.metrics(stage)),
+        ):
+            create_link_artifact(
+                link=path.as_uri(), link_text=run.relative(path), key=artifact_key(run, stage, what, "parquet")
+            )
+
+    def _set_progress(self, percent: float) -> None:
+        update_progress_artifact(artifact_id=self._artifact, progress=percent)
+
+
+@contextmanager
+def stage_progress(run: Run, stage: str) -> Iterator[StageProgress]:
+    """Show a stage while it runs."""
+    progress = StageProgress(run, stage)
+    yield progress
+    progress.finish()
+
+
+def evaluated(run: Run) -> None:
+    """Show the accuracy of every model."""
+    table = accuracy_table(summarize(run))
+    create_table_artifact(
+        table=[dict(zip(table.header, row, strict=True)) for row in table.rows],
+        key=artifact_key(run, "accuracy"),
+        description=table.title,
+    )
+
+
+def reported(run: Run) -> None:
+    """Show the result as Markdown with links to report and student."""
+    summary = summarize(run)
+    parts = [f"# {run.name}"]
+    for table in (accuracy_table(summary), phase_table(summary)):
+        parts += [f"## {table.title}", table.to_markdown()]
+    parts += ["## Files", "\n".join(f"- {name}: `{path}`" for name, path in summary.paths.items())]
+    create_markdown_artifact("\n\n".join(parts), key=artifact_key(run, "result"), description=f"result of {run.name}")
+    get_run_logger().info("finished: %s", summary.paths.get("report"))
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

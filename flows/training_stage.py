@@ -1,0 +1,40 @@
+"""The loop that both stages share: rollout → {teacher-score, verify} → update → periodic evaluation.
+
+Deployed as `kdrl-training-stage/training-stage`.
+"""
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import hooks, shown
+from kdrl_core.ledger import checkpoint_label, open_run_dir, run_lock
+from kdrl_core.steps.checkpoints import remaining_steps
+from kdrl_core.steps.session import close_sessions
+from tasks.evaluate import evaluate
+from tasks.rollout import rollout
+from tasks.teacher_score import teacher_score
+from tasks.update import update
+from tasks.verify import verify
+
+
+@flow(
+    name="kdrl-training-stage",
+    flow_run_name=hooks.flow_run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=2),
+    on_failure=[hooks.on_failure],
+)
+def training_stage(run_dir: str, stage: str) -> None:
+    """Train one stage of an existing run from its latest checkpoint to its last step."""
+    run = open_run_dir(run_dir)
+    config = run.recipe.stage(stage)
+    with run_lock(run.paths.lock), shown.stage_progress(run, stage) as progress:
+        for step in remaining_steps(run, stage):
+            rollout(run_dir, stage, step)
+            scored = teacher_score.submit(run_dir, stage, step)
+            verdicts = verify.submit(run_dir, stage, step)
+            summary = update(run_dir, stage, step, scored, verdicts)
+            progress.step(summary)
+            if run.recipe.evaluation.periodic and config.is_evaluation_due(step + 1):
+                label = checkpoint_label(stage, step + 1)
+                progress.evaluated(label, evaluate(run_dir, label, run.recipe.evaluation.periodic))
+        close_sessions()

@@ -1,0 +1,161 @@
+"""A live display of a run, read from its files: so it serves the process that runs and any other that looks on."""
+
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from kdrl_core.errors import KdrlError
+from kdrl_core.ledger import Run, RunPaths, lock_holder, open_run_dir
+from kdrl_core.progress import read_progress
+from kdrl_core.rollouts.metrics import load_metrics
+
+_INTERVAL_S = 0.5
+_RECENT_STEPS = 10
+
+
+class Watcher:
+    """Shows a run in the background while the context is open: a live table on a terminal, a line per step elsewhere."""
+
+    def __init__(self, paths: RunPaths, console: Console) -> None:
+        self._paths = paths
+        self._console = console
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._view = RunView(paths)
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Watcher":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        if not self._console.is_terminal:
+            while not self._stop.wait(_INTERVAL_S):
+                self._print_lines()
+            self._print_lines()
+            return
+        with Live(console=self._console, auto_refresh=False) as live:
+            while True:
+                stopped = self._stop.wait(_INTERVAL_S)
+                live.update(self._view.render(time.monotonic() - self._started), refresh=True)
+                if stopped:
+                    return
+
+    def _print_lines(self) -> None:
+        for line in self._view.new_lines():
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class RunView:
+    """What there is to see of a run; reads its metrics only when they have changed."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._run: Run | None = None
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._stamps: dict[str, int] = {}
+        self._printed: dict[str, int] = {}
+        self._last_phase = ""
+
+    def refresh(self) -> None:
+        """Look at the files again."""
+        if self._run is None:
+            if not self._paths.manifest.is_file():
+                return
+            try:
+                self._run = open_run_dir(self._paths.root)
+            except KdrlError:
+                return
+            for stage in self._run.recipe.stages:  # what was there before is no news
+                self._printed[stage] = len(load_metrics(self._run, stage))
+        for stage in self._run.recipe.stages:
+            path = self._paths.metrics(stage)
+            stamp = path.stat().st_mtime_ns if path.is_file() else 0
+            if stamp != self._stamps.get(stage):
+                self._stamps[stage] = stamp
+                self._rows[stage] = load_metrics(self._run, stage)
+
+    def new_lines(self) -> list[str]:
+        """One line per step or phase since the last call."""
+        self.refresh()
+        lines = []
+        for stage, rows in self._rows.items():
+            for row in rows[self._printed.get(stage, 0) :]:
+                lines.append(self._step_line(stage, row))
+            self._printed[stage] = len(rows)
+        progress = read_progress(self._paths)
+        if progress and not progress["stage"].startswith("stage"):
+            phase = f"{progress['stage']} {progress['phase']}"
+            if phase != self._last_phase:
+                lines.append(f"{phase} …")
+            self._last_phase = phase
+        return lines
+
+    def render(self, elapsed_s: float) -> RenderableType:
+        """The live table."""
+        self.refresh()
+        if self._run is None:
+            return Text(f"starting … {elapsed_s:.0f} s")
+        table = Table(box=None, padding=(0, 2))
+        for column in ("stage", "", "step", "reward", "length", "clip", "tokens/s", "left"):
+            table.add_column(column, justify="left" if column in ("stage", "") else "right")
+        for stage in self._run.recipe.stages:
+            table.add_row(*self._stage_cells(stage))
+        progress = read_progress(self._paths) or {}
+        done = f" {progress['done']}/{progress['total']}" if progress.get("done") is not None else ""
+        now = f"{progress.get('stage', '')} {progress.get('phase', '')}{done}"
+        return Group(table, Text(f"{self._paths.name} · {elapsed_s:.0f} s · {now}", style="dim"))
+
+    def _stage_cells(self, stage: str) -> list[RenderableType]:
+        assert self._run is not None
+        rows, total = self._rows.get(stage, []), self._run.recipe.stage(stage).steps
+        bar = ProgressBar(total=total, completed=len(rows), width=24)
+        if not rows:
+            return [stage, bar, f"0/{total}", "", "", "", "", ""]
+        row = rows[-1]
+        left = (total - len(rows)) * self._seconds_per_step(rows)
+        return [
+            stage,
+            bar,
+            f"{len(rows)}/{total}",
+            f"{row['reward/mean']:.3f}",
+            f"{row['response/length_mean']:.1f}",
+            f"{row['response/clip_ratio']:.3f}",
+            f"{row.get('throughput/rollout_tokens_per_s', 0):,.0f}",
+            f"{left:.0f} s" if left < 600 else f"{left / 60:.0f} min",
+        ]
+
+    def _step_line(self, stage: str, row: dict[str, Any]) -> str:
+        assert self._run is not None
+        total = self._run.recipe.stage(stage).steps
+        left = (total - row["step"] - 1) * self._seconds_per_step(self._rows[stage])
+        return (
+            f"{stage} step {row['step']}/{total}  reward {row['reward/mean']:.3f}  "
+            f"length {row['response/length_mean']:.1f}  clip {row['response/clip_ratio']:.3f}  "
+            f"{row.get('throughput/rollout_tokens_per_s', 0):,.0f} tokens/s  {left:.0f} s left"
+        )
+
+    @staticmethod
+    def _seconds_per_step(rows: list[dict[str, Any]]) -> float:
+        recent = rows[-_RECENT_STEPS:]
+        return sum(v for row in recent for name, v in row.items() if name.startswith("time/")) / len(recent)
+
+
+def follow(paths: RunPaths, console: Console) -> None:
+    """Show a run that another process works on until it is finished or nobody works on it any more."""
+    with Watcher(paths, console):
+        while lock_holder(paths.lock) is not None:
+            time.sleep(_INTERVAL_S)

@@ -1,0 +1,60 @@
+"""What differs between two recipes, and which differences a run may be resumed with."""
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+from kdrl_core.config.recipe import Recipe
+
+SAFE_FIELDS = (
+    "description",
+    "stage?.evaluate_every",
+    "stage?.checkpoint.*",
+    "verification.workers",
+    "verification.max_failed_share",
+)
+"""Fields that change no published result, so that a run goes on with their new values."""
+
+MORE_IS_SAFE = ("stage?.steps",)
+"""Numbers that may grow (as long as no later stage has begun)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldChange:
+    """One field that differs."""
+
+    field: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old!r} → {self.new!r}"
+
+
+def diff_recipes(old: Recipe, new: Recipe) -> list[FieldChange]:
+    """Every leaf field in which two recipes differ, in the order of the fields."""
+    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    return [
+        FieldChange(field=field, old=before.get(field), new=after.get(field))
+        for field in dict.fromkeys([*before, *after])
+        if before.get(field) != after.get(field)
+    ]
+
+
+def unsafe_changes(old: Recipe, new: Recipe) -> list[FieldChange]:
+    """The differences that forbid resuming a run of `old` with `new`."""
+    return [change for change in diff_recipes(old, new) if not _is_safe(change, new)]
+
+
+def _is_safe(change: FieldChange, new: Recipe) -> bool:
+    if any(fnmatch.fnmatch(change.field, pattern) for pattern in SAFE_FIELDS):
+        return True
+    grows = isinstance(change.old, int) and isinstance(change.new, int) and change.new > change.old
+    is_last_stage = change.field.split(".")[0] == new.stages[-1]
+    return grows and is_last_stage and any(fnmatch.fnmatch(change.field, pattern) for pattern in MORE_IS_SAFE)
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, child in value.items() for k, v in _leaves(child, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}

@@ -1,0 +1,177 @@
+"""Recipes as YAML: shipped by name or read from a file, changed by `--set a.b=value`, hashed and written back."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kdrl_core.config.recipe import Recipe
+from kdrl_core.errors import RecipeError
+
+RECIPES_DIR = Path(__file__).parent.parent.parent / "flows" / "recipes"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-6 is a number (YAML 1.2), not the string that PyYAML reads, and keys are unique."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that are shipped."""
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        source: name of a shipped recipe, or path of a YAML file.
+        overrides: `a.b.c=value` each; value is YAML (`null` clears a field, lists as `[a, b]`).
+
+    Raises:
+        RecipeError: no such recipe, not YAML, or a field that is unknown, of the wrong type, out of bounds or in
+            contradiction with another; every fault is named with its field and remedy.
+    """
+    path = _find(source)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"recipe {path}: cannot be read as YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path}: a mapping of fields is expected, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return validate_recipe(values, origin=str(source))
+
+
+def validate_recipe(values: Mapping[str, Any], *, origin: str) -> Recipe:
+    """Validate plain values as a recipe; `origin` names their source in errors. Raises RecipeError."""
+    try:
+        return Recipe.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        faults = "; ".join(_explain(fault) for fault in error.errors())
+        raise RecipeError(f"recipe {origin}: {faults}") from error
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe {origin}: {_one_line(error)}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out; `load_recipe` of it gives an equal recipe."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def config_hash(recipe: Recipe) -> str:
+    """sha256 over the canonical JSON of every field: equal recipes have equal hashes, whatever their YAML looks like."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"recipe file {path} does not exist; give a YAML file or one of {', '.join(list_recipes())}")
+        return path
+    if (shipped := RECIPES_DIR / f"{source}.yaml").is_file():
+        return shipped
+    raise RecipeError(
+        f"no recipe '{source}'{_did_you_mean(str(source), list_recipes())}; "
+        f"shipped: {', '.join(list_recipes())}, or give the path of a .yaml file"
+    )
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"--set {override}: expected FIELD=VALUE, e.g. --set stage2.beta.init=2e-3")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {_one_line(error)}") from error
+    *parents, leaf = name.split(".")
+    target: Any = values
+    for key in parents:
+        target = _child(target, key, override)
+    if isinstance(target, list):
+        target[_index(target, leaf, override)] = value
+    else:
+        target[leaf] = value
+
+
+def _child(target: Any, key: str, override: str) -> Any:
+    child: Any
+    if isinstance(target, list):
+        child = target[_index(target, key, override)]
+    else:
+        if target.get(key) is None:
+            target[key] = {}
+        child = target[key]
+    if not isinstance(child, (dict, list)):
+        raise RecipeError(f"--set {override}: '{key}' is a single value, it has no fields")
+    return child
+
+
+def _index(target: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(target):
+        raise RecipeError(f"--set {override}: '{key}' is no position in a list of {len(target)} (counted from 0)")
+    return int(key)
+
+
+def _explain(fault: Any) -> str:
+    """One pydantic error as `field 'a.b': what; remedy`."""
+    location = [str(part) for part in fault["loc"]]
+    field = ".".join(location) or "recipe"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        known = sorted(_fields_at(location[:-1]))
+        guess = _did_you_mean(location[-1], known)
+        message = f"unknown field{guess}; known here: {', '.join(known)}"
+    elif fault["type"] == "missing":
+        message = "required but not given"
+    elif not isinstance(fault["input"], (dict, list)):
+        message = f"{message}, got {fault['input']!r}"
+    return f"field '{field}': {message}"
+
+
+def _fields_at(location: Iterable[str]) -> set[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if part in model.model_fields:
+            model = _section_of(model.model_fields[part].annotation) or model
+    return set(model.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Union, UnionType, list):
+        for option in get_args(annotation):
+            if option is not NoneType and (found := _section_of(option)):
+                return found
+        return None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,253 @@
+"""The recipe: one bounded field per hyper-parameter, named after the paper's, with its source in the description.
+
+Tables 3 and 5 of the paper fill `StageConfig`; appendix B.1.1 and B.3 fill `DataConfig`; B.1.2 `RewardConfig`;
+Section 4.1 `EvaluationConfig`. Departures: `mini_batch_prompts` must equal `prompts_per_step`, since the paper's
+64 / 64 makes every update on-policy (π_old = π_θ) and k2's gradient is unbiased only there.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Objective = Literal["grpo", "kdrl", "kd_rkl", "reward_shaping"]
+StageName = Literal["stage1", "stage2"]
+KDEstimator = Literal["k1", "k2", "k3", "k3_k2grad"]
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Section):
+    """Where a model comes from."""
+
+    path: str = Field(min_length=1, description="Hugging Face model directory, `builtin:…` or `package:…` (see docs)")
+    gguf_file: str | None = Field(None, description="GGUF file inside `path`; converted once to a plain model")
+    chat_template: str | None = Field(None, description="Jinja template used in place of the tokenizer's own")
+    trust_remote_code: bool = Field(False, description="run code shipped with the model; off unless you trust it")
+
+
+class DifficultyConfig(_Section):
+    """Which published labels to read. A label counts the failures of one model out of `num_samples` (B.1.1)."""
+
+    student: str = Field("DeepSeek-R1-Distill-Qwen-1.5B", description="label of the model that stands for the student")
+    others: list[str] = Field(
+        ["DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Qwen-32B"], description="labels of the stronger models"
+    )
+    num_samples: Positive = Field(16, description="samples behind each label (B.1.1: 16)")
+
+
+class DataConfig(_Section):
+    """Problems of a stage and the rules that filter them (B.1.1, B.3)."""
+
+    files: list[str] = Field(min_length=1, description="Parquet, JSON or JSON Lines; path, glob or `builtin:…`")
+    format: Literal["auto", "problems", "skywork", "deepscaler"] = Field("auto", description="schema of `files`")
+    difficulty: DifficultyConfig = DifficultyConfig()
+    drop_passes_at_least: Positive | None = Field(None, description="B.1.1 rule 1: 15 of 16")
+    drop_all_failed: bool = Field(False, description="B.1.1 rule 2: no model ever solves it")
+    max_unsolved_share: Share | None = Field(None, description="B.1.1 rule 3: 0.10 of the result")
+    min_pass_rate: Share | None = Field(None, description="B.3: 0.25 for the teacher's pool, 0.50 for the student's")
+    missing_labels: Literal["keep", "drop", "fail"] = Field("fail", description="rows without a difficulty label")
+    on_error: Literal["fail", "drop"] = Field("fail", description="malformed rows: stop, or drop and count")
+    max_problems: Positive | None = Field(None, description="keep a seeded sample of this size")
+
+
+class BetaConfig(_Section):
+    """β = max(init − decay · step, minimum) (Sec. 3.3); constant when decay is 0."""
+
+    init: float = Field(ge=0.0)
+    decay: float = Field(0.0, ge=0.0)
+    minimum: float = Field(0.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _minimum_below_init(self) -> Self:
+        if self.minimum > self.init:
+            raise ValueError(f"minimum {self.minimum} is above init {self.init}; β is annealed downwards (Sec. 3.3)")
+        return self
+
+
+class CheckpointConfig(_Section):
+    """When a stage publishes its weights and optimiser. Steps in between are replayed from their rollouts."""
+
+    every: Positive = Field(1, description="steps between checkpoints")
+    keep_last: Positive = Field(2, description="checkpoints kept besides the stage's final one")
+    keep_every: Positive | None = Field(None, description="keep every Nth step's checkpoint for good")
+
+
+class StageConfig(_Section):
+    """One training stage: a column of Table 3 or Table 5."""
+
+    objective: Objective = Field(description="grpo (2), kd_rkl (5), kdrl (8), reward_shaping (Sec. 3.1)")
+    data: DataConfig
+    steps: Positive = Field(description="optimiser steps (Tables 3, 5)")
+    prompts_per_step: Positive = Field(description="prompts of a rollout batch (Tables 3, 5: 64)")
+    mini_batch_prompts: Positive = Field(description="prompts per optimiser step (Tables 3, 5: 64)")
+    group_size: int = Field(ge=2, description="rollouts per prompt G (Tables 3, 5: 16)")
+    batch_size: Positive | None = Field(None, description="responses per step, if you want it checked: prompts × G")
+    learning_rate: float = Field(gt=0.0, le=1.0, description="Tables 3, 5: 1e-6")
+    temperature: float = Field(gt=0.0, le=10.0, description="of sampling and of every logprob (Table 3: 0.6)")
+    max_prompt_tokens: Positive = Field(description="longer prompts are filtered out (Tables 3, 5: 1,024)")
+    max_response_tokens: Positive = Field(description="longer responses are cut (Tables 3, 5)")
+    entropy_coef: float = Field(ge=0.0, description="entropy bonus (Tables 3, 5: 1e-3)")
+    beta: BetaConfig | None = Field(None, description="KD coefficient β of (8)")
+    kl_estimator: KDEstimator = Field("k2", description="Table 3: mse, that is k2 (6)")
+    kd_masking: Literal["none", "response", "group"] = Field("none", description="reward-guided masking (Sec. 3.4)")
+    ref_beta: float = Field(0.0, ge=0.0, description="penalty to the stage's frozen initial policy (Table 3: 1e-3)")
+    ref_kl_estimator: Literal["k2", "k3"] = Field("k3", description="Table 3: low_var_kl, that is k3 (7)")
+    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation (2)")
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up; the first update already moves")
+    micro_batch_tokens: Positive = Field(65_536, description="prompt + response tokens, padded, per forward pass")
+    evaluate_every: Positive | None = Field(None, description="steps between periodic evaluations")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher's logprobs enter the objective."""
+        return self.objective != "grpo"
+
+    @property
+    def responses_per_step(self) -> int:
+        """B = prompts × G."""
+        return self.prompts_per_step * self.group_size
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Whether the policy after `step` updates is evaluated while training goes on."""
+        return self.evaluate_every is not None and step % self.evaluate_every == 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size is not None and self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by group_size {self.group_size}; "
+                f"set batch_size={self.responses_per_step} (prompts_per_step × group_size) or leave it out"
+            )
+        if self.batch_size is not None and self.batch_size != self.responses_per_step:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not prompts_per_step × group_size = {self.responses_per_step}; "
+                f"set prompts_per_step={self.batch_size // self.group_size} or leave batch_size out"
+            )
+        if self.mini_batch_prompts != self.prompts_per_step:
+            raise ValueError(
+                f"mini_batch_prompts {self.mini_batch_prompts} differs from prompts_per_step {self.prompts_per_step}; "
+                "updates are strictly on-policy (Tables 3, 5: 64 / 64), so set both to the same number"
+            )
+        if self.uses_teacher and self.beta is None:
+            raise ValueError(f"objective {self.objective} needs beta; set beta.init (Table 3: 2e-3) or objective=grpo")
+        if not self.uses_teacher and self.beta is not None:
+            raise ValueError("objective grpo has no teacher term; leave beta out or set objective=kdrl")
+        if self.objective in ("kd_rkl", "reward_shaping") and self.kd_masking != "none":
+            raise ValueError(f"kd_masking {self.kd_masking} masks the joint loss only; set objective=kdrl")
+        return self
+
+
+class RewardConfig(_Section):
+    """r = r_format · r_acc (B.1.2); R1-Zero uses r_acc alone."""
+
+    require_format: bool = Field(True, description="multiply by the format reward")
+
+
+class PromptConfig(_Section):
+    """How a problem becomes a prompt: the template's text as a user turn of the student's chat template."""
+
+    template: str = Field("{question} Let's think step by step and output the final answer within \\boxed{}.")
+    think_opened: bool | None = Field(None, description="the chat template ends with <think>; null: look at the prompt")
+
+    @model_validator(mode="after")
+    def _has_question(self) -> Self:
+        if self.template.count("{question}") != 1:
+            raise ValueError("template must contain {question} exactly once")
+        return self
+
+
+class VerificationConfig(_Section):
+    """Limits of the verifier's worker processes."""
+
+    workers: Positive = 2
+    timeout_s: float = Field(10.0, gt=0.0, description="hard limit per answer")
+    memory_limit_mb: Positive = 2_048
+    max_failed_share: Share = Field(0.1, description="timeouts and errors per step beyond which the stage stops")
+
+
+class BenchmarkConfig(_Section):
+    """One benchmark: Avg@k over `samples` responses a problem; Pass@1 is samples = 1."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    file: str = Field(min_length=1)
+    samples: Positive = 1
+    max_problems: Positive | None = Field(None, description="the first N problems only")
+
+
+class EvaluationConfig(_Section):
+    """Sec. 4.1: temperature 0.6, top-p 1.0, context 32K (8K for Zero), accuracy reward as the criterion."""
+
+    benchmarks: list[BenchmarkConfig] = Field(min_length=1)
+    periodic: list[str] = Field([], description="benchmarks evaluated during training; never the test set")
+    temperature: float = Field(0.6, ge=0.0, description="0 is greedy")
+    top_p: float = Field(1.0, ge=1.0, le=1.0, description="only 1.0: the paper's setting")
+    max_context_tokens: Positive = 32_768
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [b.name for b in self.benchmarks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two benchmarks have the same name: {names}")
+        if unknown := sorted(set(self.periodic) - set(names)):
+            raise ValueError(f"periodic names {unknown}, which are not among the benchmarks {names}")
+        return self
+
+
+class RuntimeConfig(_Section):
+    """Where the models run. Numbers here do not change the method."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    num_threads: Positive = Field(1, description="torch threads; part of what makes a CPU run bit-identical")
+    rollout_batch_size: Positive = Field(256, description="responses generated together")
+    score_batch_tokens: Positive = Field(65_536, description="padded tokens per scoring forward pass")
+
+
+class Recipe(_Section):
+    """A whole run. At least one stage; a teacher exactly where a stage's objective distils from one."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = Field(0, ge=0, lt=2**32)
+    student: ModelConfig
+    teacher: ModelConfig | None = None
+    prompt: PromptConfig = PromptConfig()
+    reward: RewardConfig = RewardConfig()
+    stage1: StageConfig | None = None
+    stage2: StageConfig | None = None
+    verification: VerificationConfig = VerificationConfig()
+    evaluation: EvaluationConfig
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def stage(self, name: str) -> StageConfig:
+        """The named stage. Raises KeyError if the recipe does not have it."""
+        config = {"stage1": self.stage1, "stage2": self.stage2}[name]
+        if config is None:
+            raise KeyError(name)
+        return config
+
+    @property
+    def stages(self) -> tuple[StageName, ...]:
+        """Names of the stages that run, in order."""
+        configured: list[tuple[StageName, StageConfig | None]] = [("stage1", self.stage1), ("stage2", self.stage2)]
+        return tuple(name for name, config in configured if config is not None)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.stages:
+            raise ValueError("no stage to run; give stage1, stage2 or both")
+        for name in self.stages:
+            if self.stage(name).uses_teacher and self.teacher is None:
+                raise ValueError(
+                    f"{name}.objective={self.stage(name).objective} distils from a teacher, but the recipe has none; "
+                    f"set teacher.path or {name}.objective=grpo"
+                )
+        return self

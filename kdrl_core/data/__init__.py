@@ -1,0 +1,24 @@
+"""Problems: read from files, filtered by the paper's rules, rendered as prompts. Torch and transformers stay unloaded
+until a tokenizer is."""
+
+from kdrl_core.data.filter import filter_problems
+from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts, think_opened
+from kdrl_core.data.read import find_files, malformed_rows, read_problems
+from kdrl_core.data.report import FilterReport, RuleCount
+from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA, SKYWORK_SCHEMA
+
+__all__ = [
+    "POOL_SCHEMA",
+    "PROBLEM_SCHEMA",
+    "SKYWORK_SCHEMA",
+    "ChatTokenizer",
+    "FilterReport",
+    "RuleCount",
+    "filter_problems",
+    "find_files",
+    "load_tokenizer",
+    "malformed_rows",
+    "read_problems",
+    "render_prompts",
+    "think_opened",
+]

@@ -1,0 +1,158 @@
+"""The data filter of B.1.1 and B.3: problems → the pool that a stage trains on.
+
+With d = failures of a label out of n = `difficulty.num_samples`, so that passes = n − d, the rules in order:
+
+==================== =========================================================================================
+malformed            rows that cannot be read (data.on_error=drop)
+duplicates           the same question again, up to white space
+missing_labels       no label where one of the rules below needs it (data.missing_labels=drop)
+drop_passes_at_least passes of the student's label ≥ 15 of 16, that is d ≤ 1 (B.1.1 rule 1)
+drop_all_failed      d = n for every label (B.1.1 rule 2)
+min_pass_rate        passes / n below the bound (B.3)
+max_prompt_tokens    the rendered prompt is longer (B.1.1 rule 4)
+max_unsolved_share   d = n for the student: at most 10 % **of the result** (B.1.1 rule 3)
+max_problems         a seeded sample
+==================== =========================================================================================
+
+Departures. The paper lists the cap before the length rule; here it comes after, because every rule that still removes
+solved problems would push the share of unsolved ones above the cap. The sample of `max_problems` keeps the cap as
+well. A problem without the student's label counts neither as solved nor as unsolved.
+
+Deterministic in the seed whatever the order of the input: rows are ranked by sha256(seed, rule, stage, problem_id),
+ties among duplicates are broken by content, and the result is sorted by problem_id.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kdrl_core.config import DataConfig, Recipe
+from kdrl_core.data.normalize import Format, detect_format, normalize_batch
+from kdrl_core.data.prompts import ChatTokenizer
+from kdrl_core.data.read import MALFORMED_KEY, count_faults, malformed_rows
+from kdrl_core.data.report import FilterReport
+from kdrl_core.data.schema import PROBLEM_SCHEMA
+from kdrl_core.data.sieve import Rows, Sieve, text_codes
+from kdrl_core.errors import DataError, RecipeError
+
+_BATCH_ROWS = 32_768
+
+_REMEDIES = {
+    "malformed": "correct the files",
+    "duplicates": "give more problems",
+    "missing_labels": "set {stage}.data.missing_labels=keep, or give files with labels",
+    "drop_passes_at_least": "raise {stage}.data.drop_passes_at_least or give harder problems",
+    "drop_all_failed": "set {stage}.data.drop_all_failed=false or give easier problems",
+    "min_pass_rate": "lower {stage}.data.min_pass_rate or give easier problems",
+    "max_prompt_tokens": "raise {stage}.max_prompt_tokens or give shorter problems",
+    "max_unsolved_share": "raise {stage}.data.max_unsolved_share or give problems that the student solves",
+    "max_problems": "raise {stage}.data.max_problems",
+}
+
+
+def filter_problems(
+    table: pa.Table,
+    recipe: Recipe,
+    *,
+    stage: str | None = None,
+    tokenizer: ChatTokenizer | None = None,
+    malformed: int | None = None,
+) -> tuple[pa.Table, FilterReport]:
+    """Apply the rules of one stage's `data` section and render the prompts of what is left.
+
+    Args:
+        table: PROBLEM_SCHEMA, or the raw columns of a known format.
+        stage: the stage whose rules apply; default: the recipe's last.
+        tokenizer: measures and renders prompts; default: the student's.
+        malformed: rows dropped before the table was made; default: what `read_problems` recorded in it.
+
+    Returns:
+        the pool in POOL_SCHEMA, sorted by problem_id, and the report. Rows and counts add up.
+
+    Raises:
+        DataError: nothing is left, a needed label is missing (data.missing_labels=fail), a row is malformed
+            (data.on_error=fail), or two different questions share a problem_id.
+        ModelError: the student's tokenizer is missing or has no chat template.
+        RecipeError: the recipe has no such stage.
+    """
+    stage = recipe.stages[-1] if stage is None else stage
+    if stage not in recipe.stages:
+        raise RecipeError(f"recipe {recipe.name} has no stage '{stage}'; it has {', '.join(recipe.stages)}")
+    config = recipe.stage(stage)
+    lost = malformed_rows(table) if malformed is None else malformed
+    rows_in = table.num_rows + lost
+    problems, faults = _normalized(table, config.data)
+    sieve = Sieve(stage=stage, config=config, problems=problems)
+    sieve.note("malformed", lost + faults, "rows that cannot be read (data.on_error=drop)")
+    sieve.drop_duplicates()
+    _check_ids(problems, sieve.alive)
+    sieve.apply_label_rules()
+    prompts = sieve.drop_long_prompts(tokenizer, recipe)
+    sieve.sample(recipe.seed)
+
+    report = FilterReport(stage=stage, rows_in=rows_in, rules=tuple(sieve.counts), rows_out=len(sieve.alive))
+    if report.rows_out == 0:
+        raise _empty(report)
+    return sieve.pool(prompts), report
+
+
+def _normalized(table: pa.Table, data: DataConfig) -> tuple[pa.Table, int]:
+    """The table in PROBLEM_SCHEMA, and how many of its rows were dropped as malformed."""
+    if _is_normalized(table, data):
+        return table, 0
+    names = set(table.schema.names)
+    data_format: Format
+    if {"problem_id", "question", "answer"} <= names:
+        data_format = "problems"
+    elif data.format == "auto":
+        data_format = detect_format(names, origin="table")
+    else:
+        data_format = data.format
+    tables: list[pa.Table] = [PROBLEM_SCHEMA.empty_table()]
+    malformed = first_row = 0
+    for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
+        problems, faults = normalize_batch(
+            batch,
+            data_format,
+            origin="table",
+            source="table",
+            first_row=first_row + 1,
+            num_samples=data.difficulty.num_samples,
+        )
+        tables.append(problems)
+        malformed += count_faults(faults, data)
+        first_row += batch.num_rows
+    return pa.concat_tables(tables), malformed
+
+
+def _is_normalized(table: pa.Table, data: DataConfig) -> bool:
+    """Whether `read_problems` made the table with labels in range, so that its rows need no second look."""
+    if MALFORMED_KEY not in (table.schema.metadata or {}) or not table.schema.equals(PROBLEM_SCHEMA):
+        return False
+    most = max((pc.max(chunk.items).as_py() or 0 for chunk in table["failures"].chunks), default=0)
+    has_gaps = any(table[name].null_count for name in ("problem_id", "question", "answer", "source"))
+    return most <= data.difficulty.num_samples and not has_gaps
+
+
+def _check_ids(problems: pa.Table, alive: Rows) -> None:
+    """Randomness and files are keyed by problem_id: two different questions must not share one."""
+    codes = text_codes(problems["problem_id"].take(pa.array(alive)))
+    counts = np.bincount(codes) if len(codes) else codes
+    if (counts > 1).any():
+        shared = pc.min(problems["problem_id"].take(pa.array(alive[counts[codes] > 1])))
+        raise DataError(
+            f"problem_id '{shared}' stands on more than one question; "
+            "make the ids unique or leave the field out (ids are then made from the questions)"
+        )
+
+
+def _empty(report: FilterReport) -> DataError:
+    if report.rows_in == 0:
+        return DataError(
+            f"{report.stage}: the input has no rows; give files with problems in {report.stage}.data.files"
+        )
+    worst = max(report.rules, key=lambda rule: rule.dropped)
+    return DataError(
+        f"{report.stage}: no problem is left of {report.rows_in}; rule {worst.rule} dropped the most, {worst.dropped} "
+        f"({worst.description}); {_REMEDIES[worst.rule].format(stage=report.stage)}"
+    )

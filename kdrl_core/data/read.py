@@ -1,0 +1,171 @@
+"""Problem files → one table in PROBLEM_SCHEMA: Parquet, JSON arrays and JSON Lines, in any of the known formats.
+
+Files are read in batches, so that faults carry row numbers and memory stays near the size of the result.
+"""
+
+import glob
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdrl_core.config import DataConfig, resolve_path
+from kdrl_core.data.normalize import RowFault, detect_format, normalize_batch, normalize_rows
+from kdrl_core.data.schema import PROBLEM_SCHEMA
+from kdrl_core.errors import DataError
+
+MALFORMED_KEY = b"kdrl.malformed_rows"
+"""Metadata of a table's schema: rows that were dropped on the way to it."""
+
+_BATCH_ROWS = 32_768
+_USED_COLUMNS = {
+    *("prompt", "reward_model", "extra_info", "data_source"),
+    *("problem_id", "id", "question", "problem", "answer", "source", "failures"),
+}
+_log = logging.getLogger(__name__)
+
+
+def read_problems(data: DataConfig) -> pa.Table:
+    """Read every file of `data.files` and normalise its rows.
+
+    Returns:
+        rows in PROBLEM_SCHEMA, in the order of the files; `malformed_rows(table)` tells how many were dropped.
+
+    Raises:
+        DataError: a file is missing, of no known kind or format, or (with data.on_error=fail) has a malformed row.
+            Rows count from 1; in JSON Lines they are lines.
+        RecipeError: a `builtin:` or `package:` path that cannot be resolved.
+    """
+    tables: list[pa.Table] = []
+    malformed = 0
+    for path in find_files(data):
+        for table, faults in _read_file(path, data):
+            tables.append(table)
+            malformed += count_faults(faults, data)
+    problems = pa.concat_tables(tables) if tables else PROBLEM_SCHEMA.empty_table()
+    return problems.replace_schema_metadata({MALFORMED_KEY: str(malformed).encode()})
+
+
+def malformed_rows(table: pa.Table) -> int:
+    """How many rows `read_problems` dropped on the way to this table; 0 for any other table."""
+    return int((table.schema.metadata or {}).get(MALFORMED_KEY, b"0"))
+
+
+def count_faults(faults: list[RowFault], data: DataConfig) -> int:
+    """The number of faults, with data.on_error=drop; otherwise DataError with the first."""
+    if faults and data.on_error == "fail":
+        raise DataError(str(faults[0]))
+    if faults:
+        _log.warning("dropped %d malformed rows of %s; the first: %s", len(faults), faults[0].origin, faults[0])
+    return len(faults)
+
+
+def find_files(data: DataConfig) -> list[Path]:
+    """The files that `data.files` means, globs expanded in sorted order. Raises DataError if one matches nothing."""
+    files: list[Path] = []
+    for entry in data.files:
+        path = resolve_path(entry)
+        if path.is_dir():
+            raise DataError(f"data.files: {entry} is a folder; name its files, e.g. {entry.rstrip('/')}/*.parquet")
+        if path.exists():
+            files.append(path)
+        elif glob.has_magic(str(path)):
+            found = sorted(found for found in Path(path.anchor).glob(str(path)[len(path.anchor) :]) if found.is_file())
+            if not found:
+                raise DataError(f"data.files: {entry} matches no file; check the folder and the pattern")
+            files += found
+        else:
+            raise DataError(f"data.files: {entry} does not exist (looked at {path}); check the path or set data.files")
+    return files
+
+
+def _read_file(path: Path, data: DataConfig) -> Iterator[tuple[pa.Table, list[RowFault]]]:
+    readers = {".parquet": _read_parquet, ".json": _read_json, ".jsonl": _read_json, ".ndjson": _read_json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{_shown(path)}: unknown kind of file; give .parquet, .json or .jsonl")
+    return reader(path, data)
+
+
+def _read_parquet(path: Path, data: DataConfig) -> Iterator[tuple[pa.Table, list[RowFault]]]:
+    origin = _shown(path)
+    first_row = 1
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            data_format = detect_format(names, origin=origin) if data.format == "auto" else data.format
+            columns = [name for name in names if name in _USED_COLUMNS]
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+                yield normalize_batch(
+                    batch,
+                    data_format,
+                    origin=origin,
+                    source=path.name,
+                    first_row=first_row,
+                    num_samples=data.difficulty.num_samples,
+                )
+                first_row += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{origin}: cannot be read as Parquet ({reason}); write the file again") from error
+
+
+def _read_json(path: Path, data: DataConfig) -> Iterator[tuple[pa.Table, list[RowFault]]]:
+    origin = _shown(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{origin}: cannot be read ({error.strerror}); check the file's permissions") from error
+    faults: list[RowFault] = []
+    rows: list[object]
+    if text.lstrip().startswith("["):
+        rows = _array_rows(text, origin)
+        numbers = list(range(1, len(rows) + 1))
+    else:
+        rows, numbers, faults = _line_rows(text, origin)
+    if faults and not any(isinstance(row, dict) for row in rows):
+        raise DataError(f"{origin}: {faults[0].problem}; give a JSON array of objects or JSON Lines")
+    if rows:
+        found = {name for row in rows if isinstance(row, dict) for name in row}
+        data_format = detect_format(found, origin=origin) if data.format == "auto" else data.format
+        table, more = normalize_rows(
+            rows, numbers, data_format, origin=origin, source=path.name, num_samples=data.difficulty.num_samples
+        )
+        yield table, sorted([*faults, *more], key=lambda fault: fault.row)
+
+
+def _array_rows(text: str, origin: str) -> list[object]:
+    try:
+        rows: list[object] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin}: not JSON ({error}); give a JSON array of objects or JSON Lines") from error
+    return rows
+
+
+def _line_rows(text: str, origin: str) -> tuple[list[object], list[int], list[RowFault]]:
+    """Rows and their line numbers, and a fault for each line that is not JSON. Blank lines count but are no rows."""
+    rows: list[object] = []
+    numbers: list[int] = []
+    faults: list[RowFault] = []
+    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            faults.append(RowFault(origin=origin, row=number, field="row", problem=f"not JSON ({error})"))
+            continue
+        rows.append(row)
+        numbers.append(number)
+    return rows, numbers, faults
+
+
+def _shown(path: Path) -> str:
+    """The path as a user would write it: relative to the working folder where it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

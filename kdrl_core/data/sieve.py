@@ -1,0 +1,269 @@
+"""The rules of the data filter, each a method that keeps some of the rows alive and notes what it dropped.
+
+Only small columns (labels, codes, ids) are touched per rule; questions are copied once, when the pool is made. The
+rules, their order and the reasons for it: `kdrl_core.data.filter`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kdrl_core.config import Recipe, StageConfig
+from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
+from kdrl_core.data.report import RuleCount
+from kdrl_core.data.schema import POOL_SCHEMA
+from kdrl_core.data.text import normalize_questions
+from kdrl_core.errors import DataError
+
+_BATCH_ROWS = 32_768
+_MISSING = -1
+_OFF = "off"
+
+Rows = npt.NDArray[np.int64]
+"""Positions in the table."""
+
+
+@dataclass(slots=True)
+class Prompts:
+    """Rendered prompts; `position[row]` is where a row's prompt stands in `texts` and `token_ids`."""
+
+    position: Rows
+    texts: pa.ChunkedArray
+    token_ids: pa.ChunkedArray
+
+
+class Sieve:
+    """The rows still alive, and the count of each rule applied so far. Only small columns are touched per rule."""
+
+    def __init__(self, *, stage: str, config: StageConfig, problems: pa.Table) -> None:
+        self.stage = stage
+        self.config = config
+        self.data = config.data
+        self.problems = problems
+        self.num_samples = self.data.difficulty.num_samples
+        self.alive: Rows = np.arange(problems.num_rows, dtype=np.int64)
+        self.counts: list[RuleCount] = []
+        self.student = _label(problems, self.data.difficulty.student)
+        self.others = [_label(problems, name) for name in self.data.difficulty.others]
+
+    def note(self, rule: str, dropped: int, description: str) -> None:
+        self.counts.append(RuleCount(rule=rule, dropped=dropped, description=description))
+
+    def keep(self, rule: str, mask: npt.NDArray[np.bool_], description: str) -> None:
+        """Keep the rows of `alive` where `mask` is true."""
+        self.note(rule, len(self.alive) - int(mask.sum()), description)
+        self.alive = self.alive[mask]
+
+    def drop_duplicates(self) -> None:
+        """Of the rows with one normalised question, keep the best labelled, then the first by content."""
+        codes = text_codes(normalize_questions(self.problems["question"]))
+        is_kept = np.ones(len(codes), dtype=bool)
+        repeated = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
+        if len(repeated):
+            rows = self.problems.take(pa.array(repeated))
+            columns = {name: rows[name] for name in ("problem_id", "question", "answer", "source")}
+            labels = np.stack([self.student, *self.others], axis=1)[repeated]
+            columns["code"] = pa.array(codes[repeated])
+            columns["unlabelled"] = pa.array((labels == _MISSING).sum(axis=1))
+            columns |= {f"label{index}": pa.array(labels[:, index]) for index in range(labels.shape[1])}
+            keys = ["code", "unlabelled", *(name for name in columns if name not in ("code", "unlabelled"))]
+            order = pc.sort_indices(pa.table(columns), [(key, "ascending") for key in keys]).to_numpy()
+            ordered = codes[repeated][order]
+            is_kept[repeated[order[1:][ordered[1:] == ordered[:-1]]]] = False
+        self.keep("duplicates", is_kept, "the same question again, up to white space")
+
+    def apply_label_rules(self) -> None:
+        """missing_labels, drop_passes_at_least, drop_all_failed, min_pass_rate. Unknown labels pass (`keep`)."""
+        data, n = self.data, self.num_samples
+        self._missing_labels()
+
+        bound = data.drop_passes_at_least
+        student = self.student[self.alive]
+        is_easy = (student != _MISSING) & (n - student >= (n + 1 if bound is None else bound))
+        self.keep(
+            "drop_passes_at_least",
+            ~is_easy,
+            _OFF if bound is None else f"student passes ≥ {bound} of {n} (failures ≤ {n - bound}), B.1.1",
+        )
+
+        labels = np.stack([self.student, *self.others], axis=1)[self.alive]
+        is_hopeless = (labels == n).all(axis=1) & data.drop_all_failed
+        self.keep(
+            "drop_all_failed",
+            ~is_hopeless,
+            f"{n} failures of {n} for every label, B.1.1" if data.drop_all_failed else _OFF,
+        )
+
+        rate = data.min_pass_rate
+        least = 0 if rate is None else ceil(_exact(rate) * n)
+        student = self.student[self.alive]
+        is_hard = (student != _MISSING) & (n - student < least)
+        self.keep(
+            "min_pass_rate",
+            ~is_hard,
+            _OFF if rate is None else f"student pass rate < {rate:g} (failures > {n - least}), B.3",
+        )
+
+    def _missing_labels(self) -> None:
+        data = self.data
+        needed: dict[str, npt.NDArray[np.int32]] = {}
+        is_read = (data.drop_passes_at_least, data.max_unsolved_share, data.min_pass_rate)
+        if data.drop_all_failed or any(bound is not None for bound in is_read):
+            needed[data.difficulty.student] = self.student
+        if data.drop_all_failed:
+            needed |= dict(zip(data.difficulty.others, self.others, strict=True))
+        is_missing = np.zeros(len(self.alive), dtype=bool)
+        for label in needed.values():
+            is_missing |= label[self.alive] == _MISSING
+        if is_missing.any() and data.missing_labels == "fail":
+            raise self._no_label(needed, is_missing)
+        if not needed:
+            description = "off: no rule reads a label"
+        elif data.missing_labels == "drop":
+            description = f"no label of {', '.join(needed)}"
+        elif is_missing.any():
+            description = f"off: {int(is_missing.sum())} rows without a label of {', '.join(needed)} pass"
+        else:
+            description = f"off: every row has a label of {', '.join(needed)}"
+        self.keep("missing_labels", ~is_missing | (data.missing_labels != "drop"), description)
+
+    def _no_label(self, needed: dict[str, npt.NDArray[np.int32]], is_missing: npt.NDArray[np.bool_]) -> DataError:
+        known = sorted(_label_names(self.problems))
+        if unknown := [name for name in needed if name not in known]:
+            return DataError(
+                f"{self.stage}: no row has the difficulty label {', '.join(unknown)} (labels found: "
+                f"{', '.join(known) or 'none'}); "
+                f"set {self.stage}.data.difficulty or {self.stage}.data.missing_labels=keep"
+            )
+        first = pc.min(self.problems["problem_id"].take(pa.array(self.alive[is_missing])))
+        return DataError(
+            f"{self.stage}: {int(is_missing.sum())} of {len(self.alive)} problems lack a difficulty label of "
+            f"{', '.join(needed)}, first {first}; set {self.stage}.data.missing_labels=drop or keep"
+        )
+
+    def drop_long_prompts(self, tokenizer: ChatTokenizer | None, recipe: Recipe) -> Prompts:
+        limit = self.config.max_prompt_tokens
+        position = np.full(self.problems.num_rows, _MISSING, dtype=np.int64)
+        texts: list[pa.Array] = []
+        token_ids: list[pa.Array] = []
+        is_short = np.zeros(len(self.alive), dtype=bool)
+        num_kept = 0
+        if len(self.alive) and tokenizer is None:
+            tokenizer = load_tokenizer(recipe.student)
+        for start in range(0, len(self.alive), _BATCH_ROWS):
+            assert tokenizer is not None
+            rows = self.alive[start : start + _BATCH_ROWS]
+            questions = self.problems["question"].take(pa.array(rows)).to_pylist()
+            rendered = render_prompts(questions, tokenizer, recipe)
+            fits = np.fromiter((len(ids) <= limit for _, ids in rendered), dtype=bool, count=len(rows))
+            is_short[start : start + len(rows)] = fits
+            texts.append(pa.array([text for text, ids in rendered if len(ids) <= limit], pa.string()))
+            token_ids.append(pa.array([ids for _, ids in rendered if len(ids) <= limit], pa.list_(pa.int32())))
+            position[rows[fits]] = np.arange(num_kept, num_kept + fits.sum())
+            num_kept += int(fits.sum())
+        self.keep("max_prompt_tokens", is_short, f"prompt longer than {limit} tokens, B.1.1")
+        return Prompts(
+            position, pa.chunked_array(texts, pa.string()), pa.chunked_array(token_ids, pa.list_(pa.int32()))
+        )
+
+    def sample(self, seed: int) -> None:
+        """max_unsolved_share and max_problems: both choose by rank, and the second keeps the first's cap."""
+        data, n = self.data, self.num_samples
+        share = None if data.max_unsolved_share is None else _exact(data.max_unsolved_share)
+        student = self.student[self.alive]
+        is_unsolved = student == n
+        num_solved = int(((student != _MISSING) & ~is_unsolved).sum())
+        chosen = np.ones(len(self.alive), dtype=bool)
+        description = _OFF
+        if share is not None:
+            unsolved = self._ranked(np.flatnonzero(is_unsolved), seed, "max_unsolved_share")
+            limit = _cap(num_solved, len(unsolved), share)
+            chosen[unsolved[limit:]] = False
+            description = (
+                f"student fails all {n}: at most {float(share):g} of the result, "
+                f"kept {limit} of {len(unsolved)} beside {num_solved} solved, B.1.1"
+            )
+        self.keep("max_unsolved_share", chosen, description)
+
+        size = data.max_problems
+        chosen = np.ones(len(self.alive), dtype=bool)
+        if size is not None and size < len(self.alive):
+            ranked = self._ranked(np.arange(len(self.alive)), seed, "max_problems")
+            student = self.student[self.alive][ranked]
+            unsolved, others = ranked[student == n], ranked[student != n]
+            solved_among = np.cumsum(np.insert(student[student != n] != _MISSING, 0, False))
+            num_unsolved = int((student[:size] == n).sum())
+            while share is not None and num_unsolved > 0:
+                num_others = min(size - num_unsolved, len(others))
+                if num_unsolved <= _cap(int(solved_among[num_others]), num_unsolved, share):
+                    break
+                num_unsolved -= 1
+            chosen[:] = False
+            chosen[unsolved[:num_unsolved]] = True
+            chosen[others[: size - num_unsolved]] = True
+        self.keep("max_problems", chosen, _OFF if size is None else f"a seeded sample of {size} is kept")
+
+    def _ranked(self, positions: Rows, seed: int, rule: str) -> Rows:
+        """Positions in `alive`, in the order of a hash of (seed, rule, stage, problem_id)."""
+        ids: Sequence[str] = self.problems["problem_id"].take(pa.array(self.alive[positions])).to_pylist()
+        prefix = hashlib.sha256(f"{seed}\0{rule}\0{self.stage}\0".encode())
+        ranks: list[tuple[bytes, int]] = []
+        for problem_id, position in zip(ids, positions.tolist(), strict=True):
+            digest = prefix.copy()
+            digest.update(problem_id.encode())
+            ranks.append((digest.digest(), position))
+        return np.array([position for _, position in sorted(ranks)], dtype=np.int64)
+
+    def pool(self, prompts: Prompts) -> pa.Table:
+        """The rows alive, in POOL_SCHEMA, sorted by problem_id."""
+        ids = self.problems["problem_id"].take(pa.array(self.alive))
+        rows = self.alive[pc.sort_indices(ids).to_numpy()]
+        taken = self.problems.take(pa.array(rows))
+        student = self.student[rows]
+        where = pa.array(prompts.position[rows])
+        columns = {name: taken[name] for name in ("problem_id", "question", "answer", "source")}
+        columns["stage"] = pa.array([self.stage] * len(rows), pa.string())
+        columns["student_failures"] = pa.array(student, pa.int32(), mask=student == _MISSING)
+        columns["prompt"] = prompts.texts.take(where)
+        columns["prompt_token_ids"] = prompts.token_ids.take(where)
+        return pa.table([columns[name] for name in POOL_SCHEMA.names], schema=POOL_SCHEMA)
+
+
+def text_codes(texts: pa.ChunkedArray) -> Rows:
+    """One number per distinct text."""
+    if not len(texts):
+        return np.zeros(0, dtype=np.int64)
+    encoded = texts.dictionary_encode()  # one dictionary for all chunks; unify_dictionaries would only copy it
+    assert len({len(chunk.dictionary) for chunk in encoded.chunks}) == 1
+    codes: Rows = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks]).astype(np.int64)
+    return codes
+
+
+def _label(problems: pa.Table, name: str) -> npt.NDArray[np.int32]:
+    """One label as numbers, −1 where it is missing."""
+    column = pc.map_lookup(problems["failures"], pa.scalar(name), "first")
+    values: npt.NDArray[np.int32] = pc.fill_null(column, _MISSING).to_numpy().astype(np.int32)
+    return values
+
+
+def _label_names(problems: pa.Table) -> set[str]:
+    return {name for chunk in problems["failures"].chunks for name in pc.unique(chunk.keys).to_pylist()}
+
+
+def _cap(num_solved: int, num_unsolved: int, share: Fraction) -> int:
+    """The most unsolved rows u ≤ num_unsolved with u ≤ share · (num_solved + u), in exact arithmetic."""
+    if share == 1:
+        return num_unsolved
+    return min(num_unsolved, share.numerator * num_solved // (share.denominator - share.numerator))
+
+
+def _exact(share: float) -> Fraction:
+    """0.1 as one tenth, not as the nearest double."""
+    return Fraction(str(share))

@@ -1,0 +1,161 @@
+"""Model directories: found, checked and compared before anything expensive begins, then loaded through transformers.
+
+The checks read JSON only, so that a wrong path or a foreign teacher is reported in a second, not after minutes.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrl_core.config import ModelConfig, resolve_path
+from kdrl_core.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
+    """The parsed config.json of a model directory, or of a GGUF model an empty dict, after a look at its files.
+
+    Args:
+        role: `student` or `teacher`, named in errors.
+
+    Raises:
+        ModelError: the directory, its config.json, its weights or its tokenizer is missing or unreadable.
+    """
+    path = resolve_path(config.path)
+    where = f"{role}.path={config.path}"
+    if not path.is_dir():
+        raise ModelError(f"{where}: no such directory {path}; give a local Hugging Face model directory")
+    if config.gguf_file is not None:
+        if not (path / config.gguf_file).is_file():
+            raise ModelError(f"{where}: no file {config.gguf_file} in {path}; correct {role}.gguf_file")
+        return {}
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{where}: {path} is not a model directory, it has no config.json; "
+            f"give the folder that save_pretrained wrote"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{where}: {path / 'config.json'} cannot be read ({error}); download the model again") from error
+    if not any((path / name).is_file() for name in _WEIGHTS):
+        raise ModelError(f"{where}: {path} has no {_WEIGHTS[0]}; only safetensors weights are loaded, convert them first")
+    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+        raise ModelError(f"{where}: {path} has no tokenizer files; copy the model's tokenizer.json beside its weights")
+    if not isinstance(values, dict):
+        raise ModelError(f"{where}: {path / 'config.json'} is not a JSON object; download the model again")
+    return values
+
+
+def context_limit(config: dict[str, Any]) -> int | None:
+    """Most tokens (prompt + response) that a model with this config.json takes, if it says so."""
+    limit = config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
+def compare_tokenizers(student: Path, teacher: Path) -> None:
+    """Refuse a teacher whose tokens mean something else than the student's.
+
+    Compared are the token → id maps and the special tokens, not vocabulary sizes: Qwen pads its embedding differently
+    per model size while the tokenizers are the same (PITFALLS 10).
+
+    Raises:
+        ModelError: names the first token that differs.
+    """
+    ours, theirs = _vocabulary(student), _vocabulary(teacher)
+    if ours is None or theirs is None or ours == theirs:
+        return
+    token = min((t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t)), key=lambda t: ours.get(t, theirs.get(t)))
+    raise ModelError(
+        f"student and teacher tokenizers differ: token {token!r} is {ours.get(token, 'unknown')} for the student "
+        f"and {theirs.get(token, 'unknown')} for the teacher; distillation needs a teacher with the student's tokenizer"
+    )
+
+
+def _vocabulary(path: Path) -> dict[str, int] | None:
+    """token → id with added tokens, or None where the tokenizer is not kept as tokenizer.json."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = values["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
+            vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+        return {**vocabulary, **{added["content"]: added["id"] for added in values.get("added_tokens", [])}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
+
+
+def load_tokenizer(path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory; `chat_template` replaces its own. Raises ModelError if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer can be loaded from {path}: {_first_line(error)}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_model(
+    path: Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """The causal language model of a directory, in eval mode. Raises ModelError if it cannot be loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no model can be loaded from {path}: {_first_line(error)}") from error
+    return model.to(device).eval()
+
+
+def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
+    """Copy the safetensors weights of `checkpoint_dir` into `model`, tied weights staying tied.
+
+    Raises:
+        ModelError: a weight is missing, unknown, or of another shape.
+    """
+    from safetensors.torch import load_file
+
+    index = checkpoint_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    weights: dict[str, torch.Tensor] = {}
+    for name in names:
+        weights.update(load_file(checkpoint_dir / name))
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"{checkpoint_dir} does not fit the model: {_first_line(error)}") from error
+    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise ModelError(f"{checkpoint_dir} does not fit the model: missing {sorted(set(missing) - tied)}, unknown {unexpected}")
+
+
+def stop_token_ids(model: "PreTrainedModel", tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response: the generation config's and the tokenizer's EOS. Raises ModelError if there is none."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise ModelError(f"{tokenizer.name_or_path}: no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    return tuple(sorted(ids))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,174 @@
+"""Rollouts by transformers in process: the laptop's engine, and the reference that other engines are compared with.
+
+Per batch each distinct prompt is prefilled once and its key-value cache repeated for its samples; finished responses
+leave the batch. A token is drawn by inverting the distribution function of softmax(logits / T) at a number that belongs
+to (seed, position) alone, so a response is a function of its request and the weights.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kdrl_core.engines.models import load_weights_into
+from kdrl_core.errors import EngineError
+from kdrl_core.ledger.seeds import uniforms
+from kdrl_core.types import FinishReason, Rollout, RolloutRequest
+
+_COMPACT_BELOW = 0.75
+"""The batch is compacted when fewer than this share of its rows still generate: copying the cache costs too."""
+
+
+class TransformersRolloutEngine:
+    """`RolloutEngine` over a transformers model.
+
+    Args:
+        model: in eval mode; `load_weights` changes it in place.
+        tokenizer: decodes responses; special tokens are left out of the text.
+        stop_ids: tokens that end a response and belong to it.
+        temperature: 0 is greedy, its logprobs then those of softmax(logits).
+        max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
+        batch_size: responses generated together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int],
+        temperature: float,
+        max_response_tokens: int,
+        batch_size: int,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._stop_ids = torch.tensor(list(stop_ids), device=model.device)
+        self._temperature = temperature
+        self._max_response_tokens = max_response_tokens
+        self._batch_size = batch_size
+
+    def load_weights(self, checkpoint_dir: Path) -> None:
+        """Take the weights of a checkpoint. Raises ModelError if they do not fit."""
+        load_weights_into(self._model, checkpoint_dir)
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, on_progress: Callable[[int], None] | None = None
+    ) -> list[Rollout]:
+        """One response per request, in order. Raises EngineError if the model's logits are not finite."""
+        rollouts: list[Rollout] = []
+        for start in range(0, len(requests), self._batch_size):
+            batch = requests[start : start + self._batch_size]
+            token_ids, logprobs, stopped = self._generate_batch(batch)
+            texts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+            rollouts += [
+                Rollout(
+                    prompt_id=request.prompt_id,
+                    sample=request.sample,
+                    prompt_token_ids=request.prompt_token_ids,
+                    token_ids=ids,
+                    logprobs=lps,
+                    text=text,
+                    finish_reason=FinishReason.STOP if has_stopped else FinishReason.LENGTH,
+                )
+                for request, ids, lps, text, has_stopped in zip(
+                    batch, token_ids, logprobs, texts, stopped, strict=True
+                )
+            ]
+            if on_progress is not None:
+                on_progress(len(rollouts))
+        return rollouts
+
+    @torch.inference_mode()
+    def _generate_batch(
+        self, requests: Sequence[RolloutRequest]
+    ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+        device = self._model.device
+        logits, cache, lengths, padding = self._prefill(requests)
+        limit = self._max_response_tokens
+        draws = torch.from_numpy(np.stack([uniforms(request.seed, limit) for request in requests])).to(device)
+        tokens = torch.zeros(len(requests), limit, dtype=torch.long, device=device)
+        logprobs = torch.zeros(len(requests), limit, device=device)
+        counts = torch.full((len(requests),), limit, device=device)
+        stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
+
+        rows = torch.arange(len(requests), device=device)  # original row of each row still in the batch
+        mask = torch.cat([padding, padding.new_ones(len(requests), limit)], dim=1)
+        prompt_width = padding.shape[1]
+        for position in range(limit):
+            chosen, chosen_logprobs = self._sample(logits, draws[rows, position])
+            active = ~stopped[rows]
+            tokens[rows[active], position] = chosen[active]
+            logprobs[rows[active], position] = chosen_logprobs[active]
+            ended = active & torch.isin(chosen, self._stop_ids)
+            stopped[rows[ended]] = True
+            counts[rows[ended]] = position + 1
+            remaining = ~stopped[rows]
+            num_remaining = int(remaining.sum())
+            if num_remaining == 0 or position + 1 == limit:
+                break
+            if num_remaining < _COMPACT_BELOW * len(rows):
+                keep = remaining.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, chosen, lengths, mask = rows[keep], chosen[keep], lengths[keep], mask[keep]
+            logits = self._model(
+                input_ids=chosen[:, None],
+                attention_mask=mask[:, : prompt_width + position + 1],
+                position_ids=(lengths + position)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+
+        sizes = counts.tolist()
+        return (
+            [row[:size] for row, size in zip(tokens.tolist(), sizes, strict=True)],
+            [row[:size] for row, size in zip(logprobs.tolist(), sizes, strict=True)],
+            stopped.tolist(),
+        )
+
+    def _prefill(
+        self, requests: Sequence[RolloutRequest]
+    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
+        """Next-token logits [B, V], cache, prompt lengths [B] and prompt mask [B, P] of left-padded prompts."""
+        device = self._model.device
+        distinct: dict[tuple[int, ...], int] = {}
+        for request in requests:
+            distinct.setdefault(tuple(request.prompt_token_ids), len(distinct))
+        width = max(len(prompt) for prompt in distinct)
+        ids = torch.zeros(len(distinct), width, dtype=torch.long)
+        mask = torch.zeros(len(distinct), width, dtype=torch.long)
+        for row, prompt in enumerate(distinct):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self._model.config)
+        output = self._model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        source = torch.tensor([distinct[tuple(r.prompt_token_ids)] for r in requests], device=device)
+        cache.batch_select_indices(source)
+        mask = mask.to(device)[source]
+        return output.logits[source, -1], cache, mask.sum(1), mask
+
+    def _sample(self, logits: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B] and their logprobs [B] from logits [B, V] and draws [B] in [0, 1)."""
+        logits = logits.float()
+        if not torch.isfinite(logits).all():
+            raise EngineError("the policy's logits are not finite: training has diverged; lower learning_rate")
+        if self._temperature == 0.0:
+            chosen = logits.argmax(-1)
+            log_probabilities = logits.log_softmax(-1)
+        else:
+            log_probabilities = (logits / self._temperature).log_softmax(-1)
+            distribution = log_probabilities.double().exp().cumsum(-1)
+            chosen = torch.searchsorted(distribution, (draws * distribution[:, -1])[:, None], right=True).squeeze(1)
+            chosen = chosen.clamp(max=logits.shape[-1] - 1)
+        return chosen, log_probabilities.gather(-1, chosen[:, None]).squeeze(1)

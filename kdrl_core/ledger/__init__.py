@@ -1,0 +1,45 @@
+"""The ledger: where a run's files lie, how they are published, and what randomness they are made from."""
+
+from kdrl_core.ledger.layout import RunPaths, artifacts_root, checkpoint_label, validate_run_name
+from kdrl_core.ledger.lock import lock_holder, run_lock
+from kdrl_core.ledger.publish import (
+    Manifest,
+    is_current,
+    is_published,
+    manifest_of,
+    publish_directory,
+    publish_file,
+    replace_file,
+    require_writable,
+    sweep_temporaries,
+    verify_published,
+)
+from kdrl_core.ledger.run import Run, create_run, list_runs, open_run, open_run_dir
+from kdrl_core.ledger.seeds import derive_seed, prompts_of_step, uniforms
+
+__all__ = [
+    "Manifest",
+    "Run",
+    "RunPaths",
+    "artifacts_root",
+    "checkpoint_label",
+    "create_run",
+    "derive_seed",
+    "is_current",
+    "is_published",
+    "list_runs",
+    "lock_holder",
+    "manifest_of",
+    "open_run",
+    "open_run_dir",
+    "prompts_of_step",
+    "publish_directory",
+    "publish_file",
+    "replace_file",
+    "require_writable",
+    "run_lock",
+    "sweep_temporaries",
+    "uniforms",
+    "validate_run_name",
+    "verify_published",
+]

@@ -1,0 +1,60 @@
+"""One process at a time works on a run. The lock is the kernel's (flock), so it ends with its holder, however killed."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kdrl_core.errors import RunLockedError
+from kdrl_core.ledger.publish import replace_file
+
+
+@contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold the run's lock. Re-entrant within the process: a pipeline holds it around the stages that take it again.
+
+    Raises:
+        RunLockedError: another process holds it; its pid, host and start are named.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder_file = path.with_suffix(".holder.json")
+    lock = FileLock(path, is_singleton=True, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunLockedError(
+            f"run {path.parent.name} is in use by {_holder(holder_file)}; wait for it, stop it, or use another run name"
+        ) from error
+    try:
+        if lock.lock_counter == 1:
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat("T", "seconds")}
+            replace_file(holder_file, json.dumps(holder).encode())
+        yield
+    finally:
+        lock.release()
+
+
+def lock_holder(path: Path) -> str | None:
+    """Who holds the lock at `path`, in words, or None if nobody does."""
+    if not path.exists():
+        return None
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return _holder(path.with_suffix(".holder.json"))
+    lock.release()
+    return None
+
+
+def _holder(file: Path) -> str:
+    try:
+        holder = json.loads(file.read_text())
+        return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"

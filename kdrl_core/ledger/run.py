@@ -1,0 +1,149 @@
+"""A run: its folder, its frozen recipe, and the refusal to go on under another one."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import kdrl_core
+from kdrl_core.config import Recipe, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
+from kdrl_core.errors import RunError
+from kdrl_core.ledger.layout import RunPaths, artifacts_root
+from kdrl_core.ledger.publish import replace_file, require_writable, verify_published
+
+_VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
+_MIN_FREE_MB = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An opened run: paths and recipe."""
+
+    paths: RunPaths
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.paths.name
+
+    @property
+    def started_at(self) -> str:
+        """When the run was created, ISO 8601 in UTC."""
+        return _created(self.paths.manifest)
+
+    def relative(self, path: Path) -> str:
+        """`path` as manifests and users write it: relative to the run's folder."""
+        return path.relative_to(self.paths.root).as_posix()
+
+    def inputs(self, *paths: Path) -> dict[str, str]:
+        """What a new artifact is made from: each published file, verified now, with its hash."""
+        return {self.relative(path): verify_published(path).sha256 for path in paths}
+
+
+def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> Run:
+    """Make the folder of a new run, or open it again under the same recipe.
+
+    Raises:
+        RunError: bad name, or the run exists with a recipe that differs in a field that changes results.
+        StorageError: the folder cannot be written or the disk is full.
+    """
+    paths = RunPaths.of(name, artifacts)
+    require_writable(paths.root.parent, free_mb=_MIN_FREE_MB)
+    if not paths.manifest.is_file():
+        replace_file(paths.recipe, dump_recipe(recipe).encode())
+        _write_manifest(paths, recipe, history=[])
+        return Run(paths, recipe)
+    run = open_run(name, artifacts=artifacts)
+    changes = diff_recipes(run.recipe, recipe)
+    if not changes:
+        return run
+    if unsafe := unsafe_changes(run.recipe, recipe):
+        raise RunError(
+            f"run {name} was started with another recipe: {'; '.join(map(str, unsafe))}. "
+            "Use another run name, or resume with the recipe it was started with"
+        )
+    manifest = _read_manifest(paths)
+    entry = {"at": datetime.now(UTC).isoformat("T", "seconds"), "changes": [str(change) for change in changes]}
+    replace_file(paths.recipe, dump_recipe(recipe).encode())
+    _write_manifest(paths, recipe, history=[*manifest.get("history", []), entry])
+    return Run(paths, recipe)
+
+
+def open_run(name: str, *, artifacts: Path | None = None) -> Run:
+    """Open a run by name.
+
+    Raises:
+        RunError: no such run (the nearest names are given), or recipe.yaml is not the one that the manifest records.
+    """
+    paths = RunPaths.of(name, artifacts)
+    if not paths.manifest.is_file():
+        known = list_runs(artifacts)
+        listing = f"runs here: {', '.join(known[-8:])}" if known else "there are none yet; start one with kdrl run"
+        raise RunError(f"no run '{name}' in {paths.root.parent}; {listing}")
+    manifest = _read_manifest(paths)
+    recipe = load_recipe(paths.recipe)
+    if config_hash(recipe) != manifest.get("config_hash"):
+        raise RunError(
+            f"{paths.recipe} was changed by hand: it is not the recipe of the run's manifest. "
+            "Undo the change, or start a new run with it"
+        )
+    return Run(paths, recipe)
+
+
+def open_run_dir(run_dir: str | Path) -> Run:
+    """Open a run by its folder. Raises RunError as `open_run` does."""
+    root = Path(run_dir)
+    return open_run(root.name, artifacts=root.parent.parent)
+
+
+def list_runs(artifacts: Path | None = None) -> list[str]:
+    """Names of the runs in the artifacts folder, oldest first."""
+    folder = (artifacts or artifacts_root()) / "runs"
+    manifests = [path for path in folder.glob("*/manifest.json") if path.is_file()]
+    return [path.parent.name for path in sorted(manifests, key=lambda path: (_created(path), path))]
+
+
+def _created(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["created_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _read_manifest(paths: RunPaths) -> Mapping[str, Any]:
+    try:
+        manifest = json.loads(paths.manifest.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{paths.manifest} cannot be read ({error}); restore it from a backup") from error
+    if not isinstance(manifest, dict):
+        raise RunError(f"{paths.manifest} is not a manifest; restore it from a backup")
+    return manifest
+
+
+def _write_manifest(paths: RunPaths, recipe: Recipe, *, history: list[Any]) -> None:
+    created = _created(paths.manifest) if paths.manifest.is_file() else ""
+    manifest = {
+        "run": paths.name,
+        "recipe": recipe.name,
+        "config_hash": config_hash(recipe),
+        "seed": recipe.seed,
+        "created_at": created or datetime.now(UTC).isoformat("T", "milliseconds"),
+        "versions": {"kdrl": kdrl_core.__version__, "python": platform.python_version(), **_versions()},
+        "history": history,
+    }
+    replace_file(paths.manifest, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,149 @@
+"""Build the miniature's assets from one seed: `python -m kdrl_core.miniature.build --output DIR`.
+
+    student/ teacher/       Hugging Face model directories
+    stage1.json             problems in DeepScaleR's shape
+    stage2.parquet          problems in Skywork-OR1-RL-Data's shape, with *measured* labels: failures out of 16
+    benchmarks/*.jsonl      validation, test, hard (longer chains than any trained on)
+
+The student is stopped early: it knows the format and most of the tables, and solves a third of the chains when sampled.
+The teacher is larger and nearly right, and label smoothing keeps it from certainty.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from kdrl_core.data.schema import SKYWORK_SCHEMA
+from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.ledger.seeds import derive_seed
+from kdrl_core.miniature.models import MiniatureModel, build_tokenizer, save_model, train_model
+from kdrl_core.miniature.world import HARD_LENGTHS, LENGTHS, sample_questions, solve
+from kdrl_core.types import FinishReason, RolloutRequest
+
+SEED = 7
+STUDENT = MiniatureModel(
+    hidden_size=48, num_layers=2, tie_word_embeddings=True, sft_steps=450, learning_rate=3e-3
+)
+TEACHER = MiniatureModel(
+    hidden_size=96, num_layers=3, tie_word_embeddings=False, sft_steps=600, learning_rate=3e-3, label_smoothing=0.01
+)
+NUM_LABEL_SAMPLES = 16
+MAX_RESPONSE_TOKENS = 64
+STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
+    "DeepSeek-R1-Distill-Qwen-1.5B",
+    "DeepSeek-R1-Distill-Qwen-7B",
+    "DeepSeek-R1-Distill-Qwen-32B",
+)
+"""The published schema fixes these names. Here the first label was measured with the miniature student, the other two
+with the miniature teacher, at temperatures 1 and 0.6."""
+
+
+def build(output: Path, *, student: MiniatureModel = STUDENT, teacher: MiniatureModel = TEACHER, scale: float = 1.0) -> None:
+    """Build every asset below `output`. `scale` shrinks the number of problems, for tests."""
+    torch.set_num_threads(1)
+    output.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(SEED)
+    seen: set[str] = set()
+
+    def draw(count: int, lengths: range) -> list[str]:
+        questions = sample_questions(rng, max(8, round(count * scale)), lengths, exclude=seen)
+        seen.update(questions)
+        return questions
+
+    _write_benchmarks(
+        output / "benchmarks",
+        {"validation": draw(128, LENGTHS), "test": draw(256, LENGTHS), "hard": draw(128, HARD_LENGTHS)},
+    )
+    held_out = set(seen)
+    stage1, stage2 = draw(1_024, LENGTHS), draw(2_048, LENGTHS)
+
+    tokenizer = build_tokenizer()
+    models = {
+        "student": train_model(student, tokenizer, seed=SEED, exclude=held_out),
+        "teacher": train_model(teacher, tokenizer, seed=SEED + 1, exclude=held_out),
+    }
+    for name, model in models.items():
+        save_model(model, tokenizer, output / name)
+
+    rows = [{"problem": q, "answer": solve(q)[1], "solution": solve(q)[0]} for q in stage1]
+    (output / "stage1.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
+    labels = {
+        STUDENT_LABEL: _failures(models["student"], tokenizer, stage2, temperature=1.0),
+        TEACHER_LABEL: _failures(models["teacher"], tokenizer, stage2, temperature=1.0),
+        STRONG_LABEL: _failures(models["teacher"], tokenizer, stage2, temperature=0.6),
+    }
+    _write_skywork(output / "stage2.parquet", stage2, labels)
+
+
+def _write_benchmarks(folder: Path, benchmarks: dict[str, list[str]]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, questions in benchmarks.items():
+        rows = [
+            {"id": f"{name}-{index}", "problem": q, "answer": solve(q)[1], "source": "kdrl miniature"}
+            for index, q in enumerate(questions)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _failures(model: Any, tokenizer: Any, questions: list[str], *, temperature: float) -> list[int]:
+    """Wrong responses out of 16 per question."""
+    engine = TransformersRolloutEngine(
+        model,
+        tokenizer,
+        stop_ids=[tokenizer.eos_token_id],
+        temperature=temperature,
+        max_response_tokens=MAX_RESPONSE_TOKENS,
+        batch_size=512,
+    )
+    requests = [
+        RolloutRequest(
+            prompt_id=question,
+            sample=sample,
+            prompt_token_ids=tokenizer.encode(f"<|user|>{question}<|assistant|>", add_special_tokens=False),
+            seed=derive_seed(SEED, "label", temperature, question, sample),
+        )
+        for question in questions
+        for sample in range(NUM_LABEL_SAMPLES)
+    ]
+    failures = dict.fromkeys(questions, 0)
+    for rollout in engine.generate(requests):
+        right = rollout.finish_reason is FinishReason.STOP and rollout.text.endswith(
+            f"</think>\\boxed{{{solve(rollout.prompt_id)[1]}}}"
+        )
+        failures[rollout.prompt_id] += not right
+    return list(failures.values())
+
+
+def _write_skywork(path: Path, questions: list[str], labels: dict[str, list[int]]) -> None:
+    import pyarrow as pa
+
+    rows = [
+        {
+            "data_source": "kdrl-miniature",
+            "prompt": [{"content": question, "role": "user"}],
+            "ability": "math",
+            "reward_model": {"ground_truth": json.dumps([solve(question)[1]]), "style": "rule"},
+            "extra_info": {
+                "index": index,
+                "model_difficulty": {label: counts[index] for label, counts in labels.items()},
+            },
+        }
+        for index, question in enumerate(questions)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SKYWORK_SCHEMA), path, compression="zstd")
+
+
+def main() -> None:
+    """Command line of the module."""
+    parser = argparse.ArgumentParser(description="Build the miniature's models, problems and benchmarks (minutes).")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; shipped: kdrl_core/assets/miniature")
+    build(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()

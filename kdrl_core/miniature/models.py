@@ -1,0 +1,133 @@
+"""Tokenizer and models of the miniature: Qwen2 architecture, from scratch, trained by SFT on worked chains."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kdrl_core.miniature.world import LENGTHS, OPERATORS, sample_questions, solve
+
+PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}<|user|>{{ message.content }}"
+    "{% elif message.role == 'assistant' %}<|assistant|>{{ message.content }}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CONTEXT = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniatureModel:
+    """Architecture and training of one miniature model.
+
+    `label_smoothing` keeps the teacher from certainty: a perfectly confident one makes R² of a few tokens dominate k2.
+    """
+
+    hidden_size: int
+    num_layers: int
+    tie_word_embeddings: bool
+    sft_steps: int
+    learning_rate: float
+    batch_size: int = 64
+    label_smoothing: float = 0.0
+
+
+def build_tokenizer() -> Any:
+    """A character tokenizer in which the tags of a response and `\\boxed{` are single tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, END, USER, ASSISTANT]
+    tags = ["<think>", "</think>", "\\boxed{"]
+    characters = [*"0123456789", *OPERATORS, "=", ",", "}", "(", ")", " ", "?"]
+    vocabulary = {token: index for index, token in enumerate([*special, *tags, *characters])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tags])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(spec: MiniatureModel, tokenizer: Any, *, seed: int) -> Any:
+    """A freshly initialised model of `spec`, its weights a function of `seed` alone."""
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden_size,
+        intermediate_size=4 * spec.hidden_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=spec.tie_word_embeddings,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        use_sliding_window=False,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
+    )
+    return model
+
+
+def train_model(spec: MiniatureModel, tokenizer: Any, *, seed: int, exclude: set[str]) -> Any:
+    """SFT on freshly drawn worked chains (none of `exclude`), cross-entropy on response tokens, linear decay."""
+    model = build_model(spec, tokenizer, seed=seed)
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1.0 - step / spec.sft_steps)
+    )
+    model.train()
+    for _ in range(spec.sft_steps):
+        ids, labels = _sft_batch(tokenizer, sample_questions(rng, spec.batch_size, LENGTHS, exclude=exclude))
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=spec.label_smoothing
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def save_model(model: Any, tokenizer: Any, path: Path) -> None:
+    """Write an ordinary Hugging Face model directory."""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _sft_batch(tokenizer: Any, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = []
+    for question in questions:
+        prompt = tokenizer.encode(f"{USER}{question}{ASSISTANT}", add_special_tokens=False)
+        response = tokenizer.encode(solve(question)[0] + END, add_special_tokens=False)
+        rows.append((prompt, response))
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for row, (prompt, response) in enumerate(rows):
+        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        labels[row, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
+    return ids, labels

@@ -1,0 +1,50 @@
+"""The miniature task: left-to-right chains of +, − and × modulo 10, whose every step is a table look-up.
+
+`3+5*2` is answered by `<think>3+5=8,8*2=6</think>\\boxed{6}`: a tiny model can learn the hundred entries of each table, and
+fails on a chain whenever it misses one of them, so accuracy is graded and falls with length.
+"""
+
+import random
+from collections.abc import Iterator
+
+OPERATORS = "+-*"
+MODULUS = 10
+LENGTHS = range(2, 8)
+"""Digits per chain in training and in the in-distribution benchmarks."""
+HARD_LENGTHS = range(8, 10)
+"""Digits per chain in the harder benchmark: longer than anything trained on."""
+
+
+def solve(question: str) -> tuple[str, str]:
+    """The worked response to a chain and its answer: (`<think>…</think>\\boxed{6}`, `6`)."""
+    value, steps = int(question[0]), []
+    for operator, digit in zip(question[1::2], question[2::2], strict=True):
+        result = apply(value, operator, int(digit))
+        steps.append(f"{value}{operator}{digit}={result}")
+        value = result
+    return f"<think>{','.join(steps)}</think>\\boxed{{{value}}}", str(value)
+
+
+def apply(left: int, operator: str, right: int) -> int:
+    """One look-up: left operator right, modulo 10."""
+    return {"+": left + right, "-": left - right, "*": left * right}[operator] % MODULUS
+
+
+def sample_questions(rng: random.Random, count: int, lengths: range, *, exclude: set[str]) -> list[str]:
+    """`count` distinct chains, none of them in `exclude`, lengths drawn evenly."""
+    chosen: dict[str, None] = {}
+    for question in _stream(rng, lengths):
+        if question not in exclude and question not in chosen:
+            chosen[question] = None
+            if len(chosen) == count:
+                return list(chosen)
+    raise AssertionError("the stream of chains does not end")
+
+
+def _stream(rng: random.Random, lengths: range) -> Iterator[str]:
+    while True:
+        digits = rng.choice(lengths)
+        question = str(rng.randrange(10))
+        for _ in range(digits - 1):
+            question += rng.choice(OPERATORS) + str(rng.randrange(10))
+        yield question

@@ -1,0 +1,89 @@
+"""From per-token values to one number. The denominators are those of the whole optimiser step, passed in.
+
+    token_mean  Σ_i Σ_t x_{i,t} / Σ_i |o_i|, over all responses of the step (the default; verl's token-mean)
+    group_mean  mean over groups of the same ratio within the group: Eq. 2 to the letter, whose Σ runs over one question
+
+With the global counts given, the results of micro-batches (or of ranks, summed) add up to the whole batch's.
+"""
+
+import torch
+from torch import Tensor
+
+from kdrl_core.objectives.checks import as_is_response, check_group_size, check_num_dims, check_positive, check_shape
+
+
+def token_mean(values: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:
+    """Sum over response tokens divided by their count.
+
+    Args:
+        values: [B, T]; the gradient flows through. Where `response_mask` is 0 they may be anything.
+        response_mask: [B, T], 1 on response tokens.
+        total_tokens: the optimiser step's response tokens, for micro-batches; None counts this mask.
+
+    Returns:
+        scalar.
+
+    Raises:
+        ValueError: shapes differ, a mask entry is neither 0 nor 1, `total_tokens` is not positive, or neither it nor
+            a single response token is given.
+    """
+    check_num_dims("values", values, "[B, T]")
+    is_response = as_is_response(response_mask, values.shape)
+    if total_tokens is None:
+        total_tokens = count_tokens(is_response)
+    check_positive("total_tokens", total_tokens)
+    return torch.where(is_response, values, 0.0).sum() / total_tokens
+
+
+def group_mean(
+    values: Tensor,
+    response_mask: Tensor,
+    group_size: int | None = None,
+    *,
+    num_groups: float | None = None,
+    group_tokens: Tensor | None = None,
+) -> Tensor:
+    """Mean over groups of (sum over the group's response tokens / their count); a group without tokens counts as 0.
+
+    Args:
+        values: [B, T]; the gradient flows through. Where `response_mask` is 0 they may be anything.
+        response_mask: [B, T], 1 on response tokens.
+        group_size: G ≥ 2; groups contiguous. Not needed with `group_tokens`.
+        num_groups: the optimiser step's groups, for micro-batches; None: B / G.
+        group_tokens: [B] for each response the response tokens of its whole group, for micro-batches that split or
+            reorder groups; needs `num_groups`.
+
+    Returns:
+        scalar.
+
+    Raises:
+        ValueError: shapes do not match, a mask entry is neither 0 nor 1, `group_size` does not divide B or is below 2,
+            a count is not positive, or both or neither way of telling the groups is missing.
+    """
+    check_num_dims("values", values, "[B, T]")
+    is_response = as_is_response(response_mask, values.shape)
+    if group_tokens is None:
+        group_tokens = count_group_tokens(is_response, group_size)
+        assert group_size is not None  # count_group_tokens refuses None
+        num_groups = len(values) / group_size if num_groups is None else num_groups
+    check_shape("group_tokens", group_tokens, values.shape[:1], "[B]")
+    if num_groups is None:
+        raise ValueError("num_groups: expected the number of groups of the step beside group_tokens, given None")
+    check_positive("num_groups", num_groups)
+    return (torch.where(is_response, values, 0.0).sum(1) / group_tokens.clamp(min=1)).sum() / num_groups
+
+
+def count_tokens(is_response: Tensor) -> int:
+    """Response tokens of the whole batch. Raises ValueError if there is none."""
+    total = int(is_response.sum())
+    if total == 0:
+        raise ValueError("response_mask: expected at least one response token, given none")
+    return total
+
+
+def count_group_tokens(is_response: Tensor, group_size: int | None) -> Tensor:
+    """[B] the response tokens of each response's group. Raises ValueError if the groups cannot be told."""
+    if group_size is None:
+        raise ValueError("group_size: expected an integer of at least 2, or group_tokens, given None")
+    check_group_size(group_size, len(is_response))
+    return is_response.sum(1).reshape(-1, group_size).sum(1).repeat_interleave(group_size)

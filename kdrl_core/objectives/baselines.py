@@ -1,0 +1,72 @@
+"""The paper's baselines that are not special cases of a flag of `kdrl_loss` (Sec. 2, B.2).
+
+    SFT (14)     −(1/Σ|o_i|) Σ_i Σ_t log π_θ(o_{i,t}), o ∼ π_T: forward KL up to a constant (3)
+    KD-RKL (5)   −(1/Σ|o_i|) Σ_i Σ_t ρ_{i,t} sg(R_{i,t}), o ∼ π_θ
+
+Departure: "length-normalised" is read as the token mean over the batch, as everywhere here, so that every token weighs
+the same; the mean of per-response means weighs the tokens of short responses more. For one response they coincide.
+KD-RKL as the paper trains it (B.2) is `kdrl_loss` with zero advantages: with "k1" it is `kd_rkl_loss` times β.
+"""
+
+import torch
+from torch import Tensor
+
+from kdrl_core.objectives.aggregate import token_mean
+from kdrl_core.objectives.checks import as_is_response, check_finite, check_num_dims, check_shape
+from kdrl_core.objectives.kl import kl_policy_gradient
+
+
+def sft_loss(logprobs: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of the teacher's responses (14), minimised.
+
+    Args:
+        logprobs: [B, T] log π_θ of the teacher's tokens; the gradient flows here. Padding may hold anything.
+        response_mask: [B, T], 1 on response tokens.
+        total_tokens: response tokens of the whole optimiser step, for micro-batches.
+
+    Returns:
+        scalar.
+
+    Raises:
+        ValueError: as `token_mean`.
+    """
+    check_num_dims("logprobs", logprobs, "[B, T]")
+    return -token_mean(logprobs, response_mask, total_tokens=total_tokens)
+
+
+def kd_rkl_loss(
+    logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    response_mask: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    total_tokens: float | Tensor | None = None,
+) -> Tensor:
+    """KD-RKL as policy gradient (5), minimised; on-policy its gradient is −mean[R ∇log π_θ].
+
+    Args:
+        logprobs: [B, T] log π_θ of the sampled tokens; the gradient flows here, through ρ.
+        teacher_logprobs: [B, T] log π_T; no gradient.
+        response_mask: [B, T], 1 on response tokens; padding may hold anything.
+        old_logprobs: [B, T] log π_θold; None is strictly on-policy.
+        total_tokens: response tokens of the whole optimiser step, for micro-batches.
+
+    Returns:
+        scalar.
+
+    Raises:
+        ValueError: shapes differ, or a constant logprob of a response token is not finite.
+    """
+    check_num_dims("logprobs", logprobs, "[B, T]")
+    is_response = as_is_response(response_mask, logprobs.shape)
+    student = torch.where(is_response, logprobs, 0.0)
+    old = student.detach()
+    check_shape("teacher_logprobs", teacher_logprobs, logprobs.shape, "[B, T]")
+    check_finite("teacher_logprobs", teacher_logprobs, is_response)
+    if old_logprobs is not None:
+        check_shape("old_logprobs", old_logprobs, logprobs.shape, "[B, T]")
+        check_finite("old_logprobs", old_logprobs, is_response)
+        old = torch.where(is_response, old_logprobs, 0.0).detach()
+    teacher = torch.where(is_response, teacher_logprobs, 0.0)
+    kl = kl_policy_gradient(student, teacher, torch.exp(student - old))
+    return token_mean(kl, is_response, total_tokens=total_tokens)

@@ -1,0 +1,75 @@
+"""Refusals of bad input, before any arithmetic: a `ValueError` that names argument, expected and given."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_choice(argument: str, name: str, choices: Iterable[str]) -> None:
+    """`name` is one of the variants."""
+    choices = tuple(choices)
+    if name not in choices:
+        raise ValueError(f"{argument}: expected one of {', '.join(choices)}, given {name!r}")
+
+
+def check_not_negative(argument: str, value: float) -> None:
+    """`value` is a finite number of at least 0."""
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"{argument}: expected a finite number of at least 0, given {value}")
+
+
+def check_positive(argument: str, value: float | Tensor) -> None:
+    """`value` is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0.0):
+        raise ValueError(f"{argument}: expected a finite number above 0, given {value}")
+
+
+def check_shape(argument: str, values: Tensor, shape: Sequence[int], legend: str) -> None:
+    """`values` has exactly this shape; nothing is broadcast."""
+    if tuple(values.shape) != tuple(shape):
+        raise ValueError(f"{argument}: expected shape {legend} = {tuple(shape)}, given {tuple(values.shape)}")
+
+
+def check_num_dims(argument: str, values: Tensor, legend: str) -> None:
+    """`values` has as many dimensions as `legend`, e.g. "[B, T]", names."""
+    if values.ndim != legend.count(",") + 1:
+        raise ValueError(f"{argument}: expected shape {legend}, given {tuple(values.shape)}")
+
+
+def check_group_size(group_size: int, num_rows: int | None = None) -> None:
+    """`group_size` is an integer of at least 2 and, where `num_rows` is given, divides it."""
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(f"group_size: expected an integer of at least 2, given {group_size!r}")
+    if num_rows is not None and num_rows % group_size:
+        raise ValueError(
+            f"group_size: expected a divisor of the number of responses {num_rows}, given {group_size}; "
+            "pass whole groups, contiguously"
+        )
+
+
+def check_finite(argument: str, values: Tensor, where: Tensor | None = None) -> None:
+    """No NaN or infinity in `values` ([B] or [B, T]), on padding apart: `where` is True on response tokens."""
+    is_bad = ~torch.isfinite(values)
+    if where is not None:
+        is_bad &= where
+    if is_bad.any():
+        position = is_bad.nonzero()[0].tolist()
+        place = ", ".join(f"{name} {i}" for name, i in zip(("row", "token", "entry"), position, strict=False))
+        on = "" if where is None else " on every response token"
+        raise ValueError(f"{argument}: expected finite values{on}, given {values[tuple(position)].item()} at {place}")
+
+
+def as_is_response(response_mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """`response_mask` as bool [B, T], after checking shape and content (0 or 1)."""
+    check_shape("response_mask", response_mask, shape, "[B, T]")
+    if response_mask.dtype is torch.bool:
+        return response_mask
+    is_bad = (response_mask != 0) & (response_mask != 1)
+    if is_bad.any():
+        row, token = is_bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"response_mask: expected 0 or 1, given {response_mask[row, token].item()} at row {row}, token {token}"
+        )
+    return response_mask != 0

@@ -1,0 +1,57 @@
+"""Reward-guided masking (Sec. 3.4): where the teacher's signal applies.
+
+    none      R' = R
+    response  R' = 1[r_i = 0] · R                    the response failed
+    group     R' = 1[r_j = 0 for all j in the group] · R   every response to the prompt failed: there Â = 0
+
+R' multiplies R and nothing else: the denominator Σ|o_i| of the objective still counts every response token.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kdrl_core.objectives.checks import check_choice, check_finite, check_group_size, check_num_dims
+
+KDMasking = Literal["none", "response", "group"]
+
+
+def _none(has_failed: Tensor) -> Tensor:
+    return torch.ones_like(has_failed)
+
+
+def _response(has_failed: Tensor) -> Tensor:
+    return has_failed
+
+
+def _group(has_failed: Tensor) -> Tensor:
+    return has_failed.all(1, keepdim=True).expand_as(has_failed)
+
+
+# From [prompts, G] "the response failed" to [prompts, G] "KD applies".
+KD_MASKINGS: dict[str, Callable[[Tensor], Tensor]] = {"none": _none, "response": _response, "group": _group}
+
+
+def kd_mask(rewards: Tensor, group_size: int, level: KDMasking | str) -> Tensor:
+    """1 where KD applies, 0 where it does not (Sec. 3.4). No gradient.
+
+    Args:
+        rewards: [B] outcome rewards r_i, groups contiguous; failed means exactly 0.
+        group_size: G ≥ 2.
+        level: "none" | "response" | "group".
+
+    Returns:
+        [B] in the dtype of `rewards` (float32 for integer rewards).
+
+    Raises:
+        ValueError: unknown level, `rewards` is not [B] and finite, `group_size` does not divide B or is below 2.
+    """
+    check_choice("level", level, KD_MASKINGS)
+    check_num_dims("rewards", rewards, "[B]")
+    check_group_size(group_size, len(rewards))
+    check_finite("rewards", rewards)
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
+    has_failed = rewards.detach().reshape(-1, group_size) == 0
+    return KD_MASKINGS[level](has_failed).reshape(-1).to(dtype)

@@ -1,0 +1,72 @@
+"""Everything about a recipe's inputs that can be found out without loading a model: in a second, before a run exists."""
+
+import glob
+from pathlib import Path
+
+from kdrl_core.config import Recipe, resolve_path
+from kdrl_core.engines.models import check_model_dir, compare_tokenizers, context_limit
+from kdrl_core.errors import DataError, ModelError, RecipeError
+from kdrl_core.evaluation.benchmarks import load_benchmark
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Look at every file and model that the recipe names.
+
+    Raises:
+        RecipeError, ModelError, DataError: what is missing or contradictory, with the field to change.
+    """
+    student = check_model_dir(recipe.student, role="student")
+    _check_context(recipe, student)
+    if recipe.teacher is not None:
+        teacher = check_model_dir(recipe.teacher, role="teacher")
+        _check_teacher_context(recipe, teacher)
+        compare_tokenizers(resolve_path(recipe.student.path), resolve_path(recipe.teacher.path))
+    for name in recipe.stages:
+        for pattern in recipe.stage(name).data.files:
+            if not matching_files(pattern):
+                raise DataError(f"{name}.data.files: no file matches {pattern}; correct the path (it is taken from {Path.cwd()})")
+    for benchmark in recipe.evaluation.benchmarks:
+        load_benchmark(benchmark)
+    _check_device(recipe)
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Files that a path or glob of a recipe means, sorted."""
+    return sorted(Path(match) for match in glob.glob(str(resolve_path(pattern)), recursive=True))
+
+
+def _check_context(recipe: Recipe, config: dict[str, object]) -> None:
+    limit = context_limit(config)
+    for name in recipe.stages:
+        stage = recipe.stage(name)
+        needed = stage.max_prompt_tokens + stage.max_response_tokens
+        if limit is not None and needed > limit:
+            raise RecipeError(
+                f"recipe {recipe.name}, field '{name}.max_response_tokens': {stage.max_response_tokens} response and "
+                f"{stage.max_prompt_tokens} prompt tokens are {needed}, beyond the student's context of {limit}; "
+                f"lower it to {limit - stage.max_prompt_tokens} or less"
+            )
+
+
+def _check_teacher_context(recipe: Recipe, config: dict[str, object]) -> None:
+    limit = context_limit(config)
+    for name in recipe.stages:
+        stage = recipe.stage(name)
+        needed = stage.max_prompt_tokens + stage.max_response_tokens
+        if limit is not None and stage.uses_teacher and needed > limit:
+            raise ModelError(
+                f"teacher.path={recipe.teacher and recipe.teacher.path}: its context of {limit} tokens is shorter than "
+                f"{name}'s prompt and response limits ({needed}); lower {name}.max_response_tokens or change the teacher"
+            )
+
+
+def _check_device(recipe: Recipe) -> None:
+    if recipe.runtime.device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            f"recipe {recipe.name}, field 'runtime.device': cuda is asked for, but torch sees no GPU; "
+            "set runtime.device=cpu or install a CUDA build of torch"
+        )

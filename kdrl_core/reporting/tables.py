@@ -1,0 +1,52 @@
+"""The summary as tables of text, for Markdown, HTML and the terminal alike."""
+
+from dataclasses import dataclass
+
+from kdrl_core.reporting.summary import Summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Header and rows; the first column is text, the others numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured Markdown, without the title."""
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def accuracy_table(summary: Summary) -> Table:
+    """Accuracy in % with the 95 % interval, one model a row, one benchmark a column."""
+    benchmarks = list(dict.fromkeys(name for model in summary.models for name in model.benchmarks))
+    rows = [
+        [model.name, *(_interval(model.benchmarks.get(name)) for name in benchmarks)] for model in summary.models
+    ]
+    return Table(title="Accuracy, % (95 % interval)", header=["model", *benchmarks], rows=rows)
+
+
+def phase_table(summary: Summary) -> Table:
+    """Reward, length and clip ratio at the start and the end of each stage."""
+    header = ["stage", "steps", "reward", "length, tokens", "clip ratio", "entropy, nats", "KL to teacher", "seconds"]
+    rows = []
+    for stage in summary.stages:
+        names = ["reward/mean", "response/length_mean", "response/clip_ratio", "entropy", "kd/kl_unmasked"]
+        digits = [3, 1, 3, 3, 3]
+        cells = [_change(stage.metrics.get(name), d) for name, d in zip(names, digits, strict=True)]
+        rows.append(
+            [f"{stage.stage} ({stage.objective})", f"{stage.steps}/{stage.planned_steps}", *cells, f"{stage.seconds:.0f}"]
+        )
+    return Table(title="Training, first → last fifth of the steps", header=header, rows=rows)
+
+
+def _interval(result: dict[str, float] | None) -> str:
+    if result is None:
+        return "–"
+    return f"{100 * result['accuracy']:.1f} ({100 * result['low']:.1f}–{100 * result['high']:.1f})"
+
+
+def _change(ends: tuple[float, float] | None, digits: int) -> str:
+    return "–" if ends is None else f"{ends[0]:.{digits}f} → {ends[1]:.{digits}f}"

@@ -1,0 +1,1 @@
+"""Rollout artifacts: their Arrow schemas, and what is computed from them."""

@@ -1,0 +1,55 @@
+"""metrics.parquet and timings.parquet: one row per step, derived from the manifests of the steps' updates.
+
+The two are apart because one of them is reproduced bit by bit by a rerun and the other cannot be. Both can be rebuilt
+at any time, so they have no manifest of their own; they are replaced atomically.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kdrl_core.errors import DamagedArtifactError
+from kdrl_core.ledger import Run, is_published, manifest_of, replace_file
+from kdrl_core.rollouts.schema import read_table, write_table
+
+
+def append_metrics(run: Run, stage: str, step: int) -> None:
+    """Add the row of a published step to the stage's metrics and timings, or rebuild them where rows are missing."""
+    _append(run, stage, step, "metrics", run.paths.metrics(stage))
+    _append(run, stage, step, "timings", run.paths.timings(stage))
+
+
+def load_metrics(run: Run, stage: str) -> list[dict[str, Any]]:
+    """Rows of a stage with metrics and timings joined, ascending by step; empty if nothing was trained yet."""
+    metrics, timings = _rows(run.paths.metrics(stage)), _rows(run.paths.timings(stage))
+    by_step = {row["step"]: row for row in timings}
+    return [{**row, **by_step.get(row["step"], {})} for row in metrics]
+
+
+def _append(run: Run, stage: str, step: int, kind: str, path: Path) -> None:
+    rows = _rows(path)
+    if [row["step"] for row in rows] != list(range(step)):
+        if len(rows) > step:
+            return  # a replayed step, its row is there
+        rows = [_row(run, stage, earlier, kind) for earlier in range(step)]
+    rows.append(_row(run, stage, step, kind))
+    sink = pa.BufferOutputStream()
+    write_table(pa.Table.from_pylist(rows), sink)
+    replace_file(path, sink.getvalue().to_pybytes())
+
+
+def _row(run: Run, stage: str, step: int, kind: str) -> dict[str, Any]:
+    path = run.paths.update(stage, step)
+    if not is_published(path):
+        raise DamagedArtifactError(f"{path} is missing, though later steps were trained; restore it from a backup")
+    return {"step": step, **manifest_of(path).metadata[kind]}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = read_table(path).to_pylist()
+    return rows
+
+

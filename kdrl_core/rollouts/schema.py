@@ -1,0 +1,105 @@
+"""Arrow schemas of a step's Parquet files, version 1. Each row is one response; `prompt_id` and `sample` join the files.
+
+stage and step are the hive partition (`stage=stage2/step=000012`), not columns. Every file has the rows in the same order:
+prompts as drawn, the G responses of a prompt together.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdrl_core.errors import DamagedArtifactError
+
+SCHEMA_VERSION = "1"
+
+
+def _field(name: str, kind: pa.DataType, text: str, *, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"description": text})
+
+
+_IDS = [
+    _field("prompt_id", pa.string(), "problem_id of the pool"),
+    _field("sample", pa.int32(), "number of the response within its group, from 0"),
+]
+
+ROLLOUTS = pa.schema(
+    [
+        *_IDS,
+        _field("prompt", pa.string(), "the rendered prompt"),
+        _field("response", pa.string(), "decoded response, special tokens left out"),
+        _field("ground_truth", pa.string(), "the problem's answer"),
+        _field("prompt_token_ids", pa.list_(pa.int32()), "tokens of the prompt"),
+        _field("token_ids", pa.list_(pa.int32()), "tokens of the response, EOS included"),
+        _field("rollout_logprobs", pa.list_(pa.float32()), "the engine's logprob of each token under softmax(logits/T)"),
+        _field("length", pa.int32(), "response tokens, EOS included"),
+        _field("finish_reason", pa.string(), "stop | length (cut at the response limit)"),
+        _field("repetition_rate", pa.float32(), "share of 8-grams of tokens that occurred before in the response"),
+        _field("seed", pa.uint64(), "of the response, from (seed, stage, step, prompt_id, sample)"),
+        _field("policy_version", pa.int32(), "updates behind the sampling policy: the step's number"),
+        _field("engine", pa.string(), "rollout engine"),
+    ]
+)
+
+TEACHER = pa.schema(
+    [*_IDS, _field("teacher_logprobs", pa.list_(pa.float32()), "π_T's logprob of each token under softmax(logits/T)")]
+)
+
+REFERENCE = pa.schema(
+    [*_IDS, _field("ref_logprobs", pa.list_(pa.float32()), "the stage's initial policy's logprob of each token")]
+)
+
+REWARDS = pa.schema(
+    [
+        *_IDS,
+        _field("reward", pa.float32(), "format_reward × accuracy_reward, or accuracy alone for R1-Zero (B.1.2)"),
+        _field("format_reward", pa.float32(), "1 if the response has the expected structure"),
+        _field("accuracy_reward", pa.float32(), "1 if the answer equals the ground truth"),
+        _field("verdict", pa.string(), "correct | wrong | malformed | no_answer | timeout | error"),
+        _field("extracted", pa.string(), "the answer found in the response", nullable=True),
+        _field("reason", pa.string(), "the verdict in words"),
+    ]
+)
+
+UPDATE = pa.schema(
+    [
+        *_IDS,
+        _field("advantage", pa.float32(), "Â of the response (2), as the update used it"),
+        _field("kd_weight", pa.float32(), "1 if KD applied to the response (Sec. 3.4), 0 if masked or without teacher"),
+        _field("logprobs", pa.list_(pa.float32()), "the trainer's logprob of each token before the update"),
+        _field("kl_sum", pa.float32(), "Σ_t of the KL estimate to the teacher", nullable=True),
+        _field("kl_mean", pa.float32(), "mean over tokens of the KL estimate to the teacher", nullable=True),
+        _field("log_ratio_sum", pa.float32(), "Σ_t R_t = log π_T − log π_θ", nullable=True),
+    ]
+)
+
+EVALUATION = pa.schema(
+    [
+        _field("benchmark", pa.string(), "name of the benchmark"),
+        *_IDS,
+        _field("question", pa.string(), "the problem"),
+        _field("ground_truth", pa.string(), "the problem's answer"),
+        _field("response", pa.string(), "decoded response"),
+        _field("length", pa.int32(), "response tokens, EOS included"),
+        _field("finish_reason", pa.string(), "stop | length"),
+        _field("verdict", pa.string(), "correct | wrong | malformed | no_answer | timeout | error"),
+        _field("accuracy_reward", pa.float32(), "1 if the answer equals the ground truth"),
+        _field("extracted", pa.string(), "the answer found in the response", nullable=True),
+        _field("reason", pa.string(), "the verdict in words"),
+        _field("seed", pa.uint64(), "of the response"),
+    ]
+)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write `table` as zstd Parquet; equal tables give equal bytes."""
+    metadata = {**(table.schema.metadata or {}), b"kdrl.schema_version": SCHEMA_VERSION.encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read one Parquet file, without the partition columns. Raises DamagedArtifactError if it is not Parquet."""
+    try:
+        return pq.ParquetFile(path).read(columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DamagedArtifactError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,169 @@
+"""A model ─▶ evaluate ─▶ evaluation/<label>/{responses.parquet, results.json} (Sec. 4.1)."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kdrl_core.config import ModelConfig, Recipe
+from kdrl_core.data import render_prompts, think_opened
+from kdrl_core.engines.models import context_limit, load_model, load_tokenizer, stop_token_ids
+from kdrl_core.engines.prepare import prepared_model
+from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.errors import ModelError
+from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
+from kdrl_core.evaluation.statistics import accuracy
+from kdrl_core.ledger import Run, derive_seed, is_current, publish_directory, verify_published
+from kdrl_core.progress import report_progress
+from kdrl_core.rollouts.schema import EVALUATION, write_table
+from kdrl_core.steps.session import initial_policy
+from kdrl_core.types import Rollout, RolloutRequest, Verdict
+from kdrl_core.verify import Verifier
+
+RESULTS = "results.json"
+
+
+def model_of(run: Run, label: str) -> tuple[Path, ModelConfig]:
+    """Model directory and config behind an evaluation label.
+
+    Labels: `base` and `teacher`; `<stage>` for a finished stage; `<stage>-step-<000012>` for a checkpoint.
+    """
+    recipe = run.recipe
+    if label == "teacher":
+        if recipe.teacher is None:
+            raise ModelError("the recipe has no teacher to evaluate; set teacher.path")
+        return prepared_model(recipe.teacher, run.paths.root), recipe.teacher
+    if label == "base":
+        return initial_policy(run, recipe.stages[0]), recipe.student
+    stage, _, step = label.partition("-step-")
+    return run.paths.checkpoint(stage, int(step) if step else recipe.stage(stage).steps), recipe.student
+
+
+def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluate the model behind `label` on the named benchmarks (default: all) and publish responses and results.
+
+    Returns:
+        results.json: per benchmark `accuracy`, `low`, `high` (in [0, 1]), `length_mean`, `clip_ratio`, counts.
+    """
+    target = run.paths.evaluation(label)
+    recipe = run.recipe
+    path, config = model_of(run, label)
+    inputs = run.inputs(path) if path.is_relative_to(run.paths.root) else {}
+    if is_current(target, inputs):
+        verify_published(target)
+        return read_results(target)
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(path, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code)
+    model = load_model(
+        path, dtype=recipe.runtime.dtype, device=recipe.runtime.device, trust_remote_code=config.trust_remote_code
+    )
+    wanted = [b for b in recipe.evaluation.benchmarks if benchmarks is None or b.name in benchmarks]
+    results: dict[str, Any] = {}
+    tables: list[pa.Table] = []
+    limits = recipe.verification
+    with Verifier(
+        workers=limits.workers, timeout_s=limits.timeout_s, memory_limit_mb=limits.memory_limit_mb
+    ) as verifier:
+        for benchmark in wanted:
+            report_progress(run, stage=f"evaluate {label}", phase=benchmark.name)
+            problems = load_benchmark(benchmark)
+            prompts = render_prompts([p.question for p in problems], tokenizer, recipe)
+            requests = [
+                RolloutRequest(
+                    prompt_id=problem.problem_id,
+                    sample=sample,
+                    prompt_token_ids=token_ids,
+                    seed=derive_seed(recipe.seed, "evaluation", benchmark.name, problem.problem_id, sample),
+                )
+                for problem, (_, token_ids) in zip(problems, prompts, strict=True)
+                for sample in range(benchmark.samples)
+            ]
+            engine = TransformersRolloutEngine(
+                model,
+                tokenizer,
+                stop_ids=stop_token_ids(model, tokenizer),
+                temperature=recipe.evaluation.temperature,
+                max_response_tokens=_response_limit(recipe, model.config.to_dict(), requests, label),
+                batch_size=recipe.runtime.rollout_batch_size,
+            )
+            rollouts = engine.generate(requests)
+            answers = {p.problem_id: p for p in problems}
+            verdicts = verifier.verify_batch(
+                [(r.text, answers[r.prompt_id].answer) for r in rollouts],
+                require_format=False,
+                think_opened=think_opened(prompts[0][0], recipe),
+            )
+            tables.append(_table(benchmark.name, requests, rollouts, verdicts, answers))
+            results[benchmark.name] = _result(rollouts, verdicts, benchmark.samples, seed=recipe.seed)
+    content = {"label": label, "model": path.name, "seconds": time.perf_counter() - started, "benchmarks": results}
+
+    def write(folder: Path) -> None:
+        write_table(pa.concat_tables(tables), folder / "responses.parquet")
+        (folder / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
+
+    publish_directory(target, write, inputs=inputs)
+    return content
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """results.json of a published evaluation."""
+    content: dict[str, Any] = json.loads((path / RESULTS).read_text(encoding="utf-8"))
+    return content
+
+
+def _response_limit(
+    recipe: Recipe, config: dict[str, Any], requests: Sequence[RolloutRequest], label: str
+) -> int:
+    context = min(recipe.evaluation.max_context_tokens, context_limit(config) or recipe.evaluation.max_context_tokens)
+    longest = max(len(request.prompt_token_ids) for request in requests)
+    if longest >= context:
+        raise ModelError(
+            f"evaluation of {label}: a prompt has {longest} tokens, the context {context}; "
+            "raise evaluation.max_context_tokens or use a model with a longer context"
+        )
+    return context - longest
+
+
+def _table(
+    benchmark: str,
+    requests: Sequence[RolloutRequest],
+    rollouts: Sequence[Rollout],
+    verdicts: Sequence[Verdict],
+    problems: dict[str, BenchmarkProblem],
+) -> pa.Table:
+    return pa.Table.from_pydict(
+        {
+            "benchmark": [benchmark] * len(rollouts),
+            "prompt_id": [r.prompt_id for r in rollouts],
+            "sample": [r.sample for r in rollouts],
+            "question": [problems[r.prompt_id].question for r in rollouts],
+            "ground_truth": [problems[r.prompt_id].answer for r in rollouts],
+            "response": [r.text for r in rollouts],
+            "length": [len(r.token_ids) for r in rollouts],
+            "finish_reason": [r.finish_reason.value for r in rollouts],
+            "verdict": [v.kind.value for v in verdicts],
+            "accuracy_reward": [v.accuracy_reward for v in verdicts],
+            "extracted": [v.extracted for v in verdicts],
+            "reason": [v.reason for v in verdicts],
+            "seed": [request.seed for request in requests],
+        },
+        schema=EVALUATION,
+    )
+
+
+def _result(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], samples: int, *, seed: int) -> dict[str, Any]:
+    correct = [v.accuracy_reward for v in verdicts]
+    groups = [correct[start : start + samples] for start in range(0, len(correct), samples)]
+    found = accuracy(groups, seed=seed)
+    return {
+        "accuracy": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "num_problems": len(groups),
+        "num_samples": samples,
+        "length_mean": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
+        "clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }

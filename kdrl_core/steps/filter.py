@@ -1,0 +1,50 @@
+"""problems ─▶ filter ─▶ data/pool.parquet and data/filter.json, for every stage of the recipe (B.1.1, B.3)."""
+
+import json
+
+import pyarrow as pa
+
+from kdrl_core.data import FilterReport, filter_problems, read_problems
+from kdrl_core.engines.models import load_tokenizer
+from kdrl_core.errors import DataError
+from kdrl_core.ledger import Run, is_published, publish_file, verify_published
+from kdrl_core.progress import report_progress
+from kdrl_core.rollouts.schema import write_table
+from kdrl_core.steps.session import initial_policy
+
+
+def filter_run(run: Run) -> dict[str, FilterReport]:
+    """Filter each stage's problems and publish the pool. Returns the reports by stage; empty if it was there already.
+
+    Raises:
+        DataError: unreadable or malformed input, or a pool too small for one step.
+    """
+    if is_published(run.paths.pool) and is_published(run.paths.filter_report):
+        verify_published(run.paths.pool)
+        verify_published(run.paths.filter_report)
+        return {}
+    report_progress(run, stage="filter", phase="filter")
+    recipe = run.recipe
+    tokenizer = load_tokenizer(
+        initial_policy(run, recipe.stages[0]),
+        chat_template=recipe.student.chat_template,
+        trust_remote_code=recipe.student.trust_remote_code,
+    )
+    pools: list[pa.Table] = []
+    reports: dict[str, FilterReport] = {}
+    for stage in recipe.stages:
+        problems = read_problems(recipe.stage(stage).data)
+        pool, reports[stage] = filter_problems(problems, recipe, stage=stage, tokenizer=tokenizer)
+        needed = recipe.stage(stage).prompts_per_step
+        if len(pool) < needed:
+            raise DataError(
+                f"{stage}: {len(pool)} problems are left after filtering, fewer than prompts_per_step={needed}; "
+                f"loosen the rules of {stage}.data, give more problems, or lower {stage}.prompts_per_step"
+            )
+        pools.append(pool)
+    content = json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=1) + "\n"
+    publish_file(run.paths.pool, lambda path: write_table(pa.concat_tables(pools), path))
+    publish_file(
+        run.paths.filter_report, lambda path: path.write_text(content, encoding="utf-8"), inputs=run.inputs(run.paths.pool)
+    )
+    return reports

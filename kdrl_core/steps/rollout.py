@@ -1,0 +1,100 @@
+"""prompts ─▶ rollout ─▶ rollouts.parquet: G responses to each prompt of a step, from the current policy."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from kdrl_core.errors import DataError
+from kdrl_core.ledger import Run, derive_seed, is_published, prompts_of_step, publish_file, verify_published
+from kdrl_core.progress import report_progress
+from kdrl_core.rollouts.schema import ROLLOUTS, write_table
+from kdrl_core.rollouts.stats import repetition_rate
+from kdrl_core.steps.session import StageSession
+from kdrl_core.types import RolloutRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepArtifact:
+    """A published file of a step, as tasks hand it on: a path and whether it was there already."""
+
+    path: Path
+    reused: bool
+    seconds: float
+
+
+def rollout_step(session: StageSession, step: int) -> StepArtifact:
+    """Sample the responses of a step and publish them, or find them published.
+
+    Raises:
+        DataError: the pool is smaller than a step.
+        EngineError: the engine's logits are not finite.
+        DamagedArtifactError: the published file was altered.
+    """
+    started = time.perf_counter()
+    run, stage, config = session.run, session.stage, session.config
+    path = run.paths.rollouts(stage, step)
+    if is_published(path):
+        verify_published(path)
+        return StepArtifact(path=path, reused=True, seconds=0.0)
+    engine = session.engine_at(step)
+    requests = _requests(session, step)
+    total = len(requests)
+    rollouts = engine.generate(
+        requests, on_progress=lambda done: report_progress(run, stage=stage, step=step, phase="rollout", done=done, total=total)
+    )
+    problems = [session.pool[rollout.prompt_id] for rollout in rollouts]
+    table = pa.Table.from_pydict(
+        {
+            "prompt_id": [r.prompt_id for r in rollouts],
+            "sample": [r.sample for r in rollouts],
+            "prompt": [p["prompt"] for p in problems],
+            "response": [r.text for r in rollouts],
+            "ground_truth": [p["answer"] for p in problems],
+            "prompt_token_ids": [r.prompt_token_ids for r in rollouts],
+            "token_ids": [r.token_ids for r in rollouts],
+            "rollout_logprobs": [r.logprobs for r in rollouts],
+            "length": [len(r.token_ids) for r in rollouts],
+            "finish_reason": [r.finish_reason.value for r in rollouts],
+            "repetition_rate": [repetition_rate(r.token_ids) for r in rollouts],
+            "seed": [request.seed for request in requests],
+            "policy_version": [step] * total,
+            "engine": ["transformers"] * total,
+        },
+        schema=ROLLOUTS,
+    )
+    inputs = _inputs(run, stage, step)
+    seconds = time.perf_counter() - started
+    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
+    return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
+
+
+def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
+    run, stage, config = session.run, session.stage, session.config
+    if len(session.pool) < config.prompts_per_step:
+        raise DataError(
+            f"{stage}: the pool has {len(session.pool)} problems, fewer than prompts_per_step={config.prompts_per_step}; "
+            f"loosen the filter ({stage}.data) or lower {stage}.prompts_per_step"
+        )
+    problem_ids = prompts_of_step(
+        list(session.pool), seed=run.recipe.seed, stage=stage, step=step, prompts_per_step=config.prompts_per_step
+    )
+    return [
+        RolloutRequest(
+            prompt_id=problem_id,
+            sample=sample,
+            prompt_token_ids=session.pool[problem_id]["prompt_token_ids"],
+            seed=derive_seed(run.recipe.seed, stage, step, problem_id, sample),
+        )
+        for problem_id in problem_ids
+        for sample in range(config.group_size)
+    ]
+
+
+def _inputs(run: Run, stage: str, step: int) -> dict[str, str]:
+    """The pool and, where it is published, the sampling checkpoint, by the hashes in their manifests."""
+    from kdrl_core.ledger import manifest_of
+
+    sources = [run.paths.pool, run.paths.checkpoint(stage, step)]
+    return {run.relative(source): manifest_of(source).sha256 for source in sources if is_published(source)}

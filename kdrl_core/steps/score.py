@@ -1,0 +1,51 @@
+"""rollouts.parquet ─▶ teacher-score ─▶ teacher.parquet, and in stage 1 reference.parquet for the penalty to it."""
+
+import time
+
+import pyarrow as pa
+
+from kdrl_core.ledger import is_published, publish_file, verify_published
+from kdrl_core.progress import report_progress
+from kdrl_core.rollouts.schema import REFERENCE, TEACHER, read_table, write_table
+from kdrl_core.steps.rollout import StepArtifact
+from kdrl_core.steps.session import StageSession
+from kdrl_core.types import ScoreRequest
+
+
+def score_step(session: StageSession, step: int) -> list[StepArtifact]:
+    """Score a step's responses with each frozen model that the objective needs; none for plain GRPO."""
+    roles = []
+    if session.config.uses_teacher:
+        roles.append("teacher")
+    if session.config.ref_beta > 0.0:
+        roles.append("reference")
+    return [_score(session, step, role) for role in roles]
+
+
+def _score(session: StageSession, step: int, role: str) -> StepArtifact:
+    started = time.perf_counter()
+    run, stage = session.run, session.stage
+    paths = run.paths
+    path, schema = (
+        (paths.teacher(stage, step), TEACHER) if role == "teacher" else (paths.reference(stage, step), REFERENCE)
+    )
+    if is_published(path):
+        verify_published(path)
+        return StepArtifact(path=path, reused=True, seconds=0.0)
+    report_progress(run, stage=stage, step=step, phase=f"{role}-score")
+    source = paths.rollouts(stage, step)
+    inputs = run.inputs(source)
+    rollouts = read_table(source, ["prompt_id", "sample", "prompt_token_ids", "token_ids"])
+    requests = [
+        ScoreRequest(prompt_token_ids=prompt, token_ids=tokens)
+        for prompt, tokens in zip(
+            rollouts["prompt_token_ids"].to_pylist(), rollouts["token_ids"].to_pylist(), strict=True
+        )
+    ]
+    scores = session.scorer(role).score(requests)
+    table = pa.Table.from_arrays(
+        [rollouts["prompt_id"], rollouts["sample"], pa.array(scores, pa.list_(pa.float32()))], schema=schema
+    )
+    seconds = time.perf_counter() - started
+    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
+    return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)

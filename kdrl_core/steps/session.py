@@ -1,0 +1,218 @@
+"""What a stage keeps in memory between steps: pool, trainer, engines, scorers, verifier. One per process and stage.
+
+Tasks pass paths and numbers; the models they need are found here, so nothing is reloaded per step. What is in memory is
+always a function of the files: `policy_for(step)` restores the latest checkpoint, and the updates since are replayed
+from their published rollouts.
+"""
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from kdrl_core.config import ModelConfig, StageConfig
+from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
+from kdrl_core.engines.prepare import prepared_model
+from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.errors import RunError
+from kdrl_core.ledger import Run, is_published, open_run_dir, verify_published
+from kdrl_core.rollouts.schema import read_table
+from kdrl_core.steps.checkpoints import latest_checkpoint
+from kdrl_core.training.torch_trainer import TorchTrainer
+from kdrl_core.verify import Verifier
+
+
+class StageSession:
+    """The models of one stage of one run, made when first needed."""
+
+    def __init__(self, run: Run, stage: str) -> None:
+        import torch
+
+        self.run = run
+        self.stage = stage
+        self.config: StageConfig = run.recipe.stage(stage)
+        self._lock = threading.RLock()
+        self._trainer: TorchTrainer | None = None
+        self._engine: TransformersRolloutEngine | None = None
+        self._engine_version = -1
+        self._scorers: dict[str, TransformersScorer] = {}
+        self._verifier: Verifier | None = None
+        self._pool: dict[str, dict[str, Any]] | None = None
+        torch.set_num_threads(run.recipe.runtime.num_threads)
+        self.tokenizer = load_tokenizer(
+            self.initial_policy,
+            chat_template=run.recipe.student.chat_template,
+            trust_remote_code=run.recipe.student.trust_remote_code,
+        )
+
+    @property
+    def initial_policy(self) -> Path:
+        """Model directory that the stage starts from: the recipe's student, or what stage 1 made of it."""
+        return initial_policy(self.run, self.stage)
+
+    @property
+    def pool(self) -> dict[str, dict[str, Any]]:
+        """The stage's problems by id. Raises DamagedArtifactError if the published pool was altered."""
+        with self._lock:
+            if self._pool is None:
+                verify_published(self.run.paths.pool)
+                table = read_table(self.run.paths.pool)
+                rows = table.filter(pc.equal(table["stage"], self.stage)).to_pylist()
+                self._pool = {row["problem_id"]: row for row in rows}
+            return self._pool
+
+    def trainer_at(self, step: int) -> TorchTrainer:
+        """The trainer, holding the policy after `step` updates.
+
+        Raises:
+            RunError: memory and files are at different steps, so going on would train on foreign rollouts.
+        """
+        with self._lock:
+            if self._trainer is None:
+                self._trainer = self._restore_trainer()
+            if self._trainer.step != step:
+                raise RunError(
+                    f"{self.stage} is at step {self._trainer.step}, but step {step} was asked for; "
+                    f"resume the run with: kdrl resume {self.run.name}"
+                )
+            return self._trainer
+
+    def engine_at(self, step: int) -> TransformersRolloutEngine:
+        """The rollout engine with the weights of the policy after `step` updates."""
+        with self._lock:
+            recipe, config = self.run.recipe, self.config
+            if self._engine is None:
+                model = self._load(self.initial_policy, recipe.student)
+                self._engine = TransformersRolloutEngine(
+                    model,
+                    self.tokenizer,
+                    stop_ids=stop_token_ids(model, self.tokenizer),
+                    temperature=config.temperature,
+                    max_response_tokens=config.max_response_tokens,
+                    batch_size=recipe.runtime.rollout_batch_size,
+                )
+                self._engine_version = 0
+            if self._engine_version != step:
+                self._engine.load_weights(self._weights_at(step))
+                self._engine_version = step
+            return self._engine
+
+    def scorer(self, role: str) -> TransformersScorer:
+        """The frozen model of a role, `teacher` or `reference`, at the student's temperature."""
+        with self._lock:
+            if role not in self._scorers:
+                recipe = self.run.recipe
+                if role == "teacher":
+                    assert recipe.teacher is not None  # the recipe was validated
+                    model = self._load(prepared_model(recipe.teacher, self.run.paths.root), recipe.teacher)
+                else:
+                    model = self._load(self.initial_policy, recipe.student)
+                self._scorers[role] = TransformersScorer(
+                    model, temperature=self.config.temperature, batch_tokens=recipe.runtime.score_batch_tokens
+                )
+            return self._scorers[role]
+
+    @property
+    def verifier(self) -> Verifier:
+        """The verifier's pool of processes, started once per stage."""
+        with self._lock:
+            if self._verifier is None:
+                limits = self.run.recipe.verification
+                self._verifier = Verifier(
+                    workers=limits.workers, timeout_s=limits.timeout_s, memory_limit_mb=limits.memory_limit_mb
+                )
+            return self._verifier
+
+    def close(self) -> None:
+        """Let go of models and processes."""
+        with self._lock:
+            if self._verifier is not None:
+                self._verifier.close()
+            self._verifier = self._trainer = self._engine = None
+            self._scorers.clear()
+        shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
+
+    def _load(self, path: Path, config: ModelConfig) -> Any:
+        runtime = self.run.recipe.runtime
+        return load_model(
+            path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=config.trust_remote_code
+        )
+
+    def _restore_trainer(self) -> TorchTrainer:
+        import torch
+
+        recipe, config = self.run.recipe, self.config
+        runtime = recipe.runtime
+        model = load_model(
+            self.initial_policy, device=runtime.device, trust_remote_code=recipe.student.trust_remote_code
+        )
+        trainer = TorchTrainer(
+            model,
+            self.tokenizer,
+            temperature=config.temperature,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            warmup_steps=config.warmup_steps,
+            max_grad_norm=config.max_grad_norm,
+            micro_batch_tokens=config.micro_batch_tokens,
+            autocast_dtype=torch.bfloat16 if runtime.dtype == "bfloat16" else None,
+            seed=recipe.seed,
+        )
+        if (step := latest_checkpoint(self.run, self.stage)) > 0:
+            checkpoint = self.run.paths.checkpoint(self.stage, step)
+            verify_published(checkpoint)
+            trainer.load(checkpoint)
+        return trainer
+
+    def _weights_at(self, step: int) -> Path:
+        if step == 0:
+            return self.initial_policy
+        if is_published(checkpoint := self.run.paths.checkpoint(self.stage, step)):
+            return checkpoint
+        scratch = self.run.paths.scratch / f"policy-{self.stage}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        self.trainer_at(step).export_hf(scratch)
+        return scratch
+
+
+def initial_policy(run: Run, stage: str) -> Path:
+    """Model directory that `stage` starts from. Raises RunError if the stage before it is not finished."""
+    stages = run.recipe.stages
+    position = list(stages).index(stage)  # type: ignore[arg-type]
+    if position == 0:
+        return prepared_model(run.recipe.student, run.paths.root)
+    before = stages[position - 1]
+    final = run.paths.checkpoint(before, run.recipe.stage(before).steps)
+    if not is_published(final):
+        raise RunError(f"{stage} starts from the result of {before}, which is not finished; run or resume {before} first")
+    return final
+
+
+_sessions: dict[tuple[Path, str], StageSession] = {}
+_sessions_lock = threading.Lock()
+
+
+def stage_session(run_dir: str | Path, stage: str) -> StageSession:
+    """The process's session of a stage; sessions of other stages and runs are closed, so models do not pile up."""
+    key = (Path(run_dir), stage)
+    with _sessions_lock:
+        if key not in _sessions:
+            _close_all()
+            _sessions[key] = StageSession(open_run_dir(run_dir), stage)
+        return _sessions[key]
+
+
+def close_sessions() -> None:
+    """Close every session of the process: before a run is opened again, and at its end."""
+    with _sessions_lock:
+        _close_all()
+
+
+def _close_all() -> None:
+    for session in _sessions.values():
+        session.close()
+    _sessions.clear()

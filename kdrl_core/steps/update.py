@@ -1,0 +1,195 @@
+"""{rollouts, teacher, reference, rewards}.parquet ─▶ update ─▶ update.parquet, metrics, checkpoint.
+
+The objective of the stage is put together here from its parts: rewards or shaped rewards (Sec. 3.1) become advantages
+(2), rewards become KD weights (Sec. 3.4), the step number becomes β (Sec. 3.3). The trainer does the rest.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from kdrl_core.config import StageConfig
+from kdrl_core.ledger import Run, is_published, manifest_of, publish_directory, publish_file, verify_published
+from kdrl_core.objectives import BetaSchedule, group_advantages, kd_mask, kl_estimate, shape_rewards
+from kdrl_core.progress import report_progress
+from kdrl_core.rollouts.metrics import append_metrics
+from kdrl_core.rollouts.schema import UPDATE, read_table, write_table
+from kdrl_core.rollouts.stats import response_metrics
+from kdrl_core.steps.checkpoints import is_checkpoint_due, prune_checkpoints
+from kdrl_core.steps.session import StageSession
+from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
+from kdrl_core.types import ScoreRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSummary:
+    """What the flow needs to tell about a finished step."""
+
+    step: int
+    metrics: dict[str, float]
+    timings: dict[str, float]
+    checkpoint: Path | None
+    replayed: bool
+
+
+def update_step(session: StageSession, step: int) -> StepSummary:
+    """Train on a step's files, publish what was done, and the new policy when one is due.
+
+    A step whose `update.parquet` is published is replayed: the trainer makes the same update again from the same files.
+
+    Raises:
+        EngineError: loss or gradients are not finite.
+        DamagedArtifactError: one of the step's files was altered.
+    """
+    started = time.perf_counter()
+    run, stage, config = session.run, session.stage, session.config
+    paths = run.paths
+    sources = [paths.rollouts(stage, step), paths.rewards(stage, step)]
+    sources += [path for path in (paths.teacher(stage, step), paths.reference(stage, step)) if is_published(path)]
+    inputs = run.inputs(*sources)
+    report_progress(run, stage=stage, step=step, phase="update")
+    rollouts, rewards = read_table(sources[0]), read_table(sources[1])
+    beta = BetaSchedule(config.beta.init, config.beta.decay, config.beta.minimum)(step) if config.beta else 0.0
+    batch = _update_batch(session, step, rollouts, rewards, beta)
+    stats = session.trainer_at(step).update(batch)
+
+    path = paths.update(stage, step)
+    replayed = is_published(path)
+    if not replayed:
+        metrics = {**response_metrics(rollouts, rewards), **stats.metrics, "beta": beta, **_gap(rollouts, stats)}
+        seconds = time.perf_counter() - started
+        timings = _timings(run, stage, step, seconds, int(sum(rollouts["length"].to_pylist())))
+        table = _update_table(rollouts, batch, stats, config)
+        publish_file(
+            path,
+            lambda file: write_table(table, file),
+            inputs=inputs,
+            metadata={"metrics": metrics, "timings": timings},
+        )
+    recorded = verify_published(path).metadata
+    append_metrics(run, stage, step)
+    checkpoint = None
+    if is_checkpoint_due(run, stage, step + 1):
+        checkpoint = paths.checkpoint(stage, step + 1)
+        publish_directory(
+            checkpoint, session.trainer_at(step + 1).save, inputs={run.relative(path): manifest_of(path).sha256}
+        )
+        prune_checkpoints(run, stage)
+    return StepSummary(
+        step=step,
+        metrics=recorded["metrics"],
+        timings=recorded["timings"],
+        checkpoint=checkpoint,
+        replayed=replayed,
+    )
+
+
+def _update_batch(
+    session: StageSession, step: int, rollouts: pa.Table, rewards: pa.Table, beta: float
+) -> UpdateBatch:
+    run, stage, config = session.run, session.stage, session.config
+    reward = torch.tensor(rewards["reward"].to_numpy())
+    teacher = ref = None
+    if config.uses_teacher:
+        teacher = _ragged(read_table(run.paths.teacher(stage, step))["teacher_logprobs"])
+    if config.ref_beta > 0.0:
+        ref = _ragged(read_table(run.paths.reference(stage, step))["ref_logprobs"])
+    kd_weights = torch.zeros_like(reward)
+    if config.objective == "kd_rkl":
+        advantages = torch.zeros_like(reward)
+        kd_weights = torch.ones_like(reward)
+    elif config.objective == "reward_shaping":
+        assert teacher is not None  # uses_teacher
+        student, mask = _padded(_ragged(rollouts["rollout_logprobs"]))
+        shaped = shape_rewards(reward, student, _padded(teacher)[0], mask, beta)
+        advantages = group_advantages(shaped, config.group_size, normalize_std=config.normalize_std)
+    else:
+        advantages = group_advantages(reward, config.group_size, normalize_std=config.normalize_std)
+        if config.objective == "kdrl":
+            kd_weights = kd_mask(reward, config.group_size, config.kd_masking)
+    distils = config.objective in ("kdrl", "kd_rkl")
+    return UpdateBatch(
+        sequences=[
+            ScoreRequest(prompt_token_ids=prompt, token_ids=tokens)
+            for prompt, tokens in zip(
+                rollouts["prompt_token_ids"].to_pylist(), rollouts["token_ids"].to_pylist(), strict=True
+            )
+        ],
+        advantages=advantages.tolist(),
+        kd_weights=kd_weights.tolist(),
+        teacher_logprobs=teacher,
+        ref_logprobs=ref,
+        beta=beta if distils else 0.0,
+        kl_estimator=config.kl_estimator,
+        ref_beta=config.ref_beta,
+        ref_kl_estimator=config.ref_kl_estimator,
+        entropy_coef=config.entropy_coef,
+        group_size=config.group_size,
+    )
+
+
+def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, config: StageConfig) -> pa.Table:
+    columns: dict[str, Any] = {
+        "prompt_id": rollouts["prompt_id"],
+        "sample": rollouts["sample"],
+        "advantage": np.asarray(batch.advantages, np.float32),
+        "kd_weight": np.asarray(batch.kd_weights, np.float32),
+        "logprobs": pa.array(stats.logprobs, pa.list_(pa.float32())),
+    }
+    if batch.teacher_logprobs is None:
+        columns |= dict.fromkeys(("kl_sum", "kl_mean", "log_ratio_sum"), pa.nulls(len(rollouts), pa.float32()))
+    else:
+        (student, mask), (teacher, _) = _padded(stats.logprobs), _padded(batch.teacher_logprobs)
+        estimator = "k3" if config.kl_estimator.startswith("k3") else config.kl_estimator
+        kl_sum = (kl_estimate(student, teacher, estimator) * mask).sum(1)
+        columns["kl_sum"] = kl_sum.numpy()
+        columns["kl_mean"] = (kl_sum / mask.sum(1)).numpy()
+        columns["log_ratio_sum"] = (teacher - student).sum(1).numpy()
+    return pa.Table.from_pydict(columns, schema=UPDATE)
+
+
+def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
+    """How far the engine's logprobs are from the trainer's, over all sampled tokens (PITFALLS 12)."""
+    engine = rollouts["rollout_logprobs"].combine_chunks().flatten().to_numpy()
+    difference = np.abs(engine - np.concatenate(stats.logprobs))
+    return {"engine/logprob_gap_mean": float(difference.mean()), "engine/logprob_gap_max": float(difference.max())}
+
+
+def _timings(run: Run, stage: str, step: int, update_s: float, tokens: int) -> dict[str, float]:
+    files = {
+        "time/rollout_s": run.paths.rollouts(stage, step),
+        "time/teacher_score_s": run.paths.teacher(stage, step),
+        "time/reference_score_s": run.paths.reference(stage, step),
+        "time/verify_s": run.paths.rewards(stage, step),
+    }
+    timings = {
+        name: float(manifest_of(path).metadata["seconds"]) if is_published(path) else 0.0
+        for name, path in files.items()
+    }
+    timings["time/update_s"] = update_s
+    timings["throughput/rollout_tokens_per_s"] = tokens / max(timings["time/rollout_s"], 1e-9)
+    return timings
+
+
+def _ragged(column: pa.ChunkedArray) -> list[Float32s]:
+    """A list column as one float32 array per row, without copying values to Python objects."""
+    array = column.combine_chunks()
+    values, offsets = array.flatten().to_numpy(), array.offsets.to_numpy()
+    offsets = offsets - offsets[0]
+    return [np.array(values[a:b], np.float32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _padded(rows: Sequence[Float32s]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged rows as [B, T] values, 0 on padding, and their mask."""
+    width = max(len(row) for row in rows)
+    values, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = torch.from_numpy(row)
+        mask[index, : len(row)] = 1.0
+    return values, mask

@@ -1,0 +1,63 @@
+"""rollouts.parquet ─▶ verify ─▶ rewards.parquet: the verdict of each response (B.1.2)."""
+
+import time
+from collections import Counter
+
+import pyarrow as pa
+
+from kdrl_core.data import think_opened
+from kdrl_core.errors import VerificationError
+from kdrl_core.ledger import is_published, publish_file, verify_published
+from kdrl_core.rollouts.schema import REWARDS, read_table, write_table
+from kdrl_core.steps.rollout import StepArtifact
+from kdrl_core.steps.session import StageSession
+from kdrl_core.types import Verdict, VerdictKind
+
+
+def verify_step(session: StageSession, step: int) -> StepArtifact:
+    """Verify a step's responses and publish the verdicts, or find them published.
+
+    Raises:
+        VerificationError: more verdicts are timeouts or errors than `verification.max_failed_share` allows.
+    """
+    started = time.perf_counter()
+    run, stage = session.run, session.stage
+    path, source = run.paths.rewards(stage, step), run.paths.rollouts(stage, step)
+    if is_published(path):
+        verify_published(path)
+        return StepArtifact(path=path, reused=True, seconds=0.0)
+    inputs = run.inputs(source)
+    rollouts = read_table(source, ["prompt_id", "sample", "prompt", "response", "ground_truth"])
+    items = list(zip(rollouts["response"].to_pylist(), rollouts["ground_truth"].to_pylist(), strict=True))
+    verdicts = session.verifier.verify_batch(
+        items,
+        require_format=run.recipe.reward.require_format,
+        think_opened=think_opened(rollouts["prompt"][0].as_py(), run.recipe),
+    )
+    _refuse_failures(verdicts, f"{stage} step {step}", run.recipe.verification.max_failed_share)
+    table = pa.Table.from_pydict(
+        {
+            "prompt_id": rollouts["prompt_id"],
+            "sample": rollouts["sample"],
+            "reward": [v.reward for v in verdicts],
+            "format_reward": [v.format_reward for v in verdicts],
+            "accuracy_reward": [v.accuracy_reward for v in verdicts],
+            "verdict": [v.kind.value for v in verdicts],
+            "extracted": [v.extracted for v in verdicts],
+            "reason": [v.reason for v in verdicts],
+        },
+        schema=REWARDS,
+    )
+    seconds = time.perf_counter() - started
+    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
+    return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
+
+
+def _refuse_failures(verdicts: list[Verdict], where: str, limit: float) -> None:
+    failed = [v for v in verdicts if v.kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR)]
+    if len(failed) > limit * len(verdicts):
+        counts = ", ".join(f"{n} {kind}" for kind, n in Counter(v.kind.value for v in failed).items())
+        raise VerificationError(
+            f"{where}: {counts} of {len(verdicts)} verdicts, above verification.max_failed_share={limit}; "
+            f"first: {failed[0].reason}. Raise verification.timeout_s or memory_limit_mb, then resume"
+        )

@@ -1,0 +1,167 @@
+"""The trainer in plain torch, one process: AdamW, gradient clipping, micro-batches by token budget.
+
+Every micro-batch's loss is divided by the step's global token count before it is back-propagated, so that the gradient
+does not depend on how the step is cut (PITFALLS 4).
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kdrl_core.engines.models import load_weights_into
+from kdrl_core.errors import EngineError, RunError
+from kdrl_core.ledger.seeds import derive_seed
+from kdrl_core.objectives import kdrl_loss
+from kdrl_core.training.batch import PaddedBatch, pad_sequences, token_budget_batches
+from kdrl_core.training.logprobs import response_logprobs
+from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
+
+STATE_FILE = "trainer_state.pt"
+
+
+class TorchTrainer:
+    """`Trainer` over a transformers model in float32.
+
+    Args:
+        model: the initial policy; trained in place.
+        tokenizer: written beside exported weights.
+        temperature: of the sampled policy; every logprob is taken at it.
+        learning_rate, weight_decay, warmup_steps: AdamW and its linear warm-up; the first update already moves.
+        max_grad_norm: gradients are clipped to this norm.
+        micro_batch_tokens: padded tokens per forward and backward pass.
+        autocast_dtype: run the forward pass in this dtype (bfloat16 on GPUs); None keeps float32.
+        seed: of whatever the model draws while training (dropout), derived anew each step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        temperature: float,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+        max_grad_norm: float,
+        micro_batch_tokens: int,
+        autocast_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._model = model.train()
+        self._tokenizer = tokenizer
+        self._temperature = temperature
+        self._max_grad_norm = max_grad_norm
+        self._micro_batch_tokens = micro_batch_tokens
+        self._autocast_dtype = autocast_dtype
+        self._seed = seed
+        self._step = 0
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
+        )
+
+    @property
+    def step(self) -> int:
+        """Updates done so far."""
+        return self._step
+
+    def update(self, batch: UpdateBatch) -> StepStats:
+        """One optimiser step over all responses of `batch`.
+
+        Raises:
+            EngineError: loss or gradient norm is not finite; nothing was changed.
+        """
+        torch.manual_seed(derive_seed(self._seed, "update", self._step) % 2**63)
+        tokens = [len(sequence.token_ids) for sequence in batch.sequences]
+        total_tokens = sum(tokens)
+        kd_tokens = sum(count for count, weight in zip(tokens, batch.kd_weights, strict=True) if weight)
+        metrics: defaultdict[str, float] = defaultdict(float)
+        logprobs: list[Float32s] = [np.empty(0, np.float32)] * len(batch.sequences)
+        self._optimizer.zero_grad(set_to_none=True)
+        lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
+        for rows in token_budget_batches(lengths, max_tokens=self._micro_batch_tokens):
+            padded = pad_sequences([batch.sequences[row] for row in rows], device=self._model.device)
+            loss, micro_metrics, micro_logprobs = self._loss(batch, rows, padded, total_tokens, kd_tokens)
+            loss.backward()
+            for name, value in micro_metrics.items():
+                metrics[name] += float(value)
+            mask = padded.response_mask.bool().cpu()
+            for index, row in enumerate(rows):
+                logprobs[row] = micro_logprobs[index].cpu()[mask[index]].numpy()
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
+        if not np.isfinite([grad_norm, *metrics.values()]).all():
+            raise EngineError(
+                f"step {self._step}: loss {metrics.get('loss/total')} or gradient norm {grad_norm} is not finite; "
+                "training has diverged, lower learning_rate or beta"
+            )
+        learning_rate = self._schedule.get_last_lr()[0]
+        self._optimizer.step()
+        self._schedule.step()
+        self._step += 1
+        return StepStats(
+            metrics={**metrics, "optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate}, logprobs=logprobs
+        )
+
+    def _loss(
+        self, batch: UpdateBatch, rows: list[int], padded: PaddedBatch, total_tokens: int, kd_tokens: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Loss of a micro-batch, its metrics, and its logprobs [b, T] detached."""
+        device = self._model.device
+        with torch.autocast(device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            logprobs, entropy = response_logprobs(
+                self._model, padded, temperature=self._temperature, with_entropy=True
+            )
+        loss, metrics = kdrl_loss(
+            logprobs,
+            advantages=torch.tensor([batch.advantages[row] for row in rows], device=device),
+            teacher_logprobs=_pad_values(batch.teacher_logprobs, rows, padded),
+            response_mask=padded.response_mask,
+            rewards=None,
+            group_size=batch.group_size,
+            kd_weights=torch.tensor([batch.kd_weights[row] for row in rows], device=device),
+            beta=batch.beta,
+            kl_estimator=batch.kl_estimator,
+            ref_logprobs=_pad_values(batch.ref_logprobs, rows, padded),
+            ref_beta=batch.ref_beta,
+            ref_kl_estimator=batch.ref_kl_estimator,
+            entropy=entropy,
+            entropy_coef=batch.entropy_coef,
+            total_tokens=total_tokens,
+            kd_tokens=kd_tokens,
+        )
+        return loss, metrics, logprobs.detach()
+
+    def save(self, path: Path) -> None:
+        """Write model directory and optimiser, scheduler and step to the folder `path`."""
+        self.export_hf(path)
+        state = {"step": self._step, "optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
+        torch.save(state, path / STATE_FILE)
+
+    def load(self, path: Path) -> None:
+        """Go on from a folder that `save` wrote. Raises RunError if it has no trainer state."""
+        if not (path / STATE_FILE).is_file():
+            raise RunError(f"{path} has no {STATE_FILE}: it is a model, not a checkpoint of this trainer")
+        load_weights_into(self._model, path)
+        state = torch.load(path / STATE_FILE, weights_only=True, map_location=self._model.device)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._step = state["step"]
+
+    def export_hf(self, path: Path) -> None:
+        """Write weights, config, generation config, tokenizer and chat template to the folder `path`."""
+        self._model.save_pretrained(path)
+        self._tokenizer.save_pretrained(path)
+
+
+def _pad_values(values: Any, rows: list[int], padded: PaddedBatch) -> torch.Tensor | None:
+    """Ragged per-token values of `rows` as [b, T] float32, 0 on padding."""
+    if values is None:
+        return None
+    result = torch.zeros_like(padded.response_mask)
+    for index, row in enumerate(rows):
+        result[index, : len(values[row])] = torch.from_numpy(values[row])
+    return result

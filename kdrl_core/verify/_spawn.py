@@ -1,0 +1,49 @@
+"""A "spawn" context whose children do not import the parent's ``__main__``.
+
+Plain spawn re-imports it in every child. Ours need nothing from it, and it may be anything: a script without an
+``if __name__ == "__main__"`` guard (which would fail), ``python -c``, or a command line that imports torch and
+Prefect (seconds per worker, and gigabytes of address space, which the worker's memory limit would then refuse).
+"""
+
+import sys
+from multiprocessing import popen_spawn_posix, spawn
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+
+def _preparation_data(name: str) -> dict[str, Any]:
+    """As multiprocessing's, less the entries that name the main module."""
+    data = spawn.get_preparation_data(name)
+    return {key: value for key, value in data.items() if not key.startswith("init_main_from")}
+
+
+_SPAWN = SimpleNamespace(**{**vars(spawn), "get_preparation_data": _preparation_data})
+
+
+class _Popen(popen_spawn_posix.Popen):
+    # The standard method, with `spawn` bound to ours: it offers no hook, and a copy would age with each Python version.
+    _launch = FunctionType(
+        popen_spawn_posix.Popen._launch.__code__,  # type: ignore[attr-defined]
+        {**vars(popen_spawn_posix), "spawn": _SPAWN},
+        "_launch",
+    )
+
+
+class WorkerProcess(SpawnProcess):
+    """A spawned process that starts from an empty ``__main__``."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _Popen:  # noqa: N802 (the name that multiprocessing calls)
+        return _Popen(process_obj)
+
+
+class WorkerContext(SpawnContext):
+    """What pebble takes as ``context``."""
+
+    Process = WorkerProcess
+
+
+if sys.platform == "win32":
+    raise ImportError("kdrl_core.verify needs a POSIX system: it limits the memory and time of worker processes")

@@ -1,0 +1,204 @@
+r"""The accuracy reward r_acc (B.1.2): is the answer mathematically equal to the ground truth? Asked of math-verify.
+
+Everything here runs inside a worker process of :mod:`kdrl_core.verify.pool`; math-verify and sympy are imported
+there and nowhere else. Departures from calling math-verify as it is:
+
+- its SIGALRM timeouts are off (they need a main thread and do not stop C code): the pool kills the process instead;
+- gold always goes first: ``verify(gold, answer)`` is asymmetric;
+- the ground truth may come with or without ``\boxed{}`` or ``$``: without, it is read as the content of a box, and
+  also as a plain expression when it is nothing but one (``7/2``, ``3*10^8``);
+- two numbers that are equal to it only because both are tiny are compared in relative terms;
+- an exception during comparison becomes the verdict ``error``; math-verify would answer "not equal".
+"""
+
+import contextlib
+import logging
+import os
+import re
+import resource
+import signal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdrl_core.types import VerdictKind
+
+EXIT_OUT_OF_MEMORY = 86
+"""Exit code of a worker that hit its memory limit: its heap is not trusted any further."""
+
+_MEMORY_ALARM = 0.75
+_ARITHMETIC = re.compile(r"[\d.+\-*/^()]*\d[\d.+\-*/^()]*", re.ASCII)
+_SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:[ \u00a0\u202f]|\\[,;: ])\d{3})+(?:\.\d+)?", re.ASCII)
+_SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})", re.ASCII)
+_NOT_DIGIT = re.compile(r"[^\d.+-]+", re.ASCII)
+_AROUND_OPERATOR = re.compile(r"\s*([+\-*/^()])\s*")
+_MATH = re.compile(r"\\boxed|(?<!\\)\$|\\\(|\\\[")
+
+
+class Outcome(NamedTuple):
+    """What a worker found: correct, wrong, no_answer or error; ``extracted`` only where it had to search itself."""
+
+    kind: VerdictKind
+    reason: str
+    extracted: str | None = None
+
+
+def start_worker(memory_limit_mb: int) -> None:
+    """Initializer of a worker: limits first, then the imports and one comparison, so that no item pays for them."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's Python handler would wait for C code to return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    limit = memory_limit_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, ValueError):  # macOS refuses RLIMIT_AS
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with contextlib.suppress(OSError):  # Linux: if memory runs out, a worker goes before the trainer
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+    compare_answer(r"\frac{1}{2}+\sqrt{2}", r"0.5+\sqrt{2}")
+
+
+def judge(answer: str, ground_truth: str, is_text: bool, time_limit_s: float, memory_limit_mb: int) -> Outcome:
+    """The task of a worker: compare a box's content, or (``is_text``) an unboxed response's end, with the truth.
+
+    The pool enforces the deadline. The kernel timer behind it, whose default action is to end the process, is for
+    a worker whose parent was killed while it computed.
+    """
+    signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    peak_before = _peak_memory_mb()
+    try:
+        outcome = compare_text(answer, ground_truth) if is_text else compare_answer(answer, ground_truth)
+    except MemoryError:
+        os._exit(EXIT_OUT_OF_MEMORY)
+    except Exception as error:  # whatever sympy raises on this input is a finding about the input
+        outcome = Outcome(VerdictKind.ERROR, f"the comparison failed: {_describe(error)}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+    # sympy and math-verify swallow MemoryError in places and go on to "not equal": do not believe that answer.
+    peak = _peak_memory_mb()
+    if outcome.kind is not VerdictKind.CORRECT and peak > peak_before and peak > _MEMORY_ALARM * memory_limit_mb:
+        os._exit(EXIT_OUT_OF_MEMORY)
+    return outcome
+
+
+def compare_answer(answer: str, ground_truth: str) -> Outcome:
+    """Compare the content of a box with the ground truth."""
+    golds = _read_truth(ground_truth)
+    return _compare(golds, _read_content(answer))
+
+
+def compare_text(text: str, ground_truth: str) -> Outcome:
+    """Compare what math-verify extracts after the word "answer" in unboxed text with the ground truth."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    found = parse(
+        text,
+        [LatexExtractionConfig(try_extract_without_anchor=False), ExprExtractionConfig(False)],
+        parsing_timeout=None,
+        raise_on_error=True,
+    )
+    if not found:
+        return Outcome(VerdictKind.NO_ANSWER, r"no \boxed{} and no answer that is announced as one")
+    extracted = next((item for item in found if isinstance(item, str)), None)
+    return _compare(_read_truth(ground_truth), found)._replace(extracted=extracted)
+
+
+def _compare(golds: list[Any], answers: list[Any]) -> Outcome:
+    from math_verify import verify
+
+    if not golds:
+        return Outcome(VerdictKind.ERROR, "the ground truth holds nothing to compare with")
+    failure: Exception | None = None
+    for gold in golds:
+        for answer in answers:
+            try:
+                equal = verify(gold, answer, timeout_seconds=None, raise_on_error=True)
+                if equal and not _are_tiny_and_apart(gold, answer):
+                    return Outcome(VerdictKind.CORRECT, "equal to the ground truth")
+            except MemoryError:
+                raise
+            except Exception as error:
+                failure = error
+    if failure is not None:
+        return Outcome(VerdictKind.ERROR, f"the comparison failed: {_describe(failure)}")
+    if all(isinstance(answer, str) for answer in answers):
+        return Outcome(VerdictKind.WRONG, "not readable as mathematics, and its text differs from the ground truth")
+    if all(isinstance(gold, str) for gold in golds):
+        return Outcome(VerdictKind.WRONG, "the ground truth is not readable as mathematics, and the texts differ")
+    return Outcome(VerdictKind.WRONG, "not equal to the ground truth")
+
+
+def _are_tiny_and_apart(gold: Any, answer: Any) -> bool:
+    """Are both numbers below 1e-3 and over 0.1 % apart?
+
+    math-verify compares in absolute terms (1e-15, or 6 decimals), so that 1/2004! and 1/2006! are equal to it.
+    """
+    from sympy import Eq, Expr  # type: ignore[import-untyped, unused-ignore]
+
+    values = []
+    for side in (gold, answer):
+        number = side.rhs if isinstance(side, Eq) else side
+        if not isinstance(number, Expr) or number.free_symbols:
+            return False
+        value = abs(number.doit().evalf(30))
+        if not value.is_Float and value != 0:  # not a number after all: oo, an unevaluated sum, …
+            return False
+        if value.is_Float and value._prec == 1:  # sympy's mark for "no significant digit": zero up to rounding
+            return False
+        values.append(value)
+    large = max(values)
+    return bool(0 < large < 1e-3 and abs(values[0] - values[1]) > 1e-3 * large)
+
+
+@lru_cache(maxsize=256)  # the G responses of a prompt share it
+def _read_truth(ground_truth: str) -> list[Any]:
+    from math_verify import parse
+
+    if _MATH.search(ground_truth):
+        return parse(ground_truth, parsing_timeout=None, raise_on_error=True)
+    return _read_content(ground_truth)
+
+
+def _read_content(content: str) -> list[Any]:
+    """math-verify's readings of ``content``: sympy objects, then the text itself; also as arithmetic if it is that."""
+    from math_verify import parse
+
+    content = _normalise(content)
+    found = parse(rf"\boxed{{{content}}}", parsing_timeout=None, raise_on_error=True)
+    arithmetic = _read_arithmetic(content)
+    return found if arithmetic is None else [*found, arithmetic]
+
+
+def _normalise(content: str) -> str:
+    r"""Repairs that math-verify does not make, each only if it is the whole content.
+
+    ``1 000`` is one number; ``4.5e33`` is one (not 4.5 · e · 33); a lone ``\`` at the end is nothing.
+    """
+    content = content.strip()
+    if content.endswith("\\") and not content.endswith("\\\\"):
+        content = content[:-1].rstrip()
+    content = _SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", content) if _SCIENTIFIC.fullmatch(content) else content
+    return _NOT_DIGIT.sub("", content) if _SPACED_THOUSANDS.fullmatch(content) else content
+
+
+def _read_arithmetic(content: str) -> Any:
+    """``2**3``, ``7 / 2``: numbers and operators and nothing else, taken as a whole or (None) not at all."""
+    from sympy.parsing import parse_expr  # type: ignore[import-untyped, unused-ignore]
+
+    expression = _AROUND_OPERATOR.sub(r"\1", content)
+    if not _ARITHMETIC.fullmatch(expression):
+        return None
+    try:
+        return parse_expr(expression.replace("^", "**"), evaluate=False)
+    except (SyntaxError, TypeError, ValueError, ArithmeticError, AttributeError):
+        return None
+
+
+def _describe(error: Exception) -> str:
+    # str() of a sympy error can itself take for ever; its first argument, if text, is enough.
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else ""
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _peak_memory_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

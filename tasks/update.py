@@ -1,0 +1,15 @@
+"""{rollouts, teacher, reference, rewards}.parquet ─▶ update ─▶ update.parquet, metrics, checkpoint."""
+
+from collections.abc import Sequence
+
+from prefect import task
+
+from kdrl_core.steps.session import stage_session
+from kdrl_core.steps.update import StepSummary, update_step
+from tasks.options import STEP_OPTIONS
+
+
+@task(name="update", task_run_name="{stage}-{step:06d}-update", **{**STEP_OPTIONS, "retries": 0})
+def update(run_dir: str, stage: str, step: int, scored: Sequence[str], verdicts: str) -> StepSummary:
+    """One optimiser step from published files; `scored` and `verdicts` are the files it waits for."""
+    return update_step(stage_session(run_dir, stage), step)

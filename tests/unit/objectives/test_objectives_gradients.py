@@ -1,0 +1,389 @@
+"""Every gradient equals its formula, by autograd in float64, and the loss equals its parts."""
+
+from math import exp, log
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdrl_core.objectives import (
+    LOSS_METRICS,
+    group_advantages,
+    kd_mask,
+    kd_rkl_loss,
+    kdrl_loss,
+    kl_estimate,
+    sft_loss,
+    shape_rewards,
+    topk_kl,
+)
+
+B, T, G = 8, 6, 4
+BETA = 0.3
+
+
+@pytest.fixture
+def batch() -> dict[str, Any]:
+    """Two groups, one of which failed altogether; ragged lengths; on-policy."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return -3.0 * torch.rand(B, T, generator=generator, dtype=torch.float64)
+
+    lengths = torch.tensor([6, 1, 3, 4, 2, 6, 5, 1])
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    return {
+        "logprobs": draw().requires_grad_(),
+        "teacher_logprobs": draw(),
+        "response_mask": (torch.arange(T) < lengths[:, None]).double(),
+        "rewards": rewards,
+        "advantages": group_advantages(rewards, G),
+        "group_size": G,
+        "beta": BETA,
+    }
+
+
+def gradient(batch: dict[str, Any], **changes: Any) -> Tensor:
+    """∂ loss / ∂ logprobs: the factor of ∇log π_θ at each token."""
+    arguments = {**batch, **changes}
+    loss, _ = kdrl_loss(arguments.pop("logprobs"), **arguments)
+    (result,) = torch.autograd.grad(loss, batch["logprobs"])
+    return result
+
+
+def log_ratio(batch: dict[str, Any]) -> Tensor:
+    return batch["teacher_logprobs"] - batch["logprobs"].detach()
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_gradient_is_27(batch: dict[str, Any]) -> None:
+    """k2: −(Â + β R) / Σ|o| on every response token, 0 on padding."""
+    mask = batch["response_mask"]
+    close(gradient(batch), -(batch["advantages"][:, None] + BETA * log_ratio(batch)) * mask / mask.sum())
+
+
+def test_beta_zero_is_grpo(batch: dict[str, Any]) -> None:
+    """(2): −Â / Σ|o|, with a teacher, without one, and to the bit."""
+    mask = batch["response_mask"]
+    grpo = gradient(batch, beta=0.0)
+    close(grpo, -batch["advantages"][:, None] * mask / mask.sum())
+    assert torch.equal(grpo, gradient(batch, beta=0.0, teacher_logprobs=None))
+
+
+def test_zero_advantages_are_kd_rkl(batch: dict[str, Any]) -> None:
+    """k1 in the loss is (5): −β R / Σ|o|, the same as k2's; the value is that of k1."""
+    mask = batch["response_mask"]
+    zeros = torch.zeros(B, dtype=torch.float64)
+    expected = -BETA * log_ratio(batch) * mask / mask.sum()
+    close(gradient(batch, advantages=zeros, kl_estimator="k1"), expected)
+    close(gradient(batch, advantages=zeros, kl_estimator="k2"), expected)
+    arguments = {**batch, "advantages": zeros, "kl_estimator": "k1"}
+    loss, metrics = kdrl_loss(arguments.pop("logprobs"), **arguments)
+    close(loss, (-BETA * log_ratio(batch) * mask).sum() / mask.sum())
+    close(metrics["kd/kl"], metrics["kd/kl_sampled"])
+
+    direct = kd_rkl_loss(batch["logprobs"], batch["teacher_logprobs"], mask)
+    close(BETA * direct, loss)
+    close(BETA * torch.autograd.grad(direct, batch["logprobs"])[0], expected)
+
+
+def test_kd_rkl_off_policy_weighs_by_the_ratio(batch: dict[str, Any]) -> None:
+    mask, old = batch["response_mask"], batch["logprobs"].detach() - 0.2
+    loss = kd_rkl_loss(batch["logprobs"], batch["teacher_logprobs"], mask, old_logprobs=old)
+    expected = -exp(0.2) * log_ratio(batch) * mask / mask.sum()
+    close(loss, expected.sum())
+    close(torch.autograd.grad(loss, batch["logprobs"])[0], expected)
+
+
+def test_k3_differentiates_to_one_minus_e_to_the_r(batch: dict[str, Any]) -> None:
+    """(7): ∂k3/∂log π = 1 − e^R; k3_k2grad has k3's value and k2's gradient."""
+    mask = batch["response_mask"]
+    expected = (-batch["advantages"][:, None] + BETA * (1 - log_ratio(batch).exp())) * mask / mask.sum()
+    close(gradient(batch, kl_estimator="k3"), expected)
+    close(gradient(batch, kl_estimator="k3_k2grad"), gradient(batch, kl_estimator="k2"))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "slope"),
+    [
+        ("k1", lambda r: torch.ones_like(r)),
+        ("k2", lambda r: -r),  # (6)
+        ("k3", lambda r: 1 - r.exp()),  # (7)
+        ("k3_k2grad", lambda r: -r),
+    ],
+)
+def test_slopes_of_the_estimators(batch: dict[str, Any], estimator: str, slope: Any) -> None:
+    teacher = batch["teacher_logprobs"].requires_grad_()
+    value = kl_estimate(batch["logprobs"], teacher, estimator).sum()
+    student_gradient, teacher_gradient = torch.autograd.grad(value, (batch["logprobs"], teacher), allow_unused=True)
+    close(student_gradient, slope(log_ratio(batch).detach()))
+    assert teacher_gradient is None
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_k2grad"])
+def test_the_teacher_is_in_the_gradient(batch: dict[str, Any], estimator: str) -> None:
+    """PITFALLS 1: k1 differentiated has no teacher in it. Here a token's teacher moves that token's gradient alone."""
+    before = gradient(batch, kl_estimator=estimator)
+    batch["teacher_logprobs"][2, 1] -= 0.5
+    is_changed = gradient(batch, kl_estimator=estimator) != before
+    assert is_changed.nonzero().tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("level", ["none", "response", "group"])
+def test_masks_multiply_r_and_keep_the_denominator(batch: dict[str, Any], level: str, estimator: str) -> None:
+    """Sec. 3.4: the KD part of the gradient is the unmasked one times the mask; precomputed weights are the same."""
+    mask = kd_mask(batch["rewards"], G, level)
+    assert mask.tolist() == {"none": [1] * 8, "response": [0, 1, 1, 0] + [1] * 4, "group": [0] * 4 + [1] * 4}[level]
+    grpo = gradient(batch, beta=0.0)
+    unmasked = gradient(batch, kl_estimator=estimator)
+    masked = gradient(batch, kl_estimator=estimator, kd_masking=level)
+    close(masked - grpo, (unmasked - grpo) * mask[:, None])
+    weighted = gradient(batch, kl_estimator=estimator, kd_weights=mask, rewards=None, group_size=None)
+    assert torch.equal(weighted, masked)
+
+
+def test_group_without_variance_still_learns_from_the_teacher(batch: dict[str, Any]) -> None:
+    """PITFALLS 6: Â = 0 in the failed group, and KD acts exactly there."""
+    result = gradient(batch, kd_masking="group")[4:]
+    mask = batch["response_mask"]
+    close(result, (-BETA * log_ratio(batch) * mask / mask.sum())[4:])
+    assert (result.abs().sum(1) > 0).all()
+
+
+def test_reward_shaping_is_grpo_on_shaped_rewards(batch: dict[str, Any]) -> None:
+    """Sec. 3.1: the sum over tokens comes before group normalisation; no gradient through R."""
+    mask = batch["response_mask"]
+    shaped = shape_rewards(batch["rewards"], batch["logprobs"], batch["teacher_logprobs"], mask, BETA)
+    close(shaped, batch["rewards"] + BETA * (log_ratio(batch) * mask).sum(1))
+    groups = shaped.view(-1, G)
+    expected = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).view(-1)
+    result = gradient(batch, advantages=group_advantages(shaped, G), beta=0.0, teacher_logprobs=None)
+    close(result, -expected[:, None] * mask / mask.sum())
+
+
+@pytest.mark.parametrize(("estimator", "slope"), [("k2", lambda r: -r), ("k3", lambda r: 1 - r.exp())])
+def test_reference_penalty(batch: dict[str, Any], estimator: str, slope: Any) -> None:
+    """Stage 1: + β_ref · KL to the frozen policy, over all tokens whatever the KD mask."""
+    mask, ref = batch["response_mask"], batch["teacher_logprobs"] + 0.1
+    without = gradient(batch, kd_masking="response")
+    with_penalty = gradient(batch, kd_masking="response", ref_logprobs=ref, ref_beta=0.05, ref_kl_estimator=estimator)
+    close(with_penalty - without, 0.05 * slope(ref - batch["logprobs"].detach()) * mask / mask.sum())
+
+
+def test_entropy_bonus(batch: dict[str, Any]) -> None:
+    """− c · mean H: the gradient of the loss by the entropy is −c / Σ|o| on response tokens."""
+    mask = batch["response_mask"]
+    entropy = torch.full((B, T), 2.0, dtype=torch.float64, requires_grad=True)
+    loss, metrics = kdrl_loss(entropy=entropy, entropy_coef=1e-3, **batch)
+    close(torch.autograd.grad(loss, entropy)[0], -1e-3 * mask / mask.sum())
+    assert metrics["entropy"].item() == pytest.approx(2.0)
+
+
+def test_group_mean_is_eq_2_to_the_letter(batch: dict[str, Any]) -> None:
+    """Each group is divided by its own tokens (14 each here, so move two) and the groups are averaged."""
+    batch["response_mask"][0, 4:] = 0.0
+    mask = batch["response_mask"]
+    tokens = torch.tensor([12.0] * 4 + [14.0] * 4, dtype=torch.float64)
+    factor = -(batch["advantages"][:, None] + BETA * log_ratio(batch)) * mask
+    close(gradient(batch, aggregation="group_mean"), factor / tokens[:, None] / 2)
+
+
+def test_ratio_and_clipping() -> None:
+    """ρ Â with ρ = 1.5, 0.5, 1.1; [0.8, 1.28]. Clipped where it is the smaller: gradient 0; elsewhere −ρ Â / N."""
+    old = torch.tensor([[0.5, 0.5, 0.5]] * 2, dtype=torch.float64).log()
+    logprobs = (old + torch.tensor([1.5, 0.5, 1.1], dtype=torch.float64).log()).requires_grad_()
+    arguments: dict[str, Any] = {
+        "advantages": torch.tensor([1.0, -2.0], dtype=torch.float64),
+        "teacher_logprobs": None,
+        "response_mask": torch.ones(2, 3),
+        "rewards": None,
+        "group_size": 2,
+        "beta": 0.0,
+        "old_logprobs": old,
+    }
+    loss, metrics = kdrl_loss(logprobs, **arguments)
+    # −(1.5 + 0.5 + 1.1) (1 − 2) / 6
+    assert loss.item() == pytest.approx(3.1 / 6)
+    assert metrics["ratio/mean"].item() == pytest.approx(3.1 / 3)
+    assert metrics["ratio/clipped_frac"].item() == 0.0
+    ratio = torch.tensor([[1.5, 0.5, 1.1]], dtype=torch.float64)
+    close(torch.autograd.grad(loss, logprobs)[0], -ratio * torch.tensor([[1.0], [-2.0]], dtype=torch.float64) / 6)
+
+    loss, metrics = kdrl_loss(logprobs, clip_low=0.2, clip_high=0.28, **arguments)
+    # Â = 1: min(1.5, 1.28) + min(0.5, 0.8) + 1.1 = 2.88; Â = −2: −2 (max(1.5, 1.28) + max(0.5, 0.8) + 1.1) = −6.8.
+    assert loss.item() == pytest.approx((6.8 - 2.88) / 6)
+    assert metrics["ratio/clipped_frac"].item() == pytest.approx(2 / 6)
+    expected = torch.tensor([[0.0, -0.5, -1.1], [3.0, 0.0, 2.2]], dtype=torch.float64) / 6
+    close(torch.autograd.grad(loss, logprobs)[0], expected)
+
+
+def test_old_logprobs_of_the_same_policy_change_nothing(batch: dict[str, Any]) -> None:
+    old = batch["logprobs"].detach()
+    assert torch.equal(gradient(batch, old_logprobs=old, clip_low=0.2, clip_high=0.2), gradient(batch))
+
+
+def test_truncated_importance_weights(batch: dict[str, Any]) -> None:
+    """w = min(π_θ / π_rollout, cap) multiplies (27) token by token; no gradient flows through it."""
+    difference = torch.linspace(-1.0, 2.0, B * T, dtype=torch.float64).view(B, T)
+    changes = {"rollout_logprobs": batch["logprobs"].detach() - difference, "tis_cap": 2.0}
+    weight = difference.exp().clamp(max=2.0)
+    close(gradient(batch, **changes), gradient(batch) * weight)
+    arguments = {**batch, **changes, "ref_logprobs": batch["teacher_logprobs"], "ref_kl_estimator": "k2"}
+    _, metrics = kdrl_loss(arguments.pop("logprobs"), **arguments)
+    mask = batch["response_mask"]
+    close(metrics["ratio/tis_mean"], (weight * mask).sum() / mask.sum())
+    close(metrics["ratio/tis_capped_frac"], ((difference >= log(2.0)) * mask).sum() / mask.sum())
+    close(metrics["ref/kl"], (weight * 0.5 * log_ratio(batch) ** 2 * mask).sum() / mask.sum())
+    close(metrics["kd/kl"], metrics["ref/kl"])
+    close(metrics["kd/kl_unmasked"], (0.5 * log_ratio(batch) ** 2 * mask).sum() / mask.sum())
+
+
+def test_topk_enters_as_it_is(batch: dict[str, Any]) -> None:
+    topk = torch.rand(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    arguments = {**batch, "kl_estimator": "topk", "topk": topk, "kd_masking": "response", "teacher_logprobs": None}
+    rollout = {"rollout_logprobs": batch["logprobs"].detach() + 1.0, "tis_cap": 2.0}
+    mask = batch["response_mask"]
+    weights = kd_mask(batch["rewards"], G, "response")[:, None]
+    for extra in ({}, rollout):  # a sum over the vocabulary needs no importance weight
+        loss, metrics = kdrl_loss(**arguments, **extra)
+        close(torch.autograd.grad(loss, topk)[0], BETA * mask * weights / mask.sum())
+        close(metrics["kd/kl"], (topk * mask * weights).sum().detach() / mask.sum())
+        assert "kd/kl_sampled" not in metrics
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "group_mean"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_k2grad", "topk"])
+def test_the_loss_is_the_sum_of_its_metrics(batch: dict[str, Any], estimator: str, aggregation: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    arguments = batch | {
+        "kl_estimator": estimator,
+        "aggregation": aggregation,
+        "kd_masking": "response",
+        "topk": torch.rand(B, T, generator=generator, dtype=torch.float64),
+        "old_logprobs": batch["logprobs"].detach() + 0.3,
+        "clip_low": 0.1,
+        "rollout_logprobs": batch["logprobs"].detach() - 0.1,
+        "tis_cap": 1.2,
+        "ref_logprobs": batch["teacher_logprobs"].flip(0),
+        "ref_beta": 0.01,
+        "entropy": torch.rand(B, T, generator=generator, dtype=torch.float64),
+        "entropy_coef": 0.02,
+    }
+    loss, metrics = kdrl_loss(**arguments)
+    assert set(metrics) == set(LOSS_METRICS)
+    assert all(
+        value.ndim == 0 and not value.requires_grad and value.dtype == torch.float64 for value in metrics.values()
+    )
+    close(metrics["loss/total"], loss.detach())
+    parts = metrics["loss/policy"] + BETA * metrics["kd/kl"] + 0.01 * metrics["ref/kl"] - 0.02 * metrics["entropy"]
+    close(metrics["loss/total"], parts)
+
+
+def test_kl_metrics_under_a_mask(batch: dict[str, Any]) -> None:
+    """kd/kl keeps the denominator; kd/kl_unmasked (Fig. 5) divides by the tokens on which KD acts."""
+    _, metrics = kdrl_loss(kd_masking="response", **batch)
+    mask, weights = batch["response_mask"], kd_mask(batch["rewards"], G, "response")[:, None]
+    kl = 0.5 * log_ratio(batch) ** 2 * mask
+    close(metrics["kd/kl"], (kl * weights).sum() / mask.sum())
+    close(metrics["kd/kl_unmasked"], (kl * weights).sum() / (mask * weights).sum())
+    close(metrics["kd/active_frac"], (mask * weights).sum() / mask.sum())
+    close(metrics["kd/kl_unmasked"], metrics["kd/kl"] / metrics["kd/active_frac"])
+    close(metrics["kd/kl_sampled"], (-log_ratio(batch) * mask).sum() / mask.sum())
+    _, metrics = kdrl_loss(kd_weights=torch.zeros(B), **batch)
+    assert metrics["kd/kl_unmasked"].item() == 0.0
+
+
+def test_metrics_are_absent_without_their_inputs(batch: dict[str, Any]) -> None:
+    _, metrics = kdrl_loss(**(batch | {"beta": 0.0, "teacher_logprobs": None}))
+    assert set(metrics) == {"loss/total", "loss/policy"}
+
+
+def test_sft_is_the_mean_negative_log_likelihood(batch: dict[str, Any]) -> None:
+    """(14): gradient −1 / Σ|o| on every response token."""
+    mask = batch["response_mask"]
+    loss = sft_loss(batch["logprobs"], mask)
+    close(loss, -(batch["logprobs"].detach() * mask).sum() / mask.sum())
+    close(torch.autograd.grad(loss, batch["logprobs"])[0], -mask / mask.sum())
+    close(sft_loss(batch["logprobs"], mask, total_tokens=56), -(batch["logprobs"].detach() * mask).sum() / 56)
+
+
+def test_no_argument_is_mutated(batch: dict[str, Any]) -> None:
+    batch |= {"old_logprobs": torch.zeros(B, T), "entropy": torch.zeros(B, T), "kd_weights": torch.rand(B)}
+    before = {name: value.clone() for name, value in batch.items() if isinstance(value, Tensor)}
+    kdrl_loss(**batch)[0].backward()
+    group_advantages(batch["rewards"], G)
+    kd_mask(batch["rewards"], G, "group")
+    shape_rewards(batch["rewards"], batch["logprobs"], batch["teacher_logprobs"], batch["response_mask"], 1.0)
+    assert all(torch.equal(batch[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_that_of_the_logprobs(batch: dict[str, Any], dtype: torch.dtype) -> None:
+    converted = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    assert kdrl_loss(**converted)[0].dtype == dtype
+
+
+class TestTopK:
+    """A.3 against a dense computation in float64."""
+
+    B, T, V, K = 3, 4, 11, 5
+    FLOOR = -12.0
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        student = torch.randn(self.B, self.T, self.V, generator=generator, dtype=torch.float64) * 2
+        return student.requires_grad_(), torch.randn(
+            self.B, self.T, self.V, generator=generator, dtype=torch.float64
+        ) * 2
+
+    def test_all_tokens_are_the_full_reverse_kl(self) -> None:
+        student, teacher = self.draw()
+        logits, ids = teacher.topk(self.V)
+        kl = topk_kl(student, ids, logits, floor=self.FLOOR)
+        log_p, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+        close(kl, (log_p.exp() * (log_p - log_t)).sum(-1))
+
+    def test_value_and_gradient_are_the_dense_ones(self) -> None:
+        student, teacher = self.draw()
+        logits, ids = teacher.topk(self.K)
+        kl = topk_kl(student, ids, logits.requires_grad_(), floor=self.FLOOR)
+        # Dense: the other logits to −∞, softmax, log, and the floor in place of −∞; token by token in plain Python.
+        expected = torch.zeros(self.B, self.T, dtype=torch.float64)
+        slope = torch.zeros(self.B, self.T, self.V, dtype=torch.float64)
+        for b in range(self.B):
+            for t in range(self.T):
+                kept = set(ids[b, t].tolist())
+                normaliser = log(sum(exp(teacher[b, t, v].item()) for v in kept))
+                log_t = [teacher[b, t, v].item() - normaliser if v in kept else self.FLOOR for v in range(self.V)]
+                total = sum(exp(x) for x in student[b, t].tolist())
+                p = [exp(x) / total for x in student[b, t].tolist()]
+                value = sum(p[v] * (log(p[v]) - log_t[v]) for v in range(self.V))
+                expected[b, t] = value
+                # ∂KL/∂z_v = p_v (log p_v − log t_v − KL)
+                for v in range(self.V):
+                    slope[b, t, v] = p[v] * (log(p[v]) - log_t[v] - value)
+        torch.testing.assert_close(kl.detach(), expected, rtol=1e-12, atol=1e-13)
+        student_gradient, teacher_gradient = torch.autograd.grad(kl.sum(), (student, logits), allow_unused=True)
+        torch.testing.assert_close(student_gradient, slope, rtol=1e-11, atol=1e-13)
+        assert teacher_gradient is None
+
+    def test_padding_is_zero_with_zero_gradient(self) -> None:
+        student, teacher = self.draw()
+        logits, ids = teacher.topk(self.K)
+        mask = torch.ones(self.B, self.T)
+        mask[1, 2:] = 0
+        clean = topk_kl(student, ids, logits, floor=self.FLOOR, response_mask=mask)
+        dirty_student = student.detach().clone()
+        dirty_student[1, 2:] = float("nan")
+        logits[1, 2:], ids[1, 2:] = float("-inf"), -1
+        dirty = topk_kl(dirty_student.requires_grad_(), ids, logits, floor=self.FLOOR, response_mask=mask)
+        assert torch.equal(clean, dirty)
+        assert dirty[1, 2:].tolist() == [0.0, 0.0]
+        (student_gradient,) = torch.autograd.grad(dirty.sum(), dirty_student)
+        assert student_gradient.isfinite().all()
+        assert not student_gradient[1, 2:].any()

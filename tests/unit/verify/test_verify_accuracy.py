@@ -1,0 +1,223 @@
+"""Golden verdicts: (ground truth, answer in the box) → kind, through real workers; PITFALLS 16 and 17."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from kdrl_core.types import Verdict, VerdictKind
+from kdrl_core.verify import Verifier
+
+CORRECT, WRONG = VerdictKind.CORRECT, VerdictKind.WRONG
+NO_ANSWER, MALFORMED, ERROR = VerdictKind.NO_ANSWER, VerdictKind.MALFORMED, VerdictKind.ERROR
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier(workers=1, timeout_s=20.0) as verifier:
+        yield verifier
+
+
+def boxed(answer: str) -> str:
+    return rf"<think>a</think>The answer is $\boxed{{{answer}}}$."
+
+
+RIGHT = [
+    ("42", "42"),
+    ("42", " 42 "),
+    ("42", "$42$"),
+    ("42", "042"),
+    ("42", "42.0"),
+    ("0.0001234", "1.234e-4"),
+    ("1/1000!", r"\frac{1}{1000 \cdot 999!}"),
+    ("0", r"\sqrt{2}\sqrt{3}-\sqrt{6}"),
+    ("42", r"\text{42}"),
+    (r"\boxed{42}", "42"),
+    (r"$42$", "42"),
+    (r"\$42", "42"),
+    ("A", "A"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{1}{2}", r"\dfrac{1}{2}"),
+    (r"\frac{1}{2}", r"\frac12"),
+    ("1/2", r"\frac{1}{2}"),
+    ("7 / 2", "3.5"),
+    ("2**3", "8"),
+    ("3*10^8", r"3 \times 10^{8}"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("10", r"10\%"),
+    ("50", r"50^\circ"),
+    ("5", r"5 \text{ cm}"),
+    ("12345", "12,345"),
+    ("12345", "12{,}345"),
+    ("12345", r"12\,345"),
+    ("12345", "12 345"),
+    ("4.5e33", r"4.5 \times 10^{33}"),
+    ("12345\\", "12345"),
+    ("-3", "\u22123"),
+    ("5", "x=5"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    ("(1,2)", r"\left(1,2\right)"),
+    ("[0,1)", r"\left[0,1\right)"),
+    (r"(-\infty,2)", r"(-\infty, 2)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
+    ("1, 2", r"1 \text{ and } 2"),
+    (r"\frac{\sqrt{\frac{1}{4}}}{2}", r"\frac{1}{4}"),  # braces within braces
+]
+
+NOT_RIGHT = [
+    ("42", "43"),
+    ("42", "-42"),
+    ("42", "4.2"),
+    ("73", "**74**"),
+    ("A", "B"),
+    (r"\frac{1}{2}", "2"),
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
+    ("1/2004!", "1/2006!"),
+    ("x+y=1", "x+y=2"),
+    ("0", "0.0000001"),
+    ("0.0000001", "0.0000004"),
+    ("4.5e33", "4.5e32"),
+    ("2x=4", "3x=9"),
+    ("x<5", "x>5"),
+    ("(1,2)", "(2,1)"),
+    ("[0,1)", "(0,1]"),
+    ("[0,1]", "(0,1)"),
+    (r"\{1,2\}", r"\{1,2,3\}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\4&3\end{pmatrix}"),
+    # reward hacking: lists, alternatives and debris against one answer
+    ("5", "3, 5"),
+    ("5", r"3 \text{ or } 5"),
+    ("5", "3 5"),
+    ("5", r"\{1,2,3,4,5,6,7,8,9\}"),
+    ("3", "3*/8"),
+    ("5", r"\text{as the question says}"),
+]
+
+
+def test_right_answers_earn_the_reward(verifier: Verifier) -> None:
+    verdicts = verifier.verify_batch([(boxed(answer), truth) for truth, answer in RIGHT])
+    assert [case for case, verdict in zip(RIGHT, verdicts, strict=True) if verdict.kind is not CORRECT] == []
+    assert {(v.reward, v.format_reward, v.accuracy_reward) for v in verdicts} == {(1.0, 1.0, 1.0)}
+
+
+def test_wrong_answers_do_not(verifier: Verifier) -> None:
+    verdicts = verifier.verify_batch([(boxed(answer), truth) for truth, answer in NOT_RIGHT])
+    assert [case for case, verdict in zip(NOT_RIGHT, verdicts, strict=True) if verdict.kind is not WRONG] == []
+    assert {(v.reward, v.format_reward, v.accuracy_reward) for v in verdicts} == {(0.0, 1.0, 0.0)}
+    assert all(verdict.reason for verdict in verdicts)
+
+
+def test_gold_goes_first(verifier: Verifier) -> None:
+    # The asymmetry of math-verify: an assignment may be answered by its value, an equation may not.
+    one, two = verifier.verify_batch([(boxed("5"), "x=5"), (boxed("5"), "2x+z=5")])
+    assert (one.kind, two.kind) == (CORRECT, WRONG)
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "expected", "reward"),
+    [
+        (r"<think>\boxed{5}</think>\boxed{6}", "5", WRONG, 0.0),
+        (r"<think>\boxed{6}</think>\boxed{5}", "5", CORRECT, 1.0),
+        (r"<think>\boxed{5}</think>done", "5", NO_ANSWER, 0.0),
+        (r"<think>a</think>\boxed{5} and then put your final answer within \boxed{}", "5", NO_ANSWER, 0.0),
+        (r"<think>a</think>\boxed{3} or \boxed{5}", "5", WRONG, 0.0),
+        (r"<think>a</think>\boxed{3}, no, I mean \boxed{5}", "5", CORRECT, 1.0),
+        (r"<think>a</think>\boxed{5}, no, I mean \boxed{3}", "5", WRONG, 0.0),
+        (r"\boxed{5}", "5", MALFORMED, 0.0),
+        (r"<think>a</think>\boxed{5} \boxed{6", "5", MALFORMED, 0.0),
+    ],
+)
+def test_format_and_accuracy_together(
+    verifier: Verifier, response: str, truth: str, expected: VerdictKind, reward: float
+) -> None:
+    verdict = verifier.verify(response, truth)
+    assert (verdict.kind, verdict.reward) == (expected, reward), verdict.reason
+    assert verdict.reward == verdict.format_reward * verdict.accuracy_reward
+
+
+def test_a_malformed_response_still_reports_its_accuracy(verifier: Verifier) -> None:
+    verdict = verifier.verify(r"\boxed{\frac{10}{2}}", "5")
+    assert verdict == Verdict(
+        kind=MALFORMED,
+        reward=0.0,
+        format_reward=0.0,
+        accuracy_reward=1.0,
+        extracted=r"\frac{10}{2}",
+        reason="the thought is never closed: no </think>; the answer itself: equal to the ground truth",
+    )
+
+
+@pytest.mark.parametrize(
+    ("response", "expected", "format_reward"),
+    [
+        (r"So it is \boxed{\frac{14}{2}}.", CORRECT, 0.0),
+        (r"<think>a</think>\boxed{7}", CORRECT, 1.0),
+        (r"<think>\boxed{7}", NO_ANSWER, 0.0),
+        (r"<think>\boxed{8}</think>\boxed{7}", CORRECT, 1.0),
+        (r"The final answer is $7$.", CORRECT, 0.0),
+        (r"Answer: 7", CORRECT, 0.0),
+        (r"The answer is $8$.", WRONG, 0.0),
+        (r"We add 3 and 4 and get 7", NO_ANSWER, 0.0),  # a bare last number may be where the text was cut
+        (r"so the answer is \boxed{7", NO_ANSWER, 0.0),
+        (r"<think>the answer is 7", NO_ANSWER, 0.0),
+        (r"\boxed{}", NO_ANSWER, 0.0),
+        ("", NO_ANSWER, 0.0),
+    ],
+)
+def test_accuracy_alone_for_r1_zero(
+    verifier: Verifier, response: str, expected: VerdictKind, format_reward: float
+) -> None:
+    verdict = verifier.verify(response, "7", require_format=False)
+    assert (verdict.kind, verdict.format_reward) == (expected, format_reward), verdict.reason
+    assert verdict.reward == verdict.accuracy_reward == (1.0 if expected is CORRECT else 0.0)
+
+
+def test_what_cannot_be_judged_is_an_error_and_not_wrong(verifier: Verifier) -> None:
+    items = [
+        (boxed("5"), ""),
+        (boxed("5"), "  "),
+        (boxed("5"), "9" * 40_000),
+        (None, "5"),
+        (boxed("5"), 5),
+        ("alone",),
+        7,
+        (boxed(r"x \neq 6"), r"x \neq 5"),  # math-verify raises KeyError inside and would answer "not equal"
+    ]
+    verdicts = verifier.verify_batch(items)  # type: ignore[arg-type]
+    assert [(v.kind, v.reward) for v in verdicts] == [(ERROR, 0.0)] * len(items)
+    assert all(verdict.reason for verdict in verdicts)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "9" * 1_000_000,
+        "{" * 10_000 + "5" + "}" * 10_000,
+        r"\frac{1}{" * 10_000 + "5" + "}" * 10_000,
+        "(" * 10_000,
+        "5\x00",
+        "\x00",
+        "5\ud800",
+        "\udfff\ud800",
+        "\U0001f600" * 1_000,
+        r"\sqrt[" * 30,
+        r"\begin{matrix}" * 50,
+        "a" * 2_000,
+        "+" * 2_000,
+        "1+" * 1_000 + "1",
+    ],
+)
+def test_hostile_answers_cost_nothing_but_their_reward(verifier: Verifier, answer: str) -> None:
+    hostile, ordinary = verifier.verify_batch([(boxed(answer), "5"), (boxed(r"\frac{10}{2}"), "5")])
+    assert hostile.reward == 0.0
+    assert hostile.kind is not CORRECT
+    assert hostile.reason
+    assert len(hostile.extracted or "") <= 4_096
+    f"{hostile.extracted}{hostile.reason}".encode()  # can be written to Parquet
+    assert ordinary.kind is CORRECT
+
+
+def test_a_long_answer_that_is_the_ground_truth_is_not_refused_unseen(verifier: Verifier) -> None:
+    (refused,) = verifier.verify_batch([(boxed("1" + "+0" * 3_000), "1")])
+    assert refused.kind is WRONG
+    assert "6,001 characters" in refused.reason
