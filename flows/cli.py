@@ -29,17 +29,23 @@ RecipeOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Change a field, e.g. --set stage2.beta.init=2e-3. Repeatable."),
+    typer.Option(
+        "--set", "-s", metavar="FIELD=VALUE", help="Change a field, e.g. --set stage2.beta.init=2e-3. Repeatable."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run (see: kdrl status).")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")
+]
 
 
 @app.command()
 def run(
     recipe: RecipeOption = "miniature",
-    name: Annotated[str | None, typer.Option(help="Run name; default: recipe and time. An existing run is resumed.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Run name; default: recipe and time. An existing run is resumed.")
+    ] = None,
     overrides: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -78,7 +84,9 @@ def resume(
         opened = open_run(run_name)
         loaded = load_recipe(opened.paths.recipe, overrides or [])
         if is_finished(opened) and loaded == opened.recipe:
-            _out.print(f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}")
+            _out.print(
+                f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}"
+            )
             return
         check_inputs(loaded)
         _run_in_process(str(opened.paths.recipe), run_name, overrides or [], verbose=verbose)
@@ -86,9 +94,13 @@ def resume(
 
 @app.command()
 def status(
-    run_name: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run in detail; default: all runs.")] = None,
+    run_name: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="One run in detail; default: all runs.")
+    ] = None,
     as_json: JsonOption = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")
+    ] = False,
 ) -> None:
     """Show where runs stand: stage, step, reward, who works on them; with RUN its metrics and results."""
     from flows.status import run_status

@@ -1,7 +1,7 @@
 """`make demo`: the whole pipeline through a real Prefect server and worker, on loopback, and away again afterwards.
 
-Server, work pool, deployments, worker, `prefect deployment run kdrl/full-pipeline --watch`; then the result, and the next
-commands to try. Whatever was started is stopped, on success, failure and Ctrl-C alike.
+Server, work pool, deployments, worker, `prefect deployment run kdrl/full-pipeline --watch`; then the result, and the
+next commands to try. Whatever was started is stopped, on success, failure and Ctrl-C alike.
 """
 
 import os
@@ -41,7 +41,7 @@ class DemoError(KdrlError, RuntimeError):
 
 
 class Processes:
-    """Programs started by the demo, in sessions of their own, so that all of them can be stopped with their children."""
+    """Programs started by the demo, in sessions of their own, all to be stopped with their children."""
 
     def __init__(self, environment: dict[str, str], log_dir: Path) -> None:
         self._environment = environment
@@ -161,8 +161,9 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], processes: Processes, p
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise DemoError(f"the Prefect server ended with exit code {server.returncode}: {processes.tail('server')}")
-        with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(
-            f"http://127.0.0.1:{port}/api/health", timeout=2
+        with (
+            suppress(urllib.error.URLError, OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2),
         ):
             return
         time.sleep(0.25)

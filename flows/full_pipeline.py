@@ -20,9 +20,7 @@ def default_run_name() -> str:
 
 
 @flow(name="kdrl", flow_run_name=default_run_name, on_failure=[hooks.on_failure], on_crashed=[hooks.on_failure])
-def full_pipeline(
-    recipe: str = "miniature", run_name: str | None = None, overrides: list[str] | None = None
-) -> str:
+def full_pipeline(recipe: str = "miniature", run_name: str | None = None, overrides: list[str] | None = None) -> str:
     """Run the whole method, or go on with it where the files of `run_name` end.
 
     Args:

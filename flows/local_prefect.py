@@ -57,6 +57,7 @@ def free_port(wanted: int | None = None) -> int:
             probe.bind(("127.0.0.1", wanted or 0))
         except OSError as error:
             raise PortError(
-                f"port {wanted} on 127.0.0.1 is taken; stop its program or choose another: make demo PORT={(wanted or 0) + 1}"
+                f"port {wanted} on 127.0.0.1 is taken; stop its program or choose another, "
+                f"e.g. make demo PORT={(wanted or 0) + 1}"
             ) from error
         return int(probe.getsockname()[1])

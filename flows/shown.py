@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import (
@@ -62,11 +63,13 @@ class StageProgress:
         remaining = remaining_steps(run, stage)
         if remaining.start:
             self._logger.info("%s: steps 0 to %d are published already, reused", stage, remaining.start - 1)
-        self._artifact = create_progress_artifact(
+        artifact = create_progress_artifact(
             progress=100.0 * remaining.start / self._steps,
             key=artifact_key(run, stage),
             description=f"{stage} of {run.name}, {self._steps} steps",
         )
+        assert isinstance(artifact, UUID)  # awaitable in async flows only
+        self._artifact = artifact
         self._last = time.monotonic()
 
     def step(self, summary: StepSummary) -> None:

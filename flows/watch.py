@@ -21,7 +21,7 @@ _RECENT_STEPS = 10
 
 
 class Watcher:
-    """Shows a run in the background while the context is open: a live table on a terminal, a line per step elsewhere."""
+    """Shows a run while the context is open: a live table on a terminal, a line per step elsewhere."""
 
     def __init__(self, paths: RunPaths, console: Console) -> None:
         self._paths = paths

@@ -1,9 +1,7 @@
-"""Everything about a recipe's inputs that can be found out without loading a model: in a second, before a run exists."""
-
-import glob
-from pathlib import Path
+"""What can be found out about a recipe's inputs without loading a model: in a second, before a run exists."""
 
 from kdrl_core.config import Recipe, resolve_path
+from kdrl_core.data import find_files
 from kdrl_core.engines.models import check_model_dir, compare_tokenizers, context_limit
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.evaluation.benchmarks import load_benchmark
@@ -22,17 +20,13 @@ def check_inputs(recipe: Recipe) -> None:
         _check_teacher_context(recipe, teacher)
         compare_tokenizers(resolve_path(recipe.student.path), resolve_path(recipe.teacher.path))
     for name in recipe.stages:
-        for pattern in recipe.stage(name).data.files:
-            if not matching_files(pattern):
-                raise DataError(f"{name}.data.files: no file matches {pattern}; correct the path (it is taken from {Path.cwd()})")
+        try:
+            find_files(recipe.stage(name).data)
+        except DataError as error:
+            raise DataError(f"{name}.{error}") from error
     for benchmark in recipe.evaluation.benchmarks:
         load_benchmark(benchmark)
     _check_device(recipe)
-
-
-def matching_files(pattern: str) -> list[Path]:
-    """Files that a path or glob of a recipe means, sorted."""
-    return sorted(Path(match) for match in glob.glob(str(resolve_path(pattern)), recursive=True))
 
 
 def _check_context(recipe: Recipe, config: dict[str, object]) -> None:
@@ -56,7 +50,7 @@ def _check_teacher_context(recipe: Recipe, config: dict[str, object]) -> None:
         if limit is not None and stage.uses_teacher and needed > limit:
             raise ModelError(
                 f"teacher.path={recipe.teacher and recipe.teacher.path}: its context of {limit} tokens is shorter than "
-                f"{name}'s prompt and response limits ({needed}); lower {name}.max_response_tokens or change the teacher"
+                f"{name}'s prompt and response limits ({needed}); lower {name}.max_response_tokens"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a run is doing right now, for whoever watches: a small file in its scratch folder, replaced a few times a second.
+"""What a run is doing right now, for whoever watches: a small file in its scratch folder, often replaced.
 
 It is a hint, never a truth: nothing is decided by it, and it may be missing or stale.
 """

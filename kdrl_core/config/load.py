@@ -51,7 +51,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(source)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"recipe {path}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
@@ -79,7 +79,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def config_hash(recipe: Recipe) -> str:
-    """sha256 over the canonical JSON of every field: equal recipes have equal hashes, whatever their YAML looks like."""
+    """sha256 over the canonical JSON of every field: equal recipes have equal hashes, however they are written."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -88,7 +88,9 @@ def _find(source: str | Path) -> Path:
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise RecipeError(f"recipe file {path} does not exist; give a YAML file or one of {', '.join(list_recipes())}")
+            raise RecipeError(
+                f"recipe file {path} does not exist; give a YAML file or one of {', '.join(list_recipes())}"
+            )
         return path
     if (shipped := RECIPES_DIR / f"{source}.yaml").is_file():
         return shipped
@@ -103,7 +105,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise RecipeError(f"--set {override}: expected FIELD=VALUE, e.g. --set stage2.beta.init=2e-3")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not YAML: {_one_line(error)}") from error
     *parents, leaf = name.split(".")

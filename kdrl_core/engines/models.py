@@ -42,9 +42,13 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
             f"give the folder that save_pretrained wrote"
         ) from error
     except (ValueError, OSError) as error:
-        raise ModelError(f"{where}: {path / 'config.json'} cannot be read ({error}); download the model again") from error
+        raise ModelError(
+            f"{where}: {path / 'config.json'} cannot be read ({error}); download the model again"
+        ) from error
     if not any((path / name).is_file() for name in _WEIGHTS):
-        raise ModelError(f"{where}: {path} has no {_WEIGHTS[0]}; only safetensors weights are loaded, convert them first")
+        raise ModelError(
+            f"{where}: {path} has no {_WEIGHTS[0]}; only safetensors weights are loaded, convert them first"
+        )
     if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         raise ModelError(f"{where}: {path} has no tokenizer files; copy the model's tokenizer.json beside its weights")
     if not isinstance(values, dict):
@@ -70,7 +74,8 @@ def compare_tokenizers(student: Path, teacher: Path) -> None:
     ours, theirs = _vocabulary(student), _vocabulary(teacher)
     if ours is None or theirs is None or ours == theirs:
         return
-    token = min((t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t)), key=lambda t: ours.get(t, theirs.get(t)))
+    ids = {**theirs, **ours}
+    token = min((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: ids[t])
     raise ModelError(
         f"student and teacher tokenizers differ: token {token!r} is {ours.get(token, 'unknown')} for the student "
         f"and {theirs.get(token, 'unknown')} for the teacher; distillation needs a teacher with the student's tokenizer"
@@ -93,7 +98,7 @@ def _vocabulary(path: Path) -> dict[str, int] | None:
 
 
 def load_tokenizer(path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory; `chat_template` replaces its own. Raises ModelError if it cannot be loaded."""
+    """The tokenizer of a directory; `chat_template` replaces its own. Raises ModelError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -111,7 +116,9 @@ def load_model(
     """The causal language model of a directory, in eval mode. Raises ModelError if it cannot be loaded."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar per load and save would bury the run's own progress
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
@@ -143,17 +150,21 @@ def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
         raise ModelError(f"{checkpoint_dir} does not fit the model: {_first_line(error)}") from error
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
-        raise ModelError(f"{checkpoint_dir} does not fit the model: missing {sorted(set(missing) - tied)}, unknown {unexpected}")
+        raise ModelError(
+            f"{checkpoint_dir} does not fit the model: missing {sorted(set(missing) - tied)}, unknown {unexpected}"
+        )
 
 
 def stop_token_ids(model: "PreTrainedModel", tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response: the generation config's and the tokenizer's EOS. Raises ModelError if there is none."""
+    """The ids that end a response: the generation config's and the tokenizer's. Raises ModelError without any."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise ModelError(f"{tokenizer.name_or_path}: no end-of-sequence token; set eos_token in its tokenizer_config.json")
+        raise ModelError(
+            f"{tokenizer.name_or_path}: no end-of-sequence token; set eos_token in its tokenizer_config.json"
+        )
     return tuple(sorted(ids))
 
 

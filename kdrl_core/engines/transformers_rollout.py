@@ -74,9 +74,7 @@ class TransformersRolloutEngine:
                     text=text,
                     finish_reason=FinishReason.STOP if has_stopped else FinishReason.LENGTH,
                 )
-                for request, ids, lps, text, has_stopped in zip(
-                    batch, token_ids, logprobs, texts, stopped, strict=True
-                )
+                for request, ids, lps, text, has_stopped in zip(batch, token_ids, logprobs, texts, stopped, strict=True)
             ]
             if on_progress is not None:
                 on_progress(len(rollouts))

@@ -33,10 +33,14 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path.name} row {number}: not JSON ({error}); one object per line is expected") from error
+                raise DataError(
+                    f"{path.name} row {number}: not JSON ({error}); one object per line is expected"
+                ) from error
             for name in ("id", "problem", "answer"):
                 if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name].strip():
-                    raise DataError(f"{path.name} row {number}, field '{name}': missing or empty; fill it in or drop the row")
+                    raise DataError(
+                        f"{path.name} row {number}, field '{name}': missing or empty; fill it in or drop the row"
+                    )
             problems.append(BenchmarkProblem(problem_id=row["id"], question=row["problem"], answer=row["answer"]))
             if len(problems) == config.max_problems:
                 break

@@ -1,4 +1,4 @@
-"""One process at a time works on a run. The lock is the kernel's (flock), so it ends with its holder, however killed."""
+"""One process at a time works on a run. The lock is the kernel's (flock): it ends with its holder, however killed."""
 
 import json
 import os
@@ -32,7 +32,11 @@ def run_lock(path: Path) -> Iterator[None]:
         ) from error
     try:
         if lock.lock_counter == 1:
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat("T", "seconds")}
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": datetime.now(UTC).isoformat("T", "seconds"),
+            }
             replace_file(holder_file, json.dumps(holder).encode())
         yield
     finally:

@@ -66,7 +66,9 @@ def manifest_of(path: Path) -> Manifest:
     try:
         return Manifest(**json.loads(where.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise DamagedArtifactError(f"manifest {where} cannot be read ({error}); delete it to have it made anew") from error
+        raise DamagedArtifactError(
+            f"manifest {where} cannot be read ({error}); delete it to have it made anew"
+        ) from error
 
 
 def is_current(path: Path, inputs: Mapping[str, str]) -> bool:

@@ -5,7 +5,7 @@ So a run that is killed anywhere and resumed draws the same numbers as one that 
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ def derive_seed(*names: object) -> int:
 
 
 def uniforms(seed: int, count: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1) from the counter-based generator keyed by `seed`; a longer draw begins with a shorter."""
+    """`count` numbers in [0, 1) of the counter-based generator keyed by `seed`; a longer draw begins with a shorter."""
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
@@ -49,7 +49,7 @@ def _pass(ids: tuple[str, ...], seed: int, stage: str, epoch: int, prompts_per_s
     return _shuffled(ids, seed, stage, epoch, prompts_per_step)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shuffled(ids: tuple[str, ...], seed: int, stage: str, epoch: int, prompts_per_step: int) -> tuple[str, ...]:
     shuffled = sorted(ids, key=lambda problem_id: derive_seed(seed, stage, "epoch", epoch, problem_id))
     carried = (len(ids) * epoch) % prompts_per_step

@@ -26,9 +26,7 @@ from kdrl_core.miniature.world import HARD_LENGTHS, LENGTHS, sample_questions, s
 from kdrl_core.types import FinishReason, RolloutRequest
 
 SEED = 7
-STUDENT = MiniatureModel(
-    hidden_size=48, num_layers=2, tie_word_embeddings=True, sft_steps=450, learning_rate=3e-3
-)
+STUDENT = MiniatureModel(hidden_size=48, num_layers=2, tie_word_embeddings=True, sft_steps=450, learning_rate=3e-3)
 TEACHER = MiniatureModel(
     hidden_size=96, num_layers=3, tie_word_embeddings=False, sft_steps=600, learning_rate=3e-3, label_smoothing=0.01
 )
@@ -43,7 +41,9 @@ STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
 with the miniature teacher, at temperatures 1 and 0.6."""
 
 
-def build(output: Path, *, student: MiniatureModel = STUDENT, teacher: MiniatureModel = TEACHER, scale: float = 1.0) -> None:
+def build(
+    output: Path, *, student: MiniatureModel = STUDENT, teacher: MiniatureModel = TEACHER, scale: float = 1.0
+) -> None:
     """Build every asset below `output`. `scale` shrinks the number of problems, for tests."""
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,9 @@ def _write_skywork(path: Path, questions: list[str], labels: dict[str, list[int]
 def main() -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description="Build the miniature's models, problems and benchmarks (minutes).")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; shipped: kdrl_core/assets/miniature")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write; shipped: kdrl_core/assets/miniature"
+    )
     build(parser.parse_args().output)
 
 

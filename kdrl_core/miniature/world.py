@@ -1,7 +1,7 @@
 """The miniature task: left-to-right chains of +, − and × modulo 10, whose every step is a table look-up.
 
-`3+5*2` is answered by `<think>3+5=8,8*2=6</think>\\boxed{6}`: a tiny model can learn the hundred entries of each table, and
-fails on a chain whenever it misses one of them, so accuracy is graded and falls with length.
+`3+5*2` is answered by `<think>3+5=8,8*2=6</think>\\boxed{6}`: a tiny model can learn the hundred entries of each
+table, and fails on a chain whenever it misses one of them, so accuracy is graded and falls with length.
 """
 
 import random

@@ -59,7 +59,7 @@ def topk_kl(
     _check_ids(topk_ids, is_response, vocabulary)
 
     # Padding must not meet arithmetic: equal logits, and K distinct ids.
-    student = student_logits.log_softmax(-1)
+    student = torch.where(is_response, student_logits, 0.0).log_softmax(-1)
     ids = torch.where(is_response, topk_ids, torch.arange(topk_ids.shape[-1], device=topk_ids.device))
     teacher_topk = torch.where(is_response, topk_logits.detach(), 0.0).log_softmax(-1).to(student.dtype)
     teacher = torch.full_like(student, floor, requires_grad=False).scatter(-1, ids, teacher_topk)

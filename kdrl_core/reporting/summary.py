@@ -1,4 +1,4 @@
-"""A run in numbers: accuracy of every model, each stage's start and end, where things lie. Read from the ledger alone."""
+"""A run in numbers: accuracy of every model, start and end of each stage, where things lie. Read from the ledger."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -92,7 +92,9 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
         planned_steps=config.steps,
         seconds=sum(value for row in rows for name, value in row.items() if name.startswith("time/")),
         metrics={
-            name: (_mean(rows[:ends], name), _mean(rows[-ends:], name)) for name in names if rows[0].get(name) is not None
+            name: (_mean(rows[:ends], name), _mean(rows[-ends:], name))
+            for name in names
+            if rows[0].get(name) is not None
         },
     )
 

@@ -22,9 +22,7 @@ class Table:
 def accuracy_table(summary: Summary) -> Table:
     """Accuracy in % with the 95 % interval, one model a row, one benchmark a column."""
     benchmarks = list(dict.fromkeys(name for model in summary.models for name in model.benchmarks))
-    rows = [
-        [model.name, *(_interval(model.benchmarks.get(name)) for name in benchmarks)] for model in summary.models
-    ]
+    rows = [[model.name, *(_interval(model.benchmarks.get(name)) for name in benchmarks)] for model in summary.models]
     return Table(title="Accuracy, % (95 % interval)", header=["model", *benchmarks], rows=rows)
 
 
@@ -37,7 +35,12 @@ def phase_table(summary: Summary) -> Table:
         digits = [3, 1, 3, 3, 3]
         cells = [_change(stage.metrics.get(name), d) for name, d in zip(names, digits, strict=True)]
         rows.append(
-            [f"{stage.stage} ({stage.objective})", f"{stage.steps}/{stage.planned_steps}", *cells, f"{stage.seconds:.0f}"]
+            [
+                f"{stage.stage} ({stage.objective})",
+                f"{stage.steps}/{stage.planned_steps}",
+                *cells,
+                f"{stage.seconds:.0f}",
+            ]
         )
     return Table(title="Training, first → last fifth of the steps", header=header, rows=rows)
 

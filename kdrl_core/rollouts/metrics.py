@@ -51,5 +51,3 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
     rows: list[dict[str, Any]] = read_table(path).to_pylist()
     return rows
-
-

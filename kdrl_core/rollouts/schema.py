@@ -1,7 +1,7 @@
-"""Arrow schemas of a step's Parquet files, version 1. Each row is one response; `prompt_id` and `sample` join the files.
+"""Arrow schemas of a step's Parquet files, version 1. A row is one response; `prompt_id` and `sample` join the files.
 
-stage and step are the hive partition (`stage=stage2/step=000012`), not columns. Every file has the rows in the same order:
-prompts as drawn, the G responses of a prompt together.
+stage and step are the hive partition (`stage=stage2/step=000012`), not columns. Every file has its rows in the same
+order: prompts as drawn, the G responses of a prompt together.
 """
 
 from pathlib import Path
@@ -31,7 +31,9 @@ ROLLOUTS = pa.schema(
         _field("ground_truth", pa.string(), "the problem's answer"),
         _field("prompt_token_ids", pa.list_(pa.int32()), "tokens of the prompt"),
         _field("token_ids", pa.list_(pa.int32()), "tokens of the response, EOS included"),
-        _field("rollout_logprobs", pa.list_(pa.float32()), "the engine's logprob of each token under softmax(logits/T)"),
+        _field(
+            "rollout_logprobs", pa.list_(pa.float32()), "the engine's logprob of each token under softmax(logits/T)"
+        ),
         _field("length", pa.int32(), "response tokens, EOS included"),
         _field("finish_reason", pa.string(), "stop | length (cut at the response limit)"),
         _field("repetition_rate", pa.float32(), "share of 8-grams of tokens that occurred before in the response"),

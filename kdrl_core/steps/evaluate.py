@@ -114,9 +114,7 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def _response_limit(
-    recipe: Recipe, config: dict[str, Any], requests: Sequence[RolloutRequest], label: str
-) -> int:
+def _response_limit(recipe: Recipe, config: dict[str, Any], requests: Sequence[RolloutRequest], label: str) -> int:
     context = min(recipe.evaluation.max_context_tokens, context_limit(config) or recipe.evaluation.max_context_tokens)
     longest = max(len(request.prompt_token_ids) for request in requests)
     if longest >= context:

@@ -1,6 +1,7 @@
 """problems ─▶ filter ─▶ data/pool.parquet and data/filter.json, for every stage of the recipe (B.1.1, B.3)."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -44,7 +45,9 @@ def filter_run(run: Run) -> dict[str, FilterReport]:
         pools.append(pool)
     content = json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=1) + "\n"
     publish_file(run.paths.pool, lambda path: write_table(pa.concat_tables(pools), path))
-    publish_file(
-        run.paths.filter_report, lambda path: path.write_text(content, encoding="utf-8"), inputs=run.inputs(run.paths.pool)
-    )
+
+    def write_report(path: Path) -> None:
+        path.write_text(content, encoding="utf-8")
+
+    publish_file(run.paths.filter_report, write_report, inputs=run.inputs(run.paths.pool))
     return reports

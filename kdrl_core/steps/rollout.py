@@ -33,7 +33,7 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
         DamagedArtifactError: the published file was altered.
     """
     started = time.perf_counter()
-    run, stage, config = session.run, session.stage, session.config
+    run, stage = session.run, session.stage
     path = run.paths.rollouts(stage, step)
     if is_published(path):
         verify_published(path)
@@ -42,7 +42,8 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
     requests = _requests(session, step)
     total = len(requests)
     rollouts = engine.generate(
-        requests, on_progress=lambda done: report_progress(run, stage=stage, step=step, phase="rollout", done=done, total=total)
+        requests,
+        on_progress=lambda done: report_progress(run, stage=stage, step=step, phase="rollout", done=done, total=total),
     )
     problems = [session.pool[rollout.prompt_id] for rollout in rollouts]
     table = pa.Table.from_pydict(
@@ -74,7 +75,8 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
     run, stage, config = session.run, session.stage, session.config
     if len(session.pool) < config.prompts_per_step:
         raise DataError(
-            f"{stage}: the pool has {len(session.pool)} problems, fewer than prompts_per_step={config.prompts_per_step}; "
+            f"{stage}: the pool has {len(session.pool)} problems, fewer than "
+            f"prompts_per_step={config.prompts_per_step}; "
             f"loosen the filter ({stage}.data) or lower {stage}.prompts_per_step"
         )
     problem_ids = prompts_of_step(

@@ -137,9 +137,7 @@ class StageSession:
 
     def _load(self, path: Path, config: ModelConfig) -> Any:
         runtime = self.run.recipe.runtime
-        return load_model(
-            path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=config.trust_remote_code
-        )
+        return load_model(path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=config.trust_remote_code)
 
     def _restore_trainer(self) -> TorchTrainer:
         import torch
@@ -188,7 +186,9 @@ def initial_policy(run: Run, stage: str) -> Path:
     before = stages[position - 1]
     final = run.paths.checkpoint(before, run.recipe.stage(before).steps)
     if not is_published(final):
-        raise RunError(f"{stage} starts from the result of {before}, which is not finished; run or resume {before} first")
+        raise RunError(
+            f"{stage} starts from the result of {before}, which is not finished; run or resume {before} first"
+        )
     return final
 
 

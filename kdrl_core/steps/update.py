@@ -4,6 +4,7 @@ The objective of the stage is put together here from its parts: rewards or shape
 (2), rewards become KD weights (Sec. 3.4), the step number becomes β (Sec. 3.3). The trainer does the rest.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,9 +91,7 @@ def update_step(session: StageSession, step: int) -> StepSummary:
     )
 
 
-def _update_batch(
-    session: StageSession, step: int, rollouts: pa.Table, rewards: pa.Table, beta: float
-) -> UpdateBatch:
+def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards: pa.Table, beta: float) -> UpdateBatch:
     run, stage, config = session.run, session.stage, session.config
     reward = torch.tensor(rewards["reward"].to_numpy())
     teacher = ref = None
@@ -182,7 +181,7 @@ def _ragged(column: pa.ChunkedArray) -> list[Float32s]:
     array = column.combine_chunks()
     values, offsets = array.flatten().to_numpy(), array.offsets.to_numpy()
     offsets = offsets - offsets[0]
-    return [np.array(values[a:b], np.float32) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [np.array(values[a:b], np.float32) for a, b in itertools.pairwise(offsets)]
 
 
 def _padded(rows: Sequence[Float32s]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,7 +98,7 @@ class TorchTrainer:
                 f"step {self._step}: loss {metrics.get('loss/total')} or gradient norm {grad_norm} is not finite; "
                 "training has diverged, lower learning_rate or beta"
             )
-        learning_rate = self._schedule.get_last_lr()[0]
+        learning_rate = float(self._schedule.get_last_lr()[0])
         self._optimizer.step()
         self._schedule.step()
         self._step += 1
@@ -112,9 +112,7 @@ class TorchTrainer:
         """Loss of a micro-batch, its metrics, and its logprobs [b, T] detached."""
         device = self._model.device
         with torch.autocast(device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
-            logprobs, entropy = response_logprobs(
-                self._model, padded, temperature=self._temperature, with_entropy=True
-            )
+            logprobs, entropy = response_logprobs(self._model, padded, temperature=self._temperature, with_entropy=True)
         loss, metrics = kdrl_loss(
             logprobs,
             advantages=torch.tensor([batch.advantages[row] for row in rows], device=device),

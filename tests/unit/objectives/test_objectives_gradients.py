@@ -74,6 +74,15 @@ def test_beta_zero_is_grpo(batch: dict[str, Any]) -> None:
     assert torch.equal(grpo, gradient(batch, beta=0.0, teacher_logprobs=None))
 
 
+def test_what_is_switched_off_cannot_overflow(batch: dict[str, Any]) -> None:
+    """e^R = ∞ on every token: 0 · ∞ would be NaN, so β = 0 and masked responses leave the term out."""
+    expected = gradient(batch, beta=0.0)
+    far = batch["teacher_logprobs"] + 1000.0
+    off = {"teacher_logprobs": far, "kl_estimator": "k3", "ref_logprobs": far}
+    assert torch.equal(gradient(batch, beta=0.0, **off), expected)
+    close(gradient(batch, kd_weights=torch.zeros(B), **off), expected)
+
+
 def test_zero_advantages_are_kd_rkl(batch: dict[str, Any]) -> None:
     """k1 in the loss is (5): −β R / Σ|o|, the same as k2's; the value is that of k1."""
     mask = batch["response_mask"]
@@ -253,6 +262,8 @@ def test_topk_enters_as_it_is(batch: dict[str, Any]) -> None:
         loss, metrics = kdrl_loss(**arguments, **extra)
         close(torch.autograd.grad(loss, topk)[0], BETA * mask * weights / mask.sum())
         close(metrics["kd/kl"], (topk * mask * weights).sum().detach() / mask.sum())
+        _, metrics = kdrl_loss(kd_weights=0.5 * weights[:, 0], **arguments, **extra)
+        close(metrics["kd/kl"], 0.5 * (topk * mask * weights).sum().detach() / mask.sum())
         assert "kd/kl_sampled" not in metrics
 
 
@@ -298,6 +309,14 @@ def test_kl_metrics_under_a_mask(batch: dict[str, Any]) -> None:
     assert metrics["kd/kl_unmasked"].item() == 0.0
 
 
+def test_a_micro_batch_cannot_tell_the_unmasked_kl_without_the_global_count(batch: dict[str, Any]) -> None:
+    """Dividing by its own count would not add up over micro-batches; the quotient of two metrics does."""
+    _, metrics = kdrl_loss(kd_masking="response", total_tokens=56, **batch)
+    assert "kd/kl_unmasked" not in metrics
+    _, whole = kdrl_loss(kd_masking="response", **batch)
+    close(metrics["kd/kl"] / metrics["kd/active_frac"], whole["kd/kl_unmasked"])
+
+
 def test_metrics_are_absent_without_their_inputs(batch: dict[str, Any]) -> None:
     _, metrics = kdrl_loss(**(batch | {"beta": 0.0, "teacher_logprobs": None}))
     assert set(metrics) == {"loss/total", "loss/policy"}
@@ -324,7 +343,9 @@ def test_no_argument_is_mutated(batch: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_that_of_the_logprobs(batch: dict[str, Any], dtype: torch.dtype) -> None:
-    converted = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    converted: dict[str, Any] = {
+        name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in batch.items()
+    }
     assert kdrl_loss(**converted)[0].dtype == dtype
 
 

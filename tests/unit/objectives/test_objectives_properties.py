@@ -87,7 +87,9 @@ def take(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 def close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-13, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            actual[name], value, rtol=1e-10, atol=1e-13, msg=f"{name}: {actual[name]} is not {value}"
+        )
 
 
 GARBAGE = st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0, 1e30, -1e30, 5.0])
