@@ -15,6 +15,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: $(VENV)/.installed  ## create .venv with the pinned CPU environment (a second run takes no time)
+	@echo "environment ready: $(BIN)/kdrl --help"
 
 $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,7 +27,6 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch setuptools
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation -e '.[dev]'
 	@touch $@
-	@echo "ready: $(BIN)/kdrl --help"
 
 demo: setup  ## run the miniature through a real Prefect server and worker (PORT=4200 to choose its port)
 	@$(BIN)/python -m flows.demo --recipe $(RECIPE) $(if $(PORT),--port $(PORT))
