@@ -37,7 +37,10 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
     except ImportError as error:
         raise ModelError(f"reading {gguf_file} needs more packages: pip install 'kdrl[smollm2]' ({error})") from error
     # save_pretrained of a model that came from GGUF raises; a plain one with its weights does not.
-    plain = AutoModelForCausalLM.from_config(loaded.config)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are dequantised: nothing may take the copy for a quantised model
+    plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
