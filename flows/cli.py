@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -78,11 +79,12 @@ def resume(
     from kdrl_core.config import load_recipe
     from kdrl_core.ledger import open_run
     from kdrl_core.preflight import check_inputs
-    from kdrl_core.steps.finish import is_finished
 
     with _errors():
         opened = open_run(run_name)
         loaded = load_recipe(opened.paths.recipe, overrides or [])
+        from kdrl_core.steps.finish import is_finished
+
         if is_finished(opened) and loaded == opened.recipe:
             _out.print(
                 f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}"
@@ -103,23 +105,25 @@ def status(
     ] = False,
 ) -> None:
     """Show where runs stand: stage, step, reward, who works on them; with RUN its metrics and results."""
-    from flows.status import run_status
     from kdrl_core.ledger import list_runs, open_run
 
     with _errors():
         if run_name is None:
             if watch:
                 raise RunError("--watch follows one run; name it: kdrl status RUN --watch")
-            rows = [run_status(open_run(name)) for name in list_runs()]
+            names = list_runs()
+            if not names and not as_json:
+                _out.print("no runs yet; start one with: kdrl run --recipe miniature")
+                return
+            rows = [_status_of(name) for name in names]
             if as_json:
                 _out.print_json(data=rows)
-                return
-            if not rows:
-                _out.print("no runs yet; start one with: kdrl run --recipe miniature")
                 return
             _print_rows(rows, ["run", "recipe", "state", "progress", "reward", "started"])
             return
         opened = open_run(run_name)
+        from flows.status import run_status
+
         if watch:
             from flows.watch import follow
 
@@ -135,7 +139,9 @@ def status(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe, to see every field with its default filled in.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A recipe, to see every field with its default filled in.")
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -157,6 +163,12 @@ def recipes(
             _print_rows(rows, ["recipe", "description"])
 
 
+def _status_of(name: str) -> dict[str, Any]:
+    from flows.status import named_status  # costs seconds: only where there is a run
+
+    return named_status(name)
+
+
 def print_summary(opened: Any, console: Console = _out) -> None:
     """Print a run's accuracy and phase tables, and where its files lie."""
     from kdrl_core.reporting.summary import summarize
@@ -166,7 +178,7 @@ def print_summary(opened: Any, console: Console = _out) -> None:
     for table in (accuracy_table(summary), phase_table(summary)):
         if not table.rows:
             continue
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold")
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
         for position, cell in enumerate(table.header):
             shown.add_column(cell, justify="left" if position == 0 else "right")
         for row in table.rows:
@@ -214,7 +226,9 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except KdrlError as error:
-        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _err.print(
+            f"error: {' '.join(str(error).splitlines())}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger.layout import artifacts_root
+from kdrl_core.ledger.publish import require_writable
 
 _QUIET = {
     "DO_NOT_TRACK": "1",
@@ -16,12 +17,14 @@ _QUIET = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
 
+_MIN_FREE_MB = 64
+
 
 class PortError(KdrlError, OSError):
     """A port is taken."""
 
 
-def use_private_prefect(*, log_level: str) -> None:
+def use_private_prefect(*, log_level: str, home: Path | None = None) -> None:
     """Set the environment so that Prefect, imported afterwards, needs nothing set up.
 
     With PREFECT_API_URL set, flows are shown on that server; otherwise Prefect starts a temporary one on loopback.
@@ -29,7 +32,7 @@ def use_private_prefect(*, log_level: str) -> None:
     os.environ.update(_QUIET)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
     if "PREFECT_API_URL" not in os.environ:
-        os.environ.setdefault("PREFECT_HOME", str(prefect_home()))
+        os.environ.setdefault("PREFECT_HOME", str(home or prefect_home()))
         os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
 
 
@@ -40,24 +43,30 @@ def server_environment(port: int) -> dict[str, str]:
         **_QUIET,
         "PREFECT_HOME": str(prefect_home()),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
     }
 
 
 def prefect_home() -> Path:
-    """The project's own PREFECT_HOME, made if it is missing: Prefect's database needs the folder."""
+    """The project's own PREFECT_HOME, made if it is missing: Prefect's database needs the folder.
+
+    Raises StorageError if it cannot be written or the disk is full, on which Prefect itself would fail obscurely.
+    """
     home = artifacts_root() / "prefect"
-    home.mkdir(parents=True, exist_ok=True)
+    require_writable(home, free_mb=_MIN_FREE_MB)
     return home
 
 
 def free_port(wanted: int | None = None) -> int:
-    """`wanted` if it is free on loopback, or any free port. Raises PortError if `wanted` is taken."""
+    """`wanted` if it is free on loopback, or any free port. Raises PortError if `wanted` is taken or is no port."""
+    if wanted is not None and not 0 < wanted < 2**16:
+        raise PortError(f"{wanted} is no port; choose one between 1024 and 65535, e.g. make demo PORT=4200")
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", wanted or 0))
         except OSError as error:
             raise PortError(
-                f"port {wanted} on 127.0.0.1 is taken; stop its program or choose another, "
+                f"port {wanted} on 127.0.0.1 cannot be used ({error.strerror}); stop its program or choose another, "
                 f"e.g. make demo PORT={(wanted or 0) + 1}"
             ) from error
         return int(probe.getsockname()[1])

@@ -110,7 +110,10 @@ class StageProgress:
             ("metrics", run.paths.metrics(stage)),
         ):
             create_link_artifact(
-                link=path.as_uri(), link_text=run.relative(path), key=artifact_key(run, stage, what, "parquet")
+                link=path.as_uri(),
+                link_text=run.relative(path),
+                key=artifact_key(run, stage, what, "parquet"),
+                description=f"{what} of {stage}, Parquet",
             )
 
     def _set_progress(self, percent: float) -> None:

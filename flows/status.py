@@ -2,10 +2,19 @@
 
 from typing import Any
 
-from kdrl_core.ledger import Run, lock_holder
+from kdrl_core.errors import KdrlError
+from kdrl_core.ledger import Run, lock_holder, open_run
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps.checkpoints import checkpoint_steps
 from kdrl_core.steps.finish import is_finished
+
+
+def named_status(name: str) -> dict[str, Any]:
+    """`run_status` of a run by name, as a row of a list: one that cannot be opened says why and hides no other."""
+    try:
+        return run_status(open_run(name))
+    except KdrlError as error:
+        return {"run": name, "state": f"unusable: {error}"}
 
 
 def run_status(run: Run) -> dict[str, Any]:

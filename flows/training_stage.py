@@ -37,7 +37,8 @@ def training_stage(run_dir: str, stage: str) -> None:
             rollout(run_dir, stage, step)
             scored = teacher_score.submit(run_dir, stage, step)
             verdicts = verify.submit(run_dir, stage, step)
-            summary = update(run_dir, stage, step, scored, verdicts)
+            # Results, not futures: Prefect would ask the server for the state of each future, 15 ms a time.
+            summary = update(run_dir, stage, step, scored.result(), verdicts.result())
             progress.step(summary)
             if run.recipe.evaluation.periodic and config.is_evaluation_due(step + 1):
                 label = checkpoint_label(stage, step + 1)

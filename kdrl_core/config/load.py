@@ -16,18 +16,24 @@ from kdrl_core.config.recipe import Recipe
 from kdrl_core.errors import RecipeError
 
 RECIPES_DIR = Path(__file__).parent.parent.parent / "flows" / "recipes"
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-6 is a number (YAML 1.2), not the string that PyYAML reads, and keys are unique."""
+    """Safe YAML in which 1e-6 is a number (YAML 1.2), not the string that PyYAML reads, 2026-01-31 is a string,
+    and keys are unique."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE_TAG]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -51,8 +57,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(source)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        values = _unshared(yaml.load(path.read_text(encoding="utf-8"), _Loader))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise RecipeError(f"recipe {path}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path}: a mapping of fields is expected, found {type(values).__name__}")
@@ -74,7 +80,10 @@ def validate_recipe(values: Mapping[str, Any], *, origin: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every field written out; `load_recipe` of it gives an equal recipe."""
-    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    values = recipe.model_dump(mode="json")
+    # PyYAML writes U+0085 and U+2028 so that it misreads them itself; escaped they come back.
+    plain = json.dumps(values, ensure_ascii=False).isprintable()
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=plain, width=100)
     return text
 
 
@@ -92,12 +101,19 @@ def _find(source: str | Path) -> Path:
                 f"recipe file {path} does not exist; give a YAML file or one of {', '.join(list_recipes())}"
             )
         return path
-    if (shipped := RECIPES_DIR / f"{source}.yaml").is_file():
-        return shipped
+    if str(source) in list_recipes():
+        return RECIPES_DIR / f"{source}.yaml"
     raise RecipeError(
         f"no recipe '{source}'{_did_you_mean(str(source), list_recipes())}; "
         f"shipped: {', '.join(list_recipes())}, or give the path of a .yaml file"
     )
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML aliases share stands apart, so that an override changes one field only."""
+    if isinstance(value, dict):
+        return {key: _unshared(child) for key, child in value.items()}
+    return [_unshared(child) for child in value] if isinstance(value, list) else value
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -106,7 +122,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: expected FIELD=VALUE, e.g. --set stage2.beta.init=2e-3")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"--set {override}: the value is not YAML: {_one_line(error)}") from error
     *parents, leaf = name.split(".")
     target: Any = values

@@ -18,7 +18,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -140,7 +140,7 @@ class StageConfig(_Section):
             raise ValueError(f"objective {self.objective} needs beta; set beta.init (Table 3: 2e-3) or objective=grpo")
         if not self.uses_teacher and self.beta is not None:
             raise ValueError("objective grpo has no teacher term; leave beta out or set objective=kdrl")
-        if self.objective in ("kd_rkl", "reward_shaping") and self.kd_masking != "none":
+        if self.objective != "kdrl" and self.kd_masking != "none":
             raise ValueError(f"kd_masking {self.kd_masking} masks the joint loss only; set objective=kdrl")
         return self
 

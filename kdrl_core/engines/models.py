@@ -49,11 +49,23 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
         raise ModelError(
             f"{where}: {path} has no {_WEIGHTS[0]}; only safetensors weights are loaded, convert them first"
         )
+    if missing := [name for name in _shards(path) if not (path / name).is_file()]:
+        raise ModelError(f"{where}: {path} lacks {missing[0]}, which its weight index names; download the model again")
     if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         raise ModelError(f"{where}: {path} has no tokenizer files; copy the model's tokenizer.json beside its weights")
     if not isinstance(values, dict):
         raise ModelError(f"{where}: {path / 'config.json'} is not a JSON object; download the model again")
     return values
+
+
+def _shards(path: Path) -> list[str]:
+    """Files that the weight index of a sharded model names; none without a readable index."""
+    try:
+        return sorted(set(json.loads((path / _WEIGHTS[1]).read_text(encoding="utf-8"))["weight_map"].values()))
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path / _WEIGHTS[1]} cannot be read ({error}); download the model again") from error
 
 
 def context_limit(config: dict[str, Any]) -> int | None:
@@ -65,21 +77,29 @@ def context_limit(config: dict[str, Any]) -> int | None:
 def compare_tokenizers(student: Path, teacher: Path) -> None:
     """Refuse a teacher whose tokens mean something else than the student's.
 
-    Compared are the token → id maps and the special tokens, not vocabulary sizes: Qwen pads its embedding differently
-    per model size while the tokenizers are the same (PITFALLS 10).
+    Compared are the token → id maps with the special tokens, and the token that ends a response, not vocabulary sizes:
+    Qwen pads its embedding differently per model size while the tokenizers are the same (PITFALLS 10). Compared is
+    what both sides say: a directory without tokenizer.json, or without eos_token, is taken at its word.
 
     Raises:
-        ModelError: names the first token that differs.
+        ModelError: names the first token that differs, or both ends.
     """
     ours, theirs = _vocabulary(student), _vocabulary(teacher)
-    if ours is None or theirs is None or ours == theirs:
-        return
-    ids = {**theirs, **ours}
-    token = min((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: ids[t])
-    raise ModelError(
-        f"student and teacher tokenizers differ: token {token!r} is {ours.get(token, 'unknown')} for the student "
-        f"and {theirs.get(token, 'unknown')} for the teacher; distillation needs a teacher with the student's tokenizer"
-    )
+    if ours is not None and theirs is not None and ours != theirs:
+        ids = {**theirs, **ours}
+        token = min((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: ids[t])
+        raise ModelError(
+            f"student and teacher tokenizers differ: token {token!r} is {ours.get(token, 'unknown')} for the student "
+            f"and {theirs.get(token, 'unknown')} for the teacher; "
+            "distillation needs a teacher with the student's tokenizer"
+        )
+    our_end, their_end = _eos_token(student), _eos_token(teacher)
+    if our_end is not None and their_end is not None and our_end != their_end:
+        raise ModelError(
+            f"student and teacher tokenizers differ: the student ends with {our_end!r}, the teacher with "
+            f"{their_end!r}; it would unteach stopping, so give a teacher with the student's eos_token "
+            "(tokenizer_config.json)"
+        )
 
 
 def _vocabulary(path: Path) -> dict[str, int] | None:
@@ -95,6 +115,19 @@ def _vocabulary(path: Path) -> dict[str, int] | None:
         return {**vocabulary, **{added["content"]: added["id"] for added in values.get("added_tokens", [])}}
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
+
+
+def _eos_token(path: Path) -> str | None:
+    file = path / "tokenizer_config.json"
+    try:
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
+    if isinstance(eos, dict):  # an AddedToken, written out
+        eos = eos.get("content")
+    return eos if isinstance(eos, str) else None
 
 
 def load_tokenizer(path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -13,6 +13,9 @@ from filelock import FileLock, Timeout
 from kdrl_core.errors import RunLockedError
 from kdrl_core.ledger.publish import replace_file
 
+_PATIENCE_S = 0.2
+"""Longer than `lock_holder` of another process holds the lock to see whether it is free."""
+
 
 @contextmanager
 def run_lock(path: Path) -> Iterator[None]:
@@ -25,7 +28,7 @@ def run_lock(path: Path) -> Iterator[None]:
     holder_file = path.with_suffix(".holder.json")
     lock = FileLock(path, is_singleton=True, thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE_S, poll_interval=_PATIENCE_S / 4)
     except Timeout as error:
         raise RunLockedError(
             f"run {path.parent.name} is in use by {_holder(holder_file)}; wait for it, stop it, or use another run name"
@@ -60,5 +63,5 @@ def _holder(file: Path) -> str:
     try:
         holder = json.loads(file.read_text())
         return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import kdrl_core
-from kdrl_core.errors import DamagedArtifactError, RunError, StorageError
+from kdrl_core.errors import DamagedArtifactError, KdrlError, RunError, StorageError
 
 _TEMPORARY_PREFIX = ".tmp-"
 _DIRECTORY_MANIFEST = "manifest.json"
+_FULL_BELOW_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +65,12 @@ def manifest_of(path: Path) -> Manifest:
     if not where.is_file():
         raise RunError(f"{path} is not published: it has no manifest {where.name}")
     try:
-        return Manifest(**json.loads(where.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DamagedArtifactError(
-            f"manifest {where} cannot be read ({error}); delete it to have it made anew"
-        ) from error
+        manifest = Manifest(**json.loads(where.read_text(encoding="utf-8")))
+        if manifest.files is not None:
+            _digest_of_listing(manifest.files)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _unreadable(where, str(error)) from error
+    return manifest
 
 
 def is_current(path: Path, inputs: Mapping[str, str]) -> bool:
@@ -86,9 +88,11 @@ def verify_published(path: Path) -> Manifest:
     manifest = manifest_of(path)
     if manifest.files is None:
         _compare(path, manifest.size, manifest.sha256)
-    else:
-        for name, expected in manifest.files.items():
-            _compare(path / name, expected["size"], expected["sha256"])
+        return manifest
+    for name, expected in manifest.files.items():
+        _compare(path / name, expected["size"], expected["sha256"])
+    if manifest.sha256 != _digest_of_listing(manifest.files):
+        raise _unreadable(manifest_path(path), "its hash is not that of the files it lists")
     return manifest
 
 
@@ -153,11 +157,10 @@ def publish_directory(
                 size, digest = _digest(file)
                 files[file.relative_to(temporary).as_posix()] = {"size": size, "sha256": digest}
                 _fsync(file)
-            lines = "".join(f"{f['sha256']} {f['size']} {name}\n" for name, f in files.items())
             manifest = Manifest(
                 artifact=path.name,
                 size=sum(f["size"] for f in files.values()),
-                sha256=hashlib.sha256(lines.encode()).hexdigest(),
+                sha256=_digest_of_listing(files),
                 inputs=dict(inputs or {}),
                 metadata=dict(metadata or {}),
                 files=files,
@@ -167,10 +170,13 @@ def publish_directory(
             _fsync(temporary / _DIRECTORY_MANIFEST)
             for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                 _fsync(folder)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
-            _fsync(path.parent)
+            with _temporary(
+                path
+            ) as superseded:  # moved away whole: a half-deleted directory would still look published
+                if path.exists():
+                    path.rename(superseded)
+                temporary.rename(path)
+                _fsync(path.parent)
     return manifest
 
 
@@ -202,12 +208,16 @@ def require_writable(folder: Path, *, free_mb: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _temporary(folder / "probe") as temporary:
             temporary.write_bytes(b"kdrl")
-        free = shutil.disk_usage(folder).free // 2**20
+        free = _free_bytes(folder) // 2**20
     if free < free_mb:
         raise StorageError(
             f"no disk space: {folder} has {free} MiB left, at least {free_mb} are needed; "
             "free some space or set KDRL_ARTIFACTS to another disk"
         )
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def _dump(manifest: Manifest) -> bytes:
@@ -218,6 +228,15 @@ def _digest(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return file.tell(), digest.hexdigest()
+
+
+def _digest_of_listing(files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = "".join(f"{files[name]['sha256']} {files[name]['size']} {name}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _unreadable(manifest: Path, reason: str) -> DamagedArtifactError:
+    return DamagedArtifactError(f"manifest {manifest} cannot be read ({reason}); delete it to have it made anew")
 
 
 def _compare(path: Path, size: int, sha256: str) -> None:
@@ -246,6 +265,12 @@ def _temporary(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{_TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield temporary
+    except Exception as error:
+        # safetensors and torch report a full disk each in its own way, not as OSError; the one says it, the other not.
+        foreign = not isinstance(error, (KdrlError, OSError))
+        if foreign and ("No space left" in str(error) or _free_bytes(path.parent) < _FULL_BELOW_BYTES):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
     finally:
         with suppress(OSError):
             if temporary.is_dir():
@@ -261,10 +286,12 @@ def _storage_errors(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             remedy = "no disk space; free some and resume the run"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "the folder cannot be written; change its permissions or set KDRL_ARTIFACTS"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            remedy = "something else stands in its place; move it away or set KDRL_ARTIFACTS"
         else:
             raise
         raise StorageError(f"cannot write {path}: {remedy} ({error.strerror})") from error

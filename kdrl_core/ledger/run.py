@@ -13,6 +13,7 @@ import kdrl_core
 from kdrl_core.config import Recipe, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
 from kdrl_core.errors import RunError
 from kdrl_core.ledger.layout import RunPaths, artifacts_root
+from kdrl_core.ledger.lock import run_lock
 from kdrl_core.ledger.publish import replace_file, require_writable, verify_published
 
 _VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
@@ -50,13 +51,15 @@ def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> R
 
     Raises:
         RunError: bad name, or the run exists with a recipe that differs in a field that changes results.
+        RunLockedError: another process works on it, so its recipe cannot be changed.
         StorageError: the folder cannot be written or the disk is full.
     """
     paths = RunPaths.of(name, artifacts)
     require_writable(paths.root.parent, free_mb=_MIN_FREE_MB)
     if not paths.manifest.is_file():
-        replace_file(paths.recipe, dump_recipe(recipe).encode())
-        _write_manifest(paths, recipe, history=[])
+        with run_lock(paths.lock):
+            replace_file(paths.recipe, dump_recipe(recipe).encode())
+            _write_manifest(paths, recipe, history=[])
         return Run(paths, recipe)
     run = open_run(name, artifacts=artifacts)
     changes = diff_recipes(run.recipe, recipe)
@@ -67,10 +70,13 @@ def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> R
             f"run {name} was started with another recipe: {'; '.join(map(str, unsafe))}. "
             "Use another run name, or resume with the recipe it was started with"
         )
-    manifest = _read_manifest(paths)
     entry = {"at": datetime.now(UTC).isoformat("T", "seconds"), "changes": [str(change) for change in changes]}
-    replace_file(paths.recipe, dump_recipe(recipe).encode())
-    _write_manifest(paths, recipe, history=[*manifest.get("history", []), entry])
+    with run_lock(paths.lock):
+        history = _read_manifest(paths).get("history", [])
+        # Announced first, so that a crash between the two files leaves a run that opens under either recipe.
+        _write_manifest(paths, run.recipe, history=history, announced=recipe)
+        replace_file(paths.recipe, dump_recipe(recipe).encode())
+        _write_manifest(paths, recipe, history=[*history, entry])
     return Run(paths, recipe)
 
 
@@ -87,7 +93,7 @@ def open_run(name: str, *, artifacts: Path | None = None) -> Run:
         raise RunError(f"no run '{name}' in {paths.root.parent}; {listing}")
     manifest = _read_manifest(paths)
     recipe = load_recipe(paths.recipe)
-    if config_hash(recipe) != manifest.get("config_hash"):
+    if config_hash(recipe) not in (manifest.get("config_hash"), manifest.get("announced_config_hash")):
         raise RunError(
             f"{paths.recipe} was changed by hand: it is not the recipe of the run's manifest. "
             "Undo the change, or start a new run with it"
@@ -125,9 +131,9 @@ def _read_manifest(paths: RunPaths) -> Mapping[str, Any]:
     return manifest
 
 
-def _write_manifest(paths: RunPaths, recipe: Recipe, *, history: list[Any]) -> None:
+def _write_manifest(paths: RunPaths, recipe: Recipe, *, history: list[Any], announced: Recipe | None = None) -> None:
     created = _created(paths.manifest) if paths.manifest.is_file() else ""
-    manifest = {
+    manifest: dict[str, Any] = {
         "run": paths.name,
         "recipe": recipe.name,
         "config_hash": config_hash(recipe),
@@ -136,6 +142,8 @@ def _write_manifest(paths: RunPaths, recipe: Recipe, *, history: list[Any]) -> N
         "versions": {"kdrl": kdrl_core.__version__, "python": platform.python_version(), **_versions()},
         "history": history,
     }
+    if announced is not None:
+        manifest["announced_config_hash"] = config_hash(announced)
     replace_file(paths.manifest, (json.dumps(manifest, indent=1) + "\n").encode())
 
 

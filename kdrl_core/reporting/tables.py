@@ -27,22 +27,21 @@ def accuracy_table(summary: Summary) -> Table:
 
 
 def phase_table(summary: Summary) -> Table:
-    """Reward, length and clip ratio at the start and the end of each stage."""
-    header = ["stage", "steps", "reward", "length, tokens", "clip ratio", "entropy, nats", "KL to teacher", "seconds"]
+    """Reward, length, clip ratio and KL at the start and the end of each stage."""
+    header = ["stage", "steps", "reward", "length", "clip ratio", "KL to teacher", "s"]
     rows = []
     for stage in summary.stages:
-        names = ["reward/mean", "response/length_mean", "response/clip_ratio", "entropy", "kd/kl_unmasked"]
-        digits = [3, 1, 3, 3, 3]
-        cells = [_change(stage.metrics.get(name), d) for name, d in zip(names, digits, strict=True)]
+        columns = {"reward/mean": 2, "response/length_mean": 1, "response/clip_ratio": 2, "kd/kl_unmasked": 2}
+        cells = [_change(stage.metrics.get(name), digits) for name, digits in columns.items()]
         rows.append(
             [
-                f"{stage.stage} ({stage.objective})",
+                f"{stage.stage} {stage.objective}",
                 f"{stage.steps}/{stage.planned_steps}",
                 *cells,
                 f"{stage.seconds:.0f}",
             ]
         )
-    return Table(title="Training, first → last fifth of the steps", header=header, rows=rows)
+    return Table(title="Training: means of the first → last fifth of the steps", header=header, rows=rows)
 
 
 def _interval(result: dict[str, float] | None) -> str:

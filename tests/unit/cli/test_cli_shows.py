@@ -1,0 +1,89 @@
+"""What the program prints without a run: recipes, status, help."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdrl_core.config import list_recipes, load_recipe
+from kdrl_core.ledger import create_run
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+OPTIONS = {
+    "run": ["--recipe", "--name", "--set", "--verbose"],
+    "resume": ["RUN", "--set", "--verbose"],
+    "status": ["[RUN]", "--json", "--watch"],
+    "recipes": ["[NAME]", "--set", "--json"],
+}
+
+
+def test_recipes_are_listed(cli: Cli) -> None:
+    done = cli("recipes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in list_recipes())
+    rows = json.loads(cli("recipes", "--json").stdout)
+    assert [row["recipe"] for row in rows] == list_recipes()
+    assert all(row["description"] for row in rows)
+
+
+def test_a_recipe_is_shown_with_every_field(cli: Cli, artifacts: Path) -> None:
+    shown = json.loads(cli("recipes", "miniature", "--json", "--set", "seed=7").stdout)
+    assert shown == load_recipe("miniature", ["seed=7"]).model_dump(mode="json")
+    assert yaml.safe_load(cli("recipes", "miniature").stdout)["stage2"]["checkpoint"]["keep_last"] == 2
+    assert not artifacts.exists()
+
+
+def test_a_shown_recipe_can_be_run_as_a_file(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(cli("recipes", "miniature").stdout)
+    assert json.loads(cli("recipes", "mine.yaml", "--json").stdout) == load_recipe("miniature").model_dump(mode="json")
+
+
+def test_a_bad_recipe_is_refused(cli: Cli) -> None:
+    done = cli("recipes", "miniature", "--set", "stage2.betta=1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: recipe miniature: field 'stage2.betta': unknown field, did you mean 'beta'?")
+
+
+def test_status_without_runs(cli: Cli, artifacts: Path) -> None:
+    done = cli("status")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "no runs yet; start one with: kdrl run --recipe miniature\n"
+    assert json.loads(cli("status", "--json").stdout) == []
+    assert not artifacts.exists()
+
+
+def test_status_of_runs_that_have_not_begun_and_one_that_cannot_be_opened(cli: Cli, artifacts: Path) -> None:
+    recipe = load_recipe("miniature", ["stage1.steps=20", "stage2.steps=40"])
+    create_run("good", recipe, artifacts=artifacts)
+    broken = create_run("broken", recipe, artifacts=artifacts)
+    broken.paths.recipe.write_text("name: [")
+    done = cli("status", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {row["run"]: row for row in json.loads(done.stdout)}
+    assert rows["good"]["state"] == "stopped; kdrl resume good"
+    assert rows["good"]["progress"] == "stage1 0/20, stage2 0/40"
+    assert rows["broken"]["state"].startswith("unusable: recipe ")
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_of_a_command_names_its_options(command: str, cli: Cli) -> None:
+    done = cli(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for option in [*OPTIONS[command], "--help"]:
+        assert option in done.stdout
+
+
+def test_help_names_every_command_and_where_to_start(cli: Cli) -> None:
+    done = cli("--help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in OPTIONS)
+    assert "kdrl run --recipe miniature" in done.stdout
+
+
+def test_no_command_shows_the_help(cli: Cli) -> None:
+    done = cli()
+    assert "Usage: kdrl" in done.stdout + done.stderr

@@ -1,0 +1,116 @@
+"""Imports go one way: flows → tasks → kdrl_core, and inside the core only as far as each part's purpose needs.
+
+What a module pulls in is asked of a fresh interpreter, since this one has imported everything already.
+"""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+HEAVY = {"torch", "transformers", "prefect", "pyarrow", "pandas", "plotly", "math_verify", "sympy", "vllm", "deepspeed"}
+
+
+def modules_of(package: str) -> list[str]:
+    """Every module of a package by name."""
+    files = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    return [name for name in names if ".assets" not in name]
+
+
+@cache
+def imported_by(*modules: str) -> frozenset[str]:
+    """Top-level packages in a fresh interpreter after importing these modules."""
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *modules], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return frozenset(done.stdout.split())
+
+
+def test_no_module_of_the_core_imports_prefect_tasks_or_flows() -> None:
+    modules = modules_of("kdrl_core")
+    assert len(modules) > 40
+    found = imported_by(*modules)
+    assert "torch" in found  # the probe sees what is imported
+    assert not found & {"prefect", "tasks", "flows", "typer"}
+
+
+def test_objectives_import_torch_alone() -> None:
+    assert imported_by("kdrl_core.objectives") & HEAVY == {"torch"}
+
+
+@pytest.mark.parametrize("module", ["kdrl_core.types", "kdrl_core.errors", "kdrl_core.config", "kdrl_core.ledger"])
+def test_foundations_import_nothing_heavy(module: str) -> None:
+    assert not imported_by(module) & HEAVY
+
+
+def test_preflight_needs_no_model_library() -> None:
+    """So a wrong path is told in a second."""
+    assert not imported_by("kdrl_core.preflight") & {"torch", "transformers", "prefect"}
+
+
+def test_the_command_line_starts_light() -> None:
+    assert not imported_by("flows.cli") & HEAVY
+
+
+def imports_in(file: Path) -> set[str]:
+    """Names imported anywhere in a file, inside functions as well, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+# Package → packages that nothing in it may import, not even inside a function.
+FORBIDDEN = {
+    "kdrl_core": {"tasks", "flows", "prefect", "typer"},
+    "tasks": {"flows", "typer"},
+    "kdrl_core/objectives": {
+        "kdrl_core.config",
+        "kdrl_core.ledger",
+        "kdrl_core.engines",
+        "kdrl_core.training",
+        "transformers",
+    },
+    "kdrl_core/config": {"kdrl_core.ledger", "kdrl_core.data", "torch", "transformers", "pyarrow"},
+    "kdrl_core/ledger": {"kdrl_core.data", "kdrl_core.engines", "kdrl_core.steps", "torch", "transformers", "pyarrow"},
+    "kdrl_core/engines": {"kdrl_core.steps", "kdrl_core.objectives", "kdrl_core.reporting"},
+    "kdrl_core/training": {"kdrl_core.steps", "kdrl_core.reporting"},
+    "kdrl_core/verify": {"kdrl_core.engines", "kdrl_core.steps", "torch", "transformers"},
+    "kdrl_core/data": {"kdrl_core.engines", "kdrl_core.steps", "torch"},
+}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_no_file_imports_upwards(package: str) -> None:
+    files = [file for file in (ROOT / package).rglob("*.py") if "build" not in file.stem]
+    assert files
+    for file in files:
+        upwards = {
+            name
+            for name in imports_in(file)
+            for forbidden in FORBIDDEN[package]
+            if name == forbidden or name.startswith(f"{forbidden}.")
+        }
+        assert not upwards, f"{file.relative_to(ROOT)} imports {sorted(upwards)}"
+
+
+def test_errors_and_types_stand_on_the_standard_library() -> None:
+    for module in ("errors", "types"):
+        names = {name.split(".")[0] for name in imports_in(ROOT / "kdrl_core" / f"{module}.py")}
+        assert names <= set(sys.stdlib_module_names)
