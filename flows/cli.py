@@ -56,12 +56,14 @@ def run(
     Interrupt it whenever you like (Ctrl-C): `kdrl resume` goes on where its files end.
     """
     from kdrl_core.config import load_recipe
-    from kdrl_core.ledger import validate_run_name
+    from kdrl_core.ledger import RunPaths, open_run, require_resumable, validate_run_name
     from kdrl_core.preflight import check_inputs
 
     with _errors():
         loaded = load_recipe(recipe, overrides or [])
         run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
+        if RunPaths.of(run_name).manifest.is_file():
+            require_resumable(open_run(run_name), loaded)
         check_inputs(loaded)
         _run_in_process(recipe, run_name, overrides or [], verbose=verbose)
 
@@ -77,12 +79,13 @@ def resume(
     `--set` changes fields that do not touch what is published already, e.g. --set stage2.steps=400 for more steps.
     """
     from kdrl_core.config import load_recipe
-    from kdrl_core.ledger import open_run
+    from kdrl_core.ledger import open_run, require_resumable
     from kdrl_core.preflight import check_inputs
 
     with _errors():
         opened = open_run(run_name)
         loaded = load_recipe(opened.paths.recipe, overrides or [])
+        require_resumable(opened, loaded)
         from kdrl_core.steps.finish import is_finished
 
         if is_finished(opened) and loaded == opened.recipe:
@@ -178,7 +181,7 @@ def print_summary(opened: Any, console: Console = _out) -> None:
     for table in (accuracy_table(summary), phase_table(summary)):
         if not table.rows:
             continue
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
         for position, cell in enumerate(table.header):
             shown.add_column(cell, justify="left" if position == 0 else "right")
         for row in table.rows:

@@ -71,6 +71,12 @@ class Processes:
         lines = self.log(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"{' | '.join(lines[-3:])} (all of it: {self.log(name)})"
 
+    def last_line(self, name: str, *, containing: str) -> str | None:
+        """The end of the last line of a program's output that contains the text, from the text on; None without one."""
+        lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [line[line.index(containing) :] for line in lines if containing in line]
+        return found[-1] if found else None
+
     def stop_all(self) -> None:
         """Stop every program and whatever it started, newest first; politely, then not."""
         family: list[psutil.Process] = []
@@ -149,7 +155,9 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
         with Watcher(paths, _console):
             exit_code = flow_run.wait()
     if exit_code != 0:
-        _say(f"the flow failed: {processes.tail('flow-run')}")
+        # The failure hook says cause and remedy in one line of the worker's log.
+        cause = processes.last_line("worker", containing=f"{run_name} failed: ") or processes.tail("flow-run")
+        _say(f"error: {cause} (all of it: {processes.log('worker')})")
         return exit_code
     print_summary(open_run(run_name), _console)
     _print_next(run_name)
@@ -173,9 +181,13 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], processes: Processes, p
 def _print_next(run_name: str) -> None:
     kdrl = os.path.relpath(Path(sys.executable).with_name("kdrl"))
     _say("\nNext:")
-    _say(f"  {kdrl} status {run_name}                          # the numbers again, with --json for programs")
-    _say(f"  {kdrl} resume {run_name} --set stage2.steps=80    # forty more KDRL steps, from where it ended")
-    _say(f"  {kdrl} run --set stage2.objective=grpo --set stage2.beta=null   # the same without a teacher")
+    more = open_run(run_name).recipe.stage("stage2").steps + 40
+    _say("  # the numbers again, for programs")
+    _say(f"  {kdrl} status {run_name} --json")
+    _say("  # forty more KDRL steps, from where it ended")
+    _say(f"  {kdrl} resume {run_name} --set stage2.steps={more}")
+    _say("  # the same without a teacher, to compare")
+    _say(f"  {kdrl} run --name grpo --set stage2.objective=grpo --set stage2.beta=null")
 
 
 def _json(values: list[str]) -> str:

@@ -1,4 +1,9 @@
-"""Values that several tests share."""
+"""What several tests share."""
+
+import psutil
+
+MARK = "KDRL_TEST_MARK"
+"""Environment variable by which a test finds the processes of a program it started."""
 
 TINY = [
     "stage1.steps=2",
@@ -8,3 +13,15 @@ TINY = [
     *(f"evaluation.benchmarks.{index}.{field}" for index in range(3) for field in ("samples=1", "max_problems=8")),
 ]
 """Overrides that make the miniature a matter of seconds."""
+
+
+def left_behind(mark: str) -> list[str]:
+    """Command lines of live processes that inherited `KDRL_TEST_MARK=mark` from a program under test."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

@@ -14,7 +14,7 @@ from kdrl_core.ledger.publish import (
     sweep_temporaries,
     verify_published,
 )
-from kdrl_core.ledger.run import Run, create_run, list_runs, open_run, open_run_dir
+from kdrl_core.ledger.run import Run, create_run, list_runs, open_run, open_run_dir, require_resumable
 from kdrl_core.ledger.seeds import derive_seed, prompts_of_step, uniforms
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "publish_directory",
     "publish_file",
     "replace_file",
+    "require_resumable",
     "require_writable",
     "run_lock",
     "sweep_temporaries",

@@ -62,14 +62,10 @@ def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> R
             _write_manifest(paths, recipe, history=[])
         return Run(paths, recipe)
     run = open_run(name, artifacts=artifacts)
+    require_resumable(run, recipe)
     changes = diff_recipes(run.recipe, recipe)
     if not changes:
         return run
-    if unsafe := unsafe_changes(run.recipe, recipe):
-        raise RunError(
-            f"run {name} was started with another recipe: {'; '.join(map(str, unsafe))}. "
-            "Use another run name, or resume with the recipe it was started with"
-        )
     entry = {"at": datetime.now(UTC).isoformat("T", "seconds"), "changes": [str(change) for change in changes]}
     with run_lock(paths.lock):
         history = _read_manifest(paths).get("history", [])
@@ -78,6 +74,15 @@ def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> R
         replace_file(paths.recipe, dump_recipe(recipe).encode())
         _write_manifest(paths, recipe, history=[*history, entry])
     return Run(paths, recipe)
+
+
+def require_resumable(run: Run, recipe: Recipe) -> None:
+    """Raise RunError with the fields in which `recipe` differs from the run's so that its results would change."""
+    if unsafe := unsafe_changes(run.recipe, recipe):
+        raise RunError(
+            f"run {run.name} was started with another recipe: {'; '.join(map(str, unsafe))}. "
+            "Use another run name, or resume with the recipe it was started with"
+        )
 
 
 def open_run(name: str, *, artifacts: Path | None = None) -> Run:

@@ -28,7 +28,7 @@ def accuracy_table(summary: Summary) -> Table:
 
 def phase_table(summary: Summary) -> Table:
     """Reward, length, clip ratio and KL at the start and the end of each stage."""
-    header = ["stage", "steps", "reward", "length", "clip ratio", "KL to teacher", "s"]
+    header = ["stage", "steps", "reward", "length", "clip ratio", "teacher KL", "s"]
     rows = []
     for stage in summary.stages:
         columns = {"reward/mean": 2, "response/length_mean": 1, "response/clip_ratio": 2, "kd/kl_unmasked": 2}

@@ -118,15 +118,27 @@ def test_stage_seed_and_pass_change_the_order() -> None:
     assert whole() != sorted(pool)
 
 
-def test_thousands_of_passes_do_not_hit_the_recursion_limit() -> None:
-    """In a fresh process, so that no earlier call has filled the cache: pool of 3, 5,000 passes deep."""
+def in_a_fresh_process(*, pool: int, prompts: int, step: int, recursion_limit: int) -> None:
+    """Draw one step where no earlier call has filled the cache."""
     command = (
+        "import sys\n"
         "from kdrl_core.ledger.seeds import prompts_of_step\n"
-        "step = prompts_of_step(['a', 'b', 'c'], seed=0, stage='stage1', step=5000, prompts_per_step=2)\n"
-        "assert len(set(step)) == 2\n"
-        "print(step)"
+        f"sys.setrecursionlimit({recursion_limit})\n"
+        f"pool = [str(i) for i in range({pool})]\n"
+        f"step = prompts_of_step(pool, seed=0, stage='stage1', step={step}, prompts_per_step={prompts})\n"
+        f"assert len(set(step)) == {prompts}"
     )
-    subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_thousands_of_passes_are_no_obstacle() -> None:
+    in_a_fresh_process(pool=3, prompts=2, step=5000, recursion_limit=1000)
+
+
+def test_a_chain_of_passes_is_not_followed_recursively() -> None:
+    """71 problems, 70 a step: each of the first 70 passes depends on the one before it."""
+    in_a_fresh_process(pool=71, prompts=70, step=69, recursion_limit=50)
 
 
 def test_a_pool_smaller_than_a_step_is_refused() -> None:
