@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True)
+_STATUS_COLUMNS = ["run", "state", "progress", "reward", "started"]
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Name of a shipped recipe (see: kdrl recipes), or path of a YAML file.")
@@ -86,7 +87,7 @@ def resume(
         opened = open_run(run_name)
         loaded = load_recipe(opened.paths.recipe, overrides or [])
         require_resumable(opened, loaded)
-        from kdrl_core.steps.finish import is_finished
+        from kdrl_core.steps.completion import is_finished
 
         if is_finished(opened) and loaded == opened.recipe:
             _out.print(
@@ -122,7 +123,7 @@ def status(
             if as_json:
                 _out.print_json(data=rows)
                 return
-            _print_rows(rows, ["run", "recipe", "state", "progress", "reward", "started"])
+            _print_rows(rows, _STATUS_COLUMNS)
             return
         opened = open_run(run_name)
         from flows.status import run_status
@@ -136,7 +137,7 @@ def status(
 
             _out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
-        _print_rows([run_status(opened)], ["run", "recipe", "state", "progress", "reward", "started"])
+        _print_rows([run_status(opened)], _STATUS_COLUMNS)
         print_summary(opened)
 
 
@@ -187,6 +188,7 @@ def print_summary(opened: Any, console: Console = _out) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+        console.print()
     for what, path in summary.paths.items():
         console.print(f"{what:>8}  {path}", soft_wrap=True, highlight=False)
 
@@ -217,9 +219,12 @@ def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose
 
 
 def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    table = RichTable(*columns)
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column, no_wrap=position == 0)
     for row in rows:
-        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
+        shown = {**row, "started": str(row.get("started") or "")[:16].replace("T", " ")}
+        table.add_row(*("" if shown.get(column) is None else str(shown[column]) for column in columns))
     _out.print(table)
 
 

@@ -8,7 +8,7 @@ from flows.filtering import filtering
 from flows.reporting import reporting
 from flows.training_stage import training_stage
 from kdrl_core.config import load_recipe
-from kdrl_core.ledger import create_run, run_lock
+from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
 from kdrl_core.preflight import check_inputs
 
 
@@ -35,6 +35,7 @@ def full_pipeline(recipe: str = "miniature", run_name: str | None = None, overri
     check_inputs(loaded)
     run = create_run(run_name or default_run_name(), loaded)
     with run_lock(run.paths.lock):
+        sweep_temporaries(run.paths.root)  # of an interrupted publication
         shown.run_opened(run)
         run_dir = str(run.paths.root)
         filtering(run_dir)

@@ -6,7 +6,7 @@ from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, lock_holder, open_run
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps.checkpoints import checkpoint_steps
-from kdrl_core.steps.finish import is_finished
+from kdrl_core.steps.completion import is_finished
 
 
 def named_status(name: str) -> dict[str, Any]:

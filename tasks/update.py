@@ -6,6 +6,7 @@ from kdrl_core.steps.session import stage_session
 from kdrl_core.steps.update import StepSummary, update_step
 from tasks.options import STEP_OPTIONS
 
+
 @task(name="update", task_run_name="{stage}-{step:06d}-update", **{**STEP_OPTIONS, "retries": 0})
 def update(run_dir: str, stage: str, step: int, scored: list[str], verdicts: str) -> StepSummary:
     """One optimiser step from published files; `scored` and `verdicts` are the files of the tasks before it."""

@@ -6,9 +6,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, is_published
 from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.steps.evaluate import read_results
 
 _PANELS = [
     ("reward/mean", "training reward"),
@@ -44,6 +44,7 @@ def dynamics_figure(run: Run) -> go.Figure:
             elif rows and rows[0].get(name) is not None:
                 _add_line(figure, stage, [offset + row["step"] for row in rows], [row[name] for row in rows], where)
         offset += len(rows)
+    figure.update_xaxes(matches="x")  # one step axis for all panels, so that they can be read against each other
     figure.update_xaxes(title_text="step", row=3)
     figure.update_layout(
         height=860,

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.steps.evaluate import read_results
 
 MODEL_NAMES = {"base": "student before", "stage1": "after stage 1", "stage2": "after stage 2", "teacher": "teacher"}
 _ENDS_SHARE = 0.2

@@ -31,7 +31,7 @@ def phase_table(summary: Summary) -> Table:
     header = ["stage", "steps", "reward", "length", "clip ratio", "teacher KL", "s"]
     rows = []
     for stage in summary.stages:
-        columns = {"reward/mean": 2, "response/length_mean": 1, "response/clip_ratio": 2, "kd/kl_unmasked": 2}
+        columns = {"reward/mean": 2, "response/length_mean": 0, "response/clip_ratio": 2, "kd/kl_unmasked": 2}
         cells = [_change(stage.metrics.get(name), digits) for name, digits in columns.items()]
         rows.append(
             [

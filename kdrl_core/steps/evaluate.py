@@ -15,6 +15,7 @@ from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
+from kdrl_core.evaluation.results import RESULTS, read_results
 from kdrl_core.evaluation.statistics import accuracy
 from kdrl_core.ledger import Run, derive_seed, is_current, publish_directory, verify_published
 from kdrl_core.progress import report_progress
@@ -22,8 +23,6 @@ from kdrl_core.rollouts.schema import EVALUATION, write_table
 from kdrl_core.steps.session import initial_policy
 from kdrl_core.types import Rollout, RolloutRequest, Verdict
 from kdrl_core.verify import Verifier
-
-RESULTS = "results.json"
 
 
 def model_of(run: Run, label: str) -> tuple[Path, ModelConfig]:
@@ -105,12 +104,6 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
         (folder / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
 
     publish_directory(target, write, inputs=inputs)
-    return content
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """results.json of a published evaluation."""
-    content: dict[str, Any] = json.loads((path / RESULTS).read_text(encoding="utf-8"))
     return content
 
 

@@ -15,6 +15,9 @@ from kdrl_core.types import ScoreRequest
 
 Float32s = NDArray[float32]
 
+STATE_FILE = "trainer_state.pt"
+"""Optimiser, scheduler and step, beside the weights of a checkpoint."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateBatch:

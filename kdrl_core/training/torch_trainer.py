@@ -18,9 +18,7 @@ from kdrl_core.ledger.seeds import derive_seed
 from kdrl_core.objectives import kdrl_loss
 from kdrl_core.training.batch import PaddedBatch, pad_sequences, token_budget_batches
 from kdrl_core.training.logprobs import response_logprobs
-from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
-
-STATE_FILE = "trainer_state.pt"
+from kdrl_core.training.protocols import STATE_FILE, Float32s, StepStats, UpdateBatch
 
 
 class TorchTrainer:

@@ -14,7 +14,7 @@ from flows.full_pipeline import full_pipeline
 from kdrl_core.errors import DataError, RecipeError, RunError
 from kdrl_core.ledger import RunPaths, manifest_of, open_run
 from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.steps.finish import is_finished
+from kdrl_core.steps.completion import is_finished
 from tasks.options import STEP_OPTIONS
 
 ROOT = Path(__file__).parent.parent.parent

@@ -63,7 +63,7 @@ def test_accuracy_is_in_percent_with_its_interval() -> None:
 
 
 def test_phases_show_start_and_end() -> None:
-    assert phase_table(SUMMARY).rows == [["stage1 grpo", "3/20", "0.25 → 0.50", "31.3 → 33.0", "–", "–", "13"]]
+    assert phase_table(SUMMARY).rows == [["stage1 grpo", "3/20", "0.25 → 0.50", "31 → 33", "–", "–", "13"]]
     assert len(phase_table(SUMMARY).header) == len(phase_table(SUMMARY).rows[0])
 
 

@@ -1,0 +1,13 @@
+"""Results of a published evaluation, read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = "results.json"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """`results.json` of a published evaluation: `label`, `model`, `seconds`, and `benchmarks` by name."""
+    content: dict[str, Any] = json.loads((path / RESULTS).read_text(encoding="utf-8"))
+    return content
