@@ -1,6 +1,7 @@
 """The command line `kdrl`. Heavy imports wait until a command has checked its input: a bad recipe fails in a second."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,6 +200,7 @@ def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose
     from flows.watch import Watcher
     from kdrl_core.ledger import RunPaths, open_run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the temporary server stopped
     use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
     _err.print(f"run {run_name}: starting …", highlight=False)
     from flows.full_pipeline import full_pipeline

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import IO, Annotated
 
 import psutil
@@ -114,7 +113,7 @@ def demo(
     ] = None,
 ) -> None:
     """Run the pipeline once through a Prefect server and worker of its own."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     run_name = name or f"demo-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
     started = time.monotonic()
     try:
@@ -198,10 +197,6 @@ def _json(values: list[str]) -> str:
 
 def _say(text: str) -> None:
     _console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

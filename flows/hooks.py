@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from httpx import HTTPError
 from prefect import Flow, runtime
-from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectException
 from prefect.logging import get_logger
@@ -33,9 +35,17 @@ def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
     lines.append(f"- files: `{root}`")
     lines.append(f"- go on with: `kdrl resume {root.name}`")
     get_logger("kdrl").error(" ".join(line.replace("`", "").replace("*", "").removeprefix("- ") for line in lines))
+    artifact = ArtifactCreate(
+        key="kdrl-failure",
+        type="markdown",
+        description=f"why {flow_run.name} failed",
+        data="\n".join(lines),
+        flow_run_id=flow_run.id,
+    )
     try:
-        create_markdown_artifact("\n".join(lines), key="kdrl-failure", description=f"why {flow_run.name} failed")
-    except PrefectException as error:  # the server may be what failed
+        with get_client(sync_client=True) as client:
+            client.create_artifact(artifact)
+    except (PrefectException, HTTPError) as error:  # the server may be what failed
         get_logger("kdrl").warning("the failure could not be kept as an artifact: %s", error)
 
 

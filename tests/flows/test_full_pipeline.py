@@ -150,3 +150,12 @@ def _named(prefix: str) -> FlowRunFilter:
 def _stamps(root: Path) -> dict[str, int]:
     files = [p for p in root.rglob("*") if p.is_file() and not p.name.startswith("run.")]
     return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def test_failure_is_kept_with_the_way_on(artifacts: Path) -> None:
+    with pytest.raises(DataError):
+        full_pipeline(recipe="miniature", run_name="short", overrides=[*TINY, "stage1.data.max_problems=2"])
+    with _client() as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["kdrl-failure"])))
+    texts = [str(artifact.data) for artifact in found if artifact.flow_run_id is not None]
+    assert any("**short-filtering** failed" in text and "`kdrl resume short`" in text for text in texts), texts
