@@ -1,22 +1,26 @@
-"""Time of one miniature step (16 prompts × 8 rollouts × up to 64 tokens), Prefect's share of the loop, peak memory.
+"""Time of one miniature step by phase, Prefect's share of the loop, peak memory.
 
-The same steps are run twice from scratch: by calling the steps one after the other, and by the Prefect flow with its
-temporary server. Prefect's share is what the flow's loop takes beyond the work itself. Prints a table; asserts nothing.
+The same steps are run twice from scratch: by plain calls, one after the other, and by the Prefect flow with its
+temporary server. Prefect's share is the part of the flow's loop that is spent outside the bodies of the tasks, on the
+critical path (scoring and verification run side by side, so the longer counts). Prints a table; asserts nothing.
 """
 
 import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from flows.local_prefect import use_private_prefect
 from kdrl_core.config import load_recipe
-from kdrl_core.ledger import create_run
+from kdrl_core.ledger import Run, create_run
 
 _WARM_UP = 5
 _PHASES = ["time/rollout_s", "time/teacher_score_s", "time/verify_s", "time/update_s"]
@@ -26,28 +30,27 @@ def main() -> None:
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="steps of the stage that is measured")
-    steps = parser.parse_args().steps
-    console = Console()
+    parser.add_argument("--prompts", type=int, default=16, help="prompts per step; 8 rollouts each, up to 64 tokens")
+    arguments = parser.parse_args()
+    sizes = [f"steps={arguments.steps}", f"prompts_per_step={arguments.prompts}"]
+    sizes += [f"mini_batch_prompts={arguments.prompts}", "group_size=8", "evaluate_every=null"]
+    recipe = load_recipe("miniature", ["stage1=null", *(f"stage2.{size}" for size in sizes)])
     with tempfile.TemporaryDirectory() as folder:
         use_private_prefect(log_level="CRITICAL", home=Path(folder) / "prefect")
-        plain, phases = _plain_loop(Path(folder), steps)
-        flow = _flow_loop(Path(folder), steps)
+        plain, phases = _plain_loop(create_run("plain", recipe, artifacts=Path(folder)))
+        flow, inside = _flow_loop(create_run("flow", recipe, artifacts=Path(folder)))
     table = Table("what", "value")
     for name in _PHASES:
         table.add_row(f"{name.removeprefix('time/').removesuffix('_s')}, median", f"{1e3 * phases[name]:.0f} ms")
     table.add_row("step, plain loop (files, hashes and checkpoint included), median", f"{1e3 * plain:.0f} ms")
     table.add_row("step, Prefect flow, median", f"{1e3 * flow:.0f} ms")
-    table.add_row("Prefect's share of the flow's loop", f"{100 * max(0.0, 1 - plain / flow):.1f} %")
+    table.add_row("of it inside the tasks, median", f"{1e3 * inside:.0f} ms")
+    table.add_row("Prefect's share of the flow's loop", f"{100 * (1 - inside / flow):.1f} %")
     table.add_row("peak memory of this process", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
-    console.print(table)
+    Console().print(table)
 
 
-def _recipe_overrides(steps: int) -> list[str]:
-    stage = ["steps={steps}", "prompts_per_step=16", "mini_batch_prompts=16", "group_size=8", "evaluate_every=null"]
-    return ["stage1=null", *(f"stage2.{field.format(steps=steps)}" for field in stage)]
-
-
-def _plain_loop(folder: Path, steps: int) -> tuple[float, dict[str, float]]:
+def _plain_loop(run: Run) -> tuple[float, dict[str, float]]:
     """Median seconds of a step by plain calls, scoring and verification one after the other, and of its phases."""
     from kdrl_core.steps.filter import filter_run
     from kdrl_core.steps.rollout import rollout_step
@@ -56,11 +59,10 @@ def _plain_loop(folder: Path, steps: int) -> tuple[float, dict[str, float]]:
     from kdrl_core.steps.update import update_step
     from kdrl_core.steps.verify import verify_step
 
-    run = create_run("plain", load_recipe("miniature", _recipe_overrides(steps)), artifacts=folder)
     filter_run(run)
     session = stage_session(run.paths.root, "stage2")
     seconds, phases = [], []
-    for step in range(steps):
+    for step in range(run.recipe.stage("stage2").steps):
         started = time.perf_counter()
         rollout_step(session, step)
         score_step(session, step)
@@ -71,23 +73,44 @@ def _plain_loop(folder: Path, steps: int) -> tuple[float, dict[str, float]]:
     return median(seconds[_WARM_UP:]), {name: median(row[name] for row in phases[_WARM_UP:]) for name in _PHASES}
 
 
-def _flow_loop(folder: Path, steps: int) -> float:
-    """Median seconds from one step's update to the next in the Prefect flow."""
-    from datetime import datetime
-    from itertools import pairwise
-
+def _flow_loop(run: Run) -> tuple[float, float]:
+    """Median seconds of a step of the Prefect flow, and of its part inside the tasks' bodies."""
+    import tasks.rollout
+    import tasks.teacher_score
+    import tasks.update
+    import tasks.verify
     from flows.filtering import filtering
     from flows.training_stage import training_stage
-    from kdrl_core.ledger import manifest_of
 
-    run = create_run("flow", load_recipe("miniature", _recipe_overrides(steps)), artifacts=folder)
+    bodies = {
+        "rollout_step": tasks.rollout,
+        "score_step": tasks.teacher_score,
+        "verify_step": tasks.verify,
+        "update_step": tasks.update,
+    }
+    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in bodies}
+
+    def timed(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = body(*arguments)
+            spans[name].append((started, time.perf_counter()))
+            return result
+
+        return call
+
+    for name, module in bodies.items():
+        setattr(module, name, timed(name, getattr(module, name)))
     filtering(str(run.paths.root))
     training_stage(str(run.paths.root), "stage2")
-    ends = [
-        datetime.fromisoformat(manifest_of(run.paths.update("stage2", step)).created_at).timestamp()
-        for step in range(_WARM_UP, steps)
+    ends = [end for _, end in spans["update_step"]]
+    loops = [later - earlier for earlier, later in pairwise(ends)]
+    seconds = {name: [end - start for start, end in found][1:] for name, found in spans.items()}
+    inside = [
+        rollout + max(score, verify) + update
+        for rollout, score, verify, update in zip(*(seconds[name] for name in bodies), strict=True)
     ]
-    return median(later - earlier for earlier, later in pairwise(ends))
+    return median(loops[_WARM_UP:]), median(inside[_WARM_UP:])
 
 
 if __name__ == "__main__":

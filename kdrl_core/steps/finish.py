@@ -6,7 +6,7 @@ from pathlib import Path
 from kdrl_core.ledger import Run, publish_directory, verify_published
 from kdrl_core.reporting.report import render_report
 from kdrl_core.steps.completion import final_checkpoint, report_inputs
-from kdrl_core.training.protocols import STATE_FILE
+from kdrl_core.training.protocols import STATE_DIR
 
 
 def export_student(run: Run) -> Path:
@@ -15,7 +15,7 @@ def export_student(run: Run) -> Path:
 
     def write(folder: Path) -> None:
         shutil.copytree(
-            checkpoint, folder, ignore=shutil.ignore_patterns(STATE_FILE, "manifest.json"), dirs_exist_ok=True
+            checkpoint, folder, ignore=shutil.ignore_patterns(STATE_DIR, "manifest.json"), dirs_exist_ok=True
         )
 
     publish_directory(run.paths.student, write, inputs=run.inputs(checkpoint))

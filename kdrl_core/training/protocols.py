@@ -15,8 +15,8 @@ from kdrl_core.types import ScoreRequest
 
 Float32s = NDArray[float32]
 
-STATE_FILE = "trainer_state.pt"
-"""Optimiser, scheduler and step, beside the weights of a checkpoint."""
+STATE_DIR = "trainer"
+"""Folder of a checkpoint with optimiser, scheduler and step; apart from the weights, whose folder engines may glob."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

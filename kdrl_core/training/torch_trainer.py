@@ -4,12 +4,14 @@ Every micro-batch's loss is divided by the step's global token count before it i
 does not depend on how the step is cut (PITFALLS 4).
 """
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from kdrl_core.engines.models import load_weights_into
@@ -18,7 +20,10 @@ from kdrl_core.ledger.seeds import derive_seed
 from kdrl_core.objectives import kdrl_loss
 from kdrl_core.training.batch import PaddedBatch, pad_sequences, token_budget_batches
 from kdrl_core.training.logprobs import response_logprobs
-from kdrl_core.training.protocols import STATE_FILE, Float32s, StepStats, UpdateBatch
+from kdrl_core.training.protocols import STATE_DIR, Float32s, StepStats, UpdateBatch
+
+_TENSORS = "optimizer.safetensors"
+_STATE = "state.json"
 
 
 class TorchTrainer:
@@ -132,18 +137,30 @@ class TorchTrainer:
         return loss, metrics, logprobs.detach()
 
     def save(self, path: Path) -> None:
-        """Write model directory and optimiser, scheduler and step to the folder `path`."""
+        """Write model directory and optimiser, scheduler and step to the folder `path`.
+
+        Tensors as safetensors, the rest as JSON: equal states are equal bytes, which pickle does not promise.
+        """
         self.export_hf(path)
-        state = {"step": self._step, "optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
-        torch.save(state, path / STATE_FILE)
+        optimizer = self._optimizer.state_dict()
+        tensors = {f"{i}.{name}": value for i, state in optimizer["state"].items() for name, value in state.items()}
+        state = {"step": self._step, "param_groups": optimizer["param_groups"], "schedule": self._schedule.state_dict()}
+        (path / STATE_DIR).mkdir()
+        save_file(tensors, path / STATE_DIR / _TENSORS)
+        (path / STATE_DIR / _STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
 
     def load(self, path: Path) -> None:
         """Go on from a folder that `save` wrote. Raises RunError if it has no trainer state."""
-        if not (path / STATE_FILE).is_file():
-            raise RunError(f"{path} has no {STATE_FILE}: it is a model, not a checkpoint of this trainer")
+        folder = path / STATE_DIR
+        if not (folder / _STATE).is_file():
+            raise RunError(f"{path} has no {STATE_DIR}/{_STATE}: it is a model, not a checkpoint of this trainer")
         load_weights_into(self._model, path)
-        state = torch.load(path / STATE_FILE, weights_only=True, map_location=self._model.device)
-        self._optimizer.load_state_dict(state["optimizer"])
+        state = json.loads((folder / _STATE).read_text())
+        moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        for key, value in load_file(folder / _TENSORS).items():
+            index, _, name = key.partition(".")
+            moments[int(index)][name] = value
+        self._optimizer.load_state_dict({"state": dict(moments), "param_groups": state["param_groups"]})
         self._schedule.load_state_dict(state["schedule"])
         self._step = state["step"]
 
