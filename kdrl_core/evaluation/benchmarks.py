@@ -25,27 +25,31 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
     path = resolve_path(config.file)
     if not path.is_file():
         raise DataError(f"benchmark {config.name}: no file {path}; correct evaluation.benchmarks file={config.file}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
     problems: list[BenchmarkProblem] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
+    row_of: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path.name} row {number}: not JSON ({error}); one object per line is expected") from error
+        for name in ("id", "problem", "answer"):
+            if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name].strip():
                 raise DataError(
-                    f"{path.name} row {number}: not JSON ({error}); one object per line is expected"
-                ) from error
-            for name in ("id", "problem", "answer"):
-                if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name].strip():
-                    raise DataError(
-                        f"{path.name} row {number}, field '{name}': missing or empty; fill it in or drop the row"
-                    )
-            problems.append(BenchmarkProblem(problem_id=row["id"], question=row["problem"], answer=row["answer"]))
-            if len(problems) == config.max_problems:
-                break
+                    f"{path.name} row {number}, field '{name}': missing, empty or no text; fill it in or drop the row"
+                )
+        if (first := row_of.setdefault(row["id"], number)) != number:
+            raise DataError(
+                f"{path.name} row {number}, field 'id': {row['id']!r} stands in row {first} as well; make ids unique"
+            )
+        problems.append(BenchmarkProblem(problem_id=row["id"], question=row["problem"], answer=row["answer"]))
+        if len(problems) == config.max_problems:
+            break
     if not problems:
         raise DataError(f"benchmark {config.name}: {path} has no problems; give a file with at least one row")
-    if len({p.problem_id for p in problems}) != len(problems):
-        raise DataError(f"benchmark {config.name}: {path} has two rows with the same id; make ids unique")
     return problems

@@ -36,12 +36,16 @@ def is_checkpoint_due(run: Run, stage: str, step: int) -> bool:
 
 
 def prune_checkpoints(run: Run, stage: str) -> list[int]:
-    """Delete checkpoints beyond the recipe's retention; the stage's last step is always kept. Returns the deleted."""
+    """Delete checkpoints beyond the recipe's retention, which counts those before the stage's last step; that one is
+    always kept. Returns the deleted."""
     config = run.recipe.stage(stage)
     steps = checkpoint_steps(run, stage)
-    keep = set(steps[-config.checkpoint.keep_last :]) | {config.steps}
+    keep = {*[step for step in steps if step != config.steps][-config.checkpoint.keep_last :], config.steps}
     if every := config.checkpoint.keep_every:
         keep |= {step for step in steps if step % every == 0}
+    for path in run.paths.checkpoint(stage, 0).parent.glob("step-*"):
+        if not is_published(path):  # what a deletion that was interrupted left
+            shutil.rmtree(path)
     doomed = [step for step in steps if step not in keep]
     for step in doomed:
         path = run.paths.checkpoint(stage, step)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdrl_core.data import FilterReport, filter_problems, read_problems
-from kdrl_core.engines.models import load_tokenizer
+from kdrl_core.engines.models import compare_tokenizers, load_tokenizer
+from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import Run, is_published, publish_file, verify_published
 from kdrl_core.progress import report_progress
@@ -18,6 +19,7 @@ def filter_run(run: Run) -> dict[str, FilterReport]:
     """Filter each stage's problems and publish the pool. Returns the reports by stage; empty if it was there already.
 
     Raises:
+        ModelError: a model cannot be prepared, or the teacher's tokenizer is another one.
         DataError: unreadable or malformed input, or a pool too small for one step.
     """
     if is_published(run.paths.pool) and is_published(run.paths.filter_report):
@@ -26,8 +28,11 @@ def filter_run(run: Run) -> dict[str, FilterReport]:
         return {}
     report_progress(run, stage="filter", phase="filter")
     recipe = run.recipe
+    student = initial_policy(run, recipe.stages[0])
+    if recipe.teacher is not None:  # again: models that were GGUF files have a readable tokenizer only now
+        compare_tokenizers(student, prepared_model(recipe.teacher, run.paths.root))
     tokenizer = load_tokenizer(
-        initial_policy(run, recipe.stages[0]),
+        student,
         chat_template=recipe.student.chat_template,
         trust_remote_code=recipe.student.trust_remote_code,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import Run, derive_seed, is_published, prompts_of_step, publish_file, verify_published
+from kdrl_core.ledger import derive_seed, is_published, manifest_of, prompts_of_step, publish_file, verify_published
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import ROLLOUTS, write_table
 from kdrl_core.rollouts.stats import repetition_rate
@@ -65,7 +65,7 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
         },
         schema=ROLLOUTS,
     )
-    inputs = _inputs(run, stage, step)
+    inputs = _inputs(session, step)
     seconds = time.perf_counter() - started
     publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
@@ -94,9 +94,12 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
     ]
 
 
-def _inputs(run: Run, stage: str, step: int) -> dict[str, str]:
-    """The pool and, where it is published, the sampling checkpoint, by the hashes in their manifests."""
-    from kdrl_core.ledger import manifest_of
-
-    sources = [run.paths.pool, run.paths.checkpoint(stage, step)]
-    return {run.relative(source): manifest_of(source).sha256 for source in sources if is_published(source)}
+def _inputs(session: StageSession, step: int) -> dict[str, str]:
+    """The pool and what the sampling policy is, by the hashes in their manifests: its checkpoint, or, where none is
+    published, the update that made it. An initial policy from outside the run has none."""
+    run, stage = session.run, session.stage
+    policy = run.paths.checkpoint(stage, step) if step > 0 else session.initial_policy
+    if step > 0 and not is_published(policy):
+        policy = run.paths.update(stage, step - 1)
+    sources = [path for path in (run.paths.pool, policy) if path.is_relative_to(run.paths.root)]
+    return {run.relative(source): manifest_of(source).sha256 for source in sources}

@@ -42,6 +42,8 @@ class StageSession:
         self._verifier: Verifier | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
         torch.set_num_threads(run.recipe.runtime.num_threads)
+        if self.initial_policy.is_relative_to(run.paths.root):
+            verify_published(self.initial_policy)
         self.tokenizer = load_tokenizer(
             self.initial_policy,
             chat_template=run.recipe.student.chat_template,
@@ -168,12 +170,13 @@ class StageSession:
     def _weights_at(self, step: int) -> Path:
         if step == 0:
             return self.initial_policy
+        trainer = self.trainer_at(step)  # restoring it verifies the checkpoint: nothing is sampled from a damaged one
         if is_published(checkpoint := self.run.paths.checkpoint(self.stage, step)):
             return checkpoint
         scratch = self.run.paths.scratch / f"policy-{self.stage}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        self.trainer_at(step).export_hf(scratch)
+        trainer.export_hf(scratch)
         return scratch
 
 

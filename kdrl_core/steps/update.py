@@ -52,7 +52,10 @@ def update_step(session: StageSession, step: int) -> StepSummary:
     run, stage, config = session.run, session.stage, session.config
     paths = run.paths
     sources = [paths.rollouts(stage, step), paths.rewards(stage, step)]
-    sources += [path for path in (paths.teacher(stage, step), paths.reference(stage, step)) if is_published(path)]
+    if config.uses_teacher:
+        sources.append(paths.teacher(stage, step))
+    if config.ref_beta > 0.0:
+        sources.append(paths.reference(stage, step))
     inputs = run.inputs(*sources)
     report_progress(run, stage=stage, step=step, phase="update")
     rollouts, rewards = read_table(sources[0]), read_table(sources[1])

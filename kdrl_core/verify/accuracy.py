@@ -201,4 +201,12 @@ def _describe(error: Exception) -> str:
 
 
 def _peak_memory_mb() -> float:
+    """Peak resident memory of this process. Not `ru_maxrss` where it can be helped: on Linux that starts at the peak of
+    the process that spawned this one, which may hold models and so hide whatever a worker takes."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -119,8 +119,10 @@ def test_a_worker_that_dies_is_replaced(
 ) -> None:
     monkeypatch.setattr(pool, "judge", misbehave)
     items = [(boxed(HALF), "0.5"), (boxed(answer), "5"), (boxed(r"\frac{2}{4}"), "0.5"), (boxed(r"\frac{3}{6}"), "0.5")]
+    models = b"m" * 2**29  # a parent larger than the limit, as one with models in it: its peak is not the worker's
     with Verifier(workers=1, timeout_s=2.5, memory_limit_mb=512) as verifier:
         verdicts = verifier.verify_batch(items)
+    assert len(models) == 2**29
     assert kinds(verdicts) == [CORRECT, kind, CORRECT, CORRECT]
     assert reason in verdicts[1].reason
     assert (verdicts[1].reward, verdicts[1].extracted) == (0.0, answer)

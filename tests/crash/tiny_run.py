@@ -1,0 +1,112 @@
+"""A run of seconds through `kdrl_core.steps` alone, without Prefect: `python tests/crash/tiny_run.py ARTIFACTS NAME`.
+
+The script says `started` once its imports are done, so that a test can time its kill from there.
+"""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from kdrl_core.config import load_recipe
+from kdrl_core.ledger import Run, create_run, open_run, run_lock, sweep_temporaries
+from kdrl_core.reporting.summary import final_labels
+from kdrl_core.steps.checkpoints import remaining_steps
+from kdrl_core.steps.evaluate import evaluate_model
+from kdrl_core.steps.filter import filter_run
+from kdrl_core.steps.finish import export_student, write_report
+from kdrl_core.steps.rollout import rollout_step
+from kdrl_core.steps.score import score_step
+from kdrl_core.steps.session import close_sessions, stage_session
+from kdrl_core.steps.update import update_step
+from kdrl_core.steps.verify import verify_step
+
+TINY = [
+    "stage1.steps=2",
+    "stage2.steps=4",
+    *(
+        f"{stage}.{setting}"
+        for stage in ("stage1", "stage2")
+        for setting in (
+            "prompts_per_step=4",
+            "mini_batch_prompts=4",
+            "group_size=4",
+            "max_response_tokens=40",
+            "evaluate_every=null",
+            "data.max_problems=48",
+        )
+    ),
+    *(f"evaluation.benchmarks.{index}.{field}" for index in range(3) for field in ("samples=2", "max_problems=6")),
+]
+"""Overrides that make the miniature a matter of seconds."""
+
+
+def open_tiny(artifacts: Path, name: str, overrides: Sequence[str] = ()) -> Run:
+    """Create or open a tiny run; sessions of an earlier opening are closed."""
+    close_sessions()
+    return create_run(name, load_recipe("miniature", [*TINY, *overrides]), artifacts=artifacts)
+
+
+def train_step(run: Run, stage: str, step: int) -> None:
+    """One step of the loop, as `flows.training_stage` has it."""
+    session = stage_session(run.paths.root, stage)
+    rollout_step(session, step)
+    score_step(session, step)
+    verify_step(session, step)
+    update_step(session, step)
+
+
+def train(run: Run, *, until: tuple[str, int] | None = None) -> None:
+    """Filter and train every stage; at step `until` = (stage, step) drop the sessions instead, as a crash does."""
+    with run_lock(run.paths.lock):
+        sweep_temporaries(run.paths.root)
+        filter_run(run)
+        for stage in run.recipe.stages:
+            for step in remaining_steps(run, stage):
+                if (stage, step) == until:
+                    close_sessions()
+                    return
+                train_step(run, stage, step)
+        close_sessions()
+
+
+def finish(run: Run) -> None:
+    """Evaluate the final models, export the student, write the report."""
+    for label in final_labels(run):
+        evaluate_model(run, label)
+    export_student(run)
+    write_report(run)
+
+
+def results(run: Run) -> dict[str, str]:
+    """Path → sha256 of everything that a rerun reproduces bit by bit: data, weights and trainer state."""
+    patterns = ("*.parquet", "*.safetensors", "checkpoints/*/*/trainer/*", "data/filter.json")
+    files = {file for pattern in patterns for file in run.paths.root.rglob(pattern)}
+    return {
+        file.relative_to(run.paths.root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(files)
+        if file.name != "timings.parquet" and not file.is_relative_to(run.paths.scratch)
+    }
+
+
+def differing(left: Run, right: Run) -> list[str]:
+    """Result files that are not the same bytes in both runs, or are in one alone."""
+    ours, theirs = results(left), results(right)
+    return sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    """A Parquet file as dicts, without partition columns."""
+    return pq.ParquetFile(path).read().to_pylist()
+
+
+def main(artifacts: str, name: str) -> None:
+    """Train an existing run from where its files end to its end."""
+    print("started", flush=True)
+    train(open_run(name, artifacts=Path(artifacts)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
