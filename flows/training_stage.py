@@ -9,8 +9,8 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import hooks, shown
-from kdrl_core.ledger import checkpoint_label, open_run_dir, run_lock
-from kdrl_core.steps.checkpoints import remaining_steps
+from kdrl_core.ledger import Run, checkpoint_label, open_run_dir, run_lock
+from kdrl_core.steps.checkpoints import prune_checkpoints, remaining_steps
 from kdrl_core.steps.session import close_sessions
 from tasks.evaluate import evaluate
 from tasks.rollout import rollout
@@ -31,16 +31,23 @@ _SCORE_AND_VERIFY: Any = ThreadPoolTaskRunner(max_workers=2)
 def training_stage(run_dir: str, stage: str) -> None:
     """Train one stage of an existing run from its latest checkpoint to its last step."""
     run = open_run_dir(run_dir)
-    config = run.recipe.stage(stage)
     with run_lock(run.paths.lock), shown.stage_progress(run, stage) as progress:
-        for step in remaining_steps(run, stage):
+        prune_checkpoints(run, stage)  # an interrupted run may not have come to it
+        steps = remaining_steps(run, stage)
+        _evaluate_if_due(run, stage, steps.start, progress)
+        for step in steps:
             rollout(run_dir, stage, step)
             scored = teacher_score.submit(run_dir, stage, step)
             verdicts = verify.submit(run_dir, stage, step)
             # Results, not futures: Prefect would ask the server for the state of each future, 15 ms a time.
             summary = update(run_dir, stage, step, scored.result(), verdicts.result())
             progress.step(summary)
-            if run.recipe.evaluation.periodic and config.is_evaluation_due(step + 1):
-                label = checkpoint_label(stage, step + 1)
-                progress.evaluated(label, evaluate(run_dir, label, run.recipe.evaluation.periodic))
+            _evaluate_if_due(run, stage, step + 1, progress)
         close_sessions()
+
+
+def _evaluate_if_due(run: Run, stage: str, step: int, progress: shown.StageProgress) -> None:
+    """Periodic evaluation of the policy after `step` updates; a resumed stage makes up for one that was interrupted."""
+    if step and run.recipe.evaluation.periodic and run.recipe.stage(stage).is_evaluation_due(step):
+        label = checkpoint_label(stage, step)
+        progress.evaluated(label, evaluate(str(run.paths.root), label, run.recipe.evaluation.periodic))

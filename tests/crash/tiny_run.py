@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, open_run, run_lock, sweep_temporaries
 from kdrl_core.reporting.summary import final_labels
-from kdrl_core.steps.checkpoints import remaining_steps
+from kdrl_core.steps.checkpoints import prune_checkpoints, remaining_steps
 from kdrl_core.steps.evaluate import evaluate_model
 from kdrl_core.steps.filter import filter_run
 from kdrl_core.steps.finish import export_student, write_report
@@ -64,6 +64,7 @@ def train(run: Run, *, until: tuple[str, int] | None = None) -> None:
         sweep_temporaries(run.paths.root)
         filter_run(run)
         for stage in run.recipe.stages:
+            prune_checkpoints(run, stage)
             for step in remaining_steps(run, stage):
                 if (stage, step) == until:
                     close_sessions()
