@@ -180,7 +180,7 @@ def test_run_refuses_a_teacher_with_a_shorter_context(cli: Cli, artifacts: Path,
     ("content", "parts"),
     [
         ("", ["has no problems; give a file with at least one row"]),
-        ('{"id": "1", "problem": "1+1", "answer": ""}\n', ["b.jsonl row 1, field 'answer': missing or empty"]),
+        ('{"id": "1", "problem": "1+1", "answer": ""}\n', ["b.jsonl row 1, field 'answer': missing, empty or no text"]),
     ],
 )
 def test_run_refuses_a_bad_benchmark(content: str, parts: list[str], cli: Cli, artifacts: Path, tmp_path: Path) -> None:

@@ -61,8 +61,18 @@ def eat_and_deny(answer: str, ground_truth: str) -> Outcome:
         return Outcome(WRONG, "not equal")
 
 
+_FOREIGN: set[psutil.Process] = set()
+"""Workers that tests of other modules have left in this process."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def foreign_workers() -> None:
+    _FOREIGN.update(workers_of(psutil.Process()))
+
+
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+    children = [child for child in process.children(recursive=True) if child not in _FOREIGN]
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float = 15.0) -> bool:
