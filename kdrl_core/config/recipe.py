@@ -9,9 +9,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Objective = Literal["grpo", "kdrl", "kd_rkl", "reward_shaping"]
+Objective = Literal["grpo", "kdrl", "kd_rkl", "reward_shaping", "sft"]
 StageName = Literal["stage1", "stage2"]
-KDEstimator = Literal["k1", "k2", "k3", "k3_k2grad"]
+KDEstimator = Literal["k1", "k2", "k3", "k3_k2grad", "topk"]
+
+PAPER_BENCHMARKS = ("aime24", "aime25", "math500", "amc23", "minerva_math", "olympiad_bench")
+"""The six benchmarks of Table 1, shipped as `builtin:benchmarks/<name>.jsonl`."""
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -40,6 +43,20 @@ class DifficultyConfig(_Section):
     num_samples: Positive = Field(16, description="samples behind each label (B.1.1: 16)")
 
 
+class DecontaminationConfig(_Section):
+    """Training problems that overlap evaluation problems are dropped, by shared n-grams of words."""
+
+    files: list[str] = Field(
+        [f"builtin:benchmarks/{name}.jsonl" for name in PAPER_BENCHMARKS],
+        min_length=1,
+        description="evaluation problems (JSON Lines with `problem`); default: the paper's six benchmarks",
+    )
+    ngram: Positive = Field(13, description="words per n-gram; shorter problems overlap only if they are equal")
+    min_overlap: float = Field(
+        0.5, gt=0.0, le=1.0, description="share of the shorter problem's n-grams that makes an overlap"
+    )
+
+
 class DataConfig(_Section):
     """Problems of a stage and the rules that filter them (B.1.1, B.3)."""
 
@@ -52,6 +69,12 @@ class DataConfig(_Section):
     min_pass_rate: Share | None = Field(None, description="B.3: 0.25 for the teacher's pool, 0.50 for the student's")
     missing_labels: Literal["keep", "drop", "fail"] = Field("fail", description="rows without a difficulty label")
     on_error: Literal["fail", "drop"] = Field("fail", description="malformed rows: stop, or drop and count")
+    unparsable_answers: Literal["drop", "keep", "fail"] = Field(
+        "drop", description="ground truths that math-verify cannot parse: no response could ever be right"
+    )
+    decontamination: DecontaminationConfig | None = Field(
+        DecontaminationConfig(), description="drop problems that overlap benchmarks; null: keep them"
+    )
     max_problems: Positive | None = Field(None, description="keep a seeded sample of this size")
 
 
@@ -69,6 +92,26 @@ class BetaConfig(_Section):
         return self
 
 
+class TopKConfig(_Section):
+    """The Top-K teacher of Sec. 2.3 and A.3, read where kl_estimator is topk."""
+
+    k: Positive = Field(20, description="teacher logits kept per token")
+    floor: float = Field(
+        -20.0, le=0.0, description="log-probability of every other token, −∞ in the paper: what a unit of mass costs"
+    )
+
+
+class SFTConfig(_Section):
+    """SFT by rejection sampling (B.2), read where objective is sft: teacher samples → verify → SFT on the right ones.
+
+    The stage's steps, learning_rate, temperature and token limits apply; prompts_per_step and group_size do not.
+    """
+
+    samples: Positive = Field(8, description="teacher samples per problem (B.2: 8)")
+    batch_size: Positive = Field(128, description="responses per optimiser step (B.2: 128)")
+    shard_prompts: Positive = Field(64, description="problems sampled and published together")
+
+
 class CheckpointConfig(_Section):
     """When a stage publishes its weights and optimiser. Steps in between are replayed from their rollouts."""
 
@@ -80,7 +123,7 @@ class CheckpointConfig(_Section):
 class StageConfig(_Section):
     """One training stage: a column of Table 3 or Table 5."""
 
-    objective: Objective = Field(description="grpo (2), kd_rkl (5), kdrl (8), reward_shaping (Sec. 3.1)")
+    objective: Objective = Field(description="grpo (2), kd_rkl (5), kdrl (8), reward_shaping (Sec. 3.1), sft (14)")
     data: DataConfig
     steps: Positive = Field(description="optimiser steps (Tables 3, 5)")
     prompts_per_step: Positive = Field(description="prompts of a rollout batch (Tables 3, 5: 64)")
@@ -92,12 +135,20 @@ class StageConfig(_Section):
     max_prompt_tokens: Positive = Field(description="longer prompts are filtered out (Tables 3, 5: 1,024)")
     max_response_tokens: Positive = Field(description="longer responses are cut (Tables 3, 5)")
     entropy_coef: float = Field(ge=0.0, description="entropy bonus (Tables 3, 5: 1e-3)")
-    beta: BetaConfig | None = Field(None, description="KD coefficient β of (8)")
+    beta: BetaConfig | None = Field(None, description="KD coefficient β of (8); not read by grpo and sft")
     kl_estimator: KDEstimator = Field("k2", description="Table 3: mse, that is k2 (6)")
     kd_masking: Literal["none", "response", "group"] = Field("none", description="reward-guided masking (Sec. 3.4)")
+    topk: TopKConfig = TopKConfig()
+    sft: SFTConfig = SFTConfig()
     ref_beta: float = Field(0.0, ge=0.0, description="penalty to the stage's frozen initial policy (Table 3: 1e-3)")
     ref_kl_estimator: Literal["k2", "k3"] = Field("k3", description="Table 3: low_var_kl, that is k3 (7)")
     normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation (2)")
+    aggregation: Literal["token_mean", "group_mean"] = Field(
+        "token_mean", description="over all response tokens of the step, or (2) to the letter, group by group"
+    )
+    tis_cap: float | None = Field(
+        None, gt=0.0, description="cap of the truncated importance weights π_θ / π_engine; null: no weights"
+    )
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, gt=0.0)
     warmup_steps: int = Field(0, ge=0, description="linear warm-up; the first update already moves")
@@ -107,8 +158,18 @@ class StageConfig(_Section):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the teacher's logprobs enter the objective."""
+        """Whether the objective needs a teacher: to score responses or, for sft, to give them."""
         return self.objective != "grpo"
+
+    @property
+    def scores_teacher(self) -> bool:
+        """Whether the teacher's logprobs enter the objective."""
+        return self.objective not in ("grpo", "sft")
+
+    @property
+    def needs_topk(self) -> bool:
+        """Whether the teacher's best tokens are scored as well (A.3)."""
+        return self.kl_estimator == "topk" and self.objective in ("kdrl", "kd_rkl")
 
     @property
     def responses_per_step(self) -> int:
@@ -136,10 +197,8 @@ class StageConfig(_Section):
                 f"mini_batch_prompts {self.mini_batch_prompts} differs from prompts_per_step {self.prompts_per_step}; "
                 "updates are strictly on-policy (Tables 3, 5: 64 / 64), so set both to the same number"
             )
-        if self.uses_teacher and self.beta is None:
+        if self.scores_teacher and self.beta is None:
             raise ValueError(f"objective {self.objective} needs beta; set beta.init (Table 3: 2e-3) or objective=grpo")
-        if not self.uses_teacher and self.beta is not None:
-            raise ValueError("objective grpo has no teacher term; leave beta out or set objective=kdrl")
         if self.objective != "kdrl" and self.kd_masking != "none":
             raise ValueError(f"kd_masking {self.kd_masking} masks the joint loss only; set objective=kdrl")
         return self

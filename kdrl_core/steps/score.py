@@ -15,7 +15,7 @@ from kdrl_core.types import ScoreRequest
 def score_step(session: StageSession, step: int) -> list[StepArtifact]:
     """Score a step's responses with each frozen model that the objective needs; none for plain GRPO."""
     roles = []
-    if session.config.uses_teacher:
+    if session.config.scores_teacher:
         roles.append("teacher")
     if session.config.ref_beta > 0.0:
         roles.append("reference")

@@ -52,7 +52,7 @@ def update_step(session: StageSession, step: int) -> StepSummary:
     run, stage, config = session.run, session.stage, session.config
     paths = run.paths
     sources = [paths.rollouts(stage, step), paths.rewards(stage, step)]
-    if config.uses_teacher:
+    if config.scores_teacher:
         sources.append(paths.teacher(stage, step))
     if config.ref_beta > 0.0:
         sources.append(paths.reference(stage, step))
@@ -98,7 +98,7 @@ def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards:
     run, stage, config = session.run, session.stage, session.config
     reward = torch.tensor(rewards["reward"].to_numpy())
     teacher = ref = None
-    if config.uses_teacher:
+    if config.scores_teacher:
         teacher = _ragged(read_table(run.paths.teacher(stage, step))["teacher_logprobs"])
     if config.ref_beta > 0.0:
         ref = _ragged(read_table(run.paths.reference(stage, step))["ref_logprobs"])
@@ -107,7 +107,7 @@ def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards:
         advantages = torch.zeros_like(reward)
         kd_weights = torch.ones_like(reward)
     elif config.objective == "reward_shaping":
-        assert teacher is not None  # uses_teacher
+        assert teacher is not None  # scores_teacher
         student, mask = _padded(_ragged(rollouts["rollout_logprobs"]))
         shaped = shape_rewards(reward, student, _padded(teacher)[0], mask, beta)
         advantages = group_advantages(shaped, config.group_size, normalize_std=config.normalize_std)
