@@ -78,7 +78,7 @@ def compare_tokenizers(student: Path, teacher: Path) -> None:
     """Refuse a teacher whose tokens mean something else than the student's.
 
     Compared are the token → id maps with the special tokens, and the token that ends a response, not vocabulary sizes:
-    Qwen pads its embedding differently per model size while the tokenizers are the same (PITFALLS 10). Compared is
+    Qwen pads its embedding differently per model size while the tokenizers are the same. Compared is
     what both sides say: a directory without tokenizer.json, or without eos_token, is taken at its word.
 
     Raises:

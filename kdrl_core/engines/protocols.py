@@ -1,13 +1,26 @@
 """What an engine must do; everything else about it is its own business."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from numpy import float32
+from numpy import float32, int32
 from numpy.typing import NDArray
 
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKScore:
+    """What a frozen model finds of one response of T tokens, under softmax(logits / T) over the whole vocabulary."""
+
+    logprobs: NDArray[float32]
+    """[T] of the response's own tokens."""
+    topk_ids: NDArray[int32]
+    """[T, k] the likeliest tokens, best first."""
+    topk_logprobs: NDArray[float32]
+    """[T, k] their logprobs."""
 
 
 class RolloutEngine(Protocol):
@@ -29,4 +42,8 @@ class TeacherScorer(Protocol):
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[NDArray[float32]]:
         """Per request the logprob of each response token, [len(token_ids)] float32, under softmax(logits / T)."""
+        ...
+
+    def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
+        """As `score`, with the k likeliest tokens at every position; ids that the tokenizer does not know left out."""
         ...

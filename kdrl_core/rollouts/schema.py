@@ -47,6 +47,10 @@ TEACHER = pa.schema(
     [*_IDS, _field("teacher_logprobs", pa.list_(pa.float32()), "π_T's logprob of each token under softmax(logits/T)")]
 )
 
+TEACHER_TOPK = TEACHER.append(
+    _field("topk_ids", pa.list_(pa.list_(pa.int32())), "per response token π_T's K likeliest tokens, best first (A.3)")
+).append(_field("topk_logprobs", pa.list_(pa.list_(pa.float32())), "their logprobs under softmax(logits/T)"))
+
 REFERENCE = pa.schema(
     [*_IDS, _field("ref_logprobs", pa.list_(pa.float32()), "the stage's initial policy's logprob of each token")]
 )

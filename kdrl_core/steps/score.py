@@ -6,7 +6,8 @@ import pyarrow as pa
 
 from kdrl_core.ledger import is_published, publish_file, verify_published
 from kdrl_core.progress import report_progress
-from kdrl_core.rollouts.schema import REFERENCE, TEACHER, read_table, write_table
+from kdrl_core.rollouts.columns import from_matrices
+from kdrl_core.rollouts.schema import REFERENCE, TEACHER, TEACHER_TOPK, read_table, write_table
 from kdrl_core.steps.rollout import StepArtifact
 from kdrl_core.steps.session import StageSession
 from kdrl_core.types import ScoreRequest
@@ -26,9 +27,7 @@ def _score(session: StageSession, step: int, role: str) -> StepArtifact:
     started = time.perf_counter()
     run, stage = session.run, session.stage
     paths = run.paths
-    path, schema = (
-        (paths.teacher(stage, step), TEACHER) if role == "teacher" else (paths.reference(stage, step), REFERENCE)
-    )
+    path = paths.teacher(stage, step) if role == "teacher" else paths.reference(stage, step)
     if is_published(path):
         verify_published(path)
         return StepArtifact(path=path, reused=True, seconds=0.0)
@@ -42,10 +41,20 @@ def _score(session: StageSession, step: int, role: str) -> StepArtifact:
             rollouts["prompt_token_ids"].to_pylist(), rollouts["token_ids"].to_pylist(), strict=True
         )
     ]
-    scores = session.scorer(role).score(requests)
-    table = pa.Table.from_arrays(
-        [rollouts["prompt_id"], rollouts["sample"], pa.array(scores, pa.list_(pa.float32()))], schema=schema
-    )
+    table = _table(session, role, rollouts["prompt_id"], rollouts["sample"], requests)
     seconds = time.perf_counter() - started
     publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
+
+
+def _table(
+    session: StageSession, role: str, prompt_id: pa.ChunkedArray, sample: pa.ChunkedArray, requests: list[ScoreRequest]
+) -> pa.Table:
+    scorer = session.scorer(role)
+    if role == "teacher" and session.config.needs_topk:
+        found = scorer.score_topk(requests, session.config.topk.k)
+        logprobs = pa.array([score.logprobs for score in found], pa.list_(pa.float32()))
+        topk = from_matrices([s.topk_ids for s in found]), from_matrices([s.topk_logprobs for s in found])
+        return pa.Table.from_arrays([prompt_id, sample, logprobs, *topk], schema=TEACHER_TOPK)
+    logprobs = pa.array(scorer.score(requests), pa.list_(pa.float32()))
+    return pa.Table.from_arrays([prompt_id, sample, logprobs], schema=TEACHER if role == "teacher" else REFERENCE)

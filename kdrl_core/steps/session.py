@@ -113,7 +113,10 @@ class StageSession:
                 else:
                     model = self._load(self.initial_policy, recipe.student)
                 self._scorers[role] = TransformersScorer(
-                    model, temperature=self.config.temperature, batch_tokens=recipe.runtime.score_batch_tokens
+                    model,
+                    temperature=self.config.temperature,
+                    batch_tokens=recipe.runtime.score_batch_tokens,
+                    num_tokens=len(self.tokenizer),
                 )
             return self._scorers[role]
 

@@ -4,7 +4,6 @@ The objective of the stage is put together here from its parts: rewards or shape
 (2), rewards become KD weights (Sec. 3.4), the step number becomes β (Sec. 3.3). The trainer does the rest.
 """
 
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +18,18 @@ from kdrl_core.config import StageConfig
 from kdrl_core.ledger import Run, is_published, manifest_of, publish_directory, publish_file, verify_published
 from kdrl_core.objectives import BetaSchedule, group_advantages, kd_mask, kl_estimate, shape_rewards
 from kdrl_core.progress import report_progress
+from kdrl_core.rollouts.columns import matrices, ragged
 from kdrl_core.rollouts.metrics import append_metrics
 from kdrl_core.rollouts.schema import UPDATE, read_table, write_table
 from kdrl_core.rollouts.stats import response_metrics
 from kdrl_core.steps.checkpoints import is_checkpoint_due, prune_checkpoints
 from kdrl_core.steps.session import StageSession
-from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
+from kdrl_core.training.protocols import Float32s, StepStats, TopKTeacher, UpdateBatch
 from kdrl_core.types import ScoreRequest
+
+_RECORDED_AS = {"k3_k2grad": "k3", "topk": "k2"}
+"""update.parquet holds estimates from the sampled tokens: of estimators that differ in their gradient, or that need the
+vocabulary, the nearest that does not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,18 +101,25 @@ def update_step(session: StageSession, step: int) -> StepSummary:
 def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards: pa.Table, beta: float) -> UpdateBatch:
     run, stage, config = session.run, session.stage, session.config
     reward = torch.tensor(rewards["reward"].to_numpy())
-    teacher = ref = None
+    teacher = topk = ref = None
     if config.scores_teacher:
-        teacher = _ragged(read_table(run.paths.teacher(stage, step))["teacher_logprobs"])
+        scored = read_table(run.paths.teacher(stage, step))
+        teacher = ragged(scored["teacher_logprobs"])
+        if config.needs_topk:
+            topk = TopKTeacher(
+                token_ids=matrices(scored["topk_ids"]),
+                logprobs=matrices(scored["topk_logprobs"]),
+                floor=config.topk.floor,
+            )
     if config.ref_beta > 0.0:
-        ref = _ragged(read_table(run.paths.reference(stage, step))["ref_logprobs"])
+        ref = ragged(read_table(run.paths.reference(stage, step))["ref_logprobs"])
     kd_weights = torch.zeros_like(reward)
     if config.objective == "kd_rkl":
         advantages = torch.zeros_like(reward)
         kd_weights = torch.ones_like(reward)
     elif config.objective == "reward_shaping":
         assert teacher is not None  # scores_teacher
-        student, mask = _padded(_ragged(rollouts["rollout_logprobs"]))
+        student, mask = _padded(ragged(rollouts["rollout_logprobs"]))
         shaped = shape_rewards(reward, student, _padded(teacher)[0], mask, beta)
         advantages = group_advantages(shaped, config.group_size, normalize_std=config.normalize_std)
     else:
@@ -126,12 +137,16 @@ def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards:
         advantages=advantages.tolist(),
         kd_weights=kd_weights.tolist(),
         teacher_logprobs=teacher,
+        topk=topk,
         ref_logprobs=ref,
+        rollout_logprobs=None if config.tis_cap is None else ragged(rollouts["rollout_logprobs"]),
+        tis_cap=config.tis_cap,
         beta=beta if distils else 0.0,
-        kl_estimator=config.kl_estimator,
+        kl_estimator=config.kl_estimator if distils else "k2",
         ref_beta=config.ref_beta,
         ref_kl_estimator=config.ref_kl_estimator,
         entropy_coef=config.entropy_coef,
+        aggregation=config.aggregation,
         group_size=config.group_size,
     )
 
@@ -148,7 +163,7 @@ def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, conf
         columns |= dict.fromkeys(("kl_sum", "kl_mean", "log_ratio_sum"), pa.nulls(len(rollouts), pa.float32()))
     else:
         (student, mask), (teacher, _) = _padded(stats.logprobs), _padded(batch.teacher_logprobs)
-        estimator = "k3" if config.kl_estimator.startswith("k3") else config.kl_estimator
+        estimator = _RECORDED_AS.get(config.kl_estimator, config.kl_estimator)
         kl_sum = (kl_estimate(student, teacher, estimator) * mask).sum(1)
         columns["kl_sum"] = kl_sum.numpy()
         columns["kl_mean"] = (kl_sum / mask.sum(1)).numpy()
@@ -157,7 +172,7 @@ def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, conf
 
 
 def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
-    """How far the engine's logprobs are from the trainer's, over all sampled tokens (PITFALLS 12)."""
+    """How far the engine's logprobs are from the trainer's, over all sampled tokens."""
     engine = rollouts["rollout_logprobs"].combine_chunks().flatten().to_numpy()
     difference = np.abs(engine - np.concatenate(stats.logprobs))
     return {"engine/logprob_gap_mean": float(difference.mean()), "engine/logprob_gap_max": float(difference.max())}
@@ -177,14 +192,6 @@ def _timings(run: Run, stage: str, step: int, update_s: float, tokens: int) -> d
     timings["time/update_s"] = update_s
     timings["throughput/rollout_tokens_per_s"] = tokens / max(timings["time/rollout_s"], 1e-9)
     return timings
-
-
-def _ragged(column: pa.ChunkedArray) -> list[Float32s]:
-    """A list column as one float32 array per row, without copying values to Python objects."""
-    array = column.combine_chunks()
-    values, offsets = array.flatten().to_numpy(), array.offsets.to_numpy()
-    offsets = offsets - offsets[0]
-    return [np.array(values[a:b], np.float32) for a, b in itertools.pairwise(offsets)]
 
 
 def _padded(rows: Sequence[Float32s]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,17 +6,29 @@ A trainer knows no algorithm: advantages, weights and coefficients come with the
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from numpy import float32
+from numpy import float32, int32
 from numpy.typing import NDArray
 
 from kdrl_core.types import ScoreRequest
 
 Float32s = NDArray[float32]
+Int32s = NDArray[int32]
 
 STATE_DIR = "trainer"
 """Folder of a checkpoint with optimiser, scheduler and step; apart from the weights, whose folder engines may glob."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopKTeacher:
+    """The teacher's K best tokens at every response token, for Top-K (A.3); ragged, [T_i, K] a response."""
+
+    token_ids: Sequence[Int32s]
+    logprobs: Sequence[Float32s]
+    """Under softmax(logits / T) over the whole vocabulary."""
+    floor: float
+    """Log-probability of every other token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +40,25 @@ class UpdateBatch:
     """[B] Â of (2); zeros for KD-RKL."""
     kd_weights: Sequence[float]
     """[B] 1 where KD applies (Sec. 3.4)."""
-    teacher_logprobs: Sequence[Float32s] | None
+    loss: Literal["kdrl", "sft"] = "kdrl"
+    """The joint loss (8), or the likelihood of the sequences (14), for which nothing below matters."""
+    teacher_logprobs: Sequence[Float32s] | None = None
     """Of π_T; None without a teacher."""
-    ref_logprobs: Sequence[Float32s] | None
+    topk: TopKTeacher | None = None
+    """For `kl_estimator` topk."""
+    ref_logprobs: Sequence[Float32s] | None = None
     """Of the stage's frozen initial policy; None without the penalty."""
-    beta: float
-    kl_estimator: str
-    ref_beta: float
-    ref_kl_estimator: str
-    entropy_coef: float
-    group_size: int
+    rollout_logprobs: Sequence[Float32s] | None = None
+    """The engine's, for truncated importance weights; with `tis_cap`."""
+    tis_cap: float | None = None
+    beta: float = 0.0
+    kl_estimator: str = "k2"
+    ref_beta: float = 0.0
+    ref_kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    aggregation: str = "token_mean"
+    group_size: int | None = None
+    """G, for `aggregation` group_mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The trainer in plain torch, one process: AdamW, gradient clipping, micro-batches by token budget.
 
 Every micro-batch's loss is divided by the step's global token count before it is back-propagated, so that the gradient
-does not depend on how the step is cut (PITFALLS 4).
+does not depend on how the step is cut.
 """
 
 import json
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from kdrl_core.engines.models import load_weights_into
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger.seeds import derive_seed
-from kdrl_core.objectives import kdrl_loss
-from kdrl_core.training.batch import PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.training.logprobs import response_logprobs
+from kdrl_core.training.batch import pad_sequences, token_budget_batches
+from kdrl_core.training.logprobs import response_logits
+from kdrl_core.training.losses import StepTotals, micro_batch_loss
 from kdrl_core.training.protocols import STATE_DIR, Float32s, StepStats, UpdateBatch
 
 _TENSORS = "optimizer.safetensors"
@@ -79,16 +79,18 @@ class TorchTrainer:
             EngineError: loss or gradient norm is not finite; nothing was changed.
         """
         torch.manual_seed(derive_seed(self._seed, "update", self._step) % 2**63)
-        tokens = [len(sequence.token_ids) for sequence in batch.sequences]
-        total_tokens = sum(tokens)
-        kd_tokens = sum(count for count, weight in zip(tokens, batch.kd_weights, strict=True) if weight)
+        totals = StepTotals.of(batch)
         metrics: defaultdict[str, float] = defaultdict(float)
         logprobs: list[Float32s] = [np.empty(0, np.float32)] * len(batch.sequences)
         self._optimizer.zero_grad(set_to_none=True)
         lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
         for rows in token_budget_batches(lengths, max_tokens=self._micro_batch_tokens):
             padded = pad_sequences([batch.sequences[row] for row in rows], device=self._model.device)
-            loss, micro_metrics, micro_logprobs = self._loss(batch, rows, padded, total_tokens, kd_tokens)
+            with torch.autocast(
+                self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
+            ):
+                logits = response_logits(self._model, padded, temperature=self._temperature)
+            loss, micro_metrics, micro_logprobs = micro_batch_loss(logits, batch, rows, padded, totals)
             loss.backward()
             for name, value in micro_metrics.items():
                 metrics[name] += float(value)
@@ -108,33 +110,6 @@ class TorchTrainer:
         return StepStats(
             metrics={**metrics, "optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate}, logprobs=logprobs
         )
-
-    def _loss(
-        self, batch: UpdateBatch, rows: list[int], padded: PaddedBatch, total_tokens: int, kd_tokens: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """Loss of a micro-batch, its metrics, and its logprobs [b, T] detached."""
-        device = self._model.device
-        with torch.autocast(device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
-            logprobs, entropy = response_logprobs(self._model, padded, temperature=self._temperature, with_entropy=True)
-        loss, metrics = kdrl_loss(
-            logprobs,
-            advantages=torch.tensor([batch.advantages[row] for row in rows], device=device),
-            teacher_logprobs=_pad_values(batch.teacher_logprobs, rows, padded),
-            response_mask=padded.response_mask,
-            rewards=None,
-            group_size=batch.group_size,
-            kd_weights=torch.tensor([batch.kd_weights[row] for row in rows], device=device),
-            beta=batch.beta,
-            kl_estimator=batch.kl_estimator,
-            ref_logprobs=_pad_values(batch.ref_logprobs, rows, padded),
-            ref_beta=batch.ref_beta,
-            ref_kl_estimator=batch.ref_kl_estimator,
-            entropy=entropy,
-            entropy_coef=batch.entropy_coef,
-            total_tokens=total_tokens,
-            kd_tokens=kd_tokens,
-        )
-        return loss, metrics, logprobs.detach()
 
     def save(self, path: Path) -> None:
         """Write model directory and optimiser, scheduler and step to the folder `path`.
@@ -168,13 +143,3 @@ class TorchTrainer:
         """Write weights, config, generation config, tokenizer and chat template to the folder `path`."""
         self._model.save_pretrained(path)
         self._tokenizer.save_pretrained(path)
-
-
-def _pad_values(values: Any, rows: list[int], padded: PaddedBatch) -> torch.Tensor | None:
-    """Ragged per-token values of `rows` as [b, T] float32, 0 on padding."""
-    if values is None:
-        return None
-    result = torch.zeros_like(padded.response_mask)
-    for index, row in enumerate(rows):
-        result[index, : len(values[row])] = torch.from_numpy(values[row])
-    return result

@@ -118,6 +118,34 @@ def test_k3_and_plain_advantages(trained: Run) -> None:
     np.testing.assert_allclose(rows["advantage"], rows["reward"] - grouped.transform("mean"), atol=1e-6)
 
 
+@pytest.mark.parametrize("trained", [["stage2.kl_estimator=topk", "stage2.topk.k=4"]], indirect=True)
+def test_topk_records_the_teachers_best_tokens(trained: Run) -> None:
+    rows = frames(trained, 1)
+    for ids, logprobs, own, tokens in zip(
+        rows["topk_ids"], rows["topk_logprobs"], rows["teacher_logprobs"], rows["token_ids"], strict=True
+    ):
+        table, values = np.stack(list(ids)), np.stack(list(logprobs))
+        assert table.shape == values.shape == (len(tokens), 4)
+        assert (np.diff(values, axis=1) <= 0).all()
+        assert (np.exp(values).sum(1) <= 1 + 1e-5).all()
+        found = table == tokens[:, None]
+        np.testing.assert_allclose(values[found], own[found.any(1)], atol=1e-6)
+    metrics = load_metrics(trained, "stage2")[1]
+    assert metrics["kd/kl"] > 0.0
+    assert metrics["kd/kl"] != pytest.approx(rows["kl_sum"].sum() / rows["length"].sum(), rel=1e-2)  # that one is k2
+
+
+@pytest.mark.parametrize("trained", [["stage2.tis_cap=2.0", "stage2.aggregation=group_mean"]], indirect=True)
+def test_importance_weights_and_the_per_group_mean(trained: Run) -> None:
+    for step, metrics in enumerate(load_metrics(trained, "stage2")):
+        assert metrics["ratio/tis_mean"] == pytest.approx(1.0, abs=1e-4)  # the engine is the trainer, to rounding
+        assert metrics["ratio/tis_capped_frac"] == 0.0
+        rows = frames(trained, step)
+        groups = rows.groupby("prompt_id", sort=False)
+        means = groups["kl_sum"].sum() / groups["length"].sum()
+        assert metrics["kd/kl"] == pytest.approx(means.mean(), rel=1e-3)
+
+
 def test_a_stuck_verifier_stops_the_step(tmp_path: Path) -> None:
     """Answers that need mathematics, and a millisecond for it: more than a tenth of the verdicts are timeouts."""
     close_sessions()

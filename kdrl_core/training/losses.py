@@ -1,0 +1,126 @@
+"""From an optimiser step's plain records to the loss of one micro-batch: what every trainer shares.
+
+The step's global counts come first (`StepTotals`), so that losses, gradients and metrics of micro-batches add up to the
+whole step's, however it is cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from kdrl_core.objectives import kdrl_loss, sft_loss, topk_kl
+from kdrl_core.training.batch import PaddedBatch
+from kdrl_core.training.logprobs import response_logprobs
+from kdrl_core.training.protocols import Float32s, TopKTeacher, UpdateBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTotals:
+    """Counts over all responses of an optimiser step."""
+
+    tokens: int
+    """Response tokens."""
+    kd_tokens: int
+    """Those of them on which KD acts."""
+    group_tokens: Sequence[int] | None
+    """[B] the response tokens of each response's group; None unless the mean is taken group by group."""
+    num_groups: float | None
+
+    @classmethod
+    def of(cls, batch: UpdateBatch) -> Self:
+        """Count. Raises ValueError if groups are needed and `group_size` is missing or does not divide B."""
+        lengths = np.array([len(sequence.token_ids) for sequence in batch.sequences])
+        group_tokens = num_groups = None
+        if batch.aggregation == "group_mean":
+            size = batch.group_size
+            if size is None or len(lengths) % size:
+                raise ValueError(f"group_size: expected a divisor of the {len(lengths)} responses, given {size}")
+            group_tokens = lengths.reshape(-1, size).sum(1).repeat(size).tolist()
+            num_groups = len(lengths) / size
+        return cls(
+            tokens=int(lengths.sum()),
+            kd_tokens=int(lengths[np.asarray(batch.kd_weights) != 0].sum()),
+            group_tokens=group_tokens,
+            num_groups=num_groups,
+        )
+
+
+def micro_batch_loss(
+    logits: torch.Tensor, batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch, totals: StepTotals
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Loss of the responses `rows` of a step, to be back-propagated and summed over micro-batches.
+
+    Args:
+        logits: [b, T, V] logits / T of `response_logits`, with gradient.
+        batch: the whole step.
+        rows: which of its responses are in `padded`, in order.
+        padded: those responses as tensors.
+        totals: `StepTotals.of(batch)`.
+
+    Returns:
+        scalar loss; its detached metrics; logprobs [b, T] detached.
+
+    Raises:
+        ValueError: as `kdrl_loss`, `topk_kl` and `sft_loss`.
+    """
+    device = logits.device
+    logprobs, entropy = response_logprobs(logits, padded, with_entropy=batch.loss != "sft")
+    if batch.loss == "sft":
+        loss = sft_loss(logprobs, padded.response_mask, total_tokens=totals.tokens)
+        return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}, logprobs.detach()
+    kl = None if batch.topk is None else _topk_kl(logits, batch.topk, rows, padded)
+    group_tokens = None
+    if totals.group_tokens is not None:
+        group_tokens = torch.tensor([totals.group_tokens[row] for row in rows], device=device)
+    loss, metrics = kdrl_loss(
+        logprobs,
+        advantages=torch.tensor([batch.advantages[row] for row in rows], device=device),
+        teacher_logprobs=_pad_values(batch.teacher_logprobs, rows, padded),
+        response_mask=padded.response_mask,
+        rewards=None,
+        group_size=batch.group_size,
+        kd_weights=torch.tensor([batch.kd_weights[row] for row in rows], device=device),
+        beta=batch.beta,
+        kl_estimator=batch.kl_estimator,
+        topk=kl,
+        rollout_logprobs=_pad_values(batch.rollout_logprobs, rows, padded),
+        tis_cap=batch.tis_cap,
+        ref_logprobs=_pad_values(batch.ref_logprobs, rows, padded),
+        ref_beta=batch.ref_beta,
+        ref_kl_estimator=batch.ref_kl_estimator,
+        entropy=entropy,
+        entropy_coef=batch.entropy_coef,
+        aggregation=batch.aggregation,
+        total_tokens=totals.tokens,
+        kd_tokens=totals.kd_tokens,
+        num_groups=totals.num_groups,
+        group_tokens=group_tokens,
+    )
+    return loss, metrics, logprobs.detach()
+
+
+def _topk_kl(logits: torch.Tensor, topk: TopKTeacher, rows: Sequence[int], padded: PaddedBatch) -> torch.Tensor:
+    """[b, T] reverse KL to the Top-K teacher (A.3)."""
+    width, k = padded.response_ids.shape[1], topk.token_ids[rows[0]].shape[1]
+    ids = torch.zeros(len(rows), width, k, dtype=torch.int64)
+    teacher = torch.zeros(len(rows), width, k)
+    for index, row in enumerate(rows):
+        length = len(topk.token_ids[row])
+        ids[index, :length] = torch.from_numpy(topk.token_ids[row])
+        teacher[index, :length] = torch.from_numpy(topk.logprobs[row])
+    return topk_kl(
+        logits, ids.to(logits.device), teacher.to(logits.device), floor=topk.floor, response_mask=padded.response_mask
+    )
+
+
+def _pad_values(values: Sequence[Float32s] | None, rows: Sequence[int], padded: PaddedBatch) -> Any:
+    """Ragged per-token values of `rows` as [b, T] float32, 0 on padding; None stays None."""
+    if values is None:
+        return None
+    result = torch.zeros_like(padded.response_mask)
+    for index, row in enumerate(rows):
+        result[index, : len(values[row])] = torch.from_numpy(values[row])
+    return result
