@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 from kdrl_core.errors import KdrlError
-from kdrl_core.ledger.layout import artifacts_root
+from kdrl_core.ledger import artifacts_root
 from kdrl_core.ledger.publish import require_writable
 
 _QUIET = {

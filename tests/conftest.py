@@ -16,3 +16,23 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "artifacts"
     monkeypatch.setenv("KDRL_ARTIFACTS", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def r1_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """R1-Distill-Qwen's tokenizer, with the real vocabulary. Not to be changed."""
+    return _qwen(tmp_path_factory, "r1-distill")
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2.5's tokenizer, with the real vocabulary. Not to be changed."""
+    return _qwen(tmp_path_factory, "qwen2.5")
+
+
+def _qwen(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:
+    from kdrl_core.engines.qwen_tokenizer import build_qwen_tokenizer
+
+    path = tmp_path_factory.mktemp(kind)
+    build_qwen_tokenizer(kind).save_pretrained(path)
+    return path

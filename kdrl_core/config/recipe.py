@@ -27,7 +27,9 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Where a model comes from."""
 
-    path: str = Field(min_length=1, description="Hugging Face model directory, `builtin:…` or `package:…` (see docs)")
+    path: str = Field(
+        min_length=1, description="Hugging Face model directory, `builtin:…`, `package:…` or `run:NAME` (see docs)"
+    )
     gguf_file: str | None = Field(None, description="GGUF file inside `path`; converted once to a plain model")
     chat_template: str | None = Field(None, description="Jinja template used in place of the tokenizer's own")
     trust_remote_code: bool = Field(False, description="run code shipped with the model; off unless you trust it")

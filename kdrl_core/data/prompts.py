@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.errors import ModelError
+from kdrl_core.tokenizer import read_tokenizer
 
 _BATCH_ROWS = 512
 
@@ -42,18 +43,12 @@ def load_tokenizer(model: ModelConfig, *, role: str = "student") -> ChatTokenize
     path = resolve_path(model.path)
     if not path.is_dir():
         raise ModelError(f"{role}.path {model.path} is no directory; download the model and give its folder")
-    from transformers import AutoTokenizer  # costs seconds: only where a tokenizer is read
-
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": model.trust_remote_code}
-    if model.gguf_file is not None:
-        options["gguf_file"] = model.gguf_file
     try:
-        tokenizer: ChatTokenizer = AutoTokenizer.from_pretrained(str(path), **options)
-    except Exception as error:  # each tokenizer class fails in its own way, some with a bare Exception
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{role}.path {model.path} has no usable tokenizer ({reason}); give a folder with tokenizer.json"
-        ) from error
+        tokenizer: ChatTokenizer = read_tokenizer(
+            path, trust_remote_code=model.trust_remote_code, gguf_file=model.gguf_file
+        )
+    except ModelError as error:
+        raise ModelError(f"{role}.path {model.path}: {error}") from error
     return tokenizer
 
 
@@ -64,8 +59,10 @@ def render_prompts(questions: Sequence[str], tokenizer: ChatTokenizer, recipe: R
         (prompt text, token ids) per question, in order. The text ends where the response begins.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or the template cannot be rendered.
+        ModelError: the tokenizer has no chat template, or the template cannot be rendered, or a response would lose
+            its `</think>` when it is decoded.
     """
+    _check_thought_is_kept(tokenizer)
     chat_template = recipe.student.chat_template
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise ModelError("the student's tokenizer has no chat template; set student.chat_template to a Jinja template")
@@ -83,10 +80,24 @@ def render_prompts(questions: Sequence[str], tokenizer: ChatTokenizer, recipe: R
 
 def think_opened(prompt: str, recipe: Recipe) -> bool:
     """Whether the rendered prompt has already opened `<think>` (R1-Distill's chat template does), so that the
-    response starts inside it. `prompt.think_opened` of the recipe overrides what the prompt shows."""
+    response starts inside it. `prompt.think_opened` of the recipe overrides what the prompt shows.
+
+    It is the chat template that ends a prompt, so one prompt speaks for all that it rendered.
+    """
     if recipe.prompt.think_opened is not None:
         return recipe.prompt.think_opened
     return prompt.rstrip().endswith("<think>")
+
+
+def _check_thought_is_kept(tokenizer: ChatTokenizer) -> None:
+    """Responses are decoded without special tokens: were `</think>` one, no response could ever be well-formed."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    for token in added.values():
+        if token.content in ("<think>", "</think>") and token.special:
+            raise ModelError(
+                f"the student's tokenizer drops {token.content} from responses, since it is a special token; "
+                f'set "special": false for it in tokenizer.json and tokenizer_config.json, as R1-Distill has it'
+            )
 
 
 def _render(turns: list[list[dict[str, str]]], tokenizer: ChatTokenizer, chat_template: str | None) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, resolve_path
 from kdrl_core.errors import ModelError
+from kdrl_core.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,11 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
     path = resolve_path(config.path)
     where = f"{role}.path={config.path}"
     if not path.is_dir():
+        if config.path.startswith("run:"):
+            name = config.path.removeprefix("run:")
+            raise ModelError(
+                f"{where}: run {name} has no finished student ({path}); run it first: kdrl run --recipe … --name {name}"
+            )
         raise ModelError(f"{where}: no such directory {path}; give a local Hugging Face model directory")
     if config.gguf_file is not None:
         if not (path / config.gguf_file).is_file():
@@ -132,12 +138,7 @@ def _eos_token(path: Path) -> str | None:
 
 def load_tokenizer(path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a directory; `chat_template` replaces its own. Raises ModelError if it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer can be loaded from {path}: {_first_line(error)}") from error
+    tokenizer: PreTrainedTokenizerBase = read_tokenizer(path, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer

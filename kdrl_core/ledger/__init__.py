@@ -1,6 +1,7 @@
 """The ledger: where a run's files lie, how they are published, and what randomness they are made from."""
 
-from kdrl_core.ledger.layout import RunPaths, artifacts_root, checkpoint_label, validate_run_name
+from kdrl_core.config.paths import artifacts_root, validate_run_name
+from kdrl_core.ledger.layout import RunPaths, checkpoint_label
 from kdrl_core.ledger.lock import lock_holder, run_lock
 from kdrl_core.ledger.publish import (
     Manifest,

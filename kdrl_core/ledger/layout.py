@@ -4,29 +4,10 @@ A *step* k counts from 0. It starts from the policy after k updates, which is ch
 checkpoint `step-<k+1>`. So the rollouts of `step=000012` were sampled from `checkpoints/<stage>/step-000012`.
 """
 
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdrl_core.errors import RunError
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def artifacts_root() -> Path:
-    """`$KDRL_ARTIFACTS`, or `artifacts/` in the current folder."""
-    return Path(os.environ.get("KDRL_ARTIFACTS", "artifacts")).absolute()
-
-
-def validate_run_name(name: str) -> str:
-    """`name` if it is one plain folder name, else RunError: run names never lead out of the artifacts folder."""
-    if not _RUN_NAME.fullmatch(name) or ".." in name:
-        raise RunError(
-            f"run name {name!r} is not allowed: use letters, digits, '.', '_' and '-', at most 100, "
-            "starting with a letter or digit and without '..'"
-        )
-    return name
+from kdrl_core.config.paths import artifacts_root, validate_run_name
 
 
 def checkpoint_label(stage: str, step: int) -> str:
@@ -98,6 +79,21 @@ class RunPaths:
     def update(self, stage: str, step: int) -> Path:
         """Per response: advantage, KL, KD mask, as the update used them. Its manifest ends the step."""
         return self.step(stage, step) / "update.parquet"
+
+    def sample_rollouts(self, stage: str, shard: int) -> Path:
+        """The teacher's responses to one shard of the pool, for SFT."""
+        return self._samples(stage) / f"shard={shard:06d}" / "rollouts.parquet"
+
+    def sample_rewards(self, stage: str, shard: int) -> Path:
+        """Verdicts of one shard's responses."""
+        return self._samples(stage) / f"shard={shard:06d}" / "rewards.parquet"
+
+    def sft_dataset(self, stage: str) -> Path:
+        """The teacher's right responses: what SFT trains on."""
+        return self._samples(stage) / "dataset.parquet"
+
+    def _samples(self, stage: str) -> Path:
+        return self.root / "samples" / f"stage={stage}"
 
     def metrics(self, stage: str) -> Path:
         """One row per step: everything that a rerun reproduces bit by bit."""

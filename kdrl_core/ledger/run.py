@@ -11,8 +11,9 @@ from typing import Any
 
 import kdrl_core
 from kdrl_core.config import Recipe, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
+from kdrl_core.config.paths import artifacts_root
 from kdrl_core.errors import RunError
-from kdrl_core.ledger.layout import RunPaths, artifacts_root
+from kdrl_core.ledger.layout import RunPaths
 from kdrl_core.ledger.lock import run_lock
 from kdrl_core.ledger.publish import replace_file, require_writable, verify_published
 

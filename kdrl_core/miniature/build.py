@@ -1,6 +1,7 @@
 """Build the miniature's assets from one seed: `python -m kdrl_core.miniature.build --output DIR`.
 
     student/ teacher/       Hugging Face model directories
+    teacher-weak/           another teacher, between the two; also the base model of the R1-Zero path's teacher
     stage1.json             problems in DeepScaleR's shape
     stage2.parquet          problems in Skywork-OR1-RL-Data's shape, with *measured* labels: failures out of 16
     benchmarks/*.jsonl      validation, test, hard (longer chains than any trained on)
@@ -29,11 +30,15 @@ from kdrl_core.types import FinishReason, RolloutRequest
 SEED = 7
 STUDENT_SEED = 1
 TEACHER_SEED = 8
+WEAK_TEACHER_SEED = 9
 STUDENT = MiniatureModel(
     hidden_size=48, num_layers=2, tie_word_embeddings=True, sft_steps=550, learning_rate=3e-3, label_smoothing=0.04
 )
 TEACHER = MiniatureModel(
     hidden_size=96, num_layers=3, tie_word_embeddings=False, sft_steps=600, learning_rate=3e-3, label_smoothing=0.01
+)
+WEAK_TEACHER = MiniatureModel(
+    hidden_size=64, num_layers=3, tie_word_embeddings=True, sft_steps=500, learning_rate=3e-3, label_smoothing=0.02
 )
 NUM_LABEL_SAMPLES = 16
 MAX_RESPONSE_TOKENS = 64
@@ -47,7 +52,12 @@ with the miniature teacher, at temperatures 1 and 0.6."""
 
 
 def build(
-    output: Path, *, student: MiniatureModel = STUDENT, teacher: MiniatureModel = TEACHER, scale: float = 1.0
+    output: Path,
+    *,
+    student: MiniatureModel = STUDENT,
+    teacher: MiniatureModel = TEACHER,
+    weak_teacher: MiniatureModel = WEAK_TEACHER,
+    scale: float = 1.0,
 ) -> None:
     """Build every asset below `output`. `scale` shrinks the number of problems, for tests."""
     torch.set_num_threads(1)
@@ -71,6 +81,7 @@ def build(
     models = {
         "student": train_model(student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
         "teacher": train_model(teacher, tokenizer, seed=TEACHER_SEED, exclude=held_out),
+        "teacher-weak": train_model(weak_teacher, tokenizer, seed=WEAK_TEACHER_SEED, exclude=held_out),
     }
     for name, model in models.items():
         save_model(model, tokenizer, output / name)

@@ -17,7 +17,7 @@ from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
 from kdrl_core.evaluation.results import RESULTS, read_results
 from kdrl_core.evaluation.statistics import accuracy
-from kdrl_core.ledger import Run, derive_seed, is_current, publish_directory, verify_published
+from kdrl_core.ledger import Run, derive_seed, is_current, is_published, publish_directory, verify_published
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import EVALUATION, write_table
 from kdrl_core.steps.session import initial_policy
@@ -50,7 +50,7 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
     target = run.paths.evaluation(label)
     recipe = run.recipe
     path, config = model_of(run, label)
-    inputs = run.inputs(path) if path.is_relative_to(run.paths.root) else {}
+    inputs = _inputs(run, path)
     if is_current(target, inputs):
         verify_published(target)
         return read_results(target)
@@ -105,6 +105,13 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
 
     publish_directory(target, write, inputs=inputs)
     return content
+
+
+def _inputs(run: Run, path: Path) -> dict[str, str]:
+    """The evaluated model by its hash, where kdrl published it: in this run or in another. Others have no manifest."""
+    if path.is_relative_to(run.paths.root):
+        return run.inputs(path)
+    return {str(path): verify_published(path).sha256} if is_published(path) else {}
 
 
 def _response_limit(recipe: Recipe, config: dict[str, Any], requests: Sequence[RolloutRequest], label: str) -> int:

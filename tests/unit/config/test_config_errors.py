@@ -48,7 +48,10 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
     "floor above 0": (["stage2.topk.floor=1.0"], ["'stage2.topk.floor'", "less than or equal to 0"]),
     "cap of weights at 0": (["stage2.tis_cap=0.0"], ["'stage2.tis_cap'", "greater than 0"]),
     "unknown mean": (["stage2.aggregation=sequence"], ["'stage2.aggregation'", "'group_mean'", "'sequence'"]),
-    "no n-gram": (["stage2.data.decontamination.ngram=0"], ["'stage2.data.decontamination.ngram'", "greater than or equal to 1"]),
+    "no n-gram": (
+        ["stage2.data.decontamination.ngram=0"],
+        ["'stage2.data.decontamination.ngram'", "greater than or equal to 1"],
+    ),
     "SFT without a teacher": (["teacher=null", "stage2.objective=sft"], ["stage2.objective=sft", "teacher.path"]),
     "minimum above init": (["stage2.beta.minimum=0.1"], ["'stage2.beta'", "minimum 0.1 is above init 0.002"]),
     "batch not divisible": (["stage1.batch_size=5"], ["'stage1'", "not divisible by group_size 2", "batch_size=4"]),

@@ -68,7 +68,7 @@ COLUMNS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("zero-3b", "stage2"): {
         "student": "models/Qwen2.5-3B",
-        "teacher": "artifacts/runs/zero-teacher-7b/student",
+        "teacher": "run:zero-teacher-7b",
         "objective": "kdrl",
         "temperature": 1.0,
         "max_response_tokens": 8192,

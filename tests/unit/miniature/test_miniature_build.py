@@ -11,20 +11,30 @@ from kdrl_core.engines.models import check_model_dir, compare_tokenizers, load_m
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.evaluation.benchmarks import load_benchmark
 from kdrl_core.ledger import derive_seed
-from kdrl_core.miniature.build import STUDENT, TEACHER, build
+from kdrl_core.miniature.build import STUDENT, TEACHER, WEAK_TEACHER, build
+from kdrl_core.miniature.models import MiniatureModel
 from kdrl_core.types import FinishReason, RolloutRequest
 
 FILES = {
     "stage1.json",
     "stage2.parquet",
     *(f"benchmarks/{name}.jsonl" for name in ("validation", "test", "hard")),
-    *(f"{model}/{name}" for model in ("student", "teacher") for name in ("model.safetensors", "config.json")),
+    *(
+        f"{model}/{name}"
+        for model in ("student", "teacher", "teacher-weak")
+        for name in ("model.safetensors", "config.json")
+    ),
 }
 
 
 def digests(folder: Path) -> dict[str, str]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def barely_trained(sft_steps: int) -> dict[str, MiniatureModel]:
+    models = {"student": STUDENT, "teacher": TEACHER, "weak_teacher": WEAK_TEACHER}
+    return {name: replace(spec, sft_steps=sft_steps) for name, spec in models.items()}
 
 
 def sampled_accuracy(assets: Path, model: str, *, num_problems: int = 128) -> float:
@@ -59,20 +69,19 @@ def sampled_accuracy(assets: Path, model: str, *, num_problems: int = 128) -> fl
 
 
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
-    student, teacher = replace(STUDENT, sft_steps=4), replace(TEACHER, sft_steps=4)
     for name in ("first", "second"):
-        build(tmp_path / name, student=student, teacher=teacher, scale=0.02)
+        build(tmp_path / name, **barely_trained(4), scale=0.02)
     found = digests(tmp_path / "first")
     assert set(found) >= FILES
     assert found == digests(tmp_path / "second")
 
 
 def test_built_models_fit_each_other(tmp_path: Path) -> None:
-    build(tmp_path, student=replace(STUDENT, sft_steps=1), teacher=replace(TEACHER, sft_steps=1), scale=0.01)
-    for role in ("student", "teacher"):
-        check_model_dir(ModelConfig(path=str(tmp_path / role)), role=role)
-        assert load_tokenizer(tmp_path / role).chat_template
-    compare_tokenizers(tmp_path / "student", tmp_path / "teacher")
+    build(tmp_path, **barely_trained(1), scale=0.01)
+    for name in ("student", "teacher", "teacher-weak"):
+        check_model_dir(ModelConfig(path=str(tmp_path / name)), role=name)
+        assert load_tokenizer(tmp_path / name).chat_template
+        compare_tokenizers(tmp_path / "student", tmp_path / name)
 
 
 def test_shipped_assets_have_room_to_learn() -> None:
@@ -81,6 +90,7 @@ def test_shipped_assets_have_room_to_learn() -> None:
     student, teacher = sampled_accuracy(assets, "student"), sampled_accuracy(assets, "teacher")
     assert 0.15 < student < 0.6
     assert teacher > student + 0.15
+    assert student + 0.1 < sampled_accuracy(assets, "teacher-weak") < teacher - 0.1
 
 
 def test_shipped_assets_are_small_enough_to_commit() -> None:
