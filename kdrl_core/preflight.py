@@ -26,7 +26,7 @@ def check_inputs(recipe: Recipe) -> None:
             raise DataError(f"{name}.{error}") from error
     for benchmark in recipe.evaluation.benchmarks:
         load_benchmark(benchmark)
-    _check_device(recipe)
+    check_device(recipe)
 
 
 def _check_context(recipe: Recipe, config: dict[str, object]) -> None:
@@ -54,7 +54,8 @@ def _check_teacher_context(recipe: Recipe, config: dict[str, object]) -> None:
             )
 
 
-def _check_device(recipe: Recipe) -> None:
+def check_device(recipe: Recipe) -> None:
+    """Raise RecipeError if the recipe asks for a GPU that is not there."""
     if recipe.runtime.device == "cpu":
         return
     import torch

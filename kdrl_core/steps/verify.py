@@ -1,17 +1,16 @@
 """rollouts.parquet ─▶ verify ─▶ rewards.parquet: the verdict of each response (B.1.2)."""
 
 import time
-from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 
 from kdrl_core.data import think_opened
-from kdrl_core.errors import VerificationError
 from kdrl_core.ledger import is_published, publish_file, verify_published
 from kdrl_core.rollouts.schema import REWARDS, read_table, write_table
 from kdrl_core.steps.rollout import StepArtifact
 from kdrl_core.steps.session import StageSession
-from kdrl_core.types import Verdict, VerdictKind
+from kdrl_core.verify.failures import refuse_failures
 
 
 def verify_step(session: StageSession, step: int) -> StepArtifact:
@@ -20,9 +19,14 @@ def verify_step(session: StageSession, step: int) -> StepArtifact:
     Raises:
         VerificationError: more verdicts are timeouts or errors than `verification.max_failed_share` allows.
     """
+    paths, stage = session.run.paths, session.stage
+    return verify_file(session, paths.rollouts(stage, step), paths.rewards(stage, step), where=f"{stage} step {step}")
+
+
+def verify_file(session: StageSession, source: Path, path: Path, *, where: str) -> StepArtifact:
+    """Verify the responses of `source` and publish the verdicts as `path`. `where` names them in errors."""
     started = time.perf_counter()
-    run, stage = session.run, session.stage
-    path, source = run.paths.rewards(stage, step), run.paths.rollouts(stage, step)
+    run = session.run
     if is_published(path):
         verify_published(path)
         return StepArtifact(path=path, reused=True, seconds=0.0)
@@ -34,7 +38,7 @@ def verify_step(session: StageSession, step: int) -> StepArtifact:
         require_format=run.recipe.reward.require_format,
         think_opened=think_opened(rollouts["prompt"][0].as_py(), run.recipe),
     )
-    _refuse_failures(verdicts, f"{stage} step {step}", run.recipe.verification.max_failed_share)
+    refuse_failures(verdicts, where, run.recipe.verification.max_failed_share)
     table = pa.Table.from_pydict(
         {
             "prompt_id": rollouts["prompt_id"],
@@ -51,13 +55,3 @@ def verify_step(session: StageSession, step: int) -> StepArtifact:
     seconds = time.perf_counter() - started
     publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
-
-
-def _refuse_failures(verdicts: list[Verdict], where: str, limit: float) -> None:
-    failed = [v for v in verdicts if v.kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR)]
-    if len(failed) > limit * len(verdicts):
-        counts = ", ".join(f"{n} {kind}" for kind, n in Counter(v.kind.value for v in failed).items())
-        raise VerificationError(
-            f"{where}: {counts} of {len(verdicts)} verdicts, above verification.max_failed_share={limit}; "
-            f"first: {failed[0].reason}. Raise verification.timeout_s or memory_limit_mb, then resume"
-        )

@@ -17,6 +17,7 @@ OPTIONS = {
     "run": ["--recipe", "--name", "--set", "--verbose"],
     "resume": ["RUN", "--set", "--verbose"],
     "status": ["[RUN]", "--json", "--watch"],
+    "label": ["--recipe", "--input", "--output", "--only-missing", "--all", "--set", "--json", "--force"],
     "recipes": ["[NAME]", "--set", "--json"],
 }
 
