@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flows.cli_label import label
 from kdrl_core.errors import KdrlError, RunError
 
 app = typer.Typer(
@@ -168,6 +169,9 @@ def recipes(
             _print_rows(rows, ["recipe", "description"])
 
 
+app.command()(label)
+
+
 def _status_of(name: str) -> dict[str, Any]:
     from flows.status import named_status  # costs seconds: only where there is a run
 
@@ -177,12 +181,10 @@ def _status_of(name: str) -> dict[str, Any]:
 def print_summary(opened: Any, console: Console = _out) -> None:
     """Print a run's accuracy and phase tables, and where its files lie."""
     from kdrl_core.reporting.summary import summarize
-    from kdrl_core.reporting.tables import accuracy_table, phase_table
+    from kdrl_core.reporting.tables import tables_of
 
     summary = summarize(opened)
-    for table in (accuracy_table(summary), phase_table(summary)):
-        if not table.rows:
-            continue
+    for table in tables_of(summary):
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
         for position, cell in enumerate(table.header):
             shown.add_column(cell, justify="left" if position == 0 else "right")

@@ -6,6 +6,7 @@ from flows import hooks, shown
 from flows.evaluation import evaluation
 from flows.filtering import filtering
 from flows.reporting import reporting
+from flows.sft_stage import sft_stage
 from flows.training_stage import training_stage
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
@@ -40,7 +41,8 @@ def full_pipeline(recipe: str = "miniature", run_name: str | None = None, overri
         run_dir = str(run.paths.root)
         filtering(run_dir)
         for stage in run.recipe.stages:
-            training_stage(run_dir, stage)
+            train = sft_stage if run.recipe.stage(stage).objective == "sft" else training_stage
+            train(run_dir, stage)
         evaluation(run_dir)
         reporting(run_dir)
         return run_dir

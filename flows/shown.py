@@ -16,17 +16,17 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from kdrl_core.ledger import Run, open_run_dir
+from kdrl_core.ledger import Run, manifest_of, open_run_dir
 from kdrl_core.reporting.summary import summarize
-from kdrl_core.reporting.tables import accuracy_table, phase_table
+from kdrl_core.reporting.tables import accuracy_table, tables_of
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps.checkpoints import remaining_steps
-from kdrl_core.steps.update import StepSummary
+from kdrl_core.steps.step_end import StepSummary
 
 _MIN_INTERVAL_S = 2.0
 _TABLE_COLUMNS = [
     *("step", "reward/mean", "response/length_mean", "response/clip_ratio", "kd/kl_unmasked", "entropy", "beta"),
-    *("optim/grad_norm", "time/rollout_s", "time/update_s"),
+    *("loss/sft", "sft/epoch", "optim/grad_norm", "time/rollout_s", "time/update_s"),
 ]
 _MAX_TABLE_ROWS = 100
 
@@ -70,10 +70,31 @@ class StageProgress:
         )
         assert isinstance(artifact, UUID)  # awaitable in async flows only
         self._artifact = artifact
+        self._samples: UUID | None = None
         self._last = time.monotonic()
 
     def step(self, summary: StepSummary) -> None:
         """A step is done."""
+        metrics, timings = summary.metrics, summary.timings
+        if "loss/sft" in metrics:
+            self._logger.info(
+                "%s step %d/%d  loss %.4f  length %.1f  epoch %.2f  %.0f tokens/s%s",
+                self._stage,
+                summary.step,
+                self._steps,
+                metrics["loss/sft"],
+                metrics["response/length_mean"],
+                metrics["sft/epoch"],
+                timings["throughput/update_tokens_per_s"],
+                "  (replayed)" if summary.replayed else "",
+            )
+        else:
+            self._log_on_policy(summary)
+        if time.monotonic() - self._last > _MIN_INTERVAL_S:
+            self._last = time.monotonic()
+            self._set_progress(100.0 * (summary.step + 1) / self._steps)
+
+    def _log_on_policy(self, summary: StepSummary) -> None:
         metrics, timings = summary.metrics, summary.timings
         self._logger.info(
             "%s step %d/%d  reward %.3f  length %.1f  clip %.3f  kl %s  beta %.2g  %.0f tokens/s%s",
@@ -88,9 +109,29 @@ class StageProgress:
             timings["throughput/rollout_tokens_per_s"],
             "  (replayed)" if summary.replayed else "",
         )
-        if time.monotonic() - self._last > _MIN_INTERVAL_S:
-            self._last = time.monotonic()
-            self._set_progress(100.0 * (summary.step + 1) / self._steps)
+
+    def sampled(self, shards: int, total: int) -> None:
+        """`shards` of `total` shards of teacher samples are there, with their verdicts."""
+        self._logger.info("%s sampled shard %d/%d", self._stage, shards, total)
+        if self._samples is None:
+            artifact = create_progress_artifact(
+                progress=100.0 * shards / total,
+                key=artifact_key(self._run, self._stage, "samples"),
+                description=f"teacher samples of {self._stage}, {total} shards",
+            )
+            assert isinstance(artifact, UUID)
+            self._samples = artifact
+        else:
+            update_progress_artifact(artifact_id=self._samples, progress=100.0 * shards / total)
+
+    def selected(self) -> None:
+        """The dataset is there."""
+        counts = manifest_of(self._run.paths.sft_dataset(self._stage)).metadata
+        self._logger.info(
+            "%s kept %d of %d teacher samples, on %d of %d problems",
+            self._stage,
+            *(counts[name] for name in ("kept", "sampled", "problems_covered", "problems")),
+        )
 
     def evaluated(self, label: str, results: dict[str, Any]) -> None:
         """A checkpoint was evaluated."""
@@ -142,7 +183,7 @@ def reported(run: Run) -> None:
     """Show the result as Markdown with links to report and student."""
     summary = summarize(run)
     parts = [f"# {run.name}"]
-    for table in (accuracy_table(summary), phase_table(summary)):
+    for table in tables_of(summary):
         parts += [f"## {table.title}", table.to_markdown()]
     parts += ["## Files", "\n".join(f"- {name}: `{path}`" for name, path in summary.paths.items())]
     create_markdown_artifact("\n\n".join(parts), key=artifact_key(run, "result"), description=f"result of {run.name}")

@@ -3,10 +3,11 @@
 from typing import Any
 
 from kdrl_core.errors import KdrlError
-from kdrl_core.ledger import Run, lock_holder, open_run
+from kdrl_core.ledger import Run, is_published, lock_holder, open_run
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps.checkpoints import checkpoint_steps
 from kdrl_core.steps.completion import is_finished
+from kdrl_core.steps.shards import num_shards, remaining_shards
 
 
 def named_status(name: str) -> dict[str, Any]:
@@ -32,10 +33,24 @@ def run_status(run: Run) -> dict[str, Any]:
         "run": run.name,
         "recipe": run.recipe.name,
         "state": state,
-        "progress": ", ".join(f"{stage} {steps[stage]}/{run.recipe.stage(stage).steps}" for stage in steps),
-        "reward": None if last is None else round(last["reward/mean"], 3),
+        "progress": ", ".join(_stage_progress(run, stage, done) for stage, done in steps.items()),
+        "reward": None if last is None else _rounded(last.get("reward/mean")),
         "started": run.started_at,
         "steps": steps,
         "checkpoints": {stage: checkpoint_steps(run, stage) for stage in run.recipe.stages},
         "path": str(run.paths.root),
     }
+
+
+def _stage_progress(run: Run, stage: str, done: int) -> str:
+    """`stage2 12/80`, or of an SFT stage that is still sampling `stage2 samples 3/12`."""
+    config = run.recipe.stage(stage)
+    if config.objective == "sft" and not done and is_published(run.paths.pool):
+        total, left = num_shards(run, stage), len(remaining_shards(run, stage))
+        if 0 < left < total:
+            return f"{stage} samples {total - left}/{total}"
+    return f"{stage} {done}/{config.steps}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,4 +1,4 @@
-"""The loop that both stages share: rollout → {teacher-score, verify} → update → periodic evaluation.
+"""The loop of every on-policy objective: rollout → {teacher-score, verify} → update → periodic evaluation.
 
 Deployed as `kdrl-training-stage/training-stage`.
 """
@@ -9,10 +9,11 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import hooks, shown
-from kdrl_core.ledger import Run, checkpoint_label, open_run_dir, run_lock
+from flows.periodic import evaluate_if_due
+from kdrl_core.errors import RunError
+from kdrl_core.ledger import open_run_dir, run_lock
 from kdrl_core.steps.checkpoints import prune_checkpoints, remaining_steps
 from kdrl_core.steps.session import close_sessions
-from tasks.evaluate import evaluate
 from tasks.rollout import rollout
 from tasks.teacher_score import teacher_score
 from tasks.update import update
@@ -31,10 +32,12 @@ _SCORE_AND_VERIFY: Any = ThreadPoolTaskRunner(max_workers=2)
 def training_stage(run_dir: str, stage: str) -> None:
     """Train one stage of an existing run from its latest checkpoint to its last step."""
     run = open_run_dir(run_dir)
+    if run.recipe.stage(stage).objective == "sft":
+        raise RunError(f"{stage}.objective=sft has a flow of its own; run it with kdrl-sft-stage/sft-stage")
     with run_lock(run.paths.lock), shown.stage_progress(run, stage) as progress:
         prune_checkpoints(run, stage)  # an interrupted run may not have come to it
         steps = remaining_steps(run, stage)
-        _evaluate_if_due(run, stage, steps.start, progress)
+        evaluate_if_due(run, stage, steps.start, progress)
         for step in steps:
             rollout(run_dir, stage, step)
             scored = teacher_score.submit(run_dir, stage, step)
@@ -42,12 +45,5 @@ def training_stage(run_dir: str, stage: str) -> None:
             # Results, not futures: Prefect would ask the server for the state of each future, 15 ms a time.
             summary = update(run_dir, stage, step, scored.result(), verdicts.result())
             progress.step(summary)
-            _evaluate_if_due(run, stage, step + 1, progress)
+            evaluate_if_due(run, stage, step + 1, progress)
         close_sessions()
-
-
-def _evaluate_if_due(run: Run, stage: str, step: int, progress: shown.StageProgress) -> None:
-    """Periodic evaluation of the policy after `step` updates; a resumed stage makes up for one that was interrupted."""
-    if step and run.recipe.evaluation.periodic and run.recipe.stage(stage).is_evaluation_due(step):
-        label = checkpoint_label(stage, step)
-        progress.evaluated(label, evaluate(str(run.paths.root), label, run.recipe.evaluation.periodic))

@@ -97,7 +97,7 @@ class RunView:
                 lines.append(self._step_line(stage, row))
             self._printed[stage] = len(rows)
         progress = read_progress(self._paths)
-        if progress and not progress["stage"].startswith("stage"):
+        if progress and (not progress["stage"].startswith("stage") or progress["phase"].startswith("sampling")):
             phase = f"{progress['stage']} {progress['phase']}"
             if phase != self._last_phase:
                 lines.append(f"{phase} …")
@@ -131,10 +131,10 @@ class RunView:
             stage,
             bar,
             f"{len(rows)}/{total}",
-            f"{row['reward/mean']:.3f}",
+            f"{row['reward/mean']:.3f}" if "reward/mean" in row else f"loss {row['loss/sft']:.3f}",
             f"{row['response/length_mean']:.1f}",
-            f"{row['response/clip_ratio']:.3f}",
-            f"{row.get('throughput/rollout_tokens_per_s', 0):,.0f}",
+            f"{row['response/clip_ratio']:.3f}" if "response/clip_ratio" in row else "",
+            f"{_tokens_per_s(row):,.0f}",
             f"{left:.0f} s" if left < 600 else f"{left / 60:.0f} min",
         ]
 
@@ -142,16 +142,24 @@ class RunView:
         assert self._run is not None
         total = self._run.recipe.stage(stage).steps
         left = (total - row["step"] - 1) * self._seconds_per_step(self._rows[stage])
+        if "loss/sft" in row:
+            quality, clip = f"loss {row['loss/sft']:.4f}", f"epoch {row['sft/epoch']:.2f}"
+        else:
+            quality, clip = f"reward {row['reward/mean']:.3f}", f"clip {row['response/clip_ratio']:.3f}"
         return (
-            f"{stage} step {row['step']}/{total}  reward {row['reward/mean']:.3f}  "
-            f"length {row['response/length_mean']:.1f}  clip {row['response/clip_ratio']:.3f}  "
-            f"{row.get('throughput/rollout_tokens_per_s', 0):,.0f} tokens/s  {left:.0f} s left"
+            f"{stage} step {row['step']}/{total}  {quality}  length {row['response/length_mean']:.1f}  {clip}  "
+            f"{_tokens_per_s(row):,.0f} tokens/s  {left:.0f} s left"
         )
 
     @staticmethod
     def _seconds_per_step(rows: list[dict[str, Any]]) -> float:
         recent = rows[-_RECENT_STEPS:]
         return sum(v for row in recent for name, v in row.items() if name.startswith("time/")) / len(recent)
+
+
+def _tokens_per_s(row: dict[str, Any]) -> float:
+    """Of sampling; of an SFT step, which samples nothing, of the update."""
+    return float(row.get("throughput/rollout_tokens_per_s", row.get("throughput/update_tokens_per_s", 0.0)))
 
 
 def follow(paths: RunPaths, console: Console) -> None:

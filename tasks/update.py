@@ -3,7 +3,8 @@
 from prefect import task
 
 from kdrl_core.steps.session import stage_session
-from kdrl_core.steps.update import StepSummary, update_step
+from kdrl_core.steps.step_end import StepSummary
+from kdrl_core.steps.update import update_step
 from tasks.options import STEP_OPTIONS
 
 

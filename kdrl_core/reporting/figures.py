@@ -18,6 +18,7 @@ _PANELS = [
     ("entropy", "entropy, nats"),
     ("accuracy", "periodic accuracy"),
 ]
+_SFT_PANEL = ("loss/sft", "SFT loss, nats a token")
 _COLORS = {"stage1": "#7a869a", "stage2": "#2a78d6"}
 _EMA = 0.8
 
@@ -33,11 +34,15 @@ def ema(values: Sequence[float], *, weight: float = _EMA) -> list[float]:
 
 def dynamics_figure(run: Run) -> go.Figure:
     """One panel per metric, the stages one after the other on the step axis."""
-    figure = make_subplots(rows=3, cols=2, subplot_titles=[title for _, title in _PANELS], vertical_spacing=0.1)
+    has_sft = any(run.recipe.stage(stage).objective == "sft" for stage in run.recipe.stages)
+    panels = [*_PANELS, _SFT_PANEL] if has_sft else _PANELS
+    num_rows = -(-len(panels) // 2)
+    titles = [title for _, title in panels]
+    figure = make_subplots(rows=num_rows, cols=2, subplot_titles=titles, vertical_spacing=0.3 / num_rows)
     offset = 0
     for stage in run.recipe.stages:
         rows = load_metrics(run, stage)
-        for position, (name, _) in enumerate(_PANELS):
+        for position, (name, _) in enumerate(panels):
             where = {"row": position // 2 + 1, "col": position % 2 + 1}
             if name == "accuracy":
                 _add_accuracy(figure, run, stage, offset, where)
@@ -45,9 +50,9 @@ def dynamics_figure(run: Run) -> go.Figure:
                 _add_line(figure, stage, [offset + row["step"] for row in rows], [row[name] for row in rows], where)
         offset += len(rows)
     figure.update_xaxes(matches="x")  # one step axis for all panels, so that they can be read against each other
-    figure.update_xaxes(title_text="step", row=3)
+    figure.update_xaxes(title_text="step", row=num_rows)
     figure.update_layout(
-        height=860,
+        height=80 + 260 * num_rows,
         margin={"l": 48, "r": 16, "t": 48, "b": 40},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(128,128,128,0.06)",
@@ -60,7 +65,7 @@ def dynamics_figure(run: Run) -> go.Figure:
 
 
 def _add_line(figure: go.Figure, stage: str, steps: list[int], values: list[float], where: dict[str, int]) -> None:
-    first = where == {"row": 1, "col": 1}
+    first = not any(trace.legendgroup == stage for trace in figure.data)  # one legend entry a stage
     line = {"color": _COLORS[stage]}
     common: dict[str, Any] = {"x": steps, "mode": "lines", "line": line, "legendgroup": stage}
     figure.add_trace(go.Scatter(y=values, opacity=0.25, showlegend=False, name=f"{stage} raw", **common), **where)

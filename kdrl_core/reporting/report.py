@@ -12,7 +12,7 @@ from kdrl_core.data import FilterReport
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.reporting.figures import dynamics_figure
 from kdrl_core.reporting.summary import summarize
-from kdrl_core.reporting.tables import accuracy_table, phase_table
+from kdrl_core.reporting.tables import tables_of
 from kdrl_core.rollouts.schema import read_table
 
 _NUM_SAMPLES = 3
@@ -26,8 +26,7 @@ def render_report(run: Run, folder: Path) -> None:
     summary = summarize(run)
     context: dict[str, Any] = {
         "summary": summary,
-        "accuracy": accuracy_table(summary),
-        "phases": phase_table(summary),
+        "tables": tables_of(summary),
         "filters": _filter_reports(run),
         "samples": _samples(run),
         "recipe_yaml": dump_recipe(run.recipe),

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kdrl_core.evaluation.results import read_results
-from kdrl_core.ledger import Run, is_published
+from kdrl_core.ledger import Run, is_published, manifest_of
 from kdrl_core.rollouts.metrics import load_metrics
 
 MODEL_NAMES = {"base": "student before", "stage1": "after stage 1", "stage2": "after stage 2", "teacher": "teacher"}
@@ -31,6 +31,8 @@ class StageRow:
     planned_steps: int
     seconds: float
     metrics: dict[str, tuple[float, float]]
+    samples: dict[str, float] | None = None
+    """Of SFT: `sampled`, `kept`, `problems`, `problems_covered`, seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +85,18 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
     if not rows:
         return None
     ends = max(1, round(_ENDS_SHARE * len(rows)))
-    names = ["reward/mean", "response/length_mean", "response/clip_ratio", "entropy", "kd/kl_unmasked"]
+    names = ["reward/mean", "response/length_mean", "response/clip_ratio", "entropy", "kd/kl_unmasked", "loss/sft"]
     config = run.recipe.stage(stage)
+    dataset = run.paths.sft_dataset(stage)
+    samples = manifest_of(dataset).metadata if config.objective == "sft" and is_published(dataset) else None
+    seconds = sum(value for row in rows for name, value in row.items() if name.startswith("time/"))
     return StageRow(
         stage=stage,
         objective=config.objective,
         steps=len(rows),
         planned_steps=config.steps,
-        seconds=sum(value for row in rows for name, value in row.items() if name.startswith("time/")),
+        seconds=seconds + (samples["sample_s"] + samples["verify_s"] if samples else 0.0),
+        samples=samples,
         metrics={
             name: (_mean(rows[:ends], name), _mean(rows[-ends:], name))
             for name in names

@@ -44,6 +44,31 @@ def phase_table(summary: Summary) -> Table:
     return Table(title="Training: means of the first → last fifth of the steps", header=header, rows=rows)
 
 
+def sft_table(summary: Summary) -> Table:
+    """What rejection sampling kept (B.2) and the likelihood loss (14); no rows without an SFT stage."""
+    rows = []
+    for stage in summary.stages:
+        if stage.samples is None:
+            continue
+        kept, sampled, covered, problems = (
+            int(stage.samples[name]) for name in ("kept", "sampled", "problems_covered", "problems")
+        )
+        rows.append(
+            [
+                stage.stage,
+                f"{kept:,} of {sampled:,} ({100 * kept / sampled:.0f} %)",
+                f"{covered:,} of {problems:,}",
+                _change(stage.metrics.get("loss/sft"), 4),
+            ]
+        )
+    return Table(title="SFT by rejection sampling", header=["stage", "samples kept", "problems", "loss"], rows=rows)
+
+
+def tables_of(summary: Summary) -> list[Table]:
+    """The tables that have something to say, in the order in which they are shown."""
+    return [table for table in (accuracy_table(summary), phase_table(summary), sft_table(summary)) if table.rows]
+
+
 def _interval(result: dict[str, float] | None) -> str:
     if result is None:
         return "–"

@@ -37,8 +37,8 @@ ROLLOUTS = pa.schema(
         _field("length", pa.int32(), "response tokens, EOS included"),
         _field("finish_reason", pa.string(), "stop | length (cut at the response limit)"),
         _field("repetition_rate", pa.float32(), "share of 8-grams of tokens that occurred before in the response"),
-        _field("seed", pa.uint64(), "of the response, from (seed, stage, step, prompt_id, sample)"),
-        _field("policy_version", pa.int32(), "updates behind the sampling policy: the step's number"),
+        _field("seed", pa.uint64(), "of the response, from (seed, stage, step or sft, prompt_id, sample)"),
+        _field("policy_version", pa.int32(), "updates behind the sampling policy: the step's number; -1: the teacher"),
         _field("engine", pa.string(), "rollout engine"),
     ]
 )
@@ -70,12 +70,27 @@ REWARDS = pa.schema(
 UPDATE = pa.schema(
     [
         *_IDS,
-        _field("advantage", pa.float32(), "Â of the response (2), as the update used it"),
-        _field("kd_weight", pa.float32(), "1 if KD applied to the response (Sec. 3.4), 0 if masked or without teacher"),
+        _field("advantage", pa.float32(), "Â of the response (2), as the update used it; null: SFT", nullable=True),
+        _field(
+            "kd_weight",
+            pa.float32(),
+            "1 if KD applied to the response (Sec. 3.4), 0 if masked or without teacher; null: SFT",
+            nullable=True,
+        ),
         _field("logprobs", pa.list_(pa.float32()), "the trainer's logprob of each token before the update"),
         _field("kl_sum", pa.float32(), "Σ_t of the KL estimate to the teacher", nullable=True),
         _field("kl_mean", pa.float32(), "mean over tokens of the KL estimate to the teacher", nullable=True),
         _field("log_ratio_sum", pa.float32(), "Σ_t R_t = log π_T − log π_θ", nullable=True),
+    ]
+)
+
+SFT_DATASET = pa.schema(
+    [
+        *_IDS,
+        _field("shard", pa.int32(), "number of the shard of samples that the response is from"),
+        _field("prompt_token_ids", pa.list_(pa.int32()), "tokens of the prompt"),
+        _field("token_ids", pa.list_(pa.int32()), "tokens of the response, EOS included"),
+        _field("length", pa.int32(), "response tokens, EOS included"),
     ]
 )
 

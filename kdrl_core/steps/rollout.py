@@ -1,6 +1,7 @@
 """prompts ─▶ rollout ─▶ rollouts.parquet: G responses to each prompt of a step, from the current policy."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import ROLLOUTS, write_table
 from kdrl_core.rollouts.stats import repetition_rate
 from kdrl_core.steps.session import StageSession
-from kdrl_core.types import RolloutRequest
+from kdrl_core.types import Rollout, RolloutRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +46,19 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
         requests,
         on_progress=lambda done: report_progress(run, stage=stage, step=step, phase="rollout", done=done, total=total),
     )
+    table = rollouts_table(session, requests, rollouts, policy_version=step)
+    inputs = _inputs(session, step)
+    seconds = time.perf_counter() - started
+    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
+    return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
+
+
+def rollouts_table(
+    session: StageSession, requests: Sequence[RolloutRequest], rollouts: Sequence[Rollout], *, policy_version: int
+) -> pa.Table:
+    """Responses to problems of the stage's pool as ROLLOUTS."""
     problems = [session.pool[rollout.prompt_id] for rollout in rollouts]
-    table = pa.Table.from_pydict(
+    return pa.Table.from_pydict(
         {
             "prompt_id": [r.prompt_id for r in rollouts],
             "sample": [r.sample for r in rollouts],
@@ -60,15 +72,11 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
             "finish_reason": [r.finish_reason.value for r in rollouts],
             "repetition_rate": [repetition_rate(r.token_ids) for r in rollouts],
             "seed": [request.seed for request in requests],
-            "policy_version": [step] * total,
-            "engine": ["transformers"] * total,
+            "policy_version": [policy_version] * len(rollouts),
+            "engine": ["transformers"] * len(rollouts),
         },
         schema=ROLLOUTS,
     )
-    inputs = _inputs(session, step)
-    seconds = time.perf_counter() - started
-    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
-    return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
 
 
 def _requests(session: StageSession, step: int) -> list[RolloutRequest]:

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import ModelConfig, StageConfig
@@ -38,6 +39,8 @@ class StageSession:
         self._trainer: TorchTrainer | None = None
         self._engine: TransformersRolloutEngine | None = None
         self._engine_version = -1
+        self._teacher_engine: TransformersRolloutEngine | None = None
+        self._dataset: pa.Table | None = None
         self._scorers: dict[str, TransformersScorer] = {}
         self._verifier: Verifier | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
@@ -85,17 +88,8 @@ class StageSession:
     def engine_at(self, step: int) -> TransformersRolloutEngine:
         """The rollout engine with the weights of the policy after `step` updates."""
         with self._lock:
-            recipe, config = self.run.recipe, self.config
             if self._engine is None:
-                model = self._load(self.initial_policy, recipe.student)
-                self._engine = TransformersRolloutEngine(
-                    model,
-                    self.tokenizer,
-                    stop_ids=stop_token_ids(model, self.tokenizer),
-                    temperature=config.temperature,
-                    max_response_tokens=config.max_response_tokens,
-                    batch_size=recipe.runtime.rollout_batch_size,
-                )
+                self._engine = self._sampler(self.initial_policy, self.run.recipe.student)
                 self._engine_version = 0
             if self._engine_version != step:
                 self._engine.load_weights(self._weights_at(step))
@@ -121,6 +115,30 @@ class StageSession:
             return self._scorers[role]
 
     @property
+    def teacher_engine(self) -> TransformersRolloutEngine:
+        """The teacher as a sampler, for SFT, at the stage's temperature and response limit."""
+        with self._lock:
+            if self._teacher_engine is None:
+                teacher = self.run.recipe.teacher
+                assert teacher is not None  # the recipe was validated
+                self._teacher_engine = self._sampler(prepared_model(teacher, self.run.paths.root), teacher)
+            return self._teacher_engine
+
+    @property
+    def sft_dataset(self) -> pa.Table:
+        """The stage's kept teacher responses; the teacher is let go of, since it has done its work.
+
+        Raises DamagedArtifactError if the published dataset was altered.
+        """
+        with self._lock:
+            if self._dataset is None:
+                self._teacher_engine = None
+                path = self.run.paths.sft_dataset(self.stage)
+                verify_published(path)
+                self._dataset = read_table(path)
+            return self._dataset
+
+    @property
     def verifier(self) -> Verifier:
         """The verifier's pool of processes, started once per stage."""
         with self._lock:
@@ -136,9 +154,20 @@ class StageSession:
         with self._lock:
             if self._verifier is not None:
                 self._verifier.close()
-            self._verifier = self._trainer = self._engine = None
+            self._verifier = self._trainer = self._engine = self._teacher_engine = self._dataset = None
             self._scorers.clear()
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
+
+    def _sampler(self, path: Path, config: ModelConfig) -> TransformersRolloutEngine:
+        model = self._load(path, config)
+        return TransformersRolloutEngine(
+            model,
+            self.tokenizer,
+            stop_ids=stop_token_ids(model, self.tokenizer),
+            temperature=self.config.temperature,
+            max_response_tokens=self.config.max_response_tokens,
+            batch_size=self.run.recipe.runtime.rollout_batch_size,
+        )
 
     def _load(self, path: Path, config: ModelConfig) -> Any:
         runtime = self.run.recipe.runtime

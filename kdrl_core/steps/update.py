@@ -6,8 +6,6 @@ The objective of the stage is put together here from its parts: rewards or shape
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,32 +13,20 @@ import pyarrow as pa
 import torch
 
 from kdrl_core.config import StageConfig
-from kdrl_core.ledger import Run, is_published, manifest_of, publish_directory, publish_file, verify_published
+from kdrl_core.ledger import Run, is_published, manifest_of
 from kdrl_core.objectives import BetaSchedule, group_advantages, kd_mask, kl_estimate, shape_rewards
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.columns import matrices, ragged
-from kdrl_core.rollouts.metrics import append_metrics
-from kdrl_core.rollouts.schema import UPDATE, read_table, write_table
+from kdrl_core.rollouts.schema import UPDATE, read_table
 from kdrl_core.rollouts.stats import response_metrics
-from kdrl_core.steps.checkpoints import is_checkpoint_due, prune_checkpoints
 from kdrl_core.steps.session import StageSession
+from kdrl_core.steps.step_end import StepRecord, StepSummary, end_step
 from kdrl_core.training.protocols import Float32s, StepStats, TopKTeacher, UpdateBatch
 from kdrl_core.types import ScoreRequest
 
 _RECORDED_AS = {"k3_k2grad": "k3", "topk": "k2"}
 """update.parquet holds estimates from the sampled tokens: of estimators that differ in their gradient, or that need the
 vocabulary, the nearest that does not."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSummary:
-    """What the flow needs to tell about a finished step."""
-
-    step: int
-    metrics: dict[str, float]
-    timings: dict[str, float]
-    checkpoint: Path | None
-    replayed: bool
 
 
 def update_step(session: StageSession, step: int) -> StepSummary:
@@ -67,35 +53,16 @@ def update_step(session: StageSession, step: int) -> StepSummary:
     batch = _update_batch(session, step, rollouts, rewards, beta)
     stats = session.trainer_at(step).update(batch)
 
-    path = paths.update(stage, step)
-    replayed = is_published(path)
-    if not replayed:
-        metrics = {**response_metrics(rollouts, rewards), **stats.metrics, "beta": beta, **_gap(rollouts, stats)}
-        seconds = time.perf_counter() - started
-        timings = _timings(run, stage, step, seconds, int(sum(rollouts["length"].to_pylist())))
-        table = _update_table(rollouts, batch, stats, config)
-        publish_file(
-            path,
-            lambda file: write_table(table, file),
-            inputs=inputs,
-            metadata={"metrics": metrics, "timings": timings},
+    seconds = time.perf_counter() - started
+
+    def record() -> StepRecord:
+        return StepRecord(
+            table=_update_table(rollouts, batch, stats, config),
+            metrics={**response_metrics(rollouts, rewards), **stats.metrics, "beta": beta, **_gap(rollouts, stats)},
+            timings=_timings(run, stage, step, seconds, int(sum(rollouts["length"].to_pylist()))),
         )
-    recorded = verify_published(path).metadata
-    append_metrics(run, stage, step)
-    checkpoint = None
-    if is_checkpoint_due(run, stage, step + 1):
-        checkpoint = paths.checkpoint(stage, step + 1)
-        publish_directory(
-            checkpoint, session.trainer_at(step + 1).save, inputs={run.relative(path): manifest_of(path).sha256}
-        )
-        prune_checkpoints(run, stage)
-    return StepSummary(
-        step=step,
-        metrics=recorded["metrics"],
-        timings=recorded["timings"],
-        checkpoint=checkpoint,
-        replayed=replayed,
-    )
+
+    return end_step(session, step, record, inputs=inputs)
 
 
 def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards: pa.Table, beta: float) -> UpdateBatch:

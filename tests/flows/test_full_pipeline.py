@@ -137,6 +137,7 @@ def test_prefect_yaml_deploys_every_flow_under_its_public_name() -> None:
         "kdrl/full-pipeline",
         "kdrl-filtering/filtering",
         "kdrl-training-stage/training-stage",
+        "kdrl-sft-stage/sft-stage",
         "kdrl-evaluation/evaluation",
         "kdrl-reporting/reporting",
     }

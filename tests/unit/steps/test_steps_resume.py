@@ -13,7 +13,7 @@ from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps import filter as filter_module
-from kdrl_core.steps import rollout, score, update, verify
+from kdrl_core.steps import rollout, score, step_end, update, verify
 from kdrl_core.steps.checkpoints import checkpoint_steps, latest_checkpoint, remaining_steps
 from kdrl_core.steps.completion import is_finished
 from kdrl_core.steps.rollout import rollout_step
@@ -102,7 +102,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, lis
         return wrapper
 
     with monkeypatch.context() as patched:
-        for module in (filter_module, rollout, score, verify, update):
+        for module in (filter_module, rollout, score, verify, step_end):
             for name in ("publish_file", "publish_directory", "append_metrics", "prune_checkpoints"):
                 if hasattr(module, name):
                     patched.setattr(module, name, noting(getattr(module, name), name))
