@@ -9,7 +9,7 @@ RECIPE ?= miniature
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench assets clean
+.PHONY: help setup demo test test-slow lint format bench bench-filter assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ format: setup  ## rewrite the code as ruff would have it
 
 bench: setup  ## print the step's time by phase, Prefect's share and peak memory
 	@$(BIN)/python benchmarks/miniature_step.py
+
+bench-filter: setup  ## print the speed and memory of the data filter on a million problems
+	@$(BIN)/python benchmarks/filter_speed.py
 
 assets: setup  ## rebuild the miniature's models, problems and benchmarks (minutes)
 	@$(BIN)/python -m kdrl_core.miniature.build --output kdrl_core/assets/miniature

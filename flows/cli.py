@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flows.cli_filter import filter_command
 from flows.cli_label import label
 from kdrl_core.errors import KdrlError, RunError
 
@@ -169,6 +170,7 @@ def recipes(
             _print_rows(rows, ["recipe", "description"])
 
 
+app.command("filter")(filter_command)
 app.command()(label)
 
 

@@ -1,6 +1,7 @@
 """Shared by all tests: nothing outside the temporary folder is read or written, and torch keeps to one thread."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 os.environ.update({"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "HF_HUB_OFFLINE": "1"})
 for name in ("PREFECT_API_URL", "PREFECT_HOME", "KDRL_ARTIFACTS"):
     os.environ.pop(name, None)
+# A shell's background job ignores SIGINT, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import find_files, malformed_rows, read_problems
 from kdrl_core.data.report import FilterReport, RuleCount
 from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA, SKYWORK_SCHEMA
+from kdrl_core.data.stream import filter_files
 
 __all__ = [
     "POOL_SCHEMA",
@@ -14,6 +15,7 @@ __all__ = [
     "ChatTokenizer",
     "FilterReport",
     "RuleCount",
+    "filter_files",
     "filter_problems",
     "find_files",
     "load_tokenizer",

@@ -10,6 +10,8 @@ drop_passes_at_least passes of the student's label ≥ 15 of 16, that is d ≤ 1
 drop_all_failed      d = n for every label (B.1.1 rule 2)
 min_pass_rate        passes / n below the bound (B.3)
 max_prompt_tokens    the rendered prompt is longer (B.1.1 rule 4)
+decontamination      overlaps a problem of the benchmarks (not in the paper; data.decontamination=null keeps them)
+unparsable_answers   math-verify cannot parse the ground truth, so no response could be right (not in the paper)
 max_unsolved_share   d = n for the student: at most 10 % **of the result** (B.1.1 rule 3)
 max_problems         a seeded sample
 ==================== =========================================================================================
@@ -22,17 +24,22 @@ Deterministic in the seed whatever the order of the input: rows are ranked by sh
 ties among duplicates are broken by content, and the result is sorted by problem_id.
 """
 
+from dataclasses import dataclass
+from typing import Self
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import DataConfig, Recipe
+from kdrl_core.data.decontamination import Decontaminator
 from kdrl_core.data.normalize import Format, detect_format, normalize_batch
-from kdrl_core.data.prompts import ChatTokenizer
+from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import MALFORMED_KEY, count_faults, malformed_rows
 from kdrl_core.data.report import FilterReport
-from kdrl_core.data.schema import PROBLEM_SCHEMA
+from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA
 from kdrl_core.data.sieve import Rows, Sieve, text_codes
+from kdrl_core.data.text import normalize_questions, question_digests
 from kdrl_core.errors import DataError, RecipeError
 
 _BATCH_ROWS = 32_768
@@ -45,6 +52,8 @@ _REMEDIES = {
     "drop_all_failed": "set {stage}.data.drop_all_failed=false or give easier problems",
     "min_pass_rate": "lower {stage}.data.min_pass_rate or give easier problems",
     "max_prompt_tokens": "raise {stage}.max_prompt_tokens or give shorter problems",
+    "decontamination": "raise {stage}.data.decontamination.min_overlap or give other problems",
+    "unparsable_answers": "correct the answers or set {stage}.data.unparsable_answers=keep",
     "max_unsolved_share": "raise {stage}.data.max_unsolved_share or give problems that the student solves",
     "max_problems": "raise {stage}.data.max_problems",
 }
@@ -75,25 +84,95 @@ def filter_problems(
         ModelError: the student's tokenizer is missing or has no chat template.
         RecipeError: the recipe has no such stage.
     """
-    stage = recipe.stages[-1] if stage is None else stage
-    if stage not in recipe.stages:
-        raise RecipeError(f"recipe {recipe.name} has no stage '{stage}'; it has {', '.join(recipe.stages)}")
+    stage = check_stage(recipe, stage)
     config = recipe.stage(stage)
     lost = malformed_rows(table) if malformed is None else malformed
     rows_in = table.num_rows + lost
     problems, faults = _normalized(table, config.data)
-    sieve = Sieve(stage=stage, config=config, problems=problems)
+    questions = problems["question"]
+    sieve = Sieve(
+        stage=stage,
+        config=config,
+        problems=problems,
+        keys=text_codes(normalize_questions(questions)),
+        digests=question_digests(questions),
+    )
     sieve.note("malformed", lost + faults, "rows that cannot be read (data.on_error=drop)")
     sieve.drop_duplicates()
-    _check_ids(problems, sieve.alive)
+    check_ids(problems["problem_id"], sieve.alive)
     sieve.apply_label_rules()
-    prompts = sieve.drop_long_prompts(tokenizer, recipe)
+    prompts = Prompts.render(questions, sieve.alive, recipe, tokenizer=tokenizer, limit=config.max_prompt_tokens)
+    sieve.drop_long_prompts(prompts.position[sieve.alive] >= 0)
+    overlaps = None
+    if config.data.decontamination is not None:
+        decontaminator = Decontaminator(config.data.decontamination)
+        overlaps = decontaminator.find_all(questions.take(pa.array(sieve.alive)).to_pylist())
+    sieve.drop_contaminated(overlaps)
+    sieve.drop_unparsable(recipe.verification)
     sieve.sample(recipe.seed)
+    report = finished_report(sieve, rows_in)
+    return _pool(sieve, prompts), report
 
-    report = FilterReport(stage=stage, rows_in=rows_in, rules=tuple(sieve.counts), rows_out=len(sieve.alive))
+
+def check_stage(recipe: Recipe, stage: str | None) -> str:
+    """The named stage, by default the recipe's last. Raises RecipeError if the recipe does not have it."""
+    stage = recipe.stages[-1] if stage is None else stage
+    if stage not in recipe.stages:
+        raise RecipeError(f"recipe {recipe.name} has no stage '{stage}'; it has {', '.join(recipe.stages)}")
+    return stage
+
+
+@dataclass(slots=True)
+class Prompts:
+    """Rendered prompts; `position[row]` is where a row's prompt stands in `texts` and `token_ids`, −1 if nowhere."""
+
+    position: Rows
+    texts: pa.ChunkedArray
+    token_ids: pa.ChunkedArray
+
+    @classmethod
+    def render(
+        cls, questions: pa.ChunkedArray, rows: Rows, recipe: Recipe, *, tokenizer: ChatTokenizer | None, limit: int
+    ) -> Self:
+        """Render the questions of `rows`, and keep prompts of at most `limit` tokens."""
+        position = np.full(len(questions), -1, dtype=np.int64)
+        texts: list[pa.Array] = []
+        token_ids: list[pa.Array] = []
+        num_kept = 0
+        if len(rows) and tokenizer is None:
+            tokenizer = load_tokenizer(recipe.student)
+        for start in range(0, len(rows), _BATCH_ROWS):
+            assert tokenizer is not None
+            batch = rows[start : start + _BATCH_ROWS]
+            rendered = render_prompts(questions.take(pa.array(batch)).to_pylist(), tokenizer, recipe)
+            fits = np.fromiter((len(ids) <= limit for _, ids in rendered), dtype=bool, count=len(batch))
+            texts.append(pa.array([text for text, ids in rendered if len(ids) <= limit], pa.string()))
+            token_ids.append(pa.array([ids for _, ids in rendered if len(ids) <= limit], pa.list_(pa.int32())))
+            position[batch[fits]] = np.arange(num_kept, num_kept + fits.sum())
+            num_kept += int(fits.sum())
+        return cls(position, pa.chunked_array(texts, pa.string()), pa.chunked_array(token_ids, pa.list_(pa.int32())))
+
+
+def finished_report(sieve: Sieve, rows_in: int) -> FilterReport:
+    """The report of a sieve whose rules are all applied. Raises DataError if nothing is left."""
+    report = FilterReport(stage=sieve.stage, rows_in=rows_in, rules=tuple(sieve.counts), rows_out=len(sieve.alive))
     if report.rows_out == 0:
         raise _empty(report)
-    return sieve.pool(prompts), report
+    return report
+
+
+def _pool(sieve: Sieve, prompts: Prompts) -> pa.Table:
+    """The rows alive, in POOL_SCHEMA, sorted by problem_id."""
+    rows = sieve.alive_sorted()
+    taken = sieve.problems.take(pa.array(rows))
+    student = sieve.student[rows]
+    where = pa.array(prompts.position[rows])
+    columns = {name: taken[name] for name in ("problem_id", "question", "answer", "source")}
+    columns["stage"] = pa.array([sieve.stage] * len(rows), pa.string())
+    columns["student_failures"] = pa.array(student, pa.int32(), mask=student < 0)
+    columns["prompt"] = prompts.texts.take(where)
+    columns["prompt_token_ids"] = prompts.token_ids.take(where)
+    return pa.table([columns[name] for name in POOL_SCHEMA.names], schema=POOL_SCHEMA)
 
 
 def _normalized(table: pa.Table, data: DataConfig) -> tuple[pa.Table, int]:
@@ -134,12 +213,12 @@ def _is_normalized(table: pa.Table, data: DataConfig) -> bool:
     return most <= data.difficulty.num_samples and not has_gaps
 
 
-def _check_ids(problems: pa.Table, alive: Rows) -> None:
-    """Randomness and files are keyed by problem_id: two different questions must not share one."""
-    codes = text_codes(problems["problem_id"].take(pa.array(alive)))
+def check_ids(problem_ids: pa.ChunkedArray, alive: Rows) -> None:
+    """Randomness and files are keyed by problem_id: DataError if two different questions share one."""
+    codes = text_codes(problem_ids.take(pa.array(alive)))
     counts = np.bincount(codes) if len(codes) else codes
     if (counts > 1).any():
-        shared = pc.min(problems["problem_id"].take(pa.array(alive[counts[codes] > 1])))
+        shared = pc.min(problem_ids.take(pa.array(alive[counts[codes] > 1])))
         raise DataError(
             f"problem_id '{shared}' stands on more than one question; "
             "make the ids unique or leave the field out (ids are then made from the questions)"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import DataConfig, resolve_path
-from kdrl_core.data.normalize import RowFault, detect_format, normalize_batch, normalize_rows
+from kdrl_core.data.normalize import Format, RowFault, detect_format, normalize_batch, normalize_rows
 from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.errors import DataError
 
@@ -41,12 +41,19 @@ def read_problems(data: DataConfig) -> pa.Table:
     """
     tables: list[pa.Table] = []
     malformed = 0
-    for path in find_files(data):
-        for table, faults in _read_file(path, data):
-            tables.append(table)
-            malformed += count_faults(faults, data)
+    for table, num_faults in iter_problems(data):
+        tables.append(table)
+        malformed += num_faults
     problems = pa.concat_tables(tables) if tables else PROBLEM_SCHEMA.empty_table()
     return problems.replace_schema_metadata({MALFORMED_KEY: str(malformed).encode()})
+
+
+def iter_problems(data: DataConfig, *, quiet: bool = False) -> Iterator[tuple[pa.Table, int]]:
+    """What `read_problems` reads, batch by batch: usable rows in PROBLEM_SCHEMA and the number of malformed ones, which
+    are logged unless `quiet`."""
+    for path in find_files(data):
+        for table, faults in _read_file(path, data):
+            yield table, len(faults) if quiet else count_faults(faults, data)
 
 
 def malformed_rows(table: pa.Table) -> int:
@@ -114,29 +121,66 @@ def _read_parquet(path: Path, data: DataConfig) -> Iterator[tuple[pa.Table, list
 
 
 def _read_json(path: Path, data: DataConfig) -> Iterator[tuple[pa.Table, list[RowFault]]]:
+    """A JSON array, which is read as a whole, or JSON Lines, batch by batch."""
     origin = _shown(path)
+    data_format: Format | None = None
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{origin}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        batches = _json_batches(path, origin)
+        for rows, numbers, faults in batches:
+            if faults and not any(isinstance(row, dict) for row in rows) and data_format is None:
+                raise DataError(f"{origin}: {faults[0].problem}; give a JSON array of objects or JSON Lines")
+            if data_format is None and rows:
+                found = {name for row in rows if isinstance(row, dict) for name in row}
+                data_format = detect_format(found, origin=origin) if data.format == "auto" else data.format
+            table: pa.Table = PROBLEM_SCHEMA.empty_table()
+            more: list[RowFault] = []
+            if rows:
+                assert data_format is not None
+                table, more = normalize_rows(
+                    rows, numbers, data_format, origin=origin, source=path.name, num_samples=data.difficulty.num_samples
+                )
+            yield table, sorted([*faults, *more], key=lambda fault: fault.row)
     except OSError as error:
         raise DataError(f"{origin}: cannot be read ({error.strerror}); check the file's permissions") from error
+
+
+def _json_batches(path: Path, origin: str) -> Iterator[tuple[list[object], list[int], list[RowFault]]]:
+    """Rows, their numbers and a fault for each line that is not JSON. Blank lines count but are no rows."""
+    rows: list[object] = []
+    numbers: list[int] = []
     faults: list[RowFault] = []
-    rows: list[object]
-    if text.lstrip().startswith("["):
-        rows = _array_rows(text, origin)
-        numbers = list(range(1, len(rows) + 1))
-    else:
-        rows, numbers, faults = _line_rows(text, origin)
-    if faults and not any(isinstance(row, dict) for row in rows):
-        raise DataError(f"{origin}: {faults[0].problem}; give a JSON array of objects or JSON Lines")
-    if rows:
-        found = {name for row in rows if isinstance(row, dict) for name in row}
-        data_format = detect_format(found, origin=origin) if data.format == "auto" else data.format
-        table, more = normalize_rows(
-            rows, numbers, data_format, origin=origin, source=path.name, num_samples=data.difficulty.num_samples
-        )
-        yield table, sorted([*faults, *more], key=lambda fault: fault.row)
+    position = 0
+    with path.open("rb") as file:
+        # By "\n" alone: U+2028 and its like may stand inside a JSON string.
+        for number, line in enumerate(file, start=1):
+            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            text = _decoded(content, position, origin).rstrip("\r\n")
+            position += len(line)
+            if not text.strip():
+                continue
+            if not rows and not faults and text.lstrip().startswith("["):
+                items = _array_rows(text + _decoded(file.read(), position, origin), origin)
+                yield items, list(range(1, len(items) + 1)), []
+                return
+            try:
+                rows.append(json.loads(text))
+                numbers.append(number)
+            except (ValueError, RecursionError) as error:
+                faults.append(RowFault(origin=origin, row=number, field="row", problem=f"not JSON ({error})"))
+            if len(rows) + len(faults) == _BATCH_ROWS:
+                yield rows, numbers, faults
+                rows, numbers, faults = [], [], []
+    if rows or faults:
+        yield rows, numbers, faults
+
+
+def _decoded(data: bytes, position: int, origin: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{origin}: not UTF-8 text ({error.reason} at byte {position + error.start}); save it as UTF-8"
+        ) from error
 
 
 def _array_rows(text: str, origin: str) -> list[object]:
@@ -145,25 +189,6 @@ def _array_rows(text: str, origin: str) -> list[object]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{origin}: not JSON ({error}); give a JSON array of objects or JSON Lines") from error
     return rows
-
-
-def _line_rows(text: str, origin: str) -> tuple[list[object], list[int], list[RowFault]]:
-    """Rows and their line numbers, and a fault for each line that is not JSON. Blank lines count but are no rows."""
-    rows: list[object] = []
-    numbers: list[int] = []
-    faults: list[RowFault] = []
-    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            faults.append(RowFault(origin=origin, row=number, field="row", problem=f"not JSON ({error})"))
-            continue
-        rows.append(row)
-        numbers.append(number)
-    return rows, numbers, faults
 
 
 def _shown(path: Path) -> str:

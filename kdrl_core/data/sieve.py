@@ -1,12 +1,12 @@
 """The rules of the data filter, each a method that keeps some of the rows alive and notes what it dropped.
 
-Only small columns (labels, codes, ids) are touched per rule; questions are copied once, when the pool is made. The
-rules, their order and the reasons for it: `kdrl_core.data.filter`.
+Only small columns (labels, codes, ids, answers) are needed here, so that the rules are the same for a table in memory
+and for files that do not fit. The rules, their order and the reasons for it: `kdrl_core.data.filter`.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
@@ -15,14 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdrl_core.config import Recipe, StageConfig
-from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
+from kdrl_core.config import StageConfig, VerificationConfig
+from kdrl_core.data.answers import unparsable_answers
+from kdrl_core.data.decontamination import Overlap
 from kdrl_core.data.report import RuleCount
-from kdrl_core.data.schema import POOL_SCHEMA
-from kdrl_core.data.text import normalize_questions
 from kdrl_core.errors import DataError
 
-_BATCH_ROWS = 32_768
 _MISSING = -1
 _OFF = "off"
 
@@ -30,19 +28,20 @@ Rows = npt.NDArray[np.int64]
 """Positions in the table."""
 
 
-@dataclass(slots=True)
-class Prompts:
-    """Rendered prompts; `position[row]` is where a row's prompt stands in `texts` and `token_ids`."""
-
-    position: Rows
-    texts: pa.ChunkedArray
-    token_ids: pa.ChunkedArray
-
-
 class Sieve:
-    """The rows still alive, and the count of each rule applied so far. Only small columns are touched per rule."""
+    """The rows still alive, and the count of each rule applied so far. Only small columns are touched per rule.
 
-    def __init__(self, *, stage: str, config: StageConfig, problems: pa.Table) -> None:
+    Args:
+        problems: in PROBLEM_SCHEMA; questions are not looked at.
+        keys: [rows] the same for rows with the same normalised question.
+        digests: [rows] a hash of each question as it stands, to tell duplicates apart whatever their order.
+    """
+
+    def __init__(
+        self, *, stage: str, config: StageConfig, problems: pa.Table, keys: Rows, digests: pa.ChunkedArray
+    ) -> None:
+        self._keys = keys
+        self._digests = digests
         self.stage = stage
         self.config = config
         self.data = config.data
@@ -63,12 +62,13 @@ class Sieve:
 
     def drop_duplicates(self) -> None:
         """Of the rows with one normalised question, keep the best labelled, then the first by content."""
-        codes = text_codes(normalize_questions(self.problems["question"]))
+        codes = self._keys
         is_kept = np.ones(len(codes), dtype=bool)
         repeated = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
         if len(repeated):
             rows = self.problems.take(pa.array(repeated))
-            columns = {name: rows[name] for name in ("problem_id", "question", "answer", "source")}
+            columns = {"problem_id": rows["problem_id"], "digest": self._digests.take(pa.array(repeated))}
+            columns |= {name: rows[name] for name in ("answer", "source")}
             labels = np.stack([self.student, *self.others], axis=1)[repeated]
             columns["code"] = pa.array(codes[repeated])
             columns["unlabelled"] = pa.array((labels == _MISSING).sum(axis=1))
@@ -148,30 +148,42 @@ class Sieve:
             f"{', '.join(needed)}, first {first}; set {self.stage}.data.missing_labels=drop or keep"
         )
 
-    def drop_long_prompts(self, tokenizer: ChatTokenizer | None, recipe: Recipe) -> Prompts:
-        limit = self.config.max_prompt_tokens
-        position = np.full(self.problems.num_rows, _MISSING, dtype=np.int64)
-        texts: list[pa.Array] = []
-        token_ids: list[pa.Array] = []
-        is_short = np.zeros(len(self.alive), dtype=bool)
-        num_kept = 0
-        if len(self.alive) and tokenizer is None:
-            tokenizer = load_tokenizer(recipe.student)
-        for start in range(0, len(self.alive), _BATCH_ROWS):
-            assert tokenizer is not None
-            rows = self.alive[start : start + _BATCH_ROWS]
-            questions = self.problems["question"].take(pa.array(rows)).to_pylist()
-            rendered = render_prompts(questions, tokenizer, recipe)
-            fits = np.fromiter((len(ids) <= limit for _, ids in rendered), dtype=bool, count=len(rows))
-            is_short[start : start + len(rows)] = fits
-            texts.append(pa.array([text for text, ids in rendered if len(ids) <= limit], pa.string()))
-            token_ids.append(pa.array([ids for _, ids in rendered if len(ids) <= limit], pa.list_(pa.int32())))
-            position[rows[fits]] = np.arange(num_kept, num_kept + fits.sum())
-            num_kept += int(fits.sum())
-        self.keep("max_prompt_tokens", is_short, f"prompt longer than {limit} tokens, B.1.1")
-        return Prompts(
-            position, pa.chunked_array(texts, pa.string()), pa.chunked_array(token_ids, pa.list_(pa.int32()))
+    def drop_long_prompts(self, is_short: npt.NDArray[np.bool_]) -> None:
+        """max_prompt_tokens; `is_short` is aligned with `alive`."""
+        self.keep("max_prompt_tokens", is_short, f"prompt longer than {self.config.max_prompt_tokens} tokens, B.1.1")
+
+    def drop_contaminated(self, overlaps: Sequence[Overlap | None] | None) -> None:
+        """decontamination; `overlaps` is aligned with `alive`, None is off."""
+        config = self.data.decontamination
+        if config is None or overlaps is None:
+            self.note("decontamination", 0, _OFF)
+            return
+        found = Counter(overlap.benchmark for overlap in overlaps if overlap is not None)
+        counts = ", ".join(f"{number} {name}" for name, number in sorted(found.items())) or "none"
+        self.keep(
+            "decontamination",
+            np.array([overlap is None for overlap in overlaps], dtype=bool),
+            f"shares ≥ {config.min_overlap:g} of its {config.ngram}-grams with a benchmark problem: {counts}",
         )
+
+    def drop_unparsable(self, limits: VerificationConfig) -> None:
+        """unparsable_answers. Raises DataError for the first of them with unparsable_answers=fail."""
+        choice = self.data.unparsable_answers
+        if choice == "keep":
+            self.note("unparsable_answers", 0, _OFF)
+            return
+        answers = self.problems["answer"].take(pa.array(self.alive))
+        bad = unparsable_answers(pc.unique(answers).to_pylist(), limits)
+        is_bad = pc.is_in(answers, value_set=pa.array(sorted(bad), pa.string()))
+        if bad and choice == "fail":
+            first = pc.min(self.problems["problem_id"].take(pa.array(self.alive)).filter(is_bad)).as_py()
+            raise DataError(
+                f"{self.stage}: math-verify cannot parse the answers of {pc.sum(is_bad)} problems, first {first}; "
+                f"correct them or set {self.stage}.data.unparsable_answers=drop"
+            )
+        shown = ", ".join(repr(answer[:20]) for answer in sorted(bad)[:3])
+        description = "ground truth that math-verify cannot parse" + (f": {shown}" if bad else "")
+        self.keep("unparsable_answers", ~is_bad.to_numpy(), description)
 
     def sample(self, seed: int) -> None:
         """max_unsolved_share and max_problems: both choose by rank, and the second keeps the first's cap."""
@@ -210,6 +222,12 @@ class Sieve:
             chosen[others[: size - num_unsolved]] = True
         self.keep("max_problems", chosen, _OFF if size is None else f"a seeded sample of {size} is kept")
 
+    def alive_sorted(self) -> Rows:
+        """The rows alive, by problem_id."""
+        ids = self.problems["problem_id"].take(pa.array(self.alive))
+        rows: Rows = self.alive[pc.sort_indices(ids).to_numpy()]
+        return rows
+
     def _ranked(self, positions: Rows, seed: int, rule: str) -> Rows:
         """Positions in `alive`, in the order of a hash of (seed, rule, stage, problem_id)."""
         ids: Sequence[str] = self.problems["problem_id"].take(pa.array(self.alive[positions])).to_pylist()
@@ -220,20 +238,6 @@ class Sieve:
             digest.update(problem_id.encode())
             ranks.append((digest.digest(), position))
         return np.array([position for _, position in sorted(ranks)], dtype=np.int64)
-
-    def pool(self, prompts: Prompts) -> pa.Table:
-        """The rows alive, in POOL_SCHEMA, sorted by problem_id."""
-        ids = self.problems["problem_id"].take(pa.array(self.alive))
-        rows = self.alive[pc.sort_indices(ids).to_numpy()]
-        taken = self.problems.take(pa.array(rows))
-        student = self.student[rows]
-        where = pa.array(prompts.position[rows])
-        columns = {name: taken[name] for name in ("problem_id", "question", "answer", "source")}
-        columns["stage"] = pa.array([self.stage] * len(rows), pa.string())
-        columns["student_failures"] = pa.array(student, pa.int32(), mask=student == _MISSING)
-        columns["prompt"] = prompts.texts.take(where)
-        columns["prompt_token_ids"] = prompts.token_ids.take(where)
-        return pa.table([columns[name] for name in POOL_SCHEMA.names], schema=POOL_SCHEMA)
 
 
 def text_codes(texts: pa.ChunkedArray) -> Rows:

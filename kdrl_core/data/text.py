@@ -43,3 +43,13 @@ def question_ids(questions: pa.Array) -> pa.Array:
     keys = normalize_questions(questions).to_pylist()
     ids = [None if key is None else f"q-{hashlib.sha256(key.encode()).hexdigest()[:16]}" for key in keys]
     return pa.array(ids, pa.string())
+
+
+def question_digests(questions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """16 bytes of the sha256 of each question as it stands, in the input's chunks."""
+    kind = pa.binary(16)
+    chunks = [
+        pa.array([hashlib.sha256(text.encode()).digest()[:16] for text in chunk.to_pylist()], kind)
+        for chunk in questions.chunks
+    ]
+    return pa.chunked_array(chunks, kind)

@@ -180,12 +180,16 @@ def publish_directory(
     return manifest
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Atomically make `content` the bytes of `path`, durable when this returns."""
+def replace_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Atomically make `path` a file of these bytes, or the one that `content` writes to the path it is given; durable
+    when this returns."""
     with _storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as temporary:
-            temporary.write_bytes(content)
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content)
             _fsync(temporary)
             temporary.replace(path)
             _fsync(path.parent)

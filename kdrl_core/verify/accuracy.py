@@ -26,6 +26,8 @@ from kdrl_core.types import VerdictKind
 EXIT_OUT_OF_MEMORY = 86
 """Exit code of a worker that hit its memory limit: its heap is not trusted any further."""
 
+UNREADABLE_TRUTH = "the ground truth is not readable as mathematics, and the texts differ"
+
 _MEMORY_ALARM = 0.75
 _ARITHMETIC = re.compile(r"[\d.+\-*/^()]*\d[\d.+\-*/^()]*", re.ASCII)
 _SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:[ \u00a0\u202f]|\\[,;: ])\d{3})+(?:\.\d+)?", re.ASCII)
@@ -124,7 +126,7 @@ def _compare(golds: list[Any], answers: list[Any]) -> Outcome:
     if all(isinstance(answer, str) for answer in answers):
         return Outcome(VerdictKind.WRONG, "not readable as mathematics, and its text differs from the ground truth")
     if all(isinstance(gold, str) for gold in golds):
-        return Outcome(VerdictKind.WRONG, "the ground truth is not readable as mathematics, and the texts differ")
+        return Outcome(VerdictKind.WRONG, UNREADABLE_TRUTH)
     return Outcome(VerdictKind.WRONG, "not equal to the ground truth")
 
 

@@ -71,6 +71,8 @@ def test_golden_counts_of_the_papers_rules(make_recipe: MakeRecipe, words: Any) 
         ("drop_all_failed", 1),  # 26
         ("min_pass_rate", 0),
         ("max_prompt_tokens", 1),  # 25: 20 solved (18 + edge-2 + nearly), 5 unsolved
+        ("decontamination", 0),
+        ("unparsable_answers", 0),
         ("max_unsolved_share", 3),  # u ≤ 0.1 · (20 + u) ⇒ u ≤ 2
         ("max_problems", 0),
     ]
