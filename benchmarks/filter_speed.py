@@ -33,7 +33,7 @@ tokenizer = load_tokenizer(ModelConfig(path=tokenizer))
 started = time.perf_counter()
 report = filter_files(recipe, Path(output), tokenizer=tokenizer)
 seconds = time.perf_counter() - started
-peak = int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+peak = int(re.search(r"VmHWM:[ \\t]*([0-9]+)", Path("/proc/self/status").read_text())[1]) / 1024
 print(json.dumps({"seconds": seconds, "peak_mb": peak, "rows_in": report.rows_in, "rows_out": report.rows_out}))
 """
 
