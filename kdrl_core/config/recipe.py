@@ -44,6 +44,11 @@ class DifficultyConfig(_Section):
     )
     num_samples: Positive = Field(16, description="samples behind each label (B.1.1: 16)")
 
+    @property
+    def names(self) -> list[str]:
+        """Every label that is read."""
+        return [self.student, *self.others]
+
 
 class DecontaminationConfig(_Section):
     """Training problems that overlap evaluation problems are dropped, by shared n-grams of words."""

@@ -6,7 +6,7 @@ and for files that do not fit. The rules, their order and the reasons for it: `k
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import ceil
 
@@ -27,6 +27,9 @@ _OFF = "off"
 Rows = npt.NDArray[np.int64]
 """Positions in the table."""
 
+Labels = npt.NDArray[np.int32]
+"""Failures by row, −1 where the label is missing."""
+
 
 class Sieve:
     """The rows still alive, and the count of each rule applied so far. Only small columns are touched per rule.
@@ -35,13 +38,20 @@ class Sieve:
         problems: in PROBLEM_SCHEMA; questions are not looked at.
         keys: [rows] the same for rows with the same normalised question.
         digests: [rows] a hash of each question as it stands, to tell duplicates apart whatever their order.
+        labels: [rows] failures by label as `label_column` gives them, and the names of all labels in the data; None:
+            read from `problems`.
     """
 
     def __init__(
-        self, *, stage: str, config: StageConfig, problems: pa.Table, keys: Rows, digests: pa.ChunkedArray
+        self,
+        *,
+        stage: str,
+        config: StageConfig,
+        problems: pa.Table,
+        keys: Rows,
+        digests: pa.ChunkedArray,
+        labels: tuple[Mapping[str, Labels], set[str]] | None = None,
     ) -> None:
-        self._keys = keys
-        self._digests = digests
         self.stage = stage
         self.config = config
         self.data = config.data
@@ -49,8 +59,14 @@ class Sieve:
         self.num_samples = self.data.difficulty.num_samples
         self.alive: Rows = np.arange(problems.num_rows, dtype=np.int64)
         self.counts: list[RuleCount] = []
-        self.student = _label(problems, self.data.difficulty.student)
-        self.others = [_label(problems, name) for name in self.data.difficulty.others]
+        self._keys = keys
+        self._digests = digests
+        if labels is None:
+            columns = {name: label_column(problems, name) for name in self.data.difficulty.names}
+            labels = columns, label_names(problems)
+        self.student = labels[0][self.data.difficulty.student]
+        self.others = [labels[0][name] for name in self.data.difficulty.others]
+        self._known_labels = labels[1]
 
     def note(self, rule: str, dropped: int, description: str) -> None:
         self.counts.append(RuleCount(rule=rule, dropped=dropped, description=description))
@@ -113,7 +129,7 @@ class Sieve:
 
     def _missing_labels(self) -> None:
         data = self.data
-        needed: dict[str, npt.NDArray[np.int32]] = {}
+        needed: dict[str, Labels] = {}
         is_read = (data.drop_passes_at_least, data.max_unsolved_share, data.min_pass_rate)
         if data.drop_all_failed or any(bound is not None for bound in is_read):
             needed[data.difficulty.student] = self.student
@@ -134,8 +150,8 @@ class Sieve:
             description = f"off: every row has a label of {', '.join(needed)}"
         self.keep("missing_labels", ~is_missing | (data.missing_labels != "drop"), description)
 
-    def _no_label(self, needed: dict[str, npt.NDArray[np.int32]], is_missing: npt.NDArray[np.bool_]) -> DataError:
-        known = sorted(_label_names(self.problems))
+    def _no_label(self, needed: dict[str, Labels], is_missing: npt.NDArray[np.bool_]) -> DataError:
+        known = sorted(self._known_labels)
         if unknown := [name for name in needed if name not in known]:
             return DataError(
                 f"{self.stage}: no row has the difficulty label {', '.join(unknown)} (labels found: "
@@ -250,14 +266,15 @@ def text_codes(texts: pa.ChunkedArray) -> Rows:
     return codes
 
 
-def _label(problems: pa.Table, name: str) -> npt.NDArray[np.int32]:
+def label_column(problems: pa.Table, name: str) -> Labels:
     """One label as numbers, −1 where it is missing."""
     column = pc.map_lookup(problems["failures"], pa.scalar(name), "first")
-    values: npt.NDArray[np.int32] = pc.fill_null(column, _MISSING).to_numpy().astype(np.int32)
+    values: Labels = pc.fill_null(column, _MISSING).to_numpy().astype(np.int32)
     return values
 
 
-def _label_names(problems: pa.Table) -> set[str]:
+def label_names(problems: pa.Table) -> set[str]:
+    """Every label that some problem has."""
     return {name for chunk in problems["failures"].chunks for name in pc.unique(chunk.keys).to_pylist()}
 
 

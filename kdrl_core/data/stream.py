@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import iter_problems
 from kdrl_core.data.report import FilterReport
 from kdrl_core.data.schema import PROBLEM_SCHEMA
-from kdrl_core.data.sieve import Rows, Sieve
+from kdrl_core.data.sieve import Labels, Rows, Sieve, label_column, label_names
 from kdrl_core.data.text import normalize_questions, question_digests
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import replace_file
@@ -74,9 +75,12 @@ def filter_files(
     measure = _LengthRule(recipe, tokenizer or load_tokenizer(recipe.student), config.max_prompt_tokens)
     decontaminator = None if config.data.decontamination is None else Decontaminator(config.data.decontamination)
 
-    slim, keys, digests, malformed = _first_pass(config.data, report_progress)
-    sieve = Sieve(stage=stage, config=config, problems=slim, keys=keys, digests=digests)
-    sieve.note("malformed", malformed, "rows that cannot be read (data.on_error=drop)")
+    first = _first_pass(config.data, report_progress)
+    slim = first.problems
+    sieve = Sieve(
+        stage=stage, config=config, problems=slim, keys=first.keys, digests=first.digests, labels=first.labels
+    )
+    sieve.note("malformed", first.malformed, "rows that cannot be read (data.on_error=drop)")
     sieve.drop_duplicates()
     check_ids(slim["problem_id"], sieve.alive)
     sieve.apply_label_rules()
@@ -94,35 +98,55 @@ def filter_files(
     sieve.drop_contaminated(overlaps if decontaminator is not None else None)
     sieve.drop_unparsable(recipe.verification)
     sieve.sample(recipe.seed)
-    report = finished_report(sieve, slim.num_rows + malformed)
+    report = finished_report(sieve, slim.num_rows + first.malformed)
 
     schema = PROBLEM_SCHEMA.with_metadata({REPORT_KEY: json.dumps(report.to_json()).encode()})
     replace_file(output, lambda path: _write_sorted(path, schema, config.data, sieve, report_progress))
     return report
 
 
-def _first_pass(data: DataConfig, report_progress: Progress) -> tuple[pa.Table, Rows, pa.ChunkedArray, int]:
-    """Every row without its question, a key per distinct question, a hash per question, and the malformed rows."""
-    tables: list[pa.Table] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _First:
+    """Every row without its question and its map of labels, which are most of it."""
+
+    problems: pa.Table
+    keys: Rows
+    digests: pa.ChunkedArray
+    labels: tuple[dict[str, Labels], set[str]]
+    malformed: int
+
+
+def _first_pass(data: DataConfig, report_progress: Progress) -> _First:
+    tables: list[pa.Table] = [PROBLEM_SCHEMA.empty_table()]
     digests: list[pa.Array] = []
-    keys: list[npt.NDArray[np.int64]] = []
+    keys = [np.zeros(0, dtype=np.int64)]
+    labels: dict[str, list[Labels]] = {name: [np.zeros(0, dtype=np.int32)] for name in data.difficulty.names}
+    found: set[str] = set()
     malformed = num_rows = 0
+    question, failures = (PROBLEM_SCHEMA.field(name) for name in ("question", "failures"))
     for table, num_faults in iter_problems(data):
         malformed += num_faults
         num_rows += table.num_rows
-        questions = table["question"]
-        digests += question_digests(questions).chunks
-        normalized = normalize_questions(questions).to_pylist()
+        digests += question_digests(table["question"]).chunks
         # 8 bytes of a hash: two of 10 million questions collide with probability 3e-6.
-        keys.append(np.array([_key(text) for text in normalized], dtype=np.int64))
-        empty = pa.array([""]).take(pa.array(np.zeros(table.num_rows, dtype=np.int64)))
-        slim = table.set_column(table.schema.get_field_index("question"), PROBLEM_SCHEMA.field("question"), empty)
-        tables.append(slim)
+        keys.append(np.array([_key(text) for text in normalize_questions(table["question"]).to_pylist()], np.int64))
+        for name, columns in labels.items():
+            columns.append(label_column(table, name))
+        found |= label_names(table)
+        nothing = pa.array([""]).take(pa.array(np.zeros(table.num_rows, dtype=np.int64)))
+        table = table.set_column(table.schema.get_field_index("question"), question, nothing)
+        nulls = pa.nulls(table.num_rows, failures.type)
+        tables.append(table.set_column(table.schema.get_field_index("failures"), failures, nulls))
+        pa.default_memory_pool().release_unused()
         report_progress("reading", num_rows)
-    problems = pa.concat_tables(tables) if tables else PROBLEM_SCHEMA.empty_table()
-    every = np.concatenate(keys) if keys else np.zeros(0, dtype=np.int64)
-    codes: Rows = np.unique(every, return_inverse=True)[1].astype(np.int64)
-    return problems, codes, pa.chunked_array(digests, pa.binary(16)), malformed
+    codes: Rows = np.unique(np.concatenate(keys), return_inverse=True)[1].astype(np.int64)
+    return _First(
+        problems=pa.concat_tables(tables),
+        keys=codes,
+        digests=pa.chunked_array(digests, pa.binary(16)),
+        labels=({name: np.concatenate(columns) for name, columns in labels.items()}, found),
+        malformed=malformed,
+    )
 
 
 def _key(text: str) -> int:
@@ -142,6 +166,7 @@ def _alive_batches(
         if end > start:
             yield slice(start, end), table.take(pa.array(alive[start:end] - first))
         first += table.num_rows
+        pa.default_memory_pool().release_unused()
         report_progress(name, first)
     if first != sieve.problems.num_rows:
         raise DataError(
