@@ -20,7 +20,7 @@ from kdrl_core.errors import DataError
 MALFORMED_KEY = b"kdrl.malformed_rows"
 """Metadata of a table's schema: rows that were dropped on the way to it."""
 
-_BATCH_ROWS = 32_768
+_BATCH_ROWS = 8_192
 _USED_COLUMNS = {
     *("prompt", "reward_model", "extra_info", "data_source"),
     *("problem_id", "id", "question", "problem", "answer", "source", "failures"),

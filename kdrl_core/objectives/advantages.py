@@ -7,7 +7,7 @@ Departures: std is the unbiased one (N − 1) and ε = 1e-6, as in the paper's f
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import check_finite, check_group_size, check_not_negative, check_num_dims
+from kdrl_core.objectives.checks import as_float, check_finite, check_group_size, check_not_negative, check_num_dims
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
@@ -20,7 +20,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, normalize_std: bool = 
         eps: ε ≥ 0.
 
     Returns:
-        [B] in the dtype of `rewards` (float32 for integer rewards).
+        [B] in the dtype of `rewards`, float32 at least (as for integer or half-precision rewards).
 
     Raises:
         ValueError: `rewards` is not [B] and finite, `group_size` does not divide B or is below 2, or eps < 0.
@@ -29,7 +29,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, normalize_std: bool = 
     check_group_size(group_size, len(rewards))
     check_not_negative("eps", eps)
     check_finite("rewards", rewards)
-    groups = (rewards.detach() if rewards.is_floating_point() else rewards.float()).reshape(-1, group_size)
+    groups = as_float(rewards.detach()).reshape(-1, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize_std:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)

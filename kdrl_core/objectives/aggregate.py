@@ -3,13 +3,21 @@
     token_mean  Σ_i Σ_t x_{i,t} / Σ_i |o_i|, over all responses of the step (the default; verl's token-mean)
     group_mean  mean over groups of the same ratio within the group: Eq. 2 to the letter, whose Σ runs over one question
 
-With the global counts given, the results of micro-batches (or of ranks, summed) add up to the whole batch's.
+With the global counts given, the results of micro-batches (or of ranks, summed) add up to the whole batch's. Sums are
+taken in float32 at least, and returned so.
 """
 
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import as_is_response, check_group_size, check_num_dims, check_positive, check_shape
+from kdrl_core.objectives.checks import (
+    as_float,
+    as_is_response,
+    check_group_size,
+    check_num_dims,
+    check_positive,
+    check_shape,
+)
 
 
 def token_mean(values: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:
@@ -32,7 +40,7 @@ def token_mean(values: Tensor, response_mask: Tensor, *, total_tokens: float | T
     if total_tokens is None:
         total_tokens = count_tokens(is_response)
     check_positive("total_tokens", total_tokens)
-    return torch.where(is_response, values, 0.0).sum() / total_tokens
+    return torch.where(is_response, as_float(values), 0.0).sum() / total_tokens
 
 
 def group_mean(
@@ -70,7 +78,7 @@ def group_mean(
     if num_groups is None:
         raise ValueError("num_groups: expected the number of groups of the step beside group_tokens, given None")
     check_positive("num_groups", num_groups)
-    return (torch.where(is_response, values, 0.0).sum(1) / group_tokens.clamp(min=1)).sum() / num_groups
+    return (torch.where(is_response, as_float(values), 0.0).sum(1) / group_tokens.clamp(min=1)).sum() / num_groups
 
 
 def count_tokens(is_response: Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.aggregate import token_mean
-from kdrl_core.objectives.checks import as_is_response, check_finite, check_num_dims, check_shape
+from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
 from kdrl_core.objectives.kl import kl_policy_gradient
 
 
@@ -59,14 +59,14 @@ def kd_rkl_loss(
     """
     check_num_dims("logprobs", logprobs, "[B, T]")
     is_response = as_is_response(response_mask, logprobs.shape)
-    student = torch.where(is_response, logprobs, 0.0)
+    student = torch.where(is_response, as_float(logprobs), 0.0)
     old = student.detach()
     check_shape("teacher_logprobs", teacher_logprobs, logprobs.shape, "[B, T]")
     check_finite("teacher_logprobs", teacher_logprobs, is_response)
     if old_logprobs is not None:
         check_shape("old_logprobs", old_logprobs, logprobs.shape, "[B, T]")
         check_finite("old_logprobs", old_logprobs, is_response)
-        old = torch.where(is_response, old_logprobs, 0.0).detach()
+        old = torch.where(is_response, as_float(old_logprobs), 0.0).detach()
     teacher = torch.where(is_response, teacher_logprobs, 0.0)
     kl = kl_policy_gradient(student, teacher, torch.exp(student - old))
     return token_mean(kl, is_response, total_tokens=total_tokens)

@@ -1,7 +1,9 @@
-"""Refusals of bad input, before any arithmetic: a `ValueError` that names argument, expected and given."""
+"""Refusals of bad input, before any arithmetic: a `ValueError` that names argument, expected and given (`TypeError` for
+what is no tensor at all)."""
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -28,21 +30,23 @@ def check_positive(argument: str, value: float | Tensor) -> None:
 
 def check_shape(argument: str, values: Tensor, shape: Sequence[int], legend: str) -> None:
     """`values` has exactly this shape; nothing is broadcast."""
+    _check_tensor(argument, values, legend)
     if tuple(values.shape) != tuple(shape):
         raise ValueError(f"{argument}: expected shape {legend} = {tuple(shape)}, given {tuple(values.shape)}")
 
 
 def check_num_dims(argument: str, values: Tensor, legend: str) -> None:
     """`values` has as many dimensions as `legend`, e.g. "[B, T]", names."""
+    _check_tensor(argument, values, legend)
     if values.ndim != legend.count(",") + 1:
         raise ValueError(f"{argument}: expected shape {legend}, given {tuple(values.shape)}")
 
 
-def check_group_size(group_size: int, num_rows: int | None = None) -> None:
+def check_group_size(group_size: object, num_rows: int | None = None) -> None:
     """`group_size` is an integer of at least 2 and, where `num_rows` is given, divides it."""
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+    if isinstance(group_size, bool) or not isinstance(group_size, Integral) or group_size < 2:
         raise ValueError(f"group_size: expected an integer of at least 2, given {group_size!r}")
-    if num_rows is not None and num_rows % group_size:
+    if num_rows is not None and num_rows % int(group_size):
         raise ValueError(
             f"group_size: expected a divisor of the number of responses {num_rows}, given {group_size}; "
             "pass whole groups, contiguously"
@@ -73,3 +77,13 @@ def as_is_response(response_mask: Tensor, shape: Sequence[int]) -> Tensor:
             f"response_mask: expected 0 or 1, given {response_mask[row, token].item()} at row {row}, token {token}"
         )
     return response_mask != 0
+
+
+def as_float(values: Tensor) -> Tensor:
+    """`values` in the precision to compute in: float32 for half precision, integers and bool; otherwise its own."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _check_tensor(argument: str, values: object, legend: str) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{argument}: expected a tensor {legend}, given {values!r:.50}")

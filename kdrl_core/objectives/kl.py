@@ -1,30 +1,36 @@
 """Estimators of KL(π_θ ‖ π_T) from the sampled tokens alone, with R = log π_T − log π_θ per token.
 
-    name        value            derivative by log π_θ, and its expectation over o ∼ π_θ
-    k1          −R               1        zero, and free of the teacher: no training signal
+    name        value            gradient by log π_θ, and their expectations over o ∼ π_θ
+    k1 (5)      −R               −R       unbiased in both, widely spread value; the policy gradient (19), R ∇log π_θ
     k2 (6)      ½ R²             −R       unbiased gradient, biased value
     k3 (7)      e^R − R − 1      1 − e^R  unbiased value, biased gradient (that of the *forward* KL)
     k3_k2grad   e^R − R − 1      −R       unbiased in both (beyond the paper)
-    (5)         −ρ sg(R)         −ρ R     k1 as policy gradient, `kl_policy_gradient`: unbiased in both, high variance
+
+k1's gradient is not the derivative of its value: that is ∂(−R)/∂log π_θ = 1, free of the teacher and 0 in expectation.
+Nothing here offers it. Off-policy k1 is −ρ sg(R), `kl_policy_gradient`; the others are unbiased on-policy only.
 
 "Unbiased" is per token, at the prefixes that were sampled: no estimator here credits a token with the KL of the tokens
-that follow it, as the paper's (27) does not. Unbiased on-policy only. Nothing is clamped: e^R overflows float32 at
-R > 88, and a clamp would silence exactly the tokens that need the teacher most. The teacher is a constant everywhere.
+that follow it, as the paper's (27) does not. Given log-probabilities summed over the response ([B, 1]), the same
+functions estimate the KL of whole sequences, later tokens and all.
+
+Nothing is clamped: e^R overflows float32 at R > 88, and a clamp would silence exactly the tokens that need the teacher
+most. Yet 0 · ∞ is NaN: so that a mask may come after, an R that is not finite shows in the value and has gradient 0.
+The teacher is a constant everywhere.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import check_choice, check_num_dims, check_shape
+from kdrl_core.objectives.checks import as_float, check_choice, check_num_dims, check_shape
 
 KLEstimator = Literal["k1", "k2", "k3", "k3_k2grad"]
 
 
 def _k1(log_ratio: Tensor) -> Tensor:
-    return -log_ratio
+    return -log_ratio.detach() + _gradient_of_k2(log_ratio)
 
 
 def _k2(log_ratio: Tensor) -> Tensor:
@@ -32,19 +38,42 @@ def _k2(log_ratio: Tensor) -> Tensor:
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    return log_ratio.expm1() - log_ratio
+    e_r_minus_1: Tensor = _MaskableExpm1.apply(log_ratio)
+    return e_r_minus_1 - log_ratio
 
 
 def _k3_k2grad(log_ratio: Tensor) -> Tensor:
-    k2 = _k2(log_ratio)
-    return _k3(log_ratio).detach() + (k2 - k2.detach())
+    return _k3(log_ratio).detach() + _gradient_of_k2(log_ratio)
+
+
+def _gradient_of_k2(log_ratio: Tensor) -> Tensor:
+    """0 in value."""
+    return log_ratio.detach() * (log_ratio - log_ratio.detach())
+
+
+class _MaskableExpm1(torch.autograd.Function):
+    """e^x − 1 whose gradient stays 0 where a mask has made it 0, also where e^x has overflowed: 0 · ∞ is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.expm1()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where(gradient == 0, 0.0, gradient * x.exp())
+
+
+def _stop_gradient_unless(condition: Tensor, values: Tensor) -> Tensor:
+    return torch.where(condition, values, values.detach())
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3, "k3_k2grad": _k3_k2grad}
 
 
 def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: KLEstimator | str) -> Tensor:
-    """Per-token estimate of KL(student ‖ teacher), (6) and (7); lower is closer to the teacher.
+    """Per-token estimate of KL(student ‖ teacher), (5) to (7); lower is closer to the teacher.
 
     Args:
         student_logprobs: [B, T] log π_θ of the sampled tokens; the gradient flows here.
@@ -52,34 +81,39 @@ def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: K
         estimator: "k1" | "k2" | "k3" | "k3_k2grad", see the module.
 
     Returns:
-        [B, T]. Padding is computed like any token: mask it before (`kdrl_loss` does).
+        [B, T], float32 at least. Padding is computed like any token: mask it afterwards by `token_mean`, or use
+        `kdrl_loss`. Padding that is not finite leaves no trace in the gradient then.
 
     Raises:
         ValueError: the shapes differ, or an unknown estimator.
     """
     check_choice("estimator", estimator, KL_ESTIMATORS)
-    check_num_dims("student_logprobs", student_logprobs, "[B, T]")
-    check_shape("teacher_logprobs", teacher_logprobs, student_logprobs.shape, "[B, T]")
-    return KL_ESTIMATORS[estimator](teacher_logprobs.detach() - student_logprobs)
+    log_ratio = _log_ratio(student_logprobs, teacher_logprobs)
+    return KL_ESTIMATORS[estimator](_stop_gradient_unless(log_ratio.isfinite(), log_ratio))
 
 
 def kl_policy_gradient(student_logprobs: Tensor, teacher_logprobs: Tensor, ratio: Tensor | None = None) -> Tensor:
     """Per-token −ρ · sg(R): minimising it maximises KD-RKL (5).
 
-    On-policy its value is k1 and its gradient −R ∇log π_θ; the difference from differentiating k1 is that R is a
-    constant here and the gradient comes through the importance ratio.
-
     Args:
         student_logprobs: [B, T]; the gradient flows through ρ only.
         teacher_logprobs: [B, T]; no gradient.
-        ratio: [B, T] ρ = π_θ / π_θold with its gradient; None is on-policy, 1 in value.
+        ratio: [B, T] ρ = π_θ / π_θold with its gradient; None is on-policy, 1 in value: k1 of `kl_estimate`.
+
+    Returns:
+        [B, T], float32 at least; padding as in `kl_estimate`.
 
     Raises:
         ValueError: the shapes differ.
     """
+    if ratio is None:
+        return kl_estimate(student_logprobs, teacher_logprobs, "k1")
+    log_ratio = _log_ratio(student_logprobs, teacher_logprobs).detach()
+    check_shape("ratio", ratio, log_ratio.shape, "[B, T]")
+    return -_stop_gradient_unless(log_ratio.isfinite(), ratio) * log_ratio
+
+
+def _log_ratio(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     check_num_dims("student_logprobs", student_logprobs, "[B, T]")
     check_shape("teacher_logprobs", teacher_logprobs, student_logprobs.shape, "[B, T]")
-    if ratio is None:
-        ratio = torch.exp(student_logprobs - student_logprobs.detach())
-    check_shape("ratio", ratio, student_logprobs.shape, "[B, T]")
-    return -ratio * (teacher_logprobs - student_logprobs).detach()
+    return as_float(teacher_logprobs).detach() - as_float(student_logprobs)

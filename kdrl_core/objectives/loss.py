@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kdrl_core.objectives.aggregate import count_group_tokens, count_tokens, group_mean, token_mean
 from kdrl_core.objectives.checks import (
+    as_float,
     as_is_response,
     check_choice,
     check_finite,
@@ -36,7 +37,7 @@ from kdrl_core.objectives.checks import (
     check_shape,
 )
 from kdrl_core.objectives.kl import KL_ESTIMATORS, kl_estimate, kl_policy_gradient
-from kdrl_core.objectives.masking import KD_MASKINGS, kd_mask
+from kdrl_core.objectives.masking import KD_MASKINGS
 
 LOSS_METRICS: dict[str, str] = {
     "loss/total": "the loss = loss/policy + β kd/kl + β_ref ref/kl − c entropy",
@@ -141,13 +142,14 @@ def kdrl_loss(
     if tis_cap is not None:
         check_positive("tis_cap", tis_cap)
     reads_rewards = kd_masking != "none" and kd_weights is None
+    needs_groups = kd_masking == "group" and kd_weights is None
     for name, value, is_needed, reader in (
         ("teacher_logprobs", teacher_logprobs, beta > 0.0 and kl_estimator != "topk", f"beta={beta}"),
         ("topk", topk, beta > 0.0 and kl_estimator == "topk", "kl_estimator='topk'"),
         ("ref_logprobs", ref_logprobs, ref_beta > 0.0, f"ref_beta={ref_beta}"),
         ("entropy", entropy, entropy_coef > 0.0, f"entropy_coef={entropy_coef}"),
         ("rewards", rewards, reads_rewards, f"kd_masking={kd_masking!r} without kd_weights"),
-        ("group_size", group_size, reads_rewards, f"kd_masking={kd_masking!r} without kd_weights"),
+        ("group_size", group_size, needs_groups, f"kd_masking={kd_masking!r} without kd_weights"),
         ("tis_cap", tis_cap, rollout_logprobs is not None, "rollout_logprobs"),
         ("rollout_logprobs", rollout_logprobs, tis_cap is not None, "tis_cap"),
     ):
@@ -157,10 +159,11 @@ def kdrl_loss(
     check_num_dims("logprobs", logprobs, "[B, T]")
     is_response = as_is_response(response_mask, logprobs.shape)
     is_micro_batch = total_tokens is not None or num_groups is not None
-    needs_whole_groups = reads_rewards or (aggregation == "group_mean" and group_tokens is None)
+    needs_whole_groups = needs_groups or (aggregation == "group_mean" and group_tokens is None)
     if group_size is not None:
         may_split = is_micro_batch or kd_weights is not None
         check_group_size(group_size, len(logprobs) if needs_whole_groups or not may_split else None)
+    check_shape("advantages", advantages, logprobs.shape[:1], "[B]")
     for name, row_values in (("advantages", advantages), ("rewards", rewards), ("kd_weights", kd_weights)):
         if row_values is not None:
             check_shape(name, row_values, logprobs.shape[:1], "[B]")
@@ -191,8 +194,8 @@ def kdrl_loss(
     metrics: dict[str, Tensor] = {}
 
     # Policy gradient (2). Padding must not meet arithmetic: 0 · NaN is NaN, in the gradient as well.
-    student = torch.where(is_response, logprobs, 0.0)
-    old = student.detach() if old_logprobs is None else torch.where(is_response, old_logprobs, 0.0).detach()
+    student = torch.where(is_response, as_float(logprobs), 0.0)
+    old = student.detach() if old_logprobs is None else torch.where(is_response, as_float(old_logprobs), 0.0).detach()
     ratio = torch.exp(student - old)
     weight = torch.ones_like(old)
     if rollout_logprobs is not None and tis_cap is not None:
@@ -209,12 +212,11 @@ def kdrl_loss(
     kd_source = topk if kl_estimator == "topk" else teacher_logprobs
     if kd_source is not None:
         if kd_weights is None:
-            kd_weights = logprobs.new_ones(len(logprobs))
-            if reads_rewards:
-                kd_weights = kd_mask(cast(Tensor, rewards), cast(int, group_size), kd_masking)
+            has_failed = is_response.new_zeros(len(student)) if rewards is None else rewards == 0  # None: masking none
+            kd_weights = KD_MASKINGS[kd_masking](has_failed, group_size).to(student.dtype)
         is_active = is_response & (kd_weights > 0)[:, None]
         if kl_estimator == "topk":
-            kl = torch.where(is_active, kd_source, 0.0)
+            kl = torch.where(is_active, as_float(kd_source), 0.0)
             kl_mean = mean(kd_weights.detach()[:, None] * kl)
         else:
             kl = _token_kl(student, kd_source, ratio, is_active, kl_estimator)

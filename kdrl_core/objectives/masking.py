@@ -13,25 +13,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import check_choice, check_finite, check_group_size, check_num_dims
+from kdrl_core.objectives.checks import as_float, check_choice, check_finite, check_group_size, check_num_dims
 
 KDMasking = Literal["none", "response", "group"]
 
 
-def _none(has_failed: Tensor) -> Tensor:
+def _none(has_failed: Tensor, group_size: int | None) -> Tensor:
     return torch.ones_like(has_failed)
 
 
-def _response(has_failed: Tensor) -> Tensor:
+def _response(has_failed: Tensor, group_size: int | None) -> Tensor:
     return has_failed
 
 
-def _group(has_failed: Tensor) -> Tensor:
-    return has_failed.all(1, keepdim=True).expand_as(has_failed)
+def _group(has_failed: Tensor, group_size: int | None) -> Tensor:
+    assert group_size is not None
+    return has_failed.reshape(-1, group_size).all(1).repeat_interleave(group_size)
 
 
-# From [prompts, G] "the response failed" to [prompts, G] "KD applies".
-KD_MASKINGS: dict[str, Callable[[Tensor], Tensor]] = {"none": _none, "response": _response, "group": _group}
+# From [B] "the response failed" to [B] "KD applies". Only "group" looks at the groups.
+KD_MASKINGS: dict[str, Callable[[Tensor, int | None], Tensor]] = {"none": _none, "response": _response, "group": _group}
 
 
 def kd_mask(rewards: Tensor, group_size: int, level: KDMasking | str) -> Tensor:
@@ -43,7 +44,7 @@ def kd_mask(rewards: Tensor, group_size: int, level: KDMasking | str) -> Tensor:
         level: "none" | "response" | "group".
 
     Returns:
-        [B] in the dtype of `rewards` (float32 for integer rewards).
+        [B] in the dtype of `rewards`, float32 at least (as for integer or half-precision rewards).
 
     Raises:
         ValueError: unknown level, `rewards` is not [B] and finite, `group_size` does not divide B or is below 2.
@@ -52,6 +53,5 @@ def kd_mask(rewards: Tensor, group_size: int, level: KDMasking | str) -> Tensor:
     check_num_dims("rewards", rewards, "[B]")
     check_group_size(group_size, len(rewards))
     check_finite("rewards", rewards)
-    dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
-    has_failed = rewards.detach().reshape(-1, group_size) == 0
-    return KD_MASKINGS[level](has_failed).reshape(-1).to(dtype)
+    rewards = as_float(rewards.detach())
+    return KD_MASKINGS[level](rewards == 0, group_size).to(rewards.dtype)

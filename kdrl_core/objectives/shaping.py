@@ -7,7 +7,14 @@ normalisation. The paper finds that training on it collapses early.
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import as_is_response, check_finite, check_not_negative, check_num_dims, check_shape
+from kdrl_core.objectives.checks import (
+    as_float,
+    as_is_response,
+    check_finite,
+    check_not_negative,
+    check_num_dims,
+    check_shape,
+)
 
 
 def shape_rewards(
@@ -23,7 +30,7 @@ def shape_rewards(
         beta: β ≥ 0.
 
     Returns:
-        [B].
+        [B], float32 at least.
 
     Raises:
         ValueError: shapes do not match, β is negative, or a logprob of a response token or a reward is not finite.
@@ -36,5 +43,5 @@ def shape_rewards(
     check_finite("rewards", rewards)
     check_finite("student_logprobs", student_logprobs, is_response)
     check_finite("teacher_logprobs", teacher_logprobs, is_response)
-    log_ratio = torch.where(is_response, teacher_logprobs - student_logprobs, 0.0).detach()
-    return rewards.detach() + beta * log_ratio.sum(1)
+    log_ratio = as_float(teacher_logprobs.detach()) - as_float(student_logprobs.detach())
+    return as_float(rewards.detach()) + beta * torch.where(is_response, log_ratio, 0.0).sum(1)

@@ -6,7 +6,9 @@
 Departure: the paper sets the other logits to −∞, which makes the KL infinite as soon as the student has any mass
 outside the top-K; frameworks hide that behind the smallest number of their dtype. Here the log-probability of those
 tokens is the argument `floor`, so each unit of mass outside costs −floor nats. π'_T is not renormalised for it: the
-K tokens alone sum to 1. The paper finds training on this unstable.
+K tokens alone sum to 1, and keep their log-probabilities even below the floor: with K = V this is the exact KL whatever
+the floor. Its gradient is linear in the floor (−floor · ∇ mass outside), and that part outweighs the teacher's as the
+floor sinks: the paper finds training on this unstable.
 """
 
 import math
@@ -14,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import as_is_response, check_finite, check_num_dims, check_shape
+from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
 
 
 def topk_kl(
@@ -29,13 +31,13 @@ def topk_kl(
 
     Args:
         student_logits: [B, T, V] at the sampling temperature, i.e. logits / T; the gradient flows here.
-        topk_ids: [B, T, K] int64, the teacher's K best tokens, distinct, without padding ids.
+        topk_ids: [B, T, K] integers, the teacher's K best tokens, distinct, without padding ids.
         topk_logits: [B, T, K] their logits (or logprobs) / T; no gradient.
         floor: log-probability of every token outside the top-K, finite and ≤ 0, e.g. −20.
         response_mask: [B, T]; where 0, the inputs may hold anything and the result and gradient are 0. None: all count.
 
     Returns:
-        [B, T] in the dtype of `student_logits`; for `kdrl_loss(kl_estimator="topk", topk=…)`.
+        [B, T] in the dtype of `student_logits`, float32 at least; for `kdrl_loss(kl_estimator="topk", topk=…)`.
 
     Raises:
         ValueError: shapes do not match, `floor` is not finite or above 0, or on a response token an id is outside
@@ -48,8 +50,8 @@ def topk_kl(
     num_rows, num_tokens, vocabulary = student_logits.shape
     check_shape("topk_ids", topk_ids, (num_rows, num_tokens, topk_ids.shape[-1]), "[B, T, K]")
     check_shape("topk_logits", topk_logits, topk_ids.shape, "[B, T, K]")
-    if topk_ids.dtype != torch.int64:
-        raise ValueError(f"topk_ids: expected dtype torch.int64, given {topk_ids.dtype}")
+    if topk_ids.is_floating_point() or topk_ids.dtype == torch.bool:
+        raise ValueError(f"topk_ids: expected an integer dtype, given {topk_ids.dtype}")
     if not 1 <= topk_ids.shape[-1] <= vocabulary:
         raise ValueError(f"topk_ids: expected K between 1 and V = {vocabulary}, given K = {topk_ids.shape[-1]}")
     if response_mask is None:
@@ -59,9 +61,10 @@ def topk_kl(
     _check_ids(topk_ids, is_response, vocabulary)
 
     # Padding must not meet arithmetic: equal logits, and K distinct ids.
-    student = torch.where(is_response, student_logits, 0.0).log_softmax(-1)
-    ids = torch.where(is_response, topk_ids, torch.arange(topk_ids.shape[-1], device=topk_ids.device))
-    teacher_topk = torch.where(is_response, topk_logits.detach(), 0.0).log_softmax(-1).to(student.dtype)
+    student = torch.where(is_response, as_float(student_logits), 0.0).log_softmax(-1)
+    student = student.clamp(min=torch.finfo(student.dtype).min)  # a token that the student excludes costs 0 · log 0 = 0
+    ids = torch.where(is_response, topk_ids.long(), torch.arange(topk_ids.shape[-1], device=topk_ids.device))
+    teacher_topk = torch.where(is_response, as_float(topk_logits.detach()), 0.0).log_softmax(-1).to(student.dtype)
     teacher = torch.full_like(student, floor, requires_grad=False).scatter(-1, ids, teacher_topk)
     kl = (student.exp() * (student - teacher)).sum(-1)
     return torch.where(is_response[..., 0], kl, 0.0)

@@ -106,7 +106,7 @@ LOSS_ERRORS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("changes", "message"), LOSS_ERRORS, ids=lambda value: ",".join(value) if isinstance(value, dict) else ""
 )
-def test_loss(changes: dict[str, Any], message: str) -> None:
+def test_the_loss_refuses_bad_input(changes: dict[str, Any], message: str) -> None:
     kdrl_loss(**valid())
     with pytest.raises(ValueError, match=message):
         kdrl_loss(**(valid() | changes))
@@ -156,7 +156,10 @@ OTHER_ERRORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: topk_kl(BT, IDS, TOPK, floor=-9.0), r"^student_logits: expected shape \[B, T, V\], given \(4, 3\)"),
     (lambda: topk_kl(LOGITS, IDS[:2], TOPK, floor=-9.0), r"^topk_ids: expected shape"),
     (lambda: topk_kl(LOGITS, IDS, TOPK[..., :1], floor=-9.0), r"^topk_logits: expected shape"),
-    (lambda: topk_kl(LOGITS, IDS.float(), TOPK, floor=-9.0), r"^topk_ids: expected dtype torch.int64"),
+    (
+        lambda: topk_kl(LOGITS, IDS.float(), TOPK, floor=-9.0),
+        r"^topk_ids: expected an integer dtype, given torch.float32",
+    ),
     (
         lambda: topk_kl(LOGITS[..., :1], IDS, TOPK, floor=-9.0),
         r"^topk_ids: expected K between 1 and V = 1, given K = 2",
@@ -170,9 +173,10 @@ OTHER_ERRORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: BetaSchedule(1.0, -0.1), r"^decay: expected"),
     (lambda: BetaSchedule(1.0, 0.1, -0.1), r"^minimum: expected a finite"),
     (lambda: BetaSchedule(NAN), r"^init: expected"),
-    (lambda: BetaSchedule(1.0, 0.1, 2.0), r"^minimum: expected at most init = 1.0, given 2.0"),
     (lambda: BetaSchedule(1.0)(-1), r"^step: expected a whole number of at least 0, given -1"),
     (lambda: BetaSchedule(1.0)(0.5), r"^step: expected"),  # type: ignore[arg-type]
+    (lambda: BetaSchedule(1.0)(NAN), r"^step: expected"),  # type: ignore[arg-type]
+    (lambda: BetaSchedule(1.0)(INF), r"^step: expected"),  # type: ignore[arg-type]
 ]
 
 
@@ -189,7 +193,17 @@ def test_padding_may_hold_anything_and_micro_batches_any_rows() -> None:
     kdrl_loss(**(valid() | {"group_size": 16, "total_tokens": 50}))
     kdrl_loss(**(valid() | {"group_size": 16, "kd_masking": "group", "kd_weights": R4 + 1}))
     kdrl_loss(**(valid() | {"total_tokens": 50, "response_mask": BT}))
-    assert BetaSchedule(1e-3, 0.0, 2e-3)(5) == 1e-3
+    kdrl_loss(**(valid() | {"group_size": 16, "total_tokens": 50, "kd_masking": "response"}))
+    kdrl_loss(**(valid() | {"group_size": None, "kd_masking": "response"}))
+    none = {name: value[:0] for name, value in valid().items() if isinstance(value, torch.Tensor)}
+    assert kdrl_loss(**(valid() | none | {"total_tokens": 50, "kd_masking": "group"}))[0].item() == 0.0
+
+
+@pytest.mark.parametrize("name", ["logprobs", "advantages", "response_mask"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    for value in (None, [[0.0]]):
+        with pytest.raises(TypeError, match=rf"^{name}: expected a tensor \[B.*\], given"):
+            kdrl_loss(**(valid() | {name: value}))
 
 
 def test_diverged_logprobs_reach_the_loss() -> None:

@@ -145,7 +145,7 @@ def test_k3_has_the_gradient_of_the_forward_kl(world: World) -> None:
 
 
 def test_differentiated_k1_has_no_expected_gradient(world: World) -> None:
-    """E[∇log π] = 0: what a peer back-propagates teaches nothing (PITFALLS 1)."""
+    """E[∇log π] = 0: what a peer back-propagates teaches nothing."""
     direct = (world.probabilities.detach() * -world.log_ratio().sum(1)).sum()
     assert world.gradient(direct).norm() < 1e-14
     assert world.exact_token_gradient().norm() > 0.1

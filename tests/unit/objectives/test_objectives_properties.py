@@ -13,6 +13,8 @@ from kdrl_core.objectives import (
     kd_mask,
     kd_rkl_loss,
     kdrl_loss,
+    kl_estimate,
+    kl_policy_gradient,
     sft_loss,
     shape_rewards,
     token_mean,
@@ -22,20 +24,23 @@ COMMON = settings(max_examples=100, deadline=None)
 ESTIMATORS = ("k1", "k2", "k3", "k3_k2grad", "topk")
 PER_TOKEN = ("teacher_logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "entropy", "topk")
 PER_ROW = ("advantages", "rewards", "kd_weights", "group_tokens")
+MASK_DTYPES = st.sampled_from([torch.bool, torch.int64, torch.float32, torch.float64])
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> dict[str, Any]:
-    """A whole optimiser step with every term of the loss switched on, float64."""
+def batches(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)) -> dict[str, Any]:
+    """A whole optimiser step with every term of the loss switched on; ragged, some responses empty."""
+    dtype = draw(st.sampled_from(dtypes))
     num_groups, group_size, width = draw(st.integers(1, 4)), draw(st.integers(2, 4)), draw(st.integers(1, 6))
     rows = num_groups * group_size
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def tokens(scale: float = -3.0) -> Tensor:
-        return scale * torch.rand(rows, width, generator=generator, dtype=torch.float64)
+        return (scale * torch.rand(rows, width, generator=generator, dtype=torch.float64)).to(dtype)
 
-    lengths = torch.tensor(draw(st.lists(st.integers(1, width), min_size=rows, max_size=rows)))
-    rewards = torch.tensor(draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=rows, max_size=rows))).double()
+    lengths = torch.tensor(draw(st.lists(st.integers(0, width), min_size=rows, max_size=rows)))
+    lengths[draw(st.integers(0, rows - 1))] = draw(st.integers(1, width))  # at least one token
+    rewards = torch.tensor(draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=rows, max_size=rows))).to(dtype)
     mask = torch.arange(width) < lengths[:, None]
     logprobs = tokens()
     level = draw(st.sampled_from(["none", "response", "group"]))
@@ -44,7 +49,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "logprobs": logprobs,
         "advantages": group_advantages(rewards, group_size),
         "teacher_logprobs": tokens(),
-        "response_mask": mask.double() if draw(st.booleans()) else mask,
+        "response_mask": mask.to(draw(MASK_DTYPES)),
         "rewards": rewards,
         "group_size": group_size,
         "beta": draw(st.sampled_from([0.0, 2e-3, 1.0])),
@@ -85,10 +90,12 @@ def take(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Float64 to 1e-10; float32 to 1e-5 of values around 1, so gradients (below 1) to 1e-6."""
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
+        rtol, atol = (1e-10, 1e-13) if value.dtype == torch.float64 else (1e-5, 1e-6)
         torch.testing.assert_close(
-            actual[name], value, rtol=1e-10, atol=1e-13, msg=f"{name}: {actual[name]} is not {value}"
+            actual[name], value, rtol=rtol, atol=atol, msg=f"{name}: {actual[name]} is not {value}"
         )
 
 
@@ -96,7 +103,7 @@ GARBAGE = st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0, 1e30,
 
 
 @COMMON
-@given(batches(), st.data())
+@given(batches((torch.float64, torch.float32, torch.bfloat16)), st.data())
 def test_padding_content_never_matters(batch: dict[str, Any], data: st.DataObject) -> None:
     """To the bit, in values and gradients; no gradient reaches padding, and none reaches the teacher."""
     is_padding = batch["response_mask"] == 0
@@ -117,9 +124,9 @@ def test_padding_content_never_matters(batch: dict[str, Any], data: st.DataObjec
 
 
 @COMMON
-@given(batches(), GARBAGE)
+@given(batches((torch.float64, torch.float32, torch.bfloat16)), GARBAGE)
 def test_padding_never_matters_to_the_other_functions(batch: dict[str, Any], garbage: float) -> None:
-    mask, rewards, size = batch["response_mask"], batch["rewards"], batch["group_size"]
+    mask, rewards, size, ratio = batch["response_mask"], batch["rewards"], batch["group_size"], batch["topk"]
     is_padding = mask == 0
     results = []
     for fill in (0.0, garbage):
@@ -127,10 +134,13 @@ def test_padding_never_matters_to_the_other_functions(batch: dict[str, Any], gar
             torch.where(is_padding, fill, batch[name]).requires_grad_() for name in ("logprobs", "teacher_logprobs")
         )
         sft, rkl = sft_loss(logprobs, mask), kd_rkl_loss(logprobs, teacher, mask)
-        gradients = [*torch.autograd.grad(sft, logprobs), *torch.autograd.grad(rkl, logprobs)]
+        losses = [sft, rkl, token_mean(kl_policy_gradient(logprobs, teacher, ratio * logprobs), mask)]
+        losses += [token_mean(kl_estimate(logprobs, teacher, name), mask) for name in ("k1", "k2", "k3", "k3_k2grad")]
+        gradients = [torch.autograd.grad(loss, logprobs)[0] for loss in losses]
         shaped = group_advantages(shape_rewards(rewards, logprobs, teacher, mask, 0.5), size)
-        results.append([sft, rkl, shaped, *gradients])
+        results.append([*losses, shaped, *gradients])
     assert all(torch.equal(clean, dirty) for clean, dirty in zip(*results, strict=True))
+    assert all(value.isfinite().all() for value in results[1])
 
 
 @COMMON
@@ -173,7 +183,7 @@ def test_order_of_groups_and_within_them_never_matters(batch: dict[str, Any], da
     metrics, gradients = evaluate(batch)
     reordered = take(batch, order)
     advantages = group_advantages(reordered["rewards"], size)
-    torch.testing.assert_close(advantages, batch["advantages"][order], rtol=1e-12, atol=1e-15)
+    close({"advantages": advantages}, {"advantages": batch["advantages"][order]})
     reordered_metrics, reordered_gradients = evaluate(reordered | {"advantages": advantages})
     close(reordered_metrics, metrics)
     close(reordered_gradients, {name: gradient[order] for name, gradient in gradients.items()})
@@ -182,17 +192,25 @@ def test_order_of_groups_and_within_them_never_matters(batch: dict[str, Any], da
 @COMMON
 @given(batches())
 def test_masks_never_change_the_denominator(batch: dict[str, Any]) -> None:
-    """A masked response contributes 0 and still counts: the KD parts of both halves of the rows add up to the whole."""
-    batch |= {"beta": 1.0, "aggregation": "token_mean", "rollout_logprobs": None, "tis_cap": None}
+    """A masked response contributes 0 and still counts: the KD parts of both halves of the rows add up to the whole.
+
+    So do their gradients, by either mean. A denominator of unmasked tokens alone would break it.
+    """
+    batch |= {"beta": 1.0}
     mask = batch["response_mask"] != 0
     weights = kd_mask(batch["rewards"], batch["group_size"], batch["kd_masking"])
-    kd, _ = evaluate(batch)
-    rest, _ = evaluate(batch | {"kd_weights": 1.0 - weights})
-    everything, _ = evaluate(batch | {"kd_masking": "none"})
-    torch.testing.assert_close(kd["kd/kl"] + rest["kd/kl"], everything["kd/kl"], rtol=1e-10, atol=1e-13)
+    kd, kd_gradients = evaluate(batch)
+    rest, rest_gradients = evaluate(batch | {"kd_weights": 1.0 - weights})
+    everything, gradients = evaluate(batch | {"kd_masking": "none"})
+    nothing, without_kd = evaluate(batch | {"beta": 0.0})
+    close({"kl": kd["kd/kl"] + rest["kd/kl"]}, {"kl": everything["kd/kl"]})
     for name in ("loss/policy", "kd/kl_sampled", "ref/kl", "entropy"):
         assert torch.equal(kd[name], everything[name])
-    assert kd["kd/active_frac"].item() == pytest.approx(((mask * weights[:, None]).sum() / mask.sum()).item())
+    for name, gradient in without_kd.items():  # whole = both halves, less what is no KD and was counted twice
+        close({name: kd_gradients[name] + rest_gradients[name] - gradient}, {name: gradients[name]})
+    if batch["aggregation"] == "token_mean":
+        assert kd["kd/active_frac"].item() == pytest.approx(((mask * weights[:, None]).sum() / mask.sum()).item())
+    assert torch.equal(nothing["kd/kl"], kd["kd/kl"])
 
 
 @COMMON
@@ -225,7 +243,7 @@ def test_advantages_are_centred_and_ignore_scale_and_shift(rewards: list[float],
 
 
 @COMMON
-@given(batches())
+@given(batches((torch.float64,)))
 def test_token_mean_lies_between_the_extremes(batch: dict[str, Any]) -> None:
     values, mask = batch["teacher_logprobs"], batch["response_mask"]
     kept = values[mask != 0]
