@@ -131,12 +131,15 @@ def test_huge_log_ratios_are_not_clamped(size: float) -> None:
 def test_dtypes(batch: dict[str, Any], dtype: torch.dtype) -> None:
     """Float32 at least: half precision is computed, and returned, in float32; the gradient has the input's dtype."""
     exact, rounded = dict(batch), dict(batch)
-    for name in ("logprobs", "teacher_logprobs", "rewards", "advantages", "response_mask"):
-        rounded[name] = batch[name].detach().to(dtype)
+    batch |= {"old_logprobs": batch["logprobs"].detach() + 0.3, "rollout_logprobs": batch["logprobs"].detach() - 0.3}
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            continue
+        rounded[name] = value.detach().to(dtype)
         exact[name] = rounded[name].double()
     rounded["logprobs"].requires_grad_()
     exact["logprobs"].requires_grad_()
-    extras = {"kl_estimator": "k3", "kd_masking": "response"}
+    extras = {"kl_estimator": "k3", "kd_masking": "response", "tis_cap": 2.0}
     loss, metrics = kdrl_loss(**rounded, **extras)
     expected = torch.float64 if dtype is torch.float64 else torch.float32
     assert {loss.dtype, *(value.dtype for value in metrics.values())} == {expected}
@@ -163,6 +166,9 @@ def test_dtypes(batch: dict[str, Any], dtype: torch.dtype) -> None:
         topk_kl(logits, ids, logits, floor=-20.0),
     ]
     assert {value.dtype for value in results} == {expected}
+    exact_topk = topk_kl(logits.double(), ids, logits.double().flip(-1), floor=-20.0)
+    found_topk = topk_kl(logits, ids, logits.flip(-1), floor=-20.0)
+    torch.testing.assert_close(found_topk.double(), exact_topk, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sum_in_bfloat16_counts_past_256() -> None:

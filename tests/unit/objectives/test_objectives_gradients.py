@@ -37,8 +37,12 @@ def test_what_is_switched_off_cannot_overflow(batch: dict[str, Any]) -> None:
     expected = gradient(batch, beta=0.0)
     far = batch["teacher_logprobs"] + 1000.0
     off = {"teacher_logprobs": far, "kl_estimator": "k3", "ref_logprobs": far}
-    assert torch.equal(gradient(batch, beta=0.0, **off), expected)
-    close(gradient(batch, kd_weights=torch.zeros(B), **off), expected)
+    without = kdrl_loss(**(batch | {"beta": 0.0, "teacher_logprobs": None}))[0]
+    for switch in ({"beta": 0.0}, {"kd_weights": torch.zeros(B)}):
+        close(gradient(batch, **switch, **off), expected)
+        close(kdrl_loss(**(batch | off | switch))[0], without)
+    entropy = torch.full((B, T), float("inf"))
+    assert torch.equal(kdrl_loss(entropy=entropy, **(batch | {"beta": 0.0}))[0], without)
 
 
 def test_zero_advantages_are_kd_rkl(batch: dict[str, Any]) -> None:
@@ -66,6 +70,8 @@ def test_kd_rkl_off_policy_weighs_by_the_ratio(batch: dict[str, Any]) -> None:
     of_step = kd_rkl_loss(batch["logprobs"], batch["teacher_logprobs"], mask, old_logprobs=old, total_tokens=56)
     close(of_step, loss * mask.sum() / 56)
     close(torch.autograd.grad(loss, batch["logprobs"])[0], expected)
+    zeros = torch.zeros(B, dtype=torch.float64)
+    close(gradient(batch, advantages=zeros, old_logprobs=old, kl_estimator="k1"), BETA * expected)
 
 
 def test_k3_differentiates_to_one_minus_e_to_the_r(batch: dict[str, Any]) -> None:
@@ -142,6 +148,8 @@ def test_reference_penalty(batch: dict[str, Any], estimator: str, slope: Any) ->
     without = gradient(batch, kd_masking="response")
     with_penalty = gradient(batch, kd_masking="response", ref_logprobs=ref, ref_beta=0.05, ref_kl_estimator=estimator)
     close(with_penalty - without, 0.05 * slope(ref - batch["logprobs"].detach()) * mask / mask.sum())
+    if estimator == "k3":  # the default: Table 3's low_var_kl
+        assert torch.equal(gradient(batch, kd_masking="response", ref_logprobs=ref, ref_beta=0.05), with_penalty)
 
 
 def test_entropy_bonus(batch: dict[str, Any]) -> None:
@@ -197,11 +205,14 @@ def test_old_logprobs_of_the_same_policy_change_nothing(batch: dict[str, Any]) -
 
 
 def test_truncated_importance_weights(batch: dict[str, Any]) -> None:
-    """w = min(π_θ / π_rollout, cap) multiplies (27) token by token; no gradient flows through it."""
+    """w = min(π_θold / π_rollout, cap) multiplies (27) token by token; no gradient flows through it."""
     difference = torch.linspace(-1.0, 2.0, B * T, dtype=torch.float64).view(B, T)
     changes = {"rollout_logprobs": batch["logprobs"].detach() - difference, "tis_cap": 2.0}
     weight = difference.exp().clamp(max=2.0)
     close(gradient(batch, **changes), gradient(batch) * weight)
+    old = batch["logprobs"].detach() + 0.3  # w is that of the policy that ρ starts from, so ρ w = π_θ / π_rollout
+    old_weight = (difference + 0.3).exp().clamp(max=2.0)
+    close(gradient(batch, old_logprobs=old, **changes), gradient(batch, old_logprobs=old) * old_weight)
     arguments = {**batch, **changes, "ref_logprobs": batch["teacher_logprobs"], "ref_kl_estimator": "k2"}
     _, metrics = kdrl_loss(arguments.pop("logprobs"), **arguments)
     mask = batch["response_mask"]

@@ -93,7 +93,7 @@ class TestTopK:
         assert teacher_gradient is None
 
     def test_tokens_that_the_student_excludes_cost_nothing(self) -> None:
-        """Logits of −∞, as of padding ids: 0 · log 0 is 0 in value and gradient, inside the top-K or out."""
+        """Logits of −∞, as of padding ids: 0 · log 0 is 0, in value and gradient, inside the top-K or out."""
         student, teacher = self.draw()
         logits, ids = teacher.topk(self.V)
         cut = student.detach().clone()
