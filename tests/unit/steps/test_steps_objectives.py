@@ -153,7 +153,7 @@ def test_a_stuck_verifier_stops_the_step(tmp_path: Path) -> None:
     file = tmp_path / "problems.json"
     file.write_text(json.dumps(problems))
     limits = ["verification.timeout_s=1e-3", "reward.require_format=false"]
-    data = f"stage2.data={{files: ['{file}'], format: deepscaler, missing_labels: keep}}"
+    data = f"stage2.data={{files: ['{file}'], format: deepscaler, missing_labels: keep, unparsable_answers: keep}}"
     run = open_tiny(tmp_path, "r", [*ONE_STAGE, data, *limits])
     with pytest.raises(VerificationError, match=r"stage2 step 0: .*above verification\.max_failed_share=0\.1; .*Raise"):
         train(run)
