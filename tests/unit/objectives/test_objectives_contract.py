@@ -144,6 +144,11 @@ def test_dtypes(batch: dict[str, Any], dtype: torch.dtype) -> None:
     expected = torch.float64 if dtype is torch.float64 else torch.float32
     assert {loss.dtype, *(value.dtype for value in metrics.values())} == {expected}
     torch.testing.assert_close(loss.double(), kdrl_loss(**exact, **extras)[0], rtol=1e-6, atol=0.0)
+    on_policy = {"old_logprobs": None, "rollout_logprobs": None, "kl_estimator": "topk", "beta": 0.0}
+    on_policy |= {"topk": -rounded["teacher_logprobs"]}
+    for name, value in kdrl_loss(**(rounded | on_policy))[1].items():
+        exact_value = kdrl_loss(**(exact | on_policy | {"topk": on_policy["topk"].double()}))[1][name]
+        torch.testing.assert_close(value.double(), exact_value, rtol=1e-6, atol=1e-7, msg=name)
     found = torch.autograd.grad(loss, rounded["logprobs"])[0]
     assert found.dtype == dtype
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 1e-6)
@@ -226,9 +231,13 @@ def test_micro_batches_by_the_contract_alone(batch: dict[str, Any], level: str) 
     close(found, whole)
 
 
-@pytest.mark.parametrize("name", ["teacher_logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages"])
+CONSTANTS = ["teacher_logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages", "kd_weights"]
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
 def test_constants_get_no_gradient(batch: dict[str, Any], name: str) -> None:
     batch |= {"ref_logprobs": batch["teacher_logprobs"].clone(), "ref_beta": 0.1, "tis_cap": 2.0}
+    batch["kd_weights"] = torch.ones(8, dtype=torch.float64)
     batch |= {key: batch["logprobs"].detach().clone() for key in ("old_logprobs", "rollout_logprobs")}
     for estimator in ("k1", "k2", "k3", "k3_k2grad"):
         constant = batch[name].detach().clone().requires_grad_()

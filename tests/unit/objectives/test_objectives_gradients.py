@@ -168,6 +168,10 @@ def test_group_mean_is_eq_2_to_the_letter(batch: dict[str, Any]) -> None:
     tokens = torch.tensor([12.0] * 4 + [14.0] * 4, dtype=torch.float64)
     factor = -(batch["advantages"][:, None] + BETA * log_ratio(batch)) * mask
     close(gradient(batch, aggregation="group_mean"), factor / tokens[:, None] / 2)
+    first = {name: value[:4] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    loss, _ = kdrl_loss(aggregation="group_mean", num_groups=2, **first)  # whole groups need no more than their number
+    (found,) = torch.autograd.grad(loss, batch["logprobs"])
+    close(found[:4], (factor / tokens[:, None] / 2)[:4])
 
 
 def test_ratio_and_clipping() -> None:

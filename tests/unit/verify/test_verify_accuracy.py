@@ -1,4 +1,4 @@
-"""Golden verdicts: (ground truth, answer in the box) → kind, through real workers; PITFALLS 16 and 17."""
+"""Golden verdicts: (ground truth, answer in the box) → kind, through real workers."""
 
 from collections.abc import Iterator
 
