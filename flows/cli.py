@@ -1,10 +1,6 @@
 """The command line `kdrl`. Heavy imports wait until a command has checked its input: a bad recipe fails in a second."""
 
-import os
 import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -15,7 +11,8 @@ from rich.table import Table as RichTable
 
 from flows.cli_filter import filter_command
 from flows.cli_label import label
-from kdrl_core.errors import KdrlError, RunError
+from flows.cli_shared import JsonOption, RecipeOption, SetOption, err, errors, out
+from kdrl_core.errors import RunError
 
 app = typer.Typer(
     name="kdrl",
@@ -25,20 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_out = Console()
-_err = Console(stderr=True)
 _STATUS_COLUMNS = ["run", "state", "progress", "reward", "started"]
 
-RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="Name of a shipped recipe (see: kdrl recipes), or path of a YAML file.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="FIELD=VALUE", help="Change a field, e.g. --set stage2.beta.init=2e-3. Repeatable."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run (see: kdrl status).")]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")
@@ -63,7 +48,7 @@ def run(
     from kdrl_core.ledger import RunPaths, open_run, require_resumable, validate_run_name
     from kdrl_core.preflight import check_inputs
 
-    with _errors():
+    with errors():
         loaded = load_recipe(recipe, overrides or [])
         run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
         if RunPaths.of(run_name).manifest.is_file():
@@ -86,16 +71,14 @@ def resume(
     from kdrl_core.ledger import open_run, require_resumable
     from kdrl_core.preflight import check_inputs
 
-    with _errors():
+    with errors():
         opened = open_run(run_name)
         loaded = load_recipe(opened.paths.recipe, overrides or [])
         require_resumable(opened, loaded)
         from kdrl_core.steps.completion import is_finished
 
         if is_finished(opened) and loaded == opened.recipe:
-            _out.print(
-                f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}"
-            )
+            out.print(f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}")
             return
         check_inputs(loaded)
         _run_in_process(str(opened.paths.recipe), run_name, overrides or [], verbose=verbose)
@@ -114,17 +97,17 @@ def status(
     """Show where runs stand: stage, step, reward, who works on them; with RUN its metrics and results."""
     from kdrl_core.ledger import list_runs, open_run
 
-    with _errors():
+    with errors():
         if run_name is None:
             if watch:
                 raise RunError("--watch follows one run; name it: kdrl status RUN --watch")
             names = list_runs()
             if not names and not as_json:
-                _out.print("no runs yet; start one with: kdrl run --recipe miniature")
+                out.print("no runs yet; start one with: kdrl run --recipe miniature")
                 return
             rows = [_status_of(name) for name in names]
             if as_json:
-                _out.print_json(data=rows)
+                out.print_json(data=rows)
                 return
             _print_rows(rows, _STATUS_COLUMNS)
             return
@@ -134,11 +117,11 @@ def status(
         if watch:
             from flows.watch import follow
 
-            follow(opened.paths, _out)
+            follow(opened.paths, out)
         if as_json:
             from kdrl_core.reporting.summary import summarize
 
-            _out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
+            out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
         _print_rows([run_status(opened)], _STATUS_COLUMNS)
         print_summary(opened)
@@ -155,17 +138,17 @@ def recipes(
     """List the shipped recipes, or validate one and show every field."""
     from kdrl_core.config import dump_recipe, list_recipes, load_recipe
 
-    with _errors():
+    with errors():
         if name is not None:
             recipe = load_recipe(name, overrides or [])
             if as_json:
-                _out.print_json(data=recipe.model_dump(mode="json"))
+                out.print_json(data=recipe.model_dump(mode="json"))
             else:
                 typer.echo(dump_recipe(recipe), nl=False)
             return
         rows = [{"recipe": each, "description": load_recipe(each).description} for each in list_recipes()]
         if as_json:
-            _out.print_json(data=rows)
+            out.print_json(data=rows)
         else:
             _print_rows(rows, ["recipe", "description"])
 
@@ -180,7 +163,7 @@ def _status_of(name: str) -> dict[str, Any]:
     return named_status(name)
 
 
-def print_summary(opened: Any, console: Console = _out) -> None:
+def print_summary(opened: Any, console: Console = out) -> None:
     """Print a run's accuracy and phase tables, and where its files lie."""
     from kdrl_core.reporting.summary import summarize
     from kdrl_core.reporting.tables import tables_of
@@ -206,7 +189,7 @@ def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the temporary server stopped
     use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
-    _err.print(f"run {run_name}: starting …", highlight=False)
+    err.print(f"run {run_name}: starting …", highlight=False)
     from flows.full_pipeline import full_pipeline
     from kdrl_core.steps.session import close_sessions
 
@@ -214,10 +197,10 @@ def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose
         if verbose:
             full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
         else:
-            with Watcher(RunPaths.of(run_name), _err):
+            with Watcher(RunPaths.of(run_name), err):
                 full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
     except KeyboardInterrupt:
-        _err.print(f"interrupted; go on with: kdrl resume {run_name}", highlight=False)
+        err.print(f"interrupted; go on with: kdrl resume {run_name}", highlight=False)
         raise SystemExit(130) from None
     finally:
         close_sessions()
@@ -231,22 +214,7 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     for row in rows:
         shown = {**row, "started": str(row.get("started") or "")[:16].replace("T", " ")}
         table.add_row(*("" if shown.get(column) is None else str(shown[column]) for column in columns))
-    _out.print(table)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Errors meant for the user end the program with one line and exit code 1."""
-    try:
-        yield
-    except KdrlError as error:
-        _err.print(
-            f"error: {' '.join(str(error).splitlines())}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        raise SystemExit(1) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    out.print(table)
 
 
 def main() -> None:

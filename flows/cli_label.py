@@ -1,10 +1,8 @@
 """`kdrl label`: measure the difficulty labels that a filter needs (B.1.1). The work is in kdrl_core.labelling."""
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,26 +12,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from kdrl_core.errors import DataError
+from flows.cli_shared import (
+    ForceOption,
+    JsonOption,
+    LogLines,
+    OnErrorOption,
+    RecipeOption,
+    SetOption,
+    check_output,
+    err,
+    errors,
+    out,
+)
 
 if TYPE_CHECKING:
     from kdrl_core.labelling import LabelSummary
 
-_LINE_EVERY_S = 10.0
-
-
-class OnError(StrEnum):
-    """What to do with malformed rows."""
-
-    FAIL = "fail"
-    DROP = "drop"
-
 
 def label(
-    recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", help="Name of a shipped recipe (see: kdrl recipes), or path of a YAML file."),
-    ],
+    recipe: RecipeOption,
     inputs: Annotated[
         list[str],
         typer.Option(
@@ -68,32 +65,26 @@ def label(
         int | None, typer.Option(min=1, help="Take the first N problems only, for the output as well.")
     ] = None,
     shard_problems: Annotated[int, typer.Option(min=1, help="Problems sampled and saved together.")] = 64,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Change a field of the recipe. Repeatable."),
-    ] = None,
-    on_error: Annotated[
-        OnError | None, typer.Option(help="Malformed rows: stop, or drop and count; default: the recipe's.")
-    ] = None,
+    overrides: SetOption = None,
+    on_error: OnErrorOption = None,
     keep_work: Annotated[
         bool, typer.Option("--keep-work", help="Keep the folder OUTPUT.work with every response and its verdict.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure difficulty labels: sample every problem, count the wrong answers (pass@k), write them with it.
 
     Interrupt it whenever you like (Ctrl-C): the same command goes on where it stopped. The output is what a stage's
     data.files and `kdrl filter` read.
     """
-    from flows.cli import _err, _errors, _out  # not above: flows.cli registers this command
     from kdrl_core.config import load_recipe
     from kdrl_core.labelling.work import work_folder
     from kdrl_core.ledger import require_writable
 
-    with _errors():
+    with errors():
         loaded = load_recipe(recipe, overrides or [])
-        _check_output(output, inputs, force=force)
+        check_output(output, map(Path, inputs), what="labels", force=force)
         from kdrl_core.labelling import label_problems, plan_labels
 
         plan = plan_labels(
@@ -110,49 +101,24 @@ def label(
         require_writable(output.absolute().parent, free_mb=64)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            with _progress(_err) as progress:
+            with _progress(err) as progress:
                 summary = label_problems(
                     plan, output.absolute(), shard_problems=shard_problems, keep_work=keep_work, on_progress=progress
                 )
         except KeyboardInterrupt:
-            _err.print(f"interrupted; the same command goes on from {work_folder(output)}", highlight=False)
+            err.print(f"interrupted; the same command goes on from {work_folder(output)}", highlight=False)
             raise SystemExit(130) from None
         if as_json:
-            _out.print_json(data={"output": str(output), **summary.to_json()})
+            out.print_json(data={"output": str(output), **summary.to_json()})
         else:
-            _print_summary(summary, output, plan.stage, _out)
-
-
-def _check_output(output: Path, inputs: list[str], *, force: bool) -> None:
-    if output.suffix != ".parquet":
-        raise DataError(f"--output {output}: labels are written as Parquet; give a name that ends in .parquet")
-    if output.is_dir():
-        raise DataError(f"--output {output} is a folder; name a file in it")
-    if output.absolute() in [Path(file).expanduser().absolute() for file in inputs]:
-        raise DataError(f"--output {output} is an input as well; give another file")
-    if output.exists() and not force:
-        raise DataError(f"--output {output} exists; give another file, or --force to replace it")
-
-
-class _Lines:
-    """Progress as a line every few seconds, for a log."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._last = time.monotonic()
-        self._shown = -1
-
-    def __call__(self, done: int, total: int) -> None:
-        is_due = done == total or time.monotonic() - self._last > _LINE_EVERY_S
-        if is_due and done != self._shown:
-            self._last, self._shown = time.monotonic(), done
-            self._console.print(f"label: {done}/{total} responses", highlight=False)
+            _print_summary(summary, output, plan.stage, out)
 
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[int, int], None]]:
     if not console.is_terminal:
-        yield _Lines(console)
+        lines = LogLines(console)
+        yield lambda done, total: lines.show(f"label: {done}/{total} responses", is_last=done == total)
         return
     columns = (
         TextColumn("{task.description}"),

@@ -1,0 +1,85 @@
+"""What the commands of `kdrl` have in common: consoles, options, errors, checks of an output, progress in a log."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kdrl_core.errors import DataError, KdrlError
+
+out = Console()
+err = Console(stderr=True)
+
+_LINE_EVERY_S = 10.0
+
+
+class OnError(StrEnum):
+    """What to do with malformed rows."""
+
+    FAIL = "fail"
+    DROP = "drop"
+
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="Name of a shipped recipe (see: kdrl recipes), or path of a YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="FIELD=VALUE", help="Change a field, e.g. --set stage2.beta.init=2e-3. Repeatable."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+OnErrorOption = Annotated[
+    OnError | None, typer.Option(help="Malformed rows: stop, or drop and count; default: the recipe's.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Errors meant for the user end the program with one line and exit code 1."""
+    try:
+        yield
+    except KdrlError as error:
+        err.print(
+            f"error: {' '.join(str(error).splitlines())}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def check_output(output: Path, inputs: Iterable[Path], *, what: str, force: bool) -> None:
+    """Raise DataError unless `what` can be written to `output`: a Parquet file, no input, not there without --force."""
+    if output.suffix != ".parquet":
+        raise DataError(f"--output {output}: {what} are written as Parquet; give a name that ends in .parquet")
+    if output.is_dir():
+        raise DataError(f"--output {output} is a folder; name a file in it")
+    if output.resolve() in [file.expanduser().resolve() for file in inputs]:
+        raise DataError(f"--output {output} is an input as well; give another file")
+    if output.exists() and not force:
+        raise DataError(f"--output {output} exists; give another file, or --force to replace it")
+
+
+class LogLines:
+    """Progress for a log: a line every few seconds, none twice."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = time.monotonic()
+        self._shown = ""
+
+    def show(self, line: str, *, is_last: bool = False) -> None:
+        """Print the line if it is time for one, or the last."""
+        if line != self._shown and (is_last or time.monotonic() - self._last > _LINE_EVERY_S):
+            self._last, self._shown = time.monotonic(), line
+            self._console.print(line, highlight=False)
