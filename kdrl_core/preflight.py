@@ -2,7 +2,7 @@
 
 from kdrl_core.config import Recipe, resolve_path
 from kdrl_core.data import find_files
-from kdrl_core.data.decontamination import Decontaminator
+from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.engines.models import check_model_dir, compare_tokenizers, context_limit
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.evaluation.benchmarks import load_benchmark
@@ -26,7 +26,7 @@ def check_inputs(recipe: Recipe) -> None:
         except DataError as error:
             raise DataError(f"{name}.{error}") from error
         if (decontamination := recipe.stage(name).data.decontamination) is not None:
-            Decontaminator(decontamination)
+            evaluation_problems(decontamination)
     for benchmark in recipe.evaluation.benchmarks:
         load_benchmark(benchmark)
     check_device(recipe)

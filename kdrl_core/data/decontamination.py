@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kdrl_core.config import BenchmarkConfig, DecontaminationConfig
-from kdrl_core.evaluation.benchmarks import load_benchmark
+from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
 
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _LOOKS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|mathbf|operatorname|quad|qquad|big|Big)(?![a-zA-Z])")
@@ -44,8 +44,17 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+def evaluation_problems(config: DecontaminationConfig) -> dict[str, list[BenchmarkProblem]]:
+    """The problems of each file, by its path in the recipe. Raises DataError that names file, row and field."""
+    return {file: load_benchmark(BenchmarkConfig(name=_name(file), file=file)) for file in config.files}
+
+
+def _name(file: str) -> str:
+    return re.sub(r"\W", "_", file.split("/")[-1].rsplit(".", 1)[0])
+
+
 class Decontaminator:
-    """An index of evaluation problems. Raises DataError, naming file, row and field, if one of them cannot be read."""
+    """An index of evaluation problems. Raises DataError as `evaluation_problems` does."""
 
     def __init__(self, config: DecontaminationConfig) -> None:
         self._ngram = config.ngram
@@ -55,10 +64,9 @@ class Decontaminator:
         self._equal: dict[str, int] = {}
         self._vocabulary: set[str] = set()
         self._index: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-        for file in config.files:
-            name = re.sub(r"\W", "_", file.split("/")[-1].rsplit(".", 1)[0])
-            for problem in load_benchmark(BenchmarkConfig(name=name, file=file)):
-                self._add(name, problem.problem_id, words_of(problem.question))
+        for file, problems in evaluation_problems(config).items():
+            for problem in problems:
+                self._add(_name(file), problem.problem_id, words_of(problem.question))
 
     def _add(self, benchmark: str, problem_id: str, words: list[str]) -> None:
         number = len(self._names)

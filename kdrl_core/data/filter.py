@@ -95,7 +95,7 @@ def filter_problems(
         config=config,
         problems=problems,
         keys=text_codes(normalize_questions(questions)),
-        digests=question_digests(questions),
+        digests=lambda rows: question_digests(questions.take(rows)),
     )
     sieve.note("malformed", lost + faults, "rows that cannot be read (data.on_error=drop)")
     sieve.drop_duplicates()

@@ -1,5 +1,6 @@
 """What the filter did, rule by rule, in numbers that add up."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -46,13 +47,15 @@ class FilterReport:
         rules = tuple(RuleCount(**rule) for rule in values["rules"])
         return cls(stage=values["stage"], rows_in=values["rows_in"], rules=rules, rows_out=values["rows_out"])
 
+    def lines(self) -> list[tuple[RuleCount, int]]:
+        """Each rule with the rows that it left."""
+        left = itertools.accumulate((-rule.dropped for rule in self.rules), initial=self.rows_in)
+        return list(zip(self.rules, itertools.islice(left, 1, None), strict=True))
+
     def to_text(self) -> str:
         """A table for terminals: rule, rows dropped, rows left, what the rule says."""
-        left = self.rows_in
-        rows = [("rule", "dropped", "left", "description"), ("rows in", "", str(left), "")]
-        for rule in self.rules:
-            left -= rule.dropped
-            rows.append((rule.rule, str(rule.dropped), str(left), rule.description))
+        rows = [("rule", "dropped", "left", "description"), ("rows in", "", str(self.rows_in), "")]
+        rows += [(rule.rule, str(rule.dropped), str(left), rule.description) for rule, left in self.lines()]
         rows.append(("rows out", "", str(self.rows_out), ""))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [

@@ -6,7 +6,7 @@ and for files that do not fit. The rules, their order and the reasons for it: `k
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from math import ceil
 
@@ -37,7 +37,7 @@ class Sieve:
     Args:
         problems: in PROBLEM_SCHEMA; questions are not looked at.
         keys: [rows] the same for rows with the same normalised question.
-        digests: [rows] a hash of each question as it stands, to tell duplicates apart whatever their order.
+        digests: of the rows asked for a hash of the question as it stands, to tell duplicates apart in any order.
         labels: [rows] failures by label as `label_column` gives them, and the names of all labels in the data; None:
             read from `problems`.
     """
@@ -49,7 +49,7 @@ class Sieve:
         config: StageConfig,
         problems: pa.Table,
         keys: Rows,
-        digests: pa.ChunkedArray,
+        digests: Callable[[pa.Array], pa.ChunkedArray],
         labels: tuple[Mapping[str, Labels], set[str]] | None = None,
     ) -> None:
         self.stage = stage
@@ -83,7 +83,7 @@ class Sieve:
         repeated = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
         if len(repeated):
             rows = self.problems.take(pa.array(repeated))
-            columns = {"problem_id": rows["problem_id"], "digest": self._digests.take(pa.array(repeated))}
+            columns = {"problem_id": rows["problem_id"], "digest": self._digests(pa.array(repeated))}
             columns |= {name: rows[name] for name in ("answer", "source")}
             labels = np.stack([self.student, *self.others], axis=1)[repeated]
             columns["code"] = pa.array(codes[repeated])
