@@ -2,6 +2,8 @@
 
 import psutil
 
+from kdrl_core.verify import Verifier
+
 MARK = "KDRL_TEST_MARK"
 """Environment variable by which a test finds the processes of a program it started."""
 
@@ -13,6 +15,13 @@ TINY = [
     *(f"evaluation.benchmarks.{index}.{field}" for index in range(3) for field in ("samples=1", "max_problems=8")),
 ]
 """Overrides that make the miniature a matter of seconds."""
+
+
+class KeptVerifier(Verifier):
+    """Outlives those who close it, so that its workers import math-verify once for many tests."""
+
+    def close(self) -> None:
+        """Do nothing; `Verifier.close(kept)` ends it."""
 
 
 def left_behind(mark: str) -> list[str]:

@@ -5,7 +5,7 @@ Section 4.1 `EvaluationConfig`. Departures: `mini_batch_prompts` must equal `pro
 64 / 64 makes every update on-policy (π_old = π_θ) and k2's gradient is unbiased only there.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -237,6 +237,11 @@ class VerificationConfig(_Section):
     timeout_s: float = Field(10.0, gt=0.0, description="hard limit per answer")
     memory_limit_mb: Positive = 2_048
     max_failed_share: Share = Field(0.1, description="timeouts and errors per step beyond which the stage stops")
+
+    @property
+    def pool_options(self) -> dict[str, Any]:
+        """Keyword arguments of `Verifier`."""
+        return self.model_dump(exclude={"max_failed_share"})
 
 
 class BenchmarkConfig(_Section):

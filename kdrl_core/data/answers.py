@@ -23,9 +23,7 @@ def unparsable_answers(answers: Iterable[str], limits: VerificationConfig) -> se
     doubtful = sorted({answer for answer in answers if not _NUMBER.fullmatch(answer)})
     if not doubtful:
         return set()
-    with Verifier(
-        workers=limits.workers, timeout_s=limits.timeout_s, memory_limit_mb=limits.memory_limit_mb
-    ) as verifier:
+    with Verifier(**limits.pool_options) as verifier:
         verdicts = verifier.verify_batch([(_PROBE, answer) for answer in doubtful], require_format=False)
     failed = (VerdictKind.TIMEOUT, VerdictKind.ERROR)
     return {

@@ -23,6 +23,7 @@ from kdrl_core.labelling.plan import LabelPlan
 from kdrl_core.labelling.summary import LabelSummary, summarize_labels
 from kdrl_core.labelling.work import SETTINGS, SHARD, model_identity, open_work, settings_hash, shard_path, work_folder
 from kdrl_core.ledger import RunPaths, derive_seed, is_published, publish_file, replace_file, verify_published
+from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import read_table, write_table
 from kdrl_core.types import Rollout, RolloutRequest, Verdict
 from kdrl_core.verify import Verifier
@@ -78,12 +79,7 @@ def label_problems(
                 verify_published(target)
             else:
                 if engine is None or verifier is None:
-                    limits = plan.recipe.verification
-                    verifier = stack.enter_context(
-                        Verifier(
-                            workers=limits.workers, timeout_s=limits.timeout_s, memory_limit_mb=limits.memory_limit_mb
-                        )
-                    )
+                    verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
                     engine = (make_engine or recipe_engine)(plan, path, tokenizer)
                 table = _sample(plan, part, engine, verifier, _shifted(on_progress, done, total))
                 publish_file(target, partial(write_table, table), inputs=inputs)
@@ -209,11 +205,7 @@ def _table(
             "ground_truth": [problems[r.prompt_id]["answer"] for r in rollouts],
             "length": [len(r.token_ids) for r in rollouts],
             "finish_reason": [r.finish_reason.value for r in rollouts],
-            "verdict": [v.kind.value for v in verdicts],
-            "accuracy_reward": [v.accuracy_reward for v in verdicts],
-            "format_reward": [v.format_reward for v in verdicts],
-            "extracted": [v.extracted for v in verdicts],
-            "reason": [v.reason for v in verdicts],
+            **verdict_columns(verdicts),
             "seed": [request.seed for request in requests],
         },
         schema=SHARD,
@@ -242,10 +234,8 @@ def _write(plan: LabelPlan, output: Path, shards: Sequence[pa.Table], settings: 
     table = plan.problems.set_column(
         PROBLEM_SCHEMA.get_field_index("failures"), PROBLEM_SCHEMA.field("failures"), column
     )
-    sink = pa.BufferOutputStream()
     metadata = {f"kdrl.label.{plan.label}".encode(): json.dumps(settings, sort_keys=True).encode()}
-    write_table(table.replace_schema_metadata(metadata), sink)
-    replace_file(output, sink.getvalue().to_pybytes())
+    replace_file(output, partial(write_table, table.replace_schema_metadata(metadata)))
     return [counts.get(plan.label) for counts in labels]
 
 

@@ -1,4 +1,4 @@
-"""Per-token Parquet columns and numpy arrays: one array a response, values never pass through Python objects."""
+"""Between Parquet columns and records. Per-token columns become numpy arrays, never Python objects."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from kdrl_core.types import ScoreRequest, Verdict
 
 
 def ragged(column: pa.ChunkedArray) -> list[NDArray[np.float32]]:
@@ -34,3 +36,21 @@ def from_matrices(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
     outer_offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
     inner = pa.ListArray.from_arrays(pa.array(inner_offsets), pa.array(table.reshape(-1)))
     return pa.ListArray.from_arrays(pa.array(outer_offsets), inner)
+
+
+def score_requests(table: pa.Table) -> list[ScoreRequest]:
+    """The sequences of a table with `prompt_token_ids` and `token_ids`."""
+    columns = (table[name].to_pylist() for name in ("prompt_token_ids", "token_ids"))
+    return [ScoreRequest(prompt_token_ids=prompt, token_ids=tokens) for prompt, tokens in zip(*columns, strict=True)]
+
+
+def verdict_columns(verdicts: Sequence[Verdict]) -> dict[str, list[Any]]:
+    """Every field of the verdicts by its column; a table's schema takes those that it has."""
+    return {
+        "reward": [v.reward for v in verdicts],
+        "format_reward": [v.format_reward for v in verdicts],
+        "accuracy_reward": [v.accuracy_reward for v in verdicts],
+        "verdict": [v.kind.value for v in verdicts],
+        "extracted": [v.extracted for v in verdicts],
+        "reason": [v.reason for v in verdicts],
+    }

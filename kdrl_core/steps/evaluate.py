@@ -19,6 +19,7 @@ from kdrl_core.evaluation.results import RESULTS, read_results
 from kdrl_core.evaluation.statistics import accuracy
 from kdrl_core.ledger import Run, derive_seed, is_current, is_published, publish_directory, verify_published
 from kdrl_core.progress import report_progress
+from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import EVALUATION, write_table
 from kdrl_core.steps.session import initial_policy
 from kdrl_core.types import Rollout, RolloutRequest, Verdict
@@ -62,10 +63,7 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
     wanted = [b for b in recipe.evaluation.benchmarks if benchmarks is None or b.name in benchmarks]
     results: dict[str, Any] = {}
     tables: list[pa.Table] = []
-    limits = recipe.verification
-    with Verifier(
-        workers=limits.workers, timeout_s=limits.timeout_s, memory_limit_mb=limits.memory_limit_mb
-    ) as verifier:
+    with Verifier(**recipe.verification.pool_options) as verifier:
         for benchmark in wanted:
             report_progress(run, stage=f"evaluate {label}", phase=benchmark.name)
             problems = load_benchmark(benchmark)
@@ -142,10 +140,7 @@ def _table(
             "response": [r.text for r in rollouts],
             "length": [len(r.token_ids) for r in rollouts],
             "finish_reason": [r.finish_reason.value for r in rollouts],
-            "verdict": [v.kind.value for v in verdicts],
-            "accuracy_reward": [v.accuracy_reward for v in verdicts],
-            "extracted": [v.extracted for v in verdicts],
-            "reason": [v.reason for v in verdicts],
+            **verdict_columns(verdicts),
             "seed": [request.seed for request in requests],
         },
         schema=EVALUATION,

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from kdrl_core.ledger import is_published, publish_file, verify_published
 from kdrl_core.progress import report_progress
-from kdrl_core.rollouts.columns import from_matrices
+from kdrl_core.rollouts.columns import from_matrices, score_requests
 from kdrl_core.rollouts.schema import REFERENCE, TEACHER, TEACHER_TOPK, read_table, write_table
 from kdrl_core.steps.rollout import StepArtifact
 from kdrl_core.steps.session import StageSession
@@ -35,12 +35,7 @@ def _score(session: StageSession, step: int, role: str) -> StepArtifact:
     source = paths.rollouts(stage, step)
     inputs = run.inputs(source)
     rollouts = read_table(source, ["prompt_id", "sample", "prompt_token_ids", "token_ids"])
-    requests = [
-        ScoreRequest(prompt_token_ids=prompt, token_ids=tokens)
-        for prompt, tokens in zip(
-            rollouts["prompt_token_ids"].to_pylist(), rollouts["token_ids"].to_pylist(), strict=True
-        )
-    ]
+    requests = score_requests(rollouts)
     table = _table(session, role, rollouts["prompt_id"], rollouts["sample"], requests)
     seconds = time.perf_counter() - started
     publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})

@@ -143,10 +143,7 @@ class StageSession:
         """The verifier's pool of processes, started once per stage."""
         with self._lock:
             if self._verifier is None:
-                limits = self.run.recipe.verification
-                self._verifier = Verifier(
-                    workers=limits.workers, timeout_s=limits.timeout_s, memory_limit_mb=limits.memory_limit_mb
-                )
+                self._verifier = Verifier(**self.run.recipe.verification.pool_options)
             return self._verifier
 
     def close(self) -> None:

@@ -12,11 +12,11 @@ import pyarrow as pa
 from kdrl_core.config import StageConfig
 from kdrl_core.ledger import manifest_of, prompts_of_step
 from kdrl_core.progress import report_progress
+from kdrl_core.rollouts.columns import score_requests
 from kdrl_core.rollouts.schema import UPDATE
 from kdrl_core.steps.session import StageSession
 from kdrl_core.steps.step_end import StepRecord, StepSummary, end_step
 from kdrl_core.training.protocols import StepStats, UpdateBatch
-from kdrl_core.types import ScoreRequest
 
 
 def batch_of_step(dataset: pa.Table, *, seed: int, stage: str, step: int, batch_size: int) -> pa.Table:
@@ -48,12 +48,7 @@ def sft_step(session: StageSession, step: int) -> StepSummary:
     zeros = [0.0] * len(rows)
     stats = session.trainer_at(step).update(
         UpdateBatch(
-            sequences=[
-                ScoreRequest(prompt_token_ids=prompt, token_ids=tokens)
-                for prompt, tokens in zip(
-                    rows["prompt_token_ids"].to_pylist(), rows["token_ids"].to_pylist(), strict=True
-                )
-            ],
+            sequences=score_requests(rows),
             advantages=zeros,
             kd_weights=zeros,
             loss="sft",

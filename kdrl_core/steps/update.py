@@ -16,13 +16,12 @@ from kdrl_core.config import StageConfig
 from kdrl_core.ledger import Run, is_published, manifest_of
 from kdrl_core.objectives import BetaSchedule, group_advantages, kd_mask, kl_estimate, shape_rewards
 from kdrl_core.progress import report_progress
-from kdrl_core.rollouts.columns import matrices, ragged
+from kdrl_core.rollouts.columns import matrices, ragged, score_requests
 from kdrl_core.rollouts.schema import UPDATE, read_table
 from kdrl_core.rollouts.stats import response_metrics
 from kdrl_core.steps.session import StageSession
 from kdrl_core.steps.step_end import StepRecord, StepSummary, end_step
 from kdrl_core.training.protocols import Float32s, StepStats, TopKTeacher, UpdateBatch
-from kdrl_core.types import ScoreRequest
 
 _RECORDED_AS = {"k3_k2grad": "k3", "topk": "k2"}
 """update.parquet holds estimates from the sampled tokens: of estimators that differ in their gradient, or that need the
@@ -95,12 +94,7 @@ def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards:
             kd_weights = kd_mask(reward, config.group_size, config.kd_masking)
     distils = config.objective in ("kdrl", "kd_rkl")
     return UpdateBatch(
-        sequences=[
-            ScoreRequest(prompt_token_ids=prompt, token_ids=tokens)
-            for prompt, tokens in zip(
-                rollouts["prompt_token_ids"].to_pylist(), rollouts["token_ids"].to_pylist(), strict=True
-            )
-        ],
+        sequences=score_requests(rollouts),
         advantages=advantages.tolist(),
         kd_weights=kd_weights.tolist(),
         teacher_logprobs=teacher,

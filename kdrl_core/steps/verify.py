@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from kdrl_core.data import think_opened
 from kdrl_core.ledger import is_published, publish_file, verify_published
+from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import REWARDS, read_table, write_table
 from kdrl_core.steps.rollout import StepArtifact
 from kdrl_core.steps.session import StageSession
@@ -40,16 +41,7 @@ def verify_file(session: StageSession, source: Path, path: Path, *, where: str) 
     )
     refuse_failures(verdicts, where, run.recipe.verification.max_failed_share)
     table = pa.Table.from_pydict(
-        {
-            "prompt_id": rollouts["prompt_id"],
-            "sample": rollouts["sample"],
-            "reward": [v.reward for v in verdicts],
-            "format_reward": [v.format_reward for v in verdicts],
-            "accuracy_reward": [v.accuracy_reward for v in verdicts],
-            "verdict": [v.kind.value for v in verdicts],
-            "extracted": [v.extracted for v in verdicts],
-            "reason": [v.reason for v in verdicts],
-        },
+        {"prompt_id": rollouts["prompt_id"], "sample": rollouts["sample"], **verdict_columns(verdicts)},
         schema=REWARDS,
     )
     seconds = time.perf_counter() - started

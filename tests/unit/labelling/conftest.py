@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import KeptVerifier
 
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.data import read_problems
@@ -49,16 +50,9 @@ class Scripted:
         ]
 
 
-class _Kept(Verifier):
-    """Outlives the labellings, so that its worker starts once for all tests."""
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
-    kept = _Kept(workers=1)
+    kept = KeptVerifier(workers=1)
     yield kept
     Verifier.close(kept)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from crash.tiny_run import finish, open_tiny, train
+from support import KeptVerifier
 
 from kdrl_core.ledger import Run
 from kdrl_core.steps import session
@@ -11,16 +12,9 @@ from kdrl_core.steps.session import close_sessions
 from kdrl_core.verify import Verifier
 
 
-class _Kept(Verifier):
-    """Outlives the sessions, so that its workers import math-verify once for all tests."""
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="session")
 def kept_verifier() -> Iterator[Verifier]:
-    verifier = _Kept(workers=1)
+    verifier = KeptVerifier(workers=1)
     yield verifier
     Verifier.close(verifier)
 
