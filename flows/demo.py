@@ -186,7 +186,7 @@ def _print_next(run_name: str) -> None:
     _say("  # forty more KDRL steps, from where it ended")
     _say(f"  {kdrl} resume {run_name} --set stage2.steps={more}")
     _say("  # the same without a teacher, to compare")
-    _say(f"  {kdrl} run --name grpo --set stage2.objective=grpo --set stage2.beta=null")
+    _say(f"  {kdrl} run --name grpo --set stage2.objective=grpo")
 
 
 def _json(values: list[str]) -> str:
