@@ -7,16 +7,31 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
-from kdrl_core.errors import DataError, KdrlError
+from kdrl_core.errors import DataError, KdrlError, visible
 
-out = Console()
-err = Console(stderr=True)
+
+class PlainConsole(Console):
+    """Shows text as it is: models, data and files of others write what kdrl prints, so that neither markup nor emoji
+    codes mean anything in it, and control characters, with which a text could rewrite what stands on the terminal, are
+    spelled out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+out = PlainConsole()
+err = PlainConsole(stderr=True)
 
 _LINE_EVERY_S = 10.0
 

@@ -19,9 +19,9 @@ from typing import IO, Annotated
 
 import psutil
 import typer
-from rich.console import Console
 
 from flows.cli import print_summary
+from flows.cli_shared import PlainConsole
 from flows.local_prefect import free_port, prefect_home, server_environment
 from flows.watch import Watcher
 from kdrl_core.errors import KdrlError
@@ -32,7 +32,7 @@ _PROJECT = Path(__file__).parent.parent
 _SERVER_TIMEOUT_S = 120
 _STOP_TIMEOUT_S = 10
 
-_console = Console()
+_console = PlainConsole()
 
 
 class DemoError(KdrlError, RuntimeError):

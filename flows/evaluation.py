@@ -1,11 +1,10 @@
 """The final evaluation: the deployment `kdrl-evaluation/evaluation`."""
 
-from pathlib import Path
-
 from prefect import flow
 
 from flows import hooks, shown
-from kdrl_core.ledger import open_run_dir, run_lock
+from flows.run_dir import open_own_run
+from kdrl_core.ledger import run_lock
 from kdrl_core.reporting.summary import final_labels
 from tasks.evaluate import evaluate
 
@@ -13,7 +12,7 @@ from tasks.evaluate import evaluate
 @flow(name="kdrl-evaluation", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])
 def evaluation(run_dir: str) -> None:
     """Evaluate the student before, after each stage, and the teacher, on every benchmark of the recipe."""
-    run = open_run_dir(Path(run_dir))
+    run = open_own_run(run_dir)
     with run_lock(run.paths.lock):
         for label in final_labels(run):
             evaluate(run_dir, label)

@@ -1,16 +1,15 @@
 """problems → pool: the deployment `kdrl-filtering/filtering`."""
 
-from pathlib import Path
-
 from prefect import flow
 
 from flows import hooks, shown
-from kdrl_core.ledger import RunPaths, run_lock
+from flows.run_dir import open_own_run
+from kdrl_core.ledger import run_lock
 from tasks.filter_problems import filter_problems
 
 
 @flow(name="kdrl-filtering", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])
 def filtering(run_dir: str) -> None:
     """Filter the problems of every stage of an existing run, unless the pool is there."""
-    with run_lock(RunPaths(Path(run_dir)).lock):
+    with run_lock(open_own_run(run_dir).paths.lock):
         shown.filtered(run_dir, filter_problems(run_dir))

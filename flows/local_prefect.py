@@ -17,6 +17,9 @@ _QUIET = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
 
+_OWN_ORIGIN = "http://127.0.0.1"
+"""Prefect allows every web page to use its API: one open in a browser could deploy and run code on this machine."""
+
 _MIN_FREE_MB = 64
 
 
@@ -34,6 +37,7 @@ def use_private_prefect(*, log_level: str, home: Path | None = None) -> None:
     if "PREFECT_API_URL" not in os.environ:
         os.environ.setdefault("PREFECT_HOME", str(home or prefect_home()))
         os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
+        os.environ["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = _OWN_ORIGIN
 
 
 def server_environment(port: int) -> dict[str, str]:
@@ -44,6 +48,7 @@ def server_environment(port: int) -> dict[str, str]:
         "PREFECT_HOME": str(prefect_home()),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{_OWN_ORIGIN}:{port}",
     }
 
 

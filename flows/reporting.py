@@ -3,14 +3,15 @@
 from prefect import flow
 
 from flows import hooks, shown
-from kdrl_core.ledger import open_run_dir, run_lock
+from flows.run_dir import open_own_run
+from kdrl_core.ledger import run_lock
 from tasks.report import export, report
 
 
 @flow(name="kdrl-reporting", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])
 def reporting(run_dir: str) -> None:
     """Publish the finished student and the report."""
-    run = open_run_dir(run_dir)
+    run = open_own_run(run_dir)
     with run_lock(run.paths.lock):
         export(run_dir)
         report(run_dir)

@@ -4,9 +4,25 @@ A message says what was wrong, where, and what to do about it:
 ``problems.parquet row 41, field 'answer': empty; drop the row or set <stage>.data.on_error=drop``.
 """
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """`text` with control characters spelled out, less tab and line break: on a terminal or in a log it can neither
+    rewrite what stands there nor reverse the order in which it is read."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
 
 class KdrlError(Exception):
-    """Base of every error that kdrl raises on purpose. Its text is meant for the user: one line, cause and remedy."""
+    """Base of every error that kdrl raises on purpose. Its text is meant for the user: one line, cause and remedy.
+
+    It may quote models, data and files of others, and goes to terminals and logs.
+    """
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class RecipeError(KdrlError, ValueError):
@@ -31,6 +47,10 @@ class RunLockedError(RunError):
 
 class DamagedArtifactError(RunError):
     """A published file no longer has the bytes that its manifest recorded."""
+
+
+class SurplusFileError(DamagedArtifactError):
+    """A published folder holds a file that is not of it, and that only its owner may remove."""
 
 
 class StorageError(KdrlError, OSError):

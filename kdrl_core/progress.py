@@ -33,9 +33,10 @@ def report_progress(
 
 
 def read_progress(paths: RunPaths) -> dict[str, Any] | None:
-    """The latest report, or None."""
-    with suppress(OSError, ValueError):
+    """The latest report, or None: also for a file that is none, since it only hints."""
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads((paths.scratch / "progress.json").read_text())
-        if isinstance(content, dict):
+        kinds = {"stage": str, "step": int, "phase": str}
+        if isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
             return content
     return None

@@ -29,4 +29,13 @@ def read_tokenizer(path: Path, *, trust_remote_code: bool = False, gguf_file: st
         return reader.from_pretrained(str(path), **options)
     except Exception as error:  # each tokenizer class fails in its own way, some with a bare Exception
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path} has no usable tokenizer ({reason}); give a folder with tokenizer.json") from error
+        raise ModelError(
+            f"{path} has no usable tokenizer ({reason}); give a folder with tokenizer.json{trust_hint(error)}"
+        ) from error
+
+
+def trust_hint(error: Exception) -> str:
+    """What to add to the remedy if transformers refused to run code that it found beside the files."""
+    if "trust_remote_code" not in str(error):
+        return ""
+    return "; or read that code, and set trust_remote_code=true beside path in the recipe if you trust it"

@@ -1,5 +1,8 @@
 """What several tests share."""
 
+import http.client
+from contextlib import suppress
+
 import psutil
 
 from kdrl_core.verify import Verifier
@@ -34,3 +37,23 @@ def left_behind(mark: str) -> list[str]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
+
+
+def assert_only_private_servers(mark: str) -> None:
+    """Programs that inherited `KDRL_TEST_MARK=mark` listen on loopback alone, and Prefect's API allows no web page of
+    another origin to read it."""
+    servers = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get(MARK) == mark:
+                sockets = process.net_connections(kind="inet")
+                servers |= {(s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN}
+    assert {ip for ip, _ in servers} == {"127.0.0.1"}
+    allowed = []
+    for ip, port in servers:
+        connection = http.client.HTTPConnection(ip, port, timeout=10)
+        with suppress(http.client.RemoteDisconnected):  # a worker listens to its flow runs, and speaks no HTTP
+            connection.request("GET", "/api/health", headers={"Origin": "http://evil.example"})
+            allowed.append(connection.getresponse().getheader("access-control-allow-origin"))
+        connection.close()
+    assert allowed == [None]

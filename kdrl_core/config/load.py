@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -17,6 +17,11 @@ from kdrl_core.errors import RecipeError
 
 RECIPES_DIR = Path(__file__).parent.parent.parent / "flows" / "recipes"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_MAX_CHARS = 2**17
+"""Of a recipe, and of one with its aliases written out: shipped ones have 5,000. A few lines of aliases can stand for
+terabytes."""
+_MAX_SHOWN_CHARS = 200
+_MAX_SHOWN_FAULTS = 20
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,8 +30,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE_TAG]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        seen: set[Any] = set()
+        for key in keys:
+            if isinstance(key, Hashable):  # the standard method refuses the others
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -57,8 +66,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(source)
     try:
-        values = _unshared(yaml.load(path.read_text(encoding="utf-8"), _Loader))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+        with path.open(encoding="utf-8") as file:
+            values = _parse(file.read(_MAX_CHARS + 1))
+    except (_NotYamlError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"recipe {path}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path}: a mapping of fields is expected, found {type(values).__name__}")
@@ -72,18 +82,25 @@ def validate_recipe(values: Mapping[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        faults = "; ".join(_explain(fault) for fault in error.errors())
-        raise RecipeError(f"recipe {origin}: {faults}") from error
+        faults = [_explain(fault) for fault in error.errors()[:_MAX_SHOWN_FAULTS]]
+        if more := error.error_count() - len(faults):
+            faults.append(f"and {more} more")
+        raise RecipeError(f"recipe {origin}: {'; '.join(faults)}") from error
     except (TypeError, ValueError) as error:
         raise RecipeError(f"recipe {origin}: {_one_line(error)}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every field written out; `load_recipe` of it gives an equal recipe."""
+    """The recipe as YAML, every field written out; `load_recipe` of it gives an equal recipe.
+
+    Raises RecipeError if it is too long for that, which texts of unusual characters can bring about.
+    """
     values = recipe.model_dump(mode="json")
     # PyYAML writes U+0085 and U+2028 so that it misreads them itself; escaped they come back.
     plain = json.dumps(values, ensure_ascii=False).isprintable()
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=plain, width=100)
+    if len(text) > _MAX_CHARS:
+        raise RecipeError(f"recipe {recipe.name}: written out it has more than {_MAX_CHARS:,} characters; shorten it")
     return text
 
 
@@ -109,6 +126,43 @@ def _find(source: str | Path) -> Path:
     )
 
 
+class _NotYamlError(ValueError):
+    """The text is no YAML, or more of it than a recipe can be."""
+
+
+def _parse(text: str) -> Any:
+    """The plain values of a YAML text. Raises _NotYamlError before much time or memory is spent on a hostile one."""
+    too_long = f"it has more than {_MAX_CHARS:,} characters, aliases written out"
+    if len(text) > _MAX_CHARS:
+        raise _NotYamlError(too_long)
+    try:
+        node = (loader := _Loader(text)).get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > _MAX_CHARS:
+            raise _NotYamlError(too_long)
+        return _unshared(loader.construct_document(node))
+    except _NotYamlError:
+        raise
+    except (yaml.YAMLError, RecursionError) as error:
+        raise _NotYamlError(str(error)) from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:  # of `!!int x`, …
+        raise _NotYamlError(f"a value is not of the kind that its tag says ({error})") from error
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Characters of a node with its aliases written out; about, and without writing them."""
+    if (size := known.get(id(node))) is not None:
+        return size
+    if isinstance(node, yaml.ScalarNode):
+        size = 1 + len(node.value)
+    else:
+        children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        size = 1 + sum(_written_out(child, known) for child in children)
+    known[id(node)] = size
+    return size
+
+
 def _unshared(value: Any) -> Any:
     """A copy in which what YAML aliases share stands apart, so that an override changes one field only."""
     if isinstance(value, dict):
@@ -119,11 +173,11 @@ def _unshared(value: Any) -> Any:
 def _apply(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise RecipeError(f"--set {override}: expected FIELD=VALUE, e.g. --set stage2.beta.init=2e-3")
+        raise RecipeError(f"--set {_short(override)}: expected FIELD=VALUE, e.g. --set stage2.beta.init=2e-3")
     try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"--set {override}: the value is not YAML: {_one_line(error)}") from error
+        value = _parse(text)
+    except _NotYamlError as error:
+        raise RecipeError(f"--set {_short(override)}: the value is not YAML: {_one_line(error)}") from error
     *parents, leaf = name.split(".")
     target: Any = values
     for key in parents:
@@ -143,13 +197,15 @@ def _child(target: Any, key: str, override: str) -> Any:
             target[key] = {}
         child = target[key]
     if not isinstance(child, (dict, list)):
-        raise RecipeError(f"--set {override}: '{key}' is a single value, it has no fields")
+        raise RecipeError(f"--set {_short(override)}: '{key}' is a single value, it has no fields")
     return child
 
 
 def _index(target: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(target):
-        raise RecipeError(f"--set {override}: '{key}' is no position in a list of {len(target)} (counted from 0)")
+        raise RecipeError(
+            f"--set {_short(override)}: '{key}' is no position in a list of {len(target)} (counted from 0)"
+        )
     return int(key)
 
 
@@ -165,7 +221,7 @@ def _explain(fault: Any) -> str:
     elif fault["type"] == "missing":
         message = "required but not given"
     elif not isinstance(fault["input"], (dict, list)):
-        message = f"{message}, got {fault['input']!r}"
+        message = f"{message}, got {_short(repr(fault['input']))}"
     return f"field '{field}': {message}"
 
 
@@ -189,6 +245,10 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean '{close[0]}'?" if close else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 
 def _one_line(error: Exception) -> str:

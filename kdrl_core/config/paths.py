@@ -4,11 +4,13 @@
 import importlib.util
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from kdrl_core.errors import RecipeError, RunError
 
 ASSETS = Path(__file__).parent.parent / "assets"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -31,9 +33,12 @@ def resolve_path(value: str) -> Path:
     """The absolute path that a recipe's `value` means. It need not exist, except for the package of `package:`.
 
     Raises:
-        RecipeError: the path leaves the shipped assets or the package, or the package is not installed.
+        RecipeError: the path leaves the shipped assets or the package, or the package is not installed, or no file
+            can have this name.
         RunError: what stands after `run:` is no run name.
     """
+    if _CONTROL.search(value):
+        raise RecipeError(f"path {value!r} has control characters; no file that kdrl reads is named like that")
     scheme, _, rest = value.partition(":")
     if scheme == "run":
         return artifacts_root() / "runs" / validate_run_name(rest) / "student"
@@ -41,14 +46,17 @@ def resolve_path(value: str) -> Path:
         return _below(ASSETS, rest, value)
     if scheme == "package":
         package, _, inner = rest.partition("/")
-        try:
-            spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):  # no parent package, or no package name at all
-            spec = None
+        spec = None
+        if package.isidentifier():  # finding a package within a package would import, that is run, the outer one
+            with suppress(ValueError):  # a module without a spec, like __main__
+                spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise RecipeError(f"path '{value}': package {package} is not installed; run pip install {package}")
         return _below(Path(spec.submodule_search_locations[0]), inner, value)
-    return Path(value).expanduser().absolute()
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError as error:  # no such user
+        raise RecipeError(f"path '{value}': {error} Give the folder itself") from error
 
 
 def _below(root: Path, inner: str, value: str) -> Path:

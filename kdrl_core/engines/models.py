@@ -1,20 +1,26 @@
 """Model directories: found, checked and compared before anything expensive begins, then loaded through transformers.
 
 The checks read JSON only, so that a wrong path or a foreign teacher is reported in a second, not after minutes.
+
+Weights are read from safetensors files of the directory itself and nothing else: `*.bin` and `*.pt` are pickles, which
+run code when they are loaded, and an adapter names another model to fetch. Code that comes with a model is run only
+where the recipe says `trust_remote_code: true`.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, resolve_path
 from kdrl_core.errors import ModelError
-from kdrl_core.tokenizer import read_tokenizer
+from kdrl_core.tokenizer import read_tokenizer, trust_hint
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_ADAPTER = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -47,10 +53,15 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
             f"{where}: {path} is not a model directory, it has no config.json; "
             f"give the folder that save_pretrained wrote"
         ) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(
             f"{where}: {path / 'config.json'} cannot be read ({error}); download the model again"
         ) from error
+    if (path / _ADAPTER).is_file():
+        raise ModelError(
+            f"{where}: {path} is an adapter to another model ({_ADAPTER}); merge it into that model, save the result "
+            "with save_pretrained and give its folder"
+        )
     if not any((path / name).is_file() for name in _WEIGHTS):
         raise ModelError(
             f"{where}: {path} has no {_WEIGHTS[0]}; only safetensors weights are loaded, convert them first"
@@ -61,17 +72,65 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
         raise ModelError(f"{where}: {path} has no tokenizer files; copy the model's tokenizer.json beside its weights")
     if not isinstance(values, dict):
         raise ModelError(f"{where}: {path / 'config.json'} is not a JSON object; download the model again")
+    _check_weight_files(path)
+    if not config.trust_remote_code and (_needs_own_code(values) or _tokenizer_needs_own_code(path)):
+        raise ModelError(
+            f"{where}: {path} comes with code of its own (auto_map), which is not run unasked; "
+            f"read that code, and set {role}.trust_remote_code=true if you trust it"
+        )
     return values
 
 
+def _check_weight_files(path: Path) -> None:
+    """Raise ModelError if transformers could come to read other weights than safetensors files of this directory."""
+    _shards(path)  # a file that an index names would be opened as a pickle unless it is called safetensors
+    values: Any = {}
+    with suppress(OSError, ValueError, RecursionError):  # told where the file is read
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if isinstance(values, dict) and values.get("transformers_weights") is not None:
+        raise ModelError(
+            f"{path / 'config.json'} names weights of its own choice (transformers_weights); "
+            f"remove that entry: weights are read from {_WEIGHTS[0]}, or the files of its index"
+        )
+
+
+def _needs_own_code(values: dict[str, Any]) -> bool:
+    """Whether transformers knows no class of its own for a config.json that names one in the model's directory."""
+    if "auto_map" not in values:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # costs a second: rarely asked
+
+    return values.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _tokenizer_needs_own_code(path: Path) -> bool:
+    if (path / "tokenizer.json").is_file():  # read as it is
+        return False
+    return "auto_map" in _tokenizer_config(path)
+
+
 def _shards(path: Path) -> list[str]:
-    """Files that the weight index of a sharded model names; none without a readable index."""
+    """Files that the weight index of a sharded model names; none if there is no index, or one file with all weights,
+    which goes first in transformers as well.
+
+    Raises:
+        ModelError: the index cannot be read, or names what is no safetensors file of this directory.
+    """
+    if (path / _WEIGHTS[0]).is_file():
+        return []
     try:
-        return sorted(set(json.loads((path / _WEIGHTS[1]).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads((path / _WEIGHTS[1]).read_text(encoding="utf-8"))["weight_map"].values()))
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ModelError(f"{path / _WEIGHTS[1]} cannot be read ({error}); download the model again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{path / _WEIGHTS[1]} names {name!r}, which is no safetensors file beside it; "
+                "convert the weights, or download the model again"
+            )
+    return names
 
 
 def context_limit(config: dict[str, Any]) -> int | None:
@@ -119,18 +178,23 @@ def _vocabulary(path: Path) -> dict[str, int] | None:
         if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
         return {**vocabulary, **{added["content"]: added["id"] for added in values.get("added_tokens", [])}}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty without one."""
+    file = path / "tokenizer_config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
 
 
 def _eos_token(path: Path) -> str | None:
-    file = path / "tokenizer_config.json"
-    try:
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
+    eos = _tokenizer_config(path).get("eos_token")
     if isinstance(eos, dict):  # an AddedToken, written out
         eos = eos.get("content")
     return eos if isinstance(eos, str) else None
@@ -149,10 +213,10 @@ def load_model(
 ) -> "PreTrainedModel":
     """The causal language model of a directory, in eval mode. Raises ModelError if it cannot be loaded."""
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    _check_weight_files(path)
     disable_progress_bar()  # a bar per load and save would bury the run's own progress
     model: PreTrainedModel
     try:
@@ -161,10 +225,11 @@ def load_model(
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"no model can be loaded from {path}: {_first_line(error)}") from error
+    except Exception as error:  # each file that is not as it should be fails in its own way
+        raise ModelError(f"no model can be loaded from {path}: {_first_line(error)}{trust_hint(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
         raise ModelError(
             f"{path} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}; "

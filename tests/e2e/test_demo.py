@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import MARK, TINY, left_behind
+from support import MARK, TINY, assert_only_private_servers, left_behind
 
 from flows.status import run_status
 from kdrl_core.ledger import open_run
@@ -50,6 +50,7 @@ def test_interrupted_demo_leaves_no_process_and_can_be_resumed(artifacts: Path) 
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "stage 2 did not begin"
         time.sleep(0.5)
+    assert_only_private_servers(str(artifacts))
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from support import MARK, TINY, left_behind
+from support import MARK, TINY, assert_only_private_servers, left_behind
 
 KDRL = str(Path(sys.executable).with_name("kdrl"))
 SETS = [part for value in TINY for part in ("--set", value)]
@@ -38,6 +38,7 @@ def test_interrupted_run_is_resumed_to_its_end(artifacts: Path) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "stage 2 did not begin"
         time.sleep(0.05)
+    assert_only_private_servers(str(artifacts))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
