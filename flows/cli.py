@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flows.cli_check import check
 from flows.cli_filter import filter_command
 from flows.cli_label import label
 from flows.cli_recover import recover
@@ -78,7 +79,7 @@ def resume(
         require_resumable(opened, loaded)
         from kdrl_core.steps.completion import is_finished
 
-        if is_finished(opened) and loaded == opened.recipe:
+        if loaded == opened.recipe and is_finished(opened, verify=True):
             out.print(f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}")
             return
         check_inputs(loaded)
@@ -158,6 +159,7 @@ app.command("filter")(filter_command)
 app.command()(label)
 app.command("verify")(verify_command)
 app.command()(recover)
+app.command()(check)
 
 
 def _status_of(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from flows.training_stage import training_stage
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
 from kdrl_core.preflight import check_inputs
+from kdrl_core.steps.completion import is_finished, require_finished
 
 
 def default_run_name() -> str:
@@ -38,6 +39,9 @@ def full_pipeline(recipe: str = "miniature", run_name: str | None = None, overri
     with run_lock(run.paths.lock):
         sweep_temporaries(run.paths.root)  # of an interrupted publication
         shown.run_opened(run)
+        if is_finished(run, verify=True):
+            shown.nothing_to_do(run)
+            return str(run.paths.root)
         run_dir = str(run.paths.root)
         filtering(run_dir)
         for stage in run.recipe.stages:
@@ -45,4 +49,5 @@ def full_pipeline(recipe: str = "miniature", run_name: str | None = None, overri
             train(run_dir, stage)
         evaluation(run_dir)
         reporting(run_dir)
+        require_finished(run)
         return run_dir

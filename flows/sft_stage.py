@@ -7,31 +7,35 @@ from prefect import flow
 
 from flows import hooks, shown
 from flows.periodic import evaluate_if_due
+from flows.run_dir import open_own_run
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import open_run_dir, run_lock
-from kdrl_core.steps.checkpoints import prune_checkpoints, remaining_steps
+from kdrl_core.ledger import run_lock
+from kdrl_core.steps.checkpoints import open_stage
+from kdrl_core.steps.completion import require_trained
 from kdrl_core.steps.session import close_sessions
-from kdrl_core.steps.shards import num_shards, remaining_shards
+from kdrl_core.steps.shards import num_shards, open_shards
 from tasks.sft import select, sft_update, teacher_sample, verify_samples
 
 
 @flow(name="kdrl-sft-stage", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])
 def sft_stage(run_dir: str, stage: str) -> None:
     """Sample what is missing, then train an SFT stage from its latest checkpoint to its last step."""
-    run = open_run_dir(run_dir)
+    run = open_own_run(run_dir)
     if (objective := run.recipe.stage(stage).objective) != "sft":
         raise RunError(f"{stage}.objective={objective} is no SFT; run it with kdrl-training-stage/training-stage")
-    with run_lock(run.paths.lock), shown.stage_progress(run, stage) as progress:
-        prune_checkpoints(run, stage)  # an interrupted run may not have come to it
-        for shard in remaining_shards(run, stage):
+    with run_lock(run.paths.lock):
+        steps = open_stage(run, stage)
+        progress = shown.StageProgress(run, stage)
+        for shard in open_shards(run, stage):
             teacher_sample(run_dir, stage, shard)
             verify_samples(run_dir, stage, shard)
             progress.sampled(shard + 1, num_shards(run, stage))
         select(run_dir, stage)
         progress.selected()
-        steps = remaining_steps(run, stage)
         evaluate_if_due(run, stage, steps.start, progress)
         for step in steps:
             progress.step(sft_update(run_dir, stage, step))
             evaluate_if_due(run, stage, step + 1, progress)
         close_sessions()
+        require_trained(run, stage)
+        progress.finish()

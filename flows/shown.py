@@ -1,9 +1,9 @@
 """What a run shows in Prefect: log lines, a progress artifact per stage, tables, the result, links to its files."""
 
+import logging
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.exceptions import MissingContextError
 
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
 from kdrl_core.reporting.summary import summarize
@@ -36,16 +37,33 @@ def artifact_key(run: Run, *parts: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join([run.name, *parts]).lower()).strip("-")
 
 
+class _CoreLog(logging.Handler):
+    """Shows what `kdrl_core` logs (what was reused, damaged, tried again) in the flow or task run that it is from."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(MissingContextError):
+            get_run_logger().log(record.levelno, record.getMessage())
+
+
+_core = logging.getLogger("kdrl")
+_core.addHandler(_CoreLog())
+_core.setLevel(logging.INFO)
+
+
 def run_opened(run: Run) -> None:
     """Say which run this is, and where its files are."""
     get_run_logger().info("run %s, recipe %s, files in %s", run.name, run.recipe.name, run.paths.root)
+
+
+def nothing_to_do(run: Run) -> None:
+    """Say that a run is finished."""
+    get_run_logger().info("nothing to do: run %s is finished, %s", run.name, run.paths.report / "report.html")
 
 
 def filtered(run_dir: str, reports: dict[str, str]) -> None:
     """Show the filter's counts."""
     run = open_run_dir(run_dir)
     if not reports:
-        get_run_logger().info("reused %s", run.relative(run.paths.pool))
         return
     text = "\n\n".join(f"**{stage}**\n\n```\n{table}\n```" for stage, table in reports.items())
     create_markdown_artifact(text, key=artifact_key(run, "filter"), description="problems kept and dropped, by rule")
@@ -159,14 +177,6 @@ class StageProgress:
 
     def _set_progress(self, percent: float) -> None:
         update_progress_artifact(artifact_id=self._artifact, progress=percent)
-
-
-@contextmanager
-def stage_progress(run: Run, stage: str) -> Iterator[StageProgress]:
-    """Show a stage while it runs."""
-    progress = StageProgress(run, stage)
-    yield progress
-    progress.finish()
 
 
 def evaluated(run: Run) -> None:

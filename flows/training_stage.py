@@ -10,9 +10,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import hooks, shown
 from flows.periodic import evaluate_if_due
+from flows.run_dir import open_own_run
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import open_run_dir, run_lock
-from kdrl_core.steps.checkpoints import prune_checkpoints, remaining_steps
+from kdrl_core.ledger import run_lock
+from kdrl_core.steps.checkpoints import open_stage
+from kdrl_core.steps.completion import require_trained
 from kdrl_core.steps.session import close_sessions
 from tasks.rollout import rollout
 from tasks.teacher_score import teacher_score
@@ -31,12 +33,12 @@ _SCORE_AND_VERIFY: Any = ThreadPoolTaskRunner(max_workers=2)
 )
 def training_stage(run_dir: str, stage: str) -> None:
     """Train one stage of an existing run from its latest checkpoint to its last step."""
-    run = open_run_dir(run_dir)
+    run = open_own_run(run_dir)
     if run.recipe.stage(stage).objective == "sft":
         raise RunError(f"{stage}.objective=sft has a flow of its own; run it with kdrl-sft-stage/sft-stage")
-    with run_lock(run.paths.lock), shown.stage_progress(run, stage) as progress:
-        prune_checkpoints(run, stage)  # an interrupted run may not have come to it
-        steps = remaining_steps(run, stage)
+    with run_lock(run.paths.lock):
+        steps = open_stage(run, stage)
+        progress = shown.StageProgress(run, stage)
         evaluate_if_due(run, stage, steps.start, progress)
         for step in steps:
             rollout(run_dir, stage, step)
@@ -47,3 +49,5 @@ def training_stage(run_dir: str, stage: str) -> None:
             progress.step(summary)
             evaluate_if_due(run, stage, step + 1, progress)
         close_sessions()
+        require_trained(run, stage)
+        progress.finish()

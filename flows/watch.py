@@ -80,18 +80,29 @@ class RunView:
             except KdrlError:
                 return
             for stage in self._run.recipe.stages:  # what was there before is no news
-                self._printed[stage] = len(load_metrics(self._run, stage))
+                self._printed[stage] = len(self._load(stage))
         for stage in self._run.recipe.stages:
             path = self._paths.metrics(stage)
             stamp = path.stat().st_mtime_ns if path.is_file() else 0
             if stamp != self._stamps.get(stage):
                 self._stamps[stage] = stamp
-                self._rows[stage] = load_metrics(self._run, stage)
+                self._rows[stage] = self._load(stage)
+
+    def _load(self, stage: str) -> list[dict[str, Any]]:
+        assert self._run is not None
+        try:
+            return load_metrics(self._run, stage)
+        except KdrlError:  # damaged: the stage rebuilds them when it is opened
+            return []
 
     def new_lines(self) -> list[str]:
         """One line per step or phase since the last call."""
+        was_new = self._run is None
         self.refresh()
         lines = []
+        for stage, printed in self._printed.items():
+            if was_new and printed:
+                lines.append(f"{stage}: steps 0 to {printed - 1} are published already, reused")
         for stage, rows in self._rows.items():
             for row in rows[self._printed.get(stage, 0) :]:
                 lines.append(self._step_line(stage, row))

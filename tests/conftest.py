@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,29 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "artifacts"
     monkeypatch.setenv("KDRL_ARTIFACTS", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def kept_verifier() -> Iterator[Any]:
+    """One Verifier for all runs of this process."""
+    from support import KeptVerifier
+
+    from kdrl_core.verify import Verifier
+
+    verifier = KeptVerifier(workers=1)
+    yield verifier
+    Verifier.close(verifier)
+
+
+@pytest.fixture
+def fast_sessions(kept_verifier: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sessions that share the Verifier; closed before and after the test."""
+    from kdrl_core.steps import session
+
+    session.close_sessions()
+    monkeypatch.setattr(session, "Verifier", lambda **_: kept_verifier)
+    yield
+    session.close_sessions()
 
 
 @pytest.fixture(scope="session")

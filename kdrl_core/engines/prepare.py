@@ -1,5 +1,6 @@
 """Models that transformers cannot train from as they are: GGUF files, turned once into plain model directories."""
 
+import hashlib
 from pathlib import Path
 
 from kdrl_core.config import ModelConfig, resolve_path
@@ -7,11 +8,15 @@ from kdrl_core.engines.models import check_model_dir
 from kdrl_core.errors import ModelError
 from kdrl_core.ledger import is_published, publish_directory
 
+_verified: set[Path] = set()
+"""Converted models whose bytes this process has compared: they are large, and asked for often."""
+
 
 def prepared_model(config: ModelConfig, run_root: Path) -> Path:
     """The Hugging Face model directory of a recipe's model.
 
-    A GGUF file is converted on first use into `<artifacts>/models/<stem>/`, beside the runs and shared by them.
+    A GGUF file is converted on first use into `<artifacts>/models/<stem>-<hash of its path>/`, beside the runs and shared
+    by them.
 
     Raises:
         ModelError: the files are missing, or reading GGUF needs a package that is not installed.
@@ -20,10 +25,13 @@ def prepared_model(config: ModelConfig, run_root: Path) -> Path:
     source = resolve_path(config.path)
     if config.gguf_file is None:
         return source
-    target = run_root.parent.parent / "models" / Path(config.gguf_file).stem
-    if not is_published(target):
+    file = source / config.gguf_file
+    place = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]  # two files may have one name
+    target = run_root.parent.parent / "models" / f"{file.stem}-{place}"
+    if target not in _verified or not is_published(target):
         gguf_file = config.gguf_file
         publish_directory(target, lambda folder: _convert(source, gguf_file, folder), metadata={"source": gguf_file})
+        _verified.add(target)
     return target
 
 
@@ -32,8 +40,13 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        # Unless told, transformers would ask on the terminal whether to run code found beside the file.
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf_file, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, gguf_file=gguf_file, trust_remote_code=False, local_files_only=True
+        )
     except ImportError as error:
         raise ModelError(f"reading {gguf_file} needs more packages: pip install 'kdrl[gguf]' ({error})") from error
     # save_pretrained of a model that came from GGUF raises; a plain one with its weights does not.

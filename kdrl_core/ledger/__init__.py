@@ -1,20 +1,17 @@
 """The ledger: where a run's files lie, how they are published, and what randomness they are made from."""
 
 from kdrl_core.config.paths import artifacts_root, validate_run_name
+from kdrl_core.ledger.heal import find_intact, refuse_other_bytes
 from kdrl_core.ledger.layout import RunPaths, checkpoint_label
 from kdrl_core.ledger.lock import lock_holder, run_lock
+from kdrl_core.ledger.manifest import Manifest, is_current, is_published, manifest_of, verify_published
 from kdrl_core.ledger.publish import (
-    Manifest,
-    is_current,
-    is_published,
-    manifest_of,
     publish_directory,
     publish_file,
     replace_file,
     require_writable,
     storage_errors,
     sweep_temporaries,
-    verify_published,
 )
 from kdrl_core.ledger.run import Run, create_run, list_runs, open_run, open_run_dir, require_resumable
 from kdrl_core.ledger.seeds import derive_seed, prompts_of_step, uniforms
@@ -27,6 +24,7 @@ __all__ = [
     "checkpoint_label",
     "create_run",
     "derive_seed",
+    "find_intact",
     "is_current",
     "is_published",
     "list_runs",
@@ -37,6 +35,7 @@ __all__ = [
     "prompts_of_step",
     "publish_directory",
     "publish_file",
+    "refuse_other_bytes",
     "replace_file",
     "require_resumable",
     "require_writable",

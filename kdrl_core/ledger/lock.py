@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kdrl_core.errors import RunLockedError
-from kdrl_core.ledger.publish import replace_file
+from kdrl_core.ledger.publish import replace_file, storage_errors
 
 _PATIENCE_S = 0.2
 """Longer than `lock_holder` of another process holds the lock to see whether it is free."""
@@ -23,12 +23,14 @@ def run_lock(path: Path) -> Iterator[None]:
 
     Raises:
         RunLockedError: another process holds it; its pid, host and start are named.
+        StorageError: the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     holder_file = path.with_suffix(".holder.json")
     lock = FileLock(path, is_singleton=True, thread_local=False)
     try:
-        lock.acquire(timeout=_PATIENCE_S, poll_interval=_PATIENCE_S / 4)
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=_PATIENCE_S, poll_interval=_PATIENCE_S / 4)
     except Timeout as error:
         raise RunLockedError(
             f"run {path.parent.name} is in use by {_holder(holder_file)}; wait for it, stop it, or use another run name"
@@ -55,6 +57,8 @@ def lock_holder(path: Path) -> str | None:
         lock.acquire(timeout=0)
     except Timeout:
         return _holder(path.with_suffix(".holder.json"))
+    except OSError:  # on a disk that cannot be written nobody works on a run
+        return None
     lock.release()
     return None
 
@@ -63,5 +67,5 @@ def _holder(file: Path) -> str:
     try:
         holder = json.loads(file.read_text())
         return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"

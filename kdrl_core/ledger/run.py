@@ -1,8 +1,10 @@
 """A run: its folder, its frozen recipe, and the refusal to go on under another one."""
 
 import json
+import logging
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,14 +13,19 @@ from typing import Any
 
 import kdrl_core
 from kdrl_core.config import Recipe, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
+from kdrl_core.config.changes import SAFE_FIELDS
 from kdrl_core.config.paths import artifacts_root
-from kdrl_core.errors import RunError
+from kdrl_core.errors import DamagedArtifactError, RecipeError, RunError
 from kdrl_core.ledger.layout import RunPaths
 from kdrl_core.ledger.lock import run_lock
-from kdrl_core.ledger.publish import replace_file, require_writable, verify_published
+from kdrl_core.ledger.manifest import is_published, manifest_of, verify_published
+from kdrl_core.ledger.publish import replace_file, require_writable
 
 _VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
 _MIN_FREE_MB = 64
+_ARTIFACT_FOLDERS = ("data", "samples", "rollouts", "metrics", "checkpoints", "evaluation", "student", "report")
+_REWRITE = "restore it from a backup, or have it written anew: kdrl run --recipe RECIPE"
+_logger = logging.getLogger("kdrl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +53,32 @@ class Run:
         """What a new artifact is made from: each published file, verified now, with its hash."""
         return {self.relative(path): verify_published(path).sha256 for path in paths}
 
+    def used_by(self, consumer: Path, path: Path) -> str | None:
+        """The sha256 of `path` that the published `consumer` was made from; None if that cannot be told."""
+        with suppress(DamagedArtifactError):
+            return manifest_of(consumer).inputs.get(self.relative(path)) if is_published(consumer) else None
+        return None
+
 
 def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> Run:
     """Make the folder of a new run, or open it again under the same recipe.
 
+    Of a run that has lost one of recipe.yaml and manifest.json the other says whether `recipe` is its recipe; what was
+    lost is then written anew.
+
     Raises:
-        RunError: bad name, or the run exists with a recipe that differs in a field that changes results.
+        RunError: bad name, or the run exists with a recipe that differs in a field that changes results, or with none.
         RunLockedError: another process works on it, so its recipe cannot be changed.
         StorageError: the folder cannot be written or the disk is full.
     """
     paths = RunPaths.of(name, artifacts)
     require_writable(paths.root.parent, free_mb=_MIN_FREE_MB)
-    if not paths.manifest.is_file():
+    if not any((paths.root / folder).exists() for folder in _ARTIFACT_FOLDERS) and not paths.manifest.is_file():
         with run_lock(paths.lock):
             replace_file(paths.recipe, dump_recipe(recipe).encode())
             _write_manifest(paths, recipe, history=[])
         return Run(paths, recipe)
+    _restore_identity(paths, recipe)
     run = open_run(name, artifacts=artifacts)
     require_resumable(run, recipe)
     changes = diff_recipes(run.recipe, recipe)
@@ -82,7 +99,8 @@ def require_resumable(run: Run, recipe: Recipe) -> None:
     if unsafe := unsafe_changes(run.recipe, recipe):
         raise RunError(
             f"run {run.name} was started with another recipe: {'; '.join(map(str, unsafe))}. "
-            "Use another run name, or resume with the recipe it was started with"
+            "Use another run name, or resume with the recipe it was started with. "
+            f"Safe to change are {', '.join(SAFE_FIELDS)}, and of the last stage more steps"
         )
 
 
@@ -93,11 +111,17 @@ def open_run(name: str, *, artifacts: Path | None = None) -> Run:
         RunError: no such run (the nearest names are given), or recipe.yaml is not the one that the manifest records.
     """
     paths = RunPaths.of(name, artifacts)
+    if paths.recipe.is_file() and not paths.manifest.is_file():
+        raise RunError(
+            f"{paths.manifest} is missing; to have it written anew: kdrl run --recipe {paths.recipe} --name {name}"
+        )
     if not paths.manifest.is_file():
         known = list_runs(artifacts)
         listing = f"runs here: {', '.join(known[-8:])}" if known else "there are none yet; start one with kdrl run"
         raise RunError(f"no run '{name}' in {paths.root.parent}; {listing}")
     manifest = _read_manifest(paths)
+    if not paths.recipe.is_file():
+        raise RunError(f"{paths.recipe} is missing; {_REWRITE} --name {name}, with the recipe it was started with")
     recipe = load_recipe(paths.recipe)
     if config_hash(recipe) not in (manifest.get("config_hash"), manifest.get("announced_config_hash")):
         raise RunError(
@@ -120,20 +144,49 @@ def list_runs(artifacts: Path | None = None) -> list[str]:
     return [path.parent.name for path in sorted(manifests, key=lambda path: (_created(path), path))]
 
 
+def _restore_identity(paths: RunPaths, recipe: Recipe) -> None:
+    """Write the run's manifest.json from its recipe.yaml, or the other way round, where one is lost and `recipe` fits.
+
+    Raises:
+        RunError: both are lost.
+    """
+    kept: Recipe | None = None
+    with suppress(RecipeError):
+        kept = load_recipe(paths.recipe) if paths.recipe.is_file() else None
+    try:
+        recorded = _read_manifest(paths) if paths.manifest.is_file() else None
+    except RunError:
+        recorded = None
+    if kept is None and recorded is None:
+        raise RunError(
+            f"{paths.root} holds artifacts, but no readable recipe.yaml or manifest.json says what they are; "
+            "restore one of them, or use another run name"
+        )
+    if recorded is None and kept is not None:
+        _logger.warning("%s is missing or cannot be read; it is written anew from recipe.yaml", paths.manifest)
+        require_resumable(Run(paths, kept), recipe)
+        with run_lock(paths.lock):
+            _write_manifest(paths, kept, history=[])
+    elif recorded is not None and kept is None and recorded.get("config_hash") == config_hash(recipe):
+        _logger.warning("%s is missing or cannot be read; it is written anew", paths.recipe)
+        with run_lock(paths.lock):
+            replace_file(paths.recipe, dump_recipe(recipe).encode())
+
+
 def _created(path: Path) -> str:
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["created_at"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
 def _read_manifest(paths: RunPaths) -> Mapping[str, Any]:
     try:
         manifest = json.loads(paths.manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{paths.manifest} cannot be read ({error}); restore it from a backup") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{paths.manifest} cannot be read ({error}); {_REWRITE} --name {paths.name}") from error
     if not isinstance(manifest, dict):
-        raise RunError(f"{paths.manifest} is not a manifest; restore it from a backup")
+        raise RunError(f"{paths.manifest} is not a manifest; {_REWRITE} --name {paths.name}")
     return manifest
 
 

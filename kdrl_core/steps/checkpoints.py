@@ -1,11 +1,30 @@
 """Which checkpoints a stage has, where it goes on, and which are kept."""
 
+import logging
 import re
 import shutil
+from pathlib import Path
 
-from kdrl_core.ledger import Run, is_published
+from kdrl_core.errors import RunError
+from kdrl_core.ledger import Run, find_intact, is_published
+from kdrl_core.rollouts.metrics import rebuild_metrics
 
 _NAME = re.compile(r"step-(\d{6,})")
+_logger = logging.getLogger("kdrl")
+
+
+def open_stage(run: Run, stage: str) -> range:
+    """Make a stage ready to go on, and the steps that it still has to go through, as `remaining_steps`.
+
+    A damaged checkpoint is set aside: the stage then goes on from the one before, or from its initial policy, and
+    replays the updates since from their published rollouts. Checkpoints beyond the retention are deleted, which an
+    interrupted run may not have come to; metrics that do not hold what the steps' manifests say are rebuilt.
+    """
+    while (step := latest_checkpoint(run, stage)) and find_intact(run.paths.checkpoint(stage, step)) is None:
+        pass  # it no longer counts
+    prune_checkpoints(run, stage)
+    rebuild_metrics(run, stage)
+    return remaining_steps(run, stage)
 
 
 def checkpoint_steps(run: Run, stage: str) -> list[int]:
@@ -37,14 +56,17 @@ def is_checkpoint_due(run: Run, stage: str, step: int) -> bool:
 
 def prune_checkpoints(run: Run, stage: str) -> list[int]:
     """Delete checkpoints beyond the recipe's retention, which counts those before the stage's last step; that one is
-    always kept. Returns the deleted."""
+    always kept. Returns the deleted. Raises RunError for checkpoints that are links out of the run."""
     config = run.recipe.stage(stage)
+    folder = run.paths.checkpoint(stage, 0).parent
+    _refuse_links(run, folder)
     steps = checkpoint_steps(run, stage)
     keep = {*[step for step in steps if step != config.steps][-config.checkpoint.keep_last :], config.steps}
     if every := config.checkpoint.keep_every:
         keep |= {step for step in steps if step % every == 0}
-    for path in run.paths.checkpoint(stage, 0).parent.glob("step-*"):
-        if not is_published(path):  # what a deletion that was interrupted left
+    for path in folder.glob("step-*"):
+        if not is_published(path):
+            _logger.warning("%s has no manifest: what a deletion that was interrupted left, now deleted", path)
             shutil.rmtree(path)
     doomed = [step for step in steps if step not in keep]
     for step in doomed:
@@ -52,3 +74,14 @@ def prune_checkpoints(run: Run, stage: str) -> list[int]:
         (path / "manifest.json").unlink()  # first: without it the rest does not count
         shutil.rmtree(path)
     return doomed
+
+
+def _refuse_links(run: Run, folder: Path) -> None:
+    """Raise RunError if checkpoints lead out of the run: deleting them would delete what is not ours."""
+    root = run.paths.root.resolve()
+    for path in (folder, *folder.glob("step-*")):
+        if not path.resolve().is_relative_to(root):
+            raise RunError(
+                f"{path} leads out of the run, to {path.resolve()}; checkpoints are deleted there by the retention, so "
+                "move them into the run, or link the whole artifacts folder (KDRL_ARTIFACTS)"
+            )

@@ -18,7 +18,7 @@ from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
 from kdrl_core.evaluation.results import RESULTS, read_results
 from kdrl_core.evaluation.statistics import accuracy
-from kdrl_core.ledger import Run, derive_seed, is_current, is_published, publish_directory, verify_published
+from kdrl_core.ledger import Run, derive_seed, find_intact, is_published, publish_directory, verify_published
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import EVALUATION, write_table
@@ -53,8 +53,7 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
     recipe = run.recipe
     path, config = model_of(run, label)
     inputs = _inputs(run, path)
-    if is_current(target, inputs):
-        verify_published(target)
+    if find_intact(target, inputs, is_exact=False):
         return read_results(target)
     started = time.perf_counter()
     tokenizer = load_tokenizer(path, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code)

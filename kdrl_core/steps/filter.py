@@ -10,7 +10,7 @@ from kdrl_core.data import FilterReport, filter_problems, read_problems
 from kdrl_core.engines.models import compare_tokenizers, load_tokenizer
 from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import Run, is_published, publish_file, verify_published
+from kdrl_core.ledger import Run, find_intact, publish_file
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import write_table
 from kdrl_core.steps.session import initial_policy
@@ -23,9 +23,8 @@ def filter_run(run: Run) -> dict[str, FilterReport]:
         ModelError: a model cannot be prepared, or the teacher's tokenizer is another one.
         DataError: unreadable or malformed input, or a pool too small for one step (SFT: for one batch).
     """
-    if is_published(run.paths.pool) and is_published(run.paths.filter_report):
-        verify_published(run.paths.pool)
-        verify_published(run.paths.filter_report)
+    has_pool, has_report = (find_intact(path) is not None for path in (run.paths.pool, run.paths.filter_report))
+    if has_pool and has_report:
         return {}
     report_progress(run, stage="filter", phase="filter")
     recipe = run.recipe
@@ -45,7 +44,12 @@ def filter_run(run: Run) -> dict[str, FilterReport]:
         _check_size(recipe, stage, len(pool))
         pools.append(pool)
     content = json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=1) + "\n"
-    publish_file(run.paths.pool, lambda path: write_table(pa.concat_tables(pools), path))
+    if not has_pool:
+        publish_file(
+            run.paths.pool,
+            lambda path: write_table(pa.concat_tables(pools), path),
+            expected=run.used_by(run.paths.rollouts(recipe.stages[0], 0), run.paths.pool),
+        )
 
     def write_report(path: Path) -> None:
         path.write_text(content, encoding="utf-8")

@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
-from kdrl_core.ledger import Run, publish_directory, verify_published
+from kdrl_core.ledger import Run, find_intact, publish_directory, verify_published
 from kdrl_core.reporting.report import render_report
+from kdrl_core.reporting.summary import final_labels
 from kdrl_core.steps.completion import final_checkpoint, report_inputs
 from kdrl_core.training.protocols import STATE_DIR
 
@@ -19,11 +20,13 @@ def export_student(run: Run) -> Path:
         )
 
     publish_directory(run.paths.student, write, inputs=run.inputs(checkpoint))
-    verify_published(run.paths.student)
     return run.paths.student
 
 
 def write_report(run: Run) -> Path:
     """Publish the report of a run whose models are all evaluated."""
+    for label in final_labels(run):
+        verify_published(run.paths.evaluation(label))
+    find_intact(run.paths.report, is_exact=False)
     publish_directory(run.paths.report, lambda folder: render_report(run, folder), inputs=report_inputs(run))
     return run.paths.report

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import derive_seed, is_published, manifest_of, prompts_of_step, publish_file, verify_published
+from kdrl_core.ledger import derive_seed, find_intact, is_published, manifest_of, prompts_of_step, publish_file
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import ROLLOUTS, write_table
 from kdrl_core.rollouts.stats import repetition_rate
@@ -31,13 +31,12 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
     Raises:
         DataError: the pool is smaller than a step.
         EngineError: the engine's logits are not finite.
-        DamagedArtifactError: the published file was altered.
+        DamagedArtifactError: a damaged file was made again and came out otherwise.
     """
     started = time.perf_counter()
     run, stage = session.run, session.stage
     path = run.paths.rollouts(stage, step)
-    if is_published(path):
-        verify_published(path)
+    if find_intact(path):
         return StepArtifact(path=path, reused=True, seconds=0.0)
     engine = session.engine_at(step)
     requests = _requests(session, step)
@@ -45,7 +44,13 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
     table = rollouts_table(session, requests, rollouts, policy_version=step)
     inputs = _inputs(session, step)
     seconds = time.perf_counter() - started
-    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
+    publish_file(
+        path,
+        lambda file: write_table(table, file),
+        inputs=inputs,
+        metadata={"seconds": seconds},
+        expected=run.used_by(run.paths.update(stage, step), path),
+    )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
 
 

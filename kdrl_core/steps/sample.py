@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import derive_seed, is_published, manifest_of, publish_file, verify_published
+from kdrl_core.ledger import derive_seed, find_intact, manifest_of, publish_file
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import SFT_DATASET, read_table, write_table
 from kdrl_core.steps.rollout import Finished, StepArtifact, rollouts_table
@@ -29,13 +29,12 @@ def sample_shard(session: StageSession, shard: int) -> StepArtifact:
 
     Raises:
         EngineError: the teacher's logits are not finite.
-        DamagedArtifactError: the published file was altered.
+        DamagedArtifactError: a damaged file was made again and came out otherwise.
     """
     started = time.perf_counter()
     run, stage, samples = session.run, session.stage, session.config.sft.samples
     path = run.paths.sample_rollouts(stage, shard)
-    if is_published(path):
-        verify_published(path)
+    if find_intact(path):
         return StepArtifact(path=path, reused=True, seconds=0.0)
     inputs = run.inputs(run.paths.pool)
     requests = [
@@ -81,8 +80,7 @@ def select_samples(session: StageSession) -> StepArtifact:
     started = time.perf_counter()
     run, stage, config = session.run, session.stage, session.config
     path = run.paths.sft_dataset(stage)
-    if is_published(path):
-        verify_published(path)
+    if find_intact(path):
         return StepArtifact(path=path, reused=True, seconds=0.0)
     report_progress(run, stage=stage, phase="select")
     inputs: dict[str, str] = {}

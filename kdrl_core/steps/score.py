@@ -4,7 +4,7 @@ import time
 
 import pyarrow as pa
 
-from kdrl_core.ledger import is_published, publish_file, verify_published
+from kdrl_core.ledger import find_intact, publish_file
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.columns import from_matrices, score_requests
 from kdrl_core.rollouts.schema import REFERENCE, TEACHER, TEACHER_TOPK, read_table, write_table
@@ -28,17 +28,22 @@ def _score(session: StageSession, step: int, role: str) -> StepArtifact:
     run, stage = session.run, session.stage
     paths = run.paths
     path = paths.teacher(stage, step) if role == "teacher" else paths.reference(stage, step)
-    if is_published(path):
-        verify_published(path)
-        return StepArtifact(path=path, reused=True, seconds=0.0)
-    report_progress(run, stage=stage, step=step, phase=f"{role}-score")
     source = paths.rollouts(stage, step)
     inputs = run.inputs(source)
+    if find_intact(path, inputs):
+        return StepArtifact(path=path, reused=True, seconds=0.0)
+    report_progress(run, stage=stage, step=step, phase=f"{role}-score")
     rollouts = read_table(source, ["prompt_id", "sample", "prompt_token_ids", "token_ids"])
     requests = score_requests(rollouts)
     table = _table(session, role, rollouts["prompt_id"], rollouts["sample"], requests)
     seconds = time.perf_counter() - started
-    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
+    publish_file(
+        path,
+        lambda file: write_table(table, file),
+        inputs=inputs,
+        metadata={"seconds": seconds},
+        expected=run.used_by(paths.update(stage, step), path),
+    )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
 
 

@@ -21,7 +21,7 @@ from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import Run, is_published, open_run_dir, verify_published
+from kdrl_core.ledger import Run, is_published, open_run_dir, refuse_other_bytes, verify_published
 from kdrl_core.rollouts.schema import read_table
 from kdrl_core.steps.checkpoints import latest_checkpoint
 from kdrl_core.training.torch_trainer import TorchTrainer
@@ -48,8 +48,7 @@ class StageSession:
         self._verifier: Verifier | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
         torch.set_num_threads(run.recipe.runtime.num_threads)
-        if self.initial_policy.is_relative_to(run.paths.root):
-            verify_published(self.initial_policy)
+        self._check_initial_policy()
         self.tokenizer = load_tokenizer(
             self.initial_policy,
             chat_template=run.recipe.student.chat_template,
@@ -60,6 +59,18 @@ class StageSession:
     def initial_policy(self) -> Path:
         """Model directory that the stage starts from: the recipe's student, or what stage 1 made of it."""
         return initial_policy(self.run, self.stage)
+
+    def _check_initial_policy(self) -> None:
+        """Raise DamagedArtifactError if a published model that the stage starts from was altered, or is another than
+        the one that its first step was sampled from."""
+        path, run = self.initial_policy, self.run
+        if not is_published(path):
+            return
+        found = verify_published(path).sha256
+        if path.is_relative_to(run.paths.root):
+            used = run.used_by(run.paths.rollouts(self.stage, 0), path)
+            if used not in (None, found):
+                refuse_other_bytes(path, found, used, f"what {self.stage} started from")
 
     @property
     def pool(self) -> dict[str, dict[str, Any]]:

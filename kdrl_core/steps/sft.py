@@ -58,7 +58,7 @@ def sft_step(session: StageSession, step: int) -> StepSummary:
     return end_step(
         session,
         step,
-        lambda: _record(rows, stats, config, step, len(dataset), seconds),
+        _record(rows, stats, config, step, len(dataset), seconds),
         inputs={run.relative(path): manifest_of(path).sha256},
     )
 

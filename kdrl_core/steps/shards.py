@@ -2,7 +2,7 @@
 
 import pyarrow.compute as pc
 
-from kdrl_core.ledger import Run, is_published
+from kdrl_core.ledger import Run, find_intact, is_published
 from kdrl_core.rollouts.schema import read_table
 
 
@@ -27,6 +27,11 @@ def remaining_shards(run: Run, stage: str) -> list[int]:
         if not is_published(run.paths.sample_rewards(stage, shard))
         or not is_published(run.paths.sample_rollouts(stage, shard))
     ]
+
+
+def open_shards(run: Run, stage: str) -> range:
+    """The shards to go through before selection: all, unless the dataset is there and intact."""
+    return range(0 if find_intact(run.paths.sft_dataset(stage)) else num_shards(run, stage))
 
 
 def _problem_ids(run: Run, stage: str) -> list[str]:

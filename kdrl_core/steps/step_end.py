@@ -1,16 +1,21 @@
 """The end of an optimiser step: update.parquet with the step's metrics in its manifest, the row, a due checkpoint."""
 
-from collections.abc import Callable, Mapping
+import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
-from kdrl_core.ledger import is_published, manifest_of, publish_directory, publish_file, verify_published
+from kdrl_core.errors import DamagedArtifactError
+from kdrl_core.ledger import Manifest, find_intact, publish_directory, publish_file
 from kdrl_core.rollouts.metrics import append_metrics
 from kdrl_core.rollouts.schema import write_table
 from kdrl_core.steps.checkpoints import is_checkpoint_due, prune_checkpoints
 from kdrl_core.steps.session import StageSession
+
+_logger = logging.getLogger("kdrl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,37 +39,37 @@ class StepSummary:
     replayed: bool
 
 
-def end_step(
-    session: StageSession, step: int, record: Callable[[], StepRecord], *, inputs: Mapping[str, str]
-) -> StepSummary:
+def end_step(session: StageSession, step: int, made: StepRecord, *, inputs: Mapping[str, str]) -> StepSummary:
     """Publish what the trainer's update did, which ends the step, and the new policy when one is due.
 
     Args:
-        record: made only if the step's update.parquet is not published yet; otherwise the step was replayed.
+        made: what the trainer has just done. Where the step's update.parquet is published, the step was replayed,
+            and both are compared.
         inputs: the files that the update was made from, with their hashes.
 
     Raises:
-        DamagedArtifactError: a published update.parquet was altered.
+        DamagedArtifactError: the step was trained on other files than it has now, or a damaged update.parquet was made
+            again and came out otherwise.
     """
     run, stage = session.run, session.stage
     path = run.paths.update(stage, step)
-    replayed = is_published(path)
-    if not replayed:
-        made = record()
-        publish_file(
+    published = find_intact(path)
+    replayed = published is not None
+    if published is not None:
+        _check_replay(path, published, inputs, made.metrics)
+    else:
+        published = publish_file(
             path,
             lambda file: write_table(made.table, file),
             inputs=inputs,
             metadata={"metrics": made.metrics, "timings": made.timings},
         )
-    recorded = verify_published(path).metadata
+    recorded = published.metadata
     append_metrics(run, stage, step)
     checkpoint = None
     if is_checkpoint_due(run, stage, step + 1):
         checkpoint = run.paths.checkpoint(stage, step + 1)
-        publish_directory(
-            checkpoint, session.trainer_at(step + 1).save, inputs={run.relative(path): manifest_of(path).sha256}
-        )
+        publish_directory(checkpoint, session.trainer_at(step + 1).save, inputs={run.relative(path): published.sha256})
         prune_checkpoints(run, stage)
     return StepSummary(
         step=step,
@@ -73,3 +78,26 @@ def end_step(
         checkpoint=checkpoint,
         replayed=replayed,
     )
+
+
+def _check_replay(path: Path, published: Manifest, inputs: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+    """Refuse a step whose files are not those that it was trained on; warn if its update comes out otherwise."""
+    changed = sorted(name for name in {*inputs, *published.inputs} if inputs.get(name) != published.inputs.get(name))
+    if changed:
+        raise DamagedArtifactError(
+            f"{path} was made from other files than are there now: {', '.join(changed)}; "
+            "restore them from a backup, or start a new run"
+        )
+    recorded = published.metadata["metrics"]
+    differing = [name for name, value in metrics.items() if not _same(value, recorded.get(name))]
+    if differing:
+        name = max(differing, key=lambda name: abs(metrics[name] - recorded.get(name, math.inf)))
+        _logger.warning(
+            "%s: its replay gives %s %r, recorded is %r (%d metrics differ): this machine or these versions do not "
+            "reproduce the run bit by bit",
+            *(path, name, metrics[name], recorded.get(name), len(differing)),
+        )
+
+
+def _same(value: float, recorded: float | None) -> bool:
+    return recorded is not None and (value == recorded or (math.isnan(value) and math.isnan(recorded)))

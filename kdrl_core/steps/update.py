@@ -53,15 +53,12 @@ def update_step(session: StageSession, step: int) -> StepSummary:
     stats = session.trainer_at(step).update(batch)
 
     seconds = time.perf_counter() - started
-
-    def record() -> StepRecord:
-        return StepRecord(
-            table=_update_table(rollouts, batch, stats, config),
-            metrics={**response_metrics(rollouts, rewards), **stats.metrics, "beta": beta, **_gap(rollouts, stats)},
-            timings=_timings(run, stage, step, seconds, int(sum(rollouts["length"].to_pylist()))),
-        )
-
-    return end_step(session, step, record, inputs=inputs)
+    made = StepRecord(
+        table=_update_table(rollouts, batch, stats, config),
+        metrics={**response_metrics(rollouts, rewards), **stats.metrics, "beta": beta, **_gap(rollouts, stats)},
+        timings=_timings(run, stage, step, seconds, int(sum(rollouts["length"].to_pylist()))),
+    )
+    return end_step(session, step, made, inputs=inputs)
 
 
 def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards: pa.Table, beta: float) -> UpdateBatch:

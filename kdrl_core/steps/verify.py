@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kdrl_core.ledger import is_published, publish_file, verify_published
+from kdrl_core.ledger import find_intact, publish_file
 from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import REWARDS, read_table, write_table
 from kdrl_core.steps.rollout import StepArtifact
@@ -20,17 +20,22 @@ def verify_step(session: StageSession, step: int) -> StepArtifact:
         VerificationError: more verdicts are timeouts or errors than `verification.max_failed_share` allows.
     """
     paths, stage = session.run.paths, session.stage
-    return verify_file(session, paths.rollouts(stage, step), paths.rewards(stage, step), where=f"{stage} step {step}")
+    rewards = paths.rewards(stage, step)
+    expected = session.run.used_by(paths.update(stage, step), rewards)
+    where = f"{stage} step {step}"
+    return verify_file(session, paths.rollouts(stage, step), rewards, where=where, expected=expected)
 
 
-def verify_file(session: StageSession, source: Path, path: Path, *, where: str) -> StepArtifact:
-    """Verify the responses of `source` and publish the verdicts as `path`. `where` names them in errors."""
+def verify_file(
+    session: StageSession, source: Path, path: Path, *, where: str, expected: str | None = None
+) -> StepArtifact:
+    """Verify the responses of `source` and publish the verdicts as `path`. `where` names them in errors; `expected` is
+    the sha256 that something published since was made from."""
     started = time.perf_counter()
     run = session.run
-    if is_published(path):
-        verify_published(path)
-        return StepArtifact(path=path, reused=True, seconds=0.0)
     inputs = run.inputs(source)
+    if find_intact(path, inputs):
+        return StepArtifact(path=path, reused=True, seconds=0.0)
     rollouts = read_table(source, ["prompt_id", "sample", "prompt", "response", "ground_truth"])
     items = list(zip(rollouts["response"].to_pylist(), rollouts["ground_truth"].to_pylist(), strict=True))
     hidden_s = session.verifier.hidden_seconds()
@@ -42,5 +47,5 @@ def verify_file(session: StageSession, source: Path, path: Path, *, where: str) 
     )
     seconds = time.perf_counter() - started
     metadata = {"seconds": seconds, "hidden_seconds": hidden_s}
-    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata=metadata)
+    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata=metadata, expected=expected)
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)

@@ -15,8 +15,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from crash.lives import Life, Lives
-from crash.tiny_run import differing, open_tiny, results
+from crash.tiny_run import open_tiny, results
 
 from kdrl_core.ledger import Run, lock_holder
 
@@ -37,6 +38,10 @@ class Report:
     """Kills by fault point, or `a random instant`."""
     runs: int = 0
     bytes_compared: int = 0
+    rows_compared: int = 0
+    """Of Parquet tables."""
+    lost: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -55,12 +60,16 @@ class Report:
         covered = len(self.points) - len(self.missed)
         return [
             f"kills               {self.kills} in {self.runs} runs, {self.killed_at[_RANDOM]} at random instants",
+            f"resumes             {self.kills}",
             f"fault points        {covered} of {len(self.points)} covered",
-            f"bytes compared      {self.bytes_compared:,}",
+            f"bytes compared      {self.bytes_compared:,}, {self.rows_compared:,} rows of tables",
+            f"files lost, surplus {len(self.lost)}, {len(self.surplus)}",
             f"files that differ   {len(self.differences)}",
             f"temporary leftovers {len(self.leftovers)}",
             f"time                {self.seconds:.0f} s",
             *(f"  not killed: {point}" for point in sorted(self.missed)),
+            *(f"  lost: {name}" for name in self.lost),
+            *(f"  surplus: {name}" for name in self.surplus),
             *(f"  differs: {name}" for name in self.differences),
         ]
 
@@ -130,9 +139,13 @@ def _count(life: Life, point: str, report: Report) -> None:
 
 
 def _compare(run: Run, whole: Run, report: Report) -> None:
-    ours = results(run)
+    ours, theirs = results(run), results(whole)
     report.bytes_compared += sum((run.paths.root / name).stat().st_size for name in ours)
-    report.differences += [f"run {report.runs}: {name}" for name in differing(run, whole)]
+    tables = [name for name in ours if name.endswith(".parquet")]
+    report.rows_compared += sum(pq.read_metadata(run.paths.root / name).num_rows for name in tables)
+    report.lost += [f"run {report.runs}: {name}" for name in theirs if name not in ours]
+    report.surplus += [f"run {report.runs}: {name}" for name in ours if name not in theirs]
+    report.differences += [f"run {report.runs}: {name}" for name in ours if ours[name] != theirs.get(name)]
     report.leftovers += [str(path) for path in run.paths.root.rglob(".tmp-*")]
 
 
@@ -145,7 +158,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kdrl-crash-") as folder:
         report = campaign(Path(folder), kills=options.kills, seed=options.seed, show=True)
     print("\n".join(report.lines()))
-    sys.exit(bool(report.differences or report.leftovers))
+    sys.exit(bool(report.differences or report.lost or report.surplus or report.leftovers))
 
 
 if __name__ == "__main__":

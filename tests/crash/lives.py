@@ -85,6 +85,8 @@ def _serve() -> None:
 def _live(command: dict[str, Any], writer: int, tiny_run: Any) -> None:
     from crash.faults import Faults, die_after
 
+    from kdrl_core.ledger import open_run
+
     os.setsid()
     os.set_inheritable(writer, False)
     try:
@@ -95,7 +97,9 @@ def _live(command: dict[str, Any], writer: int, tiny_run: Any) -> None:
         ).install()
         if command["after_s"] is not None:
             die_after(command["after_s"])
-        tiny_run.train(tiny_run.open_run(command["name"], artifacts=Path(command["artifacts"])))
+        run = open_run(command["name"], artifacts=Path(command["artifacts"]))
+        tiny_run.train(run)
+        tiny_run.finish(run)
     except BaseException:
         import traceback
 

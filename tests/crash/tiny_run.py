@@ -1,19 +1,15 @@
-"""A run of seconds through `kdrl_core.steps` alone, without Prefect: `python tests/crash/tiny_run.py ARTIFACTS NAME`.
-
-The script says `started` once its imports are done, so that a test can time its kill from there.
-"""
+"""A run of seconds through `kdrl_core.steps` alone, without Prefect."""
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from kdrl_core.config import load_recipe
-from kdrl_core.ledger import Run, create_run, open_run, run_lock, sweep_temporaries
+from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.reporting.summary import final_labels
-from kdrl_core.steps.checkpoints import prune_checkpoints, remaining_steps
+from kdrl_core.steps.checkpoints import open_stage
 from kdrl_core.steps.evaluate import evaluate_model
 from kdrl_core.steps.filter import filter_run
 from kdrl_core.steps.finish import export_student, write_report
@@ -64,8 +60,7 @@ def train(run: Run, *, until: tuple[str, int] | None = None) -> None:
         sweep_temporaries(run.paths.root)
         filter_run(run)
         for stage in run.recipe.stages:
-            prune_checkpoints(run, stage)
-            for step in remaining_steps(run, stage):
+            for step in open_stage(run, stage):
                 if (stage, step) == until:
                     close_sessions()
                     return
@@ -101,13 +96,3 @@ def differing(left: Run, right: Run) -> list[str]:
 def rows(path: Path) -> list[dict[str, object]]:
     """A Parquet file as dicts, without partition columns."""
     return pq.ParquetFile(path).read().to_pylist()
-
-
-def main(artifacts: str, name: str) -> None:
-    """Train an existing run from where its files end to its end."""
-    print("started", flush=True)
-    train(open_run(name, artifacts=Path(artifacts)))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_core.errors import DamagedArtifactError, KdrlError, RunError, StorageError
+from kdrl_core.errors import DamagedArtifactError, KdrlError, RunError, StorageError, SurplusFileError
 from kdrl_core.ledger import (
     is_current,
     is_published,
@@ -26,6 +26,7 @@ from kdrl_core.ledger import (
     sweep_temporaries,
     verify_published,
 )
+from kdrl_core.ledger.manifest import read_manifest
 
 CONTENT = b"the content of an artifact\n" * 8
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
@@ -172,7 +173,7 @@ def test_a_damaged_file_is_named(damage: Callable[[Path], None], tmp_path: Path)
     with pytest.raises(DamagedArtifactError) as caught:
         verify_published(path)
     assert str(path) in str(caught.value)
-    assert "restore it from a backup, or delete it" in str(caught.value)
+    assert "restore it from a backup, or let kdrl resume make it again" in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -436,3 +437,41 @@ def test_a_writers_own_error_is_not_dressed_up(tmp_path: Path) -> None:
 def test_storage_errors_are_kdrl_errors_and_os_errors() -> None:
     assert issubclass(StorageError, KdrlError)
     assert issubclass(StorageError, OSError)
+
+
+def test_a_file_that_was_not_published_is_named_and_left(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    publish_directory(path, fill_model)
+    (path / ".DS_Store").write_text("")
+    verify_published(path)
+    (path / "adapter_config.json").write_text("{}")
+    for use in (lambda: verify_published(path), lambda: publish_directory(path, fill_model)):
+        with pytest.raises(SurplusFileError, match=r"student holds adapter_config\.json, which was not published"):
+            use()
+    assert (path / "adapter_config.json").is_file()
+
+
+def test_a_manifest_that_leads_elsewhere_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    publish_directory(path, fill_model)
+    (tmp_path / "secret").write_text("x")
+    where = path / "manifest.json"
+    for name in ("../secret", str(tmp_path / "secret")):
+        values = json.loads(where.read_text())
+        values["files"][name] = {"size": 1, "sha256": "0"}
+        (tmp_path / "manifest").write_text(json.dumps(values))
+        with pytest.raises(DamagedArtifactError, match="which is not below it"):
+            read_manifest(tmp_path / "manifest")
+
+
+def test_links_are_swept_not_what_they_lead_to(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("x")
+    run = tmp_path / "run"
+    publish_file(run / "a.parquet", write_content)
+    for name in (".tmp-a.parquet-1-abcd", ".damaged-a.parquet"):
+        (run / name).symlink_to(outside)
+    assert sweep_temporaries(run) == 2
+    assert everything_below(run) == ["_a.manifest.json", "a.parquet"]
+    assert (outside / "kept").read_text() == "x"

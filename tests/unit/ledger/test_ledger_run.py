@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from kdrl_core.config import Recipe, config_hash, dump_recipe, load_recipe
-from kdrl_core.errors import DamagedArtifactError, RecipeError, RunError, RunLockedError
+from kdrl_core.errors import DamagedArtifactError, RunError, RunLockedError
 from kdrl_core.ledger import (
     RunPaths,
     artifacts_root,
@@ -26,6 +26,7 @@ from kdrl_core.ledger import (
     publish_file,
     run_lock,
     validate_run_name,
+    verify_published,
 )
 
 
@@ -86,7 +87,10 @@ def test_a_changed_recipe_is_refused_with_the_fields(tmp_path: Path, recipe: Rec
         create_run("one", other, artifacts=tmp_path)
     message = str(caught.value)
     assert "stage2.learning_rate: 0.0005 → 0.0001; stage2.beta.init: 0.1 → 0.2" in message
-    assert "description" not in message
+    refused, _, safe = message.partition("Safe to change are ")
+    assert "description" not in refused
+    assert safe.startswith("description, stage?.evaluate_every, stage?.checkpoint.*, verification.workers")
+    assert safe.endswith("and of the last stage more steps")
     assert "Use another run name" in message
     assert (run.paths.manifest.read_bytes(), run.paths.recipe.read_bytes()) == before
 
@@ -157,8 +161,39 @@ def test_a_damaged_run_manifest_is_told(content: str, tmp_path: Path, recipe: Re
 
 def test_a_missing_recipe_is_told(tmp_path: Path, recipe: Recipe) -> None:
     create_run("one", recipe, artifacts=tmp_path).paths.recipe.unlink()
-    with pytest.raises(RecipeError, match=r"recipe\.yaml does not exist"):
+    with pytest.raises(RunError, match=r"recipe\.yaml is missing; .*: kdrl run --recipe RECIPE --name one"):
         open_run("one", artifacts=tmp_path)
+    with pytest.raises(RunError, match=r"recipe\.yaml is missing"):
+        create_run("one", changed("seed=7"), artifacts=tmp_path)
+    assert create_run("one", recipe, artifacts=tmp_path).recipe == recipe
+    assert open_run("one", artifacts=tmp_path).recipe == recipe
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_lost_manifest_is_written_anew_from_the_recipe(content: str | None, tmp_path: Path, recipe: Recipe) -> None:
+    run = create_run("one", recipe, artifacts=tmp_path)
+    publish_file(run.paths.pool, lambda path: path.write_text("rows") and None)
+    if content is None:
+        run.paths.manifest.unlink()
+    else:
+        run.paths.manifest.write_text(content)
+    with pytest.raises(RunError, match=r"manifest\.json .*written anew: kdrl run --recipe .* --name one"):
+        open_run("one", artifacts=tmp_path)
+    with pytest.raises(RunError, match=r"started with another recipe: seed: 0 → 7"):
+        create_run("one", changed("seed=7"), artifacts=tmp_path)
+    assert create_run("one", recipe, artifacts=tmp_path).recipe == recipe
+    assert open_run("one", artifacts=tmp_path).recipe == recipe
+    verify_published(run.paths.pool)
+
+
+def test_artifacts_of_nobody_knows_what_are_not_gone_on_with(tmp_path: Path, recipe: Recipe) -> None:
+    run = create_run("one", recipe, artifacts=tmp_path)
+    publish_file(run.paths.pool, lambda path: path.write_text("rows") and None)
+    run.paths.manifest.unlink()
+    run.paths.recipe.unlink()
+    with pytest.raises(RunError, match=r"holds artifacts, but no readable recipe\.yaml or manifest\.json says"):
+        create_run("one", recipe, artifacts=tmp_path)
+    verify_published(run.paths.pool)
 
 
 def test_an_unknown_run_names_the_known_ones(tmp_path: Path, recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from crash.tiny_run import open_tiny
 
+from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, publish_directory
 from kdrl_core.steps.checkpoints import (
     checkpoint_steps,
@@ -69,3 +70,18 @@ def test_unpublished_folders_do_not_count(tmp_path: Path) -> None:
     assert remaining_steps(run, "stage2") == range(3, 10)
     publish(run, 10)
     assert remaining_steps(run, "stage2") == range(10, 10)
+
+
+@pytest.mark.parametrize("link", ["step-000003", "stage1"])
+def test_checkpoints_that_lead_out_of_the_run_are_refused_and_left(tmp_path: Path, link: str) -> None:
+    run = open_tiny(tmp_path / "artifacts", "r")
+    outside = tmp_path / "outside"
+    (outside / "step-000001").mkdir(parents=True)
+    (outside / "manifest.json").write_text("{}")
+    folder = run.paths.checkpoint("stage1", 0).parent
+    place = folder if link == "stage1" else folder / link
+    place.parent.mkdir(parents=True)
+    place.symlink_to(outside)
+    with pytest.raises(RunError, match="leads out of the run"):
+        prune_checkpoints(run, "stage1")
+    assert sorted(path.name for path in outside.iterdir()) == ["manifest.json", "step-000001"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from crash.tiny_run import differing, finish, open_tiny, results, train, train_step
 
-from kdrl_core.errors import DamagedArtifactError, RunError
+from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps import filter as filter_module
@@ -194,47 +194,6 @@ def test_stage_two_waits_for_stage_one(tmp_path: Path) -> None:
     train(run, until=("stage1", 1))
     with pytest.raises(RunError, match="stage2 starts from the result of stage1, which is not finished"):
         stage_session(run.paths.root, "stage2")
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-8] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("name", ["rollouts.parquet", "teacher.parquet", "rewards.parquet", "update.parquet"])
-def test_altered_file_of_a_step_is_refused(tmp_path: Path, name: str) -> None:
-    run = open_tiny(tmp_path, "r", ["stage1.steps=1", *SPARSE])
-    train(run, until=("stage2", 2))
-    flip(run.paths.step("stage2", 1) / name)
-    with pytest.raises(DamagedArtifactError, match=f"{name} is damaged"):
-        train(open_tiny(tmp_path, "r", ["stage1.steps=1", *SPARSE]))
-
-
-def test_altered_checkpoint_is_refused_before_anything_is_sampled_from_it(tmp_path: Path) -> None:
-    run = open_tiny(tmp_path, "r")
-    train(run, until=("stage1", 1))
-    flip(run.paths.checkpoint("stage1", 1) / "model.safetensors")
-    with pytest.raises(DamagedArtifactError, match=r"model\.safetensors is damaged"):
-        train(open_tiny(tmp_path, "r"))
-    assert not run.paths.rollouts("stage1", 1).exists()
-
-
-def test_altered_result_of_stage_one_is_refused_by_stage_two(tmp_path: Path) -> None:
-    run = open_tiny(tmp_path, "r")
-    train(run, until=("stage2", 0))
-    flip(run.paths.checkpoint("stage1", 2) / "model.safetensors")
-    with pytest.raises(DamagedArtifactError, match=r"model\.safetensors is damaged"):
-        train(open_tiny(tmp_path, "r"))
-    assert not run.paths.rollouts("stage2", 0).exists()
-
-
-def test_altered_pool_is_refused(tmp_path: Path) -> None:
-    run = open_tiny(tmp_path, "r")
-    train(run, until=("stage1", 0))
-    flip(run.paths.pool)
-    with pytest.raises(DamagedArtifactError, match=r"pool\.parquet is damaged"):
-        train(open_tiny(tmp_path, "r"))
 
 
 def test_unscored_step_is_not_trained_on(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""What makes a file or folder an artifact: a manifest, with the hashes of its bytes and of what it was made from.
+
+The manifest of a file is `_<stem>.manifest.json` beside it; the leading underscore keeps Parquet readers of the folder
+from taking it for data. That of a directory is `manifest.json` in it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kdrl_core
+from kdrl_core.errors import DamagedArtifactError, RunError, SurplusFileError
+
+DIRECTORY_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What was published: bytes, hash, and what it was made from."""
+
+    artifact: str
+    size: int
+    sha256: str
+    """Of the file's bytes; of a directory, over the sorted lines `sha256 size path` of its files."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Path relative to the run → sha256."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] | None = None
+    """Of a directory: path → size and sha256."""
+    created_at: str = ""
+    kdrl_version: str = kdrl_core.__version__
+
+    def to_bytes(self) -> bytes:
+        """As it is written."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of the artifact at `path` lies."""
+    return path / DIRECTORY_MANIFEST if path.is_dir() else path.with_name(f"_{path.stem}.manifest.json")
+
+
+def is_published(path: Path) -> bool:
+    """Whether the artifact has a manifest. Its bytes are checked by `verify_published`."""
+    return manifest_path(path).is_file() and path.exists()
+
+
+def manifest_of(path: Path) -> Manifest:
+    """The manifest of a published artifact.
+
+    Raises:
+        RunError: it has none.
+        DamagedArtifactError: the manifest itself cannot be read.
+    """
+    where = manifest_path(path)
+    if not where.is_file():
+        raise RunError(f"{path} is not published: it has no manifest {where.name}")
+    return read_manifest(where)
+
+
+def read_manifest(where: Path) -> Manifest:
+    """The manifest in the file `where`. Raises DamagedArtifactError if it is none."""
+    try:
+        manifest = Manifest(**json.loads(where.read_text(encoding="utf-8")))
+        if manifest.files is not None:
+            digest_of_listing(manifest.files)
+            if outside := [name for name in manifest.files if name.startswith("/") or ".." in Path(name).parts]:
+                raise ValueError(f"it lists {outside[0]}, which is not below it")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _unreadable(where, str(error)) from error
+    return manifest
+
+
+def is_current(path: Path, inputs: Mapping[str, str]) -> bool:
+    """Whether the artifact is published and was made from exactly these inputs."""
+    return is_published(path) and manifest_of(path).inputs == dict(inputs)
+
+
+def verify_published(path: Path) -> Manifest:
+    """The manifest of `path` after its bytes were compared with it.
+
+    Raises:
+        RunError: not published.
+        DamagedArtifactError: size or hash of the artifact, or of a file in it, is not what was published.
+        SurplusFileError: a directory holds a file that was not published (hidden ones are passed over).
+    """
+    manifest = manifest_of(path)
+    if manifest.files is None:
+        _compare(path, manifest.size, manifest.sha256)
+        return manifest
+    for name, expected in manifest.files.items():
+        _compare(path / name, expected["size"], expected["sha256"])
+    if manifest.sha256 != digest_of_listing(manifest.files):
+        raise _unreadable(manifest_path(path), "its hash is not that of the files it lists")
+    names = {_name(file, path) for file in _files_of(path) if not file.name.startswith(".")}
+    if surplus := sorted(names - manifest.files.keys()):
+        raise SurplusFileError(f"{path} holds {surplus[0]}, which was not published with it; move it elsewhere")
+    return manifest
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256")
+        return file.tell(), found.hexdigest()
+
+
+def listing(folder: Path) -> dict[str, dict[str, Any]]:
+    """`Manifest.files` of a directory, its manifest left out."""
+    files: dict[str, dict[str, Any]] = {}
+    for file in _files_of(folder):
+        size, sha256 = digest(file)
+        files[_name(file, folder)] = {"size": size, "sha256": sha256}
+    return files
+
+
+def digest_of_listing(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """`Manifest.sha256` of a directory."""
+    lines = "".join(f"{files[name]['sha256']} {files[name]['size']} {name}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _files_of(folder: Path) -> Iterable[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIRECTORY_MANIFEST)
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _unreadable(manifest: Path, reason: str) -> DamagedArtifactError:
+    return DamagedArtifactError(f"manifest {manifest} cannot be read ({reason}); {_REMEDY}")
+
+
+def _compare(path: Path, size: int, sha256: str) -> None:
+    if not path.is_file():
+        raise DamagedArtifactError(f"{path} was published but is missing; {_REMEDY}")
+    actual_size, actual = digest(path)
+    if (actual_size, actual) != (size, sha256):
+        raise DamagedArtifactError(
+            f"{path} is damaged: {actual_size} bytes with sha256 {actual[:12]}…, "
+            f"published were {size} bytes with {sha256[:12]}…; {_REMEDY}"
+        )
+
+
+_REMEDY = "restore it from a backup, or let kdrl resume make it again"

@@ -1,0 +1,266 @@
+"""Damaged files: each is named, what can be made again is made again byte for byte, what cannot is refused."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from crash.tiny_run import differing, finish, open_tiny, results, train
+
+from kdrl_core.errors import DamagedArtifactError
+from kdrl_core.ledger import Run, is_published, open_run, verify_published
+from kdrl_core.ledger.manifest import manifest_path
+from kdrl_core.rollouts.metrics import load_metrics
+from kdrl_core.steps.completion import is_finished
+from kdrl_core.steps.session import close_sessions
+
+pytestmark = pytest.mark.usefixtures("fast_sessions")
+
+SPARSE = ["stage2.steps=7", "stage2.checkpoint.every=3"]
+Damage = Callable[[Path], None]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def unlink(path: Path) -> None:
+    path.unlink()
+
+
+def lose_manifest(path: Path) -> None:
+    _manifest(path).unlink()
+
+
+def garble_manifest(path: Path) -> None:
+    _manifest(path).write_text('{"artifact": "?')
+
+
+def alter_manifest(path: Path) -> None:
+    """Another hash: the file is right, and its manifest is not."""
+    where = _manifest(path)
+    where.write_text(where.read_text().replace('"sha256": "', '"sha256": "0'))
+
+
+def _manifest(path: Path) -> Path:
+    inside = (folder / "manifest.json" for folder in path.parents if folder.parent.name != "runs")
+    return next((where for where in inside if where.is_file()), manifest_path(path))
+
+
+DAMAGES: list[Damage] = [flip, truncate, empty, unlink, lose_manifest, garble_manifest, alter_manifest]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """An undisturbed run."""
+    run = open_tiny(tmp_path_factory.mktemp("whole"), "r", SPARSE)
+    train(run)
+    finish(run)
+    yield run
+    close_sessions()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that stopped at step 5 of stage 2: its latest checkpoint is step 3."""
+    run = open_tiny(tmp_path_factory.mktemp("stopped"), "r", SPARSE)
+    train(run, until=("stage2", 5))
+    return run
+
+
+def copy_of(run: Run, artifacts: Path) -> Run:
+    close_sessions()
+    shutil.copytree(run.paths.root, artifacts / "runs" / run.name)
+    return open_run(run.name, artifacts=artifacts)
+
+
+def artifacts_of(run: Run) -> dict[str, Path]:
+    """A file of every kind of artifact that a stopped run goes on from, by the name that the log gives."""
+    paths = run.paths
+    return {
+        "pool.parquet": paths.pool,
+        "filter.json": paths.filter_report,
+        "stage1/step-000002": paths.checkpoint("stage1", 2) / "model.safetensors",
+        "reference.parquet": paths.reference("stage1", 1),
+        "stage2/step-000003": paths.checkpoint("stage2", 3) / "trainer" / "optimizer.safetensors",
+        "step=000000/rollouts.parquet": paths.rollouts("stage2", 0),
+        "step=000001/rewards.parquet": paths.rewards("stage2", 1),
+        "step=000002/teacher.parquet": paths.teacher("stage2", 2),
+        "step=000003/update.parquet": paths.update("stage2", 3),
+        "step=000004/rollouts.parquet": paths.rollouts("stage2", 4),
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_everything_damaged_at_once_is_named_and_made_again(
+    damage: Damage, stopped: Run, whole: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copy_of(stopped, tmp_path)
+    manifests = {path: path.read_bytes() for path in run.paths.root.rglob("*manifest.json")}
+    damaged = artifacts_of(run)
+    wheres = {name: str(_manifest(path)) for name, path in damaged.items()}
+    for path in damaged.values():
+        damage(path)
+    for path in (run.paths.metrics("stage2"), run.paths.timings("stage2")):  # derived: they have no manifest
+        (damage if damage in (flip, truncate, empty, unlink) else truncate)(path)
+
+    train(run)
+
+    assert [name for name in differing(run, whole) if not name.startswith(("evaluation/", "student/"))] == []
+    unnamed = [name for name, where in wheres.items() if name not in caplog.text and where not in caplog.text]
+    assert unnamed == []
+    assert list(run.paths.root.rglob(".damaged-*")) == []
+    if damage in (flip, truncate, empty, unlink):  # what is made again has the manifest that it had
+        kept = [path for path in manifests if path.is_file() and path != run.paths.manifest]
+        assert [path for path in kept if path.read_bytes() != manifests[path]] == []
+    assert [row["step"] for row in load_metrics(run, "stage2")] == list(range(7))
+
+
+@pytest.mark.parametrize("damage", [flip, unlink, garble_manifest])
+def test_damaged_results_are_made_again(damage: Damage, whole: Run, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    paths = run.paths
+    assert is_finished(run, verify=True)
+    damaged = [
+        paths.student / "model.safetensors",
+        paths.evaluation("base") / "responses.parquet",
+        paths.evaluation("stage1") / "results.json",
+        paths.report / "report.html",
+    ]
+    for path in damaged:
+        damage(path)
+        assert not is_finished(run, verify=True)
+        finish(run)
+        assert is_finished(run, verify=True)
+    for path in (paths.student, paths.report, paths.evaluation("base"), paths.evaluation("stage1")):
+        verify_published(path)
+    ours, theirs = results(run), results(whole)
+    assert {name for name in theirs if ours[name] != theirs[name]} == set()
+
+
+def sample_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an engine whose sampling cannot be repeated."""
+    monkeypatch.setattr("kdrl_core.steps.rollout.derive_seed", lambda *names: hash(names) % 2**63)
+
+
+@pytest.mark.parametrize("damage", [flip, lose_manifest])
+def test_rollouts_that_cannot_be_sampled_again_are_refused(
+    damage: Damage, stopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step was trained on them: other rollouts in their place would be a lie."""
+    run = copy_of(stopped, tmp_path)
+    path = run.paths.rollouts("stage2", 4)
+    damage(path)
+    left = path.read_bytes()
+    before = results(run)
+    with monkeypatch.context() as patched:
+        sample_otherwise(patched)
+        for _ in range(2):
+            with pytest.raises(DamagedArtifactError, match=r"rollouts\.parquet was made again and came out otherwise"):
+                train(open_run("r", artifacts=tmp_path))
+            close_sessions()
+            assert not is_published(path)
+    aside = path.with_name(f".damaged-{path.name}")
+    assert (aside if aside.is_file() else path).read_bytes() == left
+    after = results(run)
+    assert {name: after[name] for name in before if name in after and name != run.relative(path)} == {
+        name: digest for name, digest in before.items() if name != run.relative(path)
+    }
+    train(open_run("r", artifacts=tmp_path))  # where they can, the run goes on
+    verify_published(path)
+
+
+def test_rollouts_that_nothing_was_made_from_may_come_out_otherwise(
+    stopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step that has not been trained on yet: its scores and verdicts are made anew from the new ones."""
+    run = copy_of(stopped, tmp_path)
+    step = run.paths.step("stage2", 4)
+    for name in ("update.parquet", "_update.manifest.json", "_rollouts.manifest.json"):
+        (step / name).unlink()
+    sample_otherwise(monkeypatch)
+    train(run)
+    for name in ("rollouts", "teacher", "rewards", "update"):
+        verify_published(step / f"{name}.parquet")
+
+
+def test_a_checkpoint_that_cannot_be_made_again_is_refused(
+    stopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copy_of(stopped, tmp_path)
+    checkpoint = run.paths.checkpoint("stage2", 3)
+    flip(checkpoint / "model.safetensors")
+    before = results(run)
+    monkeypatch.setattr(
+        "kdrl_core.steps.update.group_advantages", lambda rewards, *_, **__: rewards - rewards.mean() + 1e-3
+    )
+    with pytest.raises(DamagedArtifactError, match=r"step-000003 was made again and came out otherwise: sha256"):
+        train(run)
+    assert "its replay gives" in caplog.text  # the first step that differs is named
+    assert not is_published(checkpoint)
+    assert [n for n, digest in before.items() if "stage2/step-000003" not in n and results(run).get(n) != digest] == []
+
+
+def test_files_of_another_step_are_noticed(stopped: Run, whole: Run, tmp_path: Path) -> None:
+    """Whole and with their manifests, but made from other rollouts."""
+    run = copy_of(stopped, tmp_path)
+    for name in ("rewards.parquet", "_rewards.manifest.json"):
+        shutil.copy(run.paths.step("stage2", 3) / name, run.paths.step("stage2", 4) / name)
+    train(run)
+    path = run.relative(run.paths.rewards("stage2", 4))
+    assert results(run)[path] == results(whole)[path]
+
+
+def test_a_step_trained_on_other_files_is_refused(stopped: Run, tmp_path: Path) -> None:
+    run = copy_of(stopped, tmp_path)
+    shutil.copy(run.paths.step("stage2", 3) / "update.parquet", run.paths.step("stage2", 4) / "update.parquet")
+    shutil.copy(
+        run.paths.step("stage2", 3) / "_update.manifest.json", run.paths.step("stage2", 4) / "_update.manifest.json"
+    )
+    with pytest.raises(DamagedArtifactError, match=r"was made from other files than are there now: rollouts/stage="):
+        train(run)
+
+
+def test_stage_two_keeps_the_model_that_it_started_from(stopped: Run, tmp_path: Path) -> None:
+    run = copy_of(stopped, tmp_path)
+    shutil.rmtree(run.paths.checkpoint("stage1", 2))
+    shutil.copytree(run.paths.checkpoint("stage1", 1), run.paths.checkpoint("stage1", 2))
+    with pytest.raises(DamagedArtifactError, match=r"step-000002 .* what stage2 started from was"):
+        train(run)
+
+
+class _Backwards(datetime):
+    """A clock that loses a day whenever it is asked."""
+
+    asked = 0
+
+    @classmethod
+    def now(cls, tz: object = None) -> "_Backwards":  # type: ignore[override]
+        cls.asked += 1
+        return cls(2026, 1, 1, tzinfo=UTC) - timedelta(days=cls.asked)  # type: ignore[return-value]
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(
+    whole: Run, stopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(stopped, tmp_path)
+    for module in ("publish", "run", "lock"):
+        monkeypatch.setattr(f"kdrl_core.ledger.{module}.datetime", _Backwards)
+    now = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    train(run)
+    finish(run)
+    assert differing(run, whole) == []
+    assert is_finished(run, verify=True)
+    assert _Backwards.asked > 10
