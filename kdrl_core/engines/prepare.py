@@ -15,8 +15,8 @@ _verified: set[Path] = set()
 def prepared_model(config: ModelConfig, run_root: Path) -> Path:
     """The Hugging Face model directory of a recipe's model.
 
-    A GGUF file is converted on first use into `<artifacts>/models/<stem>-<hash of its path>/`, beside the runs and shared
-    by them.
+    A GGUF file is converted on first use into `<artifacts>/models/<stem>-<hash of its path>/`, beside the runs and
+    shared by them.
 
     Raises:
         ModelError: the files are missing, or reading GGUF needs a package that is not installed.
