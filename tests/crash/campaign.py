@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from crash.damage import damage_something
 from crash.lives import Life, Lives
 from crash.tiny_run import open_tiny, results
 
@@ -26,6 +27,7 @@ SPARSE = ["stage2.steps=7", "stage2.checkpoint.every=3"]
 
 _RANDOM = "a random instant"
 _RANDOM_SHARE = 0.25
+_DAMAGE_SHARE = 0.3
 
 
 @dataclass(slots=True)
@@ -36,6 +38,10 @@ class Report:
     """Every fault point of an undisturbed run."""
     killed_at: Counter[str] = field(default_factory=Counter)
     """Kills by fault point, or `a random instant`."""
+    damaged: int = 0
+    """Artifacts damaged between a death and the next life."""
+    healing_points: set[str] = field(default_factory=set)
+    """Fault points that only lives after damage pass."""
     runs: int = 0
     bytes_compared: int = 0
     rows_compared: int = 0
@@ -58,10 +64,12 @@ class Report:
     def lines(self) -> list[str]:
         """The figures, for people."""
         covered = len(self.points) - len(self.missed)
+        healing = len(self.healing_points & set(self.killed_at))
         return [
             f"kills               {self.kills} in {self.runs} runs, {self.killed_at[_RANDOM]} at random instants",
-            f"resumes             {self.kills}",
+            f"resumes             {self.kills}, {self.damaged} of them after damage to an artifact",
             f"fault points        {covered} of {len(self.points)} covered",
+            f"while healing       {healing} of {len(self.healing_points)} covered",
             f"bytes compared      {self.bytes_compared:,}, {self.rows_compared:,} rows of tables",
             f"files lost, surplus {len(self.lost)}, {len(self.surplus)}",
             f"files that differ   {len(self.differences)}",
@@ -116,21 +124,29 @@ def _finish_with_kills(
     rng: random.Random,
 ) -> None:
     """Lives of one run until one comes to its end. Each dies where the campaign has killed least."""
+    is_damaged = False
     while True:
+        healing = sorted(report.healing_points, key=lambda point: report.killed_at[point]) if is_damaged else []
         if report.kills >= kills and not report.missed:
             life = lives.live(artifacts, run.name)
         elif rng.random() < _RANDOM_SHARE:
             life = lives.live(artifacts, run.name, after_s=rng.uniform(0.0, whole_s / 4))
             _count(life, _RANDOM, report)
+        elif healing and rng.random() < 0.8:
+            life = lives.live(artifacts, run.name, die_at=healing[0])
+            _count(life, healing[0], report)
         else:
             least = min(report.killed_at[point] for point in report.points)
             point = rng.choice(sorted(p for p in report.points if report.killed_at[p] == least))
             # Seldom passed: the first time. Often passed: a little way into the run.
             life = lives.live(artifacts, run.name, die_at=point, skip=rng.randrange(1 + passes[point] // 12))
             _count(life, point, report)
+        report.healing_points |= set(life.points) - report.points
         if life.finished:
             return
         assert lock_holder(run.paths.lock) is None  # the kernel's lock ends with its holder
+        is_damaged = rng.random() < _DAMAGE_SHARE and damage_something(run, rng)
+        report.damaged += is_damaged
 
 
 def _count(life: Life, point: str, report: Report) -> None:

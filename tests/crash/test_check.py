@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from crash.damage import flip
 from crash.tiny_run import differing, finish, open_tiny, train
 from typer.testing import CliRunner, Result
 
@@ -33,12 +34,6 @@ def run(whole: Run, artifacts: Path) -> Run:
 
 def check(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["check", "r", *arguments])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def found(run: Run) -> dict[str, Finding]:

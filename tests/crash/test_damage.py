@@ -1,16 +1,26 @@
 """Damaged files: each is named, what can be made again is made again byte for byte, what cannot is refused."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from crash.damage import (
+    DAMAGES,
+    Damage,
+    empty,
+    flip,
+    garble_manifest,
+    lose_manifest,
+    manifest_for,
+    truncate,
+    unlink,
+)
 from crash.tiny_run import differing, finish, open_tiny, results, train
 
 from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger import Run, is_published, open_run, verify_published
-from kdrl_core.ledger.manifest import manifest_path
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps.completion import is_finished
 from kdrl_core.steps.session import close_sessions
@@ -18,47 +28,6 @@ from kdrl_core.steps.session import close_sessions
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
 SPARSE = ["stage2.steps=7", "stage2.checkpoint.every=3"]
-Damage = Callable[[Path], None]
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def unlink(path: Path) -> None:
-    path.unlink()
-
-
-def lose_manifest(path: Path) -> None:
-    _manifest(path).unlink()
-
-
-def garble_manifest(path: Path) -> None:
-    _manifest(path).write_text('{"artifact": "?')
-
-
-def alter_manifest(path: Path) -> None:
-    """Another hash: the file is right, and its manifest is not."""
-    where = _manifest(path)
-    where.write_text(where.read_text().replace('"sha256": "', '"sha256": "0'))
-
-
-def _manifest(path: Path) -> Path:
-    inside = (folder / "manifest.json" for folder in path.parents if folder.parent.name != "runs")
-    return next((where for where in inside if where.is_file()), manifest_path(path))
-
-
-DAMAGES: list[Damage] = [flip, truncate, empty, unlink, lose_manifest, garble_manifest, alter_manifest]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +78,7 @@ def test_everything_damaged_at_once_is_named_and_made_again(
     run = copy_of(stopped, tmp_path)
     manifests = {path: path.read_bytes() for path in run.paths.root.rglob("*manifest.json")}
     damaged = artifacts_of(run)
-    wheres = {name: str(_manifest(path)) for name, path in damaged.items()}
+    wheres = {name: str(manifest_for(path)) for name, path in damaged.items()}
     for path in damaged.values():
         damage(path)
     for path in (run.paths.metrics("stage2"), run.paths.timings("stage2")):  # derived: they have no manifest
