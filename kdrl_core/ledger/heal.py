@@ -96,8 +96,9 @@ class Lost:
     manifest: bytes | None
 
     def check(self, path: Path, sha256: str) -> None:
-        """Raise DamagedArtifactError unless the artifact made again has the bytes that it had."""
-        if sha256 not in (self.published, self.found):
+        """Raise DamagedArtifactError unless the artifact made again has the bytes that it had, as far as is known."""
+        known = {self.published, self.found} - {None}
+        if known and sha256 not in known:
             refuse_other_bytes(path, sha256, self.published or self.found, "published before it was damaged")
 
 
@@ -107,11 +108,12 @@ def lost(path: Path) -> Lost | None:
     where = old / DIRECTORY_MANIFEST if old.is_dir() else _aside(path.with_name(f"_{path.stem}.manifest.json"))
     if not old.exists() and not where.is_file():
         return None
+    left = old if old.exists() else path  # a crash came between the manifest's move and the file's
     found = None
-    if old.is_dir():
-        found = digest_of_listing(listing(old))
-    elif old.is_file():
-        found = digest(old)[1]
+    if left.is_dir():
+        found = digest_of_listing(listing(left))
+    elif left.is_file():
+        found = digest(left)[1]
     try:
         manifest = read_manifest(where)
     except DamagedArtifactError:

@@ -233,3 +233,18 @@ def test_a_clock_that_goes_backwards_changes_nothing(
     assert differing(run, whole) == []
     assert is_finished(run, verify=True)
     assert _Backwards.asked > 10
+
+
+@pytest.mark.parametrize("damage", [flip, garble_manifest])
+def test_a_crash_while_a_damaged_file_is_set_aside(
+    damage: Damage, stopped: Run, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest has been moved, the file has not."""
+    run = copy_of(stopped, tmp_path)
+    path = run.paths.rewards("stage2", 3)
+    damage(path)
+    manifest_for(path).rename(path.with_name(".damaged-_rewards.manifest.json"))
+    train(run)
+    verify_published(path)
+    assert results(run)[run.relative(path)] == results(whole)[run.relative(path)]
+    assert list(run.paths.root.rglob(".damaged-*")) == []
