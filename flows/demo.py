@@ -22,6 +22,7 @@ import typer
 
 from flows.cli import print_summary
 from flows.cli_shared import PlainConsole
+from flows.guard import guard_children
 from flows.local_prefect import free_port, prefect_home, server_environment
 from flows.watch import Watcher
 from kdrl_core.errors import KdrlError
@@ -136,6 +137,7 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
     port = free_port(port)
     paths = RunPaths.of(run_name)
     prefect = str(Path(sys.executable).with_name("prefect"))
+    guard_children()
     with ExitStack() as stack:
         processes = Processes(server_environment(port), prefect_home() / "logs")
         stack.callback(processes.stop_all)

@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+from flows.guard import guard_children
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import artifacts_root
 from kdrl_core.ledger.publish import require_writable
@@ -35,6 +36,7 @@ def use_private_prefect(*, log_level: str, home: Path | None = None) -> None:
     os.environ.update(_QUIET)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
     if "PREFECT_API_URL" not in os.environ:
+        guard_children()
         os.environ.setdefault("PREFECT_HOME", str(home or prefect_home()))
         os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
         os.environ["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = _OWN_ORIGIN

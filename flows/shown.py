@@ -3,7 +3,6 @@
 import logging
 import re
 import time
-from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +16,7 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import MissingContextError
 
+from flows.cli_shared import err
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
 from kdrl_core.reporting.summary import summarize
 from kdrl_core.reporting.tables import accuracy_table, tables_of
@@ -41,13 +41,19 @@ class _CoreLog(logging.Handler):
     """Shows what `kdrl_core` logs (what was reused, damaged, tried again) in the flow or task run that it is from."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(MissingContextError):
-            get_run_logger().log(record.levelno, record.getMessage())
+        try:
+            logger: Any = get_run_logger()
+        except MissingContextError:
+            logger = logging.getLogger("prefect")
+        logger.log(record.levelno, record.getMessage())
+        if record.levelno >= logging.WARNING and not logger.isEnabledFor(record.levelno):  # kdrl run quiets Prefect
+            err.print(f"{record.levelname.lower()}: {record.getMessage()}", soft_wrap=True, highlight=False)
 
 
 _core = logging.getLogger("kdrl")
 _core.addHandler(_CoreLog())
 _core.setLevel(logging.INFO)
+_core.propagate = False  # or Prefect's root handler would show it twice
 
 
 def run_opened(run: Run) -> None:

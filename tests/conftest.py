@@ -1,5 +1,6 @@
 """Shared by all tests: nothing outside the temporary folder is read or written, and torch keeps to one thread."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "artifacts"
     monkeypatch.setenv("KDRL_ARTIFACTS", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def core_log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By caplog, also where flows have been imported, which take the log of kdrl_core to themselves."""
+    monkeypatch.setattr(logging.getLogger("kdrl"), "propagate", True)
 
 
 @pytest.fixture(scope="session")
