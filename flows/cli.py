@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flows.cli_bake import bake_teacher
 from flows.cli_check import check
 from flows.cli_filter import filter_command
 from flows.cli_label import label
@@ -160,6 +161,7 @@ app.command()(label)
 app.command("verify")(verify_command)
 app.command()(recover)
 app.command()(check)
+app.command()(bake_teacher)
 
 
 def _status_of(name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
 from kdrl_core.preflight import check_inputs
 from kdrl_core.steps.completion import is_finished, require_finished
+from tasks.secrets import register_blocks
 
 
 def default_run_name() -> str:
@@ -33,6 +34,7 @@ def full_pipeline(recipe: str = "miniature", run_name: str | None = None, overri
     Returns:
         The run's folder.
     """
+    register_blocks()
     loaded = load_recipe(recipe, overrides or [])
     check_inputs(loaded)
     run = create_run(run_name or default_run_name(), loaded)

@@ -4,14 +4,16 @@ from pathlib import Path
 
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, artifacts_root, open_run
+from tasks.secrets import register_blocks
 
 
 def open_own_run(run_dir: str | Path) -> Run:
-    """Open a run by its folder, which has to be one of this worker's artifacts folder.
+    """Open a run by its folder, which has to be one of this worker's artifacts; its recipe may name Prefect blocks.
 
     Raises:
         RunError: it lies elsewhere, or as `open_run` does. Nothing was written.
     """
+    register_blocks()
     runs = artifacts_root() / "runs"
     folder = Path(run_dir).absolute()
     if folder.parent != runs:

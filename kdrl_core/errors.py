@@ -57,6 +57,10 @@ class StorageError(KdrlError, OSError):
     """The disk is full or the folder cannot be written."""
 
 
+class SecretError(KdrlError, LookupError):
+    """A key that a recipe names is not there. The message never holds a key."""
+
+
 class EngineError(KdrlError, RuntimeError):
     """A rollout engine, scorer or trainer failed or produced unusable numbers."""
 

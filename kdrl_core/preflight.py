@@ -6,19 +6,23 @@ from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.engines.models import check_model_dir, compare_tokenizers, context_limit
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.evaluation.benchmarks import load_benchmark
+from kdrl_core.secrets import is_known, resolve_secret
 
 
 def check_inputs(recipe: Recipe) -> None:
     """Look at every file and model that the recipe names.
 
     Raises:
-        RecipeError, ModelError, DataError: what is missing or contradictory, with the field to change.
+        RecipeError, ModelError, DataError, SecretError: what is missing or contradictory, with the field to change.
     """
     student = check_model_dir(recipe.student, role="student")
     _check_context(recipe, student)
     if recipe.teacher is not None:
         teacher = check_model_dir(recipe.teacher, role="teacher")
         _check_teacher_context(recipe, teacher)
+        server = recipe.teacher.server
+        if server is not None and server.api_key is not None and is_known(server.api_key):
+            resolve_secret(server.api_key)
         compare_tokenizers(resolve_path(recipe.student.path), resolve_path(recipe.teacher.path))
     for name in recipe.stages:
         try:

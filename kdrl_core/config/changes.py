@@ -12,6 +12,12 @@ SAFE_FIELDS = (
     "stage?.checkpoint.*",
     "verification.workers",
     "verification.max_failed_share",
+    "teacher.server.urls",
+    "teacher.server.api_key",
+    "teacher.server.timeout_s",
+    "teacher.server.retry_for_s",
+    "teacher.server.first_pause_s",
+    "teacher.server.concurrency",
 )
 """Fields that change no published result, so that a run goes on with their new values."""
 

@@ -85,7 +85,8 @@ def validate_recipe(values: Mapping[str, Any], *, origin: str) -> Recipe:
         faults = [_explain(fault) for fault in error.errors()[:_MAX_SHOWN_FAULTS]]
         if more := error.error_count() - len(faults):
             faults.append(f"and {more} more")
-        raise RecipeError(f"recipe {origin}: {'; '.join(faults)}") from error
+        # Not `from error`: pydantic keeps the values, and a log would show them with the traceback.
+        raise RecipeError(f"recipe {origin}: {'; '.join(faults)}") from None
     except (TypeError, ValueError) as error:
         raise RecipeError(f"recipe {origin}: {_one_line(error)}") from error
 
@@ -105,8 +106,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def config_hash(recipe: Recipe) -> str:
-    """sha256 over the canonical JSON of every field: equal recipes have equal hashes, however they are written."""
-    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """sha256 over the canonical JSON of every field that is not at its default: equal recipes have equal hashes."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)  # so that a field that is added changes no old hash
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -220,7 +222,7 @@ def _explain(fault: Any) -> str:
         message = f"unknown field{guess}; known here: {', '.join(known)}"
     elif fault["type"] == "missing":
         message = "required but not given"
-    elif not isinstance(fault["input"], (dict, list)):
+    elif not isinstance(fault["input"], (dict, list)) and "server" not in location:  # there it may be a key
         message = f"{message}, got {_short(repr(fault['input']))}"
     return f"field '{field}': {message}"
 
@@ -248,6 +250,9 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _short(text: str) -> str:
+    """Of a text that somebody gave, as much as a message needs; of what may hold a key, its field alone."""
+    if "server." in text.partition("=")[0]:
+        return text.partition("=")[0]
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 

@@ -5,9 +5,11 @@ Section 4.1 `EvaluationConfig`. Departures: `mini_batch_prompts` must equal `pro
 64 / 64 makes every update on-policy (π_old = π_θ) and k2's gradient is unbiased only there.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Objective = Literal["grpo", "kdrl", "kd_rkl", "reward_shaping", "sft"]
 StageName = Literal["stage1", "stage2"]
@@ -21,7 +23,8 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    # Values are not shown in errors: one may be a key that somebody wrote where it does not belong.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class ModelConfig(_Section):
@@ -33,6 +36,51 @@ class ModelConfig(_Section):
     gguf_file: str | None = Field(None, description="GGUF file inside `path`; converted once to a plain model")
     chat_template: str | None = Field(None, description="Jinja template used in place of the tokenizer's own")
     trust_remote_code: bool = Field(False, description="run code shipped with the model; off unless you trust it")
+
+
+class ServerConfig(_Section):
+    """Servers that score with the teacher's weights in place of this process: `vllm serve`, or what speaks its API."""
+
+    urls: list[str] = Field(min_length=1, description="of each server, up to and with /v1: http://127.0.0.1:8000/v1")
+    model: str | None = Field(None, description="name under which they serve it; null: the only one that they serve")
+    temperature: float = Field(
+        1.0, gt=0.0, le=10.0, description="baked into the served weights (kdrl bake-teacher); has to be the stage's"
+    )
+    api_key: str | None = Field(None, description="where the key is, env:NAME or block:NAME (Prefect); never the key")
+    timeout_s: float = Field(600.0, gt=0.0, description="of one request")
+    retry_for_s: float = Field(600.0, ge=0.0, description="faults that may pass are tried again for so long")
+    first_pause_s: float = Field(1.0, gt=0.0, description="before the second try; doubled with each, up to 30 s")
+    concurrency: Positive = Field(32, description="requests in flight, over all servers")
+
+    @field_validator("urls")
+    @classmethod
+    def _plain_urls(cls, urls: list[str]) -> list[str]:
+        for number, url in enumerate(urls, start=1):
+            parts = urlsplit(url)
+            if parts.username or parts.password or parts.query:
+                raise ValueError(
+                    f"URL {number} carries a user, a password or a query; a key does not belong in a recipe: "
+                    "set api_key=env:NAME and export NAME"
+                )
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"URL {number} is none; give http://HOST:PORT/v1")
+        return urls
+
+    @field_validator("api_key")
+    @classmethod
+    def _a_reference(cls, reference: str | None) -> str | None:
+        if reference is not None and not re.fullmatch(r"(env|block):[A-Za-z0-9_-]+", reference):
+            raise ValueError(
+                "a key does not belong in a recipe; say where it is, env:NAME (an environment variable) or "
+                "block:NAME (a Prefect Secret block)"
+            )
+        return reference
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher: a model directory, which is loaded here unless servers score in its place."""
+
+    server: ServerConfig | None = Field(None, description="servers of its weights; path then gives its tokenizer")
 
 
 class DifficultyConfig(_Section):
@@ -289,7 +337,7 @@ class Recipe(_Section):
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**32)
     student: ModelConfig
-    teacher: ModelConfig | None = None
+    teacher: TeacherConfig | None = None
     prompt: PromptConfig = PromptConfig()
     reward: RewardConfig = RewardConfig()
     stage1: StageConfig | None = None
@@ -321,4 +369,17 @@ class Recipe(_Section):
                     f"{name}.objective={self.stage(name).objective} distils from a teacher, but the recipe has none; "
                     f"set teacher.path or {name}.objective=grpo"
                 )
+            self._check_server(name)
         return self
+
+    def _check_server(self, name: str) -> None:
+        """Served logprobs know no temperature but that which is baked into the served weights."""
+        server = self.teacher.server if self.teacher is not None else None
+        stage = self.stage(name)
+        if server is not None and stage.scores_teacher and server.temperature != stage.temperature:
+            raise ValueError(
+                f"{name}.temperature is {stage.temperature}, but teacher.server.temperature is {server.temperature}: "
+                "served logprobs are of the temperature that is baked into the weights. Make these with `kdrl "
+                f"bake-teacher --temperature {stage.temperature}`, serve them, and set teacher.server.temperature="
+                f"{stage.temperature}"
+            )

@@ -222,7 +222,7 @@ def load_model(
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=getattr(torch, dtype),
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,

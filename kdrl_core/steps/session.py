@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from kdrl_core.config import ModelConfig, StageConfig
 from kdrl_core.data import think_opened
+from kdrl_core.engines.http_scorer import HTTPScorer, served_model
 from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
@@ -44,7 +45,7 @@ class StageSession:
         self._engine_version = -1
         self._teacher_engine: TransformersRolloutEngine | None = None
         self._dataset: pa.Table | None = None
-        self._scorers: dict[str, TransformersScorer] = {}
+        self._scorers: dict[str, TransformersScorer | HTTPScorer] = {}
         self._verifier: Verifier | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
         torch.set_num_threads(run.recipe.runtime.num_threads)
@@ -110,23 +111,38 @@ class StageSession:
                 self._engine_version = step
             return self._engine
 
-    def scorer(self, role: str) -> TransformersScorer:
-        """The frozen model of a role, `teacher` or `reference`, at the student's temperature."""
+    def scorer(self, role: str) -> TransformersScorer | HTTPScorer:
+        """The frozen model of a role, `teacher` or `reference`, at the student's temperature.
+
+        Raises:
+            EngineError: the teacher is served, and its servers do not answer, or serve something else.
+        """
         with self._lock:
             if role not in self._scorers:
-                recipe = self.run.recipe
-                if role == "teacher":
-                    assert recipe.teacher is not None  # the recipe was validated
-                    model = self._load(prepared_model(recipe.teacher, self.run.paths.root), recipe.teacher)
+                teacher = self.run.recipe.teacher
+                if role == "teacher" and teacher is not None and teacher.server is not None:
+                    self._scorers[role] = HTTPScorer(
+                        served_model(teacher.server),
+                        num_tokens=len(self.tokenizer),
+                        max_tokens=self.config.max_prompt_tokens + self.config.max_response_tokens,
+                    )
                 else:
-                    model = self._load(self.initial_policy, recipe.student)
-                self._scorers[role] = TransformersScorer(
-                    model,
-                    temperature=self.config.temperature,
-                    batch_tokens=recipe.runtime.score_batch_tokens,
-                    num_tokens=len(self.tokenizer),
-                )
+                    self._scorers[role] = self._local_scorer(role)
             return self._scorers[role]
+
+    def _local_scorer(self, role: str) -> TransformersScorer:
+        recipe = self.run.recipe
+        if role == "teacher":
+            assert recipe.teacher is not None  # the recipe was validated
+            model = self._load(prepared_model(recipe.teacher, self.run.paths.root), recipe.teacher)
+        else:
+            model = self._load(self.initial_policy, recipe.student)
+        return TransformersScorer(
+            model,
+            temperature=self.config.temperature,
+            batch_tokens=recipe.runtime.score_batch_tokens,
+            num_tokens=len(self.tokenizer),
+        )
 
     @property
     def teacher_engine(self) -> TransformersRolloutEngine:
@@ -181,6 +197,9 @@ class StageSession:
             if self._verifier is not None:
                 self._verifier.close()
             self._verifier = self._trainer = self._engine = self._teacher_engine = self._dataset = None
+            for scorer in self._scorers.values():
+                if isinstance(scorer, HTTPScorer):
+                    scorer.close()
             self._scorers.clear()
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
 

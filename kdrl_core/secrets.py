@@ -1,0 +1,49 @@
+"""API keys: named in a recipe, never written in it. A reference says where the key is; only its holder sees the key.
+
+`env:NAME` is an environment variable. Outer rings add schemes of their own (`block:NAME`, a Prefect Secret block).
+"""
+
+import os
+from collections.abc import Callable
+
+from kdrl_core.errors import SecretError
+
+SecretSource = Callable[[str], str]
+"""Gives the secret of a name; raises SecretError if there is none."""
+
+
+def resolve_secret(reference: str) -> str:
+    """The secret that `reference` (scheme:NAME) leads to.
+
+    Raises:
+        SecretError: no such scheme, or nothing there. The message never holds a secret.
+    """
+    scheme, _, name = reference.partition(":")
+    source = _sources.get(scheme)
+    if source is None:
+        raise SecretError(
+            f"a secret is named by {' or '.join(f'{known}:NAME' for known in sorted(_sources))}, not by {scheme}:…"
+        )
+    secret = source(name).strip()
+    if not secret:
+        raise SecretError(f"{reference} is empty; set it to the key")
+    return secret
+
+
+def register_secret_source(scheme: str, source: SecretSource) -> None:
+    """Let `scheme:NAME` lead to what `source` gives."""
+    _sources[scheme] = source
+
+
+def is_known(reference: str) -> bool:
+    """Whether the reference's scheme is one that this process can follow."""
+    return reference.partition(":")[0] in _sources
+
+
+def _from_environment(name: str) -> str:
+    if name not in os.environ:
+        raise SecretError(f"env:{name}: there is no environment variable {name}; export it where the run is started")
+    return os.environ[name]
+
+
+_sources: dict[str, SecretSource] = {"env": _from_environment}

@@ -1,0 +1,22 @@
+"""`block:NAME` in a recipe: a key that is kept in a Prefect Secret block."""
+
+from prefect.blocks.system import Secret
+
+from kdrl_core.errors import SecretError
+from kdrl_core.secrets import register_secret_source
+
+
+def load_block(name: str) -> str:
+    """The secret in a Prefect Secret block. Raises SecretError if the server has none of that name."""
+    try:
+        return str(Secret.load(name).get())  # type: ignore[union-attr]
+    except ValueError:
+        raise SecretError(
+            f"block:{name}: the Prefect server has no Secret block of that name; make one in its UI (Blocks, Secret), "
+            "or name an environment variable, env:NAME"
+        ) from None
+
+
+def register_blocks() -> None:
+    """Let recipes name Prefect's Secret blocks."""
+    register_secret_source("block", load_block)

@@ -1,0 +1,226 @@
+"""Scoring by servers that fail in every way: what passes is tried again, what does not is told, no key gets out."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from crash.tiny_run import differing, open_tiny, results, train
+from faulty_server import FaultyServer, faulty_server
+
+from kdrl_core.config.paths import ASSETS
+from kdrl_core.engines.http_scorer import HTTPScorer, ServedModel
+from kdrl_core.engines.models import load_model
+from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.errors import EngineError, KdrlError, RecipeError, SecretError
+from kdrl_core.ledger import is_published, open_run
+from kdrl_core.rollouts.schema import read_table
+from kdrl_core.secrets import register_secret_source, resolve_secret
+from kdrl_core.steps.session import close_sessions
+from kdrl_core.types import ScoreRequest
+
+TEACHER = ASSETS / "miniature" / "teacher"
+KEY = "sk-planted-9f8e7d6c5b4a"
+REQUESTS = [
+    ScoreRequest(prompt_token_ids=list(range(5, 5 + n)), token_ids=[9, 4, 7, 11, 6, 1][: 2 + n % 5])
+    for n in range(1, 9)
+]
+Make = Callable[..., HTTPScorer]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FaultyServer]:
+    with faulty_server(TEACHER, key=KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def make(server: FaultyServer) -> Iterator[Make]:
+    """A scorer with pauses of milliseconds; the server has no faults left from other tests."""
+    server.faults.clear()
+    scorers: list[HTTPScorer] = []
+
+    def make(urls: list[str] | None = None, **options: Any) -> HTTPScorer:
+        fast = {"api_key": KEY, "timeout_s": 0.5, "retry_for_s": 8.0, "first_pause_s": 0.01, "concurrency": 4}
+        limits = {name: options.pop(name) for name in ("num_tokens", "max_tokens") if name in options}
+        scorer = HTTPScorer(ServedModel(urls=urls or [server.url], **{**fast, **options}), **limits)
+        scorers.append(scorer)
+        return scorer
+
+    yield make
+    for scorer in scorers:
+        scorer.close()
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[np.ndarray]:
+    local = TransformersScorer(load_model(TEACHER), temperature=1.0, batch_tokens=2048)
+    return local.score(REQUESTS)
+
+
+def same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+TRANSIENT = ["hang", "drop", "500", "503", "429", "garbage", "empty", "short", "null", "nan", "echo"]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_fault_that_passes_costs_only_time(
+    fault: str, make: Make, server: FaultyServer, expected: list[np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = make()
+    server.faults.extend([fault] * 3)
+    before = server.requests
+    same(scorer.score(REQUESTS), expected)
+    assert server.requests - before == len(REQUESTS) + 3
+    assert caplog.text.count("tried again in") == 3
+    assert server.url in caplog.text
+    assert KEY not in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["hang", "500", "garbage", "null", "echo"])
+def test_a_fault_that_does_not_pass_ends_in_bounded_time(fault: str, make: Make, server: FaultyServer) -> None:
+    scorer = make(retry_for_s=0.6, timeout_s=0.2)
+    server.faults.append(f"{fault}*")
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"response \d+: teacher server http://.*given up after \d+ tries in") as told:
+        scorer.score(REQUESTS)
+    assert time.monotonic() - started < 10
+    assert "resume the run" in str(told.value)
+    assert KEY not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_topk_is_the_local_scorers(make: Make) -> None:
+    local = TransformersScorer(load_model(TEACHER), temperature=1.0, batch_tokens=2048, num_tokens=24)
+    for ours, theirs in zip(make(num_tokens=24).score_topk(REQUESTS, 5), local.score_topk(REQUESTS, 5), strict=True):
+        assert (ours.topk_ids == theirs.topk_ids).all()
+        np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=2e-5)
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
+
+
+def test_a_dead_server_is_left_out_and_comes_back(make: Make, server: FaultyServer, expected: list[np.ndarray]) -> None:
+    with faulty_server(TEACHER, key=KEY) as other:
+        scorer = make([server.url, other.url])
+        other.faults.append("503*")
+        same(scorer.score(REQUESTS), expected)
+        other.faults.clear()
+        at_other = other.requests
+        for _ in range(40):
+            same(scorer.score(REQUESTS), expected)
+            if other.requests > at_other + 3:
+                break
+        assert other.requests > at_other + 3
+    same(scorer.score(REQUESTS), expected)  # now it is gone for good
+    with pytest.raises(EngineError, match=r"cannot be reached \(ConnectError\); given up"):
+        make([other.url], retry_for_s=0.3)
+    same(make([other.url, server.url]).score(REQUESTS), expected)
+
+
+def test_a_wrong_key_is_told_at_once_without_it(make: Make, server: FaultyServer) -> None:
+    with pytest.raises(EngineError, match=r"refuses the key \(401: .*\[the key\]") as told:
+        make(api_key="sk-wrong-123456")
+    assert "sk-wrong" not in str(told.value)
+    assert "sk-wrong" not in repr(told.value.__context__)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "other"}, "serves teacher, not other; set teacher.server.model"),
+        ({"max_tokens": 512}, r"its context of 512 tokens is too short .* --max-model-len 513"),
+    ],
+)
+def test_what_is_served_is_compared_with_the_recipe(make: Make, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        make(**options)
+
+
+def test_a_redirect_does_not_take_the_key_along(make: Make, server: FaultyServer) -> None:
+    scorer = make()
+    server.faults.append("307")
+    with pytest.raises(EngineError, match="answered 307"):
+        scorer.score(REQUESTS[:1])
+
+
+SERVED = ["teacher.server.retry_for_s=0.5", "teacher.server.first_pause_s=0.01", "teacher.server.api_key=env:T_KEY"]
+
+
+@pytest.mark.usefixtures("fast_sessions")
+def test_a_run_whose_teacher_fails_is_resumed_to_the_same_bytes_and_the_key_is_nowhere(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("T_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    server.faults.clear()
+    overrides = ["stage1=null", "stage2.steps=4", *SERVED, f"teacher.server.urls=[{json.dumps(server.url)}]"]
+    whole = open_tiny(tmp_path / "whole", "r", overrides)
+    train(whole)
+
+    run = open_tiny(tmp_path / "failing", "r", overrides)
+    train(run, until=("stage2", 1))
+    server.faults.append("echo*")
+    with pytest.raises(EngineError, match=r"answered 500 \(.*\[the key\]"):
+        train(open_run("r", artifacts=tmp_path / "failing"))
+    assert is_published(run.paths.rollouts("stage2", 1))
+    assert not is_published(run.paths.teacher("stage2", 1))
+    close_sessions()
+    server.faults.clear()
+    train(open_run("r", artifacts=tmp_path / "failing"))
+
+    assert differing(run, whole) == []
+    assert f"Bearer {KEY}" in server.seen_keys
+    holding = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert holding == []
+    assert KEY not in caplog.text
+
+    local = open_tiny(tmp_path / "local", "r", ["stage1=null", "stage2.steps=4"])
+    train(local, until=("stage2", 1))
+    for name in (local.relative(local.paths.rollouts("stage2", 0)), local.relative(local.paths.rewards("stage2", 0))):
+        assert results(local)[name] == results(run)[name]
+    scored = [read_table(each.paths.teacher("stage2", 0))["teacher_logprobs"].to_pylist() for each in (local, run)]
+    for ours, theirs in zip(*scored, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"teacher.server.api_key={KEY}"], "a key does not belong in a recipe; say where it is, env:NAME"),
+        ([f"teacher.server.urls=['http://me:{KEY}@h/v1']"], "carries a user, a password or a query; a key does not"),
+        ([f"teacher.server.urls=['http://h/v1?key={KEY}']"], "carries a user, a password or a query; a key does not"),
+        (["teacher.server.urls=['ftp://h']"], "URL 1 is none; give http://HOST:PORT/v1"),
+        (["teacher.server.temperature=0.6"], r"but teacher.server.temperature is 0.6: served .*bake-teacher"),
+    ],
+)
+def test_recipes_hold_no_keys(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message) as told:
+        open_tiny(tmp_path, "r", ["teacher.server.urls=['http://127.0.0.1:1/v1']", *overrides])
+    error: BaseException | None = told.value
+    while error is not None:  # tracebacks show what an error was made from
+        assert KEY not in f"{error}{error!r}"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_secrets_are_found_or_missed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("T_KEY", f" {KEY}\n")
+    assert resolve_secret("env:T_KEY") == KEY
+    monkeypatch.setenv("T_KEY", "")
+    with pytest.raises(SecretError, match="env:T_KEY is empty"):
+        resolve_secret("env:T_KEY")
+    monkeypatch.delenv("T_KEY")
+    with pytest.raises(SecretError, match="there is no environment variable T_KEY"):
+        resolve_secret("env:T_KEY")
+    with pytest.raises(SecretError, match="a secret is named by "):
+        resolve_secret("vault:T_KEY")
+    register_secret_source("test", lambda name: f"{name}-value")
+    assert resolve_secret("test:x") == "x-value"
+    assert issubclass(SecretError, KdrlError)
