@@ -146,4 +146,4 @@ def _compare(path: Path, size: int, sha256: str) -> None:
         )
 
 
-_REMEDY = "restore it from a backup, or let kdrl resume make it again"
+_REMEDY = "restore it from a backup; what a run goes on from, kdrl resume makes again"

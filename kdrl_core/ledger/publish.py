@@ -60,10 +60,10 @@ def publish_file(
         with _temporary(path) as temporary:
             write(temporary)
             size, sha256 = digest(temporary)
-            if lost is not None:
-                lost.check(path, sha256)
             if expected not in (None, sha256):
                 heal.refuse_other_bytes(path, sha256, expected, _USED)
+            if lost is not None and expected is None:
+                lost.check(path, sha256)
             _fsync(temporary)
             temporary.replace(path)
         manifest = Manifest(

@@ -71,8 +71,10 @@ def load_metrics(run: Run, stage: str) -> list[dict[str, Any]]:
 def _append(run: Run, stage: str, step: int, kind: str, path: Path) -> None:
     rows = _rows(path)
     if [row["step"] for row in rows] != list(range(step)):
-        if len(rows) > step:
-            return  # a replayed step, its row is there
+        if len(rows) > step:  # a replayed step: its row is there
+            if rows[step] != (row := _row(run, stage, step, kind)):
+                _write(path, [*rows[:step], row, *rows[step + 1 :]])
+            return
         rows = [_row(run, stage, earlier, kind) for earlier in range(step)]
     _write(path, [*rows, _row(run, stage, step, kind)])
 

@@ -73,11 +73,13 @@ def check_run(run: Run, *, on_checked: OnChecked | None = None) -> CheckReport:
             pass
         else:
             num_bytes += manifest.size
+            if foreign := _foreign_input(run, path, manifest):
+                found(path, f"is of another step: it was made from {foreign}")
             for name in _changed_inputs(run, manifest):
                 found(path, f"made from another {name} than is there now")
         if on_checked is not None:
             on_checked(number, len(artifacts))
-    for path in _required(run):
+    for path in (*_required(run), *_folders(run)):
         if not is_published(path):
             found(path, "has no manifest" if path.exists() else "is missing")
     for stage in run.recipe.stages:
@@ -147,6 +149,23 @@ def _required(run: Run) -> Iterator[Path]:
                 yield paths.reference(stage, step)
         if steps and config.objective == "sft":
             yield paths.sft_dataset(stage)
+
+
+def _folders(run: Run) -> Iterator[Path]:
+    """The folders that have to be published as a whole, if they are there."""
+    paths = run.paths
+    yield from sorted(paths.root.glob("checkpoints/*/step-*"))
+    yield from sorted(paths.root.glob("evaluation/[!.]*"))
+    yield from (path for path in (paths.student, paths.report) if path.exists())
+
+
+def _foreign_input(run: Run, path: Path, manifest: Manifest) -> str | None:
+    """Of an artifact in a step's folder that is made from that step's files: an input that is of another step."""
+    folder = run.relative(path.parent)
+    if "/step=" not in folder or path.stem == "rollouts":
+        return None
+    of_steps = (name for name in manifest.inputs if "/step=" in name)
+    return next((name for name in of_steps if not name.startswith(f"{folder}/")), None)
 
 
 def _changed_inputs(run: Run, manifest: Manifest) -> Iterator[str]:

@@ -23,7 +23,9 @@ def is_finished(run: Run, *, verify: bool = False) -> bool:
         current = is_current(last, {run.relative(final): manifest_of(final).sha256}) and is_current(
             run.paths.report, report_inputs(run)
         )
-        for path in (*results, run.paths.report) if current and verify else ():
+        earlier = [final_checkpoint(run, stage) for stage in run.recipe.stages[:-1]]
+        checked = (*filter(is_published, earlier), *results, run.paths.report)  # earlier ones may have been deleted
+        for path in checked if current and verify else ():
             verify_published(path)
     except DamagedArtifactError as error:
         _logger.warning("%s", error)
@@ -33,7 +35,7 @@ def is_finished(run: Run, *, verify: bool = False) -> bool:
 
 def require_trained(run: Run, stage: str) -> None:
     """Raise RunError if a stage that was gone through has no last checkpoint: to train nothing is no success."""
-    final = run.paths.checkpoint(stage, run.recipe.stage(stage).steps)
+    final = final_checkpoint(run, stage)
     if not is_published(final):
         raise RunError(
             f"{stage} came to its end without {run.relative(final)}, so it is not trained; "
@@ -58,7 +60,7 @@ def report_inputs(run: Run) -> dict[str, str]:
     return {run.relative(path): manifest_of(path).sha256 for path in paths}
 
 
-def final_checkpoint(run: Run) -> Path:
-    """The last stage's last checkpoint, published or not."""
-    stage = run.recipe.stages[-1]
+def final_checkpoint(run: Run, stage: str | None = None) -> Path:
+    """The last checkpoint of a stage (default: the last), published or not."""
+    stage = stage or run.recipe.stages[-1]
     return run.paths.checkpoint(stage, run.recipe.stage(stage).steps)

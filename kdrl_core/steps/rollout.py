@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kdrl_core.errors import DataError
+from kdrl_core.errors import DamagedArtifactError, DataError
 from kdrl_core.ledger import derive_seed, find_intact, is_published, manifest_of, prompts_of_step, publish_file
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import ROLLOUTS, write_table
@@ -31,12 +31,19 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
     Raises:
         DataError: the pool is smaller than a step.
         EngineError: the engine's logits are not finite.
-        DamagedArtifactError: a damaged file was made again and came out otherwise.
+        DamagedArtifactError: a damaged file was made again and came out otherwise, or is of another step.
     """
     started = time.perf_counter()
     run, stage = session.run, session.stage
     path = run.paths.rollouts(stage, step)
-    if find_intact(path):
+    used = run.used_by(run.paths.update(stage, step), path)
+    if found := find_intact(path):
+        if used not in (None, found.sha256):
+            raise DamagedArtifactError(
+                f"{path} is not the file that the step was trained on, though it is whole: its sha256 is "
+                f"{found.sha256[:12]}…, that of the other {used[:12]}…; restore that from a backup, or delete this to have "
+                "it sampled again"
+            )
         return StepArtifact(path=path, reused=True, seconds=0.0)
     engine = session.engine_at(step)
     requests = _requests(session, step)
@@ -49,7 +56,7 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
         lambda file: write_table(table, file),
         inputs=inputs,
         metadata={"seconds": seconds},
-        expected=run.used_by(run.paths.update(stage, step), path),
+        expected=used,
     )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
 

@@ -91,9 +91,21 @@ def test_every_kind_of_damage_is_named_with_its_remedy(run: Run) -> None:
 def test_what_was_made_from_another_file_is_named(run: Run) -> None:
     for name in ("rewards.parquet", "_rewards.manifest.json"):
         shutil.copy(run.paths.step("stage2", 0) / name, run.paths.step("stage2", 1) / name)
-    problems = {path: finding.problem for path, finding in found(run).items()}
+    findings = found(run)
     step = "rollouts/stage=stage2/step=000001"
-    assert problems == {f"{step}/update.parquet": f"made from another {step}/rewards.parquet than is there now"}
+    assert {path: finding.problem for path, finding in findings.items()} == {
+        f"{step}/rewards.parquet": "is of another step: it was made from "
+        "rollouts/stage=stage2/step=000000/rollouts.parquet",
+        f"{step}/update.parquet": f"made from another {step}/rewards.parquet than is there now",
+    }
+    assert findings[f"{step}/rewards.parquet"].remedy is Remedy.REPAIR
+    assert check("--repair").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["student", "evaluation/base", "checkpoints/stage2/step-000003"])
+def test_a_folder_without_its_manifest_is_named(run: Run, name: str) -> None:
+    (run.paths.root / name / "manifest.json").unlink()
+    assert {path: finding.problem for path, finding in found(run).items()} == {name: "has no manifest"}
 
 
 def test_repair_makes_scores_and_verdicts_of_the_past_again(run: Run, whole: Run) -> None:

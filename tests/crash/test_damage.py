@@ -191,6 +191,38 @@ def test_files_of_another_step_are_noticed(stopped: Run, whole: Run, tmp_path: P
     assert results(run)[path] == results(whole)[path]
 
 
+def test_rollouts_of_another_step_are_refused(stopped: Run, tmp_path: Path) -> None:
+    run = copy_of(stopped, tmp_path)
+    for name in ("rollouts.parquet", "_rollouts.manifest.json"):
+        shutil.copy(run.paths.step("stage2", 3) / name, run.paths.step("stage2", 4) / name)
+    with pytest.raises(DamagedArtifactError, match=r"step=000004/rollouts\.parquet is not the file that the step was"):
+        train(run)
+    run.paths.rollouts("stage2", 4).unlink()  # as the message says
+    close_sessions()
+    train(run)
+    verify_published(run.paths.rollouts("stage2", 4))
+
+
+def test_what_was_trained_on_decides_where_file_and_manifest_are_both_damaged(
+    stopped: Run, whole: Run, tmp_path: Path
+) -> None:
+    run = copy_of(stopped, tmp_path)
+    path = run.paths.rewards("stage2", 4)
+    truncate(path)
+    garble_manifest(path)
+    train(run)
+    assert results(run)[run.relative(path)] == results(whole)[run.relative(path)]
+
+
+def test_a_damaged_result_of_stage_one_unfinishes_a_run(whole: Run, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    flip(run.paths.checkpoint("stage1", 2) / "model.safetensors")
+    assert not is_finished(run, verify=True)
+    train(run)
+    finish(run)
+    assert is_finished(run, verify=True)
+
+
 def test_a_step_trained_on_other_files_is_refused(stopped: Run, tmp_path: Path) -> None:
     run = copy_of(stopped, tmp_path)
     shutil.copy(run.paths.step("stage2", 3) / "update.parquet", run.paths.step("stage2", 4) / "update.parquet")
