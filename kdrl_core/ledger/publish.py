@@ -89,6 +89,7 @@ def publish_directory(
     *,
     inputs: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    expected: str | None = None,
 ) -> Manifest:
     """Publish the directory that `write` fills; like `publish_file`, in one rename.
 
@@ -116,8 +117,11 @@ def publish_directory(
                 created_at=_now(),
             )
             content = manifest.to_bytes()
+            if expected not in (None, manifest.sha256):
+                heal.refuse_other_bytes(path, manifest.sha256, expected, _USED)
             if lost is not None:
-                lost.check(path, manifest.sha256)
+                if expected is None:
+                    lost.check(path, manifest.sha256)
                 if lost.manifest is not None and lost.published == manifest.sha256:
                     content = lost.manifest
             (temporary / DIRECTORY_MANIFEST).write_bytes(content)

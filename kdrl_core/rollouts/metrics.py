@@ -28,7 +28,7 @@ def append_metrics(run: Run, stage: str, step: int) -> None:
 def rebuild_metrics(run: Run, stage: str) -> None:
     """Write metrics and timings anew where they do not hold what the manifests of the steps' updates say.
 
-    A row whose manifest is lost is kept as it is.
+    A row whose manifest is lost is kept as it is, up to the last step that is published.
     """
     for path, rows in _differing(run, stage):
         _write(path, rows)
@@ -41,6 +41,8 @@ def differing_metrics(run: Run, stage: str) -> list[Path]:
 
 def _differing(run: Run, stage: str) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """Files that cannot be read or do not hold what the manifests say, with the rows that belong in them."""
+    updates = run.paths.update(stage, 0).parent.parent.glob("step=*/update.parquet")
+    end = max((int(path.parent.name.removeprefix("step=")) + 1 for path in updates if is_published(path)), default=0)
     for kind, path in (("metrics", run.paths.metrics(stage)), ("timings", run.paths.timings(stage))):
         try:
             found = _rows(path)
@@ -49,7 +51,7 @@ def _differing(run: Run, stage: str) -> Iterator[tuple[Path, list[dict[str, Any]
             found = []
         kept = {row["step"]: row for row in found}
         rows: list[dict[str, Any]] = []
-        while row := _row_or_none(run, stage, len(rows), kind) or kept.get(len(rows)):
+        while len(rows) < end and (row := _row_or_none(run, stage, len(rows), kind) or kept.get(len(rows))):
             rows.append(row)
         if found != rows:
             yield path, rows

@@ -40,9 +40,8 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
     if found := find_intact(path):
         if used not in (None, found.sha256):
             raise DamagedArtifactError(
-                f"{path} is not the file that the step was trained on, though it is whole: its sha256 is "
-                f"{found.sha256[:12]}…, that of the other {used[:12]}…; restore that from a backup, or delete this to have "
-                "it sampled again"
+                f"{path} is whole, but not the file that the step was trained on: its sha256 is {found.sha256[:12]}…, "
+                f"that of the other {used[:12]}…; restore that one, or delete this one to have it sampled again"
             )
         return StepArtifact(path=path, reused=True, seconds=0.0)
     engine = session.engine_at(step)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdrl_core.errors import DamagedArtifactError
-from kdrl_core.ledger import Manifest, find_intact, publish_directory, publish_file
+from kdrl_core.ledger import Manifest, Run, find_intact, publish_directory, publish_file
 from kdrl_core.rollouts.metrics import append_metrics
 from kdrl_core.rollouts.schema import write_table
 from kdrl_core.steps.checkpoints import is_checkpoint_due, prune_checkpoints
@@ -69,7 +69,12 @@ def end_step(session: StageSession, step: int, made: StepRecord, *, inputs: Mapp
     checkpoint = None
     if is_checkpoint_due(run, stage, step + 1):
         checkpoint = run.paths.checkpoint(stage, step + 1)
-        publish_directory(checkpoint, session.trainer_at(step + 1).save, inputs={run.relative(path): published.sha256})
+        publish_directory(
+            checkpoint,
+            session.trainer_at(step + 1).save,
+            inputs={run.relative(path): published.sha256},
+            expected=_sampled_from(run, stage, step + 1),
+        )
         prune_checkpoints(run, stage)
     return StepSummary(
         step=step,
@@ -101,3 +106,12 @@ def _check_replay(path: Path, published: Manifest, inputs: Mapping[str, str], me
 
 def _same(value: float, recorded: float | None) -> bool:
     return recorded is not None and (value == recorded or (math.isnan(value) and math.isnan(recorded)))
+
+
+def _sampled_from(run: Run, stage: str, step: int) -> str | None:
+    """The sha256 of the checkpoint at `step` that rollouts were sampled from since, of this stage or of the next."""
+    stages: tuple[str, ...] = run.recipe.stages
+    following = [(stage, step), *((later, 0) for later in stages[stages.index(stage) + 1 :][:1])]
+    checkpoint = run.paths.checkpoint(stage, step)
+    found = (run.used_by(run.paths.rollouts(*where), checkpoint) for where in following)
+    return next((sha256 for sha256 in found if sha256 is not None), None)

@@ -195,7 +195,7 @@ def test_rollouts_of_another_step_are_refused(stopped: Run, tmp_path: Path) -> N
     run = copy_of(stopped, tmp_path)
     for name in ("rollouts.parquet", "_rollouts.manifest.json"):
         shutil.copy(run.paths.step("stage2", 3) / name, run.paths.step("stage2", 4) / name)
-    with pytest.raises(DamagedArtifactError, match=r"step=000004/rollouts\.parquet is not the file that the step was"):
+    with pytest.raises(DamagedArtifactError, match=r"step=000004/rollouts\.parquet is whole, but not the file that"):
         train(run)
     run.paths.rollouts("stage2", 4).unlink()  # as the message says
     close_sessions()
@@ -212,6 +212,26 @@ def test_what_was_trained_on_decides_where_file_and_manifest_are_both_damaged(
     garble_manifest(path)
     train(run)
     assert results(run)[run.relative(path)] == results(whole)[run.relative(path)]
+
+
+def test_a_checkpoint_of_another_step_in_its_place(stopped: Run, whole: Run, tmp_path: Path) -> None:
+    """Damaged as well: what was sampled from the right one says which it has to be."""
+    run = copy_of(stopped, tmp_path)
+    folder = run.paths.checkpoint("stage1", 2)
+    shutil.rmtree(folder)
+    shutil.copytree(run.paths.checkpoint("stage1", 1), folder)
+    flip(folder / "config.json")
+    train(run)
+    verify_published(folder)
+    assert [name for name in differing(run, whole) if name.startswith("checkpoints/stage1")] == []
+
+
+def test_metrics_of_another_stage_in_their_place(stopped: Run, whole: Run, tmp_path: Path) -> None:
+    run = copy_of(stopped, tmp_path)
+    shutil.copy(run.paths.metrics("stage2"), run.paths.metrics("stage1"))
+    train(run)
+    ours, theirs = load_metrics(run, "stage1"), load_metrics(whole, "stage1")
+    assert [row["loss/total"] for row in ours] == [row["loss/total"] for row in theirs]
 
 
 def test_a_damaged_result_of_stage_one_unfinishes_a_run(whole: Run, tmp_path: Path) -> None:
