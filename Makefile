@@ -9,10 +9,10 @@ RECIPE ?= miniature
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-roads crash-test lint format bench bench-filter bench-verify assets clean
+.PHONY: help setup demo test test-slow test-roads crash-test lint format bench bench-filter bench-verify bench-logprobs assets clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(VENV)/.installed  ## create .venv with the pinned CPU environment (a second run takes no time)
 	@echo "environment ready: $(BIN)/kdrl --help"
@@ -63,6 +63,9 @@ bench: setup  ## print the step's time by phase, Prefect's share and peak memory
 
 bench-verify: setup  ## print how right, fast and safe the verifier is, beside math-verify alone
 	@$(BIN)/python benchmarks/verifier.py
+
+bench-logprobs: setup  ## print peak memory and time of the logprobs at Qwen's vocabulary, full and in chunks (20 minutes)
+	@$(BIN)/python benchmarks/logprob_memory.py
 
 bench-filter: setup  ## print the speed and memory of the data filter on a million problems
 	@$(BIN)/python benchmarks/filter_speed.py

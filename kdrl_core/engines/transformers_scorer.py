@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from kdrl_core.engines.protocols import TopKScore
 from kdrl_core.errors import EngineError
 from kdrl_core.training.batch import PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.training.logprobs import response_logits, response_logprobs
+from kdrl_core.training.logprobs import LogprobModel
 from kdrl_core.types import ScoreRequest
 
 
@@ -28,7 +28,7 @@ class TransformersScorer:
         self, model: PreTrainedModel, *, temperature: float, batch_tokens: int, num_tokens: int | None = None
     ) -> None:
         self._model = model
-        self._temperature = temperature
+        self._logprobs = LogprobModel(model, temperature=temperature)
         self._batch_tokens = batch_tokens
         size: int = model.config.vocab_size
         self._num_tokens = size if num_tokens is None else min(num_tokens, size)
@@ -37,9 +37,10 @@ class TransformersScorer:
     def score(self, requests: Sequence[ScoreRequest]) -> list[NDArray[np.float32]]:
         """Logprobs [len(token_ids)] per request, in order. Raises EngineError for a logprob that is not finite."""
         scores: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(requests)
-        for rows, batch, logits in self._forward(requests):
-            for row, values in zip(rows, _own_logprobs(logits, batch), strict=True):
-                scores[row] = values
+        for rows, batch in self._batches(requests):
+            logprobs = self._logprobs(batch).logprobs.cpu().numpy()
+            for row, values in zip(rows, logprobs, strict=True):
+                scores[row] = values[: len(requests[row].token_ids)].astype(np.float32)
         _refuse_not_finite(scores)
         return scores
 
@@ -54,30 +55,24 @@ class TransformersScorer:
         if not 1 <= k <= self._num_tokens:
             raise ValueError(f"k: expected 1 to {self._num_tokens}, the tokens of the vocabulary, given {k}")
         scores: dict[int, TopKScore] = {}
-        for rows, batch, logits in self._forward(requests):
-            best = logits.log_softmax(-1)[..., : self._num_tokens].topk(k, dim=-1)
-            ids, values = best.indices.to(torch.int32).cpu().numpy(), best.values.cpu().numpy()
-            for index, (row, own) in enumerate(zip(rows, _own_logprobs(logits, batch), strict=True)):
-                length = len(own)
+        for rows, batch in self._batches(requests):
+            found = self._logprobs.best_tokens(batch, k, num_tokens=self._num_tokens)
+            logprobs, ids, values = found.logprobs, found.ids.to(torch.int32), found.values
+            arrays = (tensor.cpu().numpy() for tensor in (logprobs, ids, values))
+            for row, own, best_ids, best in zip(rows, *arrays, strict=True):
+                length = len(requests[row].token_ids)
                 scores[row] = TopKScore(
-                    logprobs=own, topk_ids=ids[index, :length], topk_logprobs=values[index, :length]
+                    logprobs=own[:length].astype(np.float32), topk_ids=best_ids[:length], topk_logprobs=best[:length]
                 )
-        found = [scores[row] for row in range(len(requests))]
-        _refuse_not_finite([score.logprobs for score in found])
-        return found
+        ordered = [scores[row] for row in range(len(requests))]
+        _refuse_not_finite([score.logprobs for score in ordered])
+        return ordered
 
-    def _forward(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[int], PaddedBatch, torch.Tensor]]:
-        """Rows, their padded batch and logits / T [b, T, V], batch by batch."""
+    def _batches(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[int], PaddedBatch]]:
+        """Rows and their padded batch, batch by batch."""
         lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in requests]
         for rows in token_budget_batches(lengths, max_tokens=self._batch_tokens):
-            batch = pad_sequences([requests[row] for row in rows], device=self._model.device)
-            yield rows, batch, response_logits(self._model, batch, temperature=self._temperature)
-
-
-def _own_logprobs(logits: torch.Tensor, batch: PaddedBatch) -> list[NDArray[np.float32]]:
-    logprobs, _ = response_logprobs(logits, batch)
-    masks = batch.response_mask.bool().cpu().numpy()
-    return [row[mask].astype(np.float32) for row, mask in zip(logprobs.cpu().numpy(), masks, strict=True)]
+            yield rows, pad_sequences([requests[row] for row in rows], device=self._model.device)
 
 
 def _refuse_not_finite(scores: Sequence[NDArray[np.float32]]) -> None:

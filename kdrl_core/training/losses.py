@@ -4,16 +4,16 @@ The step's global counts come first (`StepTotals`), so that losses, gradients an
 whole step's, however it is cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from kdrl_core.objectives import kdrl_loss, sft_loss, topk_kl
+from kdrl_core.objectives import kdrl_loss, sft_loss
 from kdrl_core.training.batch import PaddedBatch
-from kdrl_core.training.logprobs import response_logprobs
+from kdrl_core.training.chunked_logprobs import TokenStatistics
 from kdrl_core.training.protocols import Float32s, TopKTeacher, UpdateBatch
 
 
@@ -48,13 +48,33 @@ class StepTotals:
         )
 
 
+def micro_batch_statistics(
+    model: Callable[..., TokenStatistics], batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch
+) -> TokenStatistics:
+    """What the loss of the responses `rows` needs of the policy: one forward pass of a `LogprobModel` (or its engine).
+
+    Args:
+        model: called as `LogprobModel.forward`.
+        batch: the whole step.
+        rows: which of its responses are in `padded`, in order.
+        padded: those responses as tensors.
+
+    Raises:
+        ValueError: as `LogprobModel.forward`.
+    """
+    if batch.topk is None or batch.loss == "sft":
+        return model(padded, with_entropy=batch.loss != "sft")
+    ids, logprobs = _pad_topk(batch.topk, rows, padded)
+    return model(padded, ids, logprobs, with_entropy=True, floor=batch.topk.floor)
+
+
 def micro_batch_loss(
-    logits: torch.Tensor, batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch, totals: StepTotals
+    statistics: TokenStatistics, batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch, totals: StepTotals
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """Loss of the responses `rows` of a step, to be back-propagated and summed over micro-batches.
 
     Args:
-        logits: [b, T, V] logits / T of `response_logits`, with gradient.
+        statistics: [b, T] of `micro_batch_statistics`, with gradient.
         batch: the whole step.
         rows: which of its responses are in `padded`, in order.
         padded: those responses as tensors.
@@ -64,14 +84,13 @@ def micro_batch_loss(
         scalar loss; its detached metrics; logprobs [b, T] detached.
 
     Raises:
-        ValueError: as `kdrl_loss`, `topk_kl` and `sft_loss`.
+        ValueError: as `kdrl_loss` and `sft_loss`.
     """
-    device = logits.device
-    logprobs, entropy = response_logprobs(logits, padded, with_entropy=batch.loss != "sft")
+    logprobs = statistics.logprobs
+    device = logprobs.device
     if batch.loss == "sft":
         loss = sft_loss(logprobs, padded.response_mask, total_tokens=totals.tokens)
         return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}, logprobs.detach()
-    kl = None if batch.topk is None else _topk_kl(logits, batch.topk, rows, padded)
     group_tokens = None
     if totals.group_tokens is not None:
         group_tokens = torch.tensor([totals.group_tokens[row] for row in rows], device=device)
@@ -85,13 +104,13 @@ def micro_batch_loss(
         kd_weights=torch.tensor([batch.kd_weights[row] for row in rows], device=device),
         beta=batch.beta,
         kl_estimator=batch.kl_estimator,
-        topk=kl,
+        topk=statistics.topk_kl,
         rollout_logprobs=_pad_values(batch.rollout_logprobs, rows, padded),
         tis_cap=batch.tis_cap,
         ref_logprobs=_pad_values(batch.ref_logprobs, rows, padded),
         ref_beta=batch.ref_beta,
         ref_kl_estimator=batch.ref_kl_estimator,
-        entropy=entropy,
+        entropy=statistics.entropy,
         entropy_coef=batch.entropy_coef,
         aggregation=batch.aggregation,
         total_tokens=totals.tokens,
@@ -102,18 +121,16 @@ def micro_batch_loss(
     return loss, metrics, logprobs.detach()
 
 
-def _topk_kl(logits: torch.Tensor, topk: TopKTeacher, rows: Sequence[int], padded: PaddedBatch) -> torch.Tensor:
-    """[b, T] reverse KL to the Top-K teacher (A.3)."""
+def _pad_topk(topk: TopKTeacher, rows: Sequence[int], padded: PaddedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and logprobs [b, T, K] of the Top-K teacher, 0 on padding."""
     width, k = padded.response_ids.shape[1], topk.token_ids[rows[0]].shape[1]
     ids = torch.zeros(len(rows), width, k, dtype=torch.int64)
-    teacher = torch.zeros(len(rows), width, k)
+    logprobs = torch.zeros(len(rows), width, k)
     for index, row in enumerate(rows):
         length = len(topk.token_ids[row])
         ids[index, :length] = torch.from_numpy(topk.token_ids[row])
-        teacher[index, :length] = torch.from_numpy(topk.logprobs[row])
-    return topk_kl(
-        logits, ids.to(logits.device), teacher.to(logits.device), floor=topk.floor, response_mask=padded.response_mask
-    )
+        logprobs[index, :length] = torch.from_numpy(topk.logprobs[row])
+    return ids.to(padded.response_ids.device), logprobs.to(padded.response_ids.device)
 
 
 def _pad_values(values: Sequence[Float32s] | None, rows: Sequence[int], padded: PaddedBatch) -> Any:

@@ -18,8 +18,8 @@ from kdrl_core.engines.models import load_weights_into
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger.seeds import derive_seed
 from kdrl_core.training.batch import pad_sequences, token_budget_batches
-from kdrl_core.training.logprobs import response_logits
-from kdrl_core.training.losses import StepTotals, micro_batch_loss
+from kdrl_core.training.logprobs import LogprobModel
+from kdrl_core.training.losses import StepTotals, micro_batch_loss, micro_batch_statistics
 from kdrl_core.training.protocols import STATE_DIR, Float32s, StepStats, UpdateBatch
 
 _TENSORS = "optimizer.safetensors"
@@ -55,8 +55,8 @@ class TorchTrainer:
         seed: int = 0,
     ) -> None:
         self._model = model.train()
+        self._logprobs = LogprobModel(model, temperature=temperature)
         self._tokenizer = tokenizer
-        self._temperature = temperature
         self._max_grad_norm = max_grad_norm
         self._micro_batch_tokens = micro_batch_tokens
         self._autocast_dtype = autocast_dtype
@@ -89,8 +89,8 @@ class TorchTrainer:
             with torch.autocast(
                 self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
             ):
-                logits = response_logits(self._model, padded, temperature=self._temperature)
-            loss, micro_metrics, micro_logprobs = micro_batch_loss(logits, batch, rows, padded, totals)
+                statistics = micro_batch_statistics(self._logprobs, batch, rows, padded)
+            loss, micro_metrics, micro_logprobs = micro_batch_loss(statistics, batch, rows, padded, totals)
             loss.backward()
             for name, value in micro_metrics.items():
                 metrics[name] += float(value)

@@ -15,13 +15,15 @@ from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.ledger import derive_seed
 from kdrl_core.tokenizer import read_tokenizer
 from kdrl_core.training.batch import pad_sequences
-from kdrl_core.training.logprobs import response_logits, response_logprobs
+from kdrl_core.training.logprobs import LogprobModel
 from kdrl_core.types import RolloutRequest, ScoreRequest
 
 VOCABULARY = 151_936
 """Rows of the 1.5B model's embedding; the tokenizer has 151,665 tokens."""
 TOLERANCE = 5e-5
-"""Measured 1.4e-5: torch's float32 log_softmax sums 151,936 terms. Engine and scorer agree to 1e-6 with each other."""
+"""Of the engine, measured 1.4e-5: torch's float32 log_softmax sums 151,936 terms."""
+CHUNKED_TOLERANCE = 1e-5
+"""Of scorer and trainer, measured 2e-6."""
 RESPONSES = [
     "Half of 4 is 2.\n</think>\n\nThe largest element is $4$, so the answer is \\boxed{2}.",
     "数学 é 🙂 \\frac{1}{2}</think>\\boxed{\\frac{1}{2}}",
@@ -89,12 +91,12 @@ def test_scorer_and_trainer(model: Any, requests: list[ScoreRequest], temperatur
     with torch.no_grad():
         expected = [reference(model, request, temperature) for request in requests]
     scores = TransformersScorer(model, temperature=temperature, batch_tokens=4096).score(requests)
-    assert largest_gap(scores, expected) < TOLERANCE
+    assert largest_gap(scores, expected) < CHUNKED_TOLERANCE
     batch = pad_sequences(requests)
-    logprobs, _ = response_logprobs(response_logits(model, batch, temperature=temperature), batch)
+    logprobs = LogprobModel(model, temperature=temperature)(batch).logprobs
     trained = [row[: len(request.token_ids)].detach() for row, request in zip(logprobs, requests, strict=True)]
     assert len({len(row) for row in trained}) == 2  # one of them is padded
-    assert largest_gap(trained, expected) < TOLERANCE
+    assert largest_gap(trained, expected) < CHUNKED_TOLERANCE
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
@@ -123,7 +125,8 @@ def test_sampled_tokens(model: Any, tokenizer: Any, prompts: list[list[int]], te
     assert largest_gap(sampled, expected) < TOLERANCE
     sequences = [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in rollouts]
     scores = TransformersScorer(model, temperature=temperature, batch_tokens=4096).score(sequences)
-    assert largest_gap(scores, sampled) < 1e-5
+    assert largest_gap(scores, expected) < CHUNKED_TOLERANCE
+    assert largest_gap(scores, sampled) < TOLERANCE
 
 
 def test_a_logprob_cannot_be_rescaled_afterwards(model: Any, requests: list[ScoreRequest]) -> None:
