@@ -1,6 +1,7 @@
 """What several tests share."""
 
 import http.client
+import time
 from contextlib import suppress
 
 import psutil
@@ -9,6 +10,8 @@ from kdrl_core.verify import Verifier
 
 MARK = "KDRL_TEST_MARK"
 """Environment variable by which a test finds the processes of a program it started."""
+
+_PATIENCE_S = 10.0
 
 TINY = [
     "stage1.steps=2",
@@ -28,7 +31,17 @@ class KeptVerifier(Verifier):
 
 
 def left_behind(mark: str) -> list[str]:
-    """Command lines of live processes that inherited `KDRL_TEST_MARK=mark` from a program under test."""
+    """Command lines of live processes that inherited `KDRL_TEST_MARK=mark` from a program under test.
+
+    The guard of a program ends a moment after it, so a few seconds are given.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while (found := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _marked(mark: str) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:

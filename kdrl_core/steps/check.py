@@ -180,6 +180,7 @@ def _changed_inputs(run: Run, manifest: Manifest) -> Iterator[str]:
 def _finding(run: Run, path: Path, problem: str) -> Finding:
     name = run.relative(path)
     stage, step = _stage_and_step(name)
+    problem = problem.removeprefix(f"{name}/").removeprefix(f"{name} ")
     return Finding(path=name, problem=problem, remedy=_remedy(run, path, stage, step), stage=stage, step=step)
 
 

@@ -28,7 +28,7 @@ def is_finished(run: Run, *, verify: bool = False) -> bool:
         for path in checked if current and verify else ():
             verify_published(path)
     except DamagedArtifactError as error:
-        _logger.warning("%s", error)
+        _logger.warning("%s; so run %s is not finished", str(error).partition(";")[0], run.name)
         return False
     return current
 

@@ -22,7 +22,7 @@ from kdrl_core.steps.session import close_sessions
 
 LONG = [*TINY, "stage2.steps=12", "stage1.evaluate_every=null", "stage2.evaluate_every=null"]
 HIT = 3
-"""Whatever is killed dies when this step of stage 2 has just been published."""
+"""Whatever is killed dies when this step of stage 2 and its checkpoint have just been published."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def stack(artifacts: Path, tmp_path: Path) -> Iterator[Stack]:
 def wait_for_hit(stack: Stack) -> dict[Path, int]:
     """Until the run is in the middle of stage 2; its published files with their inodes."""
     root = stack.artifacts / "runs" / "r"
-    hit = root / "rollouts" / "stage=stage2" / f"step={HIT:06d}" / "_update.manifest.json"
+    hit = root / "checkpoints" / "stage2" / f"step-{HIT + 1:06d}" / "manifest.json"
     stack.wait(f"step {HIT} of stage 2", hit.is_file)
     return {manifest: manifest.stat().st_ino for manifest in (root / "rollouts").rglob("_*.manifest.json")}
 
