@@ -225,7 +225,8 @@ class Verifier:
         without this. Does nothing if the workers cannot take the items.
         """
         settled = (screen(item, require_format=require_format, think_opened=think_opened) for item in items)
-        jobs = {found for one in settled if not isinstance(one, Verdict) and isinstance(found := one[1], Job)}
+        found = (one[1] for one in settled if not isinstance(one, Verdict))
+        jobs = dict.fromkeys(job for job in found if isinstance(job, Job))  # in their order: the last are remembered
         with contextlib.suppress(VerificationError, RuntimeError, OSError), self._lock:  # `verify_batch` will see to it
             if len(self._ahead) > self._max_ahead:  # nobody has asked for them: a rollout failed, say
                 self._let_go_of_finished()
