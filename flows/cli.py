@@ -48,14 +48,13 @@ def run(
     Interrupt it whenever you like (Ctrl-C): `kdrl resume` goes on where its files end.
     """
     from kdrl_core.config import load_recipe
-    from kdrl_core.ledger import RunPaths, open_run, require_resumable, validate_run_name
+    from kdrl_core.ledger import require_same_recipe, validate_run_name
     from kdrl_core.preflight import check_inputs
 
     with errors():
         loaded = load_recipe(recipe, overrides or [])
         run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
-        if RunPaths.of(run_name).manifest.is_file():
-            require_resumable(open_run(run_name), loaded)
+        require_same_recipe(run_name, loaded)
         check_inputs(loaded)
         _run_in_process(recipe, run_name, overrides or [], verbose=verbose)
 

@@ -29,14 +29,16 @@ def check(
         run = open_run(run_name)
         with counted_progress(err, "artifacts") as progress:
             report = check_run(run, on_checked=lambda done, total: progress("comparing", done, total))
-        repaired = repair_run(run, report) if repair and report.findings else []
+        repaired, refused = repair_run(run, report) if repair and report.findings else ([], [])
         if repaired:
             report = check_run(run)
         if as_json:
-            out.print_json(data={"run": run_name, **asdict(report), "repaired": repaired})
+            out.print_json(data={"run": run_name, **asdict(report), "repaired": repaired, "refused": refused})
         else:
             for path in repaired:
                 out.print(f"made again: {path}", highlight=False, soft_wrap=True)
+            for reason in refused:
+                out.print(f"not made again: {reason}", highlight=False, soft_wrap=True)
             if report.findings:
                 table = RichTable(box=SIMPLE_HEAD, show_edge=False)
                 for column in ("artifact", "problem", "made whole by"):

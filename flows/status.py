@@ -21,8 +21,9 @@ def named_status(name: str) -> dict[str, Any]:
 def run_status(run: Run) -> dict[str, Any]:
     """Plain values: run, recipe, state, progress, reward, started, steps by stage."""
     holder = lock_holder(run.paths.lock)
-    steps = {stage: len(load_metrics(run, stage)) for stage in run.recipe.stages}
-    last = next((load_metrics(run, stage)[-1] for stage in reversed(run.recipe.stages) if steps[stage]), None)
+    rows = {stage: load_metrics(run, stage) for stage in run.recipe.stages}
+    steps = {stage: found[-1]["step"] + 1 if found else 0 for stage, found in rows.items()}
+    last = next((rows[stage][-1] for stage in reversed(run.recipe.stages) if rows[stage]), None)
     if is_finished(run):
         state = "finished"
     elif holder is not None:

@@ -46,11 +46,24 @@ class RunLockedError(RunError):
 
 
 class DamagedArtifactError(RunError):
-    """A published file no longer has the bytes that its manifest recorded."""
+    """A published file no longer has the bytes that its manifest recorded.
+
+    Args:
+        problem: what is wrong with which file.
+        remedy: what to do about it; left out where whoever catches the error mends it.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = visible(problem)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {visible(self.remedy)}"
 
 
-class SurplusFileError(DamagedArtifactError):
-    """A published folder holds a file that is not of it, and that only its owner may remove."""
+class ForeignFileError(DamagedArtifactError):
+    """A file or folder is whole but does not belong where it lies; only its owner may move or delete it."""
 
 
 class StorageError(KdrlError, OSError):

@@ -1,8 +1,9 @@
 """The ledger: where a run's files lie, how they are published, and what randomness they are made from."""
 
 from kdrl_core.config.paths import artifacts_root, validate_run_name
-from kdrl_core.ledger.heal import find_intact, refuse_other_bytes
+from kdrl_core.ledger.heal import find_intact
 from kdrl_core.ledger.layout import RunPaths, checkpoint_label
+from kdrl_core.ledger.lineage import find_own, required_sha256, verify_own
 from kdrl_core.ledger.lock import lock_holder, run_lock
 from kdrl_core.ledger.manifest import Manifest, is_current, is_published, manifest_of, verify_published
 from kdrl_core.ledger.publish import (
@@ -10,10 +11,19 @@ from kdrl_core.ledger.publish import (
     publish_file,
     replace_file,
     require_writable,
+    retract,
     storage_errors,
     sweep_temporaries,
 )
-from kdrl_core.ledger.run import Run, create_run, list_runs, open_run, open_run_dir, require_resumable
+from kdrl_core.ledger.run import (
+    Run,
+    create_run,
+    list_runs,
+    open_run,
+    open_run_dir,
+    require_resumable,
+    require_same_recipe,
+)
 from kdrl_core.ledger.seeds import derive_seed, prompts_of_step, uniforms
 
 __all__ = [
@@ -25,6 +35,7 @@ __all__ = [
     "create_run",
     "derive_seed",
     "find_intact",
+    "find_own",
     "is_current",
     "is_published",
     "list_runs",
@@ -35,14 +46,17 @@ __all__ = [
     "prompts_of_step",
     "publish_directory",
     "publish_file",
-    "refuse_other_bytes",
     "replace_file",
     "require_resumable",
+    "require_same_recipe",
     "require_writable",
+    "required_sha256",
+    "retract",
     "run_lock",
     "storage_errors",
     "sweep_temporaries",
     "uniforms",
     "validate_run_name",
+    "verify_own",
     "verify_published",
 ]

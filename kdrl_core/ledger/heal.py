@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdrl_core.errors import DamagedArtifactError, SurplusFileError
+from kdrl_core.errors import DamagedArtifactError, ForeignFileError
 from kdrl_core.ledger.manifest import (
     DIRECTORY_MANIFEST,
     Manifest,
+    artifact_stem,
     digest,
     digest_of_listing,
+    file_manifest_path,
     is_published,
     listing,
     manifest_path,
@@ -32,33 +34,43 @@ def find_intact(path: Path, inputs: Mapping[str, str] | None = None, *, is_exact
     """The manifest of the artifact at `path` if it is published, has its bytes and was made from `inputs`; else None,
     and it is to be made (again). One that is damaged is named in the log and set aside. Only under the run's lock.
 
+    A folder without manifest is damaged, since folders are published in one rename; a file without manifest may be what
+    a crash left before its manifest was written, and is made anew.
+
     Args:
         inputs: what it would be made from now; None: whatever it was made from will do.
         is_exact: making it again gives the same bytes, and has to. A report, which holds times, is just deleted.
 
     Raises:
-        SurplusFileError: a directory holds a file that was not published.
+        ForeignFileError: it is another artifact, or a directory holds a file that was not published: setting that aside
+            would end in deleting what somebody put there.
     """
     where = manifest_path(path)
     if not where.is_file():
         if path.exists():
             _logger.warning("%s has no manifest: it was never published, or that was deleted; it is made again", path)
+        if path.is_dir() and not path.is_symlink():
+            _make_way(path, is_exact=is_exact)
         return None
     try:
         manifest = verify_published(path)
-    except SurplusFileError:  # setting the folder aside would end in deleting what somebody put there
+    except ForeignFileError:
         raise
     except DamagedArtifactError as error:
-        _logger.warning("%s; it is made again", str(error).partition(";")[0])
-        set_aside(path)
-        if not is_exact:
-            forget(path)
+        _logger.warning("%s; it is made again", error.problem)
+        _make_way(path, is_exact=is_exact)
         return None
     if inputs is None or manifest.inputs == dict(inputs):
         _logger.info("reused %s", path)
         return manifest
     _logger.info("%s was made from other inputs; it is made again", path)
     return None
+
+
+def _make_way(path: Path, *, is_exact: bool) -> None:
+    set_aside(path)
+    if not is_exact:
+        forget(path)
 
 
 def set_aside(path: Path) -> None:
@@ -73,7 +85,7 @@ def set_aside(path: Path) -> None:
 
 def forget(path: Path) -> None:
     """Delete what was set aside of the artifact at `path`."""
-    for leftover in (_aside(path), _aside(path.with_name(f"_{path.stem}.manifest.json"))):
+    for leftover in (_aside(path), _aside(file_manifest_path(path))):
         delete(leftover)
 
 
@@ -85,27 +97,43 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def settled(path: Path, made: Manifest, expected: str | None) -> Manifest:
+    """The manifest to publish for the artifact that was `made` for `path`: its own, or, where it was set aside and came
+    out as it was, the one that it had.
+
+    Args:
+        expected: sha256 that something published since was made from; None if nothing was.
+
+    Raises:
+        DamagedArtifactError: it is not `expected`, or not what was set aside, as far as is known.
+    """
+    if expected is not None and made.sha256 != expected:
+        _refuse_other_bytes(path, made.sha256, f"what later artifacts were made from was {expected[:12]}…")
+    lost = _lost(path)
+    if lost is None:
+        return made
+    known = {lost.published.sha256} if lost.published else set()
+    known |= {lost.found} if lost.found else set()  # right where only the manifest was altered
+    if expected is None and known and made.sha256 not in known:
+        was = ", ".join(sorted(f"{sha256[:12]}…" for sha256 in known))
+        aside = f"what was set aside, {_aside(path)}, has {was}; if that is no loss, delete it"
+        _refuse_other_bytes(path, made.sha256, aside)
+    return lost.published if lost.published is not None and _is_same(lost.published, made) else made
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lost:
+class _Lost:
     """What is known of an artifact that was set aside."""
 
-    published: str | None
-    """sha256 in its manifest, if that can be read."""
+    published: Manifest | None
+    """Its manifest, if that can be read."""
     found: str | None
-    """sha256 of what is left of it: right where only the manifest was altered."""
-    manifest: bytes | None
-
-    def check(self, path: Path, sha256: str) -> None:
-        """Raise DamagedArtifactError unless the artifact made again has the bytes that it had, as far as is known."""
-        known = {self.published, self.found} - {None}
-        if known and sha256 not in known:
-            refuse_other_bytes(path, sha256, self.published or self.found, "published before it was damaged")
+    """sha256 of what is left of it."""
 
 
-def lost(path: Path) -> Lost | None:
-    """What was set aside of the artifact at `path`, or None."""
+def _lost(path: Path) -> _Lost | None:
     old = _aside(path)
-    where = old / DIRECTORY_MANIFEST if old.is_dir() else _aside(path.with_name(f"_{path.stem}.manifest.json"))
+    where = old / DIRECTORY_MANIFEST if old.is_dir() else _aside(file_manifest_path(path))
     if not old.exists() and not where.is_file():
         return None
     left = old if old.exists() else path  # a crash came between the manifest's move and the file's
@@ -115,17 +143,24 @@ def lost(path: Path) -> Lost | None:
     elif left.is_file():
         found = digest(left)[1]
     try:
-        manifest = read_manifest(where)
+        return _Lost(published=read_manifest(where), found=found)
     except DamagedArtifactError:
-        return Lost(published=None, found=found, manifest=None)
-    return Lost(published=manifest.sha256, found=found, manifest=where.read_bytes())
+        return _Lost(published=None, found=found)
 
 
-def refuse_other_bytes(path: Path, made: str, expected: str | None, what: str) -> None:
-    """Raise DamagedArtifactError: making `path` again gave other bytes than those that the run goes on from."""
+def _is_same(old: Manifest, new: Manifest) -> bool:
+    """Whether two manifests differ in times and versions alone."""
+    facts = ("artifact", "size", "sha256", "inputs", "files")
+    return (
+        all(getattr(old, fact) == getattr(new, fact) for fact in facts) and old.metadata.keys() == new.metadata.keys()
+    )
+
+
+def _refuse_other_bytes(path: Path, made: str, than: str) -> None:
     raise DamagedArtifactError(
-        f"{path} was made again and came out otherwise: sha256 {made[:12]}…, {what} was {(expected or '?')[:12]}…. "
-        "This machine or these versions do not reproduce the run; restore the file from a backup, or start a new run"
+        f"{path} was made again and came out otherwise: its sha256 is {made[:12]}…, {than}. "
+        "This machine or these versions do not reproduce the run",
+        "restore it from a backup, or start a new run",
     )
 
 
@@ -134,8 +169,7 @@ def sweep_aside(root: Path) -> int:
     swept = 0
     for leftover in [*root.rglob(f"{ASIDE_PREFIX}*")]:
         artifact = leftover.with_name(leftover.name.removeprefix(ASIDE_PREFIX))
-        stem = artifact.name.removeprefix("_").removesuffix(".manifest.json")
-        made = is_published(artifact) or (artifact.is_file() and artifact.name == f"_{stem}.manifest.json")
+        made = is_published(artifact) or (artifact.is_file() and artifact_stem(artifact) is not None)
         if made and leftover.exists():
             swept += 1
             delete(leftover)

@@ -4,6 +4,7 @@ A *step* k counts from 0. It starts from the policy after k updates, which is ch
 checkpoint `step-<k+1>`. So the rollouts of `step=000012` were sampled from `checkpoints/<stage>/step-000012`.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,33 @@ def checkpoint_label(stage: str, step: int) -> str:
     return f"{stage}-step-{step:06d}"
 
 
+_RUNS = "runs"
+_OF_A_RUN = ("recipe.yaml", "manifest.json", "run.lock")
+_STEP = re.compile(r"step=(\d{6,})")
+
+
+def place_of(path: Path) -> str | None:
+    """The path of an artifact in its run, `rollouts/stage=…/…`; None if it lies in no run."""
+    path = path.absolute()
+    for root in path.parents:
+        if root.parent.name == _RUNS and any((root / name).is_file() for name in _OF_A_RUN):
+            return path.relative_to(root).as_posix()
+    return None
+
+
+def stage_and_step(place: str) -> tuple[str | None, int | None]:
+    """Stage and step that a path in a run belongs to, or None for what belongs to none."""
+    parts = place.split("/")
+    if parts[0] == "checkpoints" and len(parts) > 2:
+        return parts[1], _number(parts[2].removeprefix("step-"))
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    return named.get("stage"), _number(named.get("step", ""))
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isdecimal() else None
+
+
 @dataclass(frozen=True, slots=True)
 class RunPaths:
     """The files of one run, all below `root`."""
@@ -24,7 +52,7 @@ class RunPaths:
     @classmethod
     def of(cls, run_name: str, artifacts: Path | None = None) -> "RunPaths":
         """Paths of a run by name. Raises RunError for a name that is not one plain folder name."""
-        return cls((artifacts or artifacts_root()) / "runs" / validate_run_name(run_name))
+        return cls((artifacts or artifacts_root()) / _RUNS / validate_run_name(run_name))
 
     @property
     def name(self) -> str:
@@ -59,6 +87,11 @@ class RunPaths:
     def step(self, stage: str, step: int) -> Path:
         """The hive partition of one step."""
         return self.root / "rollouts" / f"stage={stage}" / f"step={step:06d}"
+
+    def begun_steps(self, stage: str) -> list[int]:
+        """Steps that have a folder, ascending."""
+        found = (_STEP.fullmatch(path.name) for path in self.step(stage, 0).parent.glob("step=*"))
+        return sorted(int(match[1]) for match in found if match)
 
     def rollouts(self, stage: str, step: int) -> Path:
         """Responses of a step."""

@@ -1,7 +1,8 @@
 """What makes a file or folder an artifact: a manifest, with the hashes of its bytes and of what it was made from.
 
 The manifest of a file is `_<stem>.manifest.json` beside it; the leading underscore keeps Parquet readers of the folder
-from taking it for data. That of a directory is `manifest.json` in it.
+from taking it for data. That of a directory is `manifest.json` in it. A manifest holds a checksum of its own, and the
+artifact's place in its run: it vouches for nothing if it was altered, and not for another file's place.
 """
 
 import hashlib
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import kdrl_core
-from kdrl_core.errors import DamagedArtifactError, RunError, SurplusFileError
+from kdrl_core.errors import DamagedArtifactError, ForeignFileError, RunError
+from kdrl_core.ledger.layout import place_of
 
 DIRECTORY_MANIFEST = "manifest.json"
+_FILE_MANIFEST = ".manifest.json"
+_CHECKSUM = "manifest_sha256"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,7 @@ class Manifest:
     """What was published: bytes, hash, and what it was made from."""
 
     artifact: str
+    """Its path in the run; outside of runs, where folders may be renamed, its name when it was published."""
     size: int
     sha256: str
     """Of the file's bytes; of a directory, over the sorted lines `sha256 size path` of its files."""
@@ -35,12 +40,26 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """As it is written."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        content = json.loads(json.dumps(asdict(self)))  # as it is read: keys are text
+        content[_CHECKSUM] = _checksum(content)
+        return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def manifest_path(path: Path) -> Path:
     """Where the manifest of the artifact at `path` lies."""
-    return path / DIRECTORY_MANIFEST if path.is_dir() else path.with_name(f"_{path.stem}.manifest.json")
+    return path / DIRECTORY_MANIFEST if path.is_dir() else file_manifest_path(path)
+
+
+def file_manifest_path(path: Path) -> Path:
+    """Where the manifest of the file `path` lies, whatever is at `path` now."""
+    return path.with_name(f"_{path.stem}{_FILE_MANIFEST}")
+
+
+def artifact_stem(where: Path) -> str | None:
+    """The stem of the file whose manifest `where` is, or None if it is none of a file."""
+    if where.name.startswith("_") and where.name.endswith(_FILE_MANIFEST):
+        return where.name.removeprefix("_").removesuffix(_FILE_MANIFEST)
+    return None
 
 
 def is_published(path: Path) -> bool:
@@ -53,24 +72,36 @@ def manifest_of(path: Path) -> Manifest:
 
     Raises:
         RunError: it has none.
-        DamagedArtifactError: the manifest itself cannot be read.
+        DamagedArtifactError: the manifest itself cannot be read, or was altered.
+        ForeignFileError: it is that of another artifact of a run.
     """
     where = manifest_path(path)
     if not where.is_file():
         raise RunError(f"{path} is not published: it has no manifest {where.name}")
-    return read_manifest(where)
+    manifest = read_manifest(where)
+    place = place_of(path)
+    if place not in (None, manifest.artifact):
+        raise ForeignFileError(
+            f"{path} belongs elsewhere: it was published as {manifest.artifact}",
+            f"move it back there, or delete it{'' if path.is_dir() else f' and {where.name}'} to have it made again",
+        )
+    return manifest
 
 
 def read_manifest(where: Path) -> Manifest:
     """The manifest in the file `where`. Raises DamagedArtifactError if it is none."""
     try:
-        manifest = Manifest(**json.loads(where.read_text(encoding="utf-8")))
+        content = json.loads(where.read_text(encoding="utf-8"))
+        if content.pop(_CHECKSUM) != _checksum(content):
+            raise ValueError("it was altered: its checksum is not that of its content")
+        manifest = Manifest(**content)
         if manifest.files is not None:
             digest_of_listing(manifest.files)
             if outside := [name for name in manifest.files if name.startswith("/") or ".." in Path(name).parts]:
                 raise ValueError(f"it lists {outside[0]}, which is not below it")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _unreadable(where, str(error)) from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise _unreadable(where, reason) from error
     return manifest
 
 
@@ -85,7 +116,8 @@ def verify_published(path: Path) -> Manifest:
     Raises:
         RunError: not published.
         DamagedArtifactError: size or hash of the artifact, or of a file in it, is not what was published.
-        SurplusFileError: a directory holds a file that was not published (hidden ones are passed over).
+        ForeignFileError: it is another artifact of a run, or a directory holds a file that was not published (hidden
+            ones are passed over).
     """
     manifest = manifest_of(path)
     if manifest.files is None:
@@ -97,7 +129,7 @@ def verify_published(path: Path) -> Manifest:
         raise _unreadable(manifest_path(path), "its hash is not that of the files it lists")
     names = {_name(file, path) for file in _files_of(path) if not file.name.startswith(".")}
     if surplus := sorted(names - manifest.files.keys()):
-        raise SurplusFileError(f"{path} holds {surplus[0]}, which was not published with it; move it elsewhere")
+        raise ForeignFileError(f"{path} holds {surplus[0]}, which was not published with it", "move it elsewhere")
     return manifest
 
 
@@ -132,17 +164,22 @@ def _name(file: Path, folder: Path) -> str:
 
 
 def _unreadable(manifest: Path, reason: str) -> DamagedArtifactError:
-    return DamagedArtifactError(f"manifest {manifest} cannot be read ({reason}); {_REMEDY}")
+    return DamagedArtifactError(f"manifest {manifest} cannot be read ({reason})", _REMEDY)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _compare(path: Path, size: int, sha256: str) -> None:
     if not path.is_file():
-        raise DamagedArtifactError(f"{path} was published but is missing; {_REMEDY}")
+        raise DamagedArtifactError(f"{path} was published but is missing", _REMEDY)
     actual_size, actual = digest(path)
     if (actual_size, actual) != (size, sha256):
         raise DamagedArtifactError(
             f"{path} is damaged: {actual_size} bytes with sha256 {actual[:12]}…, "
-            f"published were {size} bytes with {sha256[:12]}…; {_REMEDY}"
+            f"published were {size} bytes with {sha256[:12]}…",
+            _REMEDY,
         )
 
 

@@ -17,18 +17,19 @@ from typing import Any
 
 from kdrl_core.errors import KdrlError, StorageError
 from kdrl_core.ledger import heal
+from kdrl_core.ledger.layout import place_of
 from kdrl_core.ledger.manifest import (
     DIRECTORY_MANIFEST,
     Manifest,
     digest,
     digest_of_listing,
+    file_manifest_path,
     listing,
-    manifest_path,
+    read_manifest,
 )
 
 _TEMPORARY_PREFIX = ".tmp-"
 _FULL_BELOW_BYTES = 2**20
-_USED = "what later artifacts were made from"
 
 
 def publish_file(
@@ -56,31 +57,23 @@ def publish_file(
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lost = heal.lost(path)
         with _temporary(path) as temporary:
             write(temporary)
             size, sha256 = digest(temporary)
-            if expected not in (None, sha256):
-                heal.refuse_other_bytes(path, sha256, expected, _USED)
-            if lost is not None and expected is None:
-                lost.check(path, sha256)
+            made = Manifest(
+                artifact=place_of(path) or path.name,
+                size=size,
+                sha256=sha256,
+                inputs=dict(inputs or {}),
+                metadata=dict(metadata or {}),
+                created_at=_now(),
+            )
+            manifest = heal.settled(path, made, expected)
             _fsync(temporary)
             temporary.replace(path)
-        manifest = Manifest(
-            artifact=path.name,
-            size=size,
-            sha256=sha256,
-            inputs=dict(inputs or {}),
-            metadata=dict(metadata or {}),
-            created_at=_now(),
-        )
-        content = manifest.to_bytes()
-        if lost is not None and lost.manifest is not None and lost.published == sha256:
-            content = lost.manifest
-        replace_file(manifest_path(path), content)
-        if lost is not None:
-            heal.forget(path)
-    return heal.read_manifest(manifest_path(path))
+        replace_file(file_manifest_path(path), manifest.to_bytes())
+        heal.forget(path)
+    return read_manifest(file_manifest_path(path))
 
 
 def publish_directory(
@@ -100,15 +93,14 @@ def publish_directory(
         return kept
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lost = heal.lost(path)
         with _temporary(path) as temporary:
             temporary.mkdir()
             write(temporary)
             files = listing(temporary)
             for name in files:
                 _fsync(temporary / name)
-            manifest = Manifest(
-                artifact=path.name,
+            made = Manifest(
+                artifact=place_of(path) or path.name,
                 size=sum(f["size"] for f in files.values()),
                 sha256=digest_of_listing(files),
                 inputs=dict(inputs or {}),
@@ -116,28 +108,24 @@ def publish_directory(
                 files=files,
                 created_at=_now(),
             )
-            content = manifest.to_bytes()
-            if expected not in (None, manifest.sha256):
-                heal.refuse_other_bytes(path, manifest.sha256, expected, _USED)
-            if lost is not None:
-                if expected is None:
-                    lost.check(path, manifest.sha256)
-                if lost.manifest is not None and lost.published == manifest.sha256:
-                    content = lost.manifest
-            (temporary / DIRECTORY_MANIFEST).write_bytes(content)
+            manifest = heal.settled(path, made, expected)
+            (temporary / DIRECTORY_MANIFEST).write_bytes(manifest.to_bytes())
             _fsync(temporary / DIRECTORY_MANIFEST)
             for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                 _fsync(folder)
-            with _temporary(
-                path
-            ) as superseded:  # moved away whole: a half-deleted directory would still look published
+            with _temporary(path) as superseded:
                 if path.exists():
                     path.rename(superseded)
                 temporary.rename(path)
                 _fsync(path.parent)
-        if lost is not None:
-            heal.forget(path)
-    return heal.read_manifest(path / DIRECTORY_MANIFEST)
+        heal.forget(path)
+    return read_manifest(path / DIRECTORY_MANIFEST)
+
+
+def retract(path: Path) -> None:
+    """Delete a published directory: it is moved away whole first, since a half-deleted one would look published."""
+    with _temporary(path) as doomed:
+        path.rename(doomed)
 
 
 def replace_file(path: Path, content: bytes | Callable[[Path], None]) -> None:

@@ -15,10 +15,10 @@ import kdrl_core
 from kdrl_core.config import Recipe, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
 from kdrl_core.config.changes import SAFE_FIELDS
 from kdrl_core.config.paths import artifacts_root
-from kdrl_core.errors import DamagedArtifactError, RecipeError, RunError
+from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger.layout import RunPaths
 from kdrl_core.ledger.lock import run_lock
-from kdrl_core.ledger.manifest import is_published, manifest_of, verify_published
+from kdrl_core.ledger.manifest import verify_published
 from kdrl_core.ledger.publish import replace_file, require_writable
 
 _VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
@@ -53,12 +53,6 @@ class Run:
         """What a new artifact is made from: each published file, verified now, with its hash."""
         return {self.relative(path): verify_published(path).sha256 for path in paths}
 
-    def used_by(self, consumer: Path, path: Path) -> str | None:
-        """The sha256 of `path` that the published `consumer` was made from; None if that cannot be told."""
-        with suppress(DamagedArtifactError):
-            return manifest_of(consumer).inputs.get(self.relative(path)) if is_published(consumer) else None
-        return None
-
 
 def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> Run:
     """Make the folder of a new run, or open it again under the same recipe.
@@ -73,14 +67,13 @@ def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> R
     """
     paths = RunPaths.of(name, artifacts)
     require_writable(paths.root.parent, free_mb=_MIN_FREE_MB)
-    if not any((paths.root / folder).exists() for folder in _ARTIFACT_FOLDERS) and not paths.manifest.is_file():
+    if not _is_begun(paths):
         with run_lock(paths.lock):
             replace_file(paths.recipe, dump_recipe(recipe).encode())
             _write_manifest(paths, recipe, history=[])
         return Run(paths, recipe)
     _restore_identity(paths, recipe)
     run = open_run(name, artifacts=artifacts)
-    require_resumable(run, recipe)
     changes = diff_recipes(run.recipe, recipe)
     if not changes:
         return run
@@ -92,6 +85,13 @@ def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> R
         replace_file(paths.recipe, dump_recipe(recipe).encode())
         _write_manifest(paths, recipe, history=[*history, entry])
     return Run(paths, recipe)
+
+
+def require_same_recipe(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> None:
+    """Raise the RunError that `create_run` would raise of an existing run; writes nothing."""
+    paths = RunPaths.of(name, artifacts)
+    if _is_begun(paths):
+        _identify(paths, recipe)
 
 
 def require_resumable(run: Run, recipe: Recipe) -> None:
@@ -138,17 +138,21 @@ def open_run_dir(run_dir: str | Path) -> Run:
 
 
 def list_runs(artifacts: Path | None = None) -> list[str]:
-    """Names of the runs in the artifacts folder, oldest first."""
+    """Names of the runs in the artifacts folder, oldest first; also of one without its recipe.yaml or manifest.json."""
     folder = (artifacts or artifacts_root()) / "runs"
-    manifests = [path for path in folder.glob("*/manifest.json") if path.is_file()]
-    return [path.parent.name for path in sorted(manifests, key=lambda path: (_created(path), path))]
+    roots = {path.parent for name in ("manifest.json", "recipe.yaml") for path in folder.glob(f"*/{name}")}
+    return [root.name for root in sorted(roots, key=lambda root: (_created(root / "manifest.json"), root))]
 
 
-def _restore_identity(paths: RunPaths, recipe: Recipe) -> None:
-    """Write the run's manifest.json from its recipe.yaml, or the other way round, where one is lost and `recipe` fits.
+def _is_begun(paths: RunPaths) -> bool:
+    return paths.manifest.is_file() or any((paths.root / folder).exists() for folder in _ARTIFACT_FOLDERS)
+
+
+def _identify(paths: RunPaths, recipe: Recipe) -> tuple[Recipe | None, Mapping[str, Any] | None]:
+    """What recipe.yaml and manifest.json of a begun run hold; None for one that is lost or cannot be read.
 
     Raises:
-        RunError: both are lost.
+        RunError: both are lost, or `recipe` is not what the run may be resumed with.
     """
     kept: Recipe | None = None
     with suppress(RecipeError):
@@ -157,17 +161,35 @@ def _restore_identity(paths: RunPaths, recipe: Recipe) -> None:
         recorded = _read_manifest(paths) if paths.manifest.is_file() else None
     except RunError:
         recorded = None
-    if kept is None and recorded is None:
+    if kept is not None:
+        if recorded is not None:
+            open_run(paths.name, artifacts=paths.root.parent.parent)
+        require_resumable(Run(paths, kept), recipe)
+    elif recorded is None:
         raise RunError(
             f"{paths.root} holds artifacts, but no readable recipe.yaml or manifest.json says what they are; "
             "restore one of them, or use another run name"
         )
+    elif recorded.get("config_hash") != config_hash(recipe):
+        raise RunError(
+            f"{paths.recipe} is missing or cannot be read, and the recipe given is not the one that the run was "
+            "started with; give that one, or use another run name"
+        )
+    return kept, recorded
+
+
+def _restore_identity(paths: RunPaths, recipe: Recipe) -> None:
+    """Write the run's manifest.json from its recipe.yaml, or the other way round, where one is lost and `recipe` fits.
+
+    Raises:
+        RunError: as `_identify`.
+    """
+    kept, recorded = _identify(paths, recipe)
     if recorded is None and kept is not None:
         _logger.warning("%s is missing or cannot be read; it is written anew from recipe.yaml", paths.manifest)
-        require_resumable(Run(paths, kept), recipe)
         with run_lock(paths.lock):
             _write_manifest(paths, kept, history=[])
-    elif recorded is not None and kept is None and recorded.get("config_hash") == config_hash(recipe):
+    elif kept is None:
         _logger.warning("%s is missing or cannot be read; it is written anew", paths.recipe)
         with run_lock(paths.lock):
             replace_file(paths.recipe, dump_recipe(recipe).encode())

@@ -106,4 +106,5 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return float(sum(row[name] for row in rows) / len(rows))
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return float(sum(values) / max(1, len(values)))

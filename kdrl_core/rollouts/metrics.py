@@ -12,73 +12,74 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.errors import DamagedArtifactError
-from kdrl_core.ledger import Run, is_published, manifest_of, replace_file
+from kdrl_core.errors import DamagedArtifactError, RunError
+from kdrl_core.ledger import Run, manifest_of, replace_file
 from kdrl_core.rollouts.schema import read_table, write_table
 
 _logger = logging.getLogger("kdrl")
 
 
 def append_metrics(run: Run, stage: str, step: int) -> None:
-    """Add the row of a published step to the stage's metrics and timings, or rebuild them where rows are missing."""
-    _append(run, stage, step, "metrics", run.paths.metrics(stage))
-    _append(run, stage, step, "timings", run.paths.timings(stage))
+    """Put the row of a published step into the stage's metrics and timings."""
+    for kind, path in _files(run, stage).items():
+        rows = _rows(path)
+        row = _row(run, stage, step, kind)
+        if row not in rows:
+            _write(path, [*(r for r in rows if r["step"] < step), row, *(r for r in rows if r["step"] > step)])
 
 
-def rebuild_metrics(run: Run, stage: str) -> None:
+def rebuild_metrics(run: Run, stage: str, *, num_steps: int) -> None:
     """Write metrics and timings anew where they do not hold what the manifests of the steps' updates say.
 
-    A row whose manifest is lost is kept as it is, up to the last step that is published.
+    A row whose manifest is lost is kept as it is, up to the last step that left anything; `num_steps` at least are
+    behind the stage. If the row is lost as well, the log says so, and the run goes on without.
     """
-    for path, rows in _differing(run, stage):
+    for path, rows in _differing(run, stage, num_steps):
         _write(path, rows)
 
 
-def differing_metrics(run: Run, stage: str) -> list[Path]:
+def differing_metrics(run: Run, stage: str, *, num_steps: int) -> list[Path]:
     """The files that `rebuild_metrics` would write anew."""
-    return [path for path, _ in _differing(run, stage)]
+    return [path for path, _ in _differing(run, stage, num_steps)]
 
 
-def _differing(run: Run, stage: str) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+def load_metrics(run: Run, stage: str) -> list[dict[str, Any]]:
+    """Rows of a stage with metrics and timings joined, ascending by step; empty if nothing was trained yet."""
+    metrics, timings = (_rows(path) for path in _files(run, stage).values())
+    by_step = {row["step"]: row for row in timings}
+    return [{**row, **by_step.get(row["step"], {})} for row in metrics]
+
+
+def _files(run: Run, stage: str) -> dict[str, Path]:
+    """What update manifests call it → the file that has it."""
+    return {"metrics": run.paths.metrics(stage), "timings": run.paths.timings(stage)}
+
+
+def _differing(run: Run, stage: str, num_steps: int) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """Files that cannot be read or do not hold what the manifests say, with the rows that belong in them."""
-    updates = run.paths.update(stage, 0).parent.parent.glob("step=*/update.parquet")
-    end = max((int(path.parent.name.removeprefix("step=")) + 1 for path in updates if is_published(path)), default=0)
-    for kind, path in (("metrics", run.paths.metrics(stage)), ("timings", run.paths.timings(stage))):
+    updated = [step for step in run.paths.begun_steps(stage) if run.paths.update(stage, step).is_file()]
+    for kind, path in _files(run, stage).items():
         try:
             found = _rows(path)
         except DamagedArtifactError as error:
-            _logger.warning("%s", error)
+            _logger.warning("%s", error.problem)
             found = []
         kept = {row["step"]: row for row in found}
-        rows: list[dict[str, Any]] = []
-        while len(rows) < end and (row := _row_or_none(run, stage, len(rows), kind) or kept.get(len(rows))):
-            rows.append(row)
+        rows = []
+        for step in range(max([num_steps, *(step + 1 for step in updated)])):
+            row = _row_or_none(run, stage, step, kind) or kept.get(step)
+            if row is not None:
+                rows.append(row)
+            elif step < num_steps:
+                _logger.warning("%s step %d: its %s are lost, with the manifest of its update", stage, step, kind)
         if found != rows:
             yield path, rows
 
 
 def _row_or_none(run: Run, stage: str, step: int, kind: str) -> dict[str, Any] | None:
-    with suppress(DamagedArtifactError):
+    with suppress(RunError):
         return _row(run, stage, step, kind)
     return None
-
-
-def load_metrics(run: Run, stage: str) -> list[dict[str, Any]]:
-    """Rows of a stage with metrics and timings joined, ascending by step; empty if nothing was trained yet."""
-    metrics, timings = _rows(run.paths.metrics(stage)), _rows(run.paths.timings(stage))
-    by_step = {row["step"]: row for row in timings}
-    return [{**row, **by_step.get(row["step"], {})} for row in metrics]
-
-
-def _append(run: Run, stage: str, step: int, kind: str, path: Path) -> None:
-    rows = _rows(path)
-    if [row["step"] for row in rows] != list(range(step)):
-        if len(rows) > step:  # a replayed step: its row is there
-            if rows[step] != (row := _row(run, stage, step, kind)):
-                _write(path, [*rows[:step], row, *rows[step + 1 :]])
-            return
-        rows = [_row(run, stage, earlier, kind) for earlier in range(step)]
-    _write(path, [*rows, _row(run, stage, step, kind)])
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -88,14 +89,14 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _row(run: Run, stage: str, step: int, kind: str) -> dict[str, Any]:
-    path = run.paths.update(stage, step)
-    if not is_published(path):
-        raise DamagedArtifactError(f"{path} is missing, though later steps were trained; restore it from a backup")
-    return {"step": step, **manifest_of(path).metadata[kind]}
+    return {"step": step, **manifest_of(run.paths.update(stage, step)).metadata[kind]}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    rows: list[dict[str, Any]] = read_table(path).to_pylist()
+    table = read_table(path)
+    if "step" not in table.column_names:
+        raise DamagedArtifactError(f"{path} has no column step", "kdrl resume writes it anew")
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows

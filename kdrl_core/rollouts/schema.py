@@ -123,4 +123,5 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.ParquetFile(path).read(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DamagedArtifactError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        problem = f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}"
+        raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error

@@ -4,18 +4,24 @@ A resumed run checks what it goes on from; this checks the rest as well, such as
 no model library. Repairing, which does, is `repair_run`.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from kdrl_core.errors import DamagedArtifactError, RunError
-from kdrl_core.ledger import Run, is_published, manifest_of, run_lock, verify_published
-from kdrl_core.ledger.manifest import DIRECTORY_MANIFEST, Manifest
+from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
+from kdrl_core.ledger import Run, is_published, lock_holder, manifest_of, run_lock, verify_own
+from kdrl_core.ledger.heal import ASIDE_PREFIX
+from kdrl_core.ledger.layout import stage_and_step
+from kdrl_core.ledger.manifest import DIRECTORY_MANIFEST, artifact_stem
 from kdrl_core.reporting.summary import final_labels
 from kdrl_core.rollouts.metrics import differing_metrics
 from kdrl_core.steps.checkpoints import latest_checkpoint
+from kdrl_core.steps.completion import final_checkpoint
+
+_SETTLE_S = 1.0
 
 OnChecked = Callable[[int, int], None]
 """Called with how many artifacts have been compared, and of how many."""
@@ -30,6 +36,8 @@ class Remedy(StrEnum):
     """Verdicts and scores of a step long past: made again from its rollouts."""
     BACKUP = "a backup"
     """What is kept of the past, such as the rollouts of a step whose policy is gone. The run goes on without it."""
+    OWNER = "moving or deleting it"
+    """It is whole and lies in a wrong place. Once it is away, what belongs there is made again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,63 +63,79 @@ class CheckReport:
 
 def check_run(run: Run, *, on_checked: OnChecked | None = None) -> CheckReport:
     """Compare every artifact of a run with its manifest, every manifest with those of its inputs, and every step with
-    the files that it has to have. Reads only."""
+    the files that it has to have. Reads only.
+
+    While somebody works on the run, what seems wrong is looked at again: a file may just be on its way.
+    """
     artifacts = list(_artifacts(run.paths.root))
+    findings, num_bytes = _look(run, artifacts, on_checked)
+    if findings and lock_holder(run.paths.lock) is not None:
+        time.sleep(_SETTLE_S)
+        again, _ = _look(run, [run.paths.root / name for name in findings], None)
+        findings = {name: finding for name, finding in again.items() if name in findings}
+    return CheckReport(num_artifacts=len(artifacts), num_bytes=num_bytes, findings=list(findings.values()))
+
+
+def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tuple[dict[str, Finding], int]:
+    """Findings by path, and how many bytes were compared."""
     findings: dict[str, Finding] = {}
     num_bytes = 0
 
-    def found(path: Path, problem: str) -> None:
-        finding = _finding(run, path, problem)
+    def found(path: Path, problem: str, remedy: Remedy | None = None) -> None:
+        finding = _finding(run, path, problem, remedy)
         findings.setdefault(finding.path, finding)
 
     for number, path in enumerate(artifacts, start=1):
         try:
-            manifest = verify_published(path)
+            manifest = verify_own(run, path)
+        except ForeignFileError as error:
+            found(path, error.problem, Remedy.OWNER)
         except DamagedArtifactError as error:
-            found(path, _problem(run, error))
+            found(path, error.problem)
         except RunError:  # deleted since, as checkpoints are
             pass
         else:
             num_bytes += manifest.size
-            if foreign := _foreign_input(run, path, manifest):
-                found(path, f"is of another step: it was made from {foreign}")
-            for name in _changed_inputs(run, manifest):
-                found(path, f"made from another {name} than is there now")
         if on_checked is not None:
             on_checked(number, len(artifacts))
-    for path in (*_required(run), *_folders(run)):
+    for path in (*_required(run), *_folders(run), *_named_inputs(run, artifacts)):
         if not is_published(path):
             found(path, "has no manifest" if path.exists() else "is missing")
+    for path in _set_aside(run):
+        found(path, "was damaged, set aside, and not made again since")
     for stage in run.recipe.stages:
-        for path in differing_metrics(run, stage):
+        for path in differing_metrics(run, stage, num_steps=latest_checkpoint(run, stage)):
             found(path, "does not hold what the steps' manifests say")
-    return CheckReport(num_artifacts=len(artifacts), num_bytes=num_bytes, findings=list(findings.values()))
+    return findings, num_bytes
 
 
-def repair_run(run: Run, report: CheckReport) -> list[str]:
-    """Make again what `Remedy.REPAIR` applies to; returns the paths. What comes out otherwise than it was is refused.
+def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
+    """Make again what `Remedy.REPAIR` applies to. Returns the paths that are whole again, and why others are not.
 
     Raises:
         RunLockedError: another process works on the run.
-        DamagedArtifactError: the rollouts are damaged as well, or an artifact came out otherwise.
     """
     from kdrl_core.steps.score import score_step
     from kdrl_core.steps.session import close_sessions, stage_session
     from kdrl_core.steps.verify import verify_step
 
-    repaired = []
+    repaired, refused = [], []
     with run_lock(run.paths.lock):
         for finding in report.findings:
             if finding.remedy is not Remedy.REPAIR or finding.stage is None or finding.step is None:
                 continue
-            session = stage_session(run.paths.root, finding.stage)
-            if finding.path.endswith("/rewards.parquet"):
-                verify_step(session, finding.step)
+            try:
+                session = stage_session(run.paths.root, finding.stage)
+                if finding.path.endswith("/rewards.parquet"):
+                    verify_step(session, finding.step)
+                else:
+                    score_step(session, finding.step)
+            except KdrlError as error:
+                refused.append(f"{finding.path}: {error}")
             else:
-                score_step(session, finding.step)
-            repaired.append(finding.path)
+                repaired.append(finding.path)
         close_sessions()
-    return repaired
+    return repaired, refused
 
 
 def _artifacts(root: Path) -> Iterator[Path]:
@@ -122,10 +146,17 @@ def _artifacts(root: Path) -> Iterator[Path]:
             continue  # the run's own, or what is not published
         if where.name == DIRECTORY_MANIFEST:
             yield where.parent
-        elif where.name.startswith("_"):
-            stem = where.name.removeprefix("_").removesuffix(".manifest.json")
+        elif (stem := artifact_stem(where)) is not None:
             suffix = ".json" if where.parent == root / "data" and stem == "filter" else ".parquet"
             yield where.with_name(stem + suffix)
+
+
+def _set_aside(run: Run) -> Iterator[Path]:
+    """The artifacts of which something lies aside, and nothing in their place."""
+    for leftover in sorted(run.paths.root.rglob(f"{ASIDE_PREFIX}*")):
+        path = leftover.with_name(leftover.name.removeprefix(ASIDE_PREFIX))
+        if artifact_stem(path) is None and not is_published(path):
+            yield path
 
 
 def _required(run: Run) -> Iterator[Path]:
@@ -159,50 +190,37 @@ def _folders(run: Run) -> Iterator[Path]:
     yield from (path for path in (paths.student, paths.report) if path.exists())
 
 
-def _foreign_input(run: Run, path: Path, manifest: Manifest) -> str | None:
-    """Of an artifact in a step's folder that is made from that step's files: an input that is of another step."""
-    folder = run.relative(path.parent)
-    if "/step=" not in folder or path.stem == "rollouts":
-        return None
-    of_steps = (name for name in manifest.inputs if "/step=" in name)
-    return next((name for name in of_steps if not name.startswith(f"{folder}/")), None)
+def _named_inputs(run: Run, artifacts: list[Path]) -> Iterator[Path]:
+    """What published artifacts were made from, less the checkpoints that the retention may delete."""
+    kept = {final_checkpoint(run, stage) for stage in run.recipe.stages}
+    for artifact in artifacts:
+        with suppress(RunError):  # named on its own account
+            for name in manifest_of(artifact).inputs:
+                path = run.paths.root / name
+                if path.is_relative_to(run.paths.root) and (not name.startswith("checkpoints/") or path in kept):
+                    yield path
 
 
-def _changed_inputs(run: Run, manifest: Manifest) -> Iterator[str]:
-    """Inputs that are still there, whole, and are not those that the artifact was made from."""
-    for name, sha256 in manifest.inputs.items():
-        path = run.paths.root / name
-        with suppress(DamagedArtifactError):  # named on its own account
-            if not Path(name).is_absolute() and is_published(path) and manifest_of(path).sha256 != sha256:
-                yield name
-
-
-def _finding(run: Run, path: Path, problem: str) -> Finding:
+def _finding(run: Run, path: Path, problem: str, remedy: Remedy | None) -> Finding:
     name = run.relative(path)
-    stage, step = _stage_and_step(name)
-    problem = problem.removeprefix(f"{name}/").removeprefix(f"{name} ")
-    return Finding(path=name, problem=problem, remedy=_remedy(run, path, stage, step), stage=stage, step=step)
-
-
-def _stage_and_step(name: str) -> tuple[str | None, int | None]:
-    parts = dict(part.split("=", 1) for part in name.split("/") if "=" in part)
-    return parts.get("stage"), int(parts["step"]) if "step" in parts else None
+    stage, step = stage_and_step(name)
+    problem = problem.replace(f"{run.paths.root}/", "").removeprefix(f"{name}/").removeprefix(f"{name} ")
+    remedy = remedy or _remedy(run, path, stage, step)
+    return Finding(path=name, problem=problem, remedy=remedy, stage=stage, step=step)
 
 
 def _remedy(run: Run, path: Path, stage: str | None, step: int | None) -> Remedy:
-    if stage is not None and step is not None:
+    name = run.relative(path)
+    if name.startswith("rollouts/") and stage is not None and step is not None:
         if step >= latest_checkpoint(run, stage):
             return Remedy.RESUME
         return Remedy.BACKUP if path.stem in ("rollouts", "update") else Remedy.REPAIR
-    kind, name = path.relative_to(run.paths.root).parts[:2] if path.parent != run.paths.root else (path.name, "")
-    of_the_past = {
-        "checkpoints": path != run.paths.checkpoint(name, latest_checkpoint(run, name)),
-        "evaluation": name not in final_labels(run),
-        "samples": path.name != "dataset.parquet" and is_published(path.parent.parent / "dataset.parquet"),
-    }
-    return Remedy.BACKUP if of_the_past.get(kind, False) else Remedy.RESUME
-
-
-def _problem(run: Run, error: DamagedArtifactError) -> str:
-    """What is wrong, without the remedy and the run's folder, which the finding names on its own."""
-    return str(error).partition(";")[0].replace(f"{run.paths.root}/", "")
+    if name.startswith("checkpoints/") and stage is not None:
+        goes_on_from = (run.paths.checkpoint(stage, latest_checkpoint(run, stage)), final_checkpoint(run, stage))
+        return Remedy.RESUME if path in goes_on_from else Remedy.BACKUP
+    if name.startswith("evaluation/"):
+        return Remedy.RESUME if path.name in final_labels(run) else Remedy.BACKUP
+    if name.startswith("samples/") and stage is not None:
+        dataset = run.paths.sft_dataset(stage)
+        return Remedy.BACKUP if path != dataset and is_published(dataset) else Remedy.RESUME
+    return Remedy.RESUME

@@ -1,16 +1,14 @@
 """Which checkpoints a stage has, where it goes on, and which are kept."""
 
-import logging
 import re
-import shutil
 from pathlib import Path
 
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import Run, find_intact, is_published
+from kdrl_core.ledger import Run, find_intact, find_own, is_published, retract
+from kdrl_core.ledger.heal import ASIDE_PREFIX, forget
 from kdrl_core.rollouts.metrics import rebuild_metrics
 
 _NAME = re.compile(r"step-(\d{6,})")
-_logger = logging.getLogger("kdrl")
 
 
 def open_stage(run: Run, stage: str) -> range:
@@ -19,19 +17,25 @@ def open_stage(run: Run, stage: str) -> range:
     A damaged checkpoint is set aside: the stage then goes on from the one before, or from its initial policy, and
     replays the updates since from their published rollouts. Checkpoints beyond the retention are deleted, which an
     interrupted run may not have come to; metrics that do not hold what the steps' manifests say are rebuilt.
+
+    Raises:
+        ForeignFileError: the latest checkpoint is whole, but not the one that the stage made.
+        RunError: checkpoints are links out of the run.
     """
-    while (step := latest_checkpoint(run, stage)) and find_intact(run.paths.checkpoint(stage, step)) is None:
+    _refuse_links(run, run.paths.checkpoint(stage, 0).parent)
+    for path in _folders(run, stage).values():
+        if not is_published(path):
+            find_intact(path)
+    while (step := latest_checkpoint(run, stage)) and find_own(run, run.paths.checkpoint(stage, step)) is None:
         pass  # it no longer counts
     prune_checkpoints(run, stage)
-    rebuild_metrics(run, stage)
+    rebuild_metrics(run, stage, num_steps=step)
     return remaining_steps(run, stage)
 
 
 def checkpoint_steps(run: Run, stage: str) -> list[int]:
     """Steps of the published checkpoints of a stage, ascending."""
-    folder = run.paths.checkpoint(stage, 0).parent
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
-    return sorted(int(match[1]) for match, path in found if match and is_published(path))
+    return [step for step, path in _folders(run, stage).items() if is_published(path)]
 
 
 def latest_checkpoint(run: Run, stage: str) -> int:
@@ -58,22 +62,25 @@ def prune_checkpoints(run: Run, stage: str) -> list[int]:
     """Delete checkpoints beyond the recipe's retention, which counts those before the stage's last step; that one is
     always kept. Returns the deleted. Raises RunError for checkpoints that are links out of the run."""
     config = run.recipe.stage(stage)
-    folder = run.paths.checkpoint(stage, 0).parent
-    _refuse_links(run, folder)
+    _refuse_links(run, run.paths.checkpoint(stage, 0).parent)
     steps = checkpoint_steps(run, stage)
     keep = {*[step for step in steps if step != config.steps][-config.checkpoint.keep_last :], config.steps}
     if every := config.checkpoint.keep_every:
         keep |= {step for step in steps if step % every == 0}
-    for path in folder.glob("step-*"):
-        if not is_published(path):
-            _logger.warning("%s has no manifest: what a deletion that was interrupted left, now deleted", path)
-            shutil.rmtree(path)
     doomed = [step for step in steps if step not in keep]
     for step in doomed:
-        path = run.paths.checkpoint(stage, step)
-        (path / "manifest.json").unlink()  # first: without it the rest does not count
-        shutil.rmtree(path)
+        retract(run.paths.checkpoint(stage, step))
+    for step in _folders(run, stage, prefix=ASIDE_PREFIX):  # damaged ones that the stage has gone past
+        if step not in keep and any(later > step for later in steps):
+            forget(run.paths.checkpoint(stage, step))
     return doomed
+
+
+def _folders(run: Run, stage: str, *, prefix: str = "") -> dict[int, Path]:
+    """Step → what lies in the place of its checkpoint, published or not; with `prefix`, what was set aside."""
+    paths = run.paths.checkpoint(stage, 0).parent.glob(f"{prefix}step-*")
+    found = {int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.name.removeprefix(prefix)))}
+    return dict(sorted(found.items()))
 
 
 def _refuse_links(run: Run, folder: Path) -> None:

@@ -4,15 +4,16 @@ import logging
 from pathlib import Path
 
 from kdrl_core.errors import DamagedArtifactError, RunError
-from kdrl_core.ledger import Run, is_current, is_published, manifest_of, verify_published
+from kdrl_core.ledger import Run, is_current, is_published, manifest_of, verify_own
 from kdrl_core.reporting.summary import final_labels
+from kdrl_core.rollouts.metrics import differing_metrics
 
 _logger = logging.getLogger("kdrl")
 
 
 def is_finished(run: Run, *, verify: bool = False) -> bool:
-    """Whether the report is there and about the run's final models; with `verify`, whether all of them have their bytes
-    as well (the log names the first that has not)."""
+    """Whether the report is there and about the run's final models. With `verify`, whether all that a resume would mend
+    is whole as well: data, metrics, the last checkpoint of each stage and the results (the log names what is not)."""
     final = final_checkpoint(run)
     evaluations = [run.paths.evaluation(label) for label in final_labels(run)]
     results = [final, run.paths.student, *evaluations]
@@ -20,17 +21,30 @@ def is_finished(run: Run, *, verify: bool = False) -> bool:
         return False
     last = run.paths.evaluation(run.recipe.stages[-1])
     try:
-        current = is_current(last, {run.relative(final): manifest_of(final).sha256}) and is_current(
-            run.paths.report, report_inputs(run)
-        )
-        earlier = [final_checkpoint(run, stage) for stage in run.recipe.stages[:-1]]
-        checked = (*filter(is_published, earlier), *results, run.paths.report)  # earlier ones may have been deleted
-        for path in checked if current and verify else ():
-            verify_published(path)
+        if not is_current(last, {run.relative(final): manifest_of(final).sha256}):
+            return False
+        if not is_current(run.paths.report, report_inputs(run)):
+            return False
+        return not verify or _is_whole(run, [*results, run.paths.report])
     except DamagedArtifactError as error:
-        _logger.warning("%s; so run %s is not finished", str(error).partition(";")[0], run.name)
+        _logger.warning("%s; so run %s is not finished", error.problem, run.name)
         return False
-    return current
+
+
+def _is_whole(run: Run, results: list[Path]) -> bool:
+    """Raises DamagedArtifactError for an artifact that is not as it was; missing data and metrics make it False."""
+    data = [run.paths.pool, run.paths.filter_report]
+    data += [run.paths.sft_dataset(stage) for stage in run.recipe.stages if run.recipe.stage(stage).objective == "sft"]
+    earlier = [final_checkpoint(run, stage) for stage in run.recipe.stages[:-1]]
+    missing = [path for path in (*data, *earlier) if not is_published(path)]
+    for path in (*data, *earlier, *results):
+        if path not in missing:
+            verify_own(run, path)
+    for stage in run.recipe.stages:
+        missing += differing_metrics(run, stage, num_steps=run.recipe.stage(stage).steps)
+    if missing:
+        _logger.warning("%s is missing or not as it was; so run %s is not finished", missing[0], run.name)
+    return not missing
 
 
 def require_trained(run: Run, stage: str) -> None:

@@ -18,7 +18,15 @@ from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
 from kdrl_core.evaluation.results import RESULTS, read_results
 from kdrl_core.evaluation.statistics import accuracy
-from kdrl_core.ledger import Run, derive_seed, find_intact, is_published, publish_directory, verify_published
+from kdrl_core.ledger import (
+    Run,
+    derive_seed,
+    find_intact,
+    is_published,
+    publish_directory,
+    verify_own,
+    verify_published,
+)
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import EVALUATION, write_table
@@ -109,7 +117,7 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
 def _inputs(run: Run, path: Path) -> dict[str, str]:
     """The evaluated model by its hash, where kdrl published it: in this run or in another. Others have no manifest."""
     if path.is_relative_to(run.paths.root):
-        return run.inputs(path)
+        return {run.relative(path): verify_own(run, path).sha256}
     return {str(path): verify_published(path).sha256} if is_published(path) else {}
 
 

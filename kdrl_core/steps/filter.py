@@ -10,7 +10,7 @@ from kdrl_core.data import FilterReport, filter_problems, read_problems
 from kdrl_core.engines.models import compare_tokenizers, load_tokenizer
 from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import Run, find_intact, publish_file
+from kdrl_core.ledger import Run, find_intact, find_own, publish_file, required_sha256
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import write_table
 from kdrl_core.steps.session import initial_policy
@@ -23,7 +23,7 @@ def filter_run(run: Run) -> dict[str, FilterReport]:
         ModelError: a model cannot be prepared, or the teacher's tokenizer is another one.
         DataError: unreadable or malformed input, or a pool too small for one step (SFT: for one batch).
     """
-    has_pool, has_report = (find_intact(path) is not None for path in (run.paths.pool, run.paths.filter_report))
+    has_pool, has_report = find_own(run, run.paths.pool) is not None, find_intact(run.paths.filter_report) is not None
     if has_pool and has_report:
         return {}
     report_progress(run, stage="filter", phase="filter")
@@ -48,7 +48,7 @@ def filter_run(run: Run) -> dict[str, FilterReport]:
         publish_file(
             run.paths.pool,
             lambda path: write_table(pa.concat_tables(pools), path),
-            expected=run.used_by(run.paths.rollouts(recipe.stages[0], 0), run.paths.pool),
+            expected=required_sha256(run, run.paths.pool),
         )
 
     def write_report(path: Path) -> None:

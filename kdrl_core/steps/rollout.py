@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kdrl_core.errors import DamagedArtifactError, DataError
-from kdrl_core.ledger import derive_seed, find_intact, is_published, manifest_of, prompts_of_step, publish_file
+from kdrl_core.errors import DataError
+from kdrl_core.ledger import (
+    derive_seed,
+    find_own,
+    is_published,
+    manifest_of,
+    prompts_of_step,
+    publish_file,
+    required_sha256,
+)
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import ROLLOUTS, write_table
 from kdrl_core.rollouts.stats import repetition_rate
@@ -36,13 +44,7 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
     started = time.perf_counter()
     run, stage = session.run, session.stage
     path = run.paths.rollouts(stage, step)
-    used = run.used_by(run.paths.update(stage, step), path)
-    if found := find_intact(path):
-        if used not in (None, found.sha256):
-            raise DamagedArtifactError(
-                f"{path} is whole, but not the file that the step was trained on: its sha256 is {found.sha256[:12]}…, "
-                f"that of the other {used[:12]}…; restore that one, or delete this one to have it sampled again"
-            )
+    if find_own(run, path):
         return StepArtifact(path=path, reused=True, seconds=0.0)
     engine = session.engine_at(step)
     requests = _requests(session, step)
@@ -55,7 +57,7 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
         lambda file: write_table(table, file),
         inputs=inputs,
         metadata={"seconds": seconds},
-        expected=used,
+        expected=required_sha256(run, path),
     )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import derive_seed, find_intact, manifest_of, publish_file
+from kdrl_core.ledger import derive_seed, find_intact, find_own, manifest_of, publish_file, required_sha256
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import SFT_DATASET, read_table, write_table
 from kdrl_core.steps.rollout import Finished, StepArtifact, rollouts_table
@@ -80,7 +80,7 @@ def select_samples(session: StageSession) -> StepArtifact:
     started = time.perf_counter()
     run, stage, config = session.run, session.stage, session.config
     path = run.paths.sft_dataset(stage)
-    if find_intact(path):
+    if find_own(run, path):
         return StepArtifact(path=path, reused=True, seconds=0.0)
     report_progress(run, stage=stage, phase="select")
     inputs: dict[str, str] = {}
@@ -112,5 +112,11 @@ def select_samples(session: StageSession) -> StepArtifact:
         "sample_s": sample_s,
         "verify_s": verify_s,
     }
-    publish_file(path, lambda file: write_table(dataset, file), inputs=inputs, metadata=metadata)
+    publish_file(
+        path,
+        lambda file: write_table(dataset, file),
+        inputs=inputs,
+        metadata=metadata,
+        expected=required_sha256(run, path),
+    )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)

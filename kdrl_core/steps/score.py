@@ -4,7 +4,7 @@ import time
 
 import pyarrow as pa
 
-from kdrl_core.ledger import find_intact, publish_file
+from kdrl_core.ledger import find_own, publish_file, required_sha256
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.columns import from_matrices, score_requests
 from kdrl_core.rollouts.schema import REFERENCE, TEACHER, TEACHER_TOPK, read_table, write_table
@@ -30,7 +30,7 @@ def _score(session: StageSession, step: int, role: str) -> StepArtifact:
     path = paths.teacher(stage, step) if role == "teacher" else paths.reference(stage, step)
     source = paths.rollouts(stage, step)
     inputs = run.inputs(source)
-    if find_intact(path, inputs):
+    if find_own(run, path, inputs):
         return StepArtifact(path=path, reused=True, seconds=0.0)
     report_progress(run, stage=stage, step=step, phase=f"{role}-score")
     rollouts = read_table(source, ["prompt_id", "sample", "prompt_token_ids", "token_ids"])
@@ -42,7 +42,7 @@ def _score(session: StageSession, step: int, role: str) -> StepArtifact:
         lambda file: write_table(table, file),
         inputs=inputs,
         metadata={"seconds": seconds},
-        expected=run.used_by(paths.update(stage, step), path),
+        expected=required_sha256(run, path),
     )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
 

@@ -22,7 +22,7 @@ from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import Run, is_published, open_run_dir, refuse_other_bytes, verify_published
+from kdrl_core.ledger import Run, is_published, open_run_dir, verify_own, verify_published
 from kdrl_core.rollouts.schema import read_table
 from kdrl_core.steps.checkpoints import latest_checkpoint
 from kdrl_core.training.torch_trainer import TorchTrainer
@@ -65,13 +65,10 @@ class StageSession:
         """Raise DamagedArtifactError if a published model that the stage starts from was altered, or is another than
         the one that its first step was sampled from."""
         path, run = self.initial_policy, self.run
-        if not is_published(path):
-            return
-        found = verify_published(path).sha256
         if path.is_relative_to(run.paths.root):
-            used = run.used_by(run.paths.rollouts(self.stage, 0), path)
-            if used not in (None, found):
-                refuse_other_bytes(path, found, used, f"what {self.stage} started from")
+            verify_own(run, path)
+        elif is_published(path):
+            verify_published(path)
 
     @property
     def pool(self) -> dict[str, dict[str, Any]]:
@@ -240,7 +237,7 @@ class StageSession:
         )
         if (step := latest_checkpoint(self.run, self.stage)) > 0:
             checkpoint = self.run.paths.checkpoint(self.stage, step)
-            verify_published(checkpoint)
+            verify_own(self.run, checkpoint)
             trainer.load(checkpoint)
         return trainer
 

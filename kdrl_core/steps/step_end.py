@@ -9,12 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdrl_core.errors import DamagedArtifactError
-from kdrl_core.ledger import Manifest, Run, find_intact, publish_directory, publish_file
+from kdrl_core.ledger import Manifest, find_own, publish_directory, publish_file, required_sha256
 from kdrl_core.rollouts.metrics import append_metrics
 from kdrl_core.rollouts.schema import write_table
 from kdrl_core.steps.checkpoints import is_checkpoint_due, prune_checkpoints
 from kdrl_core.steps.session import StageSession
 
+_ROUNDING = {"rel_tol": 1e-3, "abs_tol": 1e-5}
 _logger = logging.getLogger("kdrl")
 
 
@@ -53,16 +54,17 @@ def end_step(session: StageSession, step: int, made: StepRecord, *, inputs: Mapp
     """
     run, stage = session.run, session.stage
     path = run.paths.update(stage, step)
-    published = find_intact(path)
+    published = find_own(run, path)
     replayed = published is not None
     if published is not None:
-        _check_replay(path, published, inputs, made.metrics)
+        _check_replay(path, published, made.metrics, is_exact=run.recipe.runtime.device == "cpu")
     else:
         published = publish_file(
             path,
             lambda file: write_table(made.table, file),
             inputs=inputs,
             metadata={"metrics": made.metrics, "timings": made.timings},
+            expected=required_sha256(run, path),
         )
     recorded = published.metadata
     append_metrics(run, stage, step)
@@ -73,7 +75,7 @@ def end_step(session: StageSession, step: int, made: StepRecord, *, inputs: Mapp
             checkpoint,
             session.trainer_at(step + 1).save,
             inputs={run.relative(path): published.sha256},
-            expected=_sampled_from(run, stage, step + 1),
+            expected=required_sha256(run, checkpoint),
         )
         prune_checkpoints(run, stage)
     return StepSummary(
@@ -85,33 +87,25 @@ def end_step(session: StageSession, step: int, made: StepRecord, *, inputs: Mapp
     )
 
 
-def _check_replay(path: Path, published: Manifest, inputs: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-    """Refuse a step whose files are not those that it was trained on; warn if its update comes out otherwise."""
-    changed = sorted(name for name in {*inputs, *published.inputs} if inputs.get(name) != published.inputs.get(name))
-    if changed:
-        raise DamagedArtifactError(
-            f"{path} was made from other files than are there now: {', '.join(changed)}; "
-            "restore them from a backup, or start a new run"
-        )
+def _check_replay(path: Path, published: Manifest, metrics: Mapping[str, float], *, is_exact: bool) -> None:
+    """Refuse a replay that differs by more than the order of additions explains, where the hardware promises to repeat
+    itself; warn of one that differs at all."""
     recorded = published.metadata["metrics"]
     differing = [name for name, value in metrics.items() if not _same(value, recorded.get(name))]
-    if differing:
-        name = max(differing, key=lambda name: abs(metrics[name] - recorded.get(name, math.inf)))
-        _logger.warning(
-            "%s: its replay gives %s %r, recorded is %r (%d metrics differ): this machine or these versions do not "
-            "reproduce the run bit by bit",
-            *(path, name, metrics[name], recorded.get(name), len(differing)),
+    if not differing:
+        return
+    name = max(differing, key=lambda name: abs(metrics[name] - recorded.get(name, math.inf)))
+    told = (
+        f"{path}: its replay gives {name} {metrics[name]!r}, recorded is {recorded.get(name)!r} ({len(differing)} "
+        "metrics differ)"
+    )
+    if is_exact and not all(math.isclose(metrics[n], recorded.get(n, math.inf), **_ROUNDING) for n in differing):
+        raise DamagedArtifactError(
+            f"{told}: the policy is not the one that the step was trained with, or these versions train otherwise",
+            f"restore the run from a backup, or delete {path.parent} and the later steps to have them made anew",
         )
+    _logger.warning("%s: this machine or these versions do not reproduce the run bit by bit", told)
 
 
 def _same(value: float, recorded: float | None) -> bool:
     return recorded is not None and (value == recorded or (math.isnan(value) and math.isnan(recorded)))
-
-
-def _sampled_from(run: Run, stage: str, step: int) -> str | None:
-    """The sha256 of the checkpoint at `step` that rollouts were sampled from since, of this stage or of the next."""
-    stages: tuple[str, ...] = run.recipe.stages
-    following = [(stage, step), *((later, 0) for later in stages[stages.index(stage) + 1 :][:1])]
-    checkpoint = run.paths.checkpoint(stage, step)
-    found = (run.used_by(run.paths.rollouts(*where), checkpoint) for where in following)
-    return next((sha256 for sha256 in found if sha256 is not None), None)

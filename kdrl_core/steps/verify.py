@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kdrl_core.ledger import find_intact, publish_file
+from kdrl_core.ledger import find_own, publish_file, required_sha256
 from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import REWARDS, read_table, write_table
 from kdrl_core.steps.rollout import StepArtifact
@@ -21,20 +21,15 @@ def verify_step(session: StageSession, step: int) -> StepArtifact:
     """
     paths, stage = session.run.paths, session.stage
     rewards = paths.rewards(stage, step)
-    expected = session.run.used_by(paths.update(stage, step), rewards)
-    where = f"{stage} step {step}"
-    return verify_file(session, paths.rollouts(stage, step), rewards, where=where, expected=expected)
+    return verify_file(session, paths.rollouts(stage, step), rewards, where=f"{stage} step {step}")
 
 
-def verify_file(
-    session: StageSession, source: Path, path: Path, *, where: str, expected: str | None = None
-) -> StepArtifact:
-    """Verify the responses of `source` and publish the verdicts as `path`. `where` names them in errors; `expected` is
-    the sha256 that something published since was made from."""
+def verify_file(session: StageSession, source: Path, path: Path, *, where: str) -> StepArtifact:
+    """Verify the responses of `source` and publish the verdicts as `path`. `where` names them in errors."""
     started = time.perf_counter()
     run = session.run
     inputs = run.inputs(source)
-    if find_intact(path, inputs):
+    if find_own(run, path, inputs):
         return StepArtifact(path=path, reused=True, seconds=0.0)
     rollouts = read_table(source, ["prompt_id", "sample", "prompt", "response", "ground_truth"])
     items = list(zip(rollouts["response"].to_pylist(), rollouts["ground_truth"].to_pylist(), strict=True))
@@ -47,5 +42,11 @@ def verify_file(
     )
     seconds = time.perf_counter() - started
     metadata = {"seconds": seconds, "hidden_seconds": hidden_s}
-    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata=metadata, expected=expected)
+    publish_file(
+        path,
+        lambda file: write_table(table, file),
+        inputs=inputs,
+        metadata=metadata,
+        expected=required_sha256(run, path),
+    )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)

@@ -3,16 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from crash.damage import flip
+from crash.damage import flip, manifest_for
 from crash.tiny_run import differing, finish, open_tiny, train
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from kdrl_core.errors import RunLockedError
-from kdrl_core.ledger import Run, open_run, verify_published
+from kdrl_core.ledger import Run, heal, manifest_of, open_run, publish_file, run_lock, verify_published
 from kdrl_core.steps.check import Finding, Remedy, check_run, repair_run
+from kdrl_core.steps.completion import is_finished
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -88,18 +90,70 @@ def test_every_kind_of_damage_is_named_with_its_remedy(run: Run) -> None:
     assert "kdrl check --repair" in done.output
 
 
-def test_what_was_made_from_another_file_is_named(run: Run) -> None:
+def test_a_file_in_another_place_is_named(run: Run) -> None:
     for name in ("rewards.parquet", "_rewards.manifest.json"):
         shutil.copy(run.paths.step("stage2", 0) / name, run.paths.step("stage2", 1) / name)
-    findings = found(run)
+    flip(run.paths.teacher("stage2", 2))
+    place = "rollouts/stage=stage2/step=000001/rewards.parquet"
+    finding = found(run)[place]
+    assert finding.remedy is Remedy.OWNER
+    assert finding.problem == (
+        "belongs elsewhere: it was published as rollouts/stage=stage2/step=000000/rewards.parquet"
+    )
+    assert check("--repair").exit_code == 1  # the other damage is mended all the same
+    assert list(found(run)) == [place]
+
+
+def test_what_later_artifacts_were_not_made_from_is_named(run: Run, tmp_path: Path) -> None:
+    path = run.paths.rewards("stage2", 1)
+    publish_file(path, lambda file: file.write_bytes(b"other") and None, inputs=manifest_of(path).inputs)
+    problems = {name: finding.problem for name, finding in found(run).items()}
     step = "rollouts/stage=stage2/step=000001"
-    assert {path: finding.problem for path, finding in findings.items()} == {
-        f"{step}/rewards.parquet": "is of another step: it was made from "
-        "rollouts/stage=stage2/step=000000/rollouts.parquet",
-        f"{step}/update.parquet": f"made from another {step}/rewards.parquet than is there now",
+    assert f"not the one that {step}/update.parquet was made from" in problems[f"{step}/rewards.parquet"]
+    assert problems[f"{step}/update.parquet"] == f"was made from other files than are there now: {step}/rewards.parquet"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints/stage1/step-000002", "checkpoints/stage2/step-000004", "evaluation/stage2", "data/pool.parquet"],
+)
+def test_results_that_are_missing_altogether_are_named_and_made_again(run: Run, whole: Run, name: str) -> None:
+    path = run.paths.root / name
+    for each in (path, manifest_for(path)):
+        heal.delete(each)
+    assert {finding: (of.problem, of.remedy) for finding, of in found(run).items()} == {
+        name: ("is missing", Remedy.RESUME)
     }
-    assert findings[f"{step}/rewards.parquet"].remedy is Remedy.REPAIR
-    assert check("--repair").exit_code == 0
+    assert not is_finished(run, verify=True)
+    train(run)
+    finish(run)
+    assert found(run) == {}
+    assert differing(run, whole) == []
+
+
+def test_what_was_set_aside_and_not_made_again_is_named(run: Run) -> None:
+    heal.set_aside(run.paths.checkpoint("stage2", 3))
+    assert {name: finding.problem for name, finding in found(run).items()} == {
+        "checkpoints/stage2/step-000003": "was damaged, set aside, and not made again since"
+    }
+    train(run)  # it has done its time
+    assert found(run) == {}
+    assert not list(run.paths.root.rglob(".damaged-*"))
+
+
+def test_what_is_on_its_way_while_somebody_works_on_the_run_is_no_damage(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_for(run.paths.rewards("stage2", 1))
+    content = manifest.read_bytes()
+    manifest.unlink()
+    flip(run.paths.teacher("stage2", 2))
+    clock = SimpleNamespace(sleep=lambda _: manifest.write_bytes(content))
+    monkeypatch.setattr("kdrl_core.steps.check.time", clock)  # not time.sleep, which other threads call too
+    with run_lock(run.paths.lock):
+        assert list(found(run)) == ["rollouts/stage=stage2/step=000002/teacher.parquet"]
+    manifest.unlink()
+    assert len(found(run)) == 2  # nobody works on it: nothing is on its way
 
 
 @pytest.mark.parametrize("name", ["student", "evaluation/base", "checkpoints/stage2/step-000003"])

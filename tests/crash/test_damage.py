@@ -19,8 +19,9 @@ from crash.damage import (
 )
 from crash.tiny_run import differing, finish, open_tiny, results, train
 
-from kdrl_core.errors import DamagedArtifactError
+from kdrl_core.errors import DamagedArtifactError, ForeignFileError
 from kdrl_core.ledger import Run, is_published, open_run, verify_published
+from kdrl_core.objectives import group_advantages
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps.completion import is_finished
 from kdrl_core.steps.session import close_sessions
@@ -164,6 +165,48 @@ def test_rollouts_that_nothing_was_made_from_may_come_out_otherwise(
         verify_published(step / f"{name}.parquet")
 
 
+def train_otherwise(monkeypatch: pytest.MonkeyPatch, *, by: float) -> None:
+    """As a machine whose sums come out otherwise by about this."""
+    monkeypatch.setattr(
+        "kdrl_core.steps.update.group_advantages",
+        lambda rewards, *args, **options: group_advantages(rewards, *args, **options) * (1 + by) + by,
+    )
+
+
+def test_a_replay_that_trains_otherwise_is_refused(
+    stopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step's rollouts would not be those of the policy that they are taken for."""
+    run = copy_of(stopped, tmp_path)
+    train_otherwise(monkeypatch, by=0.1)
+    with pytest.raises(DamagedArtifactError, match=r"step=000003/update\.parquet: its replay gives .*, recorded is"):
+        train(run)
+
+
+@pytest.mark.parametrize("damage", [flip, lose_manifest, garble_manifest])
+def test_a_checkpoint_is_not_lost_to_a_machine_that_trains_otherwise(
+    damage: Damage, stopped: Run, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights may be good, though its manifest is not: they stay until it has been made again."""
+    run = copy_of(stopped, tmp_path)
+    checkpoint = run.paths.checkpoint("stage2", 3)
+    for step in (3, 4):  # nothing was made from it
+        shutil.rmtree(run.paths.step("stage2", step))
+    damage(checkpoint / "config.json")
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        train_otherwise(patched, by=1e-9)
+        for _ in range(2):
+            with pytest.raises(DamagedArtifactError, match=r"came out otherwise: .*\.damaged-step-000003, has"):
+                train(open_run("r", artifacts=tmp_path))
+            close_sessions()
+    assert (checkpoint.with_name(".damaged-step-000003") / "model.safetensors").read_bytes() == weights
+    train(open_run("r", artifacts=tmp_path))
+    finish(run)
+    assert differing(run, whole) == []
+    assert list(run.paths.root.rglob(".damaged-*")) == []
+
+
 def test_a_checkpoint_that_cannot_be_made_again_is_refused(
     stopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,36 +214,101 @@ def test_a_checkpoint_that_cannot_be_made_again_is_refused(
     checkpoint = run.paths.checkpoint("stage2", 3)
     flip(checkpoint / "model.safetensors")
     before = results(run)
-    monkeypatch.setattr(
-        "kdrl_core.steps.update.group_advantages", lambda rewards, *_, **__: rewards - rewards.mean() + 1e-3
-    )
-    with pytest.raises(DamagedArtifactError, match=r"step-000003 was made again and came out otherwise: sha256"):
+    train_otherwise(monkeypatch, by=1e-9)
+    with pytest.raises(DamagedArtifactError, match=r"step-000003 was made again and came out otherwise: its sha256"):
         train(run)
     assert "its replay gives" in caplog.text  # the first step that differs is named
     assert not is_published(checkpoint)
     assert [n for n, digest in before.items() if "stage2/step-000003" not in n and results(run).get(n) != digest] == []
 
 
-def test_files_of_another_step_are_noticed(stopped: Run, whole: Run, tmp_path: Path) -> None:
-    """Whole and with their manifests, but made from other rollouts."""
+@pytest.mark.parametrize("name", ["rollouts", "teacher", "rewards", "update"])
+def test_a_file_of_another_step_is_refused(name: str, stopped: Run, whole: Run, tmp_path: Path) -> None:
+    """It is whole, and somebody put it there: it is not for kdrl to delete it."""
     run = copy_of(stopped, tmp_path)
-    for name in ("rewards.parquet", "_rewards.manifest.json"):
-        shutil.copy(run.paths.step("stage2", 3) / name, run.paths.step("stage2", 4) / name)
-    train(run)
-    path = run.relative(run.paths.rewards("stage2", 4))
-    assert results(run)[path] == results(whole)[path]
-
-
-def test_rollouts_of_another_step_are_refused(stopped: Run, tmp_path: Path) -> None:
-    run = copy_of(stopped, tmp_path)
-    for name in ("rollouts.parquet", "_rollouts.manifest.json"):
-        shutil.copy(run.paths.step("stage2", 3) / name, run.paths.step("stage2", 4) / name)
-    with pytest.raises(DamagedArtifactError, match=r"step=000004/rollouts\.parquet is whole, but not the file that"):
+    path = run.paths.step("stage2", 4) / f"{name}.parquet"
+    for each in (path.name, manifest_for(path).name):
+        shutil.copy(run.paths.step("stage2", 3) / each, path.with_name(each))
+    before = results(run)
+    with pytest.raises(ForeignFileError, match=rf"step=000004/{name}\.parquet belongs elsewhere: it was published as"):
         train(run)
-    run.paths.rollouts("stage2", 4).unlink()  # as the message says
+    assert results(run) == before
+    for each in (path, manifest_for(path)):  # as the message says
+        each.unlink()
     close_sessions()
     train(run)
-    verify_published(run.paths.rollouts("stage2", 4))
+    finish(run)
+    assert differing(run, whole) == []
+
+
+def test_rollouts_of_another_run_are_refused(stopped: Run, tmp_path: Path) -> None:
+    """They lie in their place, but are not those that the step was trained on."""
+    run = copy_of(stopped, tmp_path / "one")
+    other = open_tiny(tmp_path / "two", "r", [*SPARSE, "seed=1"])
+    train(other, until=("stage2", 5))
+    for name in ("rollouts.parquet", "_rollouts.manifest.json"):
+        shutil.copy(other.paths.step("stage2", 4) / name, run.paths.step("stage2", 4) / name)
+    close_sessions()
+    with pytest.raises(
+        ForeignFileError, match=r"step=000004/rollouts\.parquet was made from other files than are there"
+    ):
+        train(open_run("r", artifacts=tmp_path / "one"))
+
+
+@pytest.mark.parametrize(("stage", "step", "source"), [("stage2", 3, ("stage1", 2)), ("stage1", 2, ("stage1", 1))])
+def test_a_checkpoint_of_another_step_is_refused(
+    stage: str, step: int, source: tuple[str, int], stopped: Run, whole: Run, tmp_path: Path
+) -> None:
+    run = copy_of(stopped, tmp_path)
+    path = run.paths.checkpoint(stage, step)
+    shutil.rmtree(path)
+    shutil.copytree(run.paths.checkpoint(*source), path)
+    with pytest.raises(ForeignFileError, match=rf"{path.name} belongs elsewhere: it was published as checkpoints/"):
+        train(run)
+    shutil.rmtree(path)
+    close_sessions()
+    train(run)
+    finish(run)
+    assert differing(run, whole) == []
+
+
+@pytest.mark.parametrize(("stage", "step"), [("stage1", 2), ("stage2", 7)])
+def test_a_finished_run_notices_that_a_result_was_exchanged(stage: str, step: int, whole: Run, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    path = run.paths.checkpoint(stage, step)
+    shutil.rmtree(path)
+    shutil.copytree(run.paths.checkpoint(stage, step - 1), path)
+    assert not is_finished(run, verify=True)
+    with pytest.raises(ForeignFileError, match="belongs elsewhere"):
+        train(run)
+    with pytest.raises(ForeignFileError, match="belongs elsewhere"):
+        finish(run)
+
+
+def test_a_checkpoint_of_another_run_is_refused(stopped: Run, tmp_path: Path) -> None:
+    """Its place and its bytes are right, its update is not that of this run."""
+    run = copy_of(stopped, tmp_path / "one")
+    other = open_tiny(tmp_path / "two", "r", [*SPARSE, "seed=1"])
+    train(other, until=("stage2", 3))
+    path = run.paths.checkpoint("stage2", 3)
+    shutil.rmtree(path)
+    shutil.copytree(other.paths.checkpoint("stage2", 3), path)
+    close_sessions()
+    with pytest.raises(
+        ForeignFileError, match=r"step-000003 was made from other files than are there now: rollouts/st"
+    ):
+        train(open_run("r", artifacts=tmp_path / "one"))
+
+
+@pytest.mark.parametrize("name", ["data/pool.parquet", "data/filter.json", "metrics/stage=stage1/metrics.parquet"])
+def test_damaged_data_unfinish_a_run(name: str, whole: Run, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    truncate(run.paths.root / name)
+    assert not is_finished(run, verify=True)
+    train(run)
+    finish(run)
+    assert is_finished(run, verify=True)
+    assert differing(run, whole) == []
 
 
 def test_what_was_trained_on_decides_where_file_and_manifest_are_both_damaged(
@@ -212,18 +320,6 @@ def test_what_was_trained_on_decides_where_file_and_manifest_are_both_damaged(
     garble_manifest(path)
     train(run)
     assert results(run)[run.relative(path)] == results(whole)[run.relative(path)]
-
-
-def test_a_checkpoint_of_another_step_in_its_place(stopped: Run, whole: Run, tmp_path: Path) -> None:
-    """Damaged as well: what was sampled from the right one says which it has to be."""
-    run = copy_of(stopped, tmp_path)
-    folder = run.paths.checkpoint("stage1", 2)
-    shutil.rmtree(folder)
-    shutil.copytree(run.paths.checkpoint("stage1", 1), folder)
-    flip(folder / "config.json")
-    train(run)
-    verify_published(folder)
-    assert [name for name in differing(run, whole) if name.startswith("checkpoints/stage1")] == []
 
 
 def test_metrics_of_another_stage_in_their_place(stopped: Run, whole: Run, tmp_path: Path) -> None:
@@ -241,24 +337,6 @@ def test_a_damaged_result_of_stage_one_unfinishes_a_run(whole: Run, tmp_path: Pa
     train(run)
     finish(run)
     assert is_finished(run, verify=True)
-
-
-def test_a_step_trained_on_other_files_is_refused(stopped: Run, tmp_path: Path) -> None:
-    run = copy_of(stopped, tmp_path)
-    shutil.copy(run.paths.step("stage2", 3) / "update.parquet", run.paths.step("stage2", 4) / "update.parquet")
-    shutil.copy(
-        run.paths.step("stage2", 3) / "_update.manifest.json", run.paths.step("stage2", 4) / "_update.manifest.json"
-    )
-    with pytest.raises(DamagedArtifactError, match=r"was made from other files than are there now: rollouts/stage="):
-        train(run)
-
-
-def test_stage_two_keeps_the_model_that_it_started_from(stopped: Run, tmp_path: Path) -> None:
-    run = copy_of(stopped, tmp_path)
-    shutil.rmtree(run.paths.checkpoint("stage1", 2))
-    shutil.copytree(run.paths.checkpoint("stage1", 1), run.paths.checkpoint("stage1", 2))
-    with pytest.raises(DamagedArtifactError, match=r"step-000002 .* what stage2 started from was"):
-        train(run)
 
 
 class _Backwards(datetime):

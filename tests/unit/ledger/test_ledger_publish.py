@@ -8,13 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kdrl_core.errors import DamagedArtifactError, KdrlError, RunError, StorageError, SurplusFileError
+from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError, StorageError
 from kdrl_core.ledger import (
     is_current,
     is_published,
@@ -26,7 +30,7 @@ from kdrl_core.ledger import (
     sweep_temporaries,
     verify_published,
 )
-from kdrl_core.ledger.manifest import read_manifest
+from kdrl_core.ledger.manifest import manifest_path, read_manifest
 
 CONTENT = b"the content of an artifact\n" * 8
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
@@ -218,11 +222,79 @@ def test_a_flipped_byte_in_a_directory_manifest_is_damage(old: str, new: str, tm
 def test_a_file_dropped_from_a_directory_manifest_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "model"
     publish_directory(path, fill_model)
-    values = json.loads((path / "manifest.json").read_text())
-    del values["files"]["model.safetensors"]
-    (path / "manifest.json").write_text(json.dumps(values))
+    manifest = manifest_of(path)
+    assert manifest.files is not None
+    files = {name: fact for name, fact in manifest.files.items() if name != "model.safetensors"}
+    (path / "manifest.json").write_bytes(replace(manifest, files=files).to_bytes())
     with pytest.raises(DamagedArtifactError, match="not that of the files it lists"):
         verify_published(path)
+
+
+@pytest.mark.parametrize("publish", [publish_file, publish_directory])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("artifact", "x"),
+        ("size", 1),
+        ("sha256", "0" * 64),
+        ("inputs", {}),
+        ("metadata", {}),
+        ("created_at", ""),
+        ("kdrl_version", "9"),
+    ],
+)
+def test_a_manifest_with_another_value_in_any_field_is_damage(
+    publish: Callable[..., object], field: str, value: object, tmp_path: Path
+) -> None:
+    path = tmp_path / "artifact"
+    fill = fill_model if publish is publish_directory else write_content
+    publish(path, fill, inputs={"a": "1"}, metadata={"m": 1.5})
+    where = path / "manifest.json" if path.is_dir() else tmp_path / "_artifact.manifest.json"
+    values = json.loads(where.read_text())
+    where.write_text(json.dumps({**values, field: value}))
+    with pytest.raises(DamagedArtifactError, match="it was altered: its checksum is not that of its content"):
+        manifest_of(path)
+    where.write_text(json.dumps({name: values[name] for name in values if name != "manifest_sha256"}))
+    with pytest.raises(DamagedArtifactError, match="it has no 'manifest_sha256'"):
+        manifest_of(path)
+
+
+@settings(max_examples=50)
+@given(
+    st.dictionaries(st.text(), st.one_of(st.floats(), st.integers(), st.text(), st.lists(st.floats()), st.none())),
+    st.dictionaries(st.integers(), st.floats()),
+)
+def test_manifests_are_read_as_they_were_written(metadata: dict[str, object], numbered: dict[int, float]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.parquet"
+        published = publish_file(path, write_content, metadata={**metadata, "numbered": numbered})
+        assert repr(manifest_of(path)) == repr(published)  # NaN is not itself
+        assert read_manifest(manifest_path(path)).to_bytes() == manifest_path(path).read_bytes()
+
+
+def test_an_artifact_of_a_run_is_told_in_another_place(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "r"
+    root.mkdir(parents=True)
+    (root / "recipe.yaml").touch()
+    file, folder = root / "data" / "pool.parquet", root / "checkpoints" / "stage1" / "step-000001"
+    publish_file(file, write_content)
+    publish_directory(folder, fill_model)
+    assert (manifest_of(file).artifact, manifest_of(folder).artifact) == (
+        "data/pool.parquet",
+        "checkpoints/stage1/step-000001",
+    )
+    other = file.with_name("other.parquet")
+    shutil.copy(file, other)
+    shutil.copy(manifest_path(file), manifest_path(other))
+    moved = folder.rename(folder.with_name("step-000002"))
+    with pytest.raises(ForeignFileError, match=r"other\.parquet belongs elsewhere: it was published as data/pool"):
+        verify_published(other)
+    with pytest.raises(ForeignFileError, match=r"step-000002 belongs elsewhere: it was published as checkpoints/.*1;"):
+        verify_published(moved)
+    shutil.copytree(moved, tmp_path / "models" / "mine")  # outside of runs a folder may be called as one likes
+    verify_published(tmp_path / "models" / "mine")
+    shutil.copytree(tmp_path / "runs" / "r", tmp_path / "runs" / "renamed")  # so may a run
+    verify_published(tmp_path / "runs" / "renamed" / "data" / "pool.parquet")
 
 
 def test_current_means_published_from_the_same_inputs(tmp_path: Path) -> None:
@@ -446,7 +518,7 @@ def test_a_file_that_was_not_published_is_named_and_left(tmp_path: Path) -> None
     verify_published(path)
     (path / "adapter_config.json").write_text("{}")
     for use in (lambda: verify_published(path), lambda: publish_directory(path, fill_model)):
-        with pytest.raises(SurplusFileError, match=r"student holds adapter_config\.json, which was not published"):
+        with pytest.raises(ForeignFileError, match=r"student holds adapter_config\.json, which was not published"):
             use()
     assert (path / "adapter_config.json").is_file()
 
@@ -457,9 +529,9 @@ def test_a_manifest_that_leads_elsewhere_is_damage(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     where = path / "manifest.json"
     for name in ("../secret", str(tmp_path / "secret")):
-        values = json.loads(where.read_text())
-        values["files"][name] = {"size": 1, "sha256": "0"}
-        (tmp_path / "manifest").write_text(json.dumps(values))
+        manifest = read_manifest(where)
+        files = {**(manifest.files or {}), name: {"size": 1, "sha256": "0"}}
+        (tmp_path / "manifest").write_bytes(replace(manifest, files=files).to_bytes())
         with pytest.raises(DamagedArtifactError, match="which is not below it"):
             read_manifest(tmp_path / "manifest")
 

@@ -26,8 +26,7 @@ def manifests(run: Run) -> dict[Path, Path]:
     for path in run.paths.root.rglob("*manifest.json"):
         if path == run.paths.manifest:
             continue
-        content = json.loads(path.read_text())
-        found[path.parent if path.name == "manifest.json" else path.parent / content["artifact"]] = path
+        found[run.paths.root / json.loads(path.read_text())["artifact"]] = path
     return found
 
 

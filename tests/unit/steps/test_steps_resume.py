@@ -10,7 +10,7 @@ import pytest
 from crash.tiny_run import differing, finish, open_tiny, results, train, train_step
 
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import Run, is_published
+from kdrl_core.ledger import Run
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps import filter as filter_module
 from kdrl_core.steps import rollout, score, step_end, update, verify
@@ -148,14 +148,24 @@ def test_crash_while_old_checkpoints_are_deleted(tmp_path: Path, monkeypatch: py
         raise _Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("kdrl_core.steps.checkpoints.shutil.rmtree", killed)
+        patched.setattr("kdrl_core.ledger.heal.shutil.rmtree", killed)
         with pytest.raises(_Killed):
             train(run)
-    half_deleted = run.paths.checkpoint("stage1", 1)
-    assert half_deleted.exists()
-    assert not is_published(half_deleted)
+    (half_deleted,) = run.paths.checkpoint("stage1", 1).parent.glob(".tmp-step-000001-*")
+    assert (half_deleted / "model.safetensors").is_file()
     train(open_tiny(tmp_path, "r", ["stage1.steps=5", "stage1.checkpoint.keep_last=1"]))
     assert not half_deleted.exists()
+    assert not list(run.paths.root.rglob(".damaged-*"))
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    run = open_tiny(tmp_path, "r", ["stage1.steps=5", "stage1.checkpoint.keep_last=1"])
+    folder = run.paths.checkpoint("stage1", 1).parent
+    (folder / "step-000001.bak").mkdir(parents=True)
+    (folder / "step-notes.txt").write_text("mine")
+    train(run)
+    assert (folder / "step-000001.bak").is_dir()
+    assert (folder / "step-notes.txt").read_text() == "mine"
 
 
 def test_more_steps_go_on_where_the_run_ended(tmp_path: Path, sparse: Run) -> None:
