@@ -108,16 +108,18 @@ def settled(path: Path, made: Manifest, expected: str | None) -> Manifest:
         DamagedArtifactError: it is not `expected`, or not what was set aside, as far as is known.
     """
     if expected is not None and made.sha256 != expected:
-        _refuse_other_bytes(path, made.sha256, f"what later artifacts were made from was {expected[:12]}…")
+        was = f"what later artifacts were made from had {expected[:12]}…"
+        _refuse_other_bytes(path, made.sha256, was, "restore it from a backup, or start a new run")
     lost = _lost(path)
     if lost is None:
         return made
     known = {lost.published.sha256} if lost.published else set()
     known |= {lost.found} if lost.found else set()  # right where only the manifest was altered
     if expected is None and known and made.sha256 not in known:
-        was = ", ".join(sorted(f"{sha256[:12]}…" for sha256 in known))
-        aside = f"what was set aside, {_aside(path)}, has {was}; if that is no loss, delete it"
-        _refuse_other_bytes(path, made.sha256, aside)
+        aside = _aside(path) if _aside(path).exists() else path
+        was = f"what was damaged had {' or '.join(sorted(f'{sha256[:12]}…' for sha256 in known))}"
+        remedy = f"restore it from a backup, start a new run, or, if it is beyond repair, delete {aside}"
+        _refuse_other_bytes(path, made.sha256, was, remedy)
     return lost.published if lost.published is not None and _is_same(lost.published, made) else made
 
 
@@ -156,11 +158,11 @@ def _is_same(old: Manifest, new: Manifest) -> bool:
     )
 
 
-def _refuse_other_bytes(path: Path, made: str, than: str) -> None:
+def _refuse_other_bytes(path: Path, made: str, was: str, remedy: str) -> None:
     raise DamagedArtifactError(
-        f"{path} was made again and came out otherwise: its sha256 is {made[:12]}…, {than}. "
-        "This machine or these versions do not reproduce the run",
-        "restore it from a backup, or start a new run",
+        f"{path} was made again and came out otherwise: its sha256 is {made[:12]}…, {was}. "
+        "This machine or these versions do not reproduce the run, or what is left is damaged beyond that",
+        remedy,
     )
 
 

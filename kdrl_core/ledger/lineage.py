@@ -56,14 +56,14 @@ def _require_own(run: Run, path: Path, found: Manifest) -> None:
     if changed := changed_inputs(run, found):
         raise ForeignFileError(
             f"{path} was made from other files than are there now: {', '.join(changed)}",
-            f"restore them from a backup, or delete {path} to have it made again",
+            "either it or they are not of this run: restore what is not from a backup, or delete it to have it made again",
         )
     used = _use(run, path)
     if used is not None and used[1] != found.sha256:
         raise ForeignFileError(
             f"{path} is whole, but not the one that {run.relative(used[0])} was made from: its sha256 is "
             f"{found.sha256[:12]}…, that of the other {used[1][:12]}…",
-            f"restore that one from a backup, or delete {path} to have it made again",
+            "one of the two is not of this run: restore it from a backup, or delete it to have it made again",
         )
 
 

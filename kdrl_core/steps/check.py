@@ -216,8 +216,8 @@ def _remedy(run: Run, path: Path, stage: str | None, step: int | None) -> Remedy
             return Remedy.RESUME
         return Remedy.BACKUP if path.stem in ("rollouts", "update") else Remedy.REPAIR
     if name.startswith("checkpoints/") and stage is not None:
-        goes_on_from = (run.paths.checkpoint(stage, latest_checkpoint(run, stage)), final_checkpoint(run, stage))
-        return Remedy.RESUME if path in goes_on_from else Remedy.BACKUP
+        is_past = step is not None and step < latest_checkpoint(run, stage) and path != final_checkpoint(run, stage)
+        return Remedy.BACKUP if is_past else Remedy.RESUME
     if name.startswith("evaluation/"):
         return Remedy.RESUME if path.name in final_labels(run) else Remedy.BACKUP
     if name.startswith("samples/") and stage is not None:
