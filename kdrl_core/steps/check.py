@@ -214,7 +214,7 @@ def _remedy(run: Run, path: Path, stage: str | None, step: int | None) -> Remedy
     if name.startswith("rollouts/") and stage is not None and step is not None:
         if step >= latest_checkpoint(run, stage):
             return Remedy.RESUME
-        return Remedy.BACKUP if path.stem in ("rollouts", "update") else Remedy.REPAIR
+        return Remedy.REPAIR if path.stem in ("teacher", "reference", "rewards") else Remedy.BACKUP
     if name.startswith("checkpoints/") and stage is not None:
         is_past = step is not None and step < latest_checkpoint(run, stage) and path != final_checkpoint(run, stage)
         return Remedy.BACKUP if is_past else Remedy.RESUME
