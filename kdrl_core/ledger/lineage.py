@@ -56,7 +56,7 @@ def _require_own(run: Run, path: Path, found: Manifest) -> None:
     if changed := changed_inputs(run, found):
         raise ForeignFileError(
             f"{path} was made from other files than are there now: {', '.join(changed)}",
-            "either it or they are not of this run: restore those from a backup, or delete them to have them made again",
+            "either it or they are not of this run: restore those from a backup, or delete them to be made again",
         )
     used = _use(run, path)
     if used is not None and used[1] != found.sha256:
