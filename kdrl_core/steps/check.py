@@ -22,6 +22,7 @@ from kdrl_core.steps.checkpoints import latest_checkpoint
 from kdrl_core.steps.completion import final_checkpoint
 
 _SETTLE_S = 1.0
+_REPAIRABLE = ("teacher", "reference", "rewards")
 
 OnChecked = Callable[[int, int], None]
 """Called with how many artifacts have been compared, and of how many."""
@@ -98,7 +99,7 @@ def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tupl
             num_bytes += manifest.size
         if on_checked is not None:
             on_checked(number, len(artifacts))
-    for path in (*_required(run), *_folders(run), *_named_inputs(run, artifacts)):
+    for path in (*_required(run), *_present(run), *_named_inputs(run, artifacts)):
         if not is_published(path):
             found(path, "has no manifest" if path.exists() else "is missing")
     for path in _set_aside(run):
@@ -182,9 +183,10 @@ def _required(run: Run) -> Iterator[Path]:
             yield paths.sft_dataset(stage)
 
 
-def _folders(run: Run) -> Iterator[Path]:
-    """The folders that have to be published as a whole, if they are there."""
+def _present(run: Run) -> Iterator[Path]:
+    """The files and folders that have to be published, if they are there."""
     paths = run.paths
+    yield from sorted(paths.root.glob("rollouts/*/*/[!._]*.parquet"))
     yield from sorted(paths.root.glob("checkpoints/*/step-*"))
     yield from sorted(paths.root.glob("evaluation/[!.]*"))
     yield from (path for path in (paths.student, paths.report) if path.exists())
@@ -212,9 +214,11 @@ def _finding(run: Run, path: Path, problem: str, remedy: Remedy | None) -> Findi
 def _remedy(run: Run, path: Path, stage: str | None, step: int | None) -> Remedy:
     name = run.relative(path)
     if name.startswith("rollouts/") and stage is not None and step is not None:
+        if path.stem not in (*_REPAIRABLE, "rollouts", "update"):
+            return Remedy.OWNER
         if step >= latest_checkpoint(run, stage):
             return Remedy.RESUME
-        return Remedy.REPAIR if path.stem in ("teacher", "reference", "rewards") else Remedy.BACKUP
+        return Remedy.REPAIR if path.stem in _REPAIRABLE else Remedy.BACKUP
     if name.startswith("checkpoints/") and stage is not None:
         is_past = step is not None and step < latest_checkpoint(run, stage) and path != final_checkpoint(run, stage)
         return Remedy.BACKUP if is_past else Remedy.RESUME

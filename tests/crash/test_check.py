@@ -131,6 +131,16 @@ def test_results_that_are_missing_altogether_are_named_and_made_again(run: Run, 
     assert differing(run, whole) == []
 
 
+@pytest.mark.parametrize("name", ["extra.parquet", "_extra.manifest.json"])
+def test_what_is_not_of_a_step_is_named(run: Run, name: str) -> None:
+    """Whoever reads the rollouts as one dataset would read it as well."""
+    path = run.paths.step("stage2", 0) / name
+    path.write_text("{}")
+    (finding,) = found(run).values()
+    assert finding.path == "rollouts/stage=stage2/step=000000/extra.parquet"
+    assert finding.remedy is Remedy.OWNER
+
+
 def test_what_was_set_aside_and_not_made_again_is_named(run: Run) -> None:
     heal.set_aside(run.paths.checkpoint("stage2", 3))
     assert {name: finding.problem for name, finding in found(run).items()} == {
