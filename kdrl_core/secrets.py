@@ -27,6 +27,10 @@ def resolve_secret(reference: str) -> str:
     secret = source(name).strip()
     if not secret:
         raise SecretError(f"{reference} is empty; set it to the key")
+    if not (secret.isascii() and secret.isprintable()):
+        raise SecretError(
+            f"{reference} holds a line break or another character that no key has; set it to the key alone"
+        )
     return secret
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class FaultyServer:
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
+        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that hang up are the point
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -93,6 +94,21 @@ class FaultyServer:
             case "null":
                 answer["choices"][0]["prompt_logprobs"][-1] = None
                 self.send(handler, answer)
+            case "best-null" | "best-nan":  # of the likeliest tokens, not of the response's own
+                value = None if fault.startswith("best-null") else float("nan")
+                for position, token in zip(answer["choices"][0]["prompt_logprobs"], body["prompt"], strict=True):
+                    for i, entry in (position or {}).items():
+                        entry["logprob"] = entry["logprob"] if i == str(token) else value
+                self.send(handler, answer)
+            case "trickle":
+                handler.close_connection = True
+                handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                with suppress(OSError):
+                    for _ in range(100):
+                        handler.wfile.write(b" ")
+                        time.sleep(0.05)
+            case "later":
+                self.send(handler, {"error": "busy"}, status=503, headers={"Retry-After": "30"})
             case "nan":
                 for entry in answer["choices"][0]["prompt_logprobs"][-1].values():
                     entry["logprob"] = float("nan")

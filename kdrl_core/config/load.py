@@ -67,7 +67,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _find(source)
     try:
         with path.open(encoding="utf-8") as file:
-            values = _parse(file.read(_MAX_CHARS + 1))
+            text = file.read(_MAX_CHARS + 1)
+        values = _parse(text, may_hold_key=_may_hold_key(text))
     except (_NotYamlError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"recipe {path}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
@@ -132,8 +133,11 @@ class _NotYamlError(ValueError):
     """The text is no YAML, or more of it than a recipe can be."""
 
 
-def _parse(text: str) -> Any:
-    """The plain values of a YAML text. Raises _NotYamlError before much time or memory is spent on a hostile one."""
+def _parse(text: str, *, may_hold_key: bool = False) -> Any:
+    """The plain values of a YAML text. Raises _NotYamlError before much time or memory is spent on a hostile one.
+
+    Errors show a piece of the text, unless it may hold a key.
+    """
     too_long = f"it has more than {_MAX_CHARS:,} characters, aliases written out"
     if len(text) > _MAX_CHARS:
         raise _NotYamlError(too_long)
@@ -147,9 +151,24 @@ def _parse(text: str) -> Any:
     except _NotYamlError:
         raise
     except (yaml.YAMLError, RecursionError) as error:
+        if may_hold_key:
+            raise _NotYamlError(_place(error)) from None
         raise _NotYamlError(str(error)) from error
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:  # of `!!int x`, …
+        if may_hold_key:
+            raise _NotYamlError("a value is not of the kind that its tag says") from None
         raise _NotYamlError(f"a value is not of the kind that its tag says ({error})") from error
+
+
+def _may_hold_key(text: str) -> bool:
+    return "server" in text or "api_key" in text
+
+
+def _place(error: Exception) -> str:
+    """Where a YAML text is wrong, without what stands there."""
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "too deeply nested"
+    return f"{where} (not shown, as it may hold a key)"
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
@@ -177,7 +196,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise RecipeError(f"--set {_short(override)}: expected FIELD=VALUE, e.g. --set stage2.beta.init=2e-3")
     try:
-        value = _parse(text)
+        value = _parse(text, may_hold_key=_may_hold_key(override))
     except _NotYamlError as error:
         raise RecipeError(f"--set {_short(override)}: the value is not YAML: {_one_line(error)}") from error
     *parents, leaf = name.split(".")
@@ -251,8 +270,9 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _short(text: str) -> str:
     """Of a text that somebody gave, as much as a message needs; of what may hold a key, its field alone."""
-    if "server." in text.partition("=")[0]:
-        return text.partition("=")[0]
+    if _may_hold_key(text):
+        name, equals, _ = text.partition("=")
+        return name if equals else "(not shown, as it may hold a key)"
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 

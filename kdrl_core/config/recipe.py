@@ -56,20 +56,24 @@ class ServerConfig(_Section):
     @classmethod
     def _plain_urls(cls, urls: list[str]) -> list[str]:
         for number, url in enumerate(urls, start=1):
-            parts = urlsplit(url)
-            if parts.username or parts.password or parts.query:
+            try:
+                parts = urlsplit(url)
+                is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # its message shows what may be a key
+                raise ValueError(f"URL {number} is none; give http://HOST:PORT/v1") from None
+            if parts.username or parts.password or parts.query or parts.fragment:
                 raise ValueError(
-                    f"URL {number} carries a user, a password or a query; a key does not belong in a recipe: "
-                    "set api_key=env:NAME and export NAME"
+                    f"URL {number} carries a user, a password, a query or a fragment; a key does not belong in a "
+                    "recipe: set api_key=env:NAME and export NAME"
                 )
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            if not is_url:
                 raise ValueError(f"URL {number} is none; give http://HOST:PORT/v1")
         return urls
 
     @field_validator("api_key")
     @classmethod
     def _a_reference(cls, reference: str | None) -> str | None:
-        if reference is not None and not re.fullmatch(r"(env|block):[A-Za-z0-9_-]+", reference):
+        if reference is not None and not re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*|block:[A-Za-z0-9_-]+", reference):
             raise ValueError(
                 "a key does not belong in a recipe; say where it is, env:NAME (an environment variable) or "
                 "block:NAME (a Prefect Secret block)"

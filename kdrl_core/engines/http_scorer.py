@@ -4,41 +4,47 @@ The prompt of a request is prompt and response together, as token ids; `prompt_l
 They are those of softmax(logits) whatever the sampling temperature, so a server has to serve weights in which the
 temperature is baked (`bake_temperature`), and the recipe says which (`teacher.server.temperature`).
 
-Faults that may pass are tried again with growing pauses, at the server with the least to do; see `_is_transient`.
+Faults that may pass are tried again with growing pauses, at the server with the least to do; see `served_answers`.
 What does not pass within `retry_for_s`, and what never passes, is an EngineError; nothing was published by then.
+The first one ends all other requests of its call.
 """
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_delay,
+    stop_any,
+    stop_when_event_set,
+    wait_exponential_jitter,
+)
 
 from kdrl_core.config.recipe import ServerConfig
 from kdrl_core.engines.protocols import TopKScore
+from kdrl_core.engines.served_answers import TransientError, best_tokens, logprob_of, positions_of
 from kdrl_core.errors import EngineError
 from kdrl_core.secrets import resolve_secret
 from kdrl_core.types import ScoreRequest
 
-_TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+_TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
 _MAX_BODY_SHOWN = 200
 _MAX_RETRY_AFTER_S = 60.0
+_MAX_OUT_S = 60.0
+_MAX_DOUBLINGS = 16
 _logger = logging.getLogger("kdrl")
-
-
-class TransientError(Exception):
-    """What may be otherwise the next time: no answer, an answer of a server in trouble, or one that makes no sense."""
-
-    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 @dataclass(slots=True)
@@ -46,8 +52,12 @@ class _Server:
     url: str
     in_flight: int = 0
     faults: int = 0
-    """In a row."""
+    """In a row; of requests that were in flight together, one."""
     out_until: float = 0.0
+
+    def is_out(self, now: float) -> bool:
+        """Whether others go first: after a fault for a while, then while one request tries whether it is back."""
+        return self.out_until > now or (self.faults > 0 and self.in_flight > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +72,7 @@ class ServedModel:
     timeout_s: float = 600.0
     """Of one request."""
     retry_for_s: float = 600.0
-    """From a request's first try to its last."""
+    """From a request's first try to the beginning of its last."""
     first_pause_s: float = 1.0
     """Doubled with each try, up to 30 s, with jitter."""
     concurrency: int = 32
@@ -125,15 +135,20 @@ class HTTPScorer:
         self._client.close()
 
     def _score_all(self, requests: Sequence[ScoreRequest], k: int) -> list[tuple[NDArray[np.float32], list[Any]]]:
-        with ThreadPoolExecutor(self._served.concurrency, thread_name_prefix="kdrl-score") as pool:
-            pending = [pool.submit(self._score_one, row, request, k) for row, request in enumerate(requests)]
-            try:
-                return [future.result() for future in pending]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        over = threading.Event()
+        pool = ThreadPoolExecutor(self._served.concurrency, thread_name_prefix="kdrl-score")
+        try:
+            pending = [pool.submit(self._score_one, row, request, k, over) for row, request in enumerate(requests)]
+            for future in wait(pending, return_when=FIRST_EXCEPTION).done:
+                future.result()  # the first that failed, whichever it is, and not the first in the order of requests
+            return [future.result() for future in pending]
+        finally:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # a request in flight ends by itself, nobody waits for it
 
-    def _score_one(self, row: int, request: ScoreRequest, k: int) -> tuple[NDArray[np.float32], list[Any]]:
+    def _score_one(
+        self, row: int, request: ScoreRequest, k: int, over: threading.Event
+    ) -> tuple[NDArray[np.float32], list[Any]]:
         ids = [*request.prompt_token_ids, *request.token_ids]
         first = len(request.prompt_token_ids)
         body = {
@@ -145,30 +160,28 @@ class HTTPScorer:
         }
 
         def attempt(server: _Server) -> tuple[NDArray[np.float32], list[Any]]:
-            answer = self._post(server, "/completions", body)
-            positions = _positions(answer, len(ids), server.url)[first:]
+            answer = self._answer(server, "POST", "/completions", body)
+            positions = positions_of(answer, len(ids), server.url)[first:]
             tokens = zip(positions, request.token_ids, strict=True)
-            logprobs = np.array([_logprob_of(position, token, server.url) for position, token in tokens], np.float32)
-            return logprobs, [self._best(position, k) for position in positions] if k else []
+            logprobs = np.array([logprob_of(position, token, server.url) for position, token in tokens], np.float32)
+            return logprobs, [self._best(position, k, server) for position in positions] if k else []
 
-        return self._with_retries(f"response {row}", attempt)
+        return self._with_retries(f"response {row}", attempt, over)
 
     def _num_padding(self, k: int) -> int:
         """More tokens than k are asked for where some may be padding, which is never likely but may be listed."""
         return 0 if not k or self._num_tokens is None else 4
 
-    def _best(self, position: dict[str, Any], k: int) -> list[tuple[int, float]]:
-        size = self._num_tokens
-        tokens = [(int(token), float(entry["logprob"])) for token, entry in position.items()]
-        kept = sorted((t for t in tokens if size is None or t[0] < size), key=lambda t: (-t[1], t[0]))[:k]
+    def _best(self, position: dict[str, Any], k: int, server: _Server) -> list[tuple[int, float]]:
+        kept = best_tokens(position, k, self._num_tokens, server.url)
         if len(kept) < k:
             raise EngineError(
-                f"the teacher server gives {len(kept)} tokens a position, {k} are needed; "
+                f"teacher server {server.url} gives {len(kept)} tokens a position, {k} are needed; "
                 f"start it with --max-logprobs {k + self._num_padding(k) + 1}"
             )
         return kept
 
-    def _with_retries(self, what: str, attempt: Any) -> Any:
+    def _with_retries(self, what: str, attempt: Any, over: threading.Event) -> Any:
         served = self._served
         started = time.monotonic()
         pauses = wait_exponential_jitter(initial=served.first_pause_s, max=30.0, jitter=served.first_pause_s)
@@ -176,14 +189,16 @@ class HTTPScorer:
         def pause(state: RetryCallState) -> float:
             fault = state.outcome.exception() if state.outcome else None
             asked = fault.retry_after_s if isinstance(fault, TransientError) else 0.0
-            return max(min(asked, _MAX_RETRY_AFTER_S), pauses(state))
+            left = served.retry_for_s - (state.seconds_since_start or 0.0)
+            return max(0.0, min(max(min(asked, _MAX_RETRY_AFTER_S), pauses(state)), left))
 
         def tell(state: RetryCallState) -> None:
             fault = state.outcome.exception() if state.outcome else None
             _logger.warning("%s: %s; tried again in %.1f s", what, fault, state.upcoming_sleep)
 
         retrying = Retrying(
-            stop=stop_after_delay(served.retry_for_s),
+            stop=stop_any(stop_after_delay(served.retry_for_s), stop_when_event_set(over)),
+            sleep=sleep_using_event(over),
             wait=pause,
             retry=retry_if_exception_type(TransientError),
             before_sleep=tell,
@@ -201,30 +216,34 @@ class HTTPScorer:
     def _at_a_server(self, attempt: Any) -> Any:
         with self._lock:
             now = time.monotonic()
-            server = min(self._servers, key=lambda s: (s.out_until > now, s.in_flight, s.faults))
+            server = min(self._servers, key=lambda s: (s.is_out(now), s.in_flight, s.faults))
             server.in_flight += 1
         try:
             result = attempt(server)
         except TransientError:
             with self._lock:
-                server.faults += 1
-                server.out_until = time.monotonic() + min(2.0**server.faults * self._served.first_pause_s, 60.0)
+                self._leave_out(server)
             raise
         else:
-            server.faults, server.out_until = 0, 0.0
+            with self._lock:
+                server.faults, server.out_until = 0, 0.0
             return result
         finally:
             with self._lock:
                 server.in_flight -= 1
 
-    def _post(self, server: _Server, path: str, body: dict[str, Any]) -> Any:
-        return self._answer(server, lambda: self._client.post(server.url + path, json=body))
+    def _leave_out(self, server: _Server) -> None:
+        now = time.monotonic()
+        if now >= server.out_until:  # else it is out already, by a request that was in flight together with this one
+            server.faults += 1
+            pause = 2.0 ** min(server.faults, _MAX_DOUBLINGS) * self._served.first_pause_s
+            server.out_until = now + min(pause, _MAX_OUT_S)
 
-    def _answer(self, server: _Server, ask: Any) -> Any:
+    def _answer(self, server: _Server, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON of an answer. Raises TransientError or EngineError, neither of which ever holds the key."""
         where = f"teacher server {server.url}"
         try:
-            response: httpx.Response = ask()
+            response, content = self._exchange(method, server.url + path, body)
         except httpx.TimeoutException:
             raise TransientError(f"{where} did not answer within {self._served.timeout_s:g} s") from None
         except httpx.TransportError as error:
@@ -232,7 +251,7 @@ class HTTPScorer:
         except httpx.DecodingError:
             raise TransientError(f"{where} sent an answer that cannot be decoded") from None
         status = response.status_code
-        said = self._without_key(" ".join(response.text.split()))[:_MAX_BODY_SHOWN]
+        said = self._without_key(" ".join(content.decode(errors="replace").split()))[:_MAX_BODY_SHOWN]
         if status in _TRANSIENT_STATUS:
             raise TransientError(f"{where} answered {status} ({said})", retry_after_s=_retry_after_s(response))
         if status in (401, 403):
@@ -240,9 +259,20 @@ class HTTPScorer:
         if not response.is_success:
             raise EngineError(f"{where} answered {status}: {said}; look at its log and at teacher.server")
         try:
-            return response.json()
-        except ValueError:
+            return json.loads(content)
+        except (ValueError, RecursionError):
             raise TransientError(f"{where} sent what is no JSON ({said[:60]!r})") from None
+
+    def _exchange(self, method: str, url: str, body: dict[str, Any] | None) -> tuple[httpx.Response, bytes]:
+        """An answer and its body. httpx limits the wait for each piece, `timeout_s` the whole of a body in pieces."""
+        deadline = time.monotonic() + self._served.timeout_s
+        content = bytearray()
+        with self._client.stream(method, url, json=body) as response:
+            for piece in response.iter_bytes():
+                content += piece
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the body takes too long")
+        return response, bytes(content)
 
     def _without_key(self, text: str) -> str:
         key = self._served.api_key
@@ -253,10 +283,10 @@ class HTTPScorer:
         names: list[str] = []
 
         def attempt(server: _Server) -> str:
-            answer = self._answer(server, lambda: self._client.get(server.url + "/models"))
+            answer = self._answer(server, "GET", "/models")
             try:
-                models = {str(model["id"]): model for model in answer["data"]}
-            except (KeyError, TypeError):
+                models = {self._without_key(str(model["id"])): dict(model) for model in answer["data"]}
+            except (KeyError, TypeError, ValueError):
                 raise TransientError(f"teacher server {server.url} does not say which models it serves") from None
             name = self._served.model or (next(iter(models)) if len(models) == 1 else None)
             if name not in models:
@@ -272,37 +302,16 @@ class HTTPScorer:
                 )
             return name
 
-        names.append(self._with_retries("the teacher", attempt))
+        names.append(self._with_retries("the teacher", attempt, threading.Event()))
         for server in self._servers:  # those that are down now are tried again when they are needed
             try:
                 names.append(attempt(server))
             except TransientError as fault:
-                server.faults, server.out_until = 1, time.monotonic() + self._served.first_pause_s
+                self._leave_out(server)
                 _logger.warning("%s; the others are used until it answers", fault)
         if len(set(names)) > 1:
             raise EngineError(f"the teacher servers serve different models: {', '.join(sorted(set(names)))}")
         return names[0]
-
-
-def _positions(answer: Any, length: int, url: str) -> list[dict[str, Any]]:
-    """`prompt_logprobs` of the only choice: token id → logprob for each position, None for the first."""
-    try:
-        positions = answer["choices"][0]["prompt_logprobs"]
-        if len(positions) != length or not all(isinstance(position, dict) for position in positions[1:]):
-            raise TransientError(f"teacher server {url} gave {len(positions)} positions for {length} tokens")
-        return list(positions)
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise TransientError(f"teacher server {url} sent an answer without prompt_logprobs") from None
-
-
-def _logprob_of(position: dict[str, Any], token: int, url: str) -> float:
-    try:
-        value = position[str(token)]["logprob"]
-    except (KeyError, TypeError):
-        raise TransientError(f"teacher server {url} gave no logprob for token {token}") from None
-    if not isinstance(value, int | float) or not np.isfinite(value):
-        raise TransientError(f"teacher server {url} gave logprob {value} to token {token}")
-    return float(value)
 
 
 def _retry_after_s(response: httpx.Response) -> float:

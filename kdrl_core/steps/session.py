@@ -101,6 +101,7 @@ class StageSession:
         """The rollout engine with the weights of the policy after `step` updates."""
         with self._lock:
             if self._engine is None:
+                self._check_servers()
                 self._engine = self._sampler(self.initial_policy, self.run.recipe.student)
                 self._engine_version = 0
             if self._engine_version != step:
@@ -126,6 +127,12 @@ class StageSession:
                 else:
                     self._scorers[role] = self._local_scorer(role)
             return self._scorers[role]
+
+    def _check_servers(self) -> None:
+        """Raise EngineError if a served teacher cannot score: before responses are sampled for it."""
+        teacher = self.run.recipe.teacher
+        if self.config.scores_teacher and teacher is not None and teacher.server is not None:
+            self.scorer("teacher")
 
     def _local_scorer(self, role: str) -> TransformersScorer:
         recipe = self.run.recipe

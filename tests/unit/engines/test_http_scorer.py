@@ -68,7 +68,7 @@ def same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-TRANSIENT = ["hang", "drop", "500", "503", "429", "garbage", "empty", "short", "null", "nan", "echo"]
+TRANSIENT = ["hang", "drop", "500", "503", "429", "garbage", "empty", "short", "null", "nan", "echo", "501", "520"]
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
@@ -104,6 +104,61 @@ def test_topk_is_the_local_scorers(make: Make) -> None:
         assert (ours.topk_ids == theirs.topk_ids).all()
         np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=2e-5)
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("fault", ["best-null", "best-nan"])
+def test_a_likeliest_token_without_a_number_is_asked_for_again(fault: str, make: Make, server: FaultyServer) -> None:
+    scorer = make(num_tokens=24)
+    expected = scorer.score_topk(REQUESTS, 5)
+    server.faults.extend([fault] * 2)
+    for ours, theirs in zip(scorer.score_topk(REQUESTS, 5), expected, strict=True):
+        np.testing.assert_array_equal(ours.topk_logprobs, theirs.topk_logprobs)
+    assert not server.faults
+
+
+def test_an_answer_in_drops_ends_with_the_time_limit(make: Make, server: FaultyServer) -> None:
+    """Each piece comes soon enough; the whole would take five seconds."""
+    scorer = make(timeout_s=0.2, retry_for_s=0.3)
+    server.faults.append("trickle*")
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"did not answer within 0\.2 s; given up"):
+        scorer.score(REQUESTS[:1])
+    assert time.monotonic() - started < 3
+
+
+def test_a_long_retry_after_does_not_lengthen_the_limit(make: Make, server: FaultyServer) -> None:
+    scorer = make(retry_for_s=0.5)
+    server.faults.append("later*")  # Retry-After: 30
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="answered 503"):
+        scorer.score(REQUESTS[:1])
+    assert time.monotonic() - started < 5
+
+
+def test_the_first_response_that_is_given_up_ends_the_others(make: Make, server: FaultyServer) -> None:
+    scorer = make(retry_for_s=30.0, first_pause_s=20.0, concurrency=4)
+    server.faults.extend(["503", "503", "503", "307"])  # three that would wait, one that never passes
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="answered 307"):
+        scorer.score(REQUESTS[:4])
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.usefixtures("fast_sessions")
+def test_a_teacher_that_cannot_score_stops_a_stage_before_it_samples(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("T_KEY", KEY)
+    overrides = [
+        "stage1=null",
+        *SERVED,
+        f"teacher.server.urls=[{json.dumps(server.url)}]",
+        "teacher.server.model=other",
+    ]
+    run = open_tiny(tmp_path, "r", overrides)
+    with pytest.raises(EngineError, match="serves teacher, not other"):
+        train(run)
+    assert not run.paths.step("stage2", 0).exists()
 
 
 def test_a_dead_server_is_left_out_and_comes_back(make: Make, server: FaultyServer, expected: list[np.ndarray]) -> None:
@@ -194,8 +249,16 @@ def test_a_run_whose_teacher_fails_is_resumed_to_the_same_bytes_and_the_key_is_n
     ("overrides", "message"),
     [
         ([f"teacher.server.api_key={KEY}"], "a key does not belong in a recipe; say where it is, env:NAME"),
-        ([f"teacher.server.urls=['http://me:{KEY}@h/v1']"], "carries a user, a password or a query; a key does not"),
-        ([f"teacher.server.urls=['http://h/v1?key={KEY}']"], "carries a user, a password or a query; a key does not"),
+        (["teacher.server.api_key=env:sk-planted-9f8e7d6c5b4a"], "a key does not belong in a recipe; say where it is"),
+        ([f"teacher.server.api_key:{KEY}"], r"--set \(not shown, as it may hold a key\): expected FIELD=VALUE"),
+        ([f"teacher.server.api_key=[{KEY}"], r"api_key: the value is not YAML: line 1, column \d+ \(not shown"),
+        ([f"teacher.server.api_key=!{KEY}"], r"api_key: the value is not YAML: line 1, column 1 \(not shown"),
+        ([f"teacher={{server: {{api_key: '{KEY}"], r"--set teacher: the value is not YAML: line 1, column \d+ \(not"),
+        ([f"teacher.server.urls=['http://me:{KEY}@h/v1']"], "carries a user, a password, a query or a fragment; a key"),
+        ([f"teacher.server.urls=['http://h/v1?key={KEY}']"], "carries a user, a password, a query or a fragment; a"),
+        ([f"teacher.server.urls=['http://h/v1#{KEY}']"], "carries a user, a password, a query or a fragment; a key"),
+        ([f"teacher.server.urls=['http://me:{KEY}@h\u2100st/v1']"], "URL 1 is none; give http://HOST:PORT/v1"),
+        (["teacher.server.urls=['http://h:99999/v1']"], "URL 1 is none; give http://HOST:PORT/v1"),
         (["teacher.server.urls=['ftp://h']"], "URL 1 is none; give http://HOST:PORT/v1"),
         (["teacher.server.temperature=0.6"], r"but teacher.server.temperature is 0.6: served .*bake-teacher"),
     ],
@@ -213,6 +276,11 @@ def test_recipes_hold_no_keys(overrides: list[str], message: str, tmp_path: Path
 def test_secrets_are_found_or_missed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("T_KEY", f" {KEY}\n")
     assert resolve_secret("env:T_KEY") == KEY
+    for broken in (f"{KEY}\n{KEY}", f"{KEY}\u043a"):
+        monkeypatch.setenv("T_KEY", broken)
+        with pytest.raises(SecretError, match="env:T_KEY holds a line break or another character") as told:
+            resolve_secret("env:T_KEY")
+        assert KEY not in str(told.value)
     monkeypatch.setenv("T_KEY", "")
     with pytest.raises(SecretError, match="env:T_KEY is empty"):
         resolve_secret("env:T_KEY")

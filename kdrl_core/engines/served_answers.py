@@ -1,0 +1,50 @@
+"""What an answer of vLLM's `/v1/completions` with `prompt_logprobs` says, and what is wrong with it.
+
+Whatever makes no sense is a TransientError: a server that is being restarted, or a proxy before it, may say anything.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+class TransientError(Exception):
+    """What may be otherwise the next time: no answer, an answer of a server in trouble, or one that makes no sense."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+def positions_of(answer: Any, length: int, url: str) -> list[dict[str, Any]]:
+    """`prompt_logprobs` of the only choice: token id → logprob for each position, None for the first."""
+    try:
+        positions = answer["choices"][0]["prompt_logprobs"]
+        if len(positions) != length or not all(isinstance(position, dict) for position in positions[1:]):
+            raise TransientError(f"teacher server {url} gave {len(positions)} positions for {length} tokens")
+        return list(positions)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise TransientError(f"teacher server {url} sent an answer without prompt_logprobs") from None
+
+
+def logprob_of(position: dict[str, Any], token: int, url: str) -> float:
+    """The finite logprob of a token at a position."""
+    try:
+        value = position[str(token)]["logprob"]
+    except (KeyError, TypeError):
+        raise TransientError(f"teacher server {url} gave no logprob for token {token}") from None
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        raise TransientError(f"teacher server {url} gave logprob {value} to token {token}")
+    if not isinstance(value, int | float):  # not shown: it may be anything, a key that is sent back included
+        raise TransientError(f"teacher server {url} gave token {token} a logprob that is no number")
+    return float(value)
+
+
+def best_tokens(position: dict[str, Any], k: int, size: int | None, url: str) -> list[tuple[int, float]]:
+    """The up to k likeliest (id, logprob) of a position, best first; ids from `size` on left out."""
+    try:
+        ids = [int(token) for token in position]
+    except ValueError:
+        raise TransientError(f"teacher server {url} names tokens by something else than their ids") from None
+    found = [(token, logprob_of(position, token, url)) for token in ids if size is None or token < size]
+    return sorted(found, key=lambda each: (-each[1], each[0]))[:k]
