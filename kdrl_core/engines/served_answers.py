@@ -48,3 +48,21 @@ def best_tokens(position: dict[str, Any], k: int, size: int | None, url: str) ->
         raise TransientError(f"teacher server {url} names tokens by something else than their ids") from None
     found = [(token, logprob_of(position, token, url)) for token in ids if size is None or token < size]
     return sorted(found, key=lambda each: (-each[1], each[0]))[:k]
+
+
+def completion_of(answer: Any, url: str) -> tuple[list[int], list[float], str]:
+    """Token ids, their finite logprobs and the finish reason (`stop`, `length`) of the only choice."""
+    try:
+        choice = answer["choices"][0]
+        token_ids, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        reason = choice["finish_reason"]
+    except (KeyError, IndexError, TypeError):
+        raise TransientError(f"rollout server {url} sent an answer without token ids and logprobs") from None
+    if reason not in ("stop", "length"):
+        raise TransientError(f"rollout server {url} ended a response for {reason!r}")
+    fine = isinstance(token_ids, list) and all(isinstance(token, int) for token in token_ids) and bool(token_ids)
+    if not fine or not isinstance(values, list) or len(values) != len(token_ids):
+        raise TransientError(f"rollout server {url} sent a response without tokens, or without a logprob for each")
+    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+        raise TransientError(f"rollout server {url} sent a logprob that is no finite number")
+    return token_ids, [float(value) for value in values], reason

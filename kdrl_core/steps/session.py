@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from kdrl_core.config import ModelConfig, StageConfig
 from kdrl_core.data import think_opened
-from kdrl_core.engines.http_scorer import HTTPScorer, served_model
+from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.engines.prepare import prepared_model
+from kdrl_core.engines.server_pool import served_model
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.errors import RunError

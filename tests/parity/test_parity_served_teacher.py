@@ -23,8 +23,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from flows.local_prefect import free_port
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.bake import bake_temperature
-from kdrl_core.engines.http_scorer import HTTPScorer, ServedModel
+from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.models import load_model
+from kdrl_core.engines.server_pool import ServedModel
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.types import ScoreRequest
 

@@ -13,8 +13,9 @@ from crash.tiny_run import differing, open_tiny, results, train
 from faulty_server import FaultyServer, faulty_server
 
 from kdrl_core.config.paths import ASSETS
-from kdrl_core.engines.http_scorer import HTTPScorer, ServedModel
+from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.models import load_model
+from kdrl_core.engines.server_pool import ServedModel
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.errors import EngineError, KdrlError, RecipeError, SecretError
 from kdrl_core.ledger import is_published, open_run

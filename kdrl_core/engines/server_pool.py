@@ -1,0 +1,304 @@
+"""Servers of one model that share its work: the least busy is asked, faults that may pass are tried again.
+
+What does not pass within `retry_for_s`, and what never passes, is an EngineError. The first one ends all other requests
+of its call.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_delay,
+    stop_any,
+    stop_when_event_set,
+    wait_exponential_jitter,
+)
+
+from kdrl_core.config.recipe import ServerConfig
+from kdrl_core.engines.served_answers import TransientError
+from kdrl_core.errors import EngineError
+from kdrl_core.secrets import resolve_secret
+
+_TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
+_MAX_BODY_SHOWN = 200
+_MAX_RETRY_AFTER_S = 60.0
+_MAX_OUT_S = 60.0
+_MAX_DOUBLINGS = 16
+_logger = logging.getLogger("kdrl")
+_Result = TypeVar("_Result")
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """One server and how it does."""
+
+    url: str
+    """Up to and with `/v1`."""
+    in_flight: int = 0
+    faults: int = 0
+    """In a row; of requests that were in flight together, one."""
+    out_until: float = 0.0
+
+    def is_out(self, now: float) -> bool:
+        """Whether others go first: after a fault for a while, then while one request tries whether it is back."""
+        return self.out_until > now or (self.faults > 0 and self.in_flight > 0)
+
+
+Attempt = Callable[[Server], _Result]
+"""What is asked of a server; TransientError if it may be otherwise the next time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """How the servers of a model are reached. Durations in seconds."""
+
+    urls: Sequence[str]
+    """Up to and with `/v1`."""
+    model: str | None = None
+    """Name that the servers give it; None: the only one that they serve."""
+    api_key: str | None = field(default=None, repr=False)
+    timeout_s: float = 600.0
+    """Of one request."""
+    retry_for_s: float = 600.0
+    """From a request's first try to the beginning of its last."""
+    first_pause_s: float = 1.0
+    """Doubled with each try, up to 30 s, with jitter."""
+    concurrency: int = 32
+    """Requests in flight, over all servers."""
+
+
+def served_model(config: ServerConfig) -> ServedModel:
+    """What a recipe says of servers, with the key that it names. Raises SecretError without that."""
+    key = None if config.api_key is None else resolve_secret(config.api_key)
+    return ServedModel(**{**config.model_dump(exclude={"temperature"}), "api_key": key})
+
+
+class ServerPool:
+    """The servers of one model.
+
+    Args:
+        served: the servers.
+        role: what they are called in messages, `teacher` or `rollout`.
+        field: of the recipe, which says all this.
+        max_tokens: prompt and response tokens of the longest request to come, compared with the servers' context.
+
+    Raises:
+        EngineError: no server can be reached within `retry_for_s`, or one serves another model or too short a context,
+            or refuses the key.
+    """
+
+    def __init__(self, served: ServedModel, *, role: str, field: str, max_tokens: int | None = None) -> None:
+        self.servers = [Server(url.rstrip("/")) for url in served.urls]
+        self._served = served
+        self._role = role
+        self._field = field
+        self._lock = threading.Lock()
+        headers = {"Authorization": f"Bearer {served.api_key}"} if served.api_key else {}
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=served.timeout_s,
+            follow_redirects=False,  # the key is for these servers alone
+            trust_env=False,
+            limits=httpx.Limits(max_connections=served.concurrency),
+        )
+        self.model = self._check_servers(max_tokens)
+        """Name under which they serve it."""
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._client.close()
+
+    def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
+        """The results of attempts with their names, in order, `concurrency` at a time, each at the server that is next.
+
+        Raises:
+            EngineError: the first that failed; the others are left.
+        """
+        over = threading.Event()
+        pool = ThreadPoolExecutor(self._served.concurrency, thread_name_prefix=f"kdrl-{self._role}")
+        try:
+            pending = [pool.submit(self._with_retries, what, attempt, over) for what, attempt in attempts]
+            for future in wait(pending, return_when=FIRST_EXCEPTION).done:
+                future.result()  # the first that failed, whichever it is, and not the first in the order of requests
+            return [future.result() for future in pending]
+        finally:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # a request in flight ends by itself, nobody waits for it
+
+    def each(self, what: str, attempt: Attempt[_Result]) -> dict[str, _Result]:
+        """URL → result, of every server that answers now; at least one has to, within `retry_for_s`.
+
+        The others are left out for a while, and the log says so.
+        """
+        first: list[Server] = []
+
+        def remembered(server: Server) -> _Result:
+            result = attempt(server)
+            first.append(server)
+            return result
+
+        result = self._with_retries(what, remembered, threading.Event())
+        results = {first[0].url: result}
+        for server in self.servers:
+            if server is first[0]:
+                continue
+            try:
+                results[server.url] = attempt(server)
+            except TransientError as fault:
+                with self._lock:
+                    self._leave_out(server)
+                _logger.warning("%s; the others are used until it answers", fault)
+        return results
+
+    def where(self, server: Server) -> str:
+        """The server as messages name it."""
+        return f"{self._role} server {server.url}"
+
+    def answer(self, server: Server, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON of an answer; `path` starts below `/v1`, or with `/..` beside it.
+
+        Raises:
+            TransientError, EngineError: the fault, which never holds the key.
+        """
+        where = self.where(server)
+        base = server.url.removesuffix("/v1") if path.startswith("/../") else server.url
+        try:
+            response, content = self._exchange(method, base + path.removeprefix("/.."), body)
+        except httpx.TimeoutException:
+            raise TransientError(f"{where} did not answer within {self._served.timeout_s:g} s") from None
+        except httpx.TransportError as error:
+            raise TransientError(f"{where} cannot be reached ({type(error).__name__})") from None
+        except httpx.DecodingError:
+            raise TransientError(f"{where} sent an answer that cannot be decoded") from None
+        status = response.status_code
+        said = self._without_key(" ".join(content.decode(errors="replace").split()))[:_MAX_BODY_SHOWN]
+        if status in _TRANSIENT_STATUS:
+            raise TransientError(f"{where} answered {status} ({said})", retry_after_s=_retry_after_s(response))
+        if status in (401, 403):
+            raise EngineError(f"{where} refuses the key ({status}: {said}); correct what {self._field}.api_key names")
+        if not response.is_success:
+            raise EngineError(f"{where} answered {status}: {said}; look at its log and at {self._field}")
+        try:
+            return json.loads(content) if content else None
+        except (ValueError, RecursionError):
+            raise TransientError(f"{where} sent what is no JSON ({said[:60]!r})") from None
+
+    def _with_retries(self, what: str, attempt: Attempt[_Result], over: threading.Event) -> _Result:
+        served = self._served
+        started = time.monotonic()
+        pauses = wait_exponential_jitter(initial=served.first_pause_s, max=30.0, jitter=served.first_pause_s)
+
+        def pause(state: RetryCallState) -> float:
+            fault = state.outcome.exception() if state.outcome else None
+            asked = fault.retry_after_s if isinstance(fault, TransientError) else 0.0
+            left = served.retry_for_s - (state.seconds_since_start or 0.0)
+            return max(0.0, min(max(min(asked, _MAX_RETRY_AFTER_S), pauses(state)), left))
+
+        def tell(state: RetryCallState) -> None:
+            fault = state.outcome.exception() if state.outcome else None
+            _logger.warning("%s: %s; tried again in %.1f s", what, fault, state.upcoming_sleep)
+
+        retrying = Retrying(
+            stop=stop_any(stop_after_delay(served.retry_for_s), stop_when_event_set(over)),
+            sleep=sleep_using_event(over),
+            wait=pause,
+            retry=retry_if_exception_type(TransientError),
+            before_sleep=tell,
+            reraise=True,
+        )
+        try:
+            return retrying(self._at_a_server, attempt)
+        except TransientError as fault:
+            tries = retrying.statistics.get("attempt_number", 1)
+            raise EngineError(
+                f"{what}: {fault}; given up after {tries} tries in {time.monotonic() - started:.0f} s "
+                f"({self._field}.retry_for_s). Start the server, then resume the run: nothing is lost"
+            ) from None
+
+    def _at_a_server(self, attempt: Attempt[_Result]) -> _Result:
+        with self._lock:
+            now = time.monotonic()
+            server = min(self.servers, key=lambda s: (s.is_out(now), s.in_flight, s.faults))
+            server.in_flight += 1
+        try:
+            result = attempt(server)
+        except TransientError:
+            with self._lock:
+                self._leave_out(server)
+            raise
+        else:
+            with self._lock:
+                server.faults, server.out_until = 0, 0.0
+            return result
+        finally:
+            with self._lock:
+                server.in_flight -= 1
+
+    def _leave_out(self, server: Server) -> None:
+        now = time.monotonic()
+        if now >= server.out_until:  # else it is out already, by a request that was in flight together with this one
+            server.faults += 1
+            pause = 2.0 ** min(server.faults, _MAX_DOUBLINGS) * self._served.first_pause_s
+            server.out_until = now + min(pause, _MAX_OUT_S)
+
+    def _exchange(self, method: str, url: str, body: dict[str, Any] | None) -> tuple[httpx.Response, bytes]:
+        """An answer and its body. httpx limits the wait for each piece, `timeout_s` the whole of a body in pieces."""
+        deadline = time.monotonic() + self._served.timeout_s
+        content = bytearray()
+        with self._client.stream(method, url, json=body) as response:
+            for piece in response.iter_bytes():
+                content += piece
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the body takes too long")
+        return response, bytes(content)
+
+    def _without_key(self, text: str) -> str:
+        key = self._served.api_key
+        return text.replace(key, "[the key]") if key else text
+
+    def _check_servers(self, max_tokens: int | None) -> str:
+        """The served model's name, the same at every server that can be reached."""
+
+        def attempt(server: Server) -> str:
+            answer = self.answer(server, "GET", "/models")
+            where = self.where(server)
+            try:
+                models = {self._without_key(str(model["id"])): dict(model) for model in answer["data"]}
+            except (KeyError, TypeError, ValueError):
+                raise TransientError(f"{where} does not say which models it serves") from None
+            name = self._served.model or (next(iter(models)) if len(models) == 1 else None)
+            if name not in models:
+                raise EngineError(
+                    f"{where} serves {', '.join(sorted(models))}, not "
+                    f"{self._served.model or 'one model alone'}; set {self._field}.model to one of them"
+                )
+            context = models[name].get("max_model_len")
+            if max_tokens is not None and isinstance(context, int) and context < max_tokens + 1:
+                raise EngineError(
+                    f"{where}: its context of {context} tokens is too short for the prompt and "
+                    f"response limits and one token more; start it with --max-model-len {max_tokens + 1}"
+                )
+            return name
+
+        names = sorted(set(self.each(f"the {self._role}", attempt).values()))
+        if len(names) > 1:
+            raise EngineError(f"the {self._role} servers serve different models: {', '.join(names)}")
+        return names[0]
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    try:
+        return max(0.0, float(response.headers.get("Retry-After", 0)))
+    except ValueError:  # a date
+        return 0.0
