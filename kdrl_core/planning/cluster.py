@@ -17,7 +17,7 @@ MEAN_PROMPT_TOKENS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """GPUs and what connects them. Rates are per second; defaults are an A100 80 GB's data sheet and cautious shares."""
+    """GPUs and what connects them. Rates are per second; defaults: an A100 80 GB's data sheet, and cautious shares."""
 
     gpus: int
     gpus_per_node: int
@@ -101,6 +101,7 @@ class Work:
     """What one step of a stage has to do, and what an evaluation has."""
 
     stage: str
+    objective: str
     steps: int
     student: ModelShape
     teacher: ModelShape | None
@@ -163,6 +164,7 @@ def work_of(
     periodic = [b for b in recipe.evaluation.benchmarks if b.name in recipe.evaluation.periodic]
     return Work(
         stage=stage,
+        objective=config.objective,
         steps=config.steps,
         student=shape_of(recipe.student, role="student"),
         teacher=_teacher(recipe, config),

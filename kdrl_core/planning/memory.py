@@ -98,7 +98,7 @@ def layer_activation_bytes(shape: ModelShape, settings: TrainerSettings, *, is_p
 
 
 def activation_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
-    """Kept for the backward pass of a micro-batch of `rows` sequences padded to `width`, and the gradients in flight."""
+    """Kept for the backward pass of `rows` sequences padded to `width`, and the gradients in flight."""
     tokens, is_padded = rows * width, rows > 1
     layer = tokens * layer_activation_bytes(shape, settings, is_padded=is_padded)
     if is_padded:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from kdrl_core.errors import RecipeError
@@ -10,7 +11,11 @@ from kdrl_core.planning.cost import Rates, StepTime, gradient_traffic, rollout_s
 from kdrl_core.planning.placement import PhaseMemory, Placement, host_bytes, phase_memories
 
 GB = 1e9
-_LARGER_GPUS = (80 * GB, 96 * GB, 141 * GB, 192 * GB, 288 * GB)
+# B.2: 280 KDRL steps ≈ 200 KD-RKL steps ≈ 460 GRPO steps ≈ 80 hours.
+_REPORTED_STEPS = {"kdrl": 280, "kd_rkl": 200, "grpo": 460}
+_REPORTED_S = 80 * 3600.0
+_REPORTED_STUDENT, _REPORTED_RESPONSE = "DeepSeek-R1-Distill-Qwen-1.5B", 20_480
+_LARGER_GPUS = (24 * GB, 40 * GB, 48 * GB, 80 * GB, 96 * GB, 141 * GB, 192 * GB, 288 * GB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,13 @@ class StagePlan:
         return self.best.time.total if self.best else None
 
     @property
+    def reported_step_s(self) -> float | None:
+        """Seconds of a step in the paper, for the setting that it reports (B.2), on GPUs that we do not know of."""
+        is_reported = self.work.student.name == _REPORTED_STUDENT and self.work.max_response == _REPORTED_RESPONSE
+        steps = _REPORTED_STEPS.get(self.work.objective) if is_reported else None
+        return _REPORTED_S / steps if steps else None
+
+    @property
     def evaluation_s(self) -> float:
         """Seconds of all periodic evaluations of the stage."""
         if self.best is None or not self.work.evaluation_responses:
@@ -94,6 +106,7 @@ class StagePlan:
             "placement": self.best.placement.name if self.best else None,
             "usable_bytes_per_gpu": self.cluster.usable_memory,
             "step_s": self.step_s,
+            "paper_step_s": self.reported_step_s,
             "steps": self.work.steps,
             "evaluation_s": self.evaluation_s,
             "hours": self.hours,
@@ -177,7 +190,8 @@ def _check(work: Work, engines: Engines, cluster: Cluster) -> None:
     split = engines.tensor_parallel
     if cluster.gpus > cluster.gpus_per_node and cluster.gpus % cluster.gpus_per_node:
         raise RecipeError(
-            f"{cluster.gpus} GPUs are no whole number of nodes of {cluster.gpus_per_node}; change --gpus or --gpus-per-node"
+            f"{cluster.gpus} GPUs are no whole number of nodes of {cluster.gpus_per_node}; "
+            "change --gpus or --gpus-per-node"
         )
     if split > min(cluster.gpus, cluster.gpus_per_node) or cluster.gpus % split:
         raise RecipeError(
@@ -206,9 +220,11 @@ def _remedies(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> I
     single = [name for name, change in changes if fits(*change(work, engines))]
     yield from single
     if not single:
-        names, both = [], (work, engines)
+        names: list[str] = []
+        both = (work, engines)
         for name, change in changes:
-            names, both = [*names, name], change(*both)
+            names.append(name)
+            both = change(*both)
             if fits(*both):
                 yield " ".join(names)
                 break
@@ -246,13 +262,13 @@ def _changes(work: Work, engines: Engines, cluster: Cluster) -> Iterator[tuple[s
             yield f"--tensor-parallel {most}", lambda w, e: (w, replace(e, tensor_parallel=most))
     for part in (2, 4):
         limit = work.max_response // part
-        yield f"--set {work.stage}.max_response_tokens={limit}", lambda w, e, limit=limit: (_shorter(w, limit), e)
+        yield f"--set {work.stage}.max_response_tokens={limit}", partial(_shorten, limit)
 
 
-def _shorter(work: Work, limit: int) -> Work:
+def _shorten(limit: int, work: Work, engines: Engines) -> tuple[Work, Engines]:
     budget = min(work.micro_batch_tokens, work.max_prompt + limit)
     mean = min(work.mean_response, limit)
-    return replace(work, max_response=limit, mean_response=mean, micro_batch_tokens=budget)
+    return replace(work, max_response=limit, mean_response=mean, micro_batch_tokens=budget), engines
 
 
 def _divides(split: int, work: Work, cluster: Cluster) -> bool:

@@ -1,6 +1,6 @@
 """What a model costs by its config.json alone: parameters, bytes of KV cache and FLOPs per token. No weights are read.
 
-H hidden size, L layers, A heads, K key-value heads, D head size, I intermediate size, V vocabulary, s tokens of context:
+H hidden size, L layers, A heads, K key-value heads, D head size, I intermediate size, V vocabulary, s context:
 
     parameters = V·H (twice if untied) + L·(attention + 3·H·I + 2·H) + H
     attention  = H·D·(2·A + 2·K) + biases
@@ -134,7 +134,7 @@ KNOWN_SHAPES: dict[str, ModelShape] = {
 def shape_of(config: ModelConfig, *, role: str) -> ModelShape:
     """The shape of a recipe's model: of its directory if that is there, else of the published model of that name.
 
-    `run:NAME` without a finished run means the student of the shipped recipe NAME, whose shape training does not change.
+    `run:NAME` without a finished run is the student of the shipped recipe NAME: training does not change its shape.
 
     Raises:
         ModelError: neither a directory nor a known name, or a directory of another kind of model.
