@@ -191,9 +191,10 @@ def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
 
     chosen, work, cluster = plan.candidates[0], plan.work, plan.cluster
     teacher = f", teacher {work.teacher.name} ({work.teacher.parameters / 1e9:.2f}B)" if work.teacher else ""
+    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
     out.print(
         f"{work.stage}: student {work.student.name} ({work.student.parameters / 1e9:.2f}B){teacher}; "
-        f"{cluster.gpus} GPUs on {cluster.nodes} node{'s' if cluster.nodes > 1 else ''}, {cluster.usable_memory / 1e9:.1f} GB usable on each",
+        f"{cluster.gpus} GPUs on {nodes}, {cluster.usable_memory / 1e9:.1f} GB usable on each",
         style="bold",
         highlight=False,
     )
@@ -223,7 +224,7 @@ def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
     )
     if plan.reported_step_s is not None:
         out.print(
-            f"  the paper: {plan.reported_step_s:,.0f} s a step (B.2: about 80 hours in all), its GPUs are not known to us\n",
+            f"  the paper: {plan.reported_step_s:,.0f} s a step (B.2: about 80 hours), on GPUs unknown to us\n",
             highlight=False,
         )
 

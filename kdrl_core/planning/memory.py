@@ -97,28 +97,46 @@ def layer_activation_bytes(shape: ModelShape, settings: TrainerSettings, *, is_p
     return norms + attention + width * 4 * shape.intermediate
 
 
-def activation_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
-    """Kept for the backward pass of `rows` sequences padded to `width`, and the gradients in flight."""
-    tokens, is_padded = rows * width, rows > 1
-    layer = tokens * layer_activation_bytes(shape, settings, is_padded=is_padded)
-    if is_padded:
-        layer += tokens * width * settings.activation_bytes  # each layer keeps the mask in its dtype
-    in_flight = tokens * (3 * settings.activation_bytes * shape.intermediate + 8 * shape.hidden)
+def kept_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
+    """Activations of `rows` sequences padded to `width` that are kept until the backward pass comes to them."""
+    tokens = rows * width
     ends = tokens * (8 + 3 * settings.residual_bytes) * shape.hidden  # embedding and last norm
     if settings.is_checkpointed:
-        return layer + in_flight + ends + shape.layers * tokens * settings.residual_bytes * shape.hidden
+        return ends + shape.layers * tokens * settings.residual_bytes * shape.hidden
     casts = 2 * shape.matmul_parameters if settings.precision == "autocast" else 0
-    return shape.layers * layer + in_flight + ends + casts
+    return ends + shape.layers * _layer_bytes(shape, settings, rows=rows, width=width) + casts
 
 
-def worst_activation_bytes(
+def working_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
+    """What the backward pass works with, the output layer first, then one layer: the larger of the two."""
+    tokens = rows * width
+    layer = tokens * (3 * settings.activation_bytes * shape.intermediate + 8 * shape.hidden)
+    if settings.is_checkpointed:
+        layer += _layer_bytes(shape, settings, rows=rows, width=width)
+    return max(layer, logprob_bytes(shape, tokens=tokens, width=settings.residual_bytes, has_gradient=True))
+
+
+def _layer_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
+    """What one layer keeps, with a mask of its own where there is padding."""
+    mask = width * settings.activation_bytes if rows > 1 else 0
+    return rows * width * (layer_activation_bytes(shape, settings, is_padded=rows > 1) + mask)
+
+
+def worst_micro_batch(
     shape: ModelShape, settings: TrainerSettings, *, micro_batch_tokens: int, longest: int
-) -> float:
-    """The most that a micro-batch of the token budget keeps: one longest sequence, or several padded ones."""
+) -> tuple[float, float]:
+    """Kept and working bytes of the micro-batch that takes most: one longest sequence, or several padded ones."""
     most = max(1, micro_batch_tokens // longest)
     sizes = [(1, longest)]
     sizes += [(rows, min(longest, micro_batch_tokens // rows)) for rows in {2, most, most + 1} if rows > 1]
-    return max(activation_bytes(shape, settings, rows=rows, width=width) for rows, width in sizes)
+    found = [
+        (
+            kept_bytes(shape, settings, rows=rows, width=width),
+            working_bytes(shape, settings, rows=rows, width=width),
+        )
+        for rows, width in sizes
+    ]
+    return max(found, key=sum)
 
 
 def logprob_bytes(shape: ModelShape, *, tokens: int, width: int, has_gradient: bool) -> float:
@@ -131,21 +149,21 @@ def logprob_bytes(shape: ModelShape, *, tokens: int, width: int, has_gradient: b
 def update_components(
     shape: ModelShape, settings: TrainerSettings, *, micro_batch_tokens: int, longest: int
 ) -> Components:
-    """Forward and backward pass: states, gradients, activations, logprobs, buffers."""
-    tokens = max(micro_batch_tokens, longest)
+    """Forward and backward pass: states, gradients, activations, what the backward pass works with, buffers."""
     buffers = 0.0
     if settings.ranks > 1:
         bucket = min(_BUCKET, shape.parameters) * settings.weight_bytes
         buffers = {0: bucket, 2: 2 * bucket}.get(
             settings.zero_stage, 2 * bucket + min(_LIVE_PARAMETERS, shape.parameters) * settings.weight_bytes
         )
+    kept, working = worst_micro_batch(shape, settings, micro_batch_tokens=micro_batch_tokens, longest=longest)
     return {
         **trainer_states(shape, settings),
         "gradients": gradient_bytes(shape, settings),
         # a micro-batch has its own gradient of the embedding, and of an output layer apart from it
         "gradients in flight": settings.weight_bytes * shape.embedding * (1 if shape.tied else 2),
-        "activations": worst_activation_bytes(shape, settings, micro_batch_tokens=micro_batch_tokens, longest=longest),
-        "logprobs": logprob_bytes(shape, tokens=tokens, width=settings.residual_bytes, has_gradient=True),
+        "activations": kept,
+        "working memory": working,
         **({"buffers": buffers} if buffers else {}),
     }
 
