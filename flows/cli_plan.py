@@ -12,11 +12,23 @@ from flows.cli_shared import JsonOption, RecipeOption, SetOption, err, errors, o
 from kdrl_core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from kdrl_core.planning import StagePlan
+    from kdrl_core.planning import Rates, StagePlan
     from kdrl_core.planning.plan import Candidate
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _MAX_OTHERS = 3
+_TIMES = {
+    "rollout": "rollout",
+    "teacher": "teacher_score",
+    "reference": "reference_score",
+    "update": "update",
+    "comm.": "communication",
+    "sync": "weight_sync",
+    "offload": "offload",
+    "save": "checkpoint",
+    "total": "total",
+}
+"""Columns and their fields of StepTime."""
 
 
 class RolloutEngineName(StrEnum):
@@ -140,6 +152,8 @@ def plan(
             from kdrl_core.planning.measured import rates_of_run, scaled
 
             rates, measured = rates_of_run(from_run, gpus=run_gpus)
+            if not as_json:
+                err.print(f"rates of {from_run}, {measured.stage}: {_rates(rates)}", highlight=False, soft_wrap=True)
         lengths = (measured.mean_prompt, measured.mean_response) if measured else None
         plans = []
         for stage in loaded.stages:
@@ -183,6 +197,15 @@ def _gpus(gpus: int | None, nodes: int | None, gpus_per_node: int) -> int:
             "leave one of them out"
         )
     return gpus or (nodes or 1) * gpus_per_node
+
+
+def _rates(rates: "Rates") -> str:
+    """What was measured, in words."""
+    shown = [f"{rates.rollout_tokens_per_s:,.0f} response tokens/s"] if rates.rollout_tokens_per_s else []
+    for name, value in (("scoring", rates.score_flops), ("updates", rates.update_flops)):
+        if value:
+            shown.append(f"{name} at {value / 1e12:.3g} TFLOP/s")
+    return ", ".join(shown) + " per GPU"
 
 
 def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
@@ -245,10 +268,13 @@ def _memory_table(chosen: "Candidate", plan: "StagePlan") -> RichTable:
 
 def _time_table(plan: "StagePlan") -> RichTable:
     table = RichTable(box=SIMPLE_HEAD, show_edge=False, title="seconds per step", title_justify="left")
-    phases = ("rollout", "teacher_score", "reference_score", "update", "communication", "weight_sync", "offload")
-    for name in ("placement", *phases, "checkpoint", "total"):
-        table.add_column(name.replace("_", " "), justify="left" if name == "placement" else "right")
-    for candidate in [one for one in plan.candidates if one.fits][: 1 + _MAX_OTHERS]:
-        seconds = [getattr(candidate.time, name) for name in (*phases, "checkpoint", "total")]
-        table.add_row(candidate.placement.name, *(f"{value:,.2f}" for value in seconds))
+    shown = [one for one in plan.candidates if one.fits][: 1 + _MAX_OTHERS]
+    columns = {name: [getattr(one.time, field) for one in shown] for name, field in _TIMES.items()}
+    columns = {name: values for name, values in columns.items() if any(values)}
+    digits = 1 if shown[0].time.total >= 10 else 3
+    table.add_column("placement", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, candidate in enumerate(shown):
+        table.add_row(candidate.placement.name, *(f"{values[row]:,.{digits}f}" for values in columns.values()))
     return table

@@ -206,6 +206,8 @@ def _check(work: Work, engines: Engines, cluster: Cluster) -> None:
                 f"{work.stage}: prompt and response take {work.context} tokens, but {shape.name} ({role}) has "
                 f"{shape.max_context}; lower {work.stage}.max_response_tokens"
             )
+    if engines.offloads_optimizer and (engines.trainer == "torch" or engines.zero_stage == 0):
+        raise RecipeError("--offload-optimizer needs a partitioned optimiser: --trainer deepspeed, --zero-stage 2 or 3")
     if not engines.sleeps and cluster.gpus > 1 and engines.trainer == "torch":
         raise RecipeError("transformers and torch run in one process on one GPU; plan --gpus 1, or other engines")
 

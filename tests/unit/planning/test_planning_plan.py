@@ -191,6 +191,7 @@ def test_collectives_by_hand() -> None:
         (12, {}, "no whole number of nodes"),
         (8, {"tensor_parallel": 3}, "does not divide 8 GPUs"),
         (8, {"tensor_parallel": 8}, "student's 12 attention heads"),
+        (8, {"offloads_optimizer": True, "zero_stage": 0}, "needs a partitioned optimiser"),
         (8, {"rollout": "transformers", "trainer": "torch"}, "one process on one GPU"),
     ],
 )
