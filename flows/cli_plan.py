@@ -12,7 +12,7 @@ from flows.cli_shared import JsonOption, RecipeOption, SetOption, err, errors, o
 from kdrl_core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from kdrl_core.planning import Rates, StagePlan
+    from kdrl_core.planning import ModelShape, Rates, StagePlan
     from kdrl_core.planning.plan import Candidate
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
@@ -173,7 +173,7 @@ def plan(
             for each in plans:
                 _show(each, is_assumed=mean_response_tokens is None and measured is None)
             if hours is not None:
-                out.print(f"all stages: {hours:,.1f} hours, {hours * total:,.0f} GPU-hours", highlight=False)
+                out.print(f"all stages: {_number(hours)} hours, {_number(hours * total)} GPU-hours", highlight=False)
         if hours is None:
             if not as_json:
                 failed = ", ".join(each.work.stage for each in plans if each.best is None)
@@ -213,13 +213,14 @@ def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
     from kdrl_core.planning.plan import kv_note
 
     chosen, work, cluster = plan.candidates[0], plan.work, plan.cluster
-    teacher = f", teacher {work.teacher.name} ({work.teacher.parameters / 1e9:.2f}B)" if work.teacher else ""
-    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
+    teacher = f", teacher {_model(work.teacher)}" if work.teacher else ""
+    where = f"{_many(cluster.gpus, 'GPU')} on {_many(cluster.nodes, 'node')}"
     out.print(
-        f"{work.stage}: student {work.student.name} ({work.student.parameters / 1e9:.2f}B){teacher}; "
-        f"{cluster.gpus} GPUs on {nodes}, {cluster.usable_memory / 1e9:.1f} GB usable on each",
+        f"{work.stage}: student {_model(work.student)}{teacher}; {where}, "
+        f"{cluster.usable_memory / 1e9:.1f} GB usable on each",
         style="bold",
         highlight=False,
+        soft_wrap=True,
     )
     if plan.best is None:
         out.print(f"  {chosen.reason}", style="red", highlight=False, soft_wrap=True)
@@ -230,18 +231,16 @@ def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
     else:
         out.print(f"  placement: {chosen.placement.name}; {kv_note(plan, chosen)}", highlight=False, soft_wrap=True)
     out.print(_memory_table(chosen, plan))
-    out.print(
-        f"  host memory per node for sleeping models and offload: "
-        f"{host_bytes(work, plan.engines, cluster, chosen.placement) / 1e9:,.0f} GB\n",
-        highlight=False,
-    )
+    if host := host_bytes(work, plan.engines, cluster, chosen.placement):
+        out.print(f"  host memory per node, for sleeping models and offload: {_number(host / 1e9)} GB", highlight=False)
+    out.print()
     if plan.best is None or plan.step_s is None or plan.hours is None:
         return
     out.print(_time_table(plan))
     out.print(
-        f"  {work.steps} steps of {plan.step_s:,.0f} s and {work.evaluations} evaluations: {plan.hours:,.1f} hours, "
-        f"{plan.hours * cluster.gpus:,.0f} GPU-hours; mean response {work.mean_response:,.0f} tokens"
-        f"{' (assumed)' if is_assumed else ''}\n",
+        f"  {_many(work.steps, 'step')} of {_number(plan.step_s)} s and {_many(work.evaluations, 'evaluation')}: "
+        f"{_number(plan.hours)} hours, {_number(plan.hours * cluster.gpus)} GPU-hours; "
+        f"mean response {work.mean_response:,.0f} tokens{' (assumed)' if is_assumed else ''}\n",
         highlight=False,
         soft_wrap=True,
     )
@@ -253,17 +252,31 @@ def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
 
 
 def _memory_table(chosen: "Candidate", plan: "StagePlan") -> RichTable:
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False, title="GB per GPU by phase", title_justify="left")
+    unit, size = ("GB", 1e9) if chosen.worst.total >= 1e9 else ("MB", 1e6)
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False, title=f"{unit} per GPU by phase", title_justify="left")
     table.add_column("phase", no_wrap=True)
     table.add_column("on", no_wrap=True)
-    table.add_column("GB", justify="right")
+    table.add_column(unit, justify="right", no_wrap=True)
     table.add_column("components")
     for phase in chosen.memory:
         parts = sorted(phase.components.items(), key=lambda part: -part[1])
-        shown = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts if value)
+        shown = ", ".join(f"{name} {value / size:.2f}" for name, value in parts if value)
         over = "" if phase.total <= plan.cluster.usable_memory * (1 + 1e-9) else "  ✗"
-        table.add_row(phase.phase, phase.gpus, f"{phase.total / 1e9:.2f}{over}", shown)
+        table.add_row(phase.phase, phase.gpus, f"{phase.total / size:.2f}{over}", shown)
     return table
+
+
+def _model(shape: "ModelShape") -> str:
+    size = shape.parameters
+    return f"{shape.name} ({f'{size / 1e9:.2f}B' if size >= 1e9 else f'{size / 1e6:.2f}M'})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _time_table(plan: "StagePlan") -> RichTable:

@@ -110,7 +110,7 @@ def kept_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width
 def working_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
     """What the backward pass works with, the output layer first, then one layer: the larger of the two."""
     tokens = rows * width
-    layer = tokens * (3 * settings.activation_bytes * shape.intermediate + 8 * shape.hidden)
+    layer: float = tokens * (3 * settings.activation_bytes * shape.intermediate + 8 * shape.hidden)
     if settings.is_checkpointed:
         layer += _layer_bytes(shape, settings, rows=rows, width=width)
     return max(layer, logprob_bytes(shape, tokens=tokens, width=settings.residual_bytes, has_gradient=True))

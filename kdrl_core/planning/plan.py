@@ -286,6 +286,8 @@ def kv_note(plan: StagePlan, candidate: Candidate) -> str:
     """What the rollout's KV cache holds, in words."""
     phase = next(each for each in candidate.memory if each.phase == "rollout")
     held = phase.sequences or 0
+    if not plan.engines.sleeps:
+        return f"{held} responses are generated at a time"
     mean = int(held * plan.work.context / plan.work.mean_sequence)
     return (
         f"the KV cache holds {held} responses of {plan.work.context:,} tokens at a time, "
