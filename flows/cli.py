@@ -13,6 +13,7 @@ from flows.cli_bake import bake_teacher
 from flows.cli_check import check
 from flows.cli_filter import filter_command
 from flows.cli_label import label
+from flows.cli_plan import plan
 from flows.cli_recover import recover
 from flows.cli_shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli_verify import verify_command
@@ -161,6 +162,7 @@ app.command("verify")(verify_command)
 app.command()(recover)
 app.command()(check)
 app.command()(bake_teacher)
+app.command()(plan)
 
 
 def _status_of(name: str) -> dict[str, Any]:

@@ -55,6 +55,10 @@ def test_foundations_import_nothing_heavy(module: str) -> None:
     assert not imported_by(module) & HEAVY
 
 
+def test_planning_needs_nothing_heavy() -> None:
+    assert not imported_by("kdrl_core.planning") & HEAVY
+
+
 def test_preflight_needs_no_model_library() -> None:
     """So a wrong path is told in a second."""
     assert not imported_by("kdrl_core.preflight") & {"torch", "transformers", "prefect"}

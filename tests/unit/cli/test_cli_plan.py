@@ -1,0 +1,98 @@
+"""`kdrl plan` as a program."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from crash.tiny_run import open_tiny, train
+
+from kdrl_core.planning.measured import rates_of_run
+from kdrl_core.rollouts.metrics import load_metrics
+from kdrl_core.steps.session import close_sessions
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_the_paper_fits_eight_gpus(cli: Cli) -> None:
+    done = cli("plan", "--recipe", "paper-1.5b", "--gpus", "8", "--gpu-memory", "80GB")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "placement: colocated",
+        "teacher-score",
+        "optimizer step",
+        "KV cache",
+        "(assumed)",
+        "GPU-hours",
+        "1,029",
+    ):
+        assert part in done.stdout
+
+
+def test_json_says_the_same(cli: Cli) -> None:
+    done = cli("plan", "--gpus", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    stages = {stage["stage"]: stage for stage in json.loads(done.stdout)["stages"]}
+    assert stages["stage2"]["parameters"] == {"student": 1_777_088_000, "teacher": 7_615_616_512}
+    chosen = stages["stage2"]["placements"][0]
+    assert chosen["time_s"]["total"] == stages["stage2"]["step_s"]
+    assert sum(chosen["memory"][0]["components"].values()) == chosen["memory"][0]["bytes"]
+
+
+def test_exit_code_1_where_nothing_fits(cli: Cli) -> None:
+    done = cli("plan", "--gpus", "1", "--gpu-memory", "16GB")
+    assert done.returncode == 1
+    assert "does not fit, because" in done.stdout
+    assert "would fit with: " in done.stdout
+    assert done.stderr == "error: stage1, stage2 of paper-1.5b does not fit\n"
+    as_json = cli("plan", "--gpus", "1", "--gpu-memory", "16GB", "--json")
+    assert as_json.returncode == 1
+    assert json.loads(as_json.stdout)["hours"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--gpu-memory", "80"], ["--gpu-memory 80", "80GB or 24GiB"]),
+        (["--gpu-memory", "0GB"], ["--gpu-memory 0GB"]),
+        (["--gpus", "8", "--nodes", "2"], ["--gpus 8 is not --nodes 2"]),
+        (["--zero-stage", "1"], ["give 0, 2 or 3"]),
+        (["--recipe", "paper"], ["no recipe 'paper'"]),
+        (["--set", "teacher.path=models/other"], ["teacher.path=models/other", "config.json"]),
+        (["--from-run", "none"], ["none"]),
+        (["--mean-response-tokens", "9000"], ["limit of 8192"]),
+    ],
+)
+def test_bad_input_is_one_line(cli: Cli, arguments: list[str], parts: list[str]) -> None:
+    done = cli("plan", *arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+def test_a_run_predicts_its_own_steps(cli: Cli, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollout, scoring and update of a plan from a run are the medians that the run measured."""
+    monkeypatch.setenv("KDRL_ARTIFACTS", str(artifacts))
+    run = open_tiny(artifacts, "measured")
+    try:
+        train(run)
+    finally:
+        close_sessions()
+    rates, work = rates_of_run("measured")
+    assert rates.rollout_tokens_per_s is not None
+    assert work.mean_response > 1
+    done = cli(
+        "plan", "--recipe", str(run.paths.recipe), "--gpus", "1", "--from-run", "measured", "--rollout-engine",
+        "transformers", "--trainer", "torch", "--no-activation-checkpointing", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stage = json.loads(done.stdout)["stages"][-1]
+    time = stage["placements"][0]["time_s"]
+    rows = load_metrics(run, "stage2")[1:]
+    for phase, name in (("teacher_score", "time/teacher_score_s"), ("update", "time/update_s")):
+        low, high = min(each[name] for each in rows), max(each[name] for each in rows)
+        assert 0.99 * low <= time[phase] <= 1.01 * high
