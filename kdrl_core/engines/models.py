@@ -274,9 +274,16 @@ def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
         )
 
 
-def stop_token_ids(model: "PreTrainedModel", tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response: the generation config's and the tokenizer's. Raises ModelError without any."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response: the generation config's, of a model or of its directory, and the tokenizer's.
+
+    Raises:
+        ModelError: there are none.
+    """
+    if isinstance(model, Path):
+        configured = _configured_eos(model)
+    else:
+        configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
@@ -285,6 +292,20 @@ def stop_token_ids(model: "PreTrainedModel", tokenizer: Any) -> tuple[int, ...]:
             f"{tokenizer.name_or_path}: no end-of-sequence token; set eos_token in its tokenizer_config.json"
         )
     return tuple(sorted(ids))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory that was checked by `check_model_dir`."""
+    values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return values
+
+
+def _configured_eos(path: Path) -> int | list[int] | None:
+    """As transformers has it: of generation_config.json, or without that file of config.json."""
+    file = path / "generation_config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_config(path)
+    configured: int | list[int] | None = values.get("eos_token_id")
+    return configured
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Build the miniature's assets from one seed: `python -m kdrl_core.miniature.build --output DIR`.
 
     student/ teacher/       Hugging Face model directories
+    student-vllm/           a student whose attention heads are wide enough for vLLM on a CPU
     teacher-weak/           another teacher, between the two; also the base model of the R1-Zero path's teacher
     stage1.json             problems in DeepScaleR's shape
     stage2.parquet          problems in Skywork-OR1-RL-Data's shape, with *measured* labels: failures out of 16
@@ -40,6 +41,16 @@ TEACHER = MiniatureModel(
 WEAK_TEACHER = MiniatureModel(
     hidden_size=64, num_layers=3, tie_word_embeddings=True, sft_steps=500, learning_rate=3e-3, label_smoothing=0.02
 )
+VLLM_STUDENT = MiniatureModel(
+    hidden_size=64,
+    num_heads=2,
+    num_layers=2,
+    tie_word_embeddings=True,
+    sft_steps=700,
+    learning_rate=3e-3,
+    label_smoothing=0.04,
+)
+"""Its heads have 32 numbers, the fewest that vLLM's attention on a CPU knows."""
 NUM_LABEL_SAMPLES = 16
 MAX_RESPONSE_TOKENS = 64
 STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
@@ -57,6 +68,7 @@ def build(
     student: MiniatureModel = STUDENT,
     teacher: MiniatureModel = TEACHER,
     weak_teacher: MiniatureModel = WEAK_TEACHER,
+    vllm_student: MiniatureModel = VLLM_STUDENT,
     scale: float = 1.0,
 ) -> None:
     """Build every asset below `output`. `scale` shrinks the number of problems, for tests."""
@@ -82,6 +94,7 @@ def build(
         "student": train_model(student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
         "teacher": train_model(teacher, tokenizer, seed=TEACHER_SEED, exclude=held_out),
         "teacher-weak": train_model(weak_teacher, tokenizer, seed=WEAK_TEACHER_SEED, exclude=held_out),
+        "student-vllm": train_model(vllm_student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
     }
     for name, model in models.items():
         save_model(model, tokenizer, output / name)

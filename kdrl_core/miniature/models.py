@@ -33,6 +33,7 @@ class MiniatureModel:
     tie_word_embeddings: bool
     sft_steps: int
     learning_rate: float
+    num_heads: int = 4
     batch_size: int = 64
     label_smoothing: float = 0.0
 
@@ -72,7 +73,7 @@ def build_model(spec: MiniatureModel, tokenizer: Any, *, seed: int) -> Any:
         hidden_size=spec.hidden_size,
         intermediate_size=4 * spec.hidden_size,
         num_hidden_layers=spec.num_layers,
-        num_attention_heads=4,
+        num_attention_heads=spec.num_heads,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=spec.tie_word_embeddings,

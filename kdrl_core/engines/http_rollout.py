@@ -1,0 +1,180 @@
+"""Rollouts by servers: vLLM replicas (`kdrl serve`) over its OpenAI-compatible `/v1/completions`.
+
+Each replica is told to load a checkpoint, from a disk that it shares with the trainer, before it samples from it.
+A replica that was away is told again, and one that turns out to have been started anew in the meantime, hence with its
+initial weights, has its responses of this call sampled again: what is returned is of the policy that was loaded.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kdrl_core.engines.protocols import OnFinished
+from kdrl_core.engines.served_answers import TransientError, completion_of
+from kdrl_core.engines.server_pool import ServedModel, Server, ServerPool
+from kdrl_core.errors import EngineError
+from kdrl_core.types import FinishReason, Rollout, RolloutRequest
+
+_MAX_ROUNDS = 3
+_MAX_SEED = 2**63
+_logger = logging.getLogger("kdrl")
+
+Sampled = tuple[Rollout, str, str]
+"""A response, the server that sampled it and what that was when it was last asked."""
+
+
+class HTTPRolloutEngine:
+    """`RolloutEngine` over one or more replicas.
+
+    Args:
+        served: the replicas.
+        tokenizer: decodes responses; special tokens are left out of the text.
+        stop_ids: tokens that end a response and belong to it.
+        temperature: 0 is greedy, its logprobs then those of softmax(logits).
+        max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
+        max_prompt_tokens: of the longest prompt to come, compared with the replicas' context.
+
+    Raises:
+        EngineError: no replica can be reached, or one serves another model or too short a context.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        tokenizer: Any,
+        *,
+        stop_ids: Sequence[int],
+        temperature: float,
+        max_response_tokens: int,
+        max_prompt_tokens: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop_ids = list(stop_ids)
+        self._temperature = temperature
+        self._max_response_tokens = max_response_tokens
+        self._weights = ""
+        self._incarnations: dict[str, str] = {}
+        self._locks = {url.rstrip("/"): threading.Lock() for url in served.urls}
+        max_tokens = max_prompt_tokens + max_response_tokens
+        self._pool = ServerPool(served, role="rollout", field="rollout.server", max_tokens=max_tokens)
+
+    def load_weights(self, checkpoint_dir: Path) -> None:
+        """Have every replica that answers take the weights; the others take them when they are back.
+
+        Raises:
+            EngineError: none answers, or a replica cannot load the directory.
+        """
+        self._weights = str(checkpoint_dir.resolve())
+        self._incarnations.clear()
+        self._pool.each(f"loading {checkpoint_dir}", self._bring_up_to_date)
+
+    def generate(self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None) -> list[Rollout]:
+        """One response per request, in order.
+
+        Raises:
+            EngineError: a request is given up, or replicas are started anew again and again.
+        """
+        told = threading.Lock()
+
+        def hear(rollout: Rollout) -> None:
+            if on_finished is not None:
+                with told:
+                    on_finished([rollout])
+
+        rollouts: dict[int, Rollout] = {}
+        missing = list(range(len(requests)))
+        for round_ in range(_MAX_ROUNDS):
+            heard = hear if round_ == 0 else None  # each response once
+            asked = [(f"response {row}", partial(self._sample, requests[row], heard)) for row in missing]
+            found = dict(zip(missing, self._pool.ask_all(asked), strict=True))
+            current = self._confirmed()
+            rollouts.update({row: rollout for row, (rollout, _, _) in found.items()})
+            missing = [row for row, (_, url, incarnation) in found.items() if current.get(url) != incarnation]
+            if not missing:
+                return [rollouts[row] for row in range(len(requests))]
+            _logger.warning("%d responses may be of a replica that was started anew; sampled again", len(missing))
+        raise EngineError(
+            f"rollout servers were away or started anew {_MAX_ROUNDS} times while they sampled one step; look at their "
+            "logs, then resume the run"
+        )
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._pool.close()
+
+    def _sample(self, request: RolloutRequest, heard: Callable[[Rollout], None] | None, server: Server) -> Sampled:
+        incarnation = self._bring_up_to_date(server)
+        body = {
+            "model": self._pool.model,
+            "prompt": request.prompt_token_ids,
+            "max_tokens": self._max_response_tokens,
+            "temperature": self._temperature,
+            "seed": request.seed % _MAX_SEED,
+            "stop_token_ids": self._stop_ids,
+            "ignore_eos": True,  # the stop tokens say it, and vLLM leaves EOS itself out of the tokens
+            "skip_special_tokens": False,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        try:
+            answer = self._pool.answer(server, "POST", "/completions", body)
+            token_ids, logprobs, reason = completion_of(answer, server.url)
+        except TransientError:
+            self._incarnations.pop(server.url, None)  # it may come back with other weights
+            raise
+        rollout = Rollout(
+            prompt_id=request.prompt_id,
+            sample=request.sample,
+            prompt_token_ids=request.prompt_token_ids,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=FinishReason(reason),
+        )
+        if heard is not None:
+            heard(rollout)
+        return rollout, server.url, incarnation
+
+    def _bring_up_to_date(self, server: Server) -> str:
+        """Have a replica load the weights unless it has them; returns what it is."""
+        with self._locks[server.url]:
+            known = self._incarnations.get(server.url)
+            if known is None:
+                state = self._ask(server, "kdrl_load", [self._weights]) if self._weights else self._state(server)
+                known = self._incarnations[server.url] = state["incarnation"]
+            return known
+
+    def _confirmed(self) -> dict[str, str]:
+        """What each replica that sampled is now; one that does not answer, or has other weights, is left out."""
+        found = {}
+        for server in self._pool.servers:
+            if server.url in self._incarnations:
+                try:
+                    state = self._state(server)
+                except TransientError:
+                    continue
+                if state["weights"] == self._weights:
+                    found[server.url] = state["incarnation"]
+                else:
+                    self._incarnations.pop(server.url)
+        return found
+
+    def _state(self, server: Server) -> dict[str, str]:
+        return self._ask(server, "kdrl_state", [])
+
+    def _ask(self, server: Server, method: str, arguments: list[str]) -> dict[str, str]:
+        """What `KdrlWorker.method` answers, the same from every worker of the replica."""
+        body = {"method": method, "args": arguments}
+        try:
+            answer = self._pool.answer(server, "POST", "/../collective_rpc", body)
+        except EngineError as error:
+            raise EngineError(f"{error} (kdrl serve starts replicas that can be told to load weights)") from None
+        try:
+            states = [(str(state["weights"]), str(state["incarnation"])) for state in answer["results"]]
+            weights = {weights for weights, _ in states}
+            return {"weights": weights.pop(), "incarnation": " ".join(sorted(each for _, each in states))}
+        except (KeyError, TypeError):
+            raise TransientError(f"{self._pool.where(server)} does not say which weights it has") from None

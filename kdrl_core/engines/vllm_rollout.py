@@ -1,0 +1,93 @@
+"""Rollouts by vLLM in this process: one engine per stage, which takes the new weights after each update."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdrl_core.engines.protocols import OnFinished
+from kdrl_core.engines.vllm_engine import VLLMEngine, VLLMSettings
+from kdrl_core.types import FinishReason, Rollout, RolloutRequest
+
+_MAX_SEED = 2**63
+
+
+class VLLMRolloutEngine:
+    """`RolloutEngine` over vLLM.
+
+    Each request has a seed of its own, so a response does not depend on the others as far as vLLM's kernels allow.
+
+    Args:
+        model: directory of the first policy.
+        tokenizer: decodes responses; special tokens are left out of the text.
+        settings: how the engine is started.
+        stop_ids: tokens that end a response and belong to it.
+        temperature: 0 is greedy, its logprobs then those of softmax(logits).
+        max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
+
+    Raises:
+        EngineError: as `VLLMEngine`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        tokenizer: Any,
+        settings: VLLMSettings,
+        *,
+        stop_ids: Sequence[int],
+        temperature: float,
+        max_response_tokens: int,
+    ) -> None:
+        self._settings = settings
+        self._engine = VLLMEngine(model, settings)
+        self._tokenizer = tokenizer
+        self._stop_ids = list(stop_ids)
+        self._temperature = temperature
+        self._max_response_tokens = max_response_tokens
+
+    def load_weights(self, checkpoint_dir: Path) -> None:
+        """Take the weights of a checkpoint. Raises EngineError if they do not fit."""
+        self._engine.load_weights(checkpoint_dir)
+
+    def rebuild(self, checkpoint_dir: Path) -> None:
+        """Start the engine anew from a checkpoint. Raises EngineError as `VLLMEngine`."""
+        self._engine.close()
+        self._engine = VLLMEngine(checkpoint_dir, self._settings)
+
+    def generate(self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None) -> list[Rollout]:
+        """One response per request, in order. Raises EngineError if vLLM fails."""
+        rollouts: dict[int, Rollout] = {}
+
+        def parameters(row: int) -> dict[str, Any]:
+            return {
+                "temperature": self._temperature,
+                "seed": requests[row].seed % _MAX_SEED,
+                "max_tokens": self._max_response_tokens,
+                "stop_token_ids": self._stop_ids,
+                "ignore_eos": True,  # the stop tokens say it
+                "logprobs": 0,
+            }
+
+        def finish(row: int, output: Any) -> None:
+            rollouts[row] = self._rollout(requests[row], output.outputs[0])
+            if on_finished is not None:
+                on_finished([rollouts[row]])
+
+        self._engine.run([request.prompt_token_ids for request in requests], parameters, finish)
+        return [rollouts[row] for row in range(len(requests))]
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.close()
+
+    def _rollout(self, request: RolloutRequest, completion: Any) -> Rollout:
+        token_ids = list(completion.token_ids)
+        return Rollout(
+            prompt_id=request.prompt_id,
+            sample=request.sample,
+            prompt_token_ids=request.prompt_token_ids,
+            token_ids=token_ids,
+            logprobs=[position[token].logprob for position, token in zip(completion.logprobs, token_ids, strict=True)],
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=FinishReason(completion.finish_reason),
+        )
