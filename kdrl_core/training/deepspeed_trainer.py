@@ -111,8 +111,7 @@ class DeepSpeedTrainer:
         dealt, num_idle = deal_batches(batches, ranks=self._config.ranks)
         totals = StepTotals.of(batch)
         shares = [
-            share_of(batch, passes, num_idle=idle, totals=totals)
-            for passes, idle in zip(dealt, num_idle, strict=True)
+            share_of(batch, passes, num_idle=idle, totals=totals) for passes, idle in zip(dealt, num_idle, strict=True)
         ]
         replies = self._ranks.ask(
             [share.pack({"command": "update"}) for share in shares],

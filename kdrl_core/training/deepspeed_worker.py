@@ -155,15 +155,13 @@ class _Rank:
         is_last = index == len(work.passes) - 1
         engine.set_gradient_accumulation_boundary(is_last)
         padded = pad_sequences([batch.sequences[row] for row in rows], device=self._device)
-        with torch.autocast(
-            self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed
-        ):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed):
             statistics = micro_batch_statistics(engine, batch, rows, padded)
         loss, found, own = micro_batch_loss(statistics, batch, rows, padded, work.totals)
         metrics = {name: float(value) for name, value in found.items()}
         # The engine takes the mean over ranks, where the loss is a sum.
         scale = 0.0 if is_idle else float(torch.distributed.get_world_size())
-        if is_last and not self._agree(np.isfinite(list(metrics.values())).all()):
+        if is_last and not self._agree(bool(np.isfinite(list(metrics.values())).all())):
             scale = float("nan")  # the step is then refused by all ranks for its gradient
         engine.backward(loss * scale, scale_wrt_gas=False)
         if is_idle:

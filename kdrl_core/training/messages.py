@@ -109,8 +109,7 @@ class RankWork:
             advantages=arrays["advantages"].tolist(),
             kd_weights=arrays["kd_weights"].tolist(),
             topk=topk,
-            **{name: ragged(arrays[name], lengths) if name in arrays else None for name in _RAGGED},
-            **header["batch"],
+            **{**header["batch"], **{name: ragged(arrays[name], lengths) for name in _RAGGED if name in arrays}},
         )
         return cls(
             batch=batch,

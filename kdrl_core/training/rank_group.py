@@ -111,7 +111,9 @@ class RankGroup:
             EngineError: a rank died, raised an error, or did not answer in time; the group is closed.
         """
         if self._guard is None:
-            raise EngineError("the training ranks are closed, after an error or at the end of the stage; start them anew")
+            raise EngineError(
+                "the training ranks are closed, after an error or at the end of the stage; start them anew"
+            )
         deadline = time.monotonic() + timeout_s
         try:
             for rank, (connection, message) in enumerate(zip(self._connections, messages, strict=True)):
@@ -148,6 +150,7 @@ class RankGroup:
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+                    "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed's, hundreds of lines
                     "PATH": os.pathsep.join(path for path in binaries if path),
                     **environment,
                 },
@@ -258,7 +261,7 @@ def call_back(spec: dict[str, Any]) -> Connection:
 
 def launch_command(spec: Path, *, num_ranks: int, hostfile: str | None, master_port: int) -> list[str]:
     """DeepSpeed's launcher, here or on the hosts of a hostfile, with the worker for every rank."""
-    worker = ["--module", "--no_local_rank", WORKER, str(spec)]
+    worker = ["--log_level=error", "--module", "--no_local_rank", WORKER, str(spec)]
     if hostfile is not None:
         options = ["--hostfile", hostfile, f"--master_port={master_port}"]
         return [sys.executable, "-m", "deepspeed.launcher.runner", *options, *worker]

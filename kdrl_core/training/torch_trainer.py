@@ -38,6 +38,7 @@ class TorchTrainer:
         max_grad_norm: gradients are clipped to this norm.
         micro_batch_tokens: padded tokens per forward and backward pass.
         autocast_dtype: run the forward pass in this dtype (bfloat16 on GPUs); None keeps float32.
+        activation_checkpointing: recompute activations in the backward pass.
         seed: of whatever the model draws while training (dropout), derived anew each step.
     """
 
@@ -53,9 +54,12 @@ class TorchTrainer:
         max_grad_norm: float,
         micro_batch_tokens: int,
         autocast_dtype: torch.dtype | None = None,
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         self._model = model.train()
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self._logprobs = LogprobModel(model, temperature=temperature)
         self._tokenizer = tokenizer
         self._max_grad_norm = max_grad_norm

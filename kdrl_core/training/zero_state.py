@@ -11,14 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,6 +19,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 @torch.no_grad()
 def full_weights(engine: Any, model: torch.nn.Module, *, keep: bool) -> dict[str, Tensor]:
     """Float32 weights by name, on the CPU; empty where not to `keep`, so that one rank alone pays the memory."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         value = parameter if _is_plain(engine) else safe_get_full_fp32_param(parameter)
@@ -38,6 +32,8 @@ def full_weights(engine: Any, model: torch.nn.Module, *, keep: bool) -> dict[str
 @torch.no_grad()
 def full_moments(engine: Any, model: torch.nn.Module, *, keep: bool) -> dict[str, dict[str, Tensor]]:
     """Adam's state by parameter name, as torch has it; empty before the first update."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
     step = _step_count(engine)
     if step is None:
         return {}
@@ -59,6 +55,8 @@ def full_moments(engine: Any, model: torch.nn.Module, *, keep: bool) -> dict[str
 @torch.no_grad()
 def set_weights(engine: Any, model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Take float32 weights, in the engine's own copy as in the model that computes."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
     for name, parameter in model.named_parameters():
         value = weights[name]
         if _is_plain(engine):
@@ -73,6 +71,8 @@ def set_weights(engine: Any, model: torch.nn.Module, weights: Mapping[str, Tenso
 @torch.no_grad()
 def set_moments(engine: Any, model: torch.nn.Module, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Take Adam's state by parameter name; none is that before the first update."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
     if not moments:
         _adam(engine).state.clear()
         return
