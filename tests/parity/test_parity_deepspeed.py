@@ -89,7 +89,7 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
 def test_untied_embeddings_are_exported_as_by_the_plain_trainer(
     teacher_dir: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """ZeRO-0 on two ranks, with the Top-K loss, more ranks than responses at its end."""
+    """ZeRO-0 on two ranks, with the Top-K loss, fewer responses than ranks, and a rank that fails at last."""
     plain = plain_trainer(teacher_dir, tokenizer)
     batches = [with_topk(BATCHES[0]), make_batch(7, num_groups=1, group_size=3), make_batch(8, num_groups=1)]
     batches.append(UpdateBatch(sequences=batches[0].sequences[:1], advantages=[1.0], kd_weights=[0.0]))
@@ -100,6 +100,10 @@ def test_untied_embeddings_are_exported_as_by_the_plain_trainer(
             (tmp_path / folder).mkdir()
         trainer.export_hf(tmp_path / "ours")
         plain.export_hf(tmp_path / "theirs")
+        with pytest.raises(EngineError, match=r"(?s)update at step 4: rank 1 .* failed: IndexError.*Traceback"):
+            trainer.update(make_batch(9, unknown_token_in=0))
+        with pytest.raises(EngineError, match="closed"):
+            trainer.update(batches[0])
     assert contents(tmp_path / "ours").keys() == contents(tmp_path / "theirs").keys()
     assert weight_gap(tmp_path / "ours", tmp_path / "theirs") < 1e-4
     assert "lm_head.weight" in load_file(tmp_path / "ours" / "model.safetensors")
