@@ -104,7 +104,7 @@ def hostfile_slots(path: Path) -> int:
     slots = 0
     for number, line in enumerate(lines, start=1):
         if line and not line.startswith("#"):
-            found = re.match(r"\S+\s+slots=(\d+)", line)
+            found = re.match(r"[A-Za-z0-9][\w.:-]*\s+slots=(\d+)", line)
             if found is None:
                 raise RecipeError(f"{path} line {number}: {line!r} is not `HOST slots=N`; correct it")
             slots += int(found[1])

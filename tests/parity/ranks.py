@@ -26,7 +26,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 OPTIONS: dict[str, Any] = {
     "temperature": 0.7,
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-3,
     "weight_decay": 0.01,
     "warmup_steps": 2,
     "max_grad_norm": 0.5,
