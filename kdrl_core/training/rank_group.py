@@ -36,6 +36,7 @@ SPEC = "ranks.json"
 _HANDSHAKE_S = 10.0
 _LAST_WORDS_S = 5.0
 """How long the launcher may take to notice a dead rank and say by what signal it ended."""
+_KILLED_S = 5.0
 _LOG_LINES = 30
 _ROOT = Path(kdrl_core.__file__).parents[1]
 
@@ -132,9 +133,9 @@ class RankGroup:
             connection.close()  # ranks on other hosts end by it
         guard, self._guard = self._guard, None
         if guard is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(guard.pid, signal.SIGKILL)
+            _kill_group(guard.pid)
             guard.wait()
+            _wait_for_group(guard.pid)  # what they held (ports, GPU memory) is free on return
 
     def _launch(self, command: Sequence[str], environment: dict[str, str]) -> None:
         guarded = [sys.executable, "-I", process_guard.__file__, str(os.getpid()), *command]
@@ -295,6 +296,20 @@ def _authenticate(caller: socket.socket, key: bytes) -> Connection | None:
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
     return connection
+
+
+def _kill_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _wait_for_group(group: int) -> None:
+    """Until no process of a killed group is left; those that the kernel holds on to are not waited for."""
+    deadline = time.monotonic() + _KILLED_S
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.01)
 
 
 def _write_private(path: Path, text: str) -> None:
