@@ -74,7 +74,9 @@ def set_moments(engine: Any, model: torch.nn.Module, moments: Mapping[str, Mappi
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if not moments:
-        _adam(engine).state.clear()
+        for state in _adam(engine).state.values():  # in place: ZeRO has its own references to them
+            for value in state.values():
+                value.zero_()
         return
     step = next(iter(moments.values()))["step"]
     for flat in _flat_parameters(engine, model):
@@ -121,8 +123,9 @@ def _flat_parameters(engine: Any, model: torch.nn.Module) -> Iterator[Tensor]:
 
 
 def _step_count(engine: Any) -> Tensor | None:
+    """Updates behind Adam's moments; None before the first."""
     state = next(iter(_adam(engine).state.values()), None)
-    return None if not state else state["step"]
+    return state["step"] if state and state["step"] > 0 else None
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:

@@ -88,6 +88,11 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
         assert [stats.metrics for stats in again] == [stats.metrics for stats in actual[2:]]
         assert contents(save(sharded, tmp_path / "again")) == ended
 
+        sharded.load(untouched)
+        assert contents(save(sharded, tmp_path / "initial again")) == contents(untouched)
+        assert [stats.metrics for stats in train(sharded, BATCHES[:2])] == [stats.metrics for stats in actual[:2]]
+        assert contents(save(sharded, tmp_path / "saved again")) == contents(saved)
+
         sharded.load(plain_saved)
         assert max(gaps(train(sharded, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
         with pytest.raises(RunError, match="not a checkpoint"):
