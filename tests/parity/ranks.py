@@ -112,7 +112,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def rank_processes(folder: Path) -> list[psutil.Process]:
     """The ranks alone."""
     found = [p for p in processes_of(folder) if p.info["cmdline"][-2:-1] == [WORKER]]
-    return [p for p in found if "launch" not in " ".join(p.info["cmdline"])]
+    return [p for p in found if "deepspeed.launcher.launch" not in p.info["cmdline"]]
 
 
 def _processes() -> list[psutil.Process]:
