@@ -1,7 +1,7 @@
 """Processes that train together: started by DeepSpeed's launcher, told what to do over a socket, ended together.
 
-Every rank calls back on a socket before it imports anything heavy, proves that it knows a key that only this program
-and they know, and from then on is under watch: a rank whose connection closes is dead. What ends one rank ends all of
+Every rank first of all calls back on a socket, proves that it knows a key that only this program and they know, and from
+then on is under watch: a rank whose connection closes is dead. What ends one rank ends all of
 them, with one error that says which one it was and why. Messages are those of `kdrl_core.training.messages`.
 
 The program and its ranks may be on several hosts (a DeepSpeed hostfile); they share the folder of the group.
@@ -78,7 +78,7 @@ class RankGroup:
         self._num_ranks = num_ranks
         self._log = folder / "ranks.log"
         self._connections: list[Connection] = []
-        self._hosts: list[str] = []
+        self._places: list[str] = []
         self._guard: subprocess.Popen[bytes] | None = None
         key = secrets.token_hex(32)
         host = socket.gethostname() if hostfile else "127.0.0.1"
@@ -187,7 +187,7 @@ class RankGroup:
                 )
             found[hello["rank"]] = connection, f"pid {hello['pid']} on {hello['host']}"
         self._connections = [found[rank][0] for rank in range(self._num_ranks)]
-        self._hosts = [found[rank][1] for rank in range(self._num_ranks)]
+        self._places = [found[rank][1] for rank in range(self._num_ranks)]
 
     def _collect(self, doing: str, deadline: float, timeout_s: float, field: str) -> list[Reply]:
         """One answer of every rank."""
@@ -223,7 +223,7 @@ class RankGroup:
             except (EOFError, OSError):
                 return self._death(other, doing)
         return EngineError(
-            f"{doing}: rank {rank} ({self._hosts[rank]}) failed: {reply.header['error']}\n{reply.header['traceback']}"
+            f"{doing}: rank {rank} ({self._places[rank]}) failed: {reply.header['error']}\n{reply.header['traceback']}"
         )
 
     def _death(self, rank: int, doing: str) -> EngineError:
@@ -232,7 +232,7 @@ class RankGroup:
         how = "is gone"
         with suppress(subprocess.TimeoutExpired):
             how = f"ended with {_status(self._guard.wait(_LAST_WORDS_S))}"
-        return EngineError(f"{doing}: rank {rank} ({self._hosts[rank]}) {how}{self._log_tail()}")
+        return EngineError(f"{doing}: rank {rank} ({self._places[rank]}) {how}{self._log_tail()}")
 
     def _log_tail(self) -> str:
         """The end of what launcher and ranks have printed, to go behind a message."""
