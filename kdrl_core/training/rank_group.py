@@ -1,8 +1,8 @@
 """Processes that train together: started by DeepSpeed's launcher, told what to do over a socket, ended together.
 
-Every rank first of all calls back on a socket, proves that it knows a key that only this program and they know, and from
-then on is under watch: a rank whose connection closes is dead. What ends one rank ends all of
-them, with one error that says which one it was and why. Messages are those of `kdrl_core.training.messages`.
+Every rank first of all calls back on a socket, proves that it knows a key that only this program and they know, and
+from then on is under watch: a rank whose connection closes is dead. What ends one rank ends all of them, with one error
+that says which one it was and why. Messages are those of `kdrl_core.training.messages`.
 
 The program and its ranks may be on several hosts (a DeepSpeed hostfile); they share the folder of the group.
 """
