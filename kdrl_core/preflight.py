@@ -1,5 +1,9 @@
 """What can be found out about a recipe's inputs without loading a model: in a second, before a run exists."""
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
 from kdrl_core.config import Recipe, resolve_path
 from kdrl_core.data import find_files
 from kdrl_core.data.decontamination import evaluation_problems
@@ -34,6 +38,7 @@ def check_inputs(recipe: Recipe) -> None:
     for benchmark in recipe.evaluation.benchmarks:
         load_benchmark(benchmark)
     check_device(recipe)
+    check_trainer(recipe)
 
 
 def _check_context(recipe: Recipe, config: dict[str, object]) -> None:
@@ -72,3 +77,35 @@ def check_device(recipe: Recipe) -> None:
             f"recipe {recipe.name}, field 'runtime.device': cuda is asked for, but torch sees no GPU; "
             "set runtime.device=cpu or install a CUDA build of torch"
         )
+
+
+def check_trainer(recipe: Recipe) -> None:
+    """Raise RecipeError if the recipe's trainer is not installed, or its hostfile does not give its ranks."""
+    trainer, field = recipe.trainer, f"recipe {recipe.name}, field 'trainer"
+    if trainer.engine == "torch":
+        return
+    if find_spec("deepspeed") is None:
+        raise RecipeError(
+            f"{field}.engine': deepspeed is not installed; install the extra with pip install 'kdrl[deepspeed]', "
+            "or set trainer.engine=torch"
+        )
+    if trainer.hostfile is not None and (slots := hostfile_slots(Path(trainer.hostfile))) != trainer.ranks:
+        raise RecipeError(
+            f"{field}.ranks': {trainer.ranks}, but {trainer.hostfile} has {slots} slots; set trainer.ranks={slots}"
+        )
+
+
+def hostfile_slots(path: Path) -> int:
+    """Ranks that a DeepSpeed hostfile gives. Raises RecipeError if it cannot be read or has a line that is none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"field 'trainer.hostfile': {path} cannot be read ({error}); correct the path") from error
+    slots = 0
+    for number, line in enumerate(lines, start=1):
+        if line and not line.startswith("#"):
+            found = re.match(r"[A-Za-z0-9][\w.:-]*\s+slots=(\d+)", line)
+            if found is None:
+                raise RecipeError(f"{path} line {number}: {line!r} is not `HOST slots=N`; correct it")
+            slots += int(found[1])
+    return slots

@@ -12,6 +12,7 @@ from kdrl_core.config.recipe import (
     ModelConfig,
     Recipe,
     StageConfig,
+    TrainerConfig,
     VerificationConfig,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "Recipe",
     "StageConfig",
+    "TrainerConfig",
     "VerificationConfig",
     "config_hash",
     "diff_recipes",

@@ -334,6 +334,32 @@ class RuntimeConfig(_Section):
     score_batch_tokens: Positive = Field(65_536, description="padded tokens per scoring forward pass")
 
 
+class TrainerConfig(_Section):
+    """What updates the policy. Numbers here do not change the method, only where it runs and its last bits."""
+
+    engine: Literal["torch", "deepspeed"] = Field("torch", description="in this process, or ranks of their own")
+    ranks: Positive = Field(1, description="processes that train together (deepspeed)")
+    zero_stage: Literal[0, 2, 3] = Field(
+        2, description="cut over ranks: 0 nothing, 2 optimiser and gradients, 3 weights as well (deepspeed)"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    offload_optimizer: bool = Field(False, description="optimiser in the host's memory (deepspeed, zero_stage 2, 3)")
+    hostfile: str | None = Field(None, description="DeepSpeed hostfile, `HOST slots=N` lines; null: ranks on this host")
+    master_port: int | None = Field(None, ge=1, le=65_535, description="of the ranks' rendezvous; null: a free one")
+    start_timeout_s: float = Field(600.0, gt=0.0, description="until all ranks are up and have their model")
+    step_timeout_s: float = Field(7_200.0, gt=0.0, description="of one update, save or load")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.engine == "torch" and (self.ranks > 1 or self.offload_optimizer or self.hostfile is not None):
+            raise ValueError(
+                "ranks above 1, offload_optimizer and hostfile need several processes; set trainer.engine=deepspeed"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs a partitioned optimiser; set zero_stage to 2 or 3")
+        return self
+
+
 class Recipe(_Section):
     """A whole run. At least one stage; a teacher exactly where a stage's objective distils from one."""
 
@@ -349,6 +375,7 @@ class Recipe(_Section):
     verification: VerificationConfig = VerificationConfig()
     evaluation: EvaluationConfig
     runtime: RuntimeConfig = RuntimeConfig()
+    trainer: TrainerConfig = TrainerConfig()
 
     def stage(self, name: str) -> StageConfig:
         """The named stage. Raises KeyError if the recipe does not have it."""

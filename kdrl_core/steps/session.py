@@ -26,6 +26,8 @@ from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, is_published, open_run_dir, verify_own, verify_published
 from kdrl_core.rollouts.schema import read_table
 from kdrl_core.steps.checkpoints import latest_checkpoint
+from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
+from kdrl_core.training.protocols import Trainer
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout
 from kdrl_core.verify import VerdictOptions, Verifier
@@ -41,7 +43,7 @@ class StageSession:
         self.stage = stage
         self.config: StageConfig = run.recipe.stage(stage)
         self._lock = threading.RLock()
-        self._trainer: TorchTrainer | None = None
+        self._trainer: Trainer | None = None
         self._engine: TransformersRolloutEngine | None = None
         self._engine_version = -1
         self._teacher_engine: TransformersRolloutEngine | None = None
@@ -82,7 +84,7 @@ class StageSession:
                 self._pool = {row["problem_id"]: row for row in rows}
             return self._pool
 
-    def trainer_at(self, step: int) -> TorchTrainer:
+    def trainer_at(self, step: int) -> Trainer:
         """The trainer, holding the policy after `step` updates.
 
         Raises:
@@ -201,6 +203,8 @@ class StageSession:
         with self._lock:
             if self._verifier is not None:
                 self._verifier.close()
+            if self._trainer is not None:
+                self._trainer.close()
             self._verifier = self._trainer = self._engine = self._teacher_engine = self._dataset = None
             for scorer in self._scorers.values():
                 if isinstance(scorer, HTTPScorer):
@@ -223,31 +227,52 @@ class StageSession:
         runtime = self.run.recipe.runtime
         return load_model(path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=config.trust_remote_code)
 
-    def _restore_trainer(self) -> TorchTrainer:
-        import torch
-
-        recipe, config = self.run.recipe, self.config
-        runtime = recipe.runtime
-        model = load_model(
-            self.initial_policy, device=runtime.device, trust_remote_code=recipe.student.trust_remote_code
-        )
-        trainer = TorchTrainer(
-            model,
-            self.tokenizer,
-            temperature=config.temperature,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            warmup_steps=config.warmup_steps,
-            max_grad_norm=config.max_grad_norm,
-            micro_batch_tokens=config.micro_batch_tokens,
-            autocast_dtype=torch.bfloat16 if runtime.dtype == "bfloat16" else None,
-            seed=recipe.seed,
-        )
+    def _restore_trainer(self) -> Trainer:
+        trainer = self._make_trainer()
         if (step := latest_checkpoint(self.run, self.stage)) > 0:
             checkpoint = self.run.paths.checkpoint(self.stage, step)
-            verify_own(self.run, checkpoint)
-            trainer.load(checkpoint)
+            try:
+                verify_own(self.run, checkpoint)
+                trainer.load(checkpoint)
+            except BaseException:
+                trainer.close()
+                raise
         return trainer
+
+    def _make_trainer(self) -> Trainer:
+        recipe, config = self.run.recipe, self.config
+        runtime, student = recipe.runtime, recipe.student
+        options: dict[str, Any] = {
+            "temperature": config.temperature,
+            "learning_rate": config.learning_rate,
+            "weight_decay": config.weight_decay,
+            "warmup_steps": config.warmup_steps,
+            "max_grad_norm": config.max_grad_norm,
+            "micro_batch_tokens": config.micro_batch_tokens,
+            "seed": recipe.seed,
+        }
+        if recipe.trainer.engine == "deepspeed":
+            return DeepSpeedTrainer(
+                self.initial_policy,
+                self.tokenizer,
+                config=recipe.trainer,
+                folder=self.run.paths.scratch / f"ranks-{self.stage}",
+                dtype=runtime.dtype,
+                device=runtime.device,
+                num_threads=runtime.num_threads,
+                trust_remote_code=student.trust_remote_code,
+                **options,
+            )
+        import torch
+
+        model = load_model(self.initial_policy, device=runtime.device, trust_remote_code=student.trust_remote_code)
+        return TorchTrainer(
+            model,
+            self.tokenizer,
+            autocast_dtype=torch.bfloat16 if runtime.dtype == "bfloat16" else None,
+            activation_checkpointing=recipe.trainer.activation_checkpointing,
+            **options,
+        )
 
     def _weights_at(self, step: int) -> Path:
         if step == 0:

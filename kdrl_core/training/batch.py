@@ -65,3 +65,27 @@ def token_budget_batches(lengths: Sequence[tuple[int, int]], *, max_tokens: int)
         batches[-1].append(row)
         prompt_width, response_width = widths
     return batches
+
+
+def deal_batches(batches: Sequence[Sequence[int]], *, ranks: int) -> tuple[list[list[list[int]]], list[int]]:
+    """Deal micro-batches to ranks, to each the same number of passes, which sharded training needs.
+
+    Neighbours in `batches`, which are alike in length, run at the same time. Where the number of batches is no multiple
+    of the ranks, the longest ones are halved; where rows run out, ranks repeat a row as an idle pass.
+
+    Returns:
+        the passes of every rank; how many of its last ones are idle.
+    """
+    parts = [list(rows) for rows in batches]
+    while len(parts) % ranks:
+        longest = max(range(len(parts)), key=lambda index: (len(parts[index]), index))
+        if len(parts[longest]) == 1:
+            break
+        rows = parts[longest]
+        parts[longest : longest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    missing = -len(parts) % ranks
+    dealt = [parts[rank::ranks] for rank in range(ranks)]
+    idle = [int(rank >= ranks - missing) for rank in range(ranks)]
+    for rank in range(ranks):
+        dealt[rank] += [parts[0]] * idle[rank]
+    return dealt, idle

@@ -4,13 +4,14 @@ The step's global counts come first (`StepTotals`), so that losses, gradients an
 whole step's, however it is cut.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import torch
 
+from kdrl_core.errors import EngineError
 from kdrl_core.objectives import kdrl_loss, sft_loss
 from kdrl_core.training.batch import PaddedBatch
 from kdrl_core.training.chunked_logprobs import TokenStatistics
@@ -119,6 +120,15 @@ def micro_batch_loss(
         group_tokens=group_tokens,
     )
     return loss, metrics, logprobs.detach()
+
+
+def refuse_not_finite(step: int, metrics: Mapping[str, float], grad_norm: float) -> None:
+    """Raise EngineError if a step's metrics or gradient norm are not finite; called before anything is changed."""
+    if not np.isfinite([grad_norm, *metrics.values()]).all():
+        raise EngineError(
+            f"step {step}: loss {metrics.get('loss/total')} or gradient norm {grad_norm} is not finite; "
+            "training has diverged, lower learning_rate or beta"
+        )
 
 
 def _pad_topk(topk: TopKTeacher, rows: Sequence[int], padded: PaddedBatch) -> tuple[torch.Tensor, torch.Tensor]:

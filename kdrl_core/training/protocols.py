@@ -94,3 +94,7 @@ class Trainer(Protocol):
     def export_hf(self, path: Path) -> None:
         """Write an ordinary Hugging Face model directory: weights, config, tokenizer, chat template."""
         ...
+
+    def close(self) -> None:
+        """Let go of models and processes; nothing may be asked of it afterwards."""
+        ...

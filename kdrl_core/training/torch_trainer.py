@@ -6,6 +6,7 @@ does not depend on how the step is cut.
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from kdrl_core.engines.models import load_weights_into
-from kdrl_core.errors import EngineError, RunError
+from kdrl_core.errors import RunError
 from kdrl_core.ledger.seeds import derive_seed
 from kdrl_core.training.batch import pad_sequences, token_budget_batches
 from kdrl_core.training.logprobs import LogprobModel
-from kdrl_core.training.losses import StepTotals, micro_batch_loss, micro_batch_statistics
+from kdrl_core.training.losses import StepTotals, micro_batch_loss, micro_batch_statistics, refuse_not_finite
 from kdrl_core.training.protocols import STATE_DIR, Float32s, StepStats, UpdateBatch
 
 _TENSORS = "optimizer.safetensors"
@@ -37,6 +38,7 @@ class TorchTrainer:
         max_grad_norm: gradients are clipped to this norm.
         micro_batch_tokens: padded tokens per forward and backward pass.
         autocast_dtype: run the forward pass in this dtype (bfloat16 on GPUs); None keeps float32.
+        activation_checkpointing: recompute activations in the backward pass.
         seed: of whatever the model draws while training (dropout), derived anew each step.
     """
 
@@ -52,9 +54,12 @@ class TorchTrainer:
         max_grad_norm: float,
         micro_batch_tokens: int,
         autocast_dtype: torch.dtype | None = None,
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         self._model = model.train()
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self._logprobs = LogprobModel(model, temperature=temperature)
         self._tokenizer = tokenizer
         self._max_grad_norm = max_grad_norm
@@ -98,11 +103,7 @@ class TorchTrainer:
             for index, row in enumerate(rows):
                 logprobs[row] = micro_logprobs[index].cpu()[mask[index]].numpy()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
-        if not np.isfinite([grad_norm, *metrics.values()]).all():
-            raise EngineError(
-                f"step {self._step}: loss {metrics.get('loss/total')} or gradient norm {grad_norm} is not finite; "
-                "training has diverged, lower learning_rate or beta"
-            )
+        refuse_not_finite(self._step, metrics, grad_norm)
         learning_rate = float(self._schedule.get_last_lr()[0])
         self._optimizer.step()
         self._schedule.step()
@@ -118,24 +119,20 @@ class TorchTrainer:
         """
         self.export_hf(path)
         optimizer = self._optimizer.state_dict()
-        tensors = {f"{i}.{name}": value for i, state in optimizer["state"].items() for name, value in state.items()}
-        state = {"step": self._step, "param_groups": optimizer["param_groups"], "schedule": self._schedule.state_dict()}
-        (path / STATE_DIR).mkdir()
-        save_file(tensors, path / STATE_DIR / _TENSORS)
-        (path / STATE_DIR / _STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+        write_state(
+            path,
+            step=self._step,
+            moments=optimizer["state"],
+            param_groups=optimizer["param_groups"],
+            schedule=self._schedule.state_dict(),
+        )
 
     def load(self, path: Path) -> None:
         """Go on from a folder that `save` wrote. Raises RunError if it has no trainer state."""
-        folder = path / STATE_DIR
-        if not (folder / _STATE).is_file():
-            raise RunError(f"{path} has no {STATE_DIR}/{_STATE}: it is a model, not a checkpoint of this trainer")
+        require_state(path)
         load_weights_into(self._model, path)
-        state = json.loads((folder / _STATE).read_text())
-        moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-        for key, value in load_file(folder / _TENSORS).items():
-            index, _, name = key.partition(".")
-            moments[int(index)][name] = value
-        self._optimizer.load_state_dict({"state": dict(moments), "param_groups": state["param_groups"]})
+        state, moments = read_state(path)
+        self._optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
         self._schedule.load_state_dict(state["schedule"])
         self._step = state["step"]
 
@@ -143,3 +140,44 @@ class TorchTrainer:
         """Write weights, config, generation config, tokenizer and chat template to the folder `path`."""
         self._model.save_pretrained(path)
         self._tokenizer.save_pretrained(path)
+
+    def close(self) -> None:
+        """Nothing to end: the model goes with this object."""
+
+
+def write_state(
+    path: Path,
+    *,
+    step: int,
+    moments: Mapping[int, Mapping[str, torch.Tensor]],
+    param_groups: list[dict[str, Any]],
+    schedule: dict[str, Any],
+) -> None:
+    """Write trainer state into the checkpoint `path`, the same for every trainer.
+
+    Args:
+        step: updates done.
+        moments: Adam's state of each parameter, by its place among the model's parameters.
+        param_groups: hyper-parameters, as in the optimiser's `state_dict`.
+        schedule: `state_dict` of the learning rate's schedule.
+    """
+    tensors = {f"{index}.{name}": value for index, state in moments.items() for name, value in state.items()}
+    state = {"step": step, "param_groups": param_groups, "schedule": schedule}
+    (path / STATE_DIR).mkdir()
+    save_file(tensors, path / STATE_DIR / _TENSORS)
+    (path / STATE_DIR / _STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, torch.Tensor]]]:
+    """State and moments that `write_state` wrote."""
+    moments: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in load_file(path / STATE_DIR / _TENSORS).items():
+        index, _, name = key.partition(".")
+        moments[int(index)][name] = value
+    return json.loads((path / STATE_DIR / _STATE).read_text()), dict(moments)
+
+
+def require_state(path: Path) -> None:
+    """Raise RunError if `path` has no trainer state."""
+    if not (path / STATE_DIR / _STATE).is_file():
+        raise RunError(f"{path} has no {STATE_DIR}/{_STATE}: it is a model, not a checkpoint of this trainer")

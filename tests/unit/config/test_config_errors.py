@@ -67,6 +67,13 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
     "no stage": (["stage1=null", "stage2=null"], ["no stage to run", "stage1, stage2 or both"]),
     "unknown periodic": (["evaluation.periodic=[a, c]"], ["'evaluation'", "['c']", "['a', 'b']"]),
     "benchmark twice": (["evaluation.benchmarks.1.name=a"], ["'evaluation'", "same name"]),
+    "ranks of one process": (["trainer.ranks=2"], ["'trainer'", "ranks above 1", "trainer.engine=deepspeed"]),
+    "offload of what is not cut": (
+        ["trainer={engine: deepspeed, zero_stage: 0, offload_optimizer: true}"],
+        ["'trainer'", "offload_optimizer", "zero_stage to 2 or 3"],
+    ),
+    "ZeRO 1": (["trainer.zero_stage=1"], ["'trainer.zero_stage'", "0, 2 or 3", "1"]),
+    "unknown trainer": (["trainer.engine=fsdp"], ["'trainer.engine'", "'deepspeed'", "'fsdp'"]),
     "template without question": (["prompt.template=solve it"], ["'prompt'", "{question} exactly once"]),
     "template with two": (["prompt.template='{question} {question}'"], ["'prompt'", "{question} exactly once"]),
 }

@@ -177,6 +177,9 @@ SAFE = [
     "stage2.checkpoint.keep_last=9",
     "verification.workers=7",
     "verification.max_failed_share=0.5",
+    "trainer={engine: deepspeed, ranks: 2, zero_stage: 3, offload_optimizer: true}",  # the last bits, as new hardware
+    "trainer.activation_checkpointing=true",
+    "trainer.step_timeout_s=60.0",
 ]
 UNSAFE = [
     "stage2.steps=3",  # fewer: published steps would be beyond the end

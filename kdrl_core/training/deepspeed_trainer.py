@@ -1,0 +1,186 @@
+"""The trainer on DeepSpeed: N ranks, processes of their own, started once and commanded step by step.
+
+Each rank goes through its share of the micro-batches, every loss divided by the global token count, so that the
+gradient is that of one process. Checkpoints are those of `TorchTrainer`: either trainer goes on from the other's, with
+any number of ranks and any ZeRO stage.
+
+An error in a rank, its death, or silence beyond the time limit is an EngineError, and ends all of them.
+"""
+
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdrl_core.config import TrainerConfig
+from kdrl_core.errors import EngineError
+from kdrl_core.training.batch import deal_batches, token_budget_batches
+from kdrl_core.training.losses import StepTotals, refuse_not_finite
+from kdrl_core.training.messages import RankWork, pack, ragged, share_of
+from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
+from kdrl_core.training.rank_group import RankGroup, Reply
+from kdrl_core.training.torch_trainer import require_state
+
+
+class DeepSpeedTrainer:
+    """`Trainer` over a model directory, with ranks that are processes of their own.
+
+    Args:
+        model: directory of the initial policy; every rank loads it once.
+        tokenizer: written beside exported weights.
+        config: engine, ranks, ZeRO stage, time limits.
+        folder: for the ranks' log and their key; made anew.
+        temperature, learning_rate, weight_decay, warmup_steps, max_grad_norm, micro_batch_tokens, seed: as
+            `TorchTrainer`; micro-batches are a rank's.
+        dtype: `bfloat16` for bfloat16 weights beside float32 masters (stage 0: autocast), or `float32`.
+        device: `cpu` or `cuda`.
+        num_threads: torch threads of a rank.
+        trust_remote_code: run code shipped with the model.
+
+    Raises:
+        EngineError: the ranks cannot be started, or are not ready in time.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        tokenizer: Any,
+        *,
+        config: TrainerConfig,
+        folder: Path,
+        temperature: float,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+        max_grad_norm: float,
+        micro_batch_tokens: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+        num_threads: int = 1,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._micro_batch_tokens = micro_batch_tokens
+        self._step = 0
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        settings = {
+            "model": str(model.resolve()),
+            "temperature": temperature,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "warmup_steps": warmup_steps,
+            "max_grad_norm": max_grad_norm,
+            "dtype": dtype,
+            "device": device,
+            "num_threads": num_threads,
+            "seed": seed,
+            "trust_remote_code": trust_remote_code,
+            "zero_stage": config.zero_stage,
+            "activation_checkpointing": config.activation_checkpointing,
+            "offload_optimizer": config.offload_optimizer,
+            "timeout_s": max(config.start_timeout_s, config.step_timeout_s),
+        }
+        self._ranks = RankGroup(
+            folder,
+            settings,
+            num_ranks=config.ranks,
+            hostfile=config.hostfile,
+            master_port=config.master_port,
+            environment={"DS_ACCELERATOR": device, "OMP_NUM_THREADS": str(num_threads)},
+            start_timeout_s=config.start_timeout_s,
+        )
+
+    @property
+    def step(self) -> int:
+        """Updates done so far."""
+        return self._step
+
+    def update(self, batch: UpdateBatch) -> StepStats:
+        """One optimiser step over all responses of `batch`.
+
+        Raises:
+            EngineError: loss or gradient norm is not finite, and nothing was changed; or a rank failed.
+        """
+        lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
+        batches = token_budget_batches(lengths, max_tokens=self._micro_batch_tokens)
+        dealt, num_idle = deal_batches(batches, ranks=self._config.ranks)
+        totals = StepTotals.of(batch)
+        shares = [
+            share_of(batch, passes, num_idle=idle, totals=totals) for passes, idle in zip(dealt, num_idle, strict=True)
+        ]
+        replies = self._ranks.ask(
+            [share.pack({"command": "update"}) for share in shares],
+            doing=f"update at step {self._step}",
+            timeout_s=self._config.step_timeout_s,
+        )
+        metrics = _sum_metrics(replies)
+        grad_norm = replies[0].header["grad_norm"]
+        refuse_not_finite(self._step, metrics, grad_norm)
+        self._step = replies[0].header["step"]
+        return StepStats(
+            metrics={
+                **metrics,
+                "optim/grad_norm": grad_norm,
+                "optim/learning_rate": replies[0].header["learning_rate"],
+            },
+            logprobs=_gather_logprobs(replies, shares, dealt, len(batch.sequences)),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write model directory and optimiser, scheduler and step to the folder `path`, as `TorchTrainer.save`."""
+        self._command("save", path)
+        self._tokenizer.save_pretrained(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a folder that a trainer's `save` wrote. Raises RunError if it has no trainer state."""
+        require_state(path)
+        self._step = self._command("load", path)
+
+    def export_hf(self, path: Path) -> None:
+        """Write weights, config, generation config, tokenizer and chat template to the folder `path`."""
+        self._command("export", path)
+        self._tokenizer.save_pretrained(path)
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._ranks.close()
+
+    def _command(self, command: str, path: Path) -> int:
+        """Have all ranks carry out a command; returns their step."""
+        message = pack({"command": command, "path": str(path.resolve())})
+        replies = self._ranks.ask(
+            [message] * self._config.ranks, doing=f"{command} {path}", timeout_s=self._config.step_timeout_s
+        )
+        steps = {reply.header["step"] for reply in replies}
+        if len(steps) > 1:
+            raise EngineError(f"{command} {path}: the ranks are at different steps {sorted(steps)}; resume the run")
+        return int(steps.pop())
+
+
+def _sum_metrics(replies: list[Reply]) -> dict[str, float]:
+    """Metrics of the step from those of its micro-batches, added in the order of one process."""
+    metrics: defaultdict[str, float] = defaultdict(float)
+    for micro_batches in zip(*(reply.header["metrics"] for reply in replies), strict=True):
+        for micro_batch in micro_batches:
+            for name, value in micro_batch.items():
+                metrics[name] += value
+    return dict(metrics)
+
+
+def _gather_logprobs(
+    replies: list[Reply], shares: list[RankWork], dealt: list[list[list[int]]], num_rows: int
+) -> list[Float32s]:
+    """Logprobs of every response, in the order of the batch."""
+    logprobs: list[Float32s] = [np.empty(0, np.float32)] * num_rows
+    for reply, share, passes in zip(replies, shares, dealt, strict=True):
+        real = passes[: len(passes) - share.num_idle]
+        rows = [row for part in real for row in part]
+        lengths = np.array([len(share.batch.sequences[index].token_ids) for index in range(len(rows))], np.int64)
+        for row, values in zip(rows, ragged(reply.arrays["logprobs"], lengths), strict=True):
+            logprobs[row] = values
+    return logprobs

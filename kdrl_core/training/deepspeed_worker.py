@@ -1,0 +1,297 @@
+"""One rank of a `DeepSpeedTrainer`: started by DeepSpeed's launcher, waits for commands and carries them out.
+
+Every rank gets the same commands in the same order. Between two of them it only waits, so a model is loaded once per
+stage. A thread reads the socket: when it closes, or the launcher dies, the rank ends at once, also out of a collective
+that would wait for ever.
+"""
+
+import ctypes
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kdrl_core.training.messages import Arrays, RankWork, pack, unpack
+from kdrl_core.training.rank_group import call_back
+
+if TYPE_CHECKING:
+    import torch
+
+_PR_SET_PDEATHSIG = 1
+
+Answer = tuple[dict[str, Any], Arrays]
+
+
+def main() -> int:
+    """Answer commands until the connection closes."""
+    with suppress(OSError, AttributeError):  # Linux alone knows it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program decides
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    os.environ["DS_ACCELERATOR"] = spec["settings"]["device"]  # launchers do not pass it on to other hosts
+    connection = call_back(spec)
+    commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, commands), daemon=True).start()
+    rank: _Rank | None = None
+    message = b""
+    while True:
+        try:
+            if rank is None:
+                rank = _Rank(spec["settings"])
+                header, arrays = rank.state()
+            else:
+                header, arrays = rank.answer(*unpack(message))
+            connection.send_bytes(pack(header, arrays))
+        except Exception as error:
+            told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            connection.send_bytes(pack(told))
+        message = commands.get()
+
+
+def _read(connection: Connection, commands: "queue.SimpleQueue[bytes]") -> None:
+    """Pass commands on; end the process when there can be no more."""
+    try:
+        while True:
+            commands.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+class _Rank:
+    """Model, engine and optimiser of one rank."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import deepspeed
+        import torch
+        from deepspeed.accelerator import get_accelerator
+
+        from kdrl_core.engines.models import load_model
+        from kdrl_core.training.logprobs import LogprobModel
+        from kdrl_core.training.zero_state import set_weights
+
+        self._settings = settings
+        self._is_bfloat16 = settings["dtype"] == "bfloat16"
+        self._step = 0
+        torch.set_num_threads(settings["num_threads"])
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=settings["timeout_s"]))
+        self._model = load_model(Path(settings["model"]), trust_remote_code=settings["trust_remote_code"]).train()
+        if settings["activation_checkpointing"]:
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        initial = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
+        optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
+        )
+        self._names = list(initial)
+        warmup_steps = settings["warmup_steps"]
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
+        )
+        self._optimizer = optimizer
+        vectors = max((p.numel() for p in self._model.parameters() if p.ndim == 1), default=0)
+        self._engine: Any = deepspeed.initialize(
+            model=LogprobModel(self._model, temperature=settings["temperature"]),
+            optimizer=optimizer,
+            config=engine_config(settings, whole_below=vectors + 1),
+        )[0]
+        self._device = torch.device(get_accelerator().current_device_name())
+        if self._is_mixed:
+            set_weights(self._engine, self._model, initial)  # not those that bfloat16 has rounded
+
+    @property
+    def _is_mixed(self) -> bool:
+        """Whether the model computes with bfloat16 weights; stage 0 has float32 weights and autocast."""
+        return self._is_bfloat16 and self._settings["zero_stage"] > 0
+
+    def state(self) -> Answer:
+        """The answer to a command without results."""
+        return {"step": self._step}, {}
+
+    def answer(self, header: dict[str, Any], arrays: Arrays) -> Answer:
+        """Carry out one command."""
+        commands: dict[str, Callable[[], Answer]] = {
+            "update": lambda: self._update(RankWork.unpack(header, arrays)),
+            "save": lambda: self._save(Path(header["path"])),
+            "export": lambda: self._export(Path(header["path"])),
+            "load": lambda: self._load(Path(header["path"])),
+        }
+        return commands[header["command"]]()
+
+    def _update(self, work: RankWork) -> Answer:
+        import torch
+
+        from kdrl_core.ledger.seeds import derive_seed
+
+        seed = derive_seed(self._settings["seed"], "update", self._step)
+        torch.manual_seed((seed + torch.distributed.get_rank()) % 2**63)
+        learning_rate = float(self._schedule.get_last_lr()[0])
+        metrics: list[dict[str, float]] = []
+        logprobs: list[Any] = [np.empty(0, np.float32)] * len(work.batch.sequences)
+        for index in range(len(work.passes)):
+            metrics.append(self._forward_backward(work, index, logprobs))
+        grad_norm = self._step_optimizer()
+        answer = {"metrics": metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "step": self._step}
+        return answer, {"logprobs": np.concatenate(logprobs)}
+
+    def _forward_backward(self, work: RankWork, index: int, logprobs: list[Any]) -> dict[str, float]:
+        """One micro-batch: gradients accumulate in the engine, logprobs in the list; returns metrics."""
+        import torch
+
+        from kdrl_core.training.batch import pad_sequences
+        from kdrl_core.training.losses import micro_batch_loss, micro_batch_statistics
+
+        batch, rows, engine = work.batch, work.passes[index], self._engine
+        is_idle = index >= len(work.passes) - work.num_idle
+        is_last = index == len(work.passes) - 1
+        engine.set_gradient_accumulation_boundary(is_last)
+        padded = pad_sequences([batch.sequences[row] for row in rows], device=self._device)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed):
+            statistics = micro_batch_statistics(engine, batch, rows, padded)
+        loss, found, own = micro_batch_loss(statistics, batch, rows, padded, work.totals)
+        metrics = {name: float(value) for name, value in found.items()}
+        # The engine takes the mean over ranks, where the loss is a sum.
+        scale = 0.0 if is_idle else float(torch.distributed.get_world_size())
+        if is_last and not self._agree(bool(np.isfinite(list(metrics.values())).all())):
+            scale = float("nan")  # the step is then refused by all ranks for its gradient
+        engine.backward(loss * scale, scale_wrt_gas=False)
+        if is_idle:
+            return {}
+        mask = padded.response_mask.bool().cpu()
+        for place, row in enumerate(rows):
+            logprobs[row] = own[place].cpu()[mask[place]].numpy()
+        return metrics
+
+    def _agree(self, is_fine: bool) -> bool:
+        """Whether all ranks say so."""
+        import torch
+
+        flag = torch.tensor(float(is_fine), device=self._device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def _step_optimizer(self) -> float:
+        """Clip and step, unless the gradient is not finite; returns its norm, which then is infinite or NaN."""
+        import torch
+
+        engine = self._engine
+        if self._settings["zero_stage"] == 0:
+            norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._settings["max_grad_norm"])
+            if not torch.isfinite(norm):
+                engine.zero_grad()
+                return float(norm)
+            engine.step()
+        else:
+            engine.step()
+            norm = engine.get_global_grad_norm()
+            if not engine.was_step_applied():
+                return float("nan")
+        self._schedule.step()
+        self._step += 1
+        return float(norm)
+
+    def _export(self, path: Path) -> Answer:
+        from kdrl_core.training.zero_state import full_weights
+
+        is_first = self._is_first()
+        weights = full_weights(self._engine, self._model, keep=is_first)
+        if is_first:
+            self._write_model(path, weights)
+        return self.state()
+
+    def _save(self, path: Path) -> Answer:
+        from kdrl_core.training.torch_trainer import write_state
+        from kdrl_core.training.zero_state import full_moments
+
+        self._export(path)
+        is_first = self._is_first()
+        moments = full_moments(self._engine, self._model, keep=is_first)
+        if is_first:
+            groups = [
+                {**{k: v for k, v in group.items() if k != "params"}, "params": list(range(len(self._names)))}
+                for group in self._optimizer.param_groups
+            ]
+            write_state(
+                path,
+                step=self._step,
+                moments={self._names.index(name): state for name, state in moments.items()},
+                param_groups=groups,
+                schedule=self._schedule.state_dict(),
+            )
+        return self.state()
+
+    def _load(self, path: Path) -> Answer:
+        from kdrl_core.engines.models import load_model
+        from kdrl_core.training.torch_trainer import read_state
+        from kdrl_core.training.zero_state import set_moments, set_weights
+
+        source = load_model(path, trust_remote_code=self._settings["trust_remote_code"])
+        weights = dict(source.named_parameters())
+        set_weights(self._engine, self._model, weights)
+        state, moments = read_state(path)
+        set_moments(self._engine, self._model, {self._names[index]: value for index, value in moments.items()})
+        for group, saved in zip(self._optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+        self._schedule.load_state_dict(state["schedule"])
+        self._step = state["step"]
+        return self.state()
+
+    def _write_model(self, path: Path, weights: "dict[str, torch.Tensor]") -> None:
+        """A model directory as the plain trainer writes it: a model of float32 weights without storage takes them."""
+        import copy
+
+        import torch
+
+        config = copy.deepcopy(self._model.config)
+        config.dtype = torch.float32
+        with torch.device("meta"):
+            shell = type(self._model)(config)
+        shell.load_state_dict(weights, strict=False, assign=True)
+        shell.tie_weights()
+        shell.generation_config = self._model.generation_config
+        shell.save_pretrained(path)
+
+    def _is_first(self) -> bool:
+        import torch
+
+        return int(torch.distributed.get_rank()) == 0
+
+
+def engine_config(settings: dict[str, Any], *, whole_below: int) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Args:
+        settings: of the worker.
+        whole_below: ZeRO-3 keeps parameters with fewer numbers on every rank.
+    """
+    stage = settings["zero_stage"]
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = whole_below
+    if settings["offload_optimizer"]:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": settings["device"] != "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # batches are cut by tokens, so this is only a formality
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings["max_grad_norm"] if stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": settings["dtype"] == "bfloat16" and stage > 0},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, for the same numbers with and without offload
+        "steps_per_print": None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

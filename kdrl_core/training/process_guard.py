@@ -1,0 +1,30 @@
+"""Runs a command in a process group that does not outlive the program which started it.
+
+Run as a file, with the pid of that program and the command: `python -I process_guard.py PID COMMAND…`, in a session of
+its own. It ends with the command's exit status. When the program is gone, however it died, the kernel is asked to kill
+the whole group, this guard included; no process in it has to cooperate.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+_POLL_S = 0.1
+
+
+def main() -> int:
+    """Start the command, and wait for it or for the program's end."""
+    program, command = int(sys.argv[1]), sys.argv[2:]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    while child.poll() is None:
+        if os.getppid() != program:
+            os.killpg(0, signal.SIGKILL)
+        time.sleep(_POLL_S)
+    code = child.returncode
+    return 128 - code if code < 0 else code  # as a shell tells of signals
+
+
+if __name__ == "__main__":
+    sys.exit(main())

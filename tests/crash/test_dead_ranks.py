@@ -1,0 +1,148 @@
+"""Ranks that die, fall silent, or cannot come up; and a program that dies before its ranks."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from parity.ranks import make_batch, needs_deepspeed, processes_of, rank_processes, ranks
+from tiny_run import open_tiny, rows, train
+
+from kdrl_core.config import resolve_path
+from kdrl_core.engines.models import load_tokenizer
+from kdrl_core.errors import EngineError
+from kdrl_core.steps.session import close_sessions
+
+pytestmark = needs_deepspeed
+
+_PROGRAM = """
+import os, time
+from pathlib import Path
+from kdrl_core.config import resolve_path
+from parity.ranks import ranks
+with ranks(resolve_path("builtin:miniature/student"), None, Path(os.environ["RANKS"])):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+STUDENT = resolve_path("builtin:miniature/student")
+
+
+def wait_until(is_so: Callable[[], bool], *, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        time.sleep(0.05)
+
+
+def test_a_killed_rank_ends_the_update_and_all_others(tmp_path: Path) -> None:
+    folder = tmp_path / "ranks"
+    with ranks(STUDENT, load_tokenizer(STUDENT), folder, zero_stage=3) as trainer:
+        trainer.update(make_batch(0))
+        assert (folder / "ranks.json").stat().st_mode & 0o077 == 0
+        first, second = sorted(rank_processes(folder), key=lambda process: int(process.environ()["RANK"]))
+        second.send_signal(signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match=rf"update at step 1: rank 1 \(pid {second.pid} .* signal SIGKILL, which"):
+            trainer.update(make_batch(1))
+        assert time.monotonic() - started < 15
+        assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
+        assert processes_of(folder) == []
+        with pytest.raises(EngineError, match="closed"):
+            trainer.save(tmp_path)
+
+
+def test_ranks_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
+    """One rank is stopped, and so could not end by itself."""
+    folder = tmp_path / "ranks"
+    program = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RANKS": str(folder)},
+    )
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        assert len(processes_of(folder)) == 4  # guard, launcher, ranks
+        rank_processes(folder)[0].suspend()
+    finally:
+        program.kill()
+        program.communicate()
+    wait_until(lambda: processes_of(folder) == [], within_s=10)
+
+
+def test_ranks_that_do_not_come_up_in_time(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with (
+        pytest.raises(EngineError, match=r"ranks \[0, 1\] of 2 did not call back in time; .* trainer.start_timeout_s"),
+        ranks(STUDENT, None, tmp_path / "ranks", start_timeout_s=0.5),
+    ):
+        pass
+    assert time.monotonic() - started < 5
+    assert processes_of(tmp_path / "ranks") == []
+
+
+def test_a_run_whose_trainer_is_deepspeed(artifacts: Path, fast_sessions: None) -> None:
+    """Trained here by one process, there by two ranks from its checkpoint on: the trainer may change on resume."""
+    name, last = "ranks", ["stage1=null", "stage2.steps=3"]
+    run = open_tiny(artifacts, name, last)
+    train(run, until=("stage2", 2))
+    changed = ["trainer.engine=deepspeed", "trainer.ranks=2", "trainer.zero_stage=3", "trainer.start_timeout_s=300"]
+    run = open_tiny(artifacts, name, [*last, *changed])
+    train(run)
+    close_sessions()
+    assert not run.paths.scratch.exists()
+    found = rows(run.paths.metrics("stage2"))
+    assert [row["step"] for row in found] == [0, 1, 2]
+    assert all(row["engine/logprob_gap_max"] < 1e-4 for row in found)
+    assert (run.paths.checkpoint("stage2", 3) / "trainer" / "state.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_silent_rank_is_given_up(tmp_path: Path) -> None:
+    folder = tmp_path / "ranks"
+    with ranks(STUDENT, None, folder, step_timeout_s=3.0) as trainer:
+        rank_processes(folder)[0].suspend()
+        started = time.monotonic()
+        with pytest.raises(EngineError, match=r"gave no answer within 3 s; raise trainer.step_timeout_s"):
+            trainer.update(make_batch(0))
+        assert time.monotonic() - started < 6
+        assert processes_of(folder) == []
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "ranks"
+    with ranks(STUDENT, None, folder) as trainer:
+        launcher = rank_processes(folder)[0].parent()
+        assert launcher is not None
+        launcher.kill()
+        with pytest.raises(EngineError, match=r"rank \d .* ended with signal SIGKILL"):
+            trainer.update(make_batch(0))
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(EngineError, match=rf"(?s)start: rank 0 .* failed: .*{port}.*(EADDRINUSE|already in use)"),
+            ranks(STUDENT, None, tmp_path / "ranks", master_port=port),
+        ):
+            pass
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with (
+        pytest.raises(EngineError, match=r"start: rank \d .* failed: ModelError: .*nowhere"),
+        ranks(tmp_path / "nowhere", None, tmp_path / "ranks"),
+    ):
+        pass

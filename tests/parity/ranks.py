@@ -1,0 +1,143 @@
+"""DeepSpeed trainers beside the plain one, and batches with every term of the loss."""
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from kdrl_core.config import TrainerConfig
+from kdrl_core.engines.models import load_model
+from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
+from kdrl_core.training.protocols import StepStats, TopKTeacher, Trainer, UpdateBatch
+from kdrl_core.training.rank_group import WORKER
+from kdrl_core.training.torch_trainer import TorchTrainer
+from kdrl_core.types import ScoreRequest
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed: pip install -e .[deepspeed]"
+)
+
+OPTIONS: dict[str, Any] = {
+    "temperature": 0.7,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "warmup_steps": 2,
+    "max_grad_norm": 0.5,
+    "micro_batch_tokens": 90,
+    "seed": 3,
+}
+VOCABULARY = 20
+
+
+def make_batch(
+    seed: int, *, num_groups: int = 4, group_size: int = 3, unknown_token_in: int | None = None
+) -> UpdateBatch:
+    """Ragged random responses with advantages, a KD mask, a teacher, a reference policy and the entropy bonus.
+
+    One of them may hold a token that no model has.
+    """
+    rng = np.random.default_rng(seed)
+    count = num_groups * group_size
+    sequences = [
+        ScoreRequest(
+            prompt_token_ids=rng.integers(2, VOCABULARY, rng.integers(2, 12)).tolist(),
+            token_ids=rng.integers(2, VOCABULARY, rng.integers(1, 25)).tolist(),
+        )
+        for _ in range(count)
+    ]
+    if unknown_token_in is not None:
+        sequence = sequences[unknown_token_in]
+        sequences[unknown_token_in] = replace(sequence, token_ids=[10**6, *sequence.token_ids[1:]])
+    return UpdateBatch(
+        sequences=sequences,
+        advantages=rng.normal(size=count).astype(np.float32).tolist(),
+        kd_weights=[float(row % 3 != 0) for row in range(count)],
+        teacher_logprobs=[rng.normal(-2.0, 0.5, len(s.token_ids)).astype(np.float32) for s in sequences],
+        ref_logprobs=[rng.normal(-2.0, 0.5, len(s.token_ids)).astype(np.float32) for s in sequences],
+        beta=0.05,
+        ref_beta=0.01,
+        entropy_coef=0.01,
+        group_size=group_size,
+    )
+
+
+def with_topk(batch: UpdateBatch, k: int = 3) -> UpdateBatch:
+    """The same with the Top-K loss, the mean group by group and importance weights."""
+    rng = np.random.default_rng(k)
+    lengths = [len(s.token_ids) for s in batch.sequences]
+    ids = [np.stack([rng.permutation(VOCABULARY)[:k] for _ in range(n)]).astype(np.int32) for n in lengths]
+    logprobs = [np.log(rng.dirichlet(np.ones(k + 1), n)[:, :k]).astype(np.float32) for n in lengths]
+    return replace(
+        batch,
+        kl_estimator="topk",
+        topk=TopKTeacher(token_ids=ids, logprobs=logprobs, floor=-12.0),
+        aggregation="group_mean",
+        rollout_logprobs=batch.ref_logprobs,
+        tis_cap=2.0,
+    )
+
+
+def plain_trainer(model: Path, tokenizer: Any, **options: Any) -> TorchTrainer:
+    return TorchTrainer(load_model(model), tokenizer, **{**OPTIONS, **options})
+
+
+@contextmanager
+def ranks(
+    model: Path, tokenizer: Any, folder: Path, *, dtype: str = "float32", **config: Any
+) -> Iterator[DeepSpeedTrainer]:
+    """A trainer whose ranks end with the block; none may be left of them."""
+    values = {"ranks": 2, "zero_stage": 2, "start_timeout_s": 300.0, "step_timeout_s": 60.0, **config}
+    trainer = DeepSpeedTrainer(
+        model, tokenizer, config=TrainerConfig(engine="deepspeed", **values), folder=folder, dtype=dtype, **OPTIONS
+    )
+    try:
+        yield trainer
+    finally:
+        trainer.close()
+        assert processes_of(folder) == []
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Guard, launcher and ranks of a group."""
+    return [p for p in _processes() if any(str(folder) in part for part in p.info["cmdline"] or ())]
+
+
+def rank_processes(folder: Path) -> list[psutil.Process]:
+    """The ranks alone."""
+    found = [p for p in processes_of(folder) if p.info["cmdline"][-2:-1] == [WORKER]]
+    return [p for p in found if "deepspeed.launcher.launch" not in p.info["cmdline"]]
+
+
+def _processes() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline", "status"]) if p.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def train(trainer: Trainer, batches: Sequence[UpdateBatch]) -> list[StepStats]:
+    return [trainer.update(batch) for batch in batches]
+
+
+def gaps(actual: Sequence[StepStats], expected: Sequence[StepStats]) -> dict[str, float]:
+    """Largest differences over all steps, relative to values beyond 1: loss, gradient norm, any metric, logprobs."""
+
+    assert all(a.metrics.keys() == e.metrics.keys() for a, e in zip(actual, expected, strict=True))
+    largest: defaultdict[str, float] = defaultdict(float)
+    for ours, theirs in zip(actual, expected, strict=True):
+        for name, value in theirs.metrics.items():
+            largest[name] = max(largest[name], abs(ours.metrics[name] - value) / max(1.0, abs(value)))
+    return {
+        "loss": largest["loss/total"],
+        "grad_norm": largest["optim/grad_norm"],
+        "metrics": max(largest.values()),
+        "logprobs": max(
+            float(np.max(np.abs(ours - theirs) / np.maximum(1.0, np.abs(theirs))))
+            for a, e in zip(actual, expected, strict=True)
+            for ours, theirs in zip(a.logprobs, e.logprobs, strict=True)
+        ),
+    }
