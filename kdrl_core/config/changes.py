@@ -18,12 +18,15 @@ SAFE_FIELDS = (
     "teacher.server.retry_for_s",
     "teacher.server.first_pause_s",
     "teacher.server.concurrency",
+    "rollout.server.*",
+    "rollout.sync_tolerance",
+    "vllm.*",
     "trainer.*",
 )
 """Fields that change no published result, so that a run goes on with their new values.
 
-Those of `trainer` change the last bits of updates to come, by the order of sums, as new hardware does: a stage must be
-able to go on with the ranks that there are. Checkpoints are the same for every trainer."""
+Those of `vllm` and `trainer` change the last bits of updates to come, by the order of sums, as new hardware does: a
+stage must be able to go on with the ranks that there are. Checkpoints are the same for every trainer."""
 
 MORE_IS_SAFE = ("stage?.steps",)
 """Numbers that may grow (as long as no later stage has begun)."""

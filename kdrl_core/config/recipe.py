@@ -38,14 +38,11 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(False, description="run code shipped with the model; off unless you trust it")
 
 
-class ServerConfig(_Section):
-    """Servers that score with the teacher's weights in place of this process: `vllm serve`, or what speaks its API."""
+class ServersConfig(_Section):
+    """Servers of one model that share its work: `kdrl serve`, or what speaks vLLM's API."""
 
     urls: list[str] = Field(min_length=1, description="of each server, up to and with /v1: http://127.0.0.1:8000/v1")
     model: str | None = Field(None, description="name under which they serve it; null: the only one that they serve")
-    temperature: float = Field(
-        1.0, gt=0.0, le=10.0, description="baked into the served weights (kdrl bake-teacher); has to be the stage's"
-    )
     api_key: str | None = Field(None, description="where the key is, env:NAME or block:NAME (Prefect); never the key")
     timeout_s: float = Field(600.0, gt=0.0, description="of one request")
     retry_for_s: float = Field(600.0, ge=0.0, description="faults that may pass are tried again for so long")
@@ -81,9 +78,18 @@ class ServerConfig(_Section):
         return reference
 
 
+class ServerConfig(ServersConfig):
+    """Servers that score with the teacher's weights in place of this process."""
+
+    temperature: float = Field(
+        1.0, gt=0.0, le=10.0, description="baked into the served weights (kdrl bake-teacher); has to be the stage's"
+    )
+
+
 class TeacherConfig(ModelConfig):
     """The teacher: a model directory, which is loaded here unless servers score in its place."""
 
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what scores where it is loaded here")
     server: ServerConfig | None = Field(None, description="servers of its weights; path then gives its tokenizer")
 
 
@@ -324,6 +330,36 @@ class EvaluationConfig(_Section):
         return self
 
 
+class RolloutConfig(_Section):
+    """What samples responses."""
+
+    engine: Literal["transformers", "vllm", "server"] = Field(
+        "transformers", description="in this process: transformers, vllm; replicas of vLLM that `server` lists: server"
+    )
+    server: ServersConfig | None = Field(None, description="replicas that see the run's folder (kdrl serve)")
+    sync_tolerance: float = Field(
+        0.05, gt=0.0, description="mean gap of engine and trainer on a probe after a weight sync, in nats"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.engine == "server") != (self.server is not None):
+            raise ValueError(
+                "engine=server and server.urls belong together; set both, or neither: "
+                "rollout.engine=server rollout.server.urls=['http://127.0.0.1:8000/v1']"
+            )
+        return self
+
+
+class VLLMConfig(_Section):
+    """Of each vLLM engine in this process, of rollouts and of the teacher."""
+
+    max_num_seqs: Positive = Field(256, description="responses in flight")
+    kv_cache_gb: float | None = Field(None, gt=0.0, description="GiB of key-value cache; null: vLLM decides")
+    gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of the GPU, weights and cache")
+    tensor_parallel: Positive = Field(1, description="GPUs that share one engine")
+
+
 class RuntimeConfig(_Section):
     """Where the models run. Numbers here do not change the method."""
 
@@ -375,6 +411,8 @@ class Recipe(_Section):
     verification: VerificationConfig = VerificationConfig()
     evaluation: EvaluationConfig
     runtime: RuntimeConfig = RuntimeConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    vllm: VLLMConfig = VLLMConfig()
     trainer: TrainerConfig = TrainerConfig()
 
     def stage(self, name: str) -> StageConfig:

@@ -71,12 +71,19 @@ class HTTPRolloutEngine:
         self._incarnations.clear()
         self._pool.each(f"loading {checkpoint_dir}", self._bring_up_to_date)
 
-    def generate(self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        on_finished: OnFinished | None = None,
+        max_response_tokens: int | None = None,
+    ) -> list[Rollout]:
         """One response per request, in order.
 
         Raises:
             EngineError: a request is given up, or replicas are started anew again and again.
         """
+        limit = min(max_response_tokens or self._max_response_tokens, self._max_response_tokens)
         told = threading.Lock()
 
         def hear(rollout: Rollout) -> None:
@@ -88,7 +95,7 @@ class HTTPRolloutEngine:
         missing = list(range(len(requests)))
         for round_ in range(_MAX_ROUNDS):
             heard = hear if round_ == 0 else None  # each response once
-            asked = [(f"response {row}", partial(self._sample, requests[row], heard)) for row in missing]
+            asked = [(f"response {row}", partial(self._sample, requests[row], limit, heard)) for row in missing]
             found = dict(zip(missing, self._pool.ask_all(asked), strict=True))
             current = self._confirmed()
             rollouts.update({row: rollout for row, (rollout, _, _) in found.items()})
@@ -101,16 +108,22 @@ class HTTPRolloutEngine:
             "logs, then resume the run"
         )
 
+    def rebuild(self, checkpoint_dir: Path) -> None:
+        """Have every replica load the weights once more: kdrl does not start them. Raises as `load_weights`."""
+        self.load_weights(checkpoint_dir)
+
     def close(self) -> None:
         """Let go of the connections."""
         self._pool.close()
 
-    def _sample(self, request: RolloutRequest, heard: Callable[[Rollout], None] | None, server: Server) -> Sampled:
+    def _sample(
+        self, request: RolloutRequest, limit: int, heard: Callable[[Rollout], None] | None, server: Server
+    ) -> Sampled:
         incarnation = self._bring_up_to_date(server)
         body = {
             "model": self._pool.model,
             "prompt": request.prompt_token_ids,
-            "max_tokens": self._max_response_tokens,
+            "max_tokens": limit,
             "temperature": self._temperature,
             "seed": request.seed % _MAX_SEED,
             "stop_token_ids": self._stop_ids,

@@ -29,12 +29,26 @@ class TopKScore:
 class RolloutEngine(Protocol):
     """Samples responses from the current policy."""
 
-    def generate(self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None) -> list[Rollout]:
-        """One response per request, in the order of the requests; `on_finished` hears each once it is finished."""
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        on_finished: OnFinished | None = None,
+        max_response_tokens: int | None = None,
+    ) -> list[Rollout]:
+        """One response per request, in the order of the requests; `on_finished` hears each once it is finished.
+
+        Args:
+            max_response_tokens: fewer than the engine's own limit; None: that one.
+        """
         ...
 
     def load_weights(self, checkpoint_dir: Path) -> None:
         """Take the weights of a Hugging Face model directory of the same architecture."""
+        ...
+
+    def close(self) -> None:
+        """Let go of memory, processes and connections."""
         ...
 
 
@@ -47,4 +61,8 @@ class TeacherScorer(Protocol):
 
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
         """As `score`, with the k likeliest tokens at every position; ids that the tokenizer does not know left out."""
+        ...
+
+    def close(self) -> None:
+        """Let go of memory and connections."""
         ...

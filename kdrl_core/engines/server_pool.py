@@ -25,7 +25,7 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from kdrl_core.config.recipe import ServerConfig
+from kdrl_core.config.recipe import ServersConfig
 from kdrl_core.engines.served_answers import TransientError
 from kdrl_core.errors import EngineError
 from kdrl_core.secrets import resolve_secret
@@ -78,10 +78,10 @@ class ServedModel:
     """Requests in flight, over all servers."""
 
 
-def served_model(config: ServerConfig) -> ServedModel:
+def served_model(config: ServersConfig) -> ServedModel:
     """What a recipe says of servers, with the key that it names. Raises SecretError without that."""
     key = None if config.api_key is None else resolve_secret(config.api_key)
-    return ServedModel(**{**config.model_dump(exclude={"temperature"}), "api_key": key})
+    return ServedModel(**{**config.model_dump(include=set(ServersConfig.model_fields)), "api_key": key})
 
 
 class ServerPool:

@@ -56,18 +56,29 @@ class TransformersRolloutEngine:
         """Take the weights of a checkpoint. Raises ModelError if they do not fit."""
         load_weights_into(self._model, checkpoint_dir)
 
-    def generate(self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        on_finished: OnFinished | None = None,
+        max_response_tokens: int | None = None,
+    ) -> list[Rollout]:
         """One response per request, in order. Raises EngineError if the model's logits are not finite."""
+        limit = min(max_response_tokens or self._max_response_tokens, self._max_response_tokens)
         rollouts: list[Rollout] = []
         for start in range(0, len(requests), self._batch_size):
-            rollouts += self._generate_batch(requests[start : start + self._batch_size], on_finished)
+            rollouts += self._generate_batch(requests[start : start + self._batch_size], on_finished, limit)
         return rollouts
 
+    def close(self) -> None:
+        """Nothing: the model goes with the engine."""
+
     @torch.inference_mode()
-    def _generate_batch(self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None) -> list[Rollout]:
+    def _generate_batch(
+        self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None, limit: int
+    ) -> list[Rollout]:
         device = self._model.device
         logits, cache, lengths, padding = self._prefill(requests)
-        limit = self._max_response_tokens
         draws = torch.from_numpy(np.stack([uniforms(request.seed, limit) for request in requests])).to(device)
         tokens = torch.zeros(len(requests), limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(requests), limit, device=device)

@@ -68,6 +68,9 @@ class TransformersScorer:
         _refuse_not_finite([score.logprobs for score in ordered])
         return ordered
 
+    def close(self) -> None:
+        """Nothing: the model goes with the scorer."""
+
     def _batches(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[int], PaddedBatch]]:
         """Rows and their padded batch, batch by batch."""
         lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in requests]

@@ -15,12 +15,13 @@ def generate_and_verify(
     *,
     think_opened: bool,
     on_finished: OnFinished | None = None,
+    max_response_tokens: int | None = None,
 ) -> tuple[list[Rollout], list[Verdict]]:
     """One response and one verdict per request, in order; accuracy alone counts (``require_format=False``).
 
     Args:
         ground_truths: by `prompt_id`.
-        on_finished: as `RolloutEngine.generate` takes it.
+        on_finished, max_response_tokens: as `RolloutEngine.generate` takes them.
     """
 
     def items(rollouts: Sequence[Rollout]) -> list[tuple[str, str]]:
@@ -31,6 +32,6 @@ def generate_and_verify(
         if on_finished is not None:
             on_finished(rollouts)
 
-    rollouts = engine.generate(requests, on_finished=finished)
+    rollouts = engine.generate(requests, on_finished=finished, max_response_tokens=max_response_tokens)
     verdicts = verifier.verify_batch(items(rollouts), require_format=False, think_opened=think_opened)
     return rollouts, verdicts

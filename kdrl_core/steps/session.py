@@ -9,19 +9,20 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import ModelConfig, StageConfig
 from kdrl_core.data import think_opened
+from kdrl_core.engines.from_recipe import EngineName, local_scorer, rollout_engine
 from kdrl_core.engines.http_scorer import HTTPScorer
-from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
+from kdrl_core.engines.models import load_model, load_tokenizer
 from kdrl_core.engines.prepare import prepared_model
+from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.server_pool import served_model
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.sync import PROBE_RESPONSES, RebuildableEngine, SyncReport, sync_weights
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, is_published, open_run_dir, verify_own, verify_published
 from kdrl_core.rollouts.schema import read_table
@@ -29,7 +30,7 @@ from kdrl_core.steps.checkpoints import latest_checkpoint
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import Trainer
 from kdrl_core.training.torch_trainer import TorchTrainer
-from kdrl_core.types import Rollout
+from kdrl_core.types import Rollout, RolloutRequest
 from kdrl_core.verify import VerdictOptions, Verifier
 
 
@@ -44,11 +45,12 @@ class StageSession:
         self.config: StageConfig = run.recipe.stage(stage)
         self._lock = threading.RLock()
         self._trainer: Trainer | None = None
-        self._engine: TransformersRolloutEngine | None = None
+        self._engine: RolloutEngine | None = None
         self._engine_version = -1
-        self._teacher_engine: TransformersRolloutEngine | None = None
+        self.last_sync: SyncReport | None = None
+        self._teacher_engine: RolloutEngine | None = None
         self._dataset: pa.Table | None = None
-        self._scorers: dict[str, TransformersScorer | HTTPScorer] = {}
+        self._scorers: dict[str, TeacherScorer] = {}
         self._verifier: Verifier | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
         torch.set_num_threads(run.recipe.runtime.num_threads)
@@ -100,19 +102,36 @@ class StageSession:
                 )
             return self._trainer
 
-    def engine_at(self, step: int) -> TransformersRolloutEngine:
-        """The rollout engine with the weights of the policy after `step` updates."""
+    def engine_at(self, step: int, requests: Sequence[RolloutRequest]) -> RolloutEngine:
+        """The rollout engine with the weights of the policy after `step` updates.
+
+        An engine that has weights of its own is synced and proved on the first of the step's `requests`; what that
+        showed is `last_sync`.
+
+        Raises:
+            EngineError: it cannot be started, or does not sample with the trainer's probabilities.
+        """
         with self._lock:
             if self._engine is None:
                 self._check_servers()
-                self._engine = self._sampler(self.initial_policy, self.run.recipe.student)
-                self._engine_version = 0
+                self._engine = self._rollout_engine(self.initial_policy, self.run.recipe.student)
+                self._engine_version = 0 if self.run.recipe.rollout.engine == "transformers" else -1
             if self._engine_version != step:
-                self._engine.load_weights(self._weights_at(step))
+                weights = self._weights_at(step)
+                if self.run.recipe.rollout.engine == "transformers":
+                    self._engine.load_weights(weights)
+                else:
+                    self.last_sync = sync_weights(
+                        cast(RebuildableEngine, self._engine),
+                        weights,
+                        requests[:PROBE_RESPONSES],
+                        self.trainer_at(step).score,
+                        tolerance=self.run.recipe.rollout.sync_tolerance,
+                    )
                 self._engine_version = step
             return self._engine
 
-    def scorer(self, role: str) -> TransformersScorer | HTTPScorer:
+    def scorer(self, role: str) -> TeacherScorer:
         """The frozen model of a role, `teacher` or `reference`, at the student's temperature.
 
         Raises:
@@ -125,7 +144,7 @@ class StageSession:
                     self._scorers[role] = HTTPScorer(
                         served_model(teacher.server),
                         num_tokens=len(self.tokenizer),
-                        max_tokens=self.config.max_prompt_tokens + self.config.max_response_tokens,
+                        max_tokens=self._max_tokens,
                     )
                 else:
                     self._scorers[role] = self._local_scorer(role)
@@ -137,28 +156,44 @@ class StageSession:
         if self.config.scores_teacher and teacher is not None and teacher.server is not None:
             self.scorer("teacher")
 
-    def _local_scorer(self, role: str) -> TransformersScorer:
+    @property
+    def _max_tokens(self) -> int:
+        """Of the longest prompt and response together."""
+        return self.config.max_prompt_tokens + self.config.max_response_tokens
+
+    def _local_scorer(self, role: str) -> TeacherScorer:
         recipe = self.run.recipe
-        if role == "teacher":
-            assert recipe.teacher is not None  # the recipe was validated
-            model = self._load(prepared_model(recipe.teacher, self.run.paths.root), recipe.teacher)
-        else:
-            model = self._load(self.initial_policy, recipe.student)
-        return TransformersScorer(
-            model,
+        limits = {"max_tokens": self._max_tokens, "num_tokens": len(self.tokenizer)}
+        if role == "reference":
+            engine: Literal["transformers", "vllm"] = "vllm" if recipe.rollout.engine == "vllm" else "transformers"
+            return local_scorer(
+                recipe,
+                self.initial_policy,
+                recipe.student,
+                engine=engine,
+                temperature=self.config.temperature,
+                **limits,
+            )
+        assert recipe.teacher is not None  # the recipe was validated
+        return local_scorer(
+            recipe,
+            prepared_model(recipe.teacher, self.run.paths.root),
+            recipe.teacher,
+            engine=recipe.teacher.engine,
             temperature=self.config.temperature,
-            batch_tokens=recipe.runtime.score_batch_tokens,
-            num_tokens=len(self.tokenizer),
+            max_topk=self.config.topk.k if self.config.needs_topk else 0,
+            **limits,
         )
 
     @property
-    def teacher_engine(self) -> TransformersRolloutEngine:
+    def teacher_engine(self) -> RolloutEngine:
         """The teacher as a sampler, for SFT, at the stage's temperature and response limit."""
         with self._lock:
             if self._teacher_engine is None:
                 teacher = self.run.recipe.teacher
                 assert teacher is not None  # the recipe was validated
-                self._teacher_engine = self._sampler(prepared_model(teacher, self.run.paths.root), teacher)
+                model = prepared_model(teacher, self.run.paths.root)
+                self._teacher_engine = self._rollout_engine(model, teacher, engine=teacher.engine)
             return self._teacher_engine
 
     @property
@@ -169,6 +204,8 @@ class StageSession:
         """
         with self._lock:
             if self._dataset is None:
+                if self._teacher_engine is not None:
+                    self._teacher_engine.close()
                 self._teacher_engine = None
                 path = self.run.paths.sft_dataset(self.stage)
                 verify_published(path)
@@ -203,29 +240,24 @@ class StageSession:
         with self._lock:
             if self._verifier is not None:
                 self._verifier.close()
-            if self._trainer is not None:
-                self._trainer.close()
+            for engine in (self._trainer, self._engine, self._teacher_engine, *self._scorers.values()):
+                if engine is not None:
+                    engine.close()
             self._verifier = self._trainer = self._engine = self._teacher_engine = self._dataset = None
-            for scorer in self._scorers.values():
-                if isinstance(scorer, HTTPScorer):
-                    scorer.close()
             self._scorers.clear()
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
 
-    def _sampler(self, path: Path, config: ModelConfig) -> TransformersRolloutEngine:
-        model = self._load(path, config)
-        return TransformersRolloutEngine(
+    def _rollout_engine(self, model: Path, config: ModelConfig, *, engine: EngineName | None = None) -> RolloutEngine:
+        return rollout_engine(
+            self.run.recipe,
             model,
+            config,
             self.tokenizer,
-            stop_ids=stop_token_ids(model, self.tokenizer),
             temperature=self.config.temperature,
+            max_prompt_tokens=self.config.max_prompt_tokens,
             max_response_tokens=self.config.max_response_tokens,
-            batch_size=self.run.recipe.runtime.rollout_batch_size,
+            engine=engine,
         )
-
-    def _load(self, path: Path, config: ModelConfig) -> Any:
-        runtime = self.run.recipe.runtime
-        return load_model(path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=config.trust_remote_code)
 
     def _restore_trainer(self) -> Trainer:
         trainer = self._make_trainer()

@@ -55,7 +55,13 @@ def update_step(session: StageSession, step: int) -> StepSummary:
     seconds = time.perf_counter() - started
     made = StepRecord(
         table=_update_table(rollouts, batch, stats, config),
-        metrics={**response_metrics(rollouts, rewards), **stats.metrics, "beta": beta, **_gap(rollouts, stats)},
+        metrics={
+            **response_metrics(rollouts, rewards),
+            **stats.metrics,
+            "beta": beta,
+            **_gap(rollouts, stats),
+            **_sync(run, stage, step),
+        },
         timings=_timings(run, stage, step, seconds, int(sum(rollouts["length"].to_pylist()))),
     )
     return end_step(session, step, made, inputs=inputs)
@@ -136,6 +142,12 @@ def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
     return {"engine/logprob_gap_mean": float(difference.mean()), "engine/logprob_gap_max": float(difference.max())}
 
 
+def _sync(run: Run, stage: str, step: int) -> dict[str, float]:
+    """What the weight sync before the step's rollouts showed; nothing of an engine that has none."""
+    sync = manifest_of(run.paths.rollouts(stage, step)).metadata.get("sync")
+    return {f"sync/{name}": float(sync[name]) for name in ("gap_mean", "gap_max", "rebuilt")} if sync else {}
+
+
 def _timings(run: Run, stage: str, step: int, update_s: float, tokens: int) -> dict[str, float]:
     files = {
         "time/rollout_s": run.paths.rollouts(stage, step),
@@ -147,6 +159,8 @@ def _timings(run: Run, stage: str, step: int, update_s: float, tokens: int) -> d
     timings = {name: float(facts[name]["seconds"]) if name in facts else 0.0 for name in files}
     timings["time/verify_hidden_s"] = float(facts["time/verify_s"].get("hidden_seconds", 0.0))
     timings["time/update_s"] = update_s
+    if sync := facts["time/rollout_s"].get("sync"):
+        timings["sync/seconds"] = float(sync["seconds"])
     timings["throughput/rollout_tokens_per_s"] = tokens / max(timings["time/rollout_s"], 1e-9)
     return timings
 

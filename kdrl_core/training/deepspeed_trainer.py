@@ -9,6 +9,7 @@ An error in a rank, its death, or silence beyond the time limit is an EngineErro
 
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kdrl_core.training.messages import RankWork, pack, ragged, share_of
 from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
 from kdrl_core.training.rank_group import RankGroup, Reply
 from kdrl_core.training.torch_trainer import require_state
+from kdrl_core.types import ScoreRequest
 
 
 class DeepSpeedTrainer:
@@ -130,6 +132,19 @@ class DeepSpeedTrainer:
             },
             logprobs=_gather_logprobs(replies, shares, dealt, len(batch.sequences)),
         )
+
+    def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
+        """Logprobs [len(token_ids)] per sequence; every rank goes through all of them."""
+        zeros = [0.0] * len(sequences)
+        batch = UpdateBatch(sequences=sequences, advantages=zeros, kd_weights=zeros)
+        work = RankWork(batch=batch, passes=[range(len(sequences))], num_idle=0, totals=StepTotals.of(batch))
+        replies = self._ranks.ask(
+            [work.pack({"command": "score"})] * self._config.ranks,
+            doing=f"scoring at step {self._step}",
+            timeout_s=self._config.step_timeout_s,
+        )
+        lengths = np.array([len(each.token_ids) for each in sequences], np.int64)
+        return list(ragged(replies[0].arrays["logprobs"], lengths))
 
     def save(self, path: Path) -> None:
         """Write model directory and optimiser, scheduler and step to the folder `path`, as `TorchTrainer.save`."""

@@ -122,6 +122,7 @@ class _Rank:
         """Carry out one command."""
         commands: dict[str, Callable[[], Answer]] = {
             "update": lambda: self._update(RankWork.unpack(header, arrays)),
+            "score": lambda: self._score(RankWork.unpack(header, arrays)),
             "save": lambda: self._save(Path(header["path"])),
             "export": lambda: self._export(Path(header["path"])),
             "load": lambda: self._load(Path(header["path"])),
@@ -171,6 +172,22 @@ class _Rank:
         for place, row in enumerate(rows):
             logprobs[row] = own[place].cpu()[mask[place]].numpy()
         return metrics
+
+    def _score(self, work: RankWork) -> Answer:
+        import torch
+
+        from kdrl_core.training.batch import pad_sequences
+
+        padded = pad_sequences(work.batch.sequences, device=self._device)
+        self._engine.eval()
+        with (
+            torch.no_grad(),
+            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed),
+        ):
+            logprobs = self._engine(padded).logprobs
+        self._engine.train()
+        found = logprobs.cpu()[padded.response_mask.bool().cpu()].numpy()
+        return {"step": self._step}, {"logprobs": found}
 
     def _agree(self, is_fine: bool) -> bool:
         """Whether all ranks say so."""

@@ -83,6 +83,10 @@ class Trainer(Protocol):
         """One optimiser step."""
         ...
 
+    def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
+        """Logprobs of response tokens under the policy as it is, [len(token_ids)] each, in one forward pass."""
+        ...
+
     def save(self, path: Path) -> None:
         """Write weights and trainer state to an existing empty folder."""
         ...

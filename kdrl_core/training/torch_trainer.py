@@ -6,7 +6,7 @@ does not depend on how the step is cut.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from kdrl_core.training.batch import pad_sequences, token_budget_batches
 from kdrl_core.training.logprobs import LogprobModel
 from kdrl_core.training.losses import StepTotals, micro_batch_loss, micro_batch_statistics, refuse_not_finite
 from kdrl_core.training.protocols import STATE_DIR, Float32s, StepStats, UpdateBatch
+from kdrl_core.types import ScoreRequest
 
 _TENSORS = "optimizer.safetensors"
 _STATE = "state.json"
@@ -111,6 +112,18 @@ class TorchTrainer:
         return StepStats(
             metrics={**metrics, "optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate}, logprobs=logprobs
         )
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
+        """Logprobs [len(token_ids)] per sequence, in one forward pass."""
+        self._model.eval()
+        padded = pad_sequences(sequences, device=self._model.device)
+        with torch.autocast(
+            self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
+        ):
+            logprobs = self._logprobs(padded).logprobs.cpu().numpy()
+        self._model.train()
+        return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
     def save(self, path: Path) -> None:
         """Write model directory and optimiser, scheduler and step to the folder `path`.

@@ -225,7 +225,7 @@ def test_sessions_close_without_a_trace(tmp_path: Path) -> None:
     session = stage_session(run.paths.root, "stage2")
     for step in range(2):
         train_step(run, "stage2", step)
-    session.engine_at(2)
+    session.engine_at(2, [])
     assert list(run.paths.scratch.glob("policy-*"))
     close_sessions()
     assert not run.paths.scratch.exists()

@@ -1,0 +1,122 @@
+"""The engine that a recipe asks for: what samples responses, and what scores them where no server does."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from kdrl_core.config import ModelConfig, Recipe
+from kdrl_core.engines.models import load_model, stop_token_ids
+from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
+from kdrl_core.engines.server_pool import served_model
+
+EngineName = Literal["transformers", "vllm", "server"]
+
+
+def rollout_engine(
+    recipe: Recipe,
+    model: Path,
+    config: ModelConfig,
+    tokenizer: Any,
+    *,
+    temperature: float,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    engine: EngineName | None = None,
+) -> RolloutEngine:
+    """What samples from the model directory `model`; replicas are told to load it.
+
+    Args:
+        recipe: says how engines are started.
+        model: Hugging Face model directory.
+        config: of the model, for code that it ships.
+        tokenizer: decodes responses.
+        temperature: of sampling; 0 is greedy.
+        max_prompt_tokens, max_response_tokens: of the requests to come.
+        engine: in place of the recipe's `rollout.engine`.
+
+    Raises:
+        EngineError: it cannot be started or reached.
+        ModelError: the model cannot be loaded.
+    """
+    engine = engine or recipe.rollout.engine
+    common: dict[str, Any] = {"temperature": temperature, "max_response_tokens": max_response_tokens}
+    if engine == "transformers":
+        from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+
+        loaded = _load(recipe, model, config)
+        batch_size = recipe.runtime.rollout_batch_size
+        stop_ids = stop_token_ids(loaded, tokenizer)
+        return TransformersRolloutEngine(loaded, tokenizer, stop_ids=stop_ids, batch_size=batch_size, **common)
+    stop_ids = stop_token_ids(model, tokenizer)
+    if engine == "vllm":
+        from kdrl_core.engines.vllm_rollout import VLLMRolloutEngine
+
+        settings = _vllm_settings(recipe, config, max_model_len=max_prompt_tokens + max_response_tokens)
+        return VLLMRolloutEngine(model, tokenizer, settings, stop_ids=stop_ids, **common)
+    from kdrl_core.engines.http_rollout import HTTPRolloutEngine
+
+    assert recipe.rollout.server is not None  # the recipe was validated
+    served = served_model(recipe.rollout.server)
+    pool = HTTPRolloutEngine(served, tokenizer, stop_ids=stop_ids, max_prompt_tokens=max_prompt_tokens, **common)
+    try:
+        pool.load_weights(model)
+    except BaseException:
+        pool.close()
+        raise
+    return pool
+
+
+def local_scorer(
+    recipe: Recipe,
+    model: Path,
+    config: ModelConfig,
+    *,
+    engine: Literal["transformers", "vllm"],
+    temperature: float,
+    max_tokens: int,
+    num_tokens: int,
+    max_topk: int = 0,
+) -> TeacherScorer:
+    """What scores with the frozen model directory `model` in this process.
+
+    Args:
+        temperature: the student's.
+        max_tokens: of the longest prompt and response together.
+        num_tokens: ids from here on are padding of the embedding.
+        max_topk: most tokens that `score_topk` will be asked for.
+
+    Raises:
+        EngineError, ModelError: it cannot be started, or the model not be loaded.
+    """
+    if engine == "vllm":
+        from kdrl_core.engines.vllm_scorer import VLLMScorer
+
+        settings = _vllm_settings(recipe, config, max_model_len=max_tokens, temperature=temperature)
+        return VLLMScorer(model, settings, num_tokens=num_tokens, max_topk=max_topk)
+    from kdrl_core.engines.transformers_scorer import TransformersScorer
+
+    return TransformersScorer(
+        _load(recipe, model, config),
+        temperature=temperature,
+        batch_tokens=recipe.runtime.score_batch_tokens,
+        num_tokens=num_tokens,
+    )
+
+
+def _vllm_settings(recipe: Recipe, config: ModelConfig, *, max_model_len: int, temperature: float = 1.0) -> Any:
+    from kdrl_core.engines.vllm_engine import VLLMSettings
+
+    runtime = recipe.runtime
+    return VLLMSettings(
+        max_model_len=max_model_len,
+        temperature=temperature,
+        dtype=runtime.dtype,
+        device=runtime.device,
+        num_threads=runtime.num_threads,
+        trust_remote_code=config.trust_remote_code,
+        **recipe.vllm.model_dump(),
+    )
+
+
+def _load(recipe: Recipe, path: Path, config: ModelConfig) -> Any:
+    runtime = recipe.runtime
+    return load_model(path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=config.trust_remote_code)
