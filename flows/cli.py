@@ -15,6 +15,7 @@ from flows.cli_filter import filter_command
 from flows.cli_label import label
 from flows.cli_plan import plan
 from flows.cli_recover import recover
+from flows.cli_serve import serve
 from flows.cli_shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli_verify import verify_command
 from kdrl_core.errors import RunError
@@ -162,6 +163,7 @@ app.command("verify")(verify_command)
 app.command()(recover)
 app.command()(check)
 app.command()(bake_teacher)
+app.command()(serve)
 app.command()(plan)
 
 

@@ -1,0 +1,150 @@
+"""Rollouts by replicas: load shared, faults tried again, and never a response of weights that were not loaded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from replica import Replica, replica
+
+from kdrl_core.config.paths import ASSETS
+from kdrl_core.engines.http_rollout import HTTPRolloutEngine
+from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
+from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.errors import EngineError
+from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
+
+STUDENT = ASSETS / "miniature" / "student"
+REQUESTS = [
+    RolloutRequest(prompt_id=str(row), sample=0, prompt_token_ids=[2, 8 + row, 17, 9, 3], seed=2**63 + row)
+    for row in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Checkpoints of two steps."""
+    paths = []
+    for step in (1, 2):
+        path = tmp_path_factory.mktemp("policies") / f"step-{step:06d}"
+        model = load_model(STUDENT)
+        torch.manual_seed(step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(path)
+        load_tokenizer(STUDENT).save_pretrained(path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def replicas() -> Iterator[list[Replica]]:
+    with replica(STUDENT) as one, replica(STUDENT) as other:
+        yield [one, other]
+
+
+@pytest.fixture
+def engine(replicas: list[Replica]) -> Iterator[HTTPRolloutEngine]:
+    made = make([server.url for server in replicas])
+    yield made
+    made.close()
+
+
+def make(urls: list[str], **options: Any) -> HTTPRolloutEngine:
+    served = {"timeout_s": 10.0, "retry_for_s": 5.0, "first_pause_s": 0.01, "concurrency": 4, **options}
+    tokenizer = load_tokenizer(STUDENT)
+    return HTTPRolloutEngine(
+        ServedModel(urls=urls, **served),
+        tokenizer,
+        stop_ids=stop_token_ids(STUDENT, tokenizer),
+        temperature=1.0,
+        max_response_tokens=48,
+        max_prompt_tokens=16,
+    )
+
+
+def are_of(rollouts: list[Rollout], policy: Path) -> bool:
+    """Whether all responses were sampled from a policy."""
+    scorer = TransformersScorer(load_model(policy), temperature=1.0, batch_tokens=2048)
+    asked = [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in rollouts]
+    gaps = [np.abs(r.logprobs - s).max() for r, s in zip(rollouts, scorer.score(asked), strict=True)]
+    return max(gaps) < 1e-4
+
+
+def test_replicas_share_the_work_and_take_each_policy(
+    engine: HTTPRolloutEngine, replicas: list[Replica], policies: list[Path]
+) -> None:
+    for policy in policies:
+        engine.load_weights(policy)
+        heard: list[Rollout] = []
+        rollouts = engine.generate(REQUESTS, on_finished=heard.extend)
+        assert [r.prompt_id for r in rollouts] == [r.prompt_id for r in REQUESTS]
+        assert sorted(r.prompt_id for r in heard) == sorted(r.prompt_id for r in REQUESTS)
+        assert are_of(rollouts, policy)
+    assert [server.loads for server in replicas] == [[str(policy) for policy in policies]] * 2
+    assert min(server.num_sampled for server in replicas) > 3
+    assert all(len(r.token_ids) <= 3 for r in engine.generate(REQUESTS, max_response_tokens=3))
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "429"])
+def test_a_fault_that_passes_costs_only_time(
+    fault: str, engine: HTTPRolloutEngine, replicas: list[Replica], policies: list[Path]
+) -> None:
+    engine.load_weights(policies[0])
+    whole = engine.generate(REQUESTS)
+    replicas[0].faults.extend([fault] * 2)
+    assert engine.generate(REQUESTS) == whole
+    assert not replicas[0].faults
+
+
+def test_a_replica_that_was_started_anew_is_noticed(
+    engine: HTTPRolloutEngine, replicas: list[Replica], policies: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers with its initial weights, and no request of it fails."""
+    engine.load_weights(policies[0])
+    whole = engine.generate(REQUESTS)
+    replicas[1].faults.append("restart")
+    rollouts = engine.generate(REQUESTS)
+    assert not replicas[1].faults
+    assert rollouts == whole
+    assert are_of(rollouts, policies[0])
+    assert "a replica that was started anew; sampled again" in caplog.text
+
+
+def test_a_dead_replica_is_left_out_and_brought_back(policies: list[Path]) -> None:
+    with replica(STUDENT) as one:
+        with replica(STUDENT) as other:
+            engine = make([one.url, other.url])
+            engine.load_weights(policies[0])
+            whole = engine.generate(REQUESTS)
+        engine.load_weights(policies[1])  # one of them is gone
+        assert are_of(engine.generate(REQUESTS), policies[1])
+        engine.load_weights(policies[0])
+        assert engine.generate(REQUESTS) == whole
+        engine.close()
+    with pytest.raises(EngineError, match=r"rollout server http://.* cannot be reached .*rollout\.server\.retry_for_s"):
+        make([one.url], retry_for_s=0.3)
+
+
+def test_replicas_that_are_always_started_anew_are_told(policies: list[Path]) -> None:
+    with replica(STUDENT) as one:
+        engine = make([one.url])
+        engine.load_weights(policies[0])
+        one.faults.extend(["restart"] * 100)
+        with pytest.raises(EngineError, match="away or started anew 3 times while they sampled one step"):
+            engine.generate(REQUESTS[:2])
+        engine.close()
+
+
+def test_a_server_that_cannot_be_told_to_load_is_named(policies: list[Path]) -> None:
+    from faulty_server import faulty_server
+
+    with faulty_server(ASSETS / "miniature" / "teacher") as plain:
+        engine = make([plain.url], retry_for_s=0.5)
+        with pytest.raises(EngineError, match="rollout server"):
+            engine.load_weights(policies[0])
+        engine.close()
