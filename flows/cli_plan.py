@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _MAX_OTHERS = 3
+_NOT_YET = (
+    "  colocated counts on engines that sleep while others use their GPU; this version's keep their memory: let "
+    "servers on other GPUs sample and score (docs/engines.md)"
+)
 _TIMES = {
     "rollout": "rollout",
     "teacher": "teacher_score",
@@ -230,6 +234,8 @@ def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
             out.print("  no single change that was tried makes it fit; take a smaller model", highlight=False)
     else:
         out.print(f"  placement: {chosen.placement.name}; {kv_note(plan, chosen)}", highlight=False, soft_wrap=True)
+        if plan.engines.sleeps and not chosen.placement.is_split:
+            out.print(_NOT_YET, highlight=False, soft_wrap=True)
     out.print(_memory_table(chosen, plan))
     if host := host_bytes(work, plan.engines, cluster, chosen.placement):
         out.print(f"  host memory per node, for sleeping models and offload: {_number(host / 1e9)} GB", highlight=False)
