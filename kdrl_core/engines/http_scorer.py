@@ -8,18 +8,22 @@ Faults are those of `server_pool`; nothing was published by then.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdrl_core.clock import Clock
 from kdrl_core.engines.protocols import TopKScore
 from kdrl_core.engines.served_answers import best_tokens, logprob_of, positions_of
 from kdrl_core.engines.server_pool import ServedModel, Server, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.types import ScoreRequest
 
+Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 Scored = tuple[NDArray[np.float32], list[list[tuple[int, float]]]]
 
 
@@ -38,6 +42,8 @@ class HTTPScorer:
 
     def __init__(self, served: ServedModel, *, num_tokens: int | None = None, max_tokens: int | None = None) -> None:
         self._num_tokens = num_tokens
+        self._ahead: dict[Key, Future[Scored]] = {}
+        self._ahead_clock = Clock()
         self._pool = ServerPool(served, role="teacher", field="teacher.server", max_tokens=max_tokens)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[NDArray[np.float32]]:
@@ -57,14 +63,37 @@ class HTTPScorer:
             found.append(TopKScore(logprobs=logprobs, topk_ids=ids, topk_logprobs=values))
         return found
 
+    def score_ahead(self, requests: Sequence[ScoreRequest], k: int = 0) -> None:
+        """Let the servers begin with these requests, of `score`, or of `score_topk` with this k, and return at once.
+
+        The next call takes what was found by then, waits for the rest, and lets go of what it does not ask for; its
+        results are the same as without this.
+        """
+        for request in requests:
+            if (key := _key(request, k)) not in self._ahead:
+                self._ahead_clock.start()
+                self._ahead[key] = self._pool.begin("a response, ahead", partial(self._score_one, request, k))
+                self._ahead[key].add_done_callback(self._ahead_clock.stop)
+
+    def hidden_seconds(self) -> float:
+        """For how long servers have been scoring responses of `score_ahead` since this was last asked."""
+        return self._ahead_clock.read()
+
     def close(self) -> None:
         """Let go of the connections."""
         self._pool.close()
 
     def _score_all(self, requests: Sequence[ScoreRequest], k: int) -> list[Scored]:
-        return self._pool.ask_all(
-            [(f"response {row}", partial(self._score_one, request, k)) for row, request in enumerate(requests)]
-        )
+        ahead, self._ahead = self._ahead, {}
+        found: dict[int, Scored] = {}
+        for row, request in enumerate(requests):
+            if (future := ahead.get(_key(request, k))) is not None:
+                with suppress(EngineError, CancelledError):  # it is asked for once more, and then tells what is wrong
+                    found[row] = future.result()
+        missing = [row for row in range(len(requests)) if row not in found]
+        asked = [(f"response {row}", partial(self._score_one, requests[row], k)) for row in missing]
+        found.update(zip(missing, self._pool.ask_all(asked), strict=True))
+        return [found[row] for row in range(len(requests))]
 
     def _score_one(self, request: ScoreRequest, k: int, server: Server) -> Scored:
         ids = [*request.prompt_token_ids, *request.token_ids]
@@ -93,3 +122,7 @@ class HTTPScorer:
                 f"start it with --max-logprobs {k + self._num_padding(k) + 1}"
             )
         return kept
+
+
+def _key(request: ScoreRequest, k: int) -> Key:
+    return k, tuple(request.prompt_token_ids), tuple(request.token_ids)

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -112,12 +112,20 @@ class ServerPool:
             trust_env=False,
             limits=httpx.Limits(max_connections=served.concurrency),
         )
+        self._over = threading.Event()
+        self._ahead = ThreadPoolExecutor(served.concurrency, thread_name_prefix=f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
         """Name under which they serve it."""
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Let go of the connections, and of what was begun."""
+        self._over.set()
+        self._ahead.shutdown(wait=False, cancel_futures=True)
         self._client.close()
+
+    def begin(self, what: str, attempt: Attempt[_Result]) -> "Future[_Result]":
+        """Begin with an attempt and return at once; its result, or the EngineError, is in the future."""
+        return self._ahead.submit(self._with_retries, what, attempt, self._over)
 
     def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
         """The results of attempts with their names, in order, `concurrency` at a time, each at the server that is next.

@@ -89,7 +89,7 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
     config = run.recipe.stage(stage)
     dataset = run.paths.sft_dataset(stage)
     samples = manifest_of(dataset).metadata if config.objective == "sft" and is_published(dataset) else None
-    seconds = sum(value for row in rows for name, value in row.items() if name.startswith("time/"))
+    seconds = sum(value for row in rows for name, value in row.items() if _is_spent(name))
     return StageRow(
         stage=stage,
         objective=config.objective,
@@ -103,6 +103,11 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
             if rows[0].get(name) is not None
         },
     )
+
+
+def _is_spent(name: str) -> bool:
+    """Whether a timing is time that the step took, not work beside it."""
+    return name.startswith("time/") and not name.endswith("_hidden_s")
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float:

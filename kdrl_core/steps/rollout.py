@@ -64,9 +64,10 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
 
 
 class Finished:
-    """What happens to responses while others are still being generated: they are counted and their verification begins.
+    """What happens to responses while others are still being generated: they are counted, their verification begins,
+    and servers of the teacher begin to score them.
 
-    Verdicts do not depend on it, only how long the verify task takes.
+    Verdicts and scores do not depend on it, only how long their tasks take.
     """
 
     def __init__(self, session: StageSession, step: int, phase: str, total: int) -> None:
@@ -80,7 +81,7 @@ class Finished:
         report_progress(
             session.run, stage=session.stage, step=self._step, phase=self._phase, done=self._done, total=self._total
         )
-        session.verify_ahead(rollouts)
+        session.work_ahead(rollouts)
 
 
 def rollouts_table(

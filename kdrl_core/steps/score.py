@@ -4,6 +4,7 @@ import time
 
 import pyarrow as pa
 
+from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.ledger import find_own, publish_file, required_sha256
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.columns import from_matrices, score_requests
@@ -35,13 +36,15 @@ def _score(session: StageSession, step: int, role: str) -> StepArtifact:
     report_progress(run, stage=stage, step=step, phase=f"{role}-score")
     rollouts = read_table(source, ["prompt_id", "sample", "prompt_token_ids", "token_ids"])
     requests = score_requests(rollouts)
+    scorer = session.scorer(role)
+    hidden_s = scorer.hidden_seconds() if isinstance(scorer, HTTPScorer) else 0.0
     table = _table(session, role, rollouts["prompt_id"], rollouts["sample"], requests)
     seconds = time.perf_counter() - started
     publish_file(
         path,
         lambda file: write_table(table, file),
         inputs=inputs,
-        metadata={"seconds": seconds},
+        metadata={"seconds": seconds, "hidden_seconds": hidden_s},
         expected=required_sha256(run, path),
     )
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)

@@ -30,7 +30,7 @@ from kdrl_core.steps.checkpoints import latest_checkpoint
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import Trainer
 from kdrl_core.training.torch_trainer import TorchTrainer
-from kdrl_core.types import Rollout, RolloutRequest
+from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 from kdrl_core.verify import VerdictOptions, Verifier
 
 
@@ -220,10 +220,13 @@ class StageSession:
                 self._verifier = Verifier(**self.run.recipe.verification.pool_options)
             return self._verifier
 
-    def verify_ahead(self, rollouts: Sequence[Rollout]) -> None:
-        """Let the verifier begin with responses to problems of the pool."""
+    def work_ahead(self, rollouts: Sequence[Rollout]) -> None:
+        """Let the verifier, and servers of the teacher, begin with responses to problems of the pool."""
         if not rollouts:
             return
+        if isinstance(scorer := self._scorers.get("teacher"), HTTPScorer) and self.config.scores_teacher:
+            asked = [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in rollouts]
+            scorer.score_ahead(asked, self.config.topk.k if self.config.needs_topk else 0)
         problems = [self.pool[rollout.prompt_id] for rollout in rollouts]
         self.verifier.verify_ahead(
             [(rollout.text, problem["answer"]) for rollout, problem in zip(rollouts, problems, strict=True)],

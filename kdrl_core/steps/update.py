@@ -158,6 +158,8 @@ def _timings(run: Run, stage: str, step: int, update_s: float, tokens: int) -> d
     facts = {name: manifest_of(path).metadata for name, path in files.items() if is_published(path)}
     timings = {name: float(facts[name]["seconds"]) if name in facts else 0.0 for name in files}
     timings["time/verify_hidden_s"] = float(facts["time/verify_s"].get("hidden_seconds", 0.0))
+    if scored := facts.get("time/teacher_score_s"):
+        timings["time/teacher_score_hidden_s"] = float(scored.get("hidden_seconds", 0.0))
     timings["time/update_s"] = update_s
     if sync := facts["time/rollout_s"].get("sync"):
         timings["sync/seconds"] = float(sync["seconds"])

@@ -28,6 +28,7 @@ from typing import TypedDict
 
 from pebble import ProcessExpired, ProcessPool
 
+from kdrl_core.clock import Clock
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
 from kdrl_core.verify._spawn import WorkerContext
@@ -75,35 +76,6 @@ class _LruCache:
             self._outcomes.popitem(last=False)
 
 
-class _Clock:
-    """How long at least one of several things was running."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running = 0
-        self._since = self._total = 0.0
-
-    def start(self) -> None:
-        with self._lock:
-            if not self._running:
-                self._since = time.monotonic()
-            self._running += 1
-
-    def stop(self, _: object = None) -> None:
-        with self._lock:
-            self._running -= 1
-            if not self._running:
-                self._total += time.monotonic() - self._since
-
-    def read(self) -> float:
-        """Seconds since the last reading."""
-        with self._lock:
-            now = time.monotonic()
-            total, self._total = self._total + (now - self._since if self._running else 0.0), 0.0
-            self._since = now
-            return total
-
-
 class Verifier:
     """Workers that are started once and judge many batches; a context manager, usable from any thread.
 
@@ -137,7 +109,7 @@ class Verifier:
         self._num_computed = 0
         self._ahead: dict[Job, Future[Outcome]] = {}
         self._max_ahead = cache_size
-        self._ahead_clock = _Clock()
+        self._ahead_clock = Clock()
 
     @property
     def num_computed(self) -> int:

@@ -19,6 +19,7 @@ from kdrl_core.engines.server_pool import ServedModel
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.errors import EngineError, KdrlError, RecipeError, SecretError
 from kdrl_core.ledger import is_published, open_run
+from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.schema import read_table
 from kdrl_core.secrets import register_secret_source, resolve_secret
 from kdrl_core.steps.session import close_sessions
@@ -162,6 +163,44 @@ def test_a_teacher_that_cannot_score_stops_a_stage_before_it_samples(
     assert not run.paths.step("stage2", 0).exists()
 
 
+@pytest.mark.parametrize("k", [0, 5])
+def test_what_was_begun_ahead_is_asked_for_once(
+    k: int, make: Make, server: FaultyServer, expected: list[np.ndarray]
+) -> None:
+    scorer = make(num_tokens=24)
+    before = server.requests
+    scorer.score_ahead(REQUESTS[:3], k)
+    scorer.score_ahead(REQUESTS[2:6], k)
+    found = [best.logprobs for best in scorer.score_topk(REQUESTS, k)] if k else scorer.score(REQUESTS)
+    same(found, expected)
+    assert server.requests - before == len(REQUESTS)
+    assert scorer.hidden_seconds() > 0.0
+    assert scorer.hidden_seconds() == 0.0
+    same(scorer.score(REQUESTS[:2]), expected[:2])  # nothing is left from before
+
+
+def test_a_fault_ahead_is_told_by_whoever_asks(make: Make, server: FaultyServer, expected: list[np.ndarray]) -> None:
+    scorer = make()
+    server.faults.append("307")  # never passes by itself
+    scorer.score_ahead(REQUESTS[:1])
+    while server.faults:
+        time.sleep(0.01)
+    same(scorer.score(REQUESTS), expected)  # it has passed since
+    server.faults.append("307*")
+    scorer.score_ahead(REQUESTS)
+    with pytest.raises(EngineError, match="answered 307"):
+        scorer.score(REQUESTS)
+
+
+def test_closing_lets_go_of_what_was_begun(make: Make, server: FaultyServer) -> None:
+    scorer = make(retry_for_s=60.0, first_pause_s=10.0)
+    server.faults.append("503*")
+    scorer.score_ahead(REQUESTS)
+    started = time.monotonic()
+    scorer.close()
+    assert time.monotonic() - started < 5
+
+
 def test_a_dead_server_is_left_out_and_comes_back(make: Make, server: FaultyServer, expected: list[np.ndarray]) -> None:
     with faulty_server(TEACHER, key=KEY) as other:
         scorer = make([server.url, other.url])
@@ -232,6 +271,8 @@ def test_a_run_whose_teacher_fails_is_resumed_to_the_same_bytes_and_the_key_is_n
     train(open_run("r", artifacts=tmp_path / "failing"))
 
     assert differing(run, whole) == []
+    rows = load_metrics(whole, "stage2")
+    assert all(row["time/teacher_score_hidden_s"] > 0.0 for row in rows)  # while others were being generated
     assert f"Bearer {KEY}" in server.seen_keys
     holding = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert holding == []
