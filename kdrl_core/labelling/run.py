@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from kdrl_core.data import PROBLEM_SCHEMA, render_prompts, think_opened
-from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
+from kdrl_core.engines.from_recipe import rollout_engine
+from kdrl_core.engines.models import load_tokenizer
 from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.engines.verified import generate_and_verify
@@ -81,7 +82,7 @@ def label_problems(
             else:
                 if engine is None or verifier is None:
                     verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
-                    engine = (make_engine or recipe_engine)(plan, path, tokenizer)
+                    engine = stack.enter_context(closing((make_engine or recipe_engine)(plan, path, tokenizer)))
                 table = _sample(plan, part, engine, verifier, _shifted(on_progress, done, total))
                 publish_file(target, partial(write_table, table), inputs=inputs)
             shards.append(
@@ -106,23 +107,15 @@ def recipe_engine(plan: LabelPlan, path: Path, tokenizer: Any) -> RolloutEngine:
     """The recipe's rollout engine over the model in `path`."""
     import torch
 
-    from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
-
-    runtime = plan.recipe.runtime
-    torch.set_num_threads(runtime.num_threads)
-    model = load_model(
+    torch.set_num_threads(plan.recipe.runtime.num_threads)
+    return rollout_engine(
+        plan.recipe,
         path,
-        dtype=runtime.dtype,
-        device=runtime.device,
-        trust_remote_code=plan.recipe.student.trust_remote_code,
-    )
-    return TransformersRolloutEngine(
-        model,
+        plan.recipe.student,
         tokenizer,
-        stop_ids=stop_token_ids(model, tokenizer),
         temperature=plan.config.temperature,
+        max_prompt_tokens=plan.config.max_prompt_tokens,
         max_response_tokens=plan.config.max_response_tokens,
-        batch_size=runtime.rollout_batch_size,
     )
 
 

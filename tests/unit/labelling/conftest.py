@@ -31,7 +31,16 @@ class Scripted:
     def load_weights(self, checkpoint_dir: Path) -> None:
         raise AssertionError(checkpoint_dir)
 
-    def generate(self, requests: Sequence[RolloutRequest], *, on_finished: OnFinished | None = None) -> list[Rollout]:
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        on_finished: OnFinished | None = None,
+        max_response_tokens: int | None = None,
+    ) -> list[Rollout]:
         self.seen += requests
         rollouts = [
             Rollout(
