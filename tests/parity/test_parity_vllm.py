@@ -1,5 +1,6 @@
 """vLLM in this process against transformers: the same logprobs, before and after weight syncs, tied and untied."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,17 @@ def test_too_small_a_cache_names_its_setting() -> None:
     settings = replace(SETTINGS, kv_cache_gb=1e-5)
     with pytest.raises(EngineError, match=r"key-value cache is too small .*raise vllm\.kv_cache_gb, now 1e-05"):
         VLLMScorer(STUDENT, settings, num_tokens=24)
+
+
+def test_closing_one_engine_leaves_the_others_at_work(engine: VLLMRolloutEngine, models: list[Path]) -> None:
+    before = os.environ.get("LD_PRELOAD")
+    expected = [r.token_ids for r in engine.generate(requests()[:8])]
+    other = start(models[1])
+    other.generate(requests()[:4])
+    other.close()
+    other.close()
+    assert [r.token_ids for r in engine.generate(requests()[:8])] == expected
+    assert os.environ.get("LD_PRELOAD") == before  # every child process would inherit it
 
 
 def test_threads_stay_as_they_were(engine: VLLMRolloutEngine) -> None:
