@@ -108,6 +108,7 @@ class _Rank:
         self._device = torch.device(get_accelerator().current_device_name())
         if self._is_mixed:
             set_weights(self._engine, self._model, initial)  # not those that bfloat16 has rounded
+        _unname_buffers()
 
     @property
     def _is_mixed(self) -> bool:
@@ -282,6 +283,17 @@ class _Rank:
         import torch
 
         return int(torch.distributed.get_rank()) == 0
+
+
+def _unname_buffers() -> None:
+    """Take the names off DeepSpeed's buffers in shared memory, which nobody else does: all ranks have them mapped by
+    now, and without names they are freed with the last rank, however it ends."""
+    import torch
+
+    torch.distributed.barrier()
+    place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{torch.distributed.get_rank()}"
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{place}"):  # noqa: S108
+        buffer.unlink(missing_ok=True)
 
 
 def engine_config(settings: dict[str, Any], *, whole_below: int) -> dict[str, Any]:
