@@ -165,6 +165,7 @@ class VLLMEngine:
 def _compiles_nothing(device: str) -> AbstractContextManager[Any]:
     import torch
 
+    torch.get_num_threads()  # sets OpenMP's count for the calling thread, which vLLM's kernels compare with torch's
     return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
 
 
