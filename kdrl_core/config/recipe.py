@@ -48,6 +48,7 @@ class ServersConfig(_Section):
     retry_for_s: float = Field(600.0, ge=0.0, description="faults that may pass are tried again for so long")
     first_pause_s: float = Field(1.0, gt=0.0, description="before the second try; doubled with each, up to 30 s")
     concurrency: Positive = Field(32, description="requests in flight, over all servers")
+    sleep: bool = Field(False, description="they share GPUs with other phases and sleep meanwhile (kdrl serve)")
 
     @field_validator("urls")
     @classmethod
@@ -76,6 +77,13 @@ class ServersConfig(_Section):
                 "block:NAME (a Prefect Secret block)"
             )
         return reference
+
+
+class ReplicasConfig(ServersConfig):
+    """Replicas of the student, which sample (kdrl serve)."""
+
+    timeout_s: float = Field(7_200.0, gt=0.0, description="of one response, to its last token")
+    concurrency: Positive = Field(1_024, description="responses in flight, over all replicas")
 
 
 class ServerConfig(ServersConfig):
@@ -336,7 +344,7 @@ class RolloutConfig(_Section):
     engine: Literal["transformers", "vllm", "server"] = Field(
         "transformers", description="in this process: transformers, vllm; replicas of vLLM that `server` lists: server"
     )
-    server: ServersConfig | None = Field(None, description="replicas that see the run's folder (kdrl serve)")
+    server: ReplicasConfig | None = Field(None, description="replicas that see the run's folder (kdrl serve)")
     sync_tolerance: float = Field(
         0.05, gt=0.0, description="mean gap of engine and trainer on a probe after a weight sync, in nats"
     )
@@ -358,6 +366,7 @@ class VLLMConfig(_Section):
     kv_cache_gb: float | None = Field(None, gt=0.0, description="GiB of key-value cache; null: vLLM decides")
     gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of the GPU, weights and cache")
     tensor_parallel: Positive = Field(1, description="GPUs that share one engine")
+    sleep: bool = Field(True, description="memory is given back between phases: weights (GPU) and key-value cache")
 
 
 class RuntimeConfig(_Section):

@@ -113,6 +113,7 @@ def _vllm_settings(recipe: Recipe, config: ModelConfig, *, max_model_len: int, t
         device=runtime.device,
         num_threads=runtime.num_threads,
         trust_remote_code=config.trust_remote_code,
+        own_process=runtime.device != "cpu",
         **recipe.vllm.model_dump(),
     )
 

@@ -112,6 +112,10 @@ class HTTPRolloutEngine:
         """Have every replica load the weights once more: kdrl does not start them. Raises as `load_weights`."""
         self.load_weights(checkpoint_dir)
 
+    def sleep(self) -> None:
+        """Have the replicas give their memory back until they are asked again, if the recipe says so."""
+        self._pool.sleep()
+
     def close(self) -> None:
         """Let go of the connections."""
         self._pool.close()
@@ -119,6 +123,7 @@ class HTTPRolloutEngine:
     def _sample(
         self, request: RolloutRequest, limit: int, heard: Callable[[Rollout], None] | None, server: Server
     ) -> Sampled:
+        self._pool.wake(server)
         incarnation = self._bring_up_to_date(server)
         body = {
             "model": self._pool.model,
@@ -156,7 +161,10 @@ class HTTPRolloutEngine:
         with self._locks[server.url]:
             known = self._incarnations.get(server.url)
             if known is None:
-                state = self._ask(server, "kdrl_load", [self._weights]) if self._weights else self._state(server)
+                if self._weights:
+                    state = self._pool.ask_workers(server, "kdrl_load", [self._weights])
+                else:
+                    state = self._state(server)
                 known = self._incarnations[server.url] = state["incarnation"]
             return known
 
@@ -176,18 +184,4 @@ class HTTPRolloutEngine:
         return found
 
     def _state(self, server: Server) -> dict[str, str]:
-        return self._ask(server, "kdrl_state", [])
-
-    def _ask(self, server: Server, method: str, arguments: list[str]) -> dict[str, str]:
-        """What `KdrlWorker.method` answers, the same from every worker of the replica."""
-        body = {"method": method, "args": arguments}
-        try:
-            answer = self._pool.answer(server, "POST", "/../collective_rpc", body)
-        except EngineError as error:
-            raise EngineError(f"{error} (kdrl serve starts replicas that can be told to load weights)") from None
-        try:
-            states = [(str(state["weights"]), str(state["incarnation"])) for state in answer["results"]]
-            weights = {weights for weights, _ in states}
-            return {"weights": weights.pop(), "incarnation": " ".join(sorted(each for _, each in states))}
-        except (KeyError, TypeError):
-            raise TransientError(f"{self._pool.where(server)} does not say which weights it has") from None
+        return self._pool.ask_workers(server, "kdrl_state")

@@ -79,6 +79,15 @@ class HTTPScorer:
         """For how long servers have been scoring responses of `score_ahead` since this was last asked."""
         return self._ahead_clock.read()
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether its servers share GPUs with what samples, so that the two take turns."""
+        return self._pool.sleeps
+
+    def sleep(self) -> None:
+        """Have the servers give their memory back until they are asked again, if the recipe says so."""
+        self._pool.sleep()
+
     def close(self) -> None:
         """Let go of the connections."""
         self._pool.close()
@@ -96,6 +105,7 @@ class HTTPScorer:
         return [found[row] for row in range(len(requests))]
 
     def _score_one(self, request: ScoreRequest, k: int, server: Server) -> Scored:
+        self._pool.wake(server)
         ids = [*request.prompt_token_ids, *request.token_ids]
         body = {
             "model": self._pool.model,

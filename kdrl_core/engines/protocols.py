@@ -47,6 +47,10 @@ class RolloutEngine(Protocol):
         """Take the weights of a Hugging Face model directory of the same architecture."""
         ...
 
+    def sleep(self) -> None:
+        """Let go of what memory it can do without until it is used again; others may need it."""
+        ...
+
     def close(self) -> None:
         """Let go of memory, processes and connections."""
         ...
@@ -61,6 +65,10 @@ class TeacherScorer(Protocol):
 
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
         """As `score`, with the k likeliest tokens at every position; ids that the tokenizer does not know left out."""
+        ...
+
+    def sleep(self) -> None:
+        """As `RolloutEngine.sleep`."""
         ...
 
     def close(self) -> None:

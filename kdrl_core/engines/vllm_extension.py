@@ -4,7 +4,10 @@ vLLM loads the class by name (`--worker-extension-cls kdrl_core.engines.vllm_ext
 methods callable through `collective_rpc`. Answers are dicts, since the server turns anything else into text.
 """
 
+import ctypes
+import mmap
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 _INCARNATION = uuid.uuid4().hex
@@ -15,8 +18,9 @@ class KdrlWorker:
     """Mixed into vLLM's worker class."""
 
     def kdrl_load(self, path: str) -> dict[str, str]:
-        """Take the weights of the Hugging Face model directory `path`; returns `kdrl_state`."""
+        """Take the weights of the Hugging Face model directory `path`, awake then; returns `kdrl_state`."""
         worker: Any = self
+        self.kdrl_wake()
         worker.reload_weights(weights_path=path)
         renew_output_layer(worker.model_runner.get_model())
         worker.kdrl_weights = path
@@ -26,6 +30,28 @@ class KdrlWorker:
         """Let `prompt_logprobs` be those of softmax(logits / temperature); sampling takes its own temperature."""
         worker: Any = self
         worker.model_runner.get_model().logits_processor.scale = 1.0 / temperature
+
+    def kdrl_sleep(self) -> dict[str, str]:
+        """Give memory back until `kdrl_wake`: on a GPU that of weights, which go to the host's memory, and of the
+        key-value cache; on a CPU, where weights are in the host's memory anyway, that of the cache alone. There may be
+        no requests. Returns `kdrl_state`."""
+        worker: Any = self
+        if not getattr(self, "kdrl_is_asleep", False):
+            if worker.vllm_config.model_config.enable_sleep_mode:
+                worker.sleep(level=1)
+            else:
+                release_pages(worker.model_runner.kv_caches)
+            worker.kdrl_is_asleep = True
+        return self.kdrl_state()
+
+    def kdrl_wake(self) -> dict[str, str]:
+        """Undo `kdrl_sleep`. Returns `kdrl_state`."""
+        worker: Any = self
+        if getattr(self, "kdrl_is_asleep", False):
+            if worker.vllm_config.model_config.enable_sleep_mode:
+                worker.wake_up()
+            worker.kdrl_is_asleep = False
+        return self.kdrl_state()
 
     def kdrl_state(self) -> dict[str, str]:
         """`weights`, the directory that was loaded last (empty: those it was started with), and `incarnation`."""
@@ -41,3 +67,21 @@ def renew_output_layer(model: Any) -> None:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+
+def release_pages(tensors: Iterable[Any]) -> None:
+    """Give the pages of tensors on a CPU back to the system; they read as zeros when they are next touched, at the
+    same addresses.
+
+    Raises:
+        RuntimeError: a tensor is on another device: the engine was started without its sleep mode.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise RuntimeError("this engine cannot sleep: it was started without --enable-sleep-mode")
+        storage = tensor.untyped_storage()
+        first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "pages of the key-value cache cannot be given back")

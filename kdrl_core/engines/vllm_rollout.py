@@ -1,11 +1,13 @@
 """Rollouts by vLLM in this process: one engine per stage, which takes the new weights after each update."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdrl_core.engines.protocols import OnFinished
 from kdrl_core.engines.vllm_engine import VLLMEngine, VLLMSettings
+from kdrl_core.errors import EngineError
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
 _MAX_SEED = 2**63
@@ -61,7 +63,11 @@ class VLLMRolloutEngine:
         on_finished: OnFinished | None = None,
         max_response_tokens: int | None = None,
     ) -> list[Rollout]:
-        """One response per request, in order. Raises EngineError if vLLM fails."""
+        """One response per request, in order.
+
+        Raises:
+            EngineError: a request does not fit the context, the policy's logits are not finite, or vLLM fails.
+        """
         limit = min(max_response_tokens or self._max_response_tokens, self._max_response_tokens)
         rollouts: dict[int, Rollout] = {}
 
@@ -83,18 +89,25 @@ class VLLMRolloutEngine:
         self._engine.run([request.prompt_token_ids for request in requests], parameters, finish)
         return [rollouts[row] for row in range(len(requests))]
 
+    def sleep(self) -> None:
+        """Give memory back until it is used again, as `VLLMEngine.sleep`."""
+        self._engine.sleep()
+
     def close(self) -> None:
         """Stop the engine."""
         self._engine.close()
 
     def _rollout(self, request: RolloutRequest, completion: Any) -> Rollout:
+        logprobs = list(completion.logprobs.logprobs)
+        if not all(map(math.isfinite, logprobs)):
+            raise EngineError("the policy's logits are not finite: training has diverged; lower learning_rate")
         token_ids = list(completion.token_ids)
         return Rollout(
             prompt_id=request.prompt_id,
             sample=request.sample,
             prompt_token_ids=request.prompt_token_ids,
             token_ids=token_ids,
-            logprobs=[position[token].logprob for position, token in zip(completion.logprobs, token_ids, strict=True)],
+            logprobs=logprobs,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             finish_reason=FinishReason(completion.finish_reason),
         )

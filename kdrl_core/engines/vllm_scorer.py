@@ -3,18 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdrl_core.engines.models import read_config
 from kdrl_core.engines.protocols import TopKScore
+from kdrl_core.engines.transformers_scorer import refuse_not_finite
 from kdrl_core.engines.vllm_engine import VLLMEngine, VLLMSettings
-from kdrl_core.errors import EngineError
 from kdrl_core.types import ScoreRequest
 
-_NUM_PADDING = 4
-"""More tokens than k are asked for, since some may be padding of the embedding."""
+_SPARE = 4
+"""More tokens than k are asked for, since some may be padding of the embedding; where more are, all of it is."""
+
+_Taken = TypeVar("_Taken")
 
 
 class VLLMScorer:
@@ -31,61 +34,88 @@ class VLLMScorer:
     """
 
     def __init__(self, model: Path, settings: VLLMSettings, *, num_tokens: int, max_topk: int = 0) -> None:
-        self._num_tokens = num_tokens
+        size: int = read_config(model)["vocab_size"]
+        self._num_tokens = min(num_tokens, size)
+        self._num_padding = size - self._num_tokens
         # One token has to be sampled, which costs a place in the context.
         settings = replace(
             settings,
             samples=False,
             max_model_len=settings.max_model_len + 1,
-            max_logprobs=max_topk + _NUM_PADDING if max_topk else 0,
+            max_logprobs=max_topk + self._num_padding if max_topk else 0,
         )
         self._engine = VLLMEngine(model, settings)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[NDArray[np.float32]]:
-        """Logprobs [len(token_ids)] float32 per request, in order. Raises EngineError if vLLM fails."""
-        scores: dict[int, NDArray[np.float32]] = {}
-        self._score(requests, 0, lambda row, positions: scores.update({row: _own(requests[row], positions)}))
-        return [scores[row] for row in range(len(requests))]
+        """Logprobs [len(token_ids)] float32 per request, in order.
+
+        Raises:
+            EngineError: a request does not fit the context, a logprob is not finite, or vLLM fails.
+        """
+        scores = [logprobs[:, 0] for logprobs in self._score(requests, 0, lambda _, logprobs: logprobs)]
+        refuse_not_finite(scores)
+        return scores
 
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
-        """Logprobs and the k likeliest tokens per request, in order. Raises EngineError if vLLM fails."""
-        scores: dict[int, TopKScore] = {}
+        """Logprobs and the k likeliest tokens per request, in order.
 
-        def take(row: int, positions: Sequence[Any]) -> None:
-            best = [self._best(position, k) for position in positions]
-            scores[row] = TopKScore(
-                logprobs=_own(requests[row], positions),
-                topk_ids=np.array([[token for token, _ in each] for each in best], np.int32).reshape(-1, k),
-                topk_logprobs=np.array([[value for _, value in each] for each in best], np.float32).reshape(-1, k),
-            )
+        Raises:
+            EngineError: as `score`.
+            ValueError: k is above the number of tokens.
+        """
+        if not 1 <= k <= self._num_tokens:
+            raise ValueError(f"k: expected 1 to {self._num_tokens}, the tokens of the vocabulary, given {k}")
 
-        self._score(requests, k + _NUM_PADDING, take)
-        return [scores[row] for row in range(len(requests))]
+        def best(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> TopKScore | None:
+            return _best(ids, logprobs, k, self._num_tokens)
+
+        found = self._score(requests, k + min(_SPARE, self._num_padding), best)
+        lacking = [row for row, score in enumerate(found) if score is None]
+        again = self._score([requests[row] for row in lacking], k + self._num_padding, best)
+        mended = dict(zip(lacking, again, strict=True))
+        scores = [score for row, first in enumerate(found) if (score := mended.get(row, first)) is not None]
+        refuse_not_finite([score.logprobs for score in scores])
+        return scores
+
+    def sleep(self) -> None:
+        """Give memory back until it is used again, as `VLLMEngine.sleep`."""
+        self._engine.sleep()
 
     def close(self) -> None:
         """Stop the engine."""
         self._engine.close()
 
     def _score(
-        self, requests: Sequence[ScoreRequest], num_logprobs: int, take: Callable[[int, Sequence[Any]], None]
-    ) -> None:
-        """`take` hears row and positions of each response, token id → logprob, and keeps what it needs of them."""
+        self,
+        requests: Sequence[ScoreRequest],
+        k: int,
+        take: Callable[[NDArray[np.int32], NDArray[np.float32]], _Taken],
+    ) -> list[_Taken]:
+        """What `take` makes of ids and logprobs of each response, [T, 1 + k]: the token itself, then the likeliest."""
         prompts = [[*request.prompt_token_ids, *request.token_ids] for request in requests]
-        parameters = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": num_logprobs, "flat_logprobs": True}
+        parameters = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": k}
+        taken: dict[int, _Taken] = {}
 
         def finish(row: int, output: Any) -> None:
-            take(row, output.prompt_logprobs[len(requests[row].prompt_token_ids) :])
+            flat, size = output.prompt_logprobs, len(requests[row].token_ids) * (1 + k)
+            first = len(flat.token_ids) - size
+            taken[row] = take(
+                np.array(flat.token_ids[first:], np.int32).reshape(-1, 1 + k),
+                np.array(flat.logprobs[first:], np.float32).reshape(-1, 1 + k),
+            )
 
         self._engine.run(prompts, lambda _: parameters, finish)
-
-    def _best(self, position: Any, k: int) -> list[tuple[int, float]]:
-        found = [(token, entry.logprob) for token, entry in position.items() if token < self._num_tokens]
-        return sorted(found, key=lambda each: (-each[1], each[0]))[:k]
+        return [taken[row] for row in range(len(requests))]
 
 
-def _own(request: ScoreRequest, positions: Sequence[Any]) -> NDArray[np.float32]:
-    tokens = zip(positions, request.token_ids, strict=True)
-    logprobs = np.array([position[token].logprob for position, token in tokens], np.float32)
-    if not np.isfinite(logprobs).all():
-        raise EngineError("the scoring model gives a logprob that is not finite; check its weights and dtype")
-    return logprobs
+def _best(ids: NDArray[np.int32], logprobs: NDArray[np.float32], k: int, num_tokens: int) -> TopKScore | None:
+    """The k likeliest that are no padding; None where a position has fewer."""
+    is_known = ids[:, 1:] < num_tokens
+    if (is_known.sum(axis=1) < k).any():
+        return None
+    first = np.argsort(~is_known, axis=1, kind="stable")[:, :k]
+    return TopKScore(
+        logprobs=logprobs[:, 0],
+        topk_ids=np.take_along_axis(ids[:, 1:], first, axis=1),
+        topk_logprobs=np.take_along_axis(logprobs[:, 1:], first, axis=1),
+    )

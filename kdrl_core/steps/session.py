@@ -114,6 +114,8 @@ class StageSession:
         with self._lock:
             if self._engine is None:
                 self._check_servers()
+            self.rest(but=self._engine)
+            if self._engine is None:
                 self._engine = self._rollout_engine(self.initial_policy, self.run.recipe.student)
                 self._engine_version = 0 if self.run.recipe.rollout.engine == "transformers" else -1
             if self._engine_version != step:
@@ -124,12 +126,18 @@ class StageSession:
                     self.last_sync = sync_weights(
                         cast(RebuildableEngine, self._engine),
                         weights,
-                        requests[:PROBE_RESPONSES],
+                        requests[: self._num_probes],
                         self.trainer_at(step).score,
                         tolerance=self.run.recipe.rollout.sync_tolerance,
                     )
                 self._engine_version = step
             return self._engine
+
+    @property
+    def _num_probes(self) -> int:
+        """Responses that prove a weight sync: one of each replica at least."""
+        server = self.run.recipe.rollout.server
+        return max(PROBE_RESPONSES, len(server.urls) if server is not None else 0)
 
     def scorer(self, role: str) -> TeacherScorer:
         """The frozen model of a role, `teacher` or `reference`, at the student's temperature.
@@ -138,6 +146,7 @@ class StageSession:
             EngineError: the teacher is served, and its servers do not answer, or serve something else.
         """
         with self._lock:
+            self.rest(but=self._scorers.get(role))
             if role not in self._scorers:
                 teacher = self.run.recipe.teacher
                 if role == "teacher" and teacher is not None and teacher.server is not None:
@@ -149,6 +158,13 @@ class StageSession:
                 else:
                     self._scorers[role] = self._local_scorer(role)
             return self._scorers[role]
+
+    def rest(self, *, but: RolloutEngine | TeacherScorer | None = None) -> None:
+        """Have all engines but one give back what memory they can: what works next may need it."""
+        with self._lock:
+            for engine in (self._engine, self._teacher_engine, *self._scorers.values()):
+                if engine is not None and engine is not but:
+                    engine.sleep()
 
     def _check_servers(self) -> None:
         """Raise EngineError if a served teacher cannot score: before responses are sampled for it."""
@@ -224,7 +240,8 @@ class StageSession:
         """Let the verifier, and servers of the teacher, begin with responses to problems of the pool."""
         if not rollouts:
             return
-        if isinstance(scorer := self._scorers.get("teacher"), HTTPScorer) and self.config.scores_teacher:
+        scorer = self._scorers.get("teacher")
+        if isinstance(scorer, HTTPScorer) and not scorer.sleeps and self.config.scores_teacher:
             asked = [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in rollouts]
             scorer.score_ahead(asked, self.config.topk.k if self.config.needs_topk else 0)
         problems = [self.pool[rollout.prompt_id] for rollout in rollouts]
@@ -349,6 +366,13 @@ def stage_session(run_dir: str | Path, stage: str) -> StageSession:
             _close_all()
             _sessions[key] = StageSession(open_run_dir(run_dir), stage)
         return _sessions[key]
+
+
+def rest_sessions() -> None:
+    """Have the engines of every session of the process give back what memory they can."""
+    with _sessions_lock:
+        for session in _sessions.values():
+            session.rest()
 
 
 def close_sessions() -> None:

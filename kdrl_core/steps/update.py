@@ -50,7 +50,9 @@ def update_step(session: StageSession, step: int) -> StepSummary:
     rollouts, rewards = read_table(sources[0]), read_table(sources[1])
     beta = BetaSchedule(config.beta.init, config.beta.decay, config.beta.minimum)(step) if config.beta else 0.0
     batch = _update_batch(session, step, rollouts, rewards, beta)
-    stats = session.trainer_at(step).update(batch)
+    trainer = session.trainer_at(step)
+    session.rest()
+    stats = trainer.update(batch)
 
     seconds = time.perf_counter() - started
     made = StepRecord(

@@ -27,6 +27,7 @@ from typing import Any
 
 import kdrl_core
 from kdrl_core.errors import EngineError
+from kdrl_core.process_groups import kill_group
 from kdrl_core.training import process_guard
 from kdrl_core.training.messages import Arrays, pack, unpack
 
@@ -133,7 +134,7 @@ class RankGroup:
             connection.close()  # ranks on other hosts end by it
         guard, self._guard = self._guard, None
         if guard is not None:
-            _kill_group(guard.pid)
+            kill_group(guard.pid)
             guard.wait()
             _wait_for_group(guard.pid)  # what they held (ports, GPU memory) is free on return
 
@@ -158,8 +159,21 @@ class RankGroup:
             )
 
     def _accept(self, server: socket.socket, key: bytes, deadline: float) -> None:
-        """Wait for every rank's call."""
+        """Wait for every rank's call. Raises EngineError if one does not come; the others are then hung up on."""
         found: dict[int, tuple[Connection, str]] = {}
+        try:
+            self._accept_into(found, server, key, deadline)
+        except BaseException:
+            for connection, _ in found.values():
+                connection.close()
+            raise
+        self._connections = [found[rank][0] for rank in range(self._num_ranks)]
+        self._places = [found[rank][1] for rank in range(self._num_ranks)]
+
+    def _accept_into(
+        self, found: dict[int, tuple[Connection, str]], server: socket.socket, key: bytes, deadline: float
+    ) -> None:
+        """Rank → its connection and its place."""
         server.settimeout(0.2)
         while len(found) < self._num_ranks:
             assert self._guard is not None
@@ -186,8 +200,6 @@ class RankGroup:
                     "set it to the sum of the slots in trainer.hostfile"
                 )
             found[hello["rank"]] = connection, f"pid {hello['pid']} on {hello['host']}"
-        self._connections = [found[rank][0] for rank in range(self._num_ranks)]
-        self._places = [found[rank][1] for rank in range(self._num_ranks)]
 
     def _collect(self, doing: str, deadline: float, timeout_s: float, field: str) -> list[Reply]:
         """One answer of every rank."""
@@ -296,11 +308,6 @@ def _authenticate(caller: socket.socket, key: bytes) -> Connection | None:
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
     return connection
-
-
-def _kill_group(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 def _wait_for_group(group: int) -> None:

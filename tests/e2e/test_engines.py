@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crash.tiny_run import open_tiny, train
@@ -50,6 +51,36 @@ def test_a_stage_on_the_engines_of_a_gpu_node_is_synced_resumed_and_evaluated(tm
     results = evaluate_model(run, "stage2")["benchmarks"]
     assert 0.0 < results["test"]["accuracy"] < 1.0
     close_sessions()
+
+
+def test_engines_that_share_a_device_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student and teacher by vLLM, and the update: whatever works, the other engines sleep."""
+    from kdrl_core.engines.vllm_engine import VLLMEngine
+    from kdrl_core.training.torch_trainer import TorchTrainer
+
+    engines: list[VLLMEngine] = []
+    awake: list[tuple[str, int]] = []
+    start, run_engine, update = VLLMEngine.__init__, VLLMEngine.run, TorchTrainer.update
+
+    def watched_start(self: VLLMEngine, *args: Any, **options: Any) -> None:
+        start(self, *args, **options)
+        engines.append(self)
+
+    def watched_run(self: VLLMEngine, *args: Any) -> None:
+        run_engine(self, *args)
+        awake.append(("engine", sum(not each._is_asleep for each in engines)))
+
+    def watched_update(self: TorchTrainer, batch: Any) -> Any:
+        awake.append(("update", sum(not each._is_asleep for each in engines)))
+        return update(self, batch)
+
+    monkeypatch.setattr(VLLMEngine, "__init__", watched_start)
+    monkeypatch.setattr(VLLMEngine, "run", watched_run)
+    monkeypatch.setattr(TorchTrainer, "update", watched_update)
+    teacher = ["teacher.path=builtin:miniature/student-vllm", "teacher.engine=vllm", "stage2.steps=2"]
+    train(open_tiny(tmp_path, "r", [*ENGINES[:2], *ENGINES[3:5], *teacher]))
+    assert len(engines) == 2
+    assert set(awake) == {("engine", 1), ("update", 0)}
 
 
 def test_the_first_step_is_that_of_transformers_and_torch(tmp_path: Path) -> None:

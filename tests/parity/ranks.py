@@ -1,6 +1,7 @@
 """DeepSpeed trainers beside the plain one, and batches with every term of the loss."""
 
 import importlib.util
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,9 @@ def ranks(
         yield trainer
     finally:
         trainer.close()
+        deadline = time.monotonic() + (10.0 if config.get("hostfile") else 0.0)  # other hosts hear of it
+        while processes_of(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
         assert processes_of(folder) == []
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity.ranks import gaps, make_batch, needs_deepspeed, plain_trainer, ranks, train, with_topk
+from parity.ranks import gaps, make_batch, needs_deepspeed, plain_trainer, rank_processes, ranks, train, with_topk
 from safetensors.torch import load_file
 
 from kdrl_core.errors import EngineError, RunError
@@ -55,6 +55,13 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+def named_buffers(folder: Path) -> list[Path]:
+    """Of the ranks, in shared memory: whoever kills them would leave those behind."""
+    ports = {process.environ()["MASTER_PORT"] for process in rank_processes(folder)}
+    assert len(ports) == 1
+    return list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{ports.pop()}_*"))  # noqa: S108
+
+
 def weight_gap(left: Path, right: Path, name: str = "model.safetensors") -> float:
     ours, theirs = load_file(left / name), load_file(right / name)
     assert ours.keys() == theirs.keys()
@@ -71,6 +78,7 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
     plain_saved = save(plain, tmp_path / "plain")
     expected += train(plain, BATCHES[2:4])
     with ranks(tied_dir, tokenizer, tmp_path / "a", zero_stage=3) as sharded:
+        assert named_buffers(tmp_path / "a") == []
         untouched = save(sharded, tmp_path / "untouched")
         assert contents(untouched) == contents(save(plain_trainer(tied_dir, tokenizer), tmp_path / "initial"))
         actual = train(sharded, BATCHES[:2])

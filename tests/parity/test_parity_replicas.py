@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from crash.tiny_run import open_tiny, train
 from vllm_models import needs_vllm, requests, small_model, tokenizer
@@ -35,27 +37,42 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def urls(models: list[Path]) -> Iterator[list[str]]:
-    processes, urls = [], []
+    port = free_ports(2)
+    options = ["--max-model-len", "96", "--dtype", "float32", "--cpu", "--kv-cache-gb", "0.1", "--asleep"]
+    place = ["--port", str(port), "--replicas", "2"]
+    command = [sys.executable, "-m", "flows.cli", "serve", "--model", str(models[0]), *place, *options]
+    program = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    urls = [f"http://127.0.0.1:{port + number}/v1" for number in range(2)]
     try:
-        for _ in range(2):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            options = ["--max-model-len", "96", "--dtype", "float32", "--cpu", "--kv-cache-gb", "0.1"]
-            command = [sys.executable, "-m", "flows.cli", "serve", "--model", str(models[0]), "--port", str(port)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            processes.append(subprocess.Popen([*command, *options], env=environment, start_new_session=True))
-            urls.append(f"http://127.0.0.1:{port}/v1")
-        deadline = time.monotonic() + 400
-        for url in urls:
-            while not _answers(url):
-                assert time.monotonic() < deadline, "the replicas did not start"
-                time.sleep(1)
+        wait_for(urls)
         yield urls
+        program.send_signal(signal.SIGINT)
+        program.wait(timeout=30)
     finally:
-        for process in processes:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        program.kill()
+        program.wait()
+    assert not any(_answers(url) for url in urls)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports that nobody listens on."""
+    while True:
+        with ExitStack() as taken:
+            first = taken.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            try:
+                for port in range(first + 1, first + count):
+                    taken.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return int(first)
+
+
+def wait_for(urls: list[str]) -> None:
+    deadline = time.monotonic() + 400
+    for url in urls:
+        while not _answers(url):
+            assert time.monotonic() < deadline, "the replicas did not start"
+            time.sleep(1)
 
 
 def _answers(url: str) -> bool:
@@ -65,15 +82,19 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_replicas_sample_from_the_policy_that_they_were_told_to_load(urls: list[str], models: list[Path]) -> None:
-    engine = HTTPRolloutEngine(
-        ServedModel(urls=urls, timeout_s=60.0, retry_for_s=60.0),
+def connect(urls: list[str], model: Path, *, retry_for_s: float = 60.0, sleep: bool = False) -> HTTPRolloutEngine:
+    return HTTPRolloutEngine(
+        ServedModel(urls=urls, timeout_s=60.0, retry_for_s=retry_for_s, sleep=sleep),
         tokenizer(),
-        stop_ids=stop_token_ids(models[0], tokenizer()),
+        stop_ids=stop_token_ids(model, tokenizer()),
         temperature=0.8,
         max_response_tokens=48,
         max_prompt_tokens=40,
     )
+
+
+def test_replicas_sample_from_the_policy_that_they_were_told_to_load(urls: list[str], models: list[Path]) -> None:
+    engine = connect(urls, models[0])
     for model in (models[1], models[0]):
         engine.load_weights(model)
         rollouts = engine.generate(requests())
@@ -83,6 +104,38 @@ def test_replicas_sample_from_the_policy_that_they_were_told_to_load(urls: list[
         print(f"replicas: largest logprob gap {gap:.1e}")
         assert gap < 1e-4
         assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in rollouts]
+    engine.close()
+
+
+def test_replicas_sleep_and_wake_as_they_were(urls: list[str], models: list[Path]) -> None:
+    engine = connect(urls, models[0], sleep=True)
+    engine.load_weights(models[0])
+    first = engine.generate(requests())
+    before = resident_mib()
+    engine.sleep()
+    assert before - resident_mib() > 1  # of what was used of two caches, since these were started asleep
+    assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in first]
+    engine.close()
+
+
+def resident_mib() -> float:
+    """Of the processes that this one has started."""
+    return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True)) / 2**20
+
+
+def test_a_replica_that_is_killed_is_started_anew_and_gets_the_weights(urls: list[str], models: list[Path]) -> None:
+    engine = connect(urls, models[0], retry_for_s=120.0)
+    engine.load_weights(models[1])
+    first = engine.generate(requests())
+    port = urls[1].removesuffix("/v1").rpartition(":")[2]
+    (victim,) = [p for p in psutil.Process().children(recursive=True) if p.cmdline()[-2:] == ["--port", port]]
+    family = victim.children(recursive=True)
+    victim.kill()
+    gone, _ = psutil.wait_procs(family, timeout=20)
+    assert len(gone) == len(family) > 0  # else they would keep the GPU from the next one
+    assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in first]
+    wait_for([urls[1]])
+    assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in first]
     engine.close()
 
 

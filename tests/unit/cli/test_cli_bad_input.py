@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from kdrl_core.config import load_recipe, resolve_path
 from kdrl_core.ledger import create_run
 
+SERVE = ["--max-model-len", "96", "--cpu"]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -246,3 +248,35 @@ def test_misuse_of_the_command_line_is_told_with_the_help(arguments: list[str], 
     assert "Traceback" not in done.stderr
     assert "--help" in done.stderr
     assert not artifacts.exists()
+
+
+def test_a_replica_cannot_be_started_on_a_port_that_is_taken(cli: Cli) -> None:
+    pytest.importorskip("vllm")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = cli("serve", "--model", str(resolve_path("builtin:miniature/student-vllm")), "--port", port, *SERVE)
+    assert_told(done, f"cannot listen at 127.0.0.1:{port} (Address already in use)", "give another --port")
+
+
+def test_a_replica_needs_a_model(cli: Cli, tmp_path: Path) -> None:
+    assert_told(cli("serve", "--model", str(tmp_path), *SERVE), "is no model directory: it has no config.json")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "parts"),
+    [
+        ("student", [], ["has attention heads of size 12; vLLM on a CPU knows 32, 64"]),
+        (
+            "student-vllm",
+            ["--max-model-len", "130"],
+            ["--max-model-len 130", "context of 128 tokens; give 128 or less"],
+        ),
+        ("student-vllm", ["--kv-cache-gb", "0.00001"], ["--kv-cache-gb: 1e-05 GiB, but", "raise it to"]),
+        ("student-vllm", ["--port", "65535", "--replicas", "2"], ["2 ports from there on are beyond 65535"]),
+    ],
+)
+def test_a_replica_that_cannot_be_served_is_told_before_vllm_loads_it(
+    model: str, options: list[str], parts: list[str], cli: Cli
+) -> None:
+    pytest.importorskip("vllm")
+    assert_told(cli("serve", "--model", str(resolve_path(f"builtin:miniature/{model}")), *SERVE, *options), *parts)

@@ -1,5 +1,6 @@
 """Rollouts by replicas: load shared, faults tried again, and never a response of weights that were not loaded."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,61 @@ def test_a_server_that_cannot_be_told_to_load_is_named(policies: list[Path]) -> 
 
     with faulty_server(ASSETS / "miniature" / "teacher") as plain:
         engine = make([plain.url], retry_for_s=0.5)
-        with pytest.raises(EngineError, match="rollout server"):
+        with pytest.raises(EngineError, match=r"rollout server .* answered 404: .*kdrl serve starts servers that can"):
             engine.load_weights(policies[0])
+        engine.close()
+
+
+def test_a_probe_meets_every_replica(engine: HTTPRolloutEngine, replicas: list[Replica], policies: list[Path]) -> None:
+    """Also one by one, when all are idle each time."""
+    engine.load_weights(policies[0])
+    for _ in range(3):
+        before = [server.num_sampled for server in replicas]
+        for request in REQUESTS[:2]:
+            engine.generate([request])
+        assert [server.num_sampled for server in replicas] == [number + 1 for number in before]
+
+
+def test_replicas_that_share_their_gpus_sleep_between_phases(replicas: list[Replica], policies: list[Path]) -> None:
+    engine = make([server.url for server in replicas], sleep=True)
+    engine.load_weights(policies[0])
+    first = engine.generate(REQUESTS)
+    for _ in range(2):
+        engine.sleep()
+    assert [server.is_asleep for server in replicas] == [True, True]
+    assert [r.token_ids for r in engine.generate(REQUESTS)] == [r.token_ids for r in first]
+    assert [server.told.count("kdrl_wake") for server in replicas] == [1, 1]
+    engine.sleep()
+    engine.load_weights(policies[1])  # which wakes them
+    assert are_of(engine.generate(REQUESTS), policies[1])
+    assert [server.told.count("kdrl_wake") for server in replicas] == [1, 1]
+    engine.close()
+
+
+def test_replicas_that_share_their_gpus_are_left_asleep(replicas: list[Replica], policies: list[Path]) -> None:
+    """By an evaluation, say, after which another model has their GPUs; one that is gone costs no time."""
+    engine = make([server.url for server in replicas], sleep=True, retry_for_s=60.0)
+    engine.load_weights(policies[0])
+    replicas[0].close()
+    started = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started < 5
+    assert replicas[1].is_asleep
+
+
+def test_replicas_with_gpus_of_their_own_are_left_awake(engine: HTTPRolloutEngine, replicas: list[Replica]) -> None:
+    engine.sleep()
+    assert [server.told for server in replicas] == [[], []]
+
+
+def test_a_replica_that_was_away_when_the_others_fell_asleep_is_used_again(policies: list[Path]) -> None:
+    with replica(STUDENT) as one:
+        other = replica(STUDENT)
+        gone = other.__enter__()
+        engine = make([one.url, gone.url], sleep=True)
+        engine.load_weights(policies[0])
+        other.__exit__(None, None, None)
+        engine.sleep()
+        assert one.is_asleep
+        assert are_of(engine.generate(REQUESTS[:4]), policies[0])
         engine.close()

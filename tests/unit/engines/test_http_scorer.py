@@ -2,8 +2,11 @@
 
 import json
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from kdrl_core.types import ScoreRequest
 
 TEACHER = ASSETS / "miniature" / "teacher"
 KEY = "sk-planted-9f8e7d6c5b4a"
+TESTS = Path(__file__).parents[2]
 REQUESTS = [
     ScoreRequest(prompt_token_ids=list(range(5, 5 + n)), token_ids=[9, 4, 7, 11, 6, 1][: 2 + n % 5])
     for n in range(1, 9)
@@ -70,6 +74,43 @@ def same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.fixture
+def sleeper() -> Iterator[FaultyServer]:
+    """One of `kdrl serve`."""
+    with faulty_server(TEACHER, key=KEY) as server:
+        server.can_be_told = True
+        yield server
+
+
+def test_servers_that_share_their_gpus_sleep_and_wake(
+    make: Make, sleeper: FaultyServer, expected: list[np.ndarray]
+) -> None:
+    scorer = make([sleeper.url], sleep=True)
+    same(scorer.score(REQUESTS), expected)
+    scorer.sleep()
+    assert sleeper.is_asleep
+    same(scorer.score(REQUESTS), expected)
+    assert sleeper.told == ["kdrl_wake", "kdrl_sleep", "kdrl_wake"]  # it may have been started asleep
+
+
+def test_a_server_that_cannot_sleep_is_named(make: Make, server: FaultyServer) -> None:
+    with pytest.raises(EngineError, match=r"teacher server .* answered 404: .*kdrl serve starts .* be told to sleep"):
+        make(sleep=True).sleep()
+
+
+@pytest.mark.usefixtures("fast_sessions")
+def test_a_stage_takes_turns_with_a_teacher_that_shares_its_gpus(tmp_path: Path, sleeper: FaultyServer) -> None:
+    """It scores nothing ahead, and sleeps while responses are sampled and the policy is updated."""
+    shared = [f"teacher.server.{field}" for field in (f"urls=['{sleeper.url}']", "sleep=true", "api_key=env:SHARED")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARED", KEY)
+        run = open_tiny(tmp_path, "r", ["stage1=null", "stage2.steps=2", *shared])
+        train(run)
+    changes = [told for told, _ in groupby(sleeper.told)]
+    assert changes == ["kdrl_sleep", "kdrl_wake", "kdrl_sleep", "kdrl_wake", "kdrl_sleep"]
+    assert [row["time/teacher_score_hidden_s"] for row in load_metrics(run, "stage2")] == [0.0, 0.0]
+
+
 TRANSIENT = ["hang", "drop", "500", "503", "429", "garbage", "empty", "short", "null", "nan", "echo", "501", "520"]
 
 
@@ -77,7 +118,7 @@ TRANSIENT = ["hang", "drop", "500", "503", "429", "garbage", "empty", "short", "
 def test_a_fault_that_passes_costs_only_time(
     fault: str, make: Make, server: FaultyServer, expected: list[np.ndarray], caplog: pytest.LogCaptureFixture
 ) -> None:
-    scorer = make()
+    scorer = make(timeout_s=2.0 if fault == "hang" else 60.0, retry_for_s=60.0)
     server.faults.extend([fault] * 3)
     before = server.requests
     same(scorer.score(REQUESTS), expected)
@@ -334,3 +375,28 @@ def test_secrets_are_found_or_missed_by_name(monkeypatch: pytest.MonkeyPatch) ->
     register_secret_source("test", lambda name: f"{name}-value")
     assert resolve_secret("test:x") == "x-value"
     assert issubclass(SecretError, KdrlError)
+
+
+def test_a_program_does_not_wait_at_its_end_for_requests_in_flight(tmp_path: Path) -> None:
+    """Of two, one is refused, which ends the call; the other hangs at its server for ten minutes."""
+    program = f"""
+import socket, threading, time
+from kdrl_core.engines.http_scorer import HTTPScorer
+from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.errors import EngineError
+from kdrl_core.types import ScoreRequest
+from pathlib import Path
+from faulty_server import faulty_server
+with faulty_server(Path({str(TEACHER)!r})) as server:
+    scorer = HTTPScorer(ServedModel(urls=[server.url], concurrency=2))
+    server.faults.extend(["sleep", "400"])
+    try:
+        scorer.score([ScoreRequest(prompt_token_ids=[5], token_ids=[n]) for n in (6, 7)])
+    except EngineError as error:
+        print(error)
+"""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=TESTS)
+    assert "answered 400" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 40

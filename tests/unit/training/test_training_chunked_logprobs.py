@@ -129,7 +129,7 @@ def test_values_and_gradients_are_those_of_full_logits(
         expected = dense(case, exact, temperature)
         differentiate(found, case, which)
         differentiate(expected, case, which)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4  # full logits in float32 are up to 4e-5 from float64 here
     for values, reference in zip(found, expected, strict=True):
         assert values.dtype == dtype
         assert gap(values, reference) < tolerance

