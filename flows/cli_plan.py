@@ -1,7 +1,8 @@
 """`kdrl plan`: whether a recipe fits the GPUs at hand, and how long it takes. The work is in kdrl_core.planning."""
 
 import re
-from enum import StrEnum
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _MAX_OTHERS = 3
-_NOT_YET = (
-    "  colocated counts on engines that sleep while others use their GPU; this version's keep their memory: let "
-    "servers on other GPUs sample and score (docs/engines.md)"
-)
 _TIMES = {
     "rollout": "rollout",
     "teacher": "teacher_score",
@@ -35,46 +32,16 @@ _TIMES = {
 """Columns and their fields of StepTime."""
 
 
-class RolloutEngineName(StrEnum):
-    """What generates and scores."""
-
-    VLLM = "vllm"
-    TRANSFORMERS = "transformers"
-
-
-class TrainerName(StrEnum):
-    """What updates."""
-
-    DEEPSPEED = "deepspeed"
-    TORCH = "torch"
-
-
 def plan(
     recipe: RecipeOption = "paper-1.5b",
     overrides: SetOption = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs in all; default: 8, or --nodes × --gpus-per-node.")
+        int | None,
+        typer.Option(min=1, help="GPUs in all; default: --nodes × --gpus-per-node, else as many as the recipe uses."),
     ] = None,
     gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one GPU, e.g. 80GB or 24GiB.")] = "80GB",
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: as many as the GPUs need.")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
-    rollout_engine: Annotated[
-        RolloutEngineName, typer.Option(help="What generates and scores: vllm sleeps between phases.")
-    ] = RolloutEngineName.VLLM,
-    trainer: Annotated[
-        TrainerName, typer.Option(help="What updates; torch is one process on one GPU.")
-    ] = TrainerName.DEEPSPEED,
-    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed's ZeRO stage: 0, 2 or 3.")] = 2,
-    activation_checkpointing: Annotated[
-        bool, typer.Option(help="Recompute activations: a third more FLOPs, a fraction of the memory.")
-    ] = True,
-    offload_optimizer: Annotated[
-        bool, typer.Option("--offload-optimizer", help="Optimiser states in the host's memory.")
-    ] = False,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs of one rollout or teacher engine.")] = 1,
-    max_sequences: Annotated[
-        int, typer.Option(min=1, help="Responses that an engine generates at a time (vLLM: max_num_seqs).")
-    ] = 256,
     utilization: Annotated[
         float, typer.Option(min=0.1, max=1.0, help="Share of the memory that is planned; the rest is the runtime's.")
     ] = 0.9,
@@ -101,7 +68,9 @@ def plan(
     from_run: Annotated[
         str | None, typer.Option(metavar="RUN", help="Take tokens/s, FLOPs/s and lengths from this run's own steps.")
     ] = None,
-    run_gpus: Annotated[int, typer.Option(min=1, help="GPUs that --from-run was made on.")] = 1,
+    run_gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each phase of --from-run; default: what its recipe says.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether a recipe fits, where its models go, and how long a step and the whole of it take.
@@ -109,26 +78,37 @@ def plan(
     Nothing is loaded: the models' config.json suffices, and for the published models of the shipped recipes their
     names. Memory is counted per GPU for each phase (rollout, teacher-score, update, …) and each component (weights,
     gradients, optimizer, activations, KV cache, …). Placements: colocated, where every GPU does every phase in turn,
-    and split, where some GPUs hold the teacher alone. The fastest that fits is chosen; if none does, you are told
-    why, and what would.
+    and split, where some GPUs hold the teacher alone; with rollout.engine=server some generate alone. The fastest that
+    fits is chosen; if none does, you are told why, and what would.
+
+    Engines, ZeRO stage, activation checkpointing, tensor parallelism are the recipe's: change them with --set, as for
+    `kdrl run`. A plan counts on all GPUs that you name; what a run needs to use them is said with it.
 
     \b
     kdrl plan --recipe paper-1.5b --gpus 8 --gpu-memory 80GB
-    kdrl plan --recipe paper-1.5b --gpus 8 --gpu-memory 24GB --zero-stage 3
+    kdrl plan --recipe paper-1.5b --gpus 8 --gpu-memory 24GB --set trainer.zero_stage=3
     kdrl plan --recipe zero-3b --nodes 4 --peak-tflops 989 --memory-bandwidth 3350
-    kdrl plan --recipe smollm2 --gpus 1 --rollout-engine transformers --trainer torch --from-run first
+    kdrl plan --recipe smollm2 --from-run first
 
     Times are arithmetic (docs/scaling.md), not promises: measure a few steps and plan again with --from-run. Exit
     code 0 if every stage fits, else 1.
     """
     from kdrl_core.config import load_recipe
-    from kdrl_core.planning import Cluster, Engines, Rates, plan_stage, total_hours, work_of
+    from kdrl_core.planning import (
+        Cluster,
+        Rates,
+        conditions,
+        default_gpus,
+        engines_of,
+        plan_stage,
+        ranks_note,
+        total_hours,
+        work_of,
+    )
 
     with errors():
         loaded = load_recipe(recipe, overrides or [])
-        if zero_stage == 1:
-            raise RecipeError("--zero-stage 1 is none that kdrl trains with; give 0, 2 or 3")
-        total = _gpus(gpus, nodes, gpus_per_node)
+        total = _gpus(gpus, nodes, gpus_per_node) or default_gpus(loaded, gpus_per_node=gpus_per_node)
         cluster = Cluster(
             gpus=total,
             gpus_per_node=min(gpus_per_node, total),
@@ -140,17 +120,7 @@ def plan(
             network_bandwidth=network_bandwidth * 1e9,
             storage_bandwidth=storage_bandwidth * 1e9,
         )
-        engines = Engines(
-            rollout=rollout_engine.value,
-            trainer=trainer.value,
-            dtype=loaded.runtime.dtype,
-            zero_stage=zero_stage,
-            is_checkpointed=activation_checkpointing,
-            offloads_optimizer=offload_optimizer,
-            tensor_parallel=tensor_parallel,
-            max_sequences=max_sequences,
-        )
-        given = Rates(rollout_tokens_per_s=rollout_tokens_per_s)
+        engines = engines_of(loaded)
         measured = None
         if from_run is not None:
             from kdrl_core.planning.measured import rates_of_run, scaled
@@ -168,16 +138,22 @@ def plan(
                 mean_response=mean_response_tokens or (lengths and min(lengths[1], config.max_response_tokens)),
                 mean_prompt=mean_prompt_tokens or (lengths and min(lengths[0], config.max_prompt_tokens)),
             )
-            used = given if measured is None or rollout_tokens_per_s else scaled(rates, measured, work)
+            used = Rates() if measured is None else scaled(rates, measured, work)
+            if rollout_tokens_per_s is not None:
+                used = replace(used, rollout_tokens_per_s=rollout_tokens_per_s)
             plans.append(plan_stage(work, engines, cluster, used))
         hours = total_hours(plans)
         if as_json:
-            out.print_json(data={"recipe": loaded.name, "hours": hours, "stages": [each.to_json() for each in plans]})
+            stages = [{**each.to_json(), "conditions": conditions(each, loaded)} for each in plans]
+            out.print_json(data={"recipe": loaded.name, "hours": hours, "stages": stages})
         else:
             for each in plans:
-                _show(each, is_assumed=mean_response_tokens is None and measured is None)
+                is_assumed = mean_response_tokens is None and measured is None
+                _show(each, conditions(each, loaded), is_assumed=is_assumed)
             if hours is not None:
-                out.print(f"all stages: {_number(hours)} hours, {_number(hours * total)} GPU-hours", highlight=False)
+                if note := ranks_note(plans):
+                    out.print(note, highlight=False, soft_wrap=True)
+                out.print(f"all stages: {_span(hours, total)}", highlight=False)
         if hours is None:
             if not as_json:
                 failed = ", ".join(each.work.stage for each in plans if each.best is None)
@@ -194,13 +170,13 @@ def parse_size(text: str) -> float:
     return float(found[1]) * unit
 
 
-def _gpus(gpus: int | None, nodes: int | None, gpus_per_node: int) -> int:
+def _gpus(gpus: int | None, nodes: int | None, gpus_per_node: int) -> int | None:
     if gpus is not None and nodes is not None and gpus != nodes * gpus_per_node:
         raise RecipeError(
             f"--gpus {gpus} is not --nodes {nodes} × --gpus-per-node {gpus_per_node} = {nodes * gpus_per_node}; "
             "leave one of them out"
         )
-    return gpus or (nodes or 1) * gpus_per_node
+    return gpus or (nodes * gpus_per_node if nodes else None)
 
 
 def _rates(rates: "Rates") -> str:
@@ -212,7 +188,7 @@ def _rates(rates: "Rates") -> str:
     return ", ".join(shown) + " per GPU"
 
 
-def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
+def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None:
     from kdrl_core.planning.placement import host_bytes
     from kdrl_core.planning.plan import kv_note
 
@@ -234,18 +210,19 @@ def _show(plan: "StagePlan", *, is_assumed: bool) -> None:
             out.print("  no single change that was tried makes it fit; take a smaller model", highlight=False)
     else:
         out.print(f"  placement: {chosen.placement.name}; {kv_note(plan, chosen)}", highlight=False, soft_wrap=True)
-        if plan.engines.sleeps and not chosen.placement.is_split:
-            out.print(_NOT_YET, highlight=False, soft_wrap=True)
+        for each in needed:
+            out.print(f"  {each}", highlight=False, soft_wrap=True)
     out.print(_memory_table(chosen, plan))
     if host := host_bytes(work, plan.engines, cluster, chosen.placement):
-        out.print(f"  host memory per node, for sleeping models and offload: {_number(host / 1e9)} GB", highlight=False)
+        size = f"{_number(host / 1e9)} GB" if host >= 1e9 else f"{_number(host / 1e6)} MB"
+        out.print(f"  host memory per node, for sleeping models and offload: {size}", highlight=False)
     out.print()
     if plan.best is None or plan.step_s is None or plan.hours is None:
         return
     out.print(_time_table(plan))
     out.print(
         f"  {_many(work.steps, 'step')} of {_number(plan.step_s)} s and {_many(work.evaluations, 'evaluation')}: "
-        f"{_number(plan.hours)} hours, {_number(plan.hours * cluster.gpus)} GPU-hours; "
+        f"{_span(plan.hours, cluster.gpus)}; "
         f"mean response {work.mean_response:,.0f} tokens{' (assumed)' if is_assumed else ''}\n",
         highlight=False,
         soft_wrap=True,
@@ -281,19 +258,35 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def _span(hours: float, gpus: int) -> str:
+    """Time in the unit of its size, and what it costs where that is worth a number."""
+    if hours * 60 < 1:
+        return f"{_number(hours * 3600)} seconds"
+    if hours < 1:
+        return f"{_number(hours * 60)} minutes"
+    return f"{_number(hours)} hours, {_number(hours * gpus)} GPU-hours"
+
+
 def _many(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _time_table(plan: "StagePlan") -> RichTable:
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False, title="seconds per step", title_justify="left")
-    shown = [one for one in plan.candidates if one.fits][: 1 + _MAX_OTHERS]
-    columns = {name: [getattr(one.time, field) for one in shown] for name, field in _TIMES.items()}
-    columns = {name: values for name, values in columns.items() if any(values)}
-    digits = 1 if shown[0].time.total >= 10 else 3
-    table.add_column("placement", no_wrap=True)
+    from kdrl_core.planning.conditions import NOTICED, time_alone
+
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.title, table.title_justify = "seconds per step", "left"
+    fitting = [one for one in plan.candidates if one.fits][: 1 + _MAX_OTHERS]
+    shown = [(one.placement.name, one.time) for one in fitting]
+    alone = time_alone(plan, fitting[0])
+    if alone.total > (1 + NOTICED) * fitting[0].time.total:
+        shown.append((f"{fitting[0].placement.name}, one engine each", alone))
+    columns = {name: [getattr(time, field) for _, time in shown] for name, field in _TIMES.items()}
+    digits = 1 if fitting[0].time.total >= 10 else 3
+    columns = {name: values for name, values in columns.items() if any(round(value, digits) for value in values)}
+    table.add_column("placement", min_width=max(len(word) for name, _ in shown for word in name.split()))
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for row, candidate in enumerate(shown):
-        table.add_row(candidate.placement.name, *(f"{values[row]:,.{digits}f}" for values in columns.values()))
+    for row, (name, _) in enumerate(shown):
+        table.add_row(name, *(f"{values[row]:,.{digits}f}" for values in columns.values()))
     return table

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdrl_core.config import Recipe, StageConfig
+from kdrl_core.config.recipe import ServersConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.evaluation.benchmarks import load_benchmark
 from kdrl_core.planning.memory import Precision, TrainerSettings
 from kdrl_core.planning.shapes import ModelShape, shape_of
+
+Role = Literal["rollout", "teacher", "reference"]
+EngineName = Literal["vllm", "server", "transformers"]
 
 MEAN_RESPONSE_SHARE = 0.4
 """Assumed mean response length, of the longest one, where none is given."""
@@ -55,25 +59,46 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """How it runs. `vllm` sleeps while others use its GPU; `transformers` keeps its models in memory."""
+    """How it runs. `vllm` sleeps while others use its GPU; `transformers` is one process, on the first GPU, that keeps
+    its models in memory; `server` is replicas on GPUs of their own, which keep their memory as well. Replicas that
+    sleep are `vllm`, and `served`."""
 
-    rollout: Literal["vllm", "transformers"] = "vllm"
+    rollout: EngineName = "vllm"
+    teacher: Literal["vllm", "transformers"] = "vllm"
     trainer: Literal["deepspeed", "torch"] = "deepspeed"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: int = 2
     is_checkpointed: bool = True
     offloads_optimizer: bool = False
     tensor_parallel: int = 1
-    """GPUs of one rollout or teacher engine."""
+    """GPUs of one vLLM engine or replica."""
     max_sequences: int = 256
     """Responses that an engine generates at a time, vLLM's max_num_seqs."""
+    concurrency: int | None = None
+    """Requests in flight over all replicas of `server`; None: as many as they take."""
+    memory_share: float = 0.9
+    """Of a GPU, that a vLLM engine in this process takes whole: weights, workspace and cache."""
+    kv_cache_bytes: float | None = None
+    """Of such an engine, in place of that share."""
+    served: tuple[Role, ...] = ()
+    """Roles whose `vllm` engines are replicas: a run has as many as it lists, in its process it has one."""
     score_tokens: int = 2_048
     """Tokens per forward pass that gives the teacher's logprobs."""
 
     @property
     def sleeps(self) -> bool:
-        """Whether rollout engine, teacher and reference give their memory back between phases."""
+        """Whether the rollout engine gives its memory back between phases."""
         return self.rollout == "vllm"
+
+    def engine(self, role: Role) -> EngineName:
+        """What generates, or scores with the teacher or the stage's initial policy."""
+        in_process = self.sleeps and "rollout" not in self.served
+        reference: EngineName = "vllm" if in_process else "transformers"  # as `StageSession` has it
+        return {"rollout": self.rollout, "teacher": self.teacher, "reference": reference}[role]
+
+    def split(self, role: Role) -> int:
+        """GPUs of one engine of the role."""
+        return 1 if self.engine(role) == "transformers" else self.tensor_parallel
 
     @property
     def width(self) -> int:
@@ -94,6 +119,54 @@ class Engines:
             is_checkpointed=self.is_checkpointed,
             offloads_optimizer=self.offloads_optimizer,
         )
+
+
+def engines_of(recipe: Recipe) -> Engines:
+    """The engines that a recipe names. A run has one vLLM engine of each role, a plan as many as GPUs take."""
+    trainer, vllm, server = recipe.trainer, recipe.vllm, recipe.rollout.server
+    sleeping = sleeping_servers(recipe)
+    return Engines(
+        rollout="vllm" if "rollout" in sleeping else recipe.rollout.engine,
+        teacher="vllm" if recipe.teacher is None or "teacher" in sleeping else recipe.teacher.engine,
+        served=tuple(sleeping),
+        trainer=trainer.engine,
+        dtype=recipe.runtime.dtype,
+        zero_stage=trainer.zero_stage,
+        is_checkpointed=trainer.activation_checkpointing,
+        offloads_optimizer=trainer.offload_optimizer,
+        tensor_parallel=vllm.tensor_parallel,
+        max_sequences=vllm.max_num_seqs,
+        concurrency=server.concurrency if server is not None else None,
+        memory_share=vllm.gpu_memory_utilization,
+        kv_cache_bytes=None if vllm.kv_cache_gb is None else vllm.kv_cache_gb * 2**30,
+    )
+
+
+def sleeping_servers(recipe: Recipe) -> dict[Role, ServersConfig]:
+    """Replicas that share their GPUs with other phases, by what they do."""
+    teacher = recipe.teacher.server if recipe.teacher is not None else None
+    servers: dict[Role, ServersConfig | None] = {"rollout": recipe.rollout.server, "teacher": teacher}
+    return {role: server for role, server in servers.items() if server is not None and server.sleep}
+
+
+def gpus_of(recipe: Recipe) -> dict[Role | Literal["update"], int]:
+    """GPUs that a run of the recipe uses in each phase; replicas have `vllm.tensor_parallel` each."""
+    engines, sleeping = engines_of(recipe), sleeping_servers(recipe)
+    servers = recipe.rollout.server
+    return {
+        "rollout": engines.split("rollout") * (len(servers.urls) if servers is not None else 1),
+        "teacher": engines.split("teacher") * (len(sleeping["teacher"].urls) if "teacher" in sleeping else 1),
+        "reference": engines.split("reference"),
+        "update": recipe.trainer.ranks,
+    }
+
+
+def default_gpus(recipe: Recipe, *, gpus_per_node: int) -> int:
+    """GPUs that a run of the recipe uses in all, in whole nodes where one does not suffice."""
+    used = gpus_of(recipe)
+    apart = used.pop("rollout") if engines_of(recipe).rollout == "server" else 0
+    total = max(used.values()) + apart
+    return total if total <= gpus_per_node else -(-total // gpus_per_node) * gpus_per_node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +264,8 @@ def _mean(given: float | None, assumed: float, most: int) -> float:
 
 
 def _teacher(recipe: Recipe, config: StageConfig) -> ModelShape | None:
-    if recipe.teacher is None or recipe.teacher.server is not None or not config.scores_teacher:
+    if recipe.teacher is None or not config.scores_teacher:
+        return None
+    if recipe.teacher.server is not None and not recipe.teacher.server.sleep:
         return None
     return shape_of(recipe.teacher, role="teacher")

@@ -1,22 +1,26 @@
 """Rates of a run's own steps, in place of data sheets: tokens per second of its engine, FLOPs per second of its scorer
-and trainer. They hold for the same kind of GPU and engines; FLOPs carry over to other models, roughly."""
+and trainer, per GPU that the run's recipe gives each of them. They hold for the same kind of GPU and engines; FLOPs
+carry over to other models, roughly. Those of an update count recomputed activations where the run recomputes them."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
+from typing import Any
 
+from kdrl_core.config import Recipe
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import open_run
-from kdrl_core.planning.cluster import Work, work_of
-from kdrl_core.planning.cost import Rates
-from kdrl_core.planning.shapes import ModelShape
+from kdrl_core.planning.cluster import Role, Work, engines_of, gpus_of, work_of
+from kdrl_core.planning.cost import Rates, busiest
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.schema import read_table
 
 
-def rates_of_run(run_name: str, *, stage: str | None = None, gpus: int = 1) -> tuple[Rates, Work]:
+def rates_of_run(run_name: str, *, stage: str | None = None, gpus: int | None = None) -> tuple[Rates, Work]:
     """Medians over the steps of a stage (default: the last that was trained), the first step left out as warm-up.
 
     Args:
-        gpus: that the run used; its rates are per GPU.
+        gpus: that each phase of the run used; None: those of its recipe, engine by engine, and the trainer's ranks.
 
     Returns:
         The rates, and the work of a mean step of the run, with its own prompt and response lengths.
@@ -40,18 +44,30 @@ def rates_of_run(run_name: str, *, stage: str | None = None, gpus: int = 1) -> t
     response = sum(row["response/length_mean"] for row in rows) / len(rows)
     work = work_of(run.recipe, chosen, mean_response=response, mean_prompt=mean_prompt)
 
+    return rates_of(run.recipe, work, rows, gpus=gpus), work
+
+
+def rates_of(recipe: Recipe, work: Work, rows: Sequence[Mapping[str, Any]], *, gpus: int | None = None) -> Rates:
+    """Rates per GPU from steps of mean work `work` and their timings, as `rates_of_run`."""
+    used = gpus_of(recipe) if gpus is None else dict.fromkeys(gpus_of(recipe), gpus)
+
     def rate(phase: str, flops: float) -> float | None:
         seconds = median(row[phase] for row in rows)
-        return flops / seconds / gpus if seconds > 0.0 else None
+        return flops / seconds if seconds > 0.0 else None
 
-    scored: ModelShape | None = work.teacher or (work.student if work.has_reference else None)
-    phase = "time/teacher_score_s" if work.teacher is not None else "time/reference_score_s"
-    update = work.student.update_flops(work.tokens, context=work.mean_sequence, is_checkpointed=False)
+    role: Role = "teacher" if work.teacher is not None else "reference"
+    scored = work.teacher or (work.student if work.has_reference else None)
+    scoring = scored.forward_flops(work.tokens, context=work.mean_sequence) / used[role] if scored else 0.0
+    is_checkpointed = engines_of(recipe).is_checkpointed
+    update = work.student.update_flops(
+        busiest(work, used["update"]), context=work.mean_sequence, is_checkpointed=is_checkpointed
+    )
     return Rates(
-        rollout_tokens_per_s=median(row["throughput/rollout_tokens_per_s"] for row in rows) / gpus,
-        score_flops=rate(phase, scored.forward_flops(work.tokens, context=work.mean_sequence)) if scored else None,
+        rollout_tokens_per_s=median(row["throughput/rollout_tokens_per_s"] for row in rows) / used["rollout"],
+        score_flops=rate(f"time/{role}_score_s", scoring) if scored else None,
         update_flops=rate("time/update_s", update),
-    ), work
+        has_collectives=used["update"] > 1,
+    )
 
 
 def scaled(rates: Rates, measured: Work, planned: Work) -> Rates:
@@ -59,8 +75,4 @@ def scaled(rates: Rates, measured: Work, planned: Work) -> Rates:
     if rates.rollout_tokens_per_s is None:
         return rates
     factor = measured.student.matmul_parameters / planned.student.matmul_parameters
-    return Rates(
-        rollout_tokens_per_s=rates.rollout_tokens_per_s * factor,
-        score_flops=rates.score_flops,
-        update_flops=rates.update_flops,
-    )
+    return replace(rates, rollout_tokens_per_s=rates.rollout_tokens_per_s * factor)

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 from kdrl_core.errors import RecipeError
-from kdrl_core.planning.cluster import Cluster, Engines, Work
+from kdrl_core.planning.cluster import Cluster, Engines, Role, Work
 from kdrl_core.planning.cost import Rates, StepTime, gradient_traffic, rollout_s, step_time, sync_traffic
-from kdrl_core.planning.placement import PhaseMemory, Placement, host_bytes, phase_memories
+from kdrl_core.planning.placement import PhaseMemory, Placement, host_bytes, phase_memories, sequence_bytes
+from kdrl_core.planning.shapes import ModelShape
 
 GB = 1e9
 # B.2: 280 KDRL steps ≈ 200 KD-RKL steps ≈ 460 GRPO steps ≈ 80 hours.
@@ -26,6 +28,8 @@ class Candidate:
     memory: tuple[PhaseMemory, ...]
     time: StepTime
     usable: float
+    share: float
+    """Bytes that a vLLM engine in process may take of a GPU (vllm.gpu_memory_utilization)."""
 
     @property
     def worst(self) -> PhaseMemory:
@@ -35,12 +39,22 @@ class Candidate:
     @property
     def fits(self) -> bool:
         """Whether every phase does."""
-        return self.worst.total <= self.usable * (1 + 1e-9)
+        return self.cramped is None and self.worst.total <= self.usable * (1 + 1e-9)
+
+    @property
+    def cramped(self) -> PhaseMemory | None:
+        """A phase whose engine needs more than its share."""
+        return next((phase for phase in self.memory if phase.taken > self.share * (1 + 1e-9)), None)
 
     @property
     def reason(self) -> str:
         """Why it does not fit, with the phase and its largest parts."""
-        worst = self.worst
+        worst, cramped = self.worst, self.cramped
+        if cramped is not None and worst.total <= self.usable:
+            return (
+                f"{self.placement.name} does not fit, because the engine of {cramped.phase} needs "
+                f"{cramped.taken / GB:.2f} GB, and vllm.gpu_memory_utilization gives it {self.share / GB:.2f} GB"
+            )
         parts = sorted(worst.components.items(), key=lambda part: -part[1])[:3]
         largest = ", ".join(f"{name} {value / GB:.1f}" for name, value in parts)
         return (
@@ -87,7 +101,7 @@ class StagePlan:
             replace(self.work, max_response=self.work.evaluation_context - self.work.max_prompt),
             self.engines,
             self.cluster,
-            self.best.placement.student_gpus,
+            self.best.placement.generating_gpus,
             self.rates,
             responses=self.work.evaluation_responses,
         )
@@ -133,6 +147,7 @@ def _candidate_json(plan: StagePlan, candidate: Candidate) -> dict[str, Any]:
         "placement": candidate.placement.name,
         "student_gpus": gpus,
         "teacher_gpus": candidate.placement.teacher_gpus,
+        "rollout_gpus": candidate.placement.rollout_gpus,
         "fits": candidate.fits,
         "reason": None if candidate.fits else candidate.reason,
         "memory": [
@@ -173,21 +188,41 @@ def _candidates(work: Work, engines: Engines, cluster: Cluster, rates: Rates) ->
         memory = phase_memories(work, engines, cluster, placement)
         held = next(phase.sequences for phase in memory if phase.phase == "rollout")
         time = step_time(work, engines, cluster, placement, rates, kv_sequences=held)
-        found.append(Candidate(placement=placement, memory=tuple(memory), time=time, usable=cluster.usable_memory))
+        share = engines.memory_share * cluster.gpu_memory
+        found.append(
+            Candidate(placement=placement, memory=tuple(memory), time=time, usable=cluster.usable_memory, share=share)
+        )
     return sorted(found, key=lambda one: (not one.fits, one.time.total if one.fits else one.worst.total))
 
 
 def _placements(work: Work, engines: Engines, cluster: Cluster) -> Iterator[Placement]:
-    yield Placement(student_gpus=cluster.gpus)
-    if work.teacher is None or not engines.sleeps:
-        return
-    for teacher in range(engines.tensor_parallel, cluster.gpus, engines.tensor_parallel):
-        if cluster.gpus <= 16 or teacher % (cluster.gpus // 16) == 0:  # sixteenths do where there are hundreds
-            yield Placement(student_gpus=cluster.gpus - teacher, teacher_gpus=teacher)
+    step = engines.tensor_parallel
+    shares = [
+        gpus
+        for gpus in range(step, cluster.gpus, step)
+        if cluster.gpus <= 16 or gpus % (cluster.gpus // 16) == 0  # sixteenths do where there are hundreds
+    ]
+    for teacher in [0, *(shares if work.teacher is not None and engines.teacher == "vllm" else [])]:
+        for rollout in shares if engines.rollout == "server" else [0]:
+            if (student := cluster.gpus - teacher - rollout) > 0:
+                yield Placement(student_gpus=student, teacher_gpus=teacher, rollout_gpus=rollout)
 
 
 def _check(work: Work, engines: Engines, cluster: Cluster) -> None:
     split = engines.tensor_parallel
+    scores_alone = work.teacher is None or engines.teacher == "transformers"
+    if cluster.gpus > 1 and engines.rollout == "transformers" and engines.trainer == "torch" and scores_alone:
+        teacher = " --set teacher.engine=vllm" if engines.teacher == "transformers" else ""
+        raise RecipeError(
+            f"the recipe's engines, transformers and torch, are one process on one GPU, and {cluster.gpus} GPUs are "
+            f"planned; plan --gpus 1, or use them: --set rollout.engine=vllm{teacher} --set trainer.engine=deepspeed "
+            f"--set trainer.ranks={cluster.gpus}"
+        )
+    if engines.rollout == "server" and cluster.gpus <= split:
+        raise RecipeError(
+            f"rollout.engine=server: the replicas, of vllm.tensor_parallel={split} GPUs each, have GPUs of their own "
+            f"beside the trainer's, and {cluster.gpus} are planned; plan --gpus {2 * split} or more"
+        )
     if cluster.gpus > cluster.gpus_per_node and cluster.gpus % cluster.gpus_per_node:
         raise RecipeError(
             f"{cluster.gpus} GPUs are no whole number of nodes of {cluster.gpus_per_node}; "
@@ -195,21 +230,39 @@ def _check(work: Work, engines: Engines, cluster: Cluster) -> None:
         )
     if split > min(cluster.gpus, cluster.gpus_per_node) or cluster.gpus % split:
         raise RecipeError(
-            f"--tensor-parallel {split} does not divide {cluster.gpus} GPUs in nodes of {cluster.gpus_per_node}; "
-            "an engine stays within its node"
+            f"vllm.tensor_parallel={split} does not divide {cluster.gpus} GPUs in nodes of {cluster.gpus_per_node}; "
+            "an engine stays within its node: set another number, or plan other --gpus"
         )
     for role, shape in (("student", work.student), ("teacher", work.teacher)):
-        if shape is not None and shape.heads % split:
-            raise RecipeError(f"--tensor-parallel {split} does not divide the {role}'s {shape.heads} attention heads")
+        is_cut = engines.split("rollout" if role == "student" else "teacher") > 1
+        if shape is not None and is_cut and shape.heads % split:
+            raise RecipeError(
+                f"vllm.tensor_parallel={split} does not divide the {role}'s {shape.heads} attention heads; "
+                "set a number that does"
+            )
         if shape is not None and shape.max_context is not None and work.context > shape.max_context:
             raise RecipeError(
                 f"{work.stage}: prompt and response take {work.context} tokens, but {shape.name} ({role}) has "
                 f"{shape.max_context}; lower {work.stage}.max_response_tokens"
             )
-    if engines.offloads_optimizer and (engines.trainer == "torch" or engines.zero_stage == 0):
-        raise RecipeError("--offload-optimizer needs a partitioned optimiser: --trainer deepspeed, --zero-stage 2 or 3")
-    if not engines.sleeps and cluster.gpus > 1 and engines.trainer == "torch":
-        raise RecipeError("transformers and torch run in one process on one GPU; plan --gpus 1, or other engines")
+    _check_kv_cache(work, engines)
+
+
+def _check_kv_cache(work: Work, engines: Engines) -> None:
+    """Raise RecipeError if a vLLM engine of this process cannot hold one longest sequence."""
+    if (given := engines.kv_cache_bytes) is None:
+        return
+    longest = max(work.context, work.evaluation_context if work.evaluation_responses else 0)
+    needs: list[tuple[Role, ModelShape, int]] = [("rollout", work.student, longest)]
+    if work.teacher is not None:
+        needs.append(("teacher", work.teacher, work.context))
+    for role, shape, context in needs:
+        one = sequence_bytes(role, shape, engines, context=context)
+        if engines.engine(role) == "vllm" and given < one:
+            raise RecipeError(
+                f"vllm.kv_cache_gb={given / 2**30:g} is less than one sequence of {context:,} tokens of {shape.name} "
+                f"({role}) needs; set it to {ceil(one / 2**30 * 100) / 100:g} or more, or to null"
+            )
 
 
 def _remedies(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> Iterator[str]:
@@ -237,7 +290,7 @@ def _remedies(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> I
     for factor in (2, 4, 8):
         gpus = cluster.gpus * factor
         if engines.trainer == "deepspeed" and fits(work, engines, replace(cluster, gpus=gpus)):
-            yield f"--gpus {gpus}"
+            yield f"{gpus} GPUs (kdrl plan --gpus {gpus})"
             break
 
 
@@ -245,26 +298,36 @@ _Change = Callable[[Work, Engines], tuple[Work, Engines]]
 
 
 def _changes(work: Work, engines: Engines, cluster: Cluster) -> Iterator[tuple[str, _Change]]:
-    """What can be asked for in place of what was, from the cheapest to what changes the method."""
+    """What can be set in place of what was, from the cheapest to what changes the method."""
     if not engines.is_checkpointed:
-        yield "--activation-checkpointing", lambda w, e: (w, replace(e, is_checkpointed=True))
-    if not engines.sleeps and (fewer := work.num_in_process // 4):
+        yield "--set trainer.activation_checkpointing=true", lambda w, e: (w, replace(e, is_checkpointed=True))
+    most = Engines().memory_share
+    if engines.memory_share < most and "vllm" in (engines.rollout, engines.teacher):
+        yield f"--set vllm.gpu_memory_utilization={most:g}", lambda w, e: (w, replace(e, memory_share=most))
+    if engines.rollout == "transformers" and (fewer := work.num_in_process // 4):
         yield f"--set runtime.rollout_batch_size={fewer}", lambda w, e: (replace(w, num_in_process=fewer), e)
     if (budget := work.context) < work.micro_batch_tokens:
         name = f"--set {work.stage}.micro_batch_tokens={budget}"
         yield name, lambda w, e: (replace(w, micro_batch_tokens=budget), e)
     if engines.trainer == "deepspeed":
         if cluster.gpus > 1 and engines.zero_stage < 3:
-            yield "--zero-stage 3", lambda w, e: (w, replace(e, zero_stage=3))
+            yield "--set trainer.zero_stage=3", lambda w, e: (w, replace(e, zero_stage=3))
         if not engines.offloads_optimizer and engines.zero_stage > 0:
-            yield "--offload-optimizer", lambda w, e: (w, replace(e, offloads_optimizer=True))
-    if engines.sleeps and engines.tensor_parallel == 1:
-        most = next((split for split in (8, 4, 2) if _divides(split, work, cluster)), None)
-        if most is not None:
-            yield f"--tensor-parallel {most}", lambda w, e: (w, replace(e, tensor_parallel=most))
+            yield "--set trainer.offload_optimizer=true", lambda w, e: (w, replace(e, offloads_optimizer=True))
+    else:
+        stage = engines.zero_stage or 2
+        name = f"--set trainer.engine=deepspeed --set trainer.zero_stage={stage} --set trainer.offload_optimizer=true"
+        yield name, lambda w, e: (w, replace(e, trainer="deepspeed", zero_stage=stage, offloads_optimizer=True))
+    if engines.rollout != "transformers" and engines.tensor_parallel == 1:
+        widest = next((split for split in (8, 4, 2) if _divides(split, work, cluster)), None)
+        if widest is not None:
+            yield f"--set vllm.tensor_parallel={widest}", lambda w, e: (w, replace(e, tensor_parallel=widest))
     for part in (2, 4):
         limit = work.max_response // part
-        yield f"--set {work.stage}.max_response_tokens={limit}", partial(_shorten, limit)
+        name = f"--set {work.stage}.max_response_tokens={limit}"
+        if (one := work.max_prompt + limit) < work.micro_batch_tokens:
+            name += f" --set {work.stage}.micro_batch_tokens={one}"
+        yield name, partial(_shorten, limit)
 
 
 def _shorten(limit: int, work: Work, engines: Engines) -> tuple[Work, Engines]:
@@ -286,7 +349,7 @@ def kv_note(plan: StagePlan, candidate: Candidate) -> str:
     """What the rollout's KV cache holds, in words."""
     phase = next(each for each in candidate.memory if each.phase == "rollout")
     held = phase.sequences or 0
-    if not plan.engines.sleeps:
+    if plan.engines.rollout == "transformers":
         return f"{held} responses are generated at a time"
     mean = int(held * plan.work.context / plan.work.mean_sequence)
     return (

@@ -1,11 +1,13 @@
 """The tables of docs/scaling.md, computed: `python -m kdrl_core.planning.scaling` prints them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from kdrl_core.config import load_recipe
-from kdrl_core.planning.cluster import Cluster, Engines, Work, work_of
-from kdrl_core.planning.cost import gradient_traffic, sync_traffic
-from kdrl_core.planning.plan import StagePlan, plan_stage
+from kdrl_core.planning.cluster import Cluster, Engines, Work, engines_of, work_of
+from kdrl_core.planning.conditions import time_alone
+from kdrl_core.planning.cost import StepTime, gradient_traffic, sync_traffic
+from kdrl_core.planning.plan import Candidate, StagePlan, plan_stage
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 RECIPE, STAGE = "paper-1.5b", "stage2"
@@ -15,21 +17,25 @@ _GPU_MEMORY = 80e9
 
 def tables() -> dict[str, str]:
     """Markdown tables by name."""
-    work = work_of(load_recipe(RECIPE), STAGE)
-    plans = [plan_stage(work, Engines(), _cluster(nodes)) for nodes in NODES]
+    recipe = load_recipe(RECIPE)
+    work, engines = work_of(recipe, STAGE), engines_of(recipe)
+    plans = [plan_stage(work, engines, _cluster(nodes)) for nodes in NODES]
     return {
         "models": _table(("model", "parameters", "KV cache per token", "forward, FLOPs per token"), _models(work)),
         "time": _table(
             ("nodes", "GPUs", "placement", "rollout", "score", "update", "comm.", "sync", "step", "hours", "GPU-hours"),
             _times(plans),
         ),
+        "engines": _table(
+            ("8 GPUs, stage 2", "placement", "rollout", "score", "update", "step"), _engines(work, engines)
+        ),
         "traffic": _table(
             ("nodes", "ZeRO-0", "ZeRO-2", "ZeRO-3", "weight sync, all nodes", "sync at 5 GB/s"),
-            [_traffic(work, nodes) for nodes in NODES],
+            [_traffic(work, engines, nodes) for nodes in NODES],
         ),
         "memory": _table(
             ("nodes", "weights", "optimizer", "gradients", "update in all", "update in all, ZeRO-3"),
-            [_memory(work, nodes) for nodes in NODES],
+            [_memory(work, engines, nodes) for nodes in NODES],
         ),
     }
 
@@ -66,9 +72,30 @@ def _times(plans: Sequence[StagePlan]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _traffic(work: Work, nodes: int) -> tuple[str, ...]:
+def _engines(work: Work, engines: Engines) -> Iterator[tuple[str, ...]]:
+    """The recipe's engines one by one, and as many as the GPUs take."""
+    cluster = _cluster(1)
+
+    def row(name: str, chosen: Candidate, time: StepTime) -> tuple[str, ...]:
+        seconds = (time.rollout, time.teacher_score, time.update, time.total)
+        return (name, chosen.placement.name, *(f"{value:,.1f}" for value in seconds))
+
+    plan = plan_stage(work, engines, cluster)
+    chosen = plan.candidates[0]
+    yield row("vLLM in the process: an engine on every GPU, as planned", chosen, chosen.time)
+    yield row("the same with one engine of each role, as it is run", chosen, time_alone(plan, chosen))
+    sleeping = plan_stage(work, replace(engines, served=("rollout", "teacher")), cluster)
+    best = sleeping.candidates[0]
+    yield row("replicas of student and teacher on every GPU, which sleep", best, time_alone(sleeping, best))
+    for concurrency in (32, 1024):
+        served = plan_stage(work, replace(engines, rollout="server", concurrency=concurrency), cluster)
+        best = next(one for one in served.candidates if one.placement.is_split)
+        yield row(f"replicas of student and teacher, awake, {concurrency:,} rollouts in flight", best, best.time)
+
+
+def _traffic(work: Work, engines: Engines, nodes: int) -> tuple[str, ...]:
     cluster = _cluster(nodes)
-    zero = [gradient_traffic(work, Engines(zero_stage=stage), cluster.gpus) for stage in (0, 2, 3)]
+    zero = [gradient_traffic(work, replace(engines, zero_stage=stage), cluster.gpus) for stage in (0, 2, 3)]
     sync = sync_traffic(work, cluster)
     return (
         str(nodes),
@@ -78,10 +105,10 @@ def _traffic(work: Work, nodes: int) -> tuple[str, ...]:
     )
 
 
-def _memory(work: Work, nodes: int) -> tuple[str, ...]:
+def _memory(work: Work, engines: Engines, nodes: int) -> tuple[str, ...]:
     found = []
     for stage in (2, 3):
-        plan = plan_stage(work, Engines(zero_stage=stage), _cluster(nodes))
+        plan = plan_stage(work, replace(engines, zero_stage=stage), _cluster(nodes))
         colocated = next(one for one in plan.candidates if not one.placement.is_split)
         found.append(next(phase for phase in colocated.memory if phase.phase == "update"))
     parts = [found[0].components[name] for name in ("trainer weights", "optimizer", "gradients")]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,21 @@ def test_the_paper_fits_eight_gpus(cli: Cli) -> None:
         "(assumed)",
         "GPU-hours",
         "1,029",
+        "one engine each",
+        "rollout.engine=vllm is one",
     ):
         assert part in done.stdout
+
+
+def test_set_changes_the_plan_as_it_changes_the_run(cli: Cli) -> None:
+    done = cli("plan", "--set", "trainer.zero_stage=3", "--set", "trainer.ranks=4", "--json")
+    assert done.returncode == 0, done.stderr
+    stage = json.loads(done.stdout)["stages"][-1]
+    assert stage["assumed"]["engines"]["zero_stage"] == 3
+    assert stage["assumed"]["cluster"]["gpus"] == 4
+    update = next(phase for phase in stage["placements"][0]["memory"] if phase["phase"] == "update")
+    assert update["components"]["trainer weights"] == 2 * 1_777_088_000 / 4
+    assert any("rollout.engine=vllm is one" in each for each in stage["conditions"])
 
 
 def test_json_says_the_same(cli: Cli) -> None:
@@ -57,7 +71,11 @@ def test_exit_code_1_where_nothing_fits(cli: Cli) -> None:
         (["--gpu-memory", "80"], ["--gpu-memory 80", "80GB or 24GiB"]),
         (["--gpu-memory", "0GB"], ["--gpu-memory 0GB"]),
         (["--gpus", "8", "--nodes", "2"], ["--gpus 8 is not --nodes 2"]),
-        (["--zero-stage", "1"], ["give 0, 2 or 3"]),
+        (["--set", "trainer.zero_stage=1"], ["trainer.zero_stage"]),
+        (
+            ["--recipe", "miniature", "--gpus", "8"],
+            ["one process on one GPU", "--gpus 1", "--set teacher.engine=vllm", "--set trainer.ranks=8"],
+        ),
         (["--recipe", "paper"], ["no recipe 'paper'"]),
         (["--set", "teacher.path=models/other"], ["teacher.path=models/other", "config.json"]),
         (["--from-run", "none"], ["none"]),
@@ -74,10 +92,28 @@ def test_bad_input_is_one_line(cli: Cli, arguments: list[str], parts: list[str])
         assert part in line
 
 
-def test_a_run_predicts_its_own_steps(cli: Cli, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rollout, scoring and update of a plan from a run are the medians that the run measured."""
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        pytest.param([], 1, id="torch"),
+        pytest.param(["trainer.activation_checkpointing=true"], 1, id="activation checkpointing"),
+        pytest.param(
+            ["trainer={engine: deepspeed, ranks: 2, activation_checkpointing: true}"],
+            2,
+            id="two ranks",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed"),
+            ],
+        ),
+    ],
+)
+def test_a_run_predicts_its_own_steps(
+    overrides: list[str], gpus: int, cli: Cli, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scoring and update of a plan from a run are the medians that the run measured, on as many GPUs as it used."""
     monkeypatch.setenv("KDRL_ARTIFACTS", str(artifacts))
-    run = open_tiny(artifacts, "measured")
+    run = open_tiny(artifacts, "measured", overrides)
     try:
         train(run)
     finally:
@@ -85,13 +121,12 @@ def test_a_run_predicts_its_own_steps(cli: Cli, artifacts: Path, monkeypatch: py
     rates, work = rates_of_run("measured")
     assert rates.rollout_tokens_per_s is not None
     assert work.mean_response > 1
-    done = cli(
-        "plan", "--recipe", str(run.paths.recipe), "--gpus", "1", "--from-run", "measured", "--rollout-engine",
-        "transformers", "--trainer", "torch", "--no-activation-checkpointing", "--json",
-    )  # fmt: skip
+    done = cli("plan", "--recipe", str(run.paths.recipe), "--from-run", "measured", "--json")
     assert done.returncode == 0, done.stderr
     stage = json.loads(done.stdout)["stages"][-1]
+    assert stage["assumed"]["cluster"]["gpus"] == gpus
     time = stage["placements"][0]["time_s"]
+    assert time["communication"] == 0.0
     rows = load_metrics(run, "stage2")[1:]
     for phase, name in (("teacher_score", "time/teacher_score_s"), ("update", "time/update_s")):
         low, high = min(each[name] for each in rows), max(each[name] for each in rows)

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert plan.hours is None
     assert "does not fit, because update needs" in plan.candidates[0].reason
     assert "activations" in plan.candidates[0].reason
-    assert "--activation-checkpointing" in plan.remedies
+    assert "--set trainer.activation_checkpointing=true" in plan.remedies
     assert planned(is_checkpointed=True).best is not None  # the remedy holds
     assert "GPUs with 141 GB" in plan.remedies
     assert planned(is_checkpointed=False, memory=141e9).best is not None
@@ -137,7 +137,8 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
 def test_remedies_are_combined_where_none_does_alone() -> None:
     plan = planned(stage="stage1", gpus=2, memory=16e9)
     assert plan.best is None
-    assert "--set stage1.micro_batch_tokens=9216 --zero-stage 3 --offload-optimizer" in plan.remedies
+    together = "stage1.micro_batch_tokens=9216 trainer.zero_stage=3 trainer.offload_optimizer=true"
+    assert " ".join(f"--set {each}" for each in together.split()) in plan.remedies
     work = replace(plan.work, micro_batch_tokens=9216)
     engines = Engines(zero_stage=3, offloads_optimizer=True)
     assert plan_stage(work, engines, cluster(2, 16e9)).best is not None
@@ -191,8 +192,9 @@ def test_collectives_by_hand() -> None:
         (12, {}, "no whole number of nodes"),
         (8, {"tensor_parallel": 3}, "does not divide 8 GPUs"),
         (8, {"tensor_parallel": 8}, "student's 12 attention heads"),
-        (8, {"offloads_optimizer": True, "zero_stage": 0}, "needs a partitioned optimiser"),
-        (8, {"rollout": "transformers", "trainer": "torch"}, "one process on one GPU"),
+        (8, {"rollout": "transformers", "teacher": "transformers", "trainer": "torch"}, "one process on one GPU"),
+        (1, {"rollout": "server"}, "have GPUs of their own .* plan --gpus 2 or more"),
+        (8, {"kv_cache_bytes": 2.0**29}, r"vllm.kv_cache_gb=0.5 is less than .* set it to 0.88 or more"),
     ],
 )
 def test_gpus_that_cannot_be_used_are_refused(gpus: int, changes: dict[str, Any], message: str) -> None:
@@ -211,6 +213,6 @@ def test_work_that_cannot_be_planned_is_refused() -> None:
         plan_stage(work_of(long, "stage2"), Engines(), cluster())
 
 
-@pytest.mark.parametrize("name", ["models", "time", "traffic", "memory"])
+@pytest.mark.parametrize("name", ["models", "time", "engines", "traffic", "memory"])
 def test_the_tables_of_the_page_on_scaling_are_computed(name: str) -> None:
     assert tables()[name] in DOC.read_text(encoding="utf-8"), "run: python -m kdrl_core.planning.scaling"

@@ -1,0 +1,310 @@
+"""What a recipe says is what is planned; what a plan needs beyond it is said, as settings that can be copied."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from kdrl_core.config import load_recipe
+from kdrl_core.planning import (
+    Cluster,
+    Engines,
+    Rates,
+    StagePlan,
+    conditions,
+    default_gpus,
+    engines_of,
+    plan_stage,
+    ranks_note,
+    work_of,
+)
+from kdrl_core.planning.conditions import time_alone
+from kdrl_core.planning.cost import step_time
+from kdrl_core.planning.measured import rates_of
+from kdrl_core.planning.placement import KV_CACHE, Placement
+
+SERVED = ["rollout.engine=server", "rollout.server.urls=['http://127.0.0.1:8000/v1']"]
+
+
+SLEEPING = [
+    *SERVED,
+    "rollout.server.sleep=true",
+    "teacher.server={urls: ['http://127.0.0.1:9000/v1'], temperature: 0.6, sleep: true}",
+]
+
+
+def planned(
+    overrides: Sequence[str] = (),
+    *,
+    stage: str = "stage2",
+    recipe: str = "paper-1.5b",
+    gpus: int = 8,
+    memory: float = 80e9,
+) -> tuple[StagePlan, list[str]]:
+    """The plan, and what it needs beyond the recipe."""
+    loaded = load_recipe(recipe, overrides)
+    cluster = Cluster(gpus=gpus, gpus_per_node=min(gpus, 8), gpu_memory=memory)
+    plan = plan_stage(work_of(loaded, stage), engines_of(loaded), cluster)
+    return plan, conditions(plan, loaded)
+
+
+def components(plan: StagePlan, phase: str) -> dict[str, float]:
+    return next(each.components for each in plan.candidates[0].memory if each.phase == phase)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("rollout.engine=transformers", "rollout", "transformers"),
+        ("teacher.engine=transformers", "teacher", "transformers"),
+        ("trainer={engine: torch}", "trainer", "torch"),
+        ("runtime.dtype=float32", "dtype", "float32"),
+        ("trainer.zero_stage=3", "zero_stage", 3),
+        ("trainer.activation_checkpointing=false", "is_checkpointed", False),
+        ("trainer.offload_optimizer=true", "offloads_optimizer", True),
+        ("vllm.tensor_parallel=4", "tensor_parallel", 4),
+        ("vllm.max_num_seqs=64", "max_sequences", 64),
+        ("vllm.gpu_memory_utilization=0.4", "memory_share", 0.4),
+        ("vllm.kv_cache_gb=2", "kv_cache_bytes", 2.0 * 2**30),
+    ],
+)
+def test_each_field_of_a_recipe_is_one_of_the_plan(override: str, field: str, value: Any) -> None:
+    before, after = (engines_of(load_recipe("paper-1.5b", given)) for given in ([], [override]))
+    assert getattr(before, field) != value
+    assert getattr(after, field) == value
+
+
+def test_served_rollouts_are_replicas_with_so_many_requests() -> None:
+    engines = engines_of(load_recipe("paper-1.5b", [*SERVED, "rollout.server.concurrency=512"]))
+    assert (engines.rollout, engines.concurrency) == ("server", 512)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "gpus"),
+    [
+        ("miniature", [], 1),
+        ("miniature-vllm", [], 2),
+        ("paper-1.5b", [], 8),
+        ("paper-1.5b", SERVED, 16),  # nine, in whole nodes
+        ("paper-1.5b", [*SERVED, "trainer.ranks=4", "vllm.tensor_parallel=2"], 6),
+        ("paper-1.5b", ["trainer={engine: torch}", "vllm.tensor_parallel=4"], 4),
+    ],
+)
+def test_a_plan_is_for_the_gpus_that_the_recipe_uses(recipe: str, overrides: list[str], gpus: int) -> None:
+    assert default_gpus(load_recipe(recipe, overrides), gpus_per_node=8) == gpus
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "gpus", "memory"),
+    [
+        (["trainer.activation_checkpointing=false"], "stage2", 8, 80e9),
+        ([], "stage1", 2, 16e9),
+        (["trainer={engine: torch}", "rollout.engine=transformers"], "stage1", 1, 80e9),
+        (["trainer={engine: torch}"], "stage1", 1, 24e9),
+        (["vllm.gpu_memory_utilization=0.05"], "stage2", 8, 80e9),
+        ([], "stage2", 8, 16e9),
+    ],
+)
+def test_remedies_are_settings_that_make_it_fit(overrides: list[str], stage: str, gpus: int, memory: float) -> None:
+    plan, needed = planned(overrides, stage=stage, gpus=gpus, memory=memory)
+    assert plan.best is None
+    assert needed == []
+    settings = [remedy for remedy in plan.remedies if remedy.startswith("--set ")]
+    assert settings
+    for remedy in settings:
+        again = planned(
+            [*overrides, *remedy.removeprefix("--set ").split(" --set ")], stage=stage, gpus=gpus, memory=memory
+        )
+        assert again[0].best is not None, remedy
+
+
+def test_the_papers_recipe_needs_no_other_ranks_on_its_node() -> None:
+    plan, needed = planned()
+    assert plan.best is not None
+    assert plan.best.placement.name == "colocated"
+    assert len(needed) == 2
+    assert needed[0].startswith("rollouts count on 8 engines; rollout.engine=vllm is one, of 1 GPU")
+    assert "kdrl serve" in needed[0]
+    assert needed[1].startswith("the teacher's scores count on 8 engines")
+
+
+def test_one_gpu_needs_what_the_recipe_has_and_less_of_the_gpu_for_vllm() -> None:
+    """Trainer states of ZeRO-2 on one rank: (2 + 12) · 1.777 GB = 24.88 GB; (72 − 24.88) / 80 = 0.589."""
+    assert planned(["trainer.ranks=1"], gpus=1)[1] == [
+        "a vLLM engine takes 0.8 of its GPU, beside 24.9 GB of others: --set vllm.gpu_memory_utilization=0.58"
+    ]
+    assert planned(["trainer.ranks=1", "vllm.gpu_memory_utilization=0.58"], gpus=1)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "sentence"),
+    [
+        (["trainer.ranks=2"], 8, "8 GPUs train in this plan, 2 in the recipe: --set trainer.ranks=8"),
+        ([], 16, "the teacher has GPUs of its own: serve it there, 7 replicas"),
+        (["teacher.engine=transformers"], 16, "ranks on several nodes: --set trainer.hostfile=FILE"),
+        (
+            ["trainer={engine: torch, activation_checkpointing: true}"],
+            8,
+            "trains on one GPU alone; .* --set trainer.engine=deepspeed --set trainer.ranks=8",
+        ),
+        (
+            ["rollout.engine=transformers", "runtime.rollout_batch_size=16"],
+            8,
+            "rollout.engine=transformers generates on one GPU alone",
+        ),
+        (["teacher.engine=transformers"], 8, "teacher.engine=transformers scores on one GPU alone"),
+        (["runtime.device=cpu"], 8, "--set runtime.device=cuda"),
+        (
+            ["teacher.server={urls: ['http://a:1/v1'], temperature: 0.6}"],
+            8,
+            "teacher.server: neither its GPUs nor its time are in this plan",
+        ),
+        (
+            SERVED,
+            8,
+            "replicas generate in this plan, the recipe lists 1: start them with kdrl serve --replicas \\d and",
+        ),
+        (
+            [*SERVED, "rollout.server.concurrency=32"],
+            8,
+            "32 requests in flight are 8 for each replica, .* --set rollout.server.concurrency=1024",
+        ),
+        (SLEEPING, 8, "8 replicas generate in this plan, the recipe lists 1: .*kdrl serve --replicas 8 --asleep and"),
+        (SLEEPING, 8, "8 replicas score in this plan, the recipe lists 1: .* list all in teacher.server.urls"),
+        (SLEEPING, 8, "kdrl serve --asleep --gpu-memory-utilization 0.8"),
+        ([*SERVED, "vllm.tensor_parallel=2"], 8, "kdrl serve --tensor-parallel 2"),
+    ],
+)
+def test_what_the_recipe_does_not_say_yet_is_said(overrides: list[str], gpus: int, sentence: str) -> None:
+    assert any(re.search(sentence, each) for each in planned(overrides, gpus=gpus)[1])
+
+
+def test_the_one_engine_of_a_run_takes_as_long_on_any_number_of_nodes() -> None:
+    """It holds what its own GPU has room for, not the few responses that many engines would have each."""
+    alone = []
+    for gpus in (8, 64):
+        plan, _ = planned(["trainer.zero_stage=0", "teacher.engine=transformers"], gpus=gpus)
+        assert plan.best is not None
+        alone.append(time_alone(plan, plan.best))
+    assert alone[0].rollout == pytest.approx(alone[1].rollout, rel=0.02)
+
+
+def test_stages_with_different_ranks_are_named() -> None:
+    loaded = load_recipe("paper-1.5b")
+    cluster = Cluster(gpus=32, gpus_per_node=8, gpu_memory=80e9)
+    plans = [plan_stage(work_of(loaded, stage), engines_of(loaded), cluster) for stage in loaded.stages]
+    note = ranks_note(plans)
+    assert note is not None
+    assert note.startswith("stage1 trains on 32 GPUs, stage2 on 24: ")
+    assert ranks_note(plans[:1]) is None
+
+
+def test_replicas_have_gpus_of_their_own() -> None:
+    plan, _ = planned([*SERVED, "rollout.server.concurrency=1024"])
+    chosen = plan.candidates[0]
+    placement = chosen.placement
+    assert placement.rollout_gpus + placement.student_gpus + placement.teacher_gpus == 8
+    assert placement.rollout_gpus > 0
+    where = {phase.phase: phase.gpus for phase in chosen.memory}
+    assert (where["rollout"], where["update"]) == ("rollout GPUs", "student GPUs")
+    assert "trainer weights" not in components(plan, "rollout")
+    assert "rollout weights" not in components(plan, "update")
+
+
+def test_replicas_that_sleep_are_the_engines_that_a_plan_counts_on() -> None:
+    in_process, _ = planned()
+    served, needed = planned(SLEEPING)
+    assert served.best is not None
+    assert served.best.placement.name == "colocated"
+    assert [phase.components for phase in served.best.memory] == [p.components for p in in_process.candidates[0].memory]
+    assert time_alone(served, served.best).rollout == served.best.time.rollout
+    assert time_alone(served, served.best).teacher_score == served.best.time.teacher_score
+    assert not any("is one, of" in each or "is one, which" in each for each in needed)
+    loaded = load_recipe("paper-1.5b", [*SLEEPING, f"rollout.server.urls={[f'http://a:{n}/v1' for n in range(1, 9)]}"])
+    assert default_gpus(loaded, gpus_per_node=8) == 8
+
+
+def test_requests_in_flight_bound_the_rollouts() -> None:
+    def rollout_s(concurrency: int) -> float:
+        return planned([*SERVED, f"rollout.server.concurrency={concurrency}"])[0].candidates[0].time.rollout
+
+    assert rollout_s(32) > 3 * rollout_s(1024)
+
+
+def test_engines_in_process_that_do_not_sleep_stay() -> None:
+    plan, _ = planned(["teacher.engine=transformers"], memory=1e12)
+    assert components(plan, "update")["teacher weights"] == components(plan, "rollout")["teacher weights"] > 0
+    assert "rollout weights" not in components(plan, "update")
+    assert plan.candidates[0].time.teacher_score > 7 * planned(memory=1e12)[0].candidates[0].time.teacher_score
+
+
+ROWS = [
+    {
+        "throughput/rollout_tokens_per_s": 8000.0,
+        "time/teacher_score_s": 100.0,
+        "time/reference_score_s": 0.0,
+        "time/update_s": 200.0,
+    }
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "rollout", "scoring", "update", "passes"),
+    [
+        ([], None, 1, 1, 8, 4),  # one engine of each kind, eight ranks
+        (["trainer.activation_checkpointing=false"], None, 1, 1, 8, 3),
+        (["trainer={engine: torch}"], None, 1, 1, 1, 3),
+        (["vllm.tensor_parallel=2"], None, 2, 2, 8, 4),
+        (["vllm.tensor_parallel=2", "teacher.engine=transformers"], None, 2, 1, 8, 4),
+        ([*SERVED, "vllm.tensor_parallel=2"], None, 2, 2, 8, 4),
+        (["rollout.engine=server", "rollout.server.urls=['http://a:1/v1','http://b:1/v1']"], None, 2, 1, 8, 4),
+        ([], 4, 4, 4, 4, 4),
+    ],
+)
+def test_rates_of_a_run_are_per_gpu_of_each_phase(
+    overrides: list[str], gpus: int | None, rollout: int, scoring: int, update: int, passes: int
+) -> None:
+    """1,024 responses of 1,000 + 200 tokens: more than a longest sequence for each of eight ranks."""
+    recipe = load_recipe("paper-1.5b", overrides)
+    work = work_of(recipe, "stage2", mean_response=1000, mean_prompt=200)
+    rates = rates_of(recipe, work, ROWS, gpus=gpus)
+    assert work.teacher is not None
+    tokens = 1024 * 1200
+    head = 2 * work.student.embedding
+    per_token = passes * work.student.forward_flops(1, context=1200) + head
+    assert rates.rollout_tokens_per_s == 8000 / rollout
+    assert rates.score_flops == pytest.approx(tokens * work.teacher.forward_flops(1, context=1200) / 100 / scoring)
+    assert rates.update_flops == pytest.approx(tokens * per_token / 200 / update)
+    assert rates.has_collectives == (update > 1)
+
+
+def test_rates_measured_on_several_ranks_have_their_collectives() -> None:
+    work = work_of(load_recipe("paper-1.5b"), "stage2")
+    cluster = Cluster(gpus=8, gpus_per_node=8, gpu_memory=80e9)
+
+    def communication(**known: Any) -> float:
+        rates = Rates(update_flops=1e14, **known)
+        return step_time(work, Engines(), cluster, Placement(student_gpus=8), rates).communication
+
+    assert communication() > 0.0
+    assert communication(has_collectives=True) == 0.0
+
+
+def test_a_share_of_the_gpu_bounds_the_cache() -> None:
+    plan, _ = planned(["vllm.gpu_memory_utilization=0.5"])
+    parts = components(plan, "rollout")
+    assert sum(parts[name] for name in ("rollout weights", "workspace", KV_CACHE)) == pytest.approx(0.5 * 80e9)
+    given, _ = planned(["vllm.kv_cache_gb=4"])
+    assert components(given, "rollout")[KV_CACHE] == 4 * 2**30
+    small, _ = planned(["vllm.gpu_memory_utilization=0.05"])
+    assert small.best is None
+    assert "vllm.gpu_memory_utilization gives it 4.00 GB" in small.candidates[0].reason
+
+
+def test_a_served_teacher_has_its_gpu_to_itself() -> None:
+    plan, _ = planned(["vllm.gpu_memory_utilization=0.4"], memory=40e9)
+    split = next(one for one in plan.candidates if one.placement.teacher_gpus == 4)
+    scoring = next(phase for phase in split.memory if phase.phase == "teacher-score")
+    assert scoring.total > 0.4 * 40e9
+    assert split.cramped is None
