@@ -12,6 +12,7 @@ from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
 from kdrl_core.preflight import check_inputs
 from kdrl_core.steps.completion import is_finished, require_finished
+from tasks.adopt import adopt
 from tasks.secrets import register_blocks
 
 
@@ -23,16 +24,19 @@ def default_run_name() -> str:
 
 
 @flow(name="kdrl", flow_run_name=default_run_name, on_failure=[hooks.on_failure], on_crashed=[hooks.on_failure])
-def full_pipeline(recipe: str = "miniature", run_name: str | None = None, overrides: list[str] | None = None) -> str:
-    """Run the whole method, or go on with it where the files of `run_name` end.
+def full_pipeline(
+    recipe: str = "miniature",
+    run_name: str | None = None,
+    overrides: list[str] | None = None,
+    share_with: list[str] | None = None,
+) -> str:
+    """Run the whole method, or go on with it where the files of `run_name` end. Returns the run's folder.
 
     Args:
         recipe: name of a shipped recipe, or path of a YAML file.
         run_name: folder below artifacts/runs; an existing run is resumed.
         overrides: changes to the recipe, `stage2.steps=100` each.
-
-    Returns:
-        The run's folder.
+        share_with: runs from which finished parts of the same work are taken over (docs/sweeps.md).
     """
     register_blocks()
     loaded = load_recipe(recipe, overrides or [])
@@ -45,10 +49,11 @@ def full_pipeline(recipe: str = "miniature", run_name: str | None = None, overri
             shown.nothing_to_do(run)
             return str(run.paths.root)
         run_dir = str(run.paths.root)
+        adopt(run_dir, share_with)
         filtering(run_dir)
         for stage in run.recipe.stages:
-            train = sft_stage if run.recipe.stage(stage).objective == "sft" else training_stage
-            train(run_dir, stage)
+            (sft_stage if run.recipe.stage(stage).objective == "sft" else training_stage)(run_dir, stage)
+        adopt(run_dir, share_with)
         evaluation(run_dir)
         reporting(run_dir)
         require_finished(run)

@@ -23,6 +23,8 @@ from kdrl_core.reporting.tables import accuracy_table, tables_of
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps.checkpoints import remaining_steps
 from kdrl_core.steps.step_end import StepSummary
+from kdrl_core.sweeps.state import SweepPaths
+from kdrl_core.sweeps.table import SweepTable
 
 _MIN_INTERVAL_S = 2.0
 _TABLE_COLUMNS = [
@@ -204,6 +206,13 @@ def reported(run: Run) -> None:
     parts += ["## Files", "\n".join(f"- {name}: `{path}`" for name, path in summary.paths.items())]
     create_markdown_artifact("\n\n".join(parts), key=artifact_key(run, "result"), description=f"result of {run.name}")
     get_run_logger().info("finished: %s", summary.paths.get("report"))
+
+
+def swept(name: str, table: SweepTable) -> None:
+    """Show a sweep's tables."""
+    key = re.sub(r"[^a-z0-9]+", "-", f"sweep-{name}".lower()).strip("-")
+    create_markdown_artifact(table.to_markdown(), key=key, description=f"result of sweep {name}")
+    get_run_logger().info("tables: %s", SweepPaths.of(name).report)
 
 
 def _rounded(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kdrl_core.errors import KdrlError
-from kdrl_core.ledger import Run, is_published, lock_holder, open_run
+from kdrl_core.ledger import Run, adopted, is_published, lock_holder, open_run
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.steps.checkpoints import checkpoint_steps
 from kdrl_core.steps.completion import is_finished
@@ -19,7 +19,7 @@ def named_status(name: str) -> dict[str, Any]:
 
 
 def run_status(run: Run) -> dict[str, Any]:
-    """Plain values: run, recipe, state, progress, reward, started, steps by stage."""
+    """Plain values: run, recipe, state, progress, reward, started, steps by stage, parts from other runs."""
     holder = lock_holder(run.paths.lock)
     rows = {stage: load_metrics(run, stage) for stage in run.recipe.stages}
     steps = {stage: found[-1]["step"] + 1 if found else 0 for stage, found in rows.items()}
@@ -39,6 +39,7 @@ def run_status(run: Run) -> dict[str, Any]:
         "started": run.started_at,
         "steps": steps,
         "checkpoints": {stage: checkpoint_steps(run, stage) for stage in run.recipe.stages},
+        "adopted": {one["what"]: one["run"] for one in adopted(run)},
         "path": str(run.paths.root),
     }
 

@@ -1,7 +1,9 @@
 """Benchmarks: JSON Lines with `id`, `problem`, `answer`, read and checked before anything is generated."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from kdrl_core.config import BenchmarkConfig, resolve_path
 from kdrl_core.errors import DataError
@@ -14,6 +16,21 @@ class BenchmarkProblem:
     problem_id: str
     question: str
     answer: str
+
+
+def select_benchmarks(known: Sequence[BenchmarkConfig], names: Sequence[str] | None) -> list[BenchmarkConfig]:
+    """Those of the known benchmarks that are named, in the order of `known`; all without names.
+
+    Raises:
+        DataError: a name is not known; the known ones and the nearest are listed.
+    """
+    of_name = {benchmark.name: benchmark for benchmark in known}
+    for name in names or ():
+        if name not in of_name:
+            close = get_close_matches(name, of_name, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise DataError(f"no benchmark '{name}' (known: {', '.join(of_name)}){hint}")
+    return [benchmark for benchmark in known if names is None or benchmark.name in names]
 
 
 def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:

@@ -5,8 +5,16 @@ from kdrl_core.ledger.heal import find_intact
 from kdrl_core.ledger.layout import RunPaths, checkpoint_label
 from kdrl_core.ledger.lineage import find_own, required_sha256, verify_own
 from kdrl_core.ledger.lock import lock_holder, run_lock
-from kdrl_core.ledger.manifest import Manifest, is_current, is_published, manifest_of, verify_published
+from kdrl_core.ledger.manifest import (
+    Manifest,
+    is_current,
+    is_published,
+    manifest_of,
+    published_below,
+    verify_published,
+)
 from kdrl_core.ledger.publish import (
+    adopt_published,
     publish_directory,
     publish_file,
     replace_file,
@@ -17,10 +25,12 @@ from kdrl_core.ledger.publish import (
 )
 from kdrl_core.ledger.run import (
     Run,
+    adopted,
     create_run,
     list_runs,
     open_run,
     open_run_dir,
+    record_adoption,
     require_resumable,
     require_same_recipe,
 )
@@ -30,6 +40,8 @@ __all__ = [
     "Manifest",
     "Run",
     "RunPaths",
+    "adopt_published",
+    "adopted",
     "artifacts_root",
     "checkpoint_label",
     "create_run",
@@ -46,6 +58,8 @@ __all__ = [
     "prompts_of_step",
     "publish_directory",
     "publish_file",
+    "published_below",
+    "record_adoption",
     "replace_file",
     "require_resumable",
     "require_same_recipe",

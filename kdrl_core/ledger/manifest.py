@@ -7,7 +7,7 @@ artifact's place in its run: it vouches for nothing if it was altered, and not f
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,19 @@ def artifact_stem(where: Path) -> str | None:
     if where.name.startswith("_") and where.name.endswith(_FILE_MANIFEST):
         return where.name.removeprefix("_").removesuffix(_FILE_MANIFEST)
     return None
+
+
+def published_below(root: Path) -> Iterator[Path]:
+    """Every artifact of the run in `root` that has a manifest: files and directories, by name."""
+    for where in sorted(root.rglob("*manifest.json")):
+        inside = where.relative_to(root).parts
+        if len(inside) == 1 or any(part.startswith(".") for part in inside):
+            continue  # the run's own, or what is not published
+        if where.name == DIRECTORY_MANIFEST:
+            yield where.parent
+        elif (stem := artifact_stem(where)) is not None:
+            suffix = ".json" if where.parent == root / "data" and stem == "filter" else ".parquet"
+            yield where.with_name(stem + suffix)
 
 
 def is_published(path: Path) -> bool:

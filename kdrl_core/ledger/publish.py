@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.errors import KdrlError, StorageError
+from kdrl_core.errors import DamagedArtifactError, KdrlError, RunError, StorageError
 from kdrl_core.ledger import heal
 from kdrl_core.ledger.layout import place_of
 from kdrl_core.ledger.manifest import (
@@ -24,7 +24,9 @@ from kdrl_core.ledger.manifest import (
     digest,
     digest_of_listing,
     file_manifest_path,
+    is_published,
     listing,
+    manifest_of,
     read_manifest,
 )
 
@@ -120,6 +122,49 @@ def publish_directory(
                 _fsync(path.parent)
         heal.forget(path)
     return read_manifest(path / DIRECTORY_MANIFEST)
+
+
+def adopt_published(source: Path, path: Path) -> None:
+    """Publish at `path` what is published at `source`, in the same place of another run, and was verified there: the
+    same bytes under the same manifest. Nothing that is published is ever written to again, so its files are linked, and
+    copied only where the file system has no links.
+
+    Raises:
+        DamagedArtifactError: the source has no readable manifest, or was altered while it was copied.
+        RunError: something is published at `path` already.
+        StorageError: as `publish_file`.
+    """
+    manifest = manifest_of(source)
+    if is_published(path):
+        raise RunError(f"{path} is published already; it is not replaced by that of another run")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path) as temporary:
+            if manifest.files is None:
+                _link(source, temporary, manifest.sha256)
+                temporary.replace(path)
+            else:
+                for name, file in manifest.files.items():
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    _link(source / name, temporary / name, file["sha256"])
+                (temporary / DIRECTORY_MANIFEST).write_bytes(manifest.to_bytes())
+                _fsync(temporary / DIRECTORY_MANIFEST)
+                for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+                    _fsync(folder)
+                temporary.rename(path)
+            _fsync(path.parent)
+        if manifest.files is None:
+            replace_file(file_manifest_path(path), manifest.to_bytes())
+
+
+def _link(source: Path, target: Path, sha256: str) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        _fsync(target)
+        if digest(target)[1] != sha256:
+            raise DamagedArtifactError(f"{source} was altered while it was copied", "look at its disk") from None
 
 
 def retract(path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run: its folder, its frozen recipe, and the refusal to go on under another one."""
 
+import hashlib
 import json
 import logging
 import platform
@@ -102,6 +103,33 @@ def require_resumable(run: Run, recipe: Recipe) -> None:
             "Use another run name, or resume with the recipe it was started with. "
             f"Safe to change are {', '.join(SAFE_FIELDS)}, and of the last stage more steps"
         )
+
+
+def record_adoption(run: Run, donor: Run, what: str, artifacts: Mapping[str, str]) -> None:
+    """Note in the run's manifest.json that `what` comes from another run: which one, its recipe's hash and versions,
+    when, and a hash over the artifacts (place → sha256) that are taken over. Written before they are, so that none is
+    ever there without it."""
+    listing = "".join(f"{artifacts[place]} {place}\n" for place in sorted(artifacts))
+    theirs = _read_manifest(donor.paths)
+    entry = {
+        "what": what,
+        "run": donor.name,
+        "config_hash": theirs.get("config_hash"),
+        "versions": theirs.get("versions"),
+        "num_artifacts": len(artifacts),
+        "sha256": hashlib.sha256(listing.encode()).hexdigest(),
+        "at": datetime.now(UTC).isoformat("T", "seconds"),
+    }
+    manifest = dict(_read_manifest(run.paths))
+    kept = [one for one in adopted(run) if one["what"] != what]  # of an adoption that was interrupted
+    manifest["adopted"] = [*kept, entry]
+    replace_file(run.paths.manifest, _as_json(manifest))
+
+
+def adopted(run: Run) -> list[dict[str, Any]]:
+    """What the run took over from others, as `record_adoption` notes it."""
+    found: list[dict[str, Any]] = _read_manifest(run.paths).get("adopted", [])
+    return found
 
 
 def open_run(name: str, *, artifacts: Path | None = None) -> Run:
@@ -213,7 +241,9 @@ def _read_manifest(paths: RunPaths) -> Mapping[str, Any]:
 
 
 def _write_manifest(paths: RunPaths, recipe: Recipe, *, history: list[Any], announced: Recipe | None = None) -> None:
-    created = _created(paths.manifest) if paths.manifest.is_file() else ""
+    created, taken_over = _created(paths.manifest) if paths.manifest.is_file() else "", []
+    with suppress(RunError, OSError):
+        taken_over = _read_manifest(paths).get("adopted", [])
     manifest: dict[str, Any] = {
         "run": paths.name,
         "recipe": recipe.name,
@@ -225,7 +255,13 @@ def _write_manifest(paths: RunPaths, recipe: Recipe, *, history: list[Any], anno
     }
     if announced is not None:
         manifest["announced_config_hash"] = config_hash(announced)
-    replace_file(paths.manifest, (json.dumps(manifest, indent=1) + "\n").encode())
+    if taken_over:
+        manifest["adopted"] = taken_over
+    replace_file(paths.manifest, _as_json(manifest))
+
+
+def _as_json(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 def _versions() -> dict[str, str]:

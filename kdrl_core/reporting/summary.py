@@ -89,7 +89,7 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
     config = run.recipe.stage(stage)
     dataset = run.paths.sft_dataset(stage)
     samples = manifest_of(dataset).metadata if config.objective == "sft" and is_published(dataset) else None
-    seconds = sum(value for row in rows for name, value in row.items() if _is_spent(name))
+    seconds = sum(value for row in rows for name, value in row.items() if is_spent(name))
     return StageRow(
         stage=stage,
         objective=config.objective,
@@ -105,7 +105,7 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
     )
 
 
-def _is_spent(name: str) -> bool:
+def is_spent(name: str) -> bool:
     """Whether a timing is time that the step took, not work beside it."""
     return name.startswith("time/") and not name.endswith("_hidden_s")
 

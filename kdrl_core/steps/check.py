@@ -15,7 +15,7 @@ from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, 
 from kdrl_core.ledger import Run, is_published, lock_holder, manifest_of, run_lock, verify_own
 from kdrl_core.ledger.heal import ASIDE_PREFIX
 from kdrl_core.ledger.layout import stage_and_step
-from kdrl_core.ledger.manifest import DIRECTORY_MANIFEST, artifact_stem
+from kdrl_core.ledger.manifest import artifact_stem, published_below
 from kdrl_core.reporting.summary import final_labels
 from kdrl_core.rollouts.metrics import differing_metrics
 from kdrl_core.steps.checkpoints import latest_checkpoint
@@ -68,7 +68,7 @@ def check_run(run: Run, *, on_checked: OnChecked | None = None) -> CheckReport:
 
     While somebody works on the run, what seems wrong is looked at again: a file may just be on its way.
     """
-    artifacts = list(_artifacts(run.paths.root))
+    artifacts = list(published_below(run.paths.root))
     findings, num_bytes = _look(run, artifacts, on_checked)
     if findings and lock_holder(run.paths.lock) is not None:
         time.sleep(_SETTLE_S)
@@ -137,19 +137,6 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
                 repaired.append(finding.path)
         close_sessions()
     return repaired, refused
-
-
-def _artifacts(root: Path) -> Iterator[Path]:
-    """Every artifact that has a manifest, or had: of files and of directories."""
-    for where in sorted(root.rglob("*manifest.json")):
-        inside = where.relative_to(root).parts
-        if len(inside) == 1 or any(part.startswith(".") for part in inside):
-            continue  # the run's own, or what is not published
-        if where.name == DIRECTORY_MANIFEST:
-            yield where.parent
-        elif (stem := artifact_stem(where)) is not None:
-            suffix = ".json" if where.parent == root / "data" and stem == "filter" else ".parquet"
-            yield where.with_name(stem + suffix)
 
 
 def _set_aside(run: Run) -> Iterator[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -17,9 +18,10 @@ from kdrl_core.engines.models import context_limit, load_tokenizer, read_config
 from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.engines.verified import generate_and_verify
 from kdrl_core.errors import ModelError
-from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
+from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
+from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
 from kdrl_core.evaluation.results import RESULTS, read_results
-from kdrl_core.evaluation.statistics import accuracy
+from kdrl_core.evaluation.statistics import accuracy, majority, pass_at_k, powers_of_two, standard_error
 from kdrl_core.ledger import (
     Run,
     derive_seed,
@@ -32,8 +34,8 @@ from kdrl_core.ledger import (
 from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import EVALUATION, write_table
-from kdrl_core.steps.session import initial_policy
-from kdrl_core.types import Rollout, RolloutRequest, Verdict
+from kdrl_core.steps.session import initial_policy, rest_sessions
+from kdrl_core.types import Rollout, RolloutRequest, Verdict, VerdictKind
 from kdrl_core.verify import Verifier
 
 
@@ -57,17 +59,19 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
     """Evaluate the model behind `label` on the named benchmarks (default: all) and publish responses and results.
 
     Returns:
-        results.json: per benchmark `accuracy`, `low`, `high` (in [0, 1]), `length_mean`, `clip_ratio`, counts.
+        results.json: per benchmark `accuracy`, `low`, `high` (in [0, 1]), `pass_at_k` by k, `maj_at_k`,
+        `length_mean`, `clip_ratio`, counts, `verdicts` by kind.
     """
     target = run.paths.evaluation(label)
     recipe = run.recipe
+    wanted = select_benchmarks(recipe.evaluation.benchmarks, benchmarks)
     path, config = model_of(run, label)
     inputs = _inputs(run, path)
     if find_intact(target, inputs, is_exact=False):
         return read_results(target)
     started = time.perf_counter()
+    rest_sessions()
     tokenizer = load_tokenizer(path, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code)
-    wanted = [b for b in recipe.evaluation.benchmarks if benchmarks is None or b.name in benchmarks]
     samples = [_sample_of(benchmark, recipe, tokenizer) for benchmark in wanted]
     context = _context(recipe, read_config(path))
     limits = [_response_limit(context, sample.requests, label) for sample in samples]
@@ -102,6 +106,8 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
     def write(folder: Path) -> None:
         write_table(pa.concat_tables(tables), folder / "responses.parquet")
         (folder / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
+        shaped = lm_eval_results(content, temperature=recipe.evaluation.temperature, seed=recipe.seed)
+        (folder / LM_EVAL_RESULTS).write_text(json.dumps(shaped, indent=1) + "\n")
 
     publish_directory(target, write, inputs=inputs)
     return content
@@ -188,13 +194,21 @@ def _table(
 def _result(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], samples: int, *, seed: int) -> dict[str, Any]:
     correct = [v.accuracy_reward for v in verdicts]
     groups = [correct[start : start + samples] for start in range(0, len(correct), samples)]
+    answers = [v.extracted for v in verdicts]
+    votes = [answers[start : start + samples] for start in range(0, len(answers), samples)]
     found = accuracy(groups, seed=seed)
     return {
         "accuracy": found.mean,
         "low": found.low,
         "high": found.high,
+        "stderr": standard_error(groups),
         "num_problems": len(groups),
         "num_samples": samples,
+        "pass_at_k": {
+            str(k): fmean(pass_at_k(samples, round(sum(group)), k) for group in groups) for k in powers_of_two(samples)
+        },
+        "maj_at_k": fmean(majority(vote, group) for vote, group in zip(votes, groups, strict=True)),
         "length_mean": sum(len(r.token_ids) for r in rollouts) / len(rollouts),
         "clip_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "verdicts": {kind.value: sum(v.kind is kind for v in verdicts) for kind in VerdictKind},
     }

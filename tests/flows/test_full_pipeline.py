@@ -135,6 +135,7 @@ def test_prefect_yaml_deploys_every_flow_under_its_public_name() -> None:
     }
     assert names == {
         "kdrl/full-pipeline",
+        "kdrl-sweep/sweep",
         "kdrl-filtering/filtering",
         "kdrl-training-stage/training-stage",
         "kdrl-sft-stage/sft-stage",

@@ -95,6 +95,7 @@ FORBIDDEN = {
     "kdrl_core/ledger": {"kdrl_core.data", "kdrl_core.engines", "kdrl_core.steps", "torch", "transformers", "pyarrow"},
     "kdrl_core/engines": {"kdrl_core.steps", "kdrl_core.objectives", "kdrl_core.reporting"},
     "kdrl_core/training": {"kdrl_core.steps", "kdrl_core.reporting"},
+    "kdrl_core/sweeps": {"kdrl_core.training", "torch", "transformers"},
     "kdrl_core/verify": {"kdrl_core.engines", "kdrl_core.steps", "torch", "transformers"},
     "kdrl_core/data": {"kdrl_core.engines", "kdrl_core.steps", "torch"},
 }

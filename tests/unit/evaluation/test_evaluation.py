@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kdrl_core.config import BenchmarkConfig
 from kdrl_core.errors import DataError
-from kdrl_core.evaluation.benchmarks import load_benchmark
+from kdrl_core.evaluation.benchmarks import load_benchmark, select_benchmarks
 from kdrl_core.evaluation.statistics import accuracy
 
 
@@ -111,3 +111,11 @@ def test_files_without_problems_are_named(tmp_path: Path) -> None:
 def test_repeated_id_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b\.jsonl row 3, field 'id': 'p-1' stands in row 1 as well; make ids unique"):
         load_benchmark(write(tmp_path / "b.jsonl", ROW, "", ROW))
+
+
+def test_unknown_benchmark_lists_the_known_and_the_nearest() -> None:
+    known = [BenchmarkConfig(name=name, file="x.jsonl") for name in ("aime24", "math500")]
+    assert [b.name for b in select_benchmarks(known, None)] == ["aime24", "math500"]
+    assert [b.name for b in select_benchmarks(known, ["math500"])] == ["math500"]
+    with pytest.raises(DataError, match=r"no benchmark 'math50' \(known: aime24, math500\); did you mean 'math500'\?"):
+        select_benchmarks(known, ["math50"])

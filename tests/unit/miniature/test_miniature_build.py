@@ -68,6 +68,7 @@ def sampled_accuracy(assets: Path, model: str, *, num_problems: int = 128) -> fl
     return sum(right) / len(right)
 
 
+@pytest.mark.slow  # two minutes; others hold the shipped models
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     for name in ("first", "second"):
         build(tmp_path / name, **barely_trained(4), scale=0.02)

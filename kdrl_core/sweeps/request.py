@@ -1,0 +1,126 @@
+"""What a command asks for → a sweep and its cells, all of them validated before anything runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdrl_core.config import Recipe, config_hash, load_recipe, parse_value
+from kdrl_core.errors import KdrlError, RecipeError
+from kdrl_core.ledger import require_same_recipe
+from kdrl_core.preflight import check_inputs
+from kdrl_core.sweeps.cells import Cell, expand
+from kdrl_core.sweeps.spec import SweepSpec, load_sweep, validate_sweep
+from kdrl_core.sweeps.state import SweepPaths, read_record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A sweep as it is to run."""
+
+    spec: SweepSpec
+    overrides: tuple[str, ...]
+    share_with: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+def make_request(
+    source: str | None,
+    *,
+    name: str | None = None,
+    recipe: str | None = None,
+    seeds: int | list[int] | None = None,
+    vary: Sequence[str] = (),
+    overrides: Sequence[str] | None = None,
+    share_with: Sequence[str] | None = None,
+) -> Request:
+    """The sweep that was asked for, with its cells.
+
+    A sweep that was started before goes on as it was started; what is given here takes the place of that.
+
+    Args:
+        source: name of a shipped sweep or of one that was started, or path of a YAML file; None: `vary` alone.
+        name: of the sweep, its folder and its runs; default: the file's.
+        vary: `FIELD=a,b,c` each, beside what the sweep varies.
+        overrides: `FIELD=VALUE` of every cell; None: those it was started with.
+        share_with: other sweeps that were started, whose finished work may be taken over.
+
+    Raises:
+        RecipeError: no such sweep, or a cell's recipe is not valid.
+        RunError: a sweep of `share_with` was not started.
+    """
+    if source is None and not vary:
+        raise RecipeError("nothing is varied; name a sweep (kdrl sweep list), or give --vary FIELD=a,b,c")
+    if source is None:
+        name = name or _name(recipe, vary)
+    known = _started(name or source)  # under another name, `source` is its file, not what was made of it here
+    base: dict[str, Any]
+    if source is None and known is None:
+        base = {"name": name, "recipe": "miniature", "vary": {}}
+    elif known is not None and not (source or "").endswith((".yaml", ".yml")):
+        base = known.spec.model_dump(mode="json")
+    else:
+        assert source is not None
+        base = load_sweep(source).model_dump(mode="json")
+    changes = {"name": name, "recipe": recipe, "seeds": seeds}
+    values = {**base, **{field: value for field, value in changes.items() if value is not None}}
+    values["vary"] = {**values["vary"], **dict(map(parse_vary, vary))}
+    spec = validate_sweep(values, origin=source or "--vary")
+    kept = _started(spec.name)
+    own = tuple(overrides if overrides is not None else kept.overrides if kept else ())
+    shared = tuple(share_with if share_with is not None else kept.share_with if kept else ())
+    for other in shared:
+        read_record(other)
+    return Request(spec=spec, overrides=own, share_with=shared, cells=tuple(expand(spec, own, origin=source)))
+
+
+def check_request(request: Request) -> None:
+    """Look at the inputs of every cell, and at the runs that there are already, before anything runs.
+
+    Raises:
+        KdrlError: as `check_inputs` and `require_same_recipe`, with the cell named.
+    """
+    seen: set[str] = set()
+    for cell in request.cells:
+        try:
+            require_same_recipe(cell.run, cell.recipe)
+            if (what := _without_seed(cell.recipe)) not in seen:
+                check_inputs(cell.recipe)
+            seen.add(what)
+        except KdrlError as error:
+            raise type(error)(*_with_cell(error, request, cell)) from None
+
+
+def donors_of(request: Request) -> list[str]:
+    """Every run with which the cells of a sweep may share: its own cells, and those of `share_with`."""
+    others = [cell.run for sweep in request.share_with for cell in read_record(sweep).cells]
+    return [*(cell.run for cell in request.cells), *others]
+
+
+def parse_vary(text: str) -> tuple[str, list[Any]]:
+    """`FIELD=a,b,c` as field and values, each of them YAML."""
+    field, equals, values = text.partition("=")
+    if not equals or not field or not values:
+        raise RecipeError(f"--vary {text}: expected FIELD=a,b,c, e.g. --vary stage2.learning_rate=1e-4,3e-4")
+    return field, parse_value(f"[{values}]", field=f"--vary {text}")
+
+
+def _name(recipe: str | None, vary: Sequence[str]) -> str:
+    loaded = load_recipe(recipe or "miniature")
+    fields = "-".join(parse_vary(text)[0].rsplit(".", 1)[-1] for text in vary)
+    return f"{loaded.name}-by-{fields}"[:60]
+
+
+def _started(name: str | None) -> Any:
+    if name is None or name.endswith((".yaml", ".yml")) or not SweepPaths.of(name).record.is_file():
+        return None
+    return read_record(name)
+
+
+def _without_seed(recipe: Recipe) -> str:
+    return config_hash(recipe.model_copy(update={"seed": 0}))
+
+
+def _with_cell(error: KdrlError, request: Request, cell: Cell) -> tuple[Any, ...]:
+    """The error's arguments with the cell in front of its text."""
+    first, *rest = error.args or ("",)
+    return (f"sweep {request.spec.name}, variant '{cell.variant}', seed {cell.seed}: {first}", *rest)

@@ -1,0 +1,106 @@
+"""What a command asks for, and what is kept of it for the next one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdrl_core.errors import ModelError, RecipeError, RunError
+from kdrl_core.ledger import RunPaths, create_run
+from kdrl_core.sweeps.report import read_sweep, write_sweep_report
+from kdrl_core.sweeps.request import Request, check_request, donors_of, make_request, parse_vary
+from kdrl_core.sweeps.state import (
+    CellState,
+    SweepPaths,
+    cell_status,
+    list_started,
+    note_failure,
+    read_record,
+    write_record,
+)
+
+pytestmark = pytest.mark.usefixtures("artifacts")
+
+
+def _start(source: str | None = "figure5", **options: Any) -> Request:
+    request = make_request(source, **options)
+    write_record(request.spec, request.overrides, request.share_with, request.cells)
+    return request
+
+
+def _runs(request: Request) -> Sequence[str]:
+    return [cell.run for cell in request.cells]
+
+
+def test_a_started_sweep_goes_on_as_it_was_started() -> None:
+    first = _start(seeds=2, overrides=["stage2.steps=5"])
+    again = make_request("figure5")
+    assert again == first
+    assert _runs(again)[3] == "figure5--no-mask--seed1"
+    assert make_request("figure5", name="other").cells[0].recipe.stage("stage2").steps == 80
+    assert list_started() == ["figure5"]
+
+
+def test_what_is_given_takes_the_place_of_what_was_kept() -> None:
+    _start(seeds=2, overrides=["stage2.steps=5"])
+    more = make_request("figure5", seeds=[0, 7], overrides=["stage2.steps=6"])
+    assert {cell.seed for cell in more.cells} == {0, 7}
+    assert {cell.recipe.stage("stage2").steps for cell in more.cells} == {6}
+
+
+def test_a_grid_without_a_file_has_a_name_of_its_own_and_goes_on() -> None:
+    vary = ["stage2.learning_rate=1e-4, 3e-4", "stage2.beta={init: 0.2}"]
+    first = _start(None, vary=vary, seeds=2)
+    assert first.spec.name == "miniature-by-learning_rate-beta"
+    assert _runs(first)[0] == "miniature-by-learning_rate-beta--learning-rate-0.0001-beta-init-0.2--seed0"
+    assert make_request(None, vary=vary) == first
+    assert make_request("miniature-by-learning_rate-beta") == first
+
+
+def test_cells_of_another_sweep_are_donors_if_asked_for() -> None:
+    _start("figure5", seeds=1)
+    own = _start("figure3", seeds=1, share_with=["figure5"])
+    assert donors_of(own) == [*_runs(own), *(cell.run for cell in read_record("figure5").cells)]
+    assert make_request("figure3").share_with == ("figure5",)
+
+
+@pytest.mark.parametrize("text", ["stage2.steps", "=3", "stage2.steps=", "stage2.steps=[1"])
+def test_values_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"--vary .*(expected FIELD=a,b,c|not YAML)"):
+        parse_vary(text)
+
+
+def test_every_cell_is_looked_at_before_any_runs(artifacts: Path) -> None:
+    request = make_request("figure5", seeds=1)
+    check_request(request)
+    last = request.cells[-1]
+    create_run(last.run, make_request("figure5", overrides=["stage2.steps=3"]).cells[-1].recipe)
+    with pytest.raises(RunError, match="variant 'group mask', seed 0: run figure5--group-mask--seed0 was started"):
+        check_request(make_request("figure5", seeds=1, overrides=["stage2.learning_rate=0.1"]))
+    missing = make_request(None, vary=["teacher.path='builtin:miniature/teacher',models/nix"], name="g")
+    with pytest.raises(ModelError, match=r"variant 'path=models/nix', seed 0: teacher\.path=models/nix: no such"):
+        check_request(missing)
+
+
+def test_states_of_cells_come_from_their_runs(artifacts: Path) -> None:
+    request = _start(seeds=1)
+    paths = SweepPaths.of("figure5")
+    _, stopped, failed = request.cells
+    for cell in (stopped, failed):
+        create_run(cell.run, cell.recipe)
+    note_failure(paths, failed.run, "it broke")
+    found = [cell_status(paths, cell) for cell in request.cells]
+    assert [status.state for status in found] == [CellState.PENDING, CellState.STOPPED, CellState.FAILED]
+    assert [status.detail for status in found] == ["", f"kdrl resume {stopped.run}", "it broke"]
+    RunPaths.of(failed.run).recipe.write_text("name: torn")
+    assert cell_status(paths, failed).state is CellState.FAILED
+    assert [row["state"] for row in write_sweep_report("figure5").missing] == ["pending", "stopped", "failed"]
+    assert read_sweep("figure5").cells == []
+
+
+def test_a_record_that_cannot_be_read_says_how_to_write_it_anew(artifacts: Path) -> None:
+    _start()
+    SweepPaths.of("figure5").record.write_text("{")
+    with pytest.raises(RunError, match=r"sweep\.json cannot be read .* have it written anew: kdrl sweep run"):
+        read_record("figure5")
