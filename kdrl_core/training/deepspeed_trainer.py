@@ -85,7 +85,8 @@ class DeepSpeedTrainer:
             "zero_stage": config.zero_stage,
             "activation_checkpointing": config.activation_checkpointing,
             "offload_optimizer": config.offload_optimizer,
-            "timeout_s": max(config.start_timeout_s, config.step_timeout_s),
+            "start_timeout_s": config.start_timeout_s,
+            "step_timeout_s": config.step_timeout_s,
         }
         self._ranks = RankGroup(
             folder,

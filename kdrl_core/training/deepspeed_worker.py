@@ -6,6 +6,7 @@ that would wait for ever.
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import queue
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 _PR_SET_PDEATHSIG = 1
+_SHOW_AT = 0.9
+"""Share of a time limit after which a rank prints what it is doing."""
 
 Answer = tuple[dict[str, Any], Arrays]
 
@@ -45,7 +48,9 @@ def main() -> int:
     threading.Thread(target=_read, args=(connection, commands), daemon=True).start()
     rank: _Rank | None = None
     message = b""
+    limit_s = spec["settings"]["start_timeout_s"]
     while True:
+        faulthandler.dump_traceback_later(_SHOW_AT * limit_s)  # in the group's log, which ends the error of a time-out
         try:
             if rank is None:
                 rank = _Rank(spec["settings"])
@@ -56,7 +61,9 @@ def main() -> int:
         except Exception as error:
             told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             connection.send_bytes(pack(told))
+        faulthandler.cancel_dump_traceback_later()
         message = commands.get()
+        limit_s = spec["settings"]["step_timeout_s"]
 
 
 def _read(connection: Connection, commands: "queue.SimpleQueue[bytes]") -> None:
@@ -77,6 +84,7 @@ class _Rank:
         from deepspeed.accelerator import get_accelerator
 
         from kdrl_core.engines.models import load_model
+        from kdrl_core.training.extensions import use_kernel_lock
         from kdrl_core.training.logprobs import LogprobModel
         from kdrl_core.training.zero_state import set_weights
 
@@ -85,7 +93,9 @@ class _Rank:
         self._step = 0
         torch.set_num_threads(settings["num_threads"])
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=settings["timeout_s"]))
+        use_kernel_lock()
+        timeout = timedelta(seconds=max(settings["start_timeout_s"], settings["step_timeout_s"]))
+        deepspeed.init_distributed(verbose=False, timeout=timeout)
         self._model = load_model(Path(settings["model"]), trust_remote_code=settings["trust_remote_code"]).train()
         if settings["activation_checkpointing"]:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})

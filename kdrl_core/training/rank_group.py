@@ -39,6 +39,8 @@ _LAST_WORDS_S = 5.0
 """How long the launcher may take to notice a dead rank and say by what signal it ended."""
 _KILLED_S = 5.0
 _LOG_LINES = 30
+_TIME_OUT_LOG_LINES = 90
+"""More of the log where ranks have said in it what they are doing."""
 _ROOT = Path(kdrl_core.__file__).parents[1]
 
 
@@ -210,7 +212,7 @@ class RankGroup:
             if not ready:
                 raise EngineError(
                     f"{doing}: ranks {sorted(waiting.values())} of {self._num_ranks} gave no answer within "
-                    f"{timeout_s:g} s; raise {field} if they only are slow{self._log_tail()}"
+                    f"{timeout_s:g} s; raise {field} if they only are slow{self._log_tail(_TIME_OUT_LOG_LINES)}"
                 )
             failed: tuple[int, Reply] | None = None
             for rank in sorted(waiting[c] for c in ready if isinstance(c, Connection)):
@@ -246,10 +248,10 @@ class RankGroup:
             how = f"ended with {_status(self._guard.wait(_LAST_WORDS_S))}"
         return EngineError(f"{doing}: rank {rank} ({self._places[rank]}) {how}{self._log_tail()}")
 
-    def _log_tail(self) -> str:
+    def _log_tail(self, num_lines: int = _LOG_LINES) -> str:
         """The end of what launcher and ranks have printed, to go behind a message."""
         with suppress(OSError):
-            lines = self._log.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:]
+            lines = self._log.read_text(errors="replace").strip().splitlines()[-num_lines:]
             if lines:
                 return ". The end of their log:\n" + "\n".join(lines)
         return ""

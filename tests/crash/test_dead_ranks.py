@@ -1,6 +1,7 @@
 """Ranks that die, fall silent, or cannot come up; and a program that dies before its ranks."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,11 +14,13 @@ import psutil
 import pytest
 from parity.ranks import make_batch, needs_deepspeed, processes_of, rank_processes, ranks
 from tiny_run import open_tiny, rows, train
+from torch.utils import cpp_extension
 
 from kdrl_core.config import resolve_path
 from kdrl_core.engines.models import load_tokenizer
 from kdrl_core.errors import EngineError
 from kdrl_core.steps.session import close_sessions
+from kdrl_core.training.extensions import KernelBaton
 
 pytestmark = needs_deepspeed
 
@@ -87,6 +90,45 @@ def test_ranks_that_do_not_come_up_in_time(tmp_path: Path) -> None:
         pass
     assert time.monotonic() - started < 5
     assert processes_of(tmp_path / "ranks") == []
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where DeepSpeed's communication is built by the ranks of this test: a copy of what there is of it."""
+    name = "deepspeed_shm_comm"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = tmp_path / "extensions" / name
+    for found in [*Path(root).glob(name), *Path(root).glob(f"*/{name}")][:1]:
+        shutil.copytree(found, folder)  # with its times, so that nothing is built again
+    folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder.parent))
+    return folder
+
+
+def test_ranks_start_after_others_were_killed_while_they_built(tmp_path: Path, built: Path) -> None:
+    """PyTorch's lock is a file: whoever is killed while holding it leaves it for ever."""
+    (built / "lock").touch()
+    with ranks(STUDENT, load_tokenizer(STUDENT), tmp_path / "ranks") as trainer:
+        trainer.update(make_batch(0))
+    assert (built / "lock").exists()  # not ours to delete
+    assert (built / "lock.kernel").exists()
+    assert list(built.glob("*.so"))
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_say_for_what(tmp_path: Path, built: Path) -> None:
+    lock = KernelBaton(str(built / "lock"))
+    lock.try_acquire()
+    try:
+        with (
+            pytest.raises(
+                EngineError, match=r"(?s)\[0, 1\] of 2 gave no answer within 30 s; .*extensions.py.*try_acquire"
+            ),
+            ranks(STUDENT, None, tmp_path / "ranks", start_timeout_s=30.0),
+        ):
+            pass
+    finally:
+        lock.release()
 
 
 def test_a_run_whose_trainer_is_deepspeed(artifacts: Path, fast_sessions: None) -> None:

@@ -1,0 +1,48 @@
+"""The lock under which PyTorch builds its C++ extensions, made the kernel's.
+
+DeepSpeed builds its communication on a CPU, and its optimiser for offloading, through `torch.utils.cpp_extension`.
+There the lock is a file that exists (`FileBaton`): a process that is killed while it has it leaves the file, and every
+later one waits for its deletion, for ever. The kernel's lock ends with the process that holds it.
+"""
+
+import fcntl
+import os
+
+
+class KernelBaton:
+    """`torch.utils.file_baton.FileBaton` by `flock`, on a file of its own beside torch's, which is never deleted.
+
+    Everybody gets it in turn, and so nobody relies on what a killed holder has left half-built: ninja builds what is
+    not up to date.
+
+    Args:
+        lock_file_path: torch's name for its lock; this one's is `.kernel` behind it.
+        wait_seconds: torch's interval of looking, not needed.
+        warn_after_seconds: when torch warns that it waits, not needed.
+    """
+
+    def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: int | None = None) -> None:
+        self._path = f"{lock_file_path}.kernel"
+        self._file: int | None = None
+
+    def try_acquire(self) -> bool:
+        """Wait for the lock. Always True; raises OSError where the folder cannot be written."""
+        self._file = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o666)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def wait(self) -> None:
+        """Never called: `try_acquire` has waited."""
+
+    def release(self) -> None:
+        """Let the next one build."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def use_kernel_lock() -> None:
+    """Have PyTorch build extensions in this process under `KernelBaton`."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.FileBaton = KernelBaton  # type: ignore[misc,assignment]
