@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 
 from flows.cli_bake import bake_teacher
 from flows.cli_check import check
+from flows.cli_evaluate import evaluate
 from flows.cli_filter import filter_command
 from flows.cli_label import label
 from flows.cli_plan import plan
@@ -160,6 +161,7 @@ def recipes(
 
 app.command("filter")(filter_command)
 app.command()(label)
+app.command()(evaluate)
 app.command("verify")(verify_command)
 app.command()(recover)
 app.command()(check)

@@ -10,7 +10,7 @@ import queue
 import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -153,17 +153,27 @@ class ServerPool:
         role: what they are called in messages, `teacher` or `rollout`.
         field: of the recipe, which says all this.
         max_tokens: prompt and response tokens of the longest request to come, compared with the servers' context.
+        options: how messages name `model` and `api_key` where they are no fields of the recipe.
 
     Raises:
         EngineError: no server can be reached within `retry_for_s`, or one serves another model or too short a context,
             or refuses the key.
     """
 
-    def __init__(self, served: ServedModel, *, role: str, field: str, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        *,
+        role: str,
+        field: str,
+        max_tokens: int | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
         self.servers = [Server(url.rstrip("/"), is_asleep=served.sleep) for url in served.urls]  # kdrl serve --asleep
         self._served = served
         self._role = role
         self._field = field
+        self._options = {"model": f"{field}.model", "api_key": f"{field}.api_key", **(options or {})}
         self._lock = threading.Lock()
         _allow_connections(served.concurrency)
         headers = {"Authorization": f"Bearer {served.api_key}"} if served.api_key else {}
@@ -315,7 +325,9 @@ class ServerPool:
         if status in _TRANSIENT_STATUS:
             raise TransientError(f"{where} answered {status} ({said})", retry_after_s=_retry_after_s(response))
         if status in (401, 403):
-            raise EngineError(f"{where} refuses the key ({status}: {said}); correct what {self._field}.api_key names")
+            raise EngineError(
+                f"{where} refuses the key ({status}: {said}); correct what {self._options['api_key']} names"
+            )
         if not response.is_success:
             raise EngineError(f"{where} answered {status}: {said}; look at its log and at {self._field}")
         try:
@@ -413,7 +425,7 @@ class ServerPool:
             if name not in models:
                 raise EngineError(
                     f"{where} serves {', '.join(sorted(models))}, not "
-                    f"{self._served.model or 'one model alone'}; set {self._field}.model to one of them"
+                    f"{self._served.model or 'one model alone'}; set {self._options['model']} to one of them"
                 )
             context = models[name].get("max_model_len")
             if max_tokens is not None and isinstance(context, int) and context < max_tokens + 1:

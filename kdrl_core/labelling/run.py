@@ -23,8 +23,16 @@ from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.engines.verified import generate_and_verify
 from kdrl_core.labelling.plan import ORIGIN_KEY, LabelPlan
 from kdrl_core.labelling.summary import LabelSummary, summarize_labels
-from kdrl_core.labelling.work import SETTINGS, SHARD, model_identity, open_work, settings_hash, shard_path, work_folder
-from kdrl_core.ledger import RunPaths, derive_seed, is_published, publish_file, replace_file, verify_published
+from kdrl_core.labelling.work import SETTINGS, SHARD, open_work, settings_hash, shard_path, work_folder
+from kdrl_core.ledger import (
+    RunPaths,
+    derive_seed,
+    is_published,
+    model_identity,
+    publish_file,
+    replace_file,
+    verify_published,
+)
 from kdrl_core.rollouts.columns import verdict_columns
 from kdrl_core.rollouts.schema import read_table, write_table
 from kdrl_core.types import Rollout, RolloutRequest, Verdict

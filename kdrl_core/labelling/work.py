@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from kdrl_core.errors import RunError, RunLockedError
-from kdrl_core.ledger import is_published, lock_holder, manifest_of, replace_file, run_lock, sweep_temporaries
+from kdrl_core.ledger import lock_holder, replace_file, run_lock, sweep_temporaries
 
 SETTINGS = "label.json"
 
@@ -99,14 +99,3 @@ def _bind(work: Path, settings: dict[str, Any]) -> None:
     if names:
         shown = ", ".join(f"{name}: {found.get(name)} → {settings.get(name)}" for name in names)
         raise RunError(f"{work} was begun with other settings ({shown}); set them back, {remedy}")
-
-
-def model_identity(path: Path) -> str:
-    """Name and sha256 of a model directory: two models of one name are told apart, a moved one is the same."""
-    if is_published(path):
-        return f"{path.name} sha256 {manifest_of(path).sha256[:16]}"
-    listing = hashlib.sha256()
-    for file in sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")):
-        with file.open("rb") as stream:
-            listing.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return f"{path.name} sha256 {listing.hexdigest()[:16]}"

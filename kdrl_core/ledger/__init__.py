@@ -2,6 +2,7 @@
 
 from kdrl_core.config.paths import artifacts_root, validate_run_name
 from kdrl_core.ledger.heal import find_intact
+from kdrl_core.ledger.identity import model_identity
 from kdrl_core.ledger.layout import RunPaths, checkpoint_label
 from kdrl_core.ledger.lineage import find_own, required_sha256, verify_own
 from kdrl_core.ledger.lock import lock_holder, run_lock
@@ -53,6 +54,7 @@ __all__ = [
     "list_runs",
     "lock_holder",
     "manifest_of",
+    "model_identity",
     "open_run",
     "open_run_dir",
     "prompts_of_step",

@@ -140,6 +140,7 @@ def test_prefect_yaml_deploys_every_flow_under_its_public_name() -> None:
         "kdrl-training-stage/training-stage",
         "kdrl-sft-stage/sft-stage",
         "kdrl-evaluation/evaluation",
+        "kdrl-model-evaluation/model-evaluation",
         "kdrl-reporting/reporting",
     }
     assert len((ROOT / "flows" / "full_pipeline.py").read_text().splitlines()) <= 60

@@ -17,10 +17,13 @@ import pytest
 from crash.tiny_run import open_tiny, train
 from vllm_models import needs_vllm, requests, small_model, tokenizer
 
+from kdrl_core.config import load_recipe
 from kdrl_core.engines.http_rollout import HTTPRolloutEngine
 from kdrl_core.engines.models import load_model, stop_token_ids
 from kdrl_core.engines.server_pool import ServedModel
 from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.evaluation.evaluate import evaluate_plan
+from kdrl_core.evaluation.plan import plan_evaluation
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.schema import read_table
 from kdrl_core.types import ScoreRequest
@@ -105,6 +108,23 @@ def test_replicas_sample_from_the_policy_that_they_were_told_to_load(urls: list[
         assert gap < 1e-4
         assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in rollouts]
     engine.close()
+
+
+def test_a_replica_is_evaluated_as_its_directory(urls: list[str], models: list[Path], tmp_path: Path) -> None:
+    """Over chat completions, greedy; the endpoint's limit is shorter, since questions count with their bytes there."""
+    engine = connect(urls, models[0])
+    engine.load_weights(models[0])  # wakes them
+    engine.close()
+    recipe = load_recipe("miniature", ["evaluation.temperature=0"])
+    texts = {}
+    for model in (str(models[0]), urls[0]):
+        (found,) = evaluate_plan(
+            plan_evaluation(recipe, model, benchmarks=["test"], samples=1, max_problems=12), tmp_path
+        )
+        texts[model] = read_table(found.folder / "responses.parquet").to_pylist()
+    for ours, theirs in zip(texts[urls[0]], texts[str(models[0])], strict=True):
+        assert theirs["response"].startswith(ours["response"].removeprefix("<think>"))
+        assert ours["length"] == min(theirs["length"], 96 - 64 - max(len(row["question"]) for row in texts[urls[0]]))
 
 
 def test_replicas_sleep_and_wake_as_they_were(urls: list[str], models: list[Path]) -> None:

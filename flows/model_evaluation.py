@@ -1,0 +1,56 @@
+"""`kdrl evaluate` as a flow: the deployment `kdrl-model-evaluation/model-evaluation`."""
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_table_artifact
+
+from kdrl_core.config import load_recipe
+from kdrl_core.evaluation.evaluate import evaluate_plan
+from kdrl_core.evaluation.plan import plan_evaluation
+from kdrl_core.ledger import artifacts_root
+from tasks.secrets import register_blocks
+
+
+@flow(name="kdrl-model-evaluation")
+def model_evaluation(
+    model: str,
+    recipe: str = "miniature",
+    benchmarks: list[str] | None = None,
+    samples: int | None = None,
+    overrides: list[str] | None = None,
+    served_as: str | None = None,
+    api_key: str | None = None,
+) -> list[str]:
+    """Evaluate a model as `kdrl evaluate` does. Returns the folders of responses and results, by benchmark.
+
+    Args:
+        model: Hugging Face directory, `run:NAME`, or URL of an OpenAI-compatible API.
+        recipe: name of a shipped recipe, or path of a YAML file.
+        benchmarks: names of the recipe's, or `NAME=FILE`; None: all of the recipe's.
+        samples: responses per problem; None: each benchmark's own.
+        overrides: changes to the recipe, `evaluation.temperature=1.0` each.
+        served_as: model at the URL; None: the only one there.
+        api_key: `env:NAME` or `block:NAME`.
+    """
+    register_blocks()
+    loaded = load_recipe(recipe, overrides or [])
+    plan = plan_evaluation(
+        loaded, model, benchmarks=benchmarks or (), samples=samples, served_as=served_as, api_key=api_key
+    )
+    found = evaluate_plan(plan, artifacts_root())
+    rows = [
+        {
+            "benchmark": each.name,
+            **{name: each.result[name] for name in ("accuracy", "low", "high", "maj_at_k", "length_mean")},
+            "folder": str(each.folder),
+        }
+        for each in found
+    ]
+    create_table_artifact(rows, key="model-evaluation", description=f"{model}: accuracy in [0, 1]")
+    for each in found:
+        get_run_logger().info(
+            "%s: %.3f [%.3f, %.3f], %s",
+            each.name,
+            *(each.result[name] for name in ("accuracy", "low", "high")),
+            each.folder,
+        )
+    return [str(each.folder) for each in found]

@@ -1,0 +1,400 @@
+"""A model ─▶ evaluate ─▶ evaluations/<model>/<benchmark>/: sample, verify, sum up, in shards that survive a kill.
+
+    artifacts/evaluations/<name>-<id>/<benchmark>-<settings>/       responses.parquet, results.json, lm_eval.json
+    artifacts/evaluations/<name>-<id>/<benchmark>-<settings>.work/  its shards, until it is whole
+
+<id> is a hash of the model and <settings> one of all that its responses depend on, so that what was evaluated once is
+found again, and a stopped evaluation goes on behind its last shard.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from kdrl_core.config import BenchmarkConfig
+from kdrl_core.engines.from_recipe import rollout_engine
+from kdrl_core.engines.models import load_tokenizer, read_config
+from kdrl_core.engines.prepare import prepared_model
+from kdrl_core.engines.verified import generate_and_verify
+from kdrl_core.errors import ModelError, RunLockedError
+from kdrl_core.evaluation.asked import AskedBenchmark, ask_benchmark, response_limit, response_seed
+from kdrl_core.evaluation.endpoint import ChatEndpoint
+from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
+from kdrl_core.evaluation.outcome import Response, benchmark_result, responses_table
+from kdrl_core.evaluation.plan import EvaluationPlan, identity_of, refuse_short_context, settings_of
+from kdrl_core.evaluation.results import RESULTS, read_results
+from kdrl_core.ledger import (
+    RunPaths,
+    find_intact,
+    is_published,
+    lock_holder,
+    publish_directory,
+    publish_file,
+    run_lock,
+    sweep_temporaries,
+    verify_published,
+)
+from kdrl_core.rollouts.schema import read_table, write_table
+from kdrl_core.types import RolloutRequest, Verdict
+from kdrl_core.verify import Verifier
+from kdrl_core.verify.failures import refuse_failures
+
+RESPONSES = "responses.parquet"
+_MESSAGE_OVERHEAD_TOKENS = 64
+"""What a chat template adds to a message, at most."""
+
+Progress = Callable[[str, int, int], None]
+"""Hears the benchmark, the responses done and those in all."""
+Sampled = tuple[list[Response], list[Verdict]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedBenchmark:
+    """A benchmark's figures and where they lie."""
+
+    name: str
+    folder: Path
+    result: dict[str, Any]
+    """Of `benchmark_result`."""
+    seconds: float
+    """What sampling and judging took, over all calls."""
+    is_new: bool
+    """Whether this call made it."""
+
+
+class _Model(Protocol):
+    """What answers the problems of a benchmark."""
+
+    def sample(
+        self,
+        benchmark: BenchmarkConfig,
+        problem_ids: Sequence[str],
+        verifier: Verifier,
+        on_finished: Callable[[int], None],
+    ) -> Sampled: ...
+
+    def close(self) -> None: ...
+
+
+def evaluate_plan(plan: EvaluationPlan, root: Path, *, on_progress: Progress | None = None) -> list[EvaluatedBenchmark]:
+    """Evaluate, or read what was evaluated before, or go on with what was stopped.
+
+    Args:
+        root: the artifacts folder.
+        on_progress: responses of earlier calls included.
+
+    Raises:
+        EngineError: an engine cannot be started, or the endpoint cannot be reached.
+        ModelError: model or tokenizer cannot be loaded, or a prompt leaves no room for a response.
+        RunLockedError: another process evaluates the same.
+        DamagedArtifactError: a shard was altered.
+        VerificationError: too many verdicts of a shard are timeouts or errors.
+    """
+    with ExitStack() as stack:
+        path = served = None
+        endpoint: ChatEndpoint | None = None
+        if plan.endpoint is None:
+            path = prepared_model(plan.model, RunPaths.of("evaluate").root)
+            refuse_short_context(plan.recipe, read_config(path), plan.model.path)
+        else:
+            evaluation = plan.recipe.evaluation
+            endpoint = ChatEndpoint(
+                plan.endpoint, temperature=evaluation.temperature, max_context_tokens=evaluation.max_context_tokens
+            )
+            stack.callback(endpoint.close)
+            served = endpoint.model
+        identity = identity_of(plan, path, served)
+        name = plan.name if path is not None or plan.name != "endpoint" else Path(served or "endpoint").name
+        folder = root / "evaluations" / f"{name}-{_short(identity)}"
+        lazily = _Lazily(plan, path, endpoint, stack)
+        return [_one(plan, benchmark, identity, folder, lazily, on_progress) for benchmark in plan.benchmarks]
+
+
+def combined_lm_eval(found: Sequence[EvaluatedBenchmark]) -> bytes:
+    """`lm_eval.json` of several benchmarks of one model as one file."""
+    contents = [read_results(each.folder) for each in found]
+    settings = contents[0]["settings"]
+    merged = {
+        "model": contents[0]["model"],
+        "seconds": sum(content["seconds"] for content in contents),
+        "benchmarks": {name: result for content in contents for name, result in content["benchmarks"].items()},
+    }
+    shaped = lm_eval_results(merged, temperature=settings["temperature"], seed=settings["seed"])
+    return (json.dumps(shaped, indent=1) + "\n").encode()
+
+
+def _one(
+    plan: EvaluationPlan,
+    benchmark: BenchmarkConfig,
+    identity: dict[str, str],
+    folder: Path,
+    lazily: "_Lazily",
+    on_progress: Progress | None,
+) -> EvaluatedBenchmark:
+    settings = {"model": identity, **settings_of(plan, benchmark)}
+    target = folder / f"{benchmark.name}-{_short(settings)}"
+    inputs = {"settings": _sha256(settings)}
+    if is_published(target) and find_intact(target, inputs, is_exact=False):
+        return _read(benchmark.name, target, is_new=False)
+    work = target.with_name(f"{target.name}.work")
+    with _hold(work):
+        if not find_intact(target, inputs, is_exact=False):  # else made while we waited
+            shards = _shards(plan, benchmark, work, inputs, lazily, on_progress)
+            _publish(plan, benchmark, target, shards, settings, inputs)
+        shutil.rmtree(work)
+    return _read(benchmark.name, target, is_new=True)
+
+
+def _shards(
+    plan: EvaluationPlan,
+    benchmark: BenchmarkConfig,
+    work: Path,
+    inputs: dict[str, str],
+    lazily: "_Lazily",
+    on_progress: Progress | None,
+) -> list[Path]:
+    """Sample what is missing. The shards, in order; each tells in its manifest how long it took."""
+    problems = plan.problems[benchmark.name]
+    size = plan.shard_problems(benchmark)
+    total = len(problems) * benchmark.samples
+    paths: list[Path] = []
+    done = 0
+
+    def tell(more: int) -> None:
+        if on_progress is not None:
+            on_progress(benchmark.name, done + more, total)
+
+    for index, start in enumerate(range(0, len(problems), size)):
+        part = problems[start : start + size]
+        target = work / f"shard-{index:05d}.parquet"
+        if is_published(target):
+            verify_published(target)
+        else:
+            started = time.perf_counter()
+            model, verifier = lazily.loaded()
+            responses, verdicts = model.sample(benchmark, [p.problem_id for p in part], verifier, tell)
+            where = f"{benchmark.name}, problems {part[0].problem_id} to {part[-1].problem_id}"
+            refuse_failures(verdicts, where, plan.recipe.verification.max_failed_share)
+            table = responses_table(benchmark.name, responses, verdicts, part)
+            seconds = time.perf_counter() - started
+            publish_file(target, partial(write_table, table), inputs=inputs, metadata={"seconds": seconds})
+        paths.append(target)
+        done += len(part) * benchmark.samples
+        tell(0)
+    return paths
+
+
+def _publish(
+    plan: EvaluationPlan,
+    benchmark: BenchmarkConfig,
+    target: Path,
+    shards: Sequence[Path],
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+) -> None:
+    table = pa.concat_tables(read_table(shard) for shard in shards)
+    recipe = plan.recipe
+    content = {
+        "label": plan.name,
+        "model": target.parent.name,
+        "seconds": sum(float(verify_published(shard).metadata["seconds"]) for shard in shards),
+        "settings": settings,
+        "benchmarks": {benchmark.name: benchmark_result(table, benchmark.samples, seed=recipe.seed)},
+    }
+    shaped = lm_eval_results(content, temperature=recipe.evaluation.temperature, seed=recipe.seed)
+
+    def write(folder: Path) -> None:
+        write_table(table, folder / RESPONSES)
+        (folder / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
+        (folder / LM_EVAL_RESULTS).write_text(json.dumps(shaped, indent=1) + "\n")
+
+    publish_directory(target, write, inputs=inputs)
+
+
+def _read(name: str, target: Path, *, is_new: bool) -> EvaluatedBenchmark:
+    found = read_results(target)
+    return EvaluatedBenchmark(
+        name=name, folder=target, result=found["benchmarks"][name], seconds=found["seconds"], is_new=is_new
+    )
+
+
+class _Lazily:
+    """The model and the verifier, loaded when the first shard needs them: a second evaluation loads nothing."""
+
+    def __init__(
+        self, plan: EvaluationPlan, path: Path | None, endpoint: ChatEndpoint | None, stack: ExitStack
+    ) -> None:
+        self._plan, self._path, self._endpoint, self._stack = plan, path, endpoint, stack
+        self._loaded: tuple[_Model, Verifier] | None = None
+
+    def loaded(self) -> tuple[_Model, Verifier]:
+        if self._loaded is None:
+            model: _Model
+            if self._endpoint is not None:
+                model = _Served(self._plan, self._endpoint)
+            else:
+                assert self._path is not None
+                model = self._stack.enter_context(closing(_Local(self._plan, self._path)))
+            verifier = self._stack.enter_context(Verifier(**self._plan.recipe.verification.pool_options))
+            self._loaded = model, verifier
+        return self._loaded
+
+
+class _Local:
+    """A directory, by the recipe's rollout engine."""
+
+    def __init__(self, plan: EvaluationPlan, path: Path) -> None:
+        if is_published(path):
+            verify_published(path)
+        recipe, model = plan.recipe, plan.model
+        tokenizer = load_tokenizer(path, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
+        context = recipe.evaluation.max_context_tokens
+        self._asked: dict[str, AskedBenchmark] = {}
+        self._limits: dict[str, int] = {}
+        for benchmark in plan.benchmarks:
+            asked = ask_benchmark(benchmark, recipe, tokenizer)
+            self._asked[benchmark.name] = asked
+            self._limits[benchmark.name] = response_limit(context, asked.requests, f"{plan.name}, {benchmark.name}")
+        longest = max(self._limits.values())
+        import torch
+
+        torch.set_num_threads(recipe.runtime.num_threads)
+        self._engine = rollout_engine(
+            recipe,
+            path,
+            model,
+            tokenizer,
+            temperature=recipe.evaluation.temperature,
+            max_prompt_tokens=context - longest,
+            max_response_tokens=longest,
+        )
+
+    def sample(
+        self,
+        benchmark: BenchmarkConfig,
+        problem_ids: Sequence[str],
+        verifier: Verifier,
+        on_finished: Callable[[int], None],
+    ) -> Sampled:
+        asked, wanted = self._asked[benchmark.name], set(problem_ids)
+        requests = [request for request in asked.requests if request.prompt_id in wanted]
+        count = _Counter(on_finished)
+        rollouts, verdicts = generate_and_verify(
+            self._engine,
+            requests,
+            verifier,
+            {problem.problem_id: problem.answer for problem in asked.problems},
+            think_opened=asked.think_opened,
+            on_finished=count,
+            max_response_tokens=self._limits[benchmark.name],
+        )
+        responses = [Response.of(rollout, request.seed) for rollout, request in zip(rollouts, requests, strict=True)]
+        return responses, verdicts
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class _Served:
+    """An endpoint."""
+
+    def __init__(self, plan: EvaluationPlan, endpoint: ChatEndpoint) -> None:
+        self._plan, self._endpoint = plan, endpoint
+        context = plan.recipe.evaluation.max_context_tokens
+        self._limits = {name: self._limit(name, context) for name in plan.problems}
+
+    def sample(
+        self,
+        benchmark: BenchmarkConfig,
+        problem_ids: Sequence[str],
+        verifier: Verifier,
+        on_finished: Callable[[int], None],
+    ) -> Sampled:
+        recipe = self._plan.recipe
+        problems = {problem.problem_id: problem for problem in self._plan.problems[benchmark.name]}
+        requests = [
+            RolloutRequest(
+                prompt_id=problem_id,
+                sample=sample,
+                prompt_token_ids=(),
+                seed=response_seed(recipe, benchmark.name, problem_id, sample),
+            )
+            for problem_id in problem_ids
+            for sample in range(benchmark.samples)
+        ]
+        count = _Counter(on_finished)
+
+        def finished(responses: Sequence[Response]) -> None:
+            verifier.verify_ahead(items(responses), require_format=False, think_opened=False)
+            count(responses)
+
+        def items(responses: Sequence[Response]) -> list[tuple[str, str]]:
+            return [(response.text, problems[response.prompt_id].answer) for response in responses]
+
+        responses = self._endpoint.respond(
+            requests,
+            {problem_id: self._message(problems[problem_id].question) for problem_id in problem_ids},
+            max_response_tokens=self._limits[benchmark.name],
+            think_opened=recipe.prompt.think_opened is True,
+            on_finished=finished,
+        )
+        return responses, verifier.verify_batch(items(responses), require_format=False, think_opened=False)
+
+    def close(self) -> None:
+        """The endpoint is closed by who has opened it."""
+
+    def _message(self, question: str) -> str:
+        return self._plan.recipe.prompt.template.replace("{question}", question)
+
+    def _limit(self, benchmark: str, context: int) -> int:
+        """What is left of the context behind the longest question: no token of it is shorter than a byte."""
+        messages = [self._message(problem.question) for problem in self._plan.problems[benchmark]]
+        longest = max(len(message.encode()) for message in messages) + _MESSAGE_OVERHEAD_TOKENS
+        if longest >= context:
+            raise ModelError(
+                f"evaluation on {benchmark}: a question may have {longest} tokens (its tokenizer is the endpoint's, so "
+                f"bytes count), the context {context}; raise evaluation.max_context_tokens"
+            )
+        return context - longest
+
+
+class _Counter:
+    """Hears responses, tells how many there are by now."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell, self._count = tell, 0
+
+    def __call__(self, responses: Sequence[object]) -> None:
+        self._count += len(responses)
+        self._tell(self._count)
+
+
+@contextmanager
+def _hold(work: Path) -> Iterator[None]:
+    """The folder, alone. Raises RunLockedError."""
+    lock = work / "evaluate.lock"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock(lock))
+        except RunLockedError as error:
+            holder = lock_holder(lock) or "another process"
+            raise RunLockedError(f"{work} is in use by {holder}, which evaluates the same; wait for it") from error
+        sweep_temporaries(work)
+        yield
+
+
+def _sha256(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _short(settings: dict[str, Any]) -> str:
+    return _sha256(settings)[:10]

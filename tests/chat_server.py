@@ -1,0 +1,105 @@
+"""An OpenAI-compatible chat API on loopback over a model directory, with faults that are told to it."""
+
+import json
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
+from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.types import RolloutRequest
+
+NAME = "org/chatty"
+
+
+class ChatServer:
+    """Answers with what the model says to the rendered message.
+
+    `faults` are done to requests one by one: an HTTP status, `garbage`, `no usage`. `style` is `plain`, or `reasoning`
+    as servers do that take the thought out of the content.
+    """
+
+    def __init__(self, model: Path, *, temperature: float = 0.0) -> None:
+        self.faults: deque[str] = deque()
+        self.style = "plain"
+        self.context: int | None = 256
+        self.seen: list[dict[str, Any]] = []
+        self._tokenizer = load_tokenizer(model)
+        loaded = load_model(model)
+        self._engine = TransformersRolloutEngine(
+            loaded,
+            self._tokenizer,
+            stop_ids=stop_token_ids(loaded, self._tokenizer),
+            temperature=temperature,
+            max_response_tokens=80,
+            batch_size=1,
+        )
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                told = {} if outer.context is None else {"max_model_len": outer.context}
+                outer._send(self, {"data": [{"id": NAME, **told}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.path == "/v1/chat/completions"
+                with outer._lock:
+                    outer._answer(self, body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that gives up hangs up
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        self.seen.append(body)
+        fault = self.faults.popleft() if self.faults else ""
+        if fault.isdecimal():
+            self._send(handler, {"error": "trouble"}, status=int(fault))
+            return
+        if fault == "garbage":
+            self._send(handler, {"choices": [{"message": {"content": ["no text"]}, "finish_reason": "stop"}]})
+            return
+        ids = self._tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+        prompt = self._tokenizer(ids, add_special_tokens=False)["input_ids"]
+        request = RolloutRequest(prompt_id="", sample=0, prompt_token_ids=prompt, seed=body["seed"])
+        (rollout,) = self._engine.generate([request], max_response_tokens=body["max_tokens"])
+        message: dict[str, Any] = {"role": "assistant", "content": rollout.text}
+        if self.style == "reasoning" and "</think>" in rollout.text:
+            thought, _, content = rollout.text.partition("</think>")
+            message |= {"reasoning_content": thought.removeprefix("<think>"), "content": content}
+        choice = {"message": message, "finish_reason": rollout.finish_reason.value}
+        usage = {} if fault == "no usage" else {"usage": {"completion_tokens": len(rollout.token_ids)}}
+        self._send(handler, {"choices": [choice], **usage})
+
+    def _send(self, handler: BaseHTTPRequestHandler, content: Any, *, status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+@contextmanager
+def chat_server(model: Path) -> Iterator[ChatServer]:
+    server = ChatServer(model)
+    try:
+        yield server
+    finally:
+        server.close()

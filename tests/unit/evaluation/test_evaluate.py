@@ -1,0 +1,299 @@
+"""Any model on any benchmark: found again, gone on with, the same by every road, refused before a model is loaded."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import ChatServer, chat_server
+from crash.tiny_run import open_tiny
+
+from kdrl_core.config import Recipe, load_recipe, resolve_path
+from kdrl_core.errors import DamagedArtifactError, DataError, EngineError, ModelError, RecipeError, RunLockedError
+from kdrl_core.evaluation import evaluate as module
+from kdrl_core.evaluation import plan as plan_module
+from kdrl_core.evaluation.endpoint import with_thought_tags
+from kdrl_core.evaluation.evaluate import EvaluatedBenchmark, combined_lm_eval, evaluate_plan
+from kdrl_core.evaluation.plan import plan_evaluation
+from kdrl_core.ledger import run_lock
+from kdrl_core.rollouts.schema import read_table
+from kdrl_core.steps.evaluate import evaluate_model
+
+STUDENT = "builtin:miniature/student"
+SMALL: dict[str, Any] = {"benchmarks": ["test", "hard"], "samples": 2, "max_problems": 6}
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("miniature", ["evaluation.temperature=0.7"])
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    with chat_server(resolve_path(STUDENT)) as running:
+        yield running
+
+
+@pytest.fixture
+def fresh(server: ChatServer) -> ChatServer:
+    server.style, server.context = "plain", 256
+    server.faults.clear()
+    server.seen.clear()
+    return server
+
+
+def evaluated(recipe: Recipe, root: Path, model: str = STUDENT, **options: Any) -> list[EvaluatedBenchmark]:
+    return evaluate_plan(plan_evaluation(recipe, model, **{**SMALL, **options}), root)
+
+
+def texts(found: EvaluatedBenchmark) -> list[str]:
+    responses: list[str] = read_table(found.folder / "responses.parquet")["response"].to_pylist()
+    return responses
+
+
+def refuse_to_load(*_: Any, **__: Any) -> Any:
+    raise AssertionError("nothing is to be loaded")
+
+
+def test_a_second_evaluation_loads_nothing(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = evaluated(recipe, tmp_path)
+    assert [(each.name, each.is_new, each.result["num_problems"]) for each in first] == [
+        ("test", True, 6),
+        ("hard", True, 6),
+    ]
+    for name in ("rollout_engine", "load_tokenizer", "Verifier"):
+        monkeypatch.setattr(module, name, refuse_to_load)
+    second = evaluated(recipe, tmp_path)
+    assert [each.is_new for each in second] == [False, False]
+    assert [each.result for each in second] == [each.result for each in first]
+    (alone,) = evaluated(recipe, tmp_path, benchmarks=["hard"])
+    assert alone.folder == first[1].folder
+    assert not list(tmp_path.rglob("*.work"))
+
+
+def test_a_copy_elsewhere_is_the_same_model_and_another_is_not(recipe: Recipe, tmp_path: Path) -> None:
+    (one,) = evaluated(recipe, tmp_path, benchmarks=["test"])
+    shutil.copytree(resolve_path(STUDENT), tmp_path / "student")
+    (copy,) = evaluated(recipe, tmp_path, str(tmp_path / "student"), benchmarks=["test"])
+    assert (copy.folder, copy.is_new) == (one.folder, False)
+    config = tmp_path / "student" / "generation_config.json"
+    config.write_text(config.read_text() + "\n")
+    (other,) = evaluated(recipe, tmp_path, str(tmp_path / "student"), benchmarks=["test"])
+    assert other.is_new
+    assert other.folder.parent != one.folder.parent
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        (["evaluation.temperature=0.8"], {}),
+        (["seed=5"], {}),
+        (["evaluation.max_context_tokens=90"], {}),
+        (["prompt.template='{question}='"], {}),
+        ([], {"samples": 3}),
+        ([], {"max_problems": 5}),
+    ],
+)
+def test_other_settings_have_a_folder_of_their_own(
+    overrides: list[str], options: dict[str, Any], recipe: Recipe, tmp_path: Path
+) -> None:
+    changed = load_recipe("miniature", ["evaluation.temperature=0.7", *overrides])
+    plans = [
+        plan_evaluation(recipe, STUDENT, **{**SMALL, "benchmarks": ["test"]}),
+        plan_evaluation(changed, STUDENT, **{**SMALL, "benchmarks": ["test"], **options}),
+    ]
+    one, other = (plan_module.settings_of(plan, plan.benchmarks[0]) for plan in plans)
+    assert one != other
+
+
+def test_it_is_what_a_run_finds(artifacts: Path) -> None:
+    run = open_tiny(artifacts, "run", ["evaluation.temperature=0.7"])
+    theirs = evaluate_model(run, "base")["benchmarks"]
+    ours = evaluate_plan(plan_evaluation(run.recipe, run.recipe.student.path), artifacts)
+    assert {each.name: each.result for each in ours} == theirs
+
+
+@pytest.fixture
+def in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two problems a shard."""
+    monkeypatch.setattr(plan_module, "SHARD_RESPONSES", 4)
+
+
+@pytest.mark.usefixtures("in_shards")
+def test_a_stopped_evaluation_goes_on_behind_its_last_shard(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = evaluated(recipe, tmp_path / "whole", benchmarks=["test"])
+    asked: list[list[str]] = []
+    sample = module._Local.sample
+
+    def stopping(self: Any, benchmark: Any, problem_ids: Sequence[str], *arguments: Any) -> Any:
+        asked.append(list(problem_ids))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return sample(self, benchmark, problem_ids, *arguments)
+
+    monkeypatch.setattr(module._Local, "sample", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(recipe, tmp_path, benchmarks=["test"])
+    (work,) = tmp_path.glob("evaluations/*/*.work")
+    assert sorted(file.name for file in work.glob("shard-*.parquet")) == ["shard-00000.parquet", "shard-00001.parquet"]
+    heard: list[tuple[str, int, int]] = []
+    plan = plan_evaluation(recipe, STUDENT, **{**SMALL, "benchmarks": ["test"]})
+    (found,) = evaluate_plan(plan, tmp_path, on_progress=lambda *at: heard.append(at))
+    assert asked == [["test-0", "test-1"], ["test-2", "test-3"], ["test-4", "test-5"], ["test-4", "test-5"]]
+    assert (heard[0], heard[-1]) == (("test", 4, 12), ("test", 12, 12))
+    assert (found.folder / "responses.parquet").read_bytes() == (whole.folder / "responses.parquet").read_bytes()
+    assert not work.exists()
+
+
+@pytest.mark.usefixtures("in_shards")
+def test_a_damaged_shard_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(recipe, tmp_path, benchmarks=["test"])
+    monkeypatch.undo()
+    monkeypatch.setattr(plan_module, "SHARD_RESPONSES", 4)
+    (shard,) = tmp_path.glob("evaluations/*/*.work/shard-00001.parquet")
+    shard.write_bytes(shard.read_bytes()[:-8] + b"12345678")
+    with pytest.raises(DamagedArtifactError, match=r"shard-00001\.parquet"):
+        evaluated(recipe, tmp_path, benchmarks=["test"])
+
+
+def test_two_at_once_do_not_sample_the_same(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(path: Path) -> Any:
+        raise RunLockedError("taken")
+
+    (done,) = evaluated(recipe, tmp_path, benchmarks=["test"])
+    shutil.rmtree(done.folder)
+    with run_lock(done.folder.with_name(f"{done.folder.name}.work") / "evaluate.lock"):
+        monkeypatch.setattr(module, "run_lock", held)
+        with pytest.raises(RunLockedError, match=r"\.work is in use by .*evaluates the same; wait for it"):
+            evaluated(recipe, tmp_path, benchmarks=["test"])
+
+
+def test_one_own_benchmark_and_all_in_the_shape_of_lm_eval(recipe: Recipe, tmp_path: Path) -> None:
+    rows = [{"id": "a", "problem": "3+5", "answer": "8"}, {"id": "b", "problem": "2*4", "answer": "8"}]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluated(recipe, tmp_path, benchmarks=[f"mine={mine}", "test"])
+    assert [(each.name, each.result["num_problems"]) for each in found] == [("test", 6), ("mine", 2)]
+    shaped = json.loads(combined_lm_eval(found))
+    assert shaped["results"]["mine"]["exact_match,none"] == found[1].result["accuracy"]
+    assert set(shaped["results"]) == {"test", "mine"}
+    assert shaped["configs"]["mine"]["generation_kwargs"]["temperature"] == 0.7
+
+
+def test_intervals_surround_their_figures(recipe: Recipe, tmp_path: Path) -> None:
+    (found,) = evaluated(recipe, tmp_path, benchmarks=["test"], max_problems=32, samples=4)
+    result = found.result
+    assert set(result["intervals"]) == {"pass@1", "pass@2", "pass@4", "maj@4"}
+    figures = {f"pass@{k}": value for k, value in result["pass_at_k"].items()} | {"maj@4": result["maj_at_k"]}
+    for name, (low, high) in result["intervals"].items():
+        assert low <= figures[name] <= high
+        assert high - low > 0.1  # 32 problems say no more
+    assert result["pass_at_k"]["1"] == pytest.approx(result["accuracy"])
+
+
+# An endpoint
+
+
+def test_an_endpoint_is_judged_as_its_directory(fresh: ChatServer, tmp_path: Path) -> None:
+    """Greedy, so that the directory's larger batches make no difference."""
+    recipe = load_recipe("miniature", ["evaluation.temperature=0"])
+    (theirs,) = evaluated(recipe, tmp_path, benchmarks=["test"], samples=1)
+    roomy = load_recipe("miniature", ["evaluation.temperature=0", "evaluation.max_context_tokens=160"])
+    for style in ("plain", "reasoning"):
+        fresh.style = style
+        (ours,) = evaluated(roomy, tmp_path / style, fresh.url, benchmarks=["test"], samples=1)
+        assert texts(ours) == texts(theirs)
+        same = ("accuracy", "low", "high", "length_mean", "verdicts", "pass_at_k", "maj_at_k")
+        assert {name: ours.result[name] for name in same} == {name: theirs.result[name] for name in same}
+        assert ours.folder.parent.name.startswith("chatty-")
+    body = fresh.seen[0]
+    assert body["messages"] == [{"role": "user", "content": "6+0-8"}]
+    assert (body["model"], body["temperature"], body["top_p"]) == ("org/chatty", 0.0, 1.0)
+    asked = len(fresh.seen)
+    (again,) = evaluated(roomy, tmp_path / "plain", fresh.url, benchmarks=["test"], samples=1)
+    assert not again.is_new
+    assert len(fresh.seen) == asked
+
+
+def test_faults_that_pass_are_tried_again(fresh: ChatServer, tmp_path: Path) -> None:
+    recipe = load_recipe("miniature", ["evaluation.temperature=0", "evaluation.max_context_tokens=160"])
+    fresh.faults.extend(["503", "garbage", "no usage"])
+    (found,) = evaluated(recipe, tmp_path, fresh.url, benchmarks=["test"], samples=1, max_problems=2)
+    assert found.result["num_problems"] == 2
+    assert len(fresh.seen) == 5
+
+
+def test_what_an_endpoint_cannot_do_is_told(fresh: ChatServer, tmp_path: Path) -> None:
+    recipe = load_recipe("miniature", ["evaluation.max_context_tokens=160"])
+    fresh.context = 100
+    with pytest.raises(EngineError, match="context of 100 tokens is too short"):
+        evaluated(recipe, tmp_path, fresh.url)
+    fresh.context = None  # not told
+    with pytest.raises(EngineError, match=r"serves org/chatty, not other; set --served-as to one of them"):
+        evaluated(recipe, tmp_path, fresh.url, served_as="other")
+    fresh.faults.append("404")
+    with pytest.raises(EngineError, match="answered 404"):
+        evaluated(recipe, tmp_path, fresh.url, benchmarks=["test"])
+    with pytest.raises(ModelError, match=r"a question may have .* tokens .* the context 60; raise"):
+        evaluated(load_recipe("miniature", ["evaluation.max_context_tokens=60"]), tmp_path, fresh.url)
+
+
+def test_thoughts_that_a_template_has_opened() -> None:
+    assert with_thought_tags("8", think_opened=False) == "8"
+    assert with_thought_tags("sum</think>8", think_opened=False) == "<think>sum</think>8"
+    assert with_thought_tags("<think>sum</think>8", think_opened=True) == "<think>sum</think>8"
+    assert with_thought_tags("cut in the mid", think_opened=True) == "<think>cut in the mid"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        (STUDENT, {"benchmarks": ["tset"]}, DataError, "no benchmark 'tset' .known: test, hard.*did you mean 'test'"),
+        (STUDENT, {"benchmarks": ["test=x.jsonl"]}, DataError, "there is a benchmark 'test' already"),
+        (STUDENT, {"benchmarks": ["a b=x.jsonl"]}, DataError, "--benchmark a b=x.jsonl: .*give NAME=FILE"),
+        (STUDENT, {"benchmarks": ["mine=nowhere.jsonl"]}, DataError, "benchmark mine: no file .*nowhere.jsonl"),
+        ("nowhere", {}, ModelError, "MODEL nowhere: no such directory"),
+        ("run:nowhere", {}, ModelError, "MODEL run:nowhere: "),
+        (STUDENT, {"served_as": "x"}, RecipeError, "--served-as is of an endpoint, but .* is no URL"),
+        (STUDENT, {"api_key": "env:X"}, RecipeError, "--api-key is of an endpoint"),
+        ("http://localhost:1/v1", {"gguf_file": "x.gguf"}, RecipeError, "--gguf-file x.gguf is of a directory"),
+        ("http://localhost:1/v1", {"api_key": "sk-secret"}, RecipeError, "^(?!.*sk-secret).*env:NAME"),
+        ("http://user:hunter2@localhost:1/v1", {}, RecipeError, "^(?!.*hunter2).*carries a user"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    model: str,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "load_tokenizer", refuse_to_load)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        evaluated(recipe, tmp_path, model, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe("miniature", ["evaluation.max_context_tokens=4000"])
+    with pytest.raises(RecipeError, match=r"4000 tokens are beyond the context of .* --set evaluation.max_context_tok"):
+        evaluated(recipe, tmp_path)
+
+
+def test_a_row_without_an_answer_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"id": "a", "problem": "3+5", "answer": "8"}\n{"id": "b", "problem": "2*4"}\n')
+    with pytest.raises(DataError, match=r"mine\.jsonl row 2, field 'answer': missing"):
+        evaluated(recipe, tmp_path, benchmarks=[f"mine={mine}"])
