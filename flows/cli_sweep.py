@@ -195,7 +195,7 @@ def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def report(sweep: StartedArgument, as_json: JsonOption = False) -> None:
-    """Print the tables of a sweep, finished or not, and write them as Markdown, CSV and JSON."""
+    """Print the tables of a sweep, finished or not, and write the report: an HTML page, Markdown, CSV and JSON."""
     from kdrl_core.sweeps.report import write_sweep_report
 
     with errors():
@@ -307,7 +307,7 @@ def _print_report(sweep: str, table: "SweepTable") -> None:
     for one in table.tables():
         _print_table(one)
     out.print("▲ best, △ second best of the variants; – is missing", highlight=False)
-    out.print(f"report  {SweepPaths.of(sweep).report / 'sweep.md'}", highlight=False, soft_wrap=True)
+    out.print(f"report  {SweepPaths.of(sweep).report / 'sweep.html'}", highlight=False, soft_wrap=True)
 
 
 def _print_table(table: "Table") -> None:

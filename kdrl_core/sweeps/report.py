@@ -1,8 +1,11 @@
-"""The tables of a sweep as files: sweep.md, sweep.csv, sweep.json. Made anew at any time, also while it runs."""
+"""The report of a sweep as files: sweep.html, sweep.md, sweep.csv, sweep.json. Made anew at any time, also while it
+runs."""
 
 import json
 
 from kdrl_core.ledger import replace_file
+from kdrl_core.sweeps.dynamics import read_dynamics
+from kdrl_core.sweeps.page import render_page
 from kdrl_core.sweeps.results import SweepResults, read_results_of
 from kdrl_core.sweeps.state import SweepPaths, cell_status, read_record
 from kdrl_core.sweeps.table import SweepTable, build_table
@@ -16,10 +19,12 @@ def read_sweep(name: str) -> SweepResults:
 
 
 def write_sweep_report(name: str) -> SweepTable:
-    """Write the tables of a started sweep to its folder and return them."""
-    table = build_table(read_sweep(name))
+    """Write the report of a started sweep to its folder and return its tables."""
+    results = read_sweep(name)
+    table = build_table(results)
     folder = SweepPaths.of(name).report
     files = {
+        "sweep.html": render_page(table, results, read_dynamics(results)),
         "sweep.md": table.to_markdown(),
         "sweep.csv": table.to_csv(),
         "sweep.json": json.dumps(table.to_json(), indent=1, ensure_ascii=False) + "\n",

@@ -5,7 +5,7 @@ artifacts/sweeps/<sweep>/
   cells/<run>.yaml    the recipe of each cell, every field written out
   logs/<run>.log      what the cell's process wrote
   failures/<run>.json why it failed, until it is started again
-  report/             tables of what there is: sweep.md, sweep.csv, sweep.json
+  report/             of what there is: sweep.html, sweep.md, sweep.csv, sweep.json
 """
 
 import json

@@ -1,0 +1,149 @@
+"""What the cells of a sweep did over their last stage: metrics by step, time by phase, a few responses."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import pyarrow.compute as pc
+
+from kdrl_core.config import diff_recipes
+from kdrl_core.data import FilterReport
+from kdrl_core.errors import KdrlError
+from kdrl_core.ledger import Run, is_published, open_run
+from kdrl_core.reporting.summary import is_spent, summarize
+from kdrl_core.rollouts.metrics import load_metrics
+from kdrl_core.rollouts.schema import read_table
+from kdrl_core.sweeps.results import SweepResults
+from kdrl_core.sweeps.state import CellState
+
+_NUM_SAMPLES = 2
+_NO_DIFFERENCE = ("name", "description", "seed")
+
+Line = tuple[list[float], list[float]]
+"""x and y."""
+
+
+@dataclass(slots=True, kw_only=True)
+class VariantDynamics:
+    """One variant, means over its seeds."""
+
+    label: str
+    metrics: dict[str, Line] = field(default_factory=dict)
+    """By metric; x is the step of the last stage. Of every cell that has begun it, finished or not."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of the last stage by phase."""
+    differences: list[str] = field(default_factory=list)
+    """Recipe fields that differ from the first variant's."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of EVALUATION, of the first finished cell: right ones first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepDynamics:
+    """All variants, and what is the same for them."""
+
+    variants: list[VariantDynamics]
+    filters: dict[str, str]
+    """The filter's counts by stage, of the first cell that has them."""
+    environments: dict[str, list[str]]
+    """Versions and hosts, as text → the runs that they are of."""
+
+
+def read_dynamics(results: SweepResults) -> SweepDynamics:
+    """Read the runs of a sweep as far as they are. What cannot be read is left out: the tables name it."""
+    found: dict[str, list[Run]] = {status.variant: [] for status in results.statuses}
+    finished: dict[str, Run] = {}
+    for status in results.statuses:
+        if status.state is not CellState.PENDING:
+            with suppress(KdrlError):
+                run = open_run(status.run)
+                found[status.variant].append(run)
+                if status.state is CellState.FINISHED:
+                    finished.setdefault(status.variant, run)
+    first = next((runs[0] for runs in found.values() if runs), None)
+    runs = [run for several in found.values() for run in several]
+    return SweepDynamics(
+        variants=[_variant(label, several, finished.get(label), first) for label, several in found.items()],
+        filters=next((report for run in runs if (report := _filters(run))), {}),
+        environments=_environments(runs),
+    )
+
+
+def _variant(label: str, runs: Sequence[Run], finished: Run | None, first: Run | None) -> VariantDynamics:
+    dynamics = VariantDynamics(label=label)
+    rows: list[list[dict[str, Any]]] = []
+    spent: list[dict[str, float]] = []
+    for run in runs:
+        with suppress(KdrlError):
+            rows.append(load_metrics(run, run.recipe.stages[-1]))
+            if rows[-1]:
+                spent.append(_phases(run, rows[-1]))
+    dynamics.metrics = mean_lines(rows)
+    names = dict.fromkeys(name for phases in spent for name in phases)
+    dynamics.phases = {name: fmean(phases.get(name, 0.0) for phases in spent) for name in names}
+    if runs and first is not None:
+        dynamics.differences = [
+            str(change)
+            for change in diff_recipes(first.recipe, runs[0].recipe)
+            if change.field.split(".")[0] not in _NO_DIFFERENCE
+        ]
+    if finished is not None:
+        with suppress(KdrlError):
+            dynamics.samples = _samples(finished)
+    return dynamics
+
+
+def mean_lines(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Line]:
+    """Metric → step and the mean over the runs that have that step; values that are missing are left out."""
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for rows in runs:
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float):
+                    values[name][int(row["step"])].append(float(value))
+    return {
+        name: ([float(step) for step in sorted(steps)], [fmean(steps[step]) for step in sorted(steps)])
+        for name, steps in values.items()
+    }
+
+
+def _phases(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of the last stage by phase; before its first step, SFT has sampled its teacher."""
+    totals: dict[str, float] = defaultdict(float)
+    for stage in summarize(run).stages:
+        if stage.stage == run.recipe.stages[-1] and stage.samples is not None:
+            totals["teacher_sample"] += stage.samples["sample_s"]
+            totals["verify"] += stage.samples["verify_s"]
+    for row in rows:
+        for name, value in row.items():
+            if is_spent(name) and isinstance(value, int | float):
+                totals[name.removeprefix("time/").removesuffix("_s")] += float(value)
+    return {name: seconds for name, seconds in totals.items() if seconds > 0.0}
+
+
+def _samples(run: Run) -> list[dict[str, Any]]:
+    table = read_table(run.paths.evaluation(run.recipe.stages[-1]) / "responses.parquet")
+    rows: list[dict[str, Any]] = []
+    for right in (1.0, 0.0):
+        rows += table.filter(pc.equal(table["accuracy_reward"], right)).slice(0, _NUM_SAMPLES).to_pylist()
+    return rows
+
+
+def _filters(run: Run) -> dict[str, str]:
+    path = run.paths.filter_report
+    if not is_published(path):
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {stage: FilterReport.from_json(values).to_text() for stage, values in content.items()}
+
+
+def _environments(runs: Sequence[Run]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        versions = json.loads(run.paths.manifest.read_text(encoding="utf-8")).get("versions", {})
+        found[", ".join(f"{name} {version}" for name, version in versions.items())].append(run.name)
+    return dict(found)

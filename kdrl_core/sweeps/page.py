@@ -1,0 +1,40 @@
+"""The report of a sweep as one HTML page that needs no network: tables, figures, recipes, samples."""
+
+import json
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from plotly.offline import get_plotlyjs
+
+from kdrl_core.sweeps.dynamics import SweepDynamics
+from kdrl_core.sweeps.figures import color_of, panels_of
+from kdrl_core.sweeps.results import SweepResults
+from kdrl_core.sweeps.table import SweepTable
+
+
+def render_page(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> str:
+    """The page, also of a sweep that is not finished: what is missing is listed.
+
+    Texts of models and data are escaped: in the page by Jinja, in the figures' JSON as no HTML parser ends a script.
+    """
+    environment = Environment(
+        loader=PackageLoader("kdrl_core.sweeps"), autoescape=select_autoescape(["html.j2"]), trim_blocks=True
+    )
+    panels = panels_of(table, results, dynamics)
+    context: dict[str, Any] = {
+        "table": table,
+        "tables": table.tables(),
+        "num_cells": len(results.statuses),
+        "panels": panels,
+        "figures": _for_script({panel.key: json.loads(panel.figure.to_json()) for panel in panels}),
+        "legend": [(variant.label, color_of(position)) for position, variant in enumerate(dynamics.variants)],
+        "dynamics": dynamics,
+        "plotly": get_plotlyjs(),
+    }
+    return environment.get_template("sweep.html.j2").render(**context)
+
+
+def _for_script(value: Any) -> str:
+    """JSON that may stand in a script element."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
