@@ -25,12 +25,12 @@ from kdrl_core.engines.from_recipe import rollout_engine
 from kdrl_core.engines.models import load_tokenizer, read_config
 from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.engines.verified import generate_and_verify
-from kdrl_core.errors import ModelError, RunLockedError
+from kdrl_core.errors import DamagedArtifactError, ModelError, RunLockedError
 from kdrl_core.evaluation.asked import AskedBenchmark, ask_benchmark, response_limit, response_seed
 from kdrl_core.evaluation.endpoint import ChatEndpoint
 from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
 from kdrl_core.evaluation.outcome import Response, benchmark_result, responses_table
-from kdrl_core.evaluation.plan import EvaluationPlan, identity_of, refuse_short_context, settings_of
+from kdrl_core.evaluation.plan import EvaluationPlan, identity_of, plain_name, refuse_short_context, settings_of
 from kdrl_core.evaluation.results import RESULTS, read_results
 from kdrl_core.ledger import (
     RunPaths,
@@ -113,7 +113,7 @@ def evaluate_plan(plan: EvaluationPlan, root: Path, *, on_progress: Progress | N
             stack.callback(endpoint.close)
             served = endpoint.model
         identity = identity_of(plan, path, served)
-        name = plan.name if path is not None or plan.name != "endpoint" else Path(served or "endpoint").name
+        name = plan.name if served is None else plain_name(served.rpartition("/")[2])
         folder = root / "evaluations" / f"{name}-{_short(identity)}"
         lazily = _Lazily(plan, path, endpoint, stack)
         return [_one(plan, benchmark, identity, folder, lazily, on_progress) for benchmark in plan.benchmarks]
@@ -143,15 +143,23 @@ def _one(
     settings = {"model": identity, **settings_of(plan, benchmark)}
     target = folder / f"{benchmark.name}-{_short(settings)}"
     inputs = {"settings": _sha256(settings)}
-    if is_published(target) and find_intact(target, inputs, is_exact=False):
+    if _is_intact(target, inputs):
         return _read(benchmark.name, target, is_new=False)
     work = target.with_name(f"{target.name}.work")
     with _hold(work):
         if not find_intact(target, inputs, is_exact=False):  # else made while we waited
             shards = _shards(plan, benchmark, work, inputs, lazily, on_progress)
             _publish(plan, benchmark, target, shards, settings, inputs)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # whoever waited for it does the same
     return _read(benchmark.name, target, is_new=True)
+
+
+def _is_intact(target: Path, inputs: dict[str, str]) -> bool:
+    """Looked at without the lock; what is damaged is set aside under it."""
+    try:
+        return is_published(target) and verify_published(target).inputs == inputs
+    except DamagedArtifactError:
+        return False
 
 
 def _shards(
@@ -204,7 +212,7 @@ def _publish(
     table = pa.concat_tables(read_table(shard) for shard in shards)
     recipe = plan.recipe
     content = {
-        "label": plan.name,
+        "label": target.parent.name.rpartition("-")[0],
         "model": target.parent.name,
         "seconds": sum(float(verify_published(shard).metadata["seconds"]) for shard in shards),
         "settings": settings,

@@ -35,7 +35,7 @@ class EvaluationPlan:
     endpoint: ServersConfig | None
     """Where the model is served; None: it is in a directory."""
     name: str
-    """Of the model, for folders and tables."""
+    """Of the model, for folders and tables; an endpoint tells its own."""
     benchmarks: tuple[BenchmarkConfig, ...]
     problems: dict[str, list[BenchmarkProblem]]
     """By benchmark."""
@@ -91,7 +91,7 @@ def plan_evaluation(
         if gguf_file is not None:
             raise RecipeError(f"--gguf-file {gguf_file} is of a directory, but {model} is a URL; leave one of them out")
         endpoint = _endpoint(model, served_as, api_key, concurrency)
-        name = served_as or "endpoint"
+        name = served_as or ""
     else:
         for option, value in (("--served-as", served_as), ("--api-key", api_key)):
             if value is not None:
@@ -100,10 +100,15 @@ def plan_evaluation(
     return EvaluationPlan(
         recipe=recipe,
         endpoint=endpoint,
-        name=re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model",
+        name=plain_name(name),
         benchmarks=tuple(chosen),
         problems={benchmark.name: load_benchmark(benchmark) for benchmark in chosen},
     )
+
+
+def plain_name(name: str) -> str:
+    """As part of a folder's name: a server may call its model anything."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
 
 
 def identity_of(plan: EvaluationPlan, path: Path | None, served: str | None) -> dict[str, str]:

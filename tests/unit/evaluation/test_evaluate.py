@@ -16,7 +16,7 @@ from kdrl_core.evaluation import evaluate as module
 from kdrl_core.evaluation import plan as plan_module
 from kdrl_core.evaluation.endpoint import with_thought_tags
 from kdrl_core.evaluation.evaluate import EvaluatedBenchmark, combined_lm_eval, evaluate_plan
-from kdrl_core.evaluation.plan import plan_evaluation
+from kdrl_core.evaluation.plan import plain_name, plan_evaluation
 from kdrl_core.ledger import run_lock
 from kdrl_core.rollouts.schema import read_table
 from kdrl_core.steps.evaluate import evaluate_model
@@ -197,6 +197,15 @@ def test_intervals_surround_their_figures(recipe: Recipe, tmp_path: Path) -> Non
     assert result["pass_at_k"]["1"] == pytest.approx(result["accuracy"])
 
 
+def test_a_damaged_result_is_made_again(recipe: Recipe, tmp_path: Path) -> None:
+    (first,) = evaluated(recipe, tmp_path, benchmarks=["test"])
+    before = (first.folder / "responses.parquet").read_bytes()
+    (first.folder / "responses.parquet").write_bytes(before[:-8] + b"12345678")
+    (again,) = evaluated(recipe, tmp_path, benchmarks=["test"])
+    assert again.is_new
+    assert (first.folder / "responses.parquet").read_bytes() == before
+
+
 # An endpoint
 
 
@@ -242,6 +251,11 @@ def test_what_an_endpoint_cannot_do_is_told(fresh: ChatServer, tmp_path: Path) -
         evaluated(recipe, tmp_path, fresh.url, benchmarks=["test"])
     with pytest.raises(ModelError, match=r"a question may have .* tokens .* the context 60; raise"):
         evaluated(load_recipe("miniature", ["evaluation.max_context_tokens=60"]), tmp_path, fresh.url)
+
+
+def test_a_server_may_call_its_model_anything() -> None:
+    names = ["org/model:latest", "..", "a b\x00\n<c>", ""]
+    assert [plain_name(name.rpartition("/")[2]) for name in names] == ["model-latest", "model", "a-b-c", "model"]
 
 
 def test_thoughts_that_a_template_has_opened() -> None:
