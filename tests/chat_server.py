@@ -39,6 +39,7 @@ class ChatServer:
             batch_size=1,
         )
         self._lock = threading.Lock()
+        self._is_closed = False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -66,8 +67,12 @@ class ChatServer:
     def close(self) -> None:
         self._http.shutdown()
         self._http.server_close()
+        with self._lock:  # no thread may be left in torch when the process ends
+            self._is_closed = True
 
     def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        if self._is_closed:
+            return
         self.seen.append(body)
         fault = self.faults.popleft() if self.faults else ""
         if fault.isdecimal():
