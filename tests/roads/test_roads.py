@@ -87,7 +87,7 @@ def test_everything_at_once_then_recover_and_the_deployment_again(stack: Stack, 
     check_end(stack, whole, published)
     once_more = stack.begin("r", LONG)
     assert ended(stack, once_more) == "Completed"
-    assert "nothing to do: run r is finished" in stack.log("worker")
+    stack.wait("the worker's log says so", lambda: "nothing to do: run r is finished" in stack.log("worker"))
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_two_at_once(stack: Stack, whole: Run) -> None:
     assert f"run r is in use by pid {flow.pid} on " in said
     second = stack.begin("r", LONG)
     assert ended(stack, second) == "Failed"
-    assert stack.log("worker").count(f"run r is in use by pid {flow.pid} on ") >= 1
+    stack.wait("the worker's log says so", lambda: f"run r is in use by pid {flow.pid} on " in stack.log("worker"))
     flow.send_signal(signal.SIGCONT)
     assert ended(stack, first) == "Completed"
     assert differing(open_run("r"), whole) == []
