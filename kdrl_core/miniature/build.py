@@ -3,9 +3,11 @@
     student/ teacher/       Hugging Face model directories
     student-vllm/           a student whose attention heads are wide enough for vLLM on a CPU
     teacher-weak/           another teacher, between the two; also the base model of the R1-Zero path's teacher
+    teacher-broad/          a teacher that works chains in two ways of which the students know one; in half precision
     stage1.json             problems in DeepScaleR's shape
     stage2.parquet          problems in Skywork-OR1-RL-Data's shape, with *measured* labels: failures out of 16
-    benchmarks/*.jsonl      validation, test, hard (longer chains than any trained on)
+    benchmarks/*.jsonl      validation, test, hard (longer chains than any trained on), ood (in brackets, which no model
+                            has ever seen)
 
 The student is small and kept uncertain by label smoothing: sampled, it solves two chains in five, though its most
 likely tokens are mostly right, much as a pretrained model before RL. The teacher is larger, nearly
@@ -15,6 +17,7 @@ right, and a little smoothed as well: a perfectly confident one makes R² of a f
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,14 @@ from kdrl_core.data.schema import SKYWORK_SCHEMA
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.ledger.seeds import derive_seed
 from kdrl_core.miniature.models import MiniatureModel, build_tokenizer, save_model, train_model
-from kdrl_core.miniature.world import HARD_LENGTHS, LENGTHS, sample_questions, solve
+from kdrl_core.miniature.world import BRACKETED_LENGTHS, HARD_LENGTHS, LENGTHS, bracket, sample_questions, solve
 from kdrl_core.types import FinishReason, RolloutRequest
 
 SEED = 7
 STUDENT_SEED = 1
 TEACHER_SEED = 8
 WEAK_TEACHER_SEED = 9
+BROAD_TEACHER_SEED = 8
 STUDENT = MiniatureModel(
     hidden_size=48, num_layers=2, tie_word_embeddings=True, sft_steps=550, learning_rate=3e-3, label_smoothing=0.04
 )
@@ -41,6 +45,16 @@ TEACHER = MiniatureModel(
 WEAK_TEACHER = MiniatureModel(
     hidden_size=64, num_layers=3, tie_word_embeddings=True, sft_steps=500, learning_rate=3e-3, label_smoothing=0.02
 )
+BROAD_TEACHER = MiniatureModel(
+    hidden_size=96,
+    num_layers=3,
+    tie_word_embeddings=False,
+    sft_steps=1_600,
+    learning_rate=3e-3,
+    label_smoothing=0.01,
+    result_first_share=0.25,
+)
+"""Broader than what the student can carry, as a large model's answers are: it works one chain in four result first."""
 VLLM_STUDENT = MiniatureModel(
     hidden_size=64,
     num_heads=2,
@@ -68,6 +82,7 @@ def build(
     student: MiniatureModel = STUDENT,
     teacher: MiniatureModel = TEACHER,
     weak_teacher: MiniatureModel = WEAK_TEACHER,
+    broad_teacher: MiniatureModel = BROAD_TEACHER,
     vllm_student: MiniatureModel = VLLM_STUDENT,
     scale: float = 1.0,
 ) -> None:
@@ -88,12 +103,14 @@ def build(
     )
     held_out = set(seen)
     stage1, stage2 = draw(1_024, LENGTHS), draw(2_048, LENGTHS)
+    _write_benchmarks(output / "benchmarks", {"ood": draw(128, BRACKETED_LENGTHS)}, notation=bracket)
 
     tokenizer = build_tokenizer()
     models = {
         "student": train_model(student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
         "teacher": train_model(teacher, tokenizer, seed=TEACHER_SEED, exclude=held_out),
         "teacher-weak": train_model(weak_teacher, tokenizer, seed=WEAK_TEACHER_SEED, exclude=held_out),
+        "teacher-broad": train_model(broad_teacher, tokenizer, seed=BROAD_TEACHER_SEED, exclude=held_out).half(),
         "student-vllm": train_model(vllm_student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
     }
     for name, model in models.items():
@@ -109,11 +126,11 @@ def build(
     _write_skywork(output / "stage2.parquet", stage2, labels)
 
 
-def _write_benchmarks(folder: Path, benchmarks: dict[str, list[str]]) -> None:
+def _write_benchmarks(folder: Path, benchmarks: dict[str, list[str]], *, notation: Callable[[str], str] = str) -> None:
     folder.mkdir(exist_ok=True)
     for name, questions in benchmarks.items():
         rows = [
-            {"id": f"{name}-{index}", "problem": q, "answer": solve(q)[1], "source": "kdrl miniature"}
+            {"id": f"{name}-{index}", "problem": notation(q), "answer": solve(q)[1], "source": "kdrl miniature"}
             for index, q in enumerate(questions)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

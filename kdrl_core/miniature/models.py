@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdrl_core.miniature.world import LENGTHS, OPERATORS, sample_questions, solve
+from kdrl_core.miniature.world import LENGTHS, OPERATORS, sample_questions, solve, solve_result_first
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -19,6 +19,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CONTEXT = 128
+_WAYS_SEED = 99
+"""Of the choice between two ways of working a training chain, apart from the choice of chains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class MiniatureModel:
     num_heads: int = 4
     batch_size: int = 64
     label_smoothing: float = 0.0
+    result_first_share: float = 0.0
+    """Share of the training chains that are worked result first: such a model knows two ways where others know one."""
 
 
 def build_tokenizer() -> Any:
@@ -93,14 +97,16 @@ def build_model(spec: MiniatureModel, tokenizer: Any, *, seed: int) -> Any:
 def train_model(spec: MiniatureModel, tokenizer: Any, *, seed: int, exclude: set[str]) -> Any:
     """SFT on freshly drawn worked chains (none of `exclude`), cross-entropy on response tokens, linear decay."""
     model = build_model(spec, tokenizer, seed=seed)
-    rng = random.Random(seed)
+    rng, ways = random.Random(seed), random.Random(_WAYS_SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 20) * (1.0 - step / spec.sft_steps)
     )
     model.train()
     for _ in range(spec.sft_steps):
-        ids, labels = _sft_batch(tokenizer, sample_questions(rng, spec.batch_size, LENGTHS, exclude=exclude))
+        questions = sample_questions(rng, spec.batch_size, LENGTHS, exclude=exclude)
+        worked = [solve_result_first(q) if ways.random() < spec.result_first_share else solve(q)[0] for q in questions]
+        ids, labels = _sft_batch(tokenizer, questions, worked)
         logits = model(input_ids=ids).logits[:, :-1]
         loss = F.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=spec.label_smoothing
@@ -119,11 +125,11 @@ def save_model(model: Any, tokenizer: Any, path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
-def _sft_batch(tokenizer: Any, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def _sft_batch(tokenizer: Any, questions: list[str], responses: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     rows = []
-    for question in questions:
+    for question, worked in zip(questions, responses, strict=True):
         prompt = tokenizer.encode(f"{USER}{question}{ASSISTANT}", add_special_tokens=False)
-        response = tokenizer.encode(solve(question)[0] + END, add_special_tokens=False)
+        response = tokenizer.encode(worked + END, add_special_tokens=False)
         rows.append((prompt, response))
     width = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)

@@ -14,6 +14,9 @@ LENGTHS = range(2, 8)
 HARD_LENGTHS = range(8, 10)
 """Digits per chain in the harder benchmark: longer than anything trained on."""
 
+BRACKETED_LENGTHS = range(3, 8)
+"""Digits per chain in the out-of-domain benchmark, whose chains are written with brackets."""
+
 
 def solve(question: str) -> tuple[str, str]:
     """The worked response to a chain and its answer: (`<think>…</think>\\boxed{6}`, `6`)."""
@@ -23,6 +26,26 @@ def solve(question: str) -> tuple[str, str]:
         steps.append(f"{value}{operator}{digit}={result}")
         value = result
     return f"<think>{','.join(steps)}</think>\\boxed{{{value}}}", str(value)
+
+
+def solve_result_first(question: str) -> str:
+    """Another way to work a chain, every step written result first: `<think>8=3+5,6=8*2</think>\\boxed{6}`.
+
+    A model must look a result up before it has written down what to look up, which a small one finds hard.
+    """
+    worked, answer = solve(question)
+    steps = worked.removeprefix("<think>").removesuffix(f"</think>\\boxed{{{answer}}}").split(",")
+    turned = (f"{result}={operation}" for operation, result in (step.split("=") for step in steps))
+    return f"<think>{','.join(turned)}</think>\\boxed{{{answer}}}"
+
+
+def bracket(question: str) -> str:
+    """The chain with the brackets that say in which order it is read: `3+5*2` becomes `(3+5)*2`."""
+    digits = question[::2]
+    text = digits[0]
+    for position, (operator, digit) in enumerate(zip(question[1::2], digits[1:], strict=True)):
+        text = f"({text}){operator}{digit}" if position else f"{text}{operator}{digit}"
+    return text
 
 
 def apply(left: int, operator: str, right: int) -> int:
