@@ -16,6 +16,7 @@ from flows.cli_filter import filter_command
 from flows.cli_label import label
 from flows.cli_plan import plan
 from flows.cli_recover import recover
+from flows.cli_report import report
 from flows.cli_serve import serve
 from flows.cli_shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli_sweep import app as sweep_app
@@ -168,6 +169,7 @@ app.command()(check)
 app.command()(bake_teacher)
 app.command()(serve)
 app.command()(plan)
+app.command()(report)
 app.add_typer(sweep_app, name="sweep")
 
 

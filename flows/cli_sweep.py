@@ -5,19 +5,13 @@ import signal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
 
-from flows.cli_shared import JsonOption, PlainConsole, SetOption, err, errors, out
+from flows.cli_shared import JsonOption, SetOption, err, errors, out
+from flows.cli_tables import print_comparison, print_rows
 from kdrl_core.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
-    from kdrl_core.reporting.tables import Table
     from kdrl_core.sweeps.request import Request
-    from kdrl_core.sweeps.table import SweepTable
-
-_PIPED_WIDTH = 160
-"""Characters of a table that is not for a terminal."""
 
 app = typer.Typer(
     no_args_is_help=False,
@@ -102,7 +96,7 @@ def list_command(as_json: JsonOption = False) -> None:
             out.print_json(data=rows)
             return
         shown = [[str(row["sweep"]), "yes" if row["started"] else "", str(row["description"])] for row in rows]
-        _print(["sweep", "started", "description"], shown, fold=True)
+        print_rows(["sweep", "started", "description"], shown, num_text=3)
 
 
 @app.command()
@@ -141,11 +135,11 @@ def show(
         first = request.cells[0].seed
         out.print(f"{request.spec.name}: {request.spec.description}", soft_wrap=True, highlight=False)
         rows = [[c.variant, ", ".join(c.overrides[:-1]) or "–"] for c in request.cells if c.seed == first]
-        _print(["variant", "fields"], rows, fold=True)
+        print_rows(["variant", "fields"], rows, num_text=3)
         seeds_told = ", ".join(str(seed) for seed in request.spec.seed_list)
         out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}", highlight=False)
         rows = [[part, str(have), str(made)] for part, (have, made) in work.by_part.items()]
-        _print(["shared", "cells", "times done"], rows)
+        print_rows(["shared", "cells", "times done"], rows)
         out.print(
             f"{work.to_train:,} steps to train; {work.alone:,} if the cells shared nothing",
             highlight=False,
@@ -186,7 +180,7 @@ def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
             out.print_json(data={"sweep": sweep, "cells": [one.to_json() for one in statuses]})
             return
         rows = [[one.run, one.state.value, _progress(one.run), one.detail] for one in statuses]
-        _print(["cell", "state", "progress", "detail"], rows, fold=True)
+        print_rows(["cell", "state", "progress", "detail"], rows, num_text=3)
         counts = {
             state: sum(one.state is state for one in statuses) for state in dict.fromkeys(s.state for s in statuses)
         }
@@ -197,13 +191,14 @@ def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
 def report(sweep: StartedArgument, as_json: JsonOption = False) -> None:
     """Print the tables of a sweep, finished or not, and write the report: an HTML page, Markdown, CSV and JSON."""
     from kdrl_core.sweeps.report import write_sweep_report
+    from kdrl_core.sweeps.state import SweepPaths
 
     with errors():
         table = write_sweep_report(sweep)
         if as_json:
             out.print_json(data=table.to_json())
         else:
-            _print_report(sweep, table)
+            print_comparison(table, SweepPaths.of(sweep).report / "sweep.html")
 
 
 def _run(
@@ -298,36 +293,7 @@ def _print_if_there(sweep: str) -> None:
     from kdrl_core.sweeps.state import SweepPaths
 
     if SweepPaths.of(sweep).record.is_file():
-        _print_report(sweep, write_sweep_report(sweep))
-
-
-def _print_report(sweep: str, table: "SweepTable") -> None:
-    from kdrl_core.sweeps.state import SweepPaths
-
-    for one in table.tables():
-        _print_table(one)
-    out.print("▲ best, △ second best of the variants; – is missing", highlight=False)
-    out.print(f"report  {SweepPaths.of(sweep).report / 'sweep.html'}", highlight=False, soft_wrap=True)
-
-
-def _print_table(table: "Table") -> None:
-    """Intervals on a line of their own: a row of six benchmarks would be too wide."""
-    out.print(table.title, style="bold", highlight=False)
-    is_text = table.title == "Not finished"
-    rows = table.rows if is_text else [[cell.replace(" (", "\n(") for cell in row] for row in table.rows]
-    _print(table.header, rows, fold=is_text)
-    out.print()
-
-
-def _print(header: list[str], rows: list[list[str]], *, fold: bool = False) -> None:
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False)
-    for position, column in enumerate(header):
-        table.add_column(
-            column, justify="left" if fold or position == 0 else "right", overflow="fold", no_wrap=position == 0
-        )
-    for row in rows:
-        table.add_row(*row)
-    (out if out.is_terminal else PlainConsole(width=_PIPED_WIDTH)).print(table)
+        print_comparison(write_sweep_report(sweep), SweepPaths.of(sweep).report / "sweep.html")
 
 
 def _progress(run: str) -> str:

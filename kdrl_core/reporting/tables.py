@@ -7,15 +7,16 @@ from kdrl_core.reporting.summary import Summary
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Header and rows; the first column is text, the others numbers."""
+    """Header and rows; the first `num_text` columns are text, the others numbers."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
+    num_text: int = 1
 
     def to_markdown(self) -> str:
         """GitHub-flavoured Markdown, without the title."""
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        lines = [self.header, [*["---"] * self.num_text, *["---:"] * (len(self.header) - self.num_text)], *self.rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

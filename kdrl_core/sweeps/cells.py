@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdrl_core.config import Recipe, config_hash, load_recipe
+from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
-from kdrl_core.sweeps.spec import SweepSpec
+from kdrl_core.reporting.summary import MODEL_NAMES
+from kdrl_core.sweeps.spec import ACCURACY, SweepSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,8 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
         origin: names the sweep in errors; default: its name.
 
     Raises:
-        RecipeError: a cell's recipe is not valid (cell, file and field are named), two variants are the same, or a
-            label makes no run name.
+        RecipeError: a cell's recipe is not valid (cell, file and field are named), two variants are the same, a
+            label makes no run name, or a claim names what the sweep does not have.
     """
     origin = origin or spec.name
     grid = spec.grid_for(_load(spec, f"sweep {origin}, recipe", [*overrides]), origin=origin)
@@ -54,6 +55,7 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
                 run = _run_name(spec.name, variant, seed, origin=origin)
                 cells.append(Cell(run=run, variant=variant, seed=seed, overrides=own, recipe=recipe))
     _require_different(cells, origin=origin)
+    _check_claims(spec, cells, origin=origin)
     return cells
 
 
@@ -94,6 +96,27 @@ def _run_name(sweep: str, variant: str, seed: int, *, origin: str) -> str:
         return validate_run_name(f"{sweep}--{slug}--seed{seed}")
     except RunError as error:
         raise RecipeError(f"sweep {origin}, variant '{variant}': {error}; give it a shorter label") from None
+
+
+def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> None:
+    """Raise RecipeError if a claim is of a variant, model or benchmark that the sweep does not have."""
+    labels = [*dict.fromkeys(cell.variant for cell in cells), *MODEL_NAMES.values()]
+    benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
+    for number, claim in enumerate(spec.claims, start=1):
+        where = f"sweep {origin}, claim {number}"
+        kind, colon, benchmark = claim.measure.partition(":")
+        for field, label in (("more", claim.more), ("less", claim.less)):
+            if label not in labels:
+                raise RecipeError(f"{where}, field '{field}': no variant '{label}'{did_you_mean(label, labels)}")
+        if kind == ACCURACY and benchmark not in benchmarks:
+            raise RecipeError(
+                f"{where}, field 'measure': no benchmark '{benchmark}'{did_you_mean(benchmark, benchmarks)}; "
+                f"accuracy:NAME, of {', '.join(benchmarks)}"
+            )
+        if kind != ACCURACY and colon:
+            raise RecipeError(
+                f"{where}, field 'measure': '{claim.measure}' is none; give accuracy:BENCHMARK or a metric"
+            )
 
 
 def _require_different(cells: list[Cell], *, origin: str) -> None:

@@ -1,7 +1,8 @@
-"""The report of a sweep as files: sweep.html, sweep.md, sweep.csv, sweep.json. Made anew at any time, also while it
-runs."""
+"""The report of a sweep, or of any runs, as files: an HTML page, Markdown, CSV and JSON. Made anew at any time, also
+while it runs."""
 
 import json
+from pathlib import Path
 
 from kdrl_core.ledger import replace_file
 from kdrl_core.sweeps.dynamics import read_dynamics
@@ -15,19 +16,26 @@ def read_sweep(name: str) -> SweepResults:
     """What a started sweep has come to so far. Raises RunError if it was not started."""
     record, paths = read_record(name), SweepPaths.of(name)
     statuses = [cell_status(paths, cell) for cell in record.cells]
-    return read_results_of(name, record.spec.description, record.spec.recipe, statuses)
+    return read_results_of(name, record.spec.description, record.spec.recipe, statuses, record.spec.claims)
 
 
 def write_sweep_report(name: str) -> SweepTable:
     """Write the report of a started sweep to its folder and return its tables."""
-    results = read_sweep(name)
+    return write_report(read_sweep(name), SweepPaths.of(name).report, stem="sweep")
+
+
+def write_report(results: SweepResults, folder: Path, *, stem: str) -> SweepTable:
+    """Write `<stem>.html`, `.md`, `.csv` and `.json` and return the tables; what is there is replaced.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     table = build_table(results)
-    folder = SweepPaths.of(name).report
     files = {
-        "sweep.html": render_page(table, results, read_dynamics(results)),
-        "sweep.md": table.to_markdown(),
-        "sweep.csv": table.to_csv(),
-        "sweep.json": json.dumps(table.to_json(), indent=1, ensure_ascii=False) + "\n",
+        f"{stem}.html": render_page(table, results, read_dynamics(results)),
+        f"{stem}.md": table.to_markdown(),
+        f"{stem}.csv": table.to_csv(),
+        f"{stem}.json": json.dumps(table.to_json(), indent=1, ensure_ascii=False) + "\n",
     }
     for file, text in files.items():
         replace_file(folder / file, text.encode())

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow as pa
 
@@ -12,6 +13,7 @@ from kdrl_core.reporting.summary import MODEL_NAMES, StageRow, final_labels, is_
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.schema import read_table
 from kdrl_core.sweeps.sharing import parts_of
+from kdrl_core.sweeps.spec import Claim
 from kdrl_core.sweeps.state import CellState, CellStatus
 
 
@@ -46,6 +48,8 @@ class CellResult:
     """Of the last stage, evaluations left out."""
     model: ModelScores
     watched: list[Watched] = field(default_factory=list)
+    late: dict[str, float] = field(default_factory=dict)
+    """Every metric's mean over the last fifth of the last stage's steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,7 @@ class SweepResults:
     statuses: list[CellStatus]
     cells: list[CellResult]
     references: list[ReferenceResult]
+    claims: list[Claim] = field(default_factory=list)
 
     @property
     def missing(self) -> list[CellStatus]:
@@ -77,7 +82,9 @@ class SweepResults:
         return [status for status in self.statuses if status.state is not CellState.FINISHED]
 
 
-def read_results_of(name: str, description: str, recipe: str, statuses: Sequence[CellStatus]) -> SweepResults:
+def read_results_of(
+    name: str, description: str, recipe: str, statuses: Sequence[CellStatus], claims: Sequence[Claim] = ()
+) -> SweepResults:
     """Read the evaluations and timings of every cell that has them."""
     cells: list[CellResult] = []
     references: dict[tuple[str, int], ReferenceResult] = {}
@@ -102,6 +109,7 @@ def read_results_of(name: str, description: str, recipe: str, statuses: Sequence
         statuses=found,
         cells=cells,
         references=list(references.values()),
+        claims=list(claims),
     )
 
 
@@ -116,7 +124,14 @@ def _cell(run: Run, status: CellStatus) -> CellResult:
         train_s=row.seconds,
         model=_model(run.paths.evaluation(stage)),
         watched=list(_watched(run, stage, before_s=_sampling_s(row))),
+        late=_late(load_metrics(run, stage)),
     )
+
+
+def _late(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    last = rows[-max(1, len(rows) // 5) :]
+    names = set.intersection(*(set(row) for row in last)) - {"step"} if last else set()
+    return {name: fmean(row[name] for row in last) for name in sorted(names)}
 
 
 def _references(run: Run, variant: str) -> Iterator[ReferenceResult]:

@@ -10,6 +10,8 @@ vary:                        # every combination, of every variant
   stage2.learning_rate: [1.0e-4, 3.0e-4]
 recipes:                     # values that depend on the recipe, by its name: the same three sections, on top
   paper-1.5b: {variants: {KDRL: {stage2.beta: {init: 2.0e-3}}}}
+claims:                      # what the table judges: holds, does not hold, unclear
+  - {text: the joint loss beats GRPO, source: Sec. 3.1, more: KDRL, less: GRPO, measure: "accuracy:test"}
 """
 
 import json
@@ -27,6 +29,8 @@ SWEEPS_DIR = Path(__file__).parent.parent.parent / "flows" / "sweeps"
 _OWN_FIELDS = ("seed", "name", "description")
 """Fields of a recipe that a sweep sets itself."""
 _MAX_SEEDS = 1_000
+ACCURACY, LENGTH = "accuracy", "length"
+"""Measures of a claim that are no metrics."""
 
 FieldPath = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$")]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f|]*[A-Za-z0-9][^\x00-\x1f\x7f|]*$", max_length=60)]
@@ -53,6 +57,22 @@ class Grid(BaseModel):
         return fields
 
 
+class Claim(BaseModel):
+    """That one variant, or a model for reference, has more of a quantity than another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+    text: str = Field(min_length=1, max_length=200, description="the claim in words")
+    source: str = Field("", description="where it is made: Sec. 3.1")
+    more: str = Field(min_length=1, description="variant, or a model for reference as the table calls it")
+    less: str = Field(min_length=1, description="likewise")
+    measure: str = Field(
+        min_length=1,
+        description="accuracy:BENCHMARK, length (tokens of the final answers), or a metric of the last stage, which is "
+        "its mean over the last fifth of the steps",
+    )
+
+
 class SweepSpec(Grid):
     """A sweep, as its file says."""
 
@@ -61,6 +81,7 @@ class SweepSpec(Grid):
     recipe: str = Field("miniature", min_length=1, description="name of a shipped recipe, or path of a YAML file")
     seeds: int | list[int] = Field(1, description="how many, counted from 0, or which")
     recipes: dict[str, Grid] = Field({}, description="recipe's name → values that are its own, on top of the others")
+    claims: list[Claim] = Field([], description="what the report judges by the runs")
 
     @field_validator("seeds")
     @classmethod

@@ -169,21 +169,25 @@ class CellStatus:
 
 def cell_status(paths: SweepPaths, cell: CellRecord | Cell) -> CellStatus:
     """Where a cell stands, read from its run's files; one that cannot be opened has failed."""
-    state, detail = _state(paths, cell.run)
+    state, detail = state_of(cell.run, failure=failure_of(paths, cell.run))
     return CellStatus(run=cell.run, variant=cell.variant, seed=cell.seed, state=state, detail=detail)
 
 
-def _state(paths: SweepPaths, run_name: str) -> tuple[CellState, str]:
+def state_of(run_name: str, *, failure: str | None = None) -> tuple[CellState, str]:
+    """State of a run and what is to be said of it.
+
+    Args:
+        failure: why it failed when it was last started, if that is known.
+    """
     files = RunPaths.of(run_name)
     if holder := lock_holder(files.lock):
         return CellState.RUNNING, holder
-    reason = failure_of(paths, run_name)
     if not files.root.is_dir():
-        return (CellState.FAILED, reason) if reason else (CellState.PENDING, "")
+        return (CellState.FAILED, failure) if failure else (CellState.PENDING, "")
     try:
         finished = is_finished(open_run(run_name))
     except KdrlError as error:
         return CellState.FAILED, str(error)
     if finished:
         return CellState.FINISHED, ""
-    return (CellState.FAILED, reason) if reason else (CellState.STOPPED, f"kdrl resume {run_name}")
+    return (CellState.FAILED, failure) if failure else (CellState.STOPPED, f"kdrl resume {run_name}")

@@ -15,6 +15,7 @@ import numpy as np
 from kdrl_core.evaluation.seeds import Scores, over_seeds, paired_difference
 from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.reporting.tables import Table
+from kdrl_core.sweeps.claims import JudgedClaim, judge
 from kdrl_core.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults
 
 AVERAGE = "avg"
@@ -78,6 +79,7 @@ class SweepTable:
     """Finished cells: run, variant, seed, steps, train_s, scores (means)."""
     missing: list[dict[str, Any]]
     """Cells that are not finished: run, variant, seed, state, detail."""
+    claims: list[JudgedClaim] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -125,10 +127,23 @@ class SweepTable:
         title = f"Accuracy in training, % after {self.equal_time_s or 0.0:.3g} s of the last stage each"
         return Table(title=title, header=["variant", *names, "step", "seeds"], rows=rows)
 
+    def claim_table(self) -> Table:
+        """The sweep's claims, judged."""
+        rows = [
+            [claim.text, claim.source, str(claim.verdict), claim.what, _measured(claim), str(claim.num_seeds)]
+            for claim in self.claims
+        ]
+        return Table(
+            title="Claims (more − less, 95 % interval, paired)",
+            header=["claim", "source", "verdict", "comparison", "difference", "seeds"],
+            rows=rows,
+            num_text=4,
+        )
+
     def missing_table(self) -> Table:
         """What is not finished, and why."""
         rows = [[one["run"], one["state"], one["detail"]] for one in self.missing]
-        return Table(title="Not finished", header=["cell", "state", "detail"], rows=rows)
+        return Table(title="Not finished", header=["run", "state", "detail"], rows=rows, num_text=3)
 
     def tables(self, *, marked: bool = False) -> list[Table]:
         """The tables that have something to say."""
@@ -137,12 +152,14 @@ class SweepTable:
             self.cost_table(),
             self.difference_table(),
             self.equal_time_table(),
+            self.claim_table(),
         )
         return [table for table in (*found, self.missing_table()) if table.rows]
 
     def to_markdown(self) -> str:
         """The whole as a Markdown document."""
-        parts = [f"# Sweep {self.name}", self.description or f"Recipe {self.recipe}.", f"Recipe: {self.recipe}."]
+        parts = [f"# {self.name}", self.description, f"Recipe: {self.recipe}."]
+        parts = [part for part in parts if part]
         for table in self.tables(marked=True):
             parts += [f"## {table.title}", _escaped(table).to_markdown()]
         parts.append(NOTE)
@@ -193,6 +210,7 @@ def build_table(results: SweepResults) -> SweepTable:
         timed=timed,
         cells=[_cell_record(cell) for cell in results.cells],
         missing=[status.to_json() for status in results.missing],
+        claims=judge(results.claims, results),
     )
 
 
@@ -351,13 +369,22 @@ def _signed(score: Score | None) -> str:
     return f"{100 * score.mean:+.1f} ({100 * score.low:+.1f} to {100 * score.high:+.1f})"
 
 
+def _measured(claim: JudgedClaim) -> str:
+    found = claim.difference
+    if found is None:
+        return _MISSING
+    if claim.is_share:
+        return _signed(Score(mean=found.mean, low=found.low, high=found.high)) + " points"
+    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g})"
+
+
 def _number(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.0f}"
 
 
 def _escaped(table: Table) -> Table:
     """Without what would end a cell of a Markdown table: reasons quote what others wrote."""
-    return Table(title=table.title, header=table.header, rows=[list(_plain(row)) for row in table.rows])
+    return replace(table, rows=[list(_plain(row)) for row in table.rows])
 
 
 def _plain(cells: Iterable[str]) -> Iterable[str]:

@@ -86,7 +86,7 @@ def test_figure_6_golden(results: SweepResults) -> None:
 
 def test_the_page_holds_all_and_asks_nobody(results: SweepResults) -> None:
     page = page_of(results)
-    assert "2 of 3 cells are finished" in page
+    assert "2 of 3 runs are finished" in page
     assert "stage2.objective: &#39;kdrl&#39; → &#39;grpo&#39;" in page
     assert "filter of stage1" in page
     assert "Not finished" in page
@@ -109,9 +109,9 @@ def test_a_sweep_in_which_nothing_is_finished(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path))
     status = CellStatus(run="a", variant="KDRL", seed=0, state=CellState.FAILED, detail="out of <memory>")
     page = page_of(read_results_of("s", "", "miniature", [status]))
-    assert "0 of 1 cells are finished" in page
+    assert "0 of 1 runs are finished" in page
     assert "out of &lt;memory&gt;" in page
-    assert "No cell is finished." in page
+    assert "No run is finished." in page
 
 
 @needs_chromium

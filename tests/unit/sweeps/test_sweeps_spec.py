@@ -21,11 +21,26 @@ def _spec(**fields: Any) -> SweepSpec:
     return validate_sweep({"name": "s", "variants": {"a": {}}, **fields}, origin="s.yaml")
 
 
-def test_shipped_sweeps_are_those_of_the_paper() -> None:
-    assert list_sweeps() == ["ablation", *(f"figure{number}" for number in range(2, 8)), "table1"]
+OF_THE_PAPER = ["ablation", *(f"figure{number}" for number in range(2, 8)), "table1"]
+OF_THE_STUDY = ["findings", "findings-tuning"]
+"""docs/findings.md: of the toy task alone."""
 
 
-@pytest.mark.parametrize("name", list_sweeps())
+def test_shipped_sweeps_are_those_of_the_paper_and_of_the_study() -> None:
+    assert list_sweeps() == sorted([*OF_THE_PAPER, *OF_THE_STUDY])
+
+
+def test_the_study_is_tuned_on_other_seeds_and_never_on_the_test_problems() -> None:
+    study, tuning = (load_sweep(name) for name in OF_THE_STUDY)
+    assert not set(study.seed_list) & set(tuning.seed_list)
+    for cell in expand(tuning):
+        assert [benchmark.name for benchmark in cell.recipe.evaluation.benchmarks] == ["validation"]
+    table1 = [cell.variant for cell in expand(load_sweep("table1"))]
+    assert {cell.variant.rsplit(" ", 1)[0] for cell in expand(tuning)} == set(table1)
+    assert set(table1) < {cell.variant for cell in expand(study)}
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
 def test_every_shipped_sweep_has_the_same_variants_on_the_paper_s_recipe(name: str) -> None:
     spec = load_sweep(name)
     assert spec.name == name
