@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	@echo "installing the pinned environment into $(VENV) (a few minutes the first time) ..."
 	@$(PIP) install --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt torch setuptools
 	@DS_BUILD_OPS=0 $(PIP) install --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation \
-	  -e '.[dev,deepspeed]'
+	  -e '.[dev,deepspeed,tracking]'
 	@touch $@
 
 # Why vLLM is left out, in one line; empty where it works. Whatever of it was installed is then removed: half of it could

@@ -6,6 +6,7 @@ from flows import hooks, shown
 from flows.run_dir import open_own_run
 from kdrl_core.ledger import run_lock
 from kdrl_core.reporting.summary import final_labels
+from kdrl_core.tracking import close_tracking, track
 from tasks.evaluate import evaluate
 
 
@@ -16,4 +17,6 @@ def evaluation(run_dir: str) -> None:
     with run_lock(run.paths.lock):
         for label in final_labels(run):
             evaluate(run_dir, label)
+        track(run)
+        close_tracking()
         shown.evaluated(run)

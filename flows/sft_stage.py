@@ -14,6 +14,7 @@ from kdrl_core.steps.checkpoints import open_stage
 from kdrl_core.steps.completion import require_trained
 from kdrl_core.steps.session import close_sessions
 from kdrl_core.steps.shards import num_shards, open_shards
+from kdrl_core.tracking import track
 from tasks.sft import select, sft_update, teacher_sample, verify_samples
 
 
@@ -36,6 +37,7 @@ def sft_stage(run_dir: str, stage: str) -> None:
         for step in steps:
             progress.step(sft_update(run_dir, stage, step))
             evaluate_if_due(run, stage, step + 1, progress)
+            track(run)
         close_sessions()
         require_trained(run, stage)
         progress.finish()

@@ -16,6 +16,7 @@ from kdrl_core.ledger import run_lock
 from kdrl_core.steps.checkpoints import open_stage
 from kdrl_core.steps.completion import require_trained
 from kdrl_core.steps.session import close_sessions
+from kdrl_core.tracking import track
 from tasks.rollout import rollout
 from tasks.teacher_score import teacher_score
 from tasks.update import update
@@ -48,6 +49,7 @@ def training_stage(run_dir: str, stage: str) -> None:
             summary = update(run_dir, stage, step, scored.result(), verdicts.result())
             progress.step(summary)
             evaluate_if_due(run, stage, step + 1, progress)
+            track(run)
         close_sessions()
         require_trained(run, stage)
         progress.finish()

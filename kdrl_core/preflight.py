@@ -14,6 +14,7 @@ from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.evaluation.benchmarks import load_benchmark
 from kdrl_core.secrets import is_known, resolve_secret
+from kdrl_core.tracking.clients import missing_packages
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -43,6 +44,15 @@ def check_inputs(recipe: Recipe) -> None:
     check_device(recipe)
     check_trainer(recipe)
     check_engines(recipe)
+    check_trackers(recipe)
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise RecipeError if a tracker's package is not installed."""
+    for name, install in missing_packages(recipe.tracking.trackers).items():
+        raise RecipeError(
+            f"recipe {recipe.name}, field 'tracking.trackers': {name} is not installed; run {install}, or leave it out"
+        )
 
 
 def _check_context(recipe: Recipe, config: dict[str, object]) -> None:

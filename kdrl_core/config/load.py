@@ -21,6 +21,8 @@ _MAX_CHARS = 2**17
 """Of a recipe, and of one with its aliases written out: shipped ones have 5,000. A few lines of aliases can stand for
 terabytes."""
 _MAX_SHOWN_CHARS = 200
+_MAY_HOLD_KEY = ("server", "api_key", "mlflow_uri")
+"""Fields in which somebody may write a key, though none belongs there: what they hold is shown nowhere."""
 _MAX_SHOWN_FAULTS = 20
 
 
@@ -174,7 +176,7 @@ def _parse(text: str, *, may_hold_key: bool = False) -> Any:
 
 
 def _may_hold_key(text: str) -> bool:
-    return "server" in text or "api_key" in text
+    return any(name in text for name in _MAY_HOLD_KEY)
 
 
 def _place(error: Exception) -> str:
@@ -254,7 +256,7 @@ def _explain(fault: Any) -> str:
         message = f"unknown field{guess}; known here: {', '.join(known)}"
     elif fault["type"] == "missing":
         message = "required but not given"
-    elif not isinstance(fault["input"], (dict, list)) and "server" not in location:  # there it may be a key
+    elif not isinstance(fault["input"], (dict, list)) and not any(_may_hold_key(part) for part in location):
         message = f"{message}, got {_short(repr(fault['input']))}"
     return f"field '{field}': {message}"
 

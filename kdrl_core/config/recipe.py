@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Objective = Literal["grpo", "kdrl", "kd_rkl", "reward_shaping", "sft"]
 StageName = Literal["stage1", "stage2"]
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 KDEstimator = Literal["k1", "k2", "k3", "k3_k2grad", "topk"]
 
 PAPER_BENCHMARKS = ("aime24", "aime25", "math500", "amc23", "minerva_math", "olympiad_bench")
@@ -405,6 +406,33 @@ class TrainerConfig(_Section):
         return self
 
 
+class TrackingConfig(_Section):
+    """Where the metrics of a run go beside its own files; read from these, so that nothing depends on it."""
+
+    trackers: list[TrackerName] = Field([], description="tensorboard, mlflow, wandb (offline); none by default")
+    project: str = Field("kdrl", min_length=1, max_length=128, description="MLflow's experiment, W&B's project")
+    mlflow_uri: str | None = Field(
+        None, description="MLflow's tracking URI, without credentials; null: artifacts/tracking/mlflow.db"
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _once_each(cls, trackers: list[TrackerName]) -> list[TrackerName]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("a tracker stands twice; name it once")
+        return trackers
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _without_key(cls, uri: str | None) -> str | None:
+        if uri is not None and (urlsplit(uri).username or urlsplit(uri).password):
+            raise ValueError(
+                "the URI carries a user or a password, which do not belong in a recipe; set MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+            )
+        return uri
+
+
 class Recipe(_Section):
     """A whole run. At least one stage; a teacher exactly where a stage's objective distils from one."""
 
@@ -423,6 +451,7 @@ class Recipe(_Section):
     rollout: RolloutConfig = RolloutConfig()
     vllm: VLLMConfig = VLLMConfig()
     trainer: TrainerConfig = TrainerConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def stage(self, name: str) -> StageConfig:
         """The named stage. Raises KeyError if the recipe does not have it."""

@@ -145,6 +145,11 @@ class RunPaths:
         return self.root / "evaluation" / label
 
     @property
+    def tracking(self) -> Path:
+        """What was sent to trackers, and the files of those that keep theirs here."""
+        return self.root / "tracking"
+
+    @property
     def report(self) -> Path:
         """The final report."""
         return self.root / "report"

@@ -1,0 +1,167 @@
+"""TensorBoard, MLflow and W&B. Each is opened for a run, new or known, and imported only then."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from kdrl_core.config import dump_recipe
+from kdrl_core.config.changes import leaf_fields
+from kdrl_core.config.paths import artifacts_root
+from kdrl_core.config.recipe import TrackerName
+from kdrl_core.ledger import Run
+from kdrl_core.tracking.protocols import Point, Sent, Tracker
+
+_MAX_PARAM_CHARS = 6_000
+"""Of an MLflow parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """A tracker by name."""
+
+    package: str
+    install: str
+    open: Callable[[Run, Sent], tuple[Tracker, str | None]]
+    """The run, and what the tracker has of it → the tracker, and what the run is called there."""
+
+
+def missing_packages(names: list[TrackerName]) -> dict[TrackerName, str]:
+    """Trackers whose package is not installed → how to install it."""
+    return {name: CLIENTS[name].install for name in names if find_spec(CLIENTS[name].package) is None}
+
+
+class TensorBoardTracker:
+    """Event files in `tracking/tensorboard/<group>/` of the run: `tensorboard --logdir artifacts/runs`."""
+
+    def __init__(self, run: Run, steps: Mapping[str, int]) -> None:
+        self._run = run
+        self._steps = dict(steps)
+        self._writers: dict[str, Any] = {}
+
+    def log(self, point: Point) -> None:
+        writer = self._writers.get(point.group) or self._open(point.group)
+        for name, value in point.values.items():
+            writer.add_scalar(name, value, point.step, walltime=point.time_ms / 1000.0)
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        self.log(Point(group="summary", step=0, global_step=0, time_ms=0, values=values))
+
+    def flush(self) -> None:
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self, *, complete: bool) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def _open(self, group: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder, first = self._run.paths.tracking / "tensorboard" / group, self._steps.get(group, 0)
+        # What a killed process had written from the first step on that is to come is void, and written again.
+        writer = SummaryWriter(str(folder), purge_step=first if folder.is_dir() else None)
+        if group in self._run.recipe.stages and first == 0:
+            writer.add_text("recipe", f"```yaml\n{dump_recipe(self._run.recipe)}```", 0)
+        self._writers[group] = writer
+        return writer
+
+
+class MLflowTracker:
+    """A run of an MLflow experiment. Points have the time of their publication, so that one sent twice is one."""
+
+    def __init__(self, run: Run, run_id: str | None) -> None:
+        from mlflow import MlflowClient
+
+        config = run.recipe.tracking
+        default = artifacts_root() / "tracking" / "mlflow.db"
+        if config.mlflow_uri is None:
+            default.parent.mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(tracking_uri=config.mlflow_uri or f"sqlite:///{default}")
+        self.run_id = run_id or self._create(run, config.project)
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def log(self, point: Point) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(f"{point.group}/{name}", value, point.time_ms, point.step) for name, value in point.values.items()
+        ]
+        self._client.log_batch(self.run_id, metrics=metrics)
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        self.log(Point(group="summary", step=0, global_step=0, time_ms=0, values=values))
+
+    def flush(self) -> None:
+        """Every batch is written when it is logged."""
+
+    def close(self, *, complete: bool) -> None:
+        self._client.set_terminated(self.run_id, status="FINISHED" if complete else "KILLED")
+
+    def _create(self, run: Run, project: str) -> str:
+        from mlflow.entities import Param
+
+        found = self._client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found is not None else self._client.create_experiment(project)
+        run_id = str(self._client.create_run(experiment, run_name=run.name).info.run_id)
+        fields = leaf_fields(run.recipe)
+        params = [Param(name, str(value)[:_MAX_PARAM_CHARS]) for name, value in fields.items()]
+        self._client.log_batch(run_id, params=params)
+        return run_id
+
+
+class WandbTracker:
+    """A W&B run in offline mode, in `tracking/wandb/` of the run: `wandb sync` sends it. Nothing is sent from here."""
+
+    def __init__(self, run: Run, run_id: str | None) -> None:
+        import wandb
+
+        self.run_id = run_id or hashlib.sha256(f"{run.name} {run.started_at}".encode()).hexdigest()[:12]
+        folder = run.paths.tracking
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=run.recipe.tracking.project,
+            name=run.name,
+            id=self.run_id,
+            resume="allow",
+            mode="offline",
+            dir=str(folder),
+            config=leaf_fields(run.recipe),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+        )
+
+    def log(self, point: Point) -> None:
+        values = {f"{point.group}/{name}": value for name, value in point.values.items()}
+        self._run.log({**values, f"{point.group}/step": point.step}, step=point.global_step)
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        self._run.summary.update({f"summary/{name}": value for name, value in values.items()})
+
+    def flush(self) -> None:
+        """Its service writes what it was given when this process has died as well."""
+
+    def close(self, *, complete: bool) -> None:
+        self._run.finish(exit_code=0 if complete else 1)
+
+
+def _open_tensorboard(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
+    return TensorBoardTracker(run, sent.steps), None
+
+
+def _open_mlflow(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
+    tracker = MLflowTracker(run, sent.identity)
+    return tracker, tracker.run_id
+
+
+def _open_wandb(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
+    tracker = WandbTracker(run, sent.identity)
+    return tracker, tracker.run_id
+
+
+CLIENTS: dict[TrackerName, Client] = {
+    "tensorboard": Client(package="tensorboard", install="pip install tensorboard", open=_open_tensorboard),
+    "mlflow": Client(package="mlflow", install="pip install mlflow", open=_open_mlflow),
+    "wandb": Client(package="wandb", install="pip install wandb", open=_open_wandb),
+}
