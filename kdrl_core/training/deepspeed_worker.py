@@ -150,18 +150,21 @@ class _Rank:
         learning_rate = float(self._schedule.get_last_lr()[0])
         metrics: list[dict[str, float]] = []
         logprobs: list[Any] = [np.empty(0, np.float32)] * len(work.batch.sequences)
+        entropies = list(logprobs)
         for index in range(len(work.passes)):
-            metrics.append(self._forward_backward(work, index, logprobs))
+            metrics.append(self._forward_backward(work, index, logprobs, entropies))
         grad_norm = self._step_optimizer()
         answer = {"metrics": metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "step": self._step}
-        return answer, {"logprobs": np.concatenate(logprobs)}
+        return answer, {"logprobs": np.concatenate(logprobs), "entropies": np.concatenate(entropies)}
 
-    def _forward_backward(self, work: RankWork, index: int, logprobs: list[Any]) -> dict[str, float]:
-        """One micro-batch: gradients accumulate in the engine, logprobs in the list; returns metrics."""
+    def _forward_backward(
+        self, work: RankWork, index: int, logprobs: list[Any], entropies: list[Any]
+    ) -> dict[str, float]:
+        """One micro-batch: gradients accumulate in the engine, per-token values in the lists; returns metrics."""
         import torch
 
         from kdrl_core.training.batch import pad_sequences
-        from kdrl_core.training.losses import micro_batch_loss, micro_batch_statistics
+        from kdrl_core.training.losses import collect, micro_batch_loss, micro_batch_statistics
 
         batch, rows, engine = work.batch, work.passes[index], self._engine
         is_idle = index >= len(work.passes) - work.num_idle
@@ -170,7 +173,7 @@ class _Rank:
         padded = pad_sequences([batch.sequences[row] for row in rows], device=self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed):
             statistics = micro_batch_statistics(engine, batch, rows, padded)
-        loss, found, own = micro_batch_loss(statistics, batch, rows, padded, work.totals)
+        loss, found = micro_batch_loss(statistics, batch, rows, padded, work.totals)
         metrics = {name: float(value) for name, value in found.items()}
         # The engine takes the mean over ranks, where the loss is a sum.
         scale = 0.0 if is_idle else float(torch.distributed.get_world_size())
@@ -179,9 +182,8 @@ class _Rank:
         engine.backward(loss * scale, scale_wrt_gas=False)
         if is_idle:
             return {}
-        mask = padded.response_mask.bool().cpu()
-        for place, row in enumerate(rows):
-            logprobs[row] = own[place].cpu()[mask[place]].numpy()
+        collect(logprobs, statistics.logprobs, rows, padded)
+        collect(entropies, statistics.entropy, rows, padded)
         return metrics
 
     def _score(self, work: RankWork) -> Answer:
