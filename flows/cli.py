@@ -19,6 +19,7 @@ from flows.cli_recover import recover
 from flows.cli_serve import serve
 from flows.cli_shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli_sweep import app as sweep_app
+from flows.cli_ui import ui
 from flows.cli_verify import verify_command
 from kdrl_core.errors import RunError
 
@@ -168,6 +169,7 @@ app.command()(check)
 app.command()(bake_teacher)
 app.command()(serve)
 app.command()(plan)
+app.command()(ui)
 app.add_typer(sweep_app, name="sweep")
 
 

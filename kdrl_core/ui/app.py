@@ -1,6 +1,5 @@
 """The web app: `create_app` over an open store. Every answer that is not a file is JSON, errors included."""
 
-import logging
 from importlib import resources
 
 from fastapi import FastAPI, Request
@@ -14,7 +13,6 @@ from kdrl_core.rollouts.query import RolloutStore
 from kdrl_core.ui.api import api_of
 from kdrl_core.ui.security import Guard
 
-_logger = logging.getLogger("kdrl")
 _STATIC = str(resources.files("kdrl_core.ui") / "static")
 
 
@@ -55,6 +53,5 @@ def _http(request: Request, error: Exception) -> JSONResponse:
     return _error(error.status_code, f"{request.url.path}: {error.detail}")
 
 
-def _unknown(request: Request, error: Exception) -> JSONResponse:
-    _logger.error("kdrl ui: %s", request.url, exc_info=error)
+def _unknown(_: Request, error: Exception) -> JSONResponse:
     return _error(500, f"{type(error).__name__} in kdrl itself; the terminal of kdrl ui has the details")

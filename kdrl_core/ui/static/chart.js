@@ -7,7 +7,7 @@ import { number } from "./format.js";
 import { extent, logTicks, nearest, scale, thinned, ticks } from "./scale.js";
 
 const HEIGHT = 168;
-const EDGE = { left: 46, right: 10, top: 8, bottom: 20 };
+const EDGE = { left: 46, right: 10, top: 18, bottom: 20 };
 const DRAG_PX = 6;
 
 export class Chart {
@@ -90,7 +90,7 @@ export class Chart {
     if (this.stages.length < 2) return [];
     return this.stages.filter((one) => one.offset <= to).flatMap((one) => [
       one.offset > from && svg("line", { class: "divider", x1: x(one.offset - 0.5), x2: x(one.offset - 0.5), y1: EDGE.top, y2: HEIGHT - EDGE.bottom }),
-      one.offset >= from && svg("text", { class: "tick stage", x: x(one.offset) + 4, y: EDGE.top + 8 }, one.name),
+      one.offset >= from && svg("text", { class: "tick stage", x: x(one.offset) + 4, y: EDGE.top - 6 }, one.name),
     ].filter(Boolean));
   }
 

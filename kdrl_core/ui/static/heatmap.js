@@ -48,7 +48,7 @@ export class HeatMap {
     this.buttons = h("div", { class: "colour-buttons" });
     this.legend = h("div", { class: "scale" });
     this.readout = h("div", { class: "token-readout", "aria-live": "off" });
-    this.spans = record.tokens.map((token, i) => h("span", { class: "token", dataset: { i } }, shown(token)));
+    this.spans = textsOf(record).map((token, i) => h("span", { class: "token", dataset: { i } }, shown(token)));
     this.text = h("div", { class: "tokens", tabindex: 0, role: "region", "aria-label": "Response, token by token" }, this.spans);
     this.text.addEventListener("pointerover", (event) => this.#point(event.target));
     this.text.addEventListener("click", (event) => this.#point(event.target));
@@ -100,12 +100,15 @@ export class HeatMap {
     const { record, kinds } = this;
     const facts = [["id", record.token_ids?.[i]], ["log π_θ", fix((record.logprobs ?? record.rollout_logprobs)?.[i])], ["log π_T", fix(record.teacher_logprobs?.[i])],
       ["R", signed(kinds.ratio.values?.[i], 4)], ["entropy", fix(record.entropies?.[i])], ["engine", fix(record.rollout_logprobs?.[i])], ["Â + βR", signed(kinds.signal.values?.[i], 4)]];
-    this.readout.replaceChildren(h("span", { class: "soft" }, `${i} `), h("code", {}, JSON.stringify(spelled(record.tokens[i]))),
+    this.readout.replaceChildren(h("span", { class: "soft" }, `${i} `), h("code", {}, JSON.stringify(spelled(textsOf(record)[i]))),
       ...facts.filter(([, value]) => value !== undefined && value !== null && value !== "–").map(([name, value]) => h("span", { class: "fact" }, h("i", {}, name), " ", String(value))));
   }
 }
 
 const fix = (value) => (isNumber(value) ? value.toFixed(4).replace("-", "−") : value);
+
+/** The text of each token; where no tokenizer is at hand, its number. */
+const textsOf = (record) => record.tokens ?? (record.token_ids ?? []).map((id) => `[${id}]`);
 
 /** A line break is shown as a sign and breaks the line; an empty token (a byte of a character) as a dot. */
 function shown(token) {

@@ -154,7 +154,7 @@ export class VirtualTable {
 
   #row(index) {
     const row = this.rowAt(index);
-    const cells = row ? this.columns.map((one) => h("div", { class: `cell${one.end ? " end" : ""} ${one.key}`, role: "gridcell" }, one.cell(row))) : [];
+    const cells = row ? this.columns.map((one) => h("div", { class: `cell${one.end ? " end" : ""} of-${one.key}`, role: "gridcell" }, one.cell(row))) : [];
     return h("div", { class: `row${row ? "" : " waiting"}`, role: "row", "aria-rowindex": index + 2,
       "aria-selected": String(index === this.marked), dataset: { index } }, cells);
   }
