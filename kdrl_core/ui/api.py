@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse
 
 from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
-from kdrl_core.ui.live import Live
+from kdrl_core.ui.live import EVERY_S, Live
 from kdrl_core.ui.plain import columns, plain
 
 MAX_ROWS = 500
@@ -56,9 +56,9 @@ def _where(
     )
 
 
-def api_of(store: RolloutStore) -> APIRouter:
-    """The routes over `store`."""
-    api, live = APIRouter(prefix="/api"), Live(store)
+def api_of(store: RolloutStore, *, look_every_s: float = EVERY_S) -> APIRouter:
+    """The routes over `store`, which looks for new steps so often at most."""
+    api, live = APIRouter(prefix="/api"), Live(store, every_s=look_every_s)
 
     @api.get("/runs")
     def runs() -> JSONResponse:

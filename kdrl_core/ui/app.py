@@ -11,20 +11,22 @@ from starlette.exceptions import HTTPException
 from kdrl_core.errors import KdrlError, RunError
 from kdrl_core.rollouts.query import RolloutStore
 from kdrl_core.ui.api import api_of
+from kdrl_core.ui.live import EVERY_S
 from kdrl_core.ui.security import Guard
 
 _STATIC = str(resources.files("kdrl_core.ui") / "static")
 
 
-def create_app(store: RolloutStore) -> FastAPI:
-    """The app over the runs of `store`, which its caller closes. It only reads."""
+def create_app(store: RolloutStore, *, look_every_s: float = EVERY_S) -> FastAPI:
+    """The app over the runs of `store`, which its caller closes. It only reads. New steps of runs that go on are looked
+    for when a page asks, but only so often."""
     app = FastAPI(title="kdrl ui", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard)
     app.add_exception_handler(KdrlError, _known)
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unknown)
-    app.include_router(api_of(store))
+    app.include_router(api_of(store, look_every_s=look_every_s))
 
     @app.get("/", include_in_schema=False)
     def index() -> FileResponse:

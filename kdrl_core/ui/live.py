@@ -5,13 +5,14 @@ import time
 
 from kdrl_core.rollouts.query import RolloutStore
 
-_EVERY_S = 2.0
+EVERY_S = 2.0
+"""Seconds at least between two looks at the disk."""
 
 
 class Live:
     """Follows a store; `revision` counts how often there was something new."""
 
-    def __init__(self, store: RolloutStore, *, every_s: float = _EVERY_S) -> None:
+    def __init__(self, store: RolloutStore, *, every_s: float = EVERY_S) -> None:
         self._store, self._every_s = store, every_s
         self._revision, self._looked = 0, time.monotonic()
         self._lock = threading.Lock()

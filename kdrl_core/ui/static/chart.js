@@ -11,13 +11,13 @@ const EDGE = { left: 46, right: 10, top: 18, bottom: 20 };
 const DRAG_PX = 6;
 
 export class Chart {
-  constructor({ key, title, series, domain, stages = [], log = false, stack = false, points = false, format = number, bus, onPick, onZoom }) {
-    Object.assign(this, { title, domain, stages, log, stack, points, format, bus, onPick, onZoom });
+  constructor({ key, title, series, domain, stages = [], log = false, stack = false, points = false, total = false, format = number, bus, onPick, onZoom }) {
+    Object.assign(this, { title, domain, stages, log, stack, points, total, format, bus, onPick, onZoom });
     this.series = stack ? stacked(series) : series;
     this.readout = h("output", { class: "readout" });
     this.tip = h("div", { class: "tip", hidden: true });
     this.canvas = svg("svg", { class: "plot", height: HEIGHT, role: "img", "aria-label": this.#summary() });
-    this.body = h("div", { class: "plot-body", tabindex: 0, dataset: { keys: "" } }, this.canvas, this.tip);
+    this.body = h("div", { class: "plot-body", tabindex: 0 }, this.canvas, this.tip);
     this.element = h("figure", { class: "chart", dataset: { chart: key } },
       h("figcaption", {}, h("span", { class: "title" }, title), this.readout), this.#legend(), this.body);
     this.#listen();
@@ -165,8 +165,8 @@ export class Chart {
   #say(hover) {
     this.at = hover?.x ?? null;
     const found = hover ? this.#valuesAt(hover.x) : [];
-    const main = hover ? found[0] : this.#last();
-    const value = main ? this.format(shownValue(main)) : "–";
+    const main = hover ? found[this.total ? found.length - 1 : 0] : this.#last();
+    const value = main ? this.format(this.total ? main.one.y[main.i] : shownValue(main)) : "–";
     this.readout.replaceChildren(hover && main ? h("small", {}, `step ${main.one.at(main.i).step} `) : "", h("b", {}, value));
     this.cross?.setAttribute("visibility", hover ? "visible" : "hidden");
     this.tip.hidden = !(hover?.chart === this && found.length > 1);
@@ -183,7 +183,7 @@ export class Chart {
   }
 
   #last() {
-    const one = this.series[0];
+    const one = this.series.at(this.total ? -1 : 0);
     const i = one ? one.y.findLastIndex((value) => typeof value === "number") : -1;
     return i < 0 ? null : { one, i };
   }

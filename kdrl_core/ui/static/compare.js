@@ -44,19 +44,19 @@ async function anyPrompt(context, signal) {
   return null;
 }
 
-/** The two places: as the address says; else the last time that each of two runs saw the prompt, or first and last of one. */
+/** The two places: as the address says; else another run than the first side's, or another step of the only run. */
 function choose(params, runs, histories) {
   const seen = runs.filter((run) => histories.get(run).length);
-  return ["a", "b"].map((letter, i) => {
-    const run = params.get(`run_${letter}`) ?? (letter === "b" ? seen.find((name) => name !== (params.get("run_a") ?? seen[0])) : null) ?? params.get("run_a") ?? seen[0];
-    const steps = histories.get(run) ?? [];
-    if (!steps.length) return run ? { run, stage: "", step: null } : null;
-    const only = seen.length < 2 || run === (params.get("run_a") ?? seen[0]);
-    const usual = only && i === 0 && !params.has("run_b") && seen.length < 2 ? steps[0] : steps.at(-1);
-    const stage = params.get(`stage_${letter}`), step = params.get(`step_${letter}`);
-    const found = step === null ? usual : steps.find((one) => one.stage === stage && one.step === Number(step)) ?? usual;
-    return { run, stage: found.stage, step: found.step };
-  });
+  const first = params.get("run_a") ?? seen[0];
+  if (first === undefined) return [null, null];
+  const second = params.get("run_b") ?? seen.find((run) => run !== first) ?? first;
+  const asked = (letter, run) => (histories.get(run) ?? []).find((one) =>
+    one.stage === params.get(`stage_${letter}`) && String(one.step) === params.get(`step_${letter}`));
+  const place = (run, one) => ({ run, stage: one?.stage ?? "", step: one?.step ?? null });
+  const [ofFirst, ofSecond] = [histories.get(first) ?? [], histories.get(second) ?? []];
+  const a = asked("a", first) ?? (first === second ? ofFirst[0] : ofFirst.at(-1));
+  const b = asked("b", second) ?? ofSecond.findLast((one) => first !== second || one !== a) ?? a;
+  return [place(first, a), place(second, b)];
 }
 
 const addressOf = (prompt, sides) => ({ prompt, ...Object.fromEntries(sides.flatMap((side, i) =>

@@ -33,7 +33,7 @@ export function keysOf(event, actions) {
     target.blur();
     return true;
   }
-  const isOpener = target.matches?.("a[href], button, summary, [data-keys]");
+  const isOpener = target.matches?.("a[href], button, summary");
   if (event.key === "Enter" && isOpener) return false;
   const action = actions[event.key];
   if (!action) return false;

@@ -69,6 +69,7 @@ async function show() {
   }
   if (current === mine) {
     main.replaceChildren(container);
+    if (document.body.dataset.view !== place.view) window.scrollTo(0, 0);
     mine.view?.shown?.();
     document.body.dataset.view = place.view;
   }

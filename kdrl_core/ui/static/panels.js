@@ -23,7 +23,7 @@ export const PANELS = [
   { key: "loss", title: "Loss", lines: [["loss/total", "total"], ["loss/policy", "policy"], ["loss/sft", "SFT"]] },
   { key: "beta", title: "β: weight of the teacher", lines: [["beta", "β"]] },
   { key: "ratio", title: "Clipped importance ratios", format: percent, lines: [["ratio/clipped_frac", "clipped"], ["ratio/tis_capped_frac", "engine correction capped"]] },
-  { key: "time", title: "Time of a step by phase", format: seconds, mix: [
+  { key: "time", title: "Time of a step by phase", format: seconds, total: true, mix: [
     ["time/rollout_s", "rollout", "c0"], ["time/teacher_score_s", "teacher", "c1"], ["time/reference_score_s", "reference", "c2"],
     ["time/verify_s", "verify", "c3"], ["time/update_s", "update", "c4"], ["sync/seconds", "weight sync", "c5"]] },
   { key: "throughput", title: "Rollout tokens a second", lines: [["throughput/rollout_tokens_per_s", "tokens/s"]] },

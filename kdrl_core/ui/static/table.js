@@ -19,7 +19,7 @@ export class VirtualTable {
     this.head = h("div", { class: "row head", role: "row" });
     this.spacer = h("div", { class: "spacer" });
     this.layer = h("div", { class: "layer" }, this.head, this.rows);
-    this.element = h("div", { class: "table", role: "grid", "aria-label": label, tabindex: 0, dataset: { keys: "" } }, this.layer, this.spacer);
+    this.element = h("div", { class: "table", role: "grid", "aria-label": label, tabindex: 0 }, this.layer, this.spacer);
     this.element.addEventListener("scroll", () => this.#scrolled());
     this.element.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
     this.rows.addEventListener("click", (event) => {
@@ -136,8 +136,9 @@ export class VirtualTable {
   draw() {
     this.spacer.style.setProperty("height", `${Math.max(0, this.#height - this.#visible * ROW_PX)}px`);
     this.element.setAttribute("aria-rowcount", this.total === null ? -1 : this.total + 1);
+    this.rows.classList.toggle("stale", this.total === null);
     if (this.total === null) {
-      this.rows.replaceChildren(...Array.from({ length: Math.min(12, this.#visible) }, () => h("div", { class: "row waiting", role: "row" })));
+      if (!this.rows.querySelector(".cell")) this.rows.replaceChildren(...Array.from({ length: Math.min(12, this.#visible) }, () => h("div", { class: "row waiting", role: "row" })));
       return;
     }
     if (this.total === 0) {
