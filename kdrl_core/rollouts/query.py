@@ -20,8 +20,8 @@ from kdrl_core.ledger import RunPaths, lock_holder
 from kdrl_core.rollouts.database import Database, FileError
 from kdrl_core.rollouts.filters import RolloutFilter, order_by
 from kdrl_core.rollouts.index import Progress, RunIndex
-from kdrl_core.rollouts.index_rows import INDEX, IndexedStep
-from kdrl_core.rollouts.record import PARTS, RECORD, TIMINGS, empty_record
+from kdrl_core.rollouts.index_rows import INDEX, IndexedStep, list_means
+from kdrl_core.rollouts.record import PARTS, RECORD, TIMINGS
 from kdrl_core.rollouts.sources import DamagedFile, StepFiles, find_run, read_part
 from kdrl_core.rollouts.steps import step_rows
 from kdrl_core.rollouts.summary import finite
@@ -171,10 +171,7 @@ class RolloutStore:
         def ask(state: _State) -> Page:
             condition, parameters = where.conditions()
             with state.database.cursor() as cursor:
-                source = "indexed"
-                if where.text:
-                    cursor.register("hits", self._search(state, where))
-                    source = "indexed join hits using (run, stage, step, row)"
+                source = self._source(state, cursor, where)
                 if where.is_everything:
                     total = sum(step.num_rows for step in state.by_key.values())
                 else:
@@ -210,15 +207,50 @@ class RolloutStore:
         """Every step in which a prompt was drawn: stage, step, num_rollouts, mean reward, lengths, KL, and how many
         responses had which verdict."""
 
-        def ask(state: _State) -> list[dict[str, Any]]:
-            with state.database.cursor() as cursor:
-                return cursor.sql(_HISTORY_SQL, params=[run, prompt_id]).to_arrow_table().to_pylist()
-
-        rows = self._ask(ask)
+        rows = self.aggregate(RolloutFilter(run=run, prompt_id=prompt_id), _HISTORY_SQL)
         for row in rows:
             verdicts = row.pop("verdicts")
             row["verdicts"] = {kind: verdicts.count(kind) for kind in sorted({one for one in verdicts if one})}
-        return [{name: finite(value) for name, value in row.items()} for row in rows]
+        return rows
+
+    def aggregate(self, where: RolloutFilter, query: str) -> list[dict[str, Any]]:
+        """Rows of our own `query` over `rows`: the index's columns of the rollouts that meet `where`."""
+        condition, parameters = where.conditions()
+
+        def ask(state: _State) -> list[dict[str, Any]]:
+            with state.database.cursor() as cursor:
+                rows = f"select * from {self._source(state, cursor, where)} where {condition}"
+                found = cursor.sql(f"with rows as ({rows}) {query}", params=parameters)
+                return [
+                    {name: finite(value) for name, value in row.items()} for row in found.to_arrow_table().to_pylist()
+                ]
+
+        return self._ask(ask)
+
+    def records(self, where: RolloutFilter, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rollouts that meet `where` as tables of `columns` of the record, step by step; a step's files are opened
+        only if such a column is in them alone."""
+        for key, rows in self._matching(where):
+            state = self._state
+            files, indexed = self._files(state, *key)
+            table = _step_table(files, indexed, columns)
+            yield _completed(table.take(pa.array(rows, pa.int32())), key, _times(state, key), columns)
+
+    def _matching(self, where: RolloutFilter) -> list[tuple[tuple[str, str, int], list[int]]]:
+        """Rows that meet `where`, by run, stage and step."""
+        condition, parameters = where.conditions()
+
+        def ask(state: _State) -> list[tuple[tuple[str, str, int], list[int]]]:
+            with state.database.cursor() as cursor:
+                source = self._source(state, cursor, where)
+                found = cursor.execute(
+                    f"select run, stage, step, list(row order by row) from {source} where {condition} "
+                    "group by run, stage, step order by run, stage, step",
+                    parameters,
+                ).fetchall()
+            return [((run, stage, step), rows) for run, stage, step, rows in found]
+
+        return self._ask(ask)
 
     def sql(self, query: str, *, limit: int | None = None) -> pa.Table:
         """The result of a query over the views `rollouts`, `steps` and `prompts`: its first `limit` rows, or all.
@@ -240,26 +272,22 @@ class RolloutStore:
         return self._state.database.select(query)
 
     def _records(self, run: str, stage: str, step: int, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:
-        state = self._state
+        state, key = self._state, (run, stage, step)
+        files, indexed = self._files(state, *key)
+        table = _step_table(files, indexed, RECORD.names)
+        wanted = pc.equal(table["prompt_id"], prompt_id)
+        if sample is not None:
+            wanted = pc.and_(wanted, pc.equal(table["sample"], sample))
+        rows = _completed(table.filter(wanted), key, _times(state, key), RECORD.names).to_pylist()
+        tokens = self._token_reader(_root(state, run), stage)
+        return [{**row, "tokens": tokens.texts(row["token_ids"])} for row in rows]
+
+    def _files(self, state: _State, run: str, stage: str, step: int) -> tuple[StepFiles, IndexedStep]:
         indexed = state.by_key.get((run, stage, step))
         if indexed is None:
             raise DataError(f"run {run} has no rollouts of {stage} step {step}{self._nearest(state, run, stage)}")
-        root = next(one.index.root for one in state.runs if one.name == run)
-        files = StepFiles(stage=stage, step=step, folder=root / indexed.folder, stamps=indexed.stamps)
-        rows = _rows_of(files, indexed, prompt_id, sample)
-        times: dict[str, Any] = next((one["metrics"] for one in state.steps if _key(one) == (run, stage, step)), {})
-        tokens = self._token_reader(root, stage)
-        return [
-            {
-                **row,
-                "run": run,
-                "stage": stage,
-                "step": step,
-                **{name: times.get(metric) for name, metric in TIMINGS.items()},
-                "tokens": tokens.texts(row["token_ids"]),
-            }
-            for row in rows
-        ]
+        folder = _root(state, run) / indexed.folder
+        return StepFiles(stage=stage, step=step, folder=folder, stamps=indexed.stamps), indexed
 
     def _nearest(self, state: _State, run: str, stage: str) -> str:
         if run not in {one.name for one in state.runs}:
@@ -271,6 +299,13 @@ class RolloutStore:
     def _token_reader(self, root: Path, stage: str) -> TokenReader:
         with self._lock:
             return self._tokens.setdefault((str(root), stage), TokenReader(root, stage))
+
+    def _source(self, state: _State, cursor: Any, where: RolloutFilter) -> str:
+        """The rows that `where` is asked of: all, or those that have its text."""
+        if not where.text:
+            return "indexed"
+        cursor.register("hits", self._search(state, where))
+        return "indexed join hits using (run, stage, step, row)"
 
     def _search(self, state: _State, where: RolloutFilter) -> pa.Table:
         """Run, stage, step and row of the rollouts whose prompt or response has the text, at least of those steps in
@@ -346,27 +381,51 @@ _HISTORY_SQL = """
     select stage, step, count(*) as num_rollouts, avg(reward) as reward_mean, avg(length) as length_mean,
         min(length) as length_min, max(length) as length_max,
         sum(kl_sum) / nullif(sum(length) filter (kl_sum is not null), 0) as kl_mean, list(verdict) as verdicts
-    from indexed where run = ? and prompt_id = ? group by stage, step order by stage, step
+    from rows group by stage, step order by stage, step
 """
 
 
-def _rows_of(files: StepFiles, indexed: IndexedStep, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:
-    """The rows of one prompt (and sample) with all that the step's whole files say of them."""
-    wanted: pa.ChunkedArray | None = None
-    columns: dict[str, list[Any]] = {}
+def _step_table(files: StepFiles, indexed: IndexedStep, columns: Sequence[str]) -> pa.Table:
+    """Those of `columns` that the step's whole files have, and its ids, in the order of its rows."""
+    found: dict[str, pa.ChunkedArray] = {}
     for part in PARTS:
-        if part not in files.stamps or part in indexed.damaged:
-            continue
-        table = read_part(files, part, list(RECORD.names))
-        if wanted is None:
-            mask = pc.equal(table["prompt_id"], prompt_id)
-            wanted = mask if sample is None else pc.and_(mask, pc.equal(table["sample"], sample))
-        columns = {**table.filter(wanted).to_pydict(), **columns}
-    if not columns:
-        return []
-    return [
-        {**empty_record(), **dict(zip(columns, values, strict=True))} for values in zip(*columns.values(), strict=True)
-    ]
+        if part in files.stamps and part not in indexed.damaged:
+            table = read_part(
+                files, part, ["prompt_id", "sample", *columns, *(["entropies"] if part == "update" else [])]
+            )
+            if "entropies" in table.column_names:
+                found["entropy_mean"] = list_means(table["entropies"])
+            found = {**dict(zip(table.column_names, table.columns, strict=True)), **found}
+    return pa.table(found)
+
+
+def _completed(table: pa.Table, key: tuple[str, str, int], times: dict[str, Any], columns: Sequence[str]) -> pa.Table:
+    """A step's rows as records: with run, stage, step and timings, and null for what is not known."""
+    known = {"run": key[0], "stage": key[1], "step": key[2]}
+    known |= {name: times.get(metric) for name, metric in TIMINGS.items()}
+    arrays = []
+    for name in columns:
+        kind = RECORD.field(name).type
+        if name in known:
+            arrays.append(
+                pa.nulls(len(table), kind) if known[name] is None else _repeated(known[name], kind, len(table))
+            )
+        else:
+            arrays.append(table[name].cast(kind) if name in table.column_names else pa.nulls(len(table), kind))
+    return pa.table(arrays, schema=pa.schema([RECORD.field(name) for name in columns]))
+
+
+def _repeated(value: Any, kind: pa.DataType, count: int) -> pa.Array:
+    return pa.repeat(pa.scalar(value, kind), count)
+
+
+def _times(state: _State, key: tuple[str, str, int]) -> dict[str, Any]:
+    """Metrics and timings of a step."""
+    return next((one["metrics"] for one in state.steps if _key(one) == key), {})
+
+
+def _root(state: _State, run: str) -> Path:
+    return next(one.index.root for one in state.runs if one.name == run)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, int]:
