@@ -250,7 +250,11 @@ def _print_page(rows: list[dict[str, Any]], console: PlainConsole, *, several: b
         ]
         for row in rows
     ]
-    console.print(table([*names, "response"], lines, left=["run", "stage", "prompt_id", "verdict", "response"]))
+    console.print(
+        table(
+            [*names, "response"], lines, left=["run", "stage", "prompt_id", "verdict", "response"], width=console.width
+        )
+    )
 
 
 def _in_full(store: "RolloutStore", row: dict[str, Any]) -> dict[str, Any]:

@@ -208,5 +208,5 @@ def _responses(
                 for row in page.rows
             ]
             names = ["step", "sample", "verdict", "reward", "length", "KL", "found", "response"]
-            console.print(table(names, rows, left=["verdict", "found", "response"]))
+            console.print(table(names, rows, left=["verdict", "found", "response"], width=console.width))
             console.print()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -146,4 +147,11 @@ def number_range(option: str, text: str | None) -> tuple[float | None, float | N
 
 def print_json(data: Any) -> None:
     """Print JSON in ASCII, which no terminal takes for anything else."""
-    typer.echo(json.dumps(data, indent=1, default=str))
+    typer.echo(json.dumps(data, indent=1, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """A number for DuckDB's sums of whole numbers, a text for all else that JSON has nothing for."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return str(value)

@@ -6,8 +6,8 @@ import typer
 from typer.core import TyperCommand
 
 from flows.cli_rollouts_shared import open_store, print_json
-from flows.cli_shared import JsonOption, errors
-from flows.rollouts_shown import number, one_line, paged, table
+from flows.cli_shared import JsonOption, PlainConsole, errors
+from flows.rollouts_shown import fits, number, one_line, paged, table
 
 _CELL_CHARS = 60
 
@@ -59,14 +59,24 @@ def sql(
             if as_json:
                 print_json(rows)
                 return
+            lines = [[_cell(value) for value in row.values()] for row in rows]
             with paged() as console:
-                texts = [
-                    name for name, kind in zip(found.column_names, found.schema.types, strict=True) if _is_text(kind)
-                ]
-                lines = [[_cell(value) for value in row.values()] for row in rows]
-                console.print(table(found.column_names, lines, left=texts))
+                if fits(found.column_names, lines, console.width):
+                    types = zip(found.column_names, found.schema.types, strict=True)
+                    texts = [name for name, kind in types if _is_text(kind)]
+                    console.print(table(found.column_names, lines, left=texts))
+                else:
+                    _print_records(rows, console)
                 told = f"first {limit:,} rows; --limit 0 prints all" if is_cut else f"{len(rows):,} rows"
                 console.print(told, style="dim")
+
+
+def _print_records(rows: list[dict[str, Any]], console: PlainConsole) -> None:
+    """A line a column, where a row is too wide for the console."""
+    for number_, row in enumerate(rows):
+        console.print(f"row {number_}", style="bold", highlight=False)
+        lines = [[name, one_line(_shown(value))] for name, value in row.items()]
+        console.print(table(["column", "value"], lines, left=["column", "value"], width=console.width))
 
 
 def _is_text(kind: Any) -> bool:
@@ -74,7 +84,11 @@ def _is_text(kind: Any) -> bool:
 
 
 def _cell(value: Any) -> str:
+    shown = one_line(_shown(value))
+    return shown if len(shown) <= _CELL_CHARS else f"{shown[: _CELL_CHARS - 1]}…"
+
+
+def _shown(value: Any) -> str:
     if isinstance(value, float):
         return number(value, 4)
-    shown = one_line("–" if value is None else str(value))
-    return shown if len(shown) <= _CELL_CHARS else f"{shown[: _CELL_CHARS - 1]}…"
+    return "–" if value is None else str(value)

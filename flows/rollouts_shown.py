@@ -11,11 +11,14 @@ from itertools import pairwise
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len, set_cell_size
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from flows.cli_shared import PlainConsole, out
 
+_GAP = 3
+_LEAST_ROOM = 20
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 60
 _FULL_COLOUR_AT = 3.0
@@ -55,22 +58,38 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Sequence[str] = ()) -> RichTable:
-    """A plain table; columns of `left` are aligned to the left, the last of them takes what room there is."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Sequence[str] = (), width: int | None = None
+) -> RichTable:
+    """A plain table; columns of `left` are aligned to the left.
+
+    Args:
+        width: of the console: the last column is cut to what the others leave of it.
+    """
+    if width is not None:
+        room = max(_LEAST_ROOM, width - sum(widths(columns, rows)[:-1]) - _GAP * (len(columns) - 1))
+        rows = [[*row[:-1], _cut(str(row[-1]), room)] for row in rows]
     shown = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in columns:
-        is_left = name in left
-        is_last = is_left and name == columns[-1]
-        shown.add_column(
-            name,
-            justify="left" if is_left else "right",
-            no_wrap=True,
-            overflow="ellipsis",
-            ratio=1 if is_last else None,
-        )
+        shown.add_column(name, justify="left" if name in left else "right", no_wrap=True, overflow="ellipsis")
     for row in rows:
         shown.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return shown
+
+
+def widths(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
+    """How wide each column is."""
+    cells = zip(columns, *([str(cell) for cell in row] for row in rows), strict=True)
+    return [max(cell_len(cell) for cell in column) for column in cells]
+
+
+def fits(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> bool:
+    """Whether a table of these is no wider than the console."""
+    return sum(widths(columns, rows)) + _GAP * (len(columns) - 1) <= width
+
+
+def _cut(text: str, room: int) -> str:
+    return text if cell_len(text) <= room else f"{set_cell_size(text, room - 1).rstrip()}…"
 
 
 def verdict(kind: str | None) -> Text:

@@ -89,10 +89,10 @@ def compare(store: RolloutStore, before: RolloutFilter, after: RolloutFilter, la
 
 _SQL = """
     select prompt_id, any_value(ground_truth) as ground_truth, count(*) as num_rollouts,
-        count(reward) as num_rewards, sum(reward) as rewards, count(*) filter (reward >= 1) as num_correct,
-        count(length) as num_lengths, sum(length) as lengths,
+        count(reward) as num_rewards, sum(reward)::double as rewards, count(*) filter (reward >= 1) as num_correct,
+        count(length) as num_lengths, sum(length)::double as lengths,
         count(finish_reason) as num_finished, count(*) filter (finish_reason = 'length') as num_clipped,
-        sum(kl_sum) as kl, sum(length) filter (kl_sum is not null) as kl_tokens,
+        sum(kl_sum)::double as kl, sum(length) filter (kl_sum is not null)::double as kl_tokens,
         list(verdict order by verdict) filter (verdict is not null) as verdicts
     from rows group by prompt_id order by prompt_id
 """

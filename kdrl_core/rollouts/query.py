@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from kdrl_core.rollouts.index import Progress, RunIndex
 from kdrl_core.rollouts.index_rows import INDEX, IndexedStep, list_means
 from kdrl_core.rollouts.record import PARTS, RECORD, TIMINGS
 from kdrl_core.rollouts.sources import DamagedFile, StepFiles, find_run, read_part
-from kdrl_core.rollouts.steps import step_rows
+from kdrl_core.rollouts.steps import step_rows, steps_table
 from kdrl_core.rollouts.summary import finite
 from kdrl_core.rollouts.tokens import TokenReader
 from kdrl_core.rollouts.views import IndexedRun, files_sql, identifier
@@ -118,10 +119,14 @@ class RolloutStore:
         """Look for what was published since; True if there is anything new."""
         with self._lock:
             changed = [run.index.refresh(progress) for run in self._runs]
-            rows, table = step_rows(self._runs)
+            rows = step_rows(self._runs)
             if not any(changed) and rows == self._state.steps:
                 return False
-            self._replace(rows, table)
+            self._retired.append(self._state.database)
+            self._state = self._make_state(rows)
+            for database in self._retired[:-2]:  # who asked before may still be reading
+                database.close()
+            del self._retired[:-2]
             return True
 
     def runs(self) -> list[RunInfo]:
@@ -361,19 +366,12 @@ class RolloutStore:
     def _read(self, progress: Progress | None) -> _State:
         for run in self._runs:
             run.index.refresh(progress)
-        return self._make_state(*step_rows(self._runs))
+        return self._make_state(step_rows(self._runs))
 
-    def _replace(self, rows: list[dict[str, Any]], table: pa.Table) -> None:
-        self._retired.append(self._state.database)
-        self._state = self._make_state(rows, table)
-        for database in self._retired[:-2]:  # who asked before may still be reading
-            database.close()
-        del self._retired[:-2]
-
-    def _make_state(self, rows: list[dict[str, Any]], table: pa.Table) -> _State:
+    def _make_state(self, rows: list[dict[str, Any]]) -> _State:
         by_key = {(run.name, *step.key): step for run in self._runs for step in run.index.steps}
         runs = [IndexedRun(run.name, run.index.snapshot()) for run in self._runs]
-        return _State(runs, rows, by_key, Database(runs, table), OrderedDict())
+        return _State(runs, rows, by_key, Database(runs, partial(steps_table, rows)), OrderedDict())
 
 
 _NO_TEXTS = "(select '' as run, '' as stage, 0 as step, 0 as row, '' as prompt, '' as response) where false"
