@@ -20,7 +20,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from kdrl_core.errors import DataError
+from kdrl_core.errors import DamagedArtifactError, DataError
 from kdrl_core.rollouts.index_rows import INDEX
 from kdrl_core.rollouts.record import PARTS, TIMINGS
 from kdrl_core.rollouts.views import (
@@ -45,7 +45,7 @@ _CONFINED: dict[str, str | bool | int | float | list[str]] = {
     "preserve_insertion_order": False,
     "memory_limit": _MEMORY,
 }
-FileError = (duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException)
+FILE_ERRORS = (duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException)
 """What DuckDB raises of a file that changed below it."""
 
 
@@ -75,6 +75,7 @@ class Database:
 
         Raises:
             DataError: it is not one SELECT, or DuckDB cannot answer it: its message says why.
+            DamagedArtifactError: a file changed since the runs were looked at.
         """
         with _told():
             self._require_select(query)
@@ -206,6 +207,9 @@ def _told() -> Iterator[None]:
     """DuckDB's errors as DataErrors with its message."""
     try:
         yield
+    except duckdb.IOException as error:
+        problem = f"a file of the runs cannot be read: {str(error).splitlines()[0]}"
+        raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
     except duckdb.CatalogException as error:
         raise DataError(f"the query failed: {error}\nThe views are rollouts, steps and prompts") from None
     except duckdb.Error as error:
