@@ -16,6 +16,7 @@ from flows.cli_filter import filter_command
 from flows.cli_label import label
 from flows.cli_plan import plan
 from flows.cli_recover import recover
+from flows.cli_rollouts import app as rollouts_app
 from flows.cli_serve import serve
 from flows.cli_shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli_sweep import app as sweep_app
@@ -171,6 +172,7 @@ app.command()(serve)
 app.command()(plan)
 app.command()(ui)
 app.add_typer(sweep_app, name="sweep")
+app.add_typer(rollouts_app, name="rollouts")
 
 
 def _status_of(name: str) -> dict[str, Any]:

@@ -11,23 +11,27 @@ a query of a user can do is limited in four ways, each of which would do by itse
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from kdrl_core.errors import DataError
+from kdrl_core.errors import DamagedArtifactError, DataError
 from kdrl_core.rollouts.index_rows import INDEX
-from kdrl_core.rollouts.record import PARTS
+from kdrl_core.rollouts.record import PARTS, TIMINGS
 from kdrl_core.rollouts.views import (
     BULKY_PARTS,
     IndexedRun,
-    joined_statements,
+    identifier,
+    index_sql,
+    part_sql,
     quoted,
     sql_type,
-    view_statements,
+    user_views,
 )
 
 _MEMORY = "512MB"
@@ -41,66 +45,76 @@ _CONFINED: dict[str, str | bool | int | float | list[str]] = {
     "preserve_insertion_order": False,
     "memory_limit": _MEMORY,
 }
-FileError = (duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException)
+FILE_ERRORS = (duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException)
 """What DuckDB raises of a file that changed below it."""
 
 
 class Database:
     """The views over one state of some runs. Every use takes a cursor of its own, so threads may share it."""
 
-    def __init__(self, runs: Sequence[IndexedRun], step_rows: pa.Table) -> None:
+    def __init__(self, runs: Sequence[IndexedRun], step_rows: Callable[[], pa.Table]) -> None:
         self._runs = runs
-        self._step_rows = step_rows
+        self._step_rows = cache(step_rows)
+        self._lock = threading.Lock()
+        self._index: duckdb.DuckDBPyConnection | None = None
         self._spill = tempfile.TemporaryDirectory(prefix="kdrl-query-")
         self._planner: duckdb.DuckDBPyConnection | None = None
         self._by_parts: dict[frozenset[str], duckdb.DuckDBPyConnection] = {}
 
     @contextmanager
-    def cursor(self, parts: frozenset[str] = frozenset()) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection to views with the bulky columns of `parts`, within a read-only transaction."""
-        if parts not in self._by_parts:
-            self._by_parts[parts] = self._open(parts)
-        with self._by_parts[parts].cursor() as cursor:
-            cursor.execute("begin transaction read only")
-            try:
-                yield cursor
-            finally:
-                with suppress(duckdb.Error):
-                    cursor.execute("rollback")
+    def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection to the view `indexed` alone, for queries of our own."""
+        with self._lock:
+            if self._index is None:
+                self._index = self._open()
+        with self._index.cursor() as cursor:
+            yield cursor
 
     def select(self, query: str) -> Iterator[pa.RecordBatch]:
         """The result of a user's query, batch by batch; the first has the schema if there are no rows.
 
         Raises:
             DataError: it is not one SELECT, or DuckDB cannot answer it: its message says why.
+            DamagedArtifactError: a file changed since the runs were looked at.
         """
         with _told():
             self._require_select(query)
-            with self.cursor(frozenset(self._parts_of(query))) as cursor:
+            with self._lock:
+                parts = frozenset(self._parts_of(query))
+                if parts not in self._by_parts:
+                    self._by_parts[parts] = self._open_views(parts)
+            with _read_only(self._by_parts[parts]) as cursor:
                 reader = cursor.sql(query).to_arrow_reader(10_000)
                 yield pa.RecordBatch.from_pylist([], schema=reader.schema)
                 yield from reader
 
     def close(self) -> None:
         """Let go of everything."""
-        for connection in [*self._by_parts.values(), *([self._planner] if self._planner else [])]:
-            connection.close()
+        for connection in (self._index, self._planner, *self._by_parts.values()):
+            if connection is not None:
+                connection.close()
         self._spill.cleanup()
 
-    def _open(self, parts: frozenset[str]) -> duckdb.DuckDBPyConnection:
+    def _open(self) -> duckdb.DuckDBPyConnection:
+        """A database of its own that reads the runs' files alone."""
         connection = duckdb.connect(":memory:", config={**_CONFINED, "temp_directory": self._spill.name})
-        connection.register("given_steps", self._step_rows)
-        connection.execute("create table step_rows as select * from given_steps")
-        connection.unregister("given_steps")
-        connection.execute(_STEP_TIMES)
         files = [file for run in self._runs for file in run.index.files]
         for run in self._runs:
             files += [run.index.path(step, part) for step in run.index.steps for part in step.bulky]
         connection.execute(f"set allowed_paths = [{', '.join(map(quoted, files))}]")
         connection.execute("set enable_external_access = false")
-        for statement in view_statements(self._runs, [part for part in BULKY_PARTS if part in parts]):
-            connection.execute(statement)
         connection.execute("set lock_configuration = true")
+        connection.execute(f"create view indexed as {index_sql(self._runs)}")
+        return connection
+
+    def _open_views(self, parts: frozenset[str]) -> duckdb.DuckDBPyConnection:
+        """The views of users, with the bulky columns of `parts`; those of others are null."""
+        connection = self._open()
+        _add_steps(connection, self._step_rows())
+        for part in sorted(parts):
+            connection.execute(f"create view {part}_part as {part_sql(self._runs, part)}")
+        for statement in user_views(parts):
+            connection.execute(statement)
         return connection
 
     def _require_select(self, query: str) -> None:
@@ -116,28 +130,24 @@ class Database:
 
     def _parts_of(self, query: str) -> set[str]:
         """The parts whose bulky columns the query needs: those that DuckDB's plan of it still reads."""
-        with self._plans().cursor() as cursor:
-            cursor.execute("begin transaction read only")
-            try:
+        try:
+            with _read_only(self._plans()) as cursor:
                 plan = cursor.execute(f"explain (format json) {query}").fetchall()[0][1]
-            except duckdb.Error:
-                cursor.execute("rollback")
+        except duckdb.Error:
+            with _read_only(self._plans()) as cursor:
                 cursor.execute(query).fetchall()  # fails as well, and its message quotes the query alone
-                raise
+            raise
         return set(_bulky_scans(json.loads(plan)))
 
     def _plans(self) -> duckdb.DuckDBPyConnection:
         """The same views over tables of one row, to look at the plan of a query without any file."""
         if self._planner is None:
             planner = duckdb.connect(":memory:", config=_CONFINED)
-            planner.register("given_steps", self._step_rows)
-            planner.execute("create table step_rows as select * from given_steps limit 1")
-            planner.unregister("given_steps")
-            planner.execute(_STEP_TIMES)
+            _add_steps(planner, self._step_rows().slice(0, 1))
             planner.execute(_one_row("indexed", INDEX.names))
             for part in BULKY_PARTS:
                 planner.execute(_one_row(f"{part}_part", ["stage", "step", "row", *PARTS[part]]))
-            for statement in joined_statements(BULKY_PARTS):
+            for statement in user_views(BULKY_PARTS):
                 planner.execute(statement)
             optimizers = [name for (name,) in planner.execute("from duckdb_optimizers()").fetchall()]
             unused = ",".join(name for name in optimizers if name != "unused_columns")
@@ -147,10 +157,26 @@ class Database:
         return self._planner
 
 
-_STEP_TIMES = """
-    create table step_times as select run as s_run, stage as s_stage, step as s_step,
-        "time/rollout_s", "time/teacher_score_s", "time/verify_s", "time/update_s" from step_rows
-"""
+@contextmanager
+def _read_only(connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A cursor within a transaction that cannot write."""
+    with connection.cursor() as cursor:
+        cursor.execute("begin transaction read only")
+        try:
+            yield cursor
+        finally:
+            with suppress(duckdb.Error):
+                cursor.execute("rollback")
+
+
+def _add_steps(connection: duckdb.DuckDBPyConnection, step_rows: pa.Table) -> None:
+    connection.register("given_steps", step_rows)
+    connection.execute("create table step_rows as select * from given_steps")
+    connection.unregister("given_steps")
+    times = ", ".join(map(identifier, TIMINGS.values()))
+    connection.execute(
+        f"create table step_times as select run as s_run, stage as s_stage, step as s_step, {times} from step_rows"
+    )
 
 
 def _one_row(table: str, names: Sequence[str]) -> str:
@@ -181,6 +207,9 @@ def _told() -> Iterator[None]:
     """DuckDB's errors as DataErrors with its message."""
     try:
         yield
+    except duckdb.IOException as error:
+        problem = f"a file of the runs cannot be read: {str(error).splitlines()[0]}"
+        raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
     except duckdb.CatalogException as error:
         raise DataError(f"the query failed: {error}\nThe views are rollouts, steps and prompts") from None
     except duckdb.Error as error:

@@ -42,7 +42,8 @@ _STEPS_AT_ONCE = 64
 """Steps that are read before they are written: what a build that is interrupted loses."""
 _JOINED = 16
 """As many neighbouring segments of like size are joined to one, so that there are few, and each row is moved rarely."""
-_ROWS_PER_GROUP = 16_384
+_MAX_ROWS = 2**18
+_ROWS_PER_GROUP = 2**14
 _KEPT_FOR_S = 600.0
 _PATIENCE_S = 300.0
 
@@ -147,17 +148,14 @@ class RunIndex:
             _sweep(folder, {segment.file for segment in self.segments})
 
     def _join(self) -> None:
-        """Join neighbours while there are `_JOINED` of at most the same size."""
+        """Join neighbours where `_JOINED` are of like size, as far as a file does not become too large for memory."""
         self.segments.sort(key=lambda segment: segment.steps[0].key)
-        size = 1
+        size = _JOINED
         while size < 10**6:
-            small = [number for number, one in enumerate(self.segments) if len(one.steps) < size * _JOINED]
-            runs = _consecutive(small)
-            for start, stop in reversed([run for run in runs if run[1] - run[0] >= _JOINED]):
-                joined = self.segments[start:stop]
-                table = pa.concat_tables(_rows(self.folder, segment) for segment in joined)
-                steps = [step for segment in joined for step in segment.steps]
-                self.segments[start:stop] = [_write(self.folder, steps, table)]
+            small = [number for number, one in enumerate(self.segments) if len(one.steps) < size]
+            for start, stop in reversed(_consecutive(small)):
+                if stop - start >= _JOINED:
+                    self.segments[start:stop] = _joined(self.folder, self.segments[start:stop])
             size *= _JOINED
 
     def _save(self) -> None:
@@ -250,6 +248,24 @@ def _write(folder: Path, steps: list[IndexedStep], table: pa.Table) -> Segment:
     path = folder / f"segment-{secrets.token_hex(8)}.parquet"
     replace_file(path, lambda file: pq.write_table(table, file, compression="zstd", row_group_size=_ROWS_PER_GROUP))
     return Segment(file=path.name, size=path.stat().st_size, steps=steps)
+
+
+def _joined(folder: Path, segments: Sequence[Segment]) -> list[Segment]:
+    """The same rows in as few segments as their greatest size allows."""
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        if groups and sum(one.num_rows for one in groups[-1]) + segment.num_rows <= _MAX_ROWS:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    made = []
+    for group in groups:
+        if len(group) == 1:
+            made += group
+        else:
+            table = pa.concat_tables([_rows(folder, segment) for segment in group])
+            made.append(_write(folder, [step for segment in group for step in segment.steps], table))
+    return made
 
 
 def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:

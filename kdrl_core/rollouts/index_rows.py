@@ -72,7 +72,7 @@ def index_step(files: StepFiles) -> tuple[IndexedStep, pa.Table]:
                 raise DamagedArtifactError("its rows are not those of rollouts.parquet", "")
             values = {name: table[name].cast(RECORD.field(name).type) for name in SCALARS if name in table.column_names}
             if _ENTROPIES in table.column_names:
-                values["entropy_mean"] = _means(table[_ENTROPIES])
+                values["entropy_mean"] = list_means(table[_ENTROPIES])
         except (DamagedArtifactError, pa.ArrowException, KeyError) as error:
             problem = error.problem if isinstance(error, DamagedArtifactError) else str(error).splitlines()[0]
             step.damaged[part] = problem.removeprefix(f"{files.path(part)} ")
@@ -101,7 +101,7 @@ def _table(step: IndexedStep, columns: dict[str, Any]) -> pa.Table:
     )
 
 
-def _means(lists: pa.ChunkedArray) -> pa.Array:
+def list_means(lists: pa.ChunkedArray) -> pa.Array:
     """Mean of each list; null for a null or empty one."""
     array = lists.combine_chunks()
     sizes = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)

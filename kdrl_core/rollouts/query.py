@@ -5,7 +5,6 @@ only those are opened that a question needs. A run may be going on: `refresh` ta
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +16,19 @@ import pyarrow.compute as pc
 
 from kdrl_core.errors import DamagedArtifactError, DataError, RunError
 from kdrl_core.ledger import RunPaths, lock_holder
-from kdrl_core.rollouts.database import Database, FileError
+from kdrl_core.rollouts.database import FILE_ERRORS
 from kdrl_core.rollouts.filters import RolloutFilter, order_by
 from kdrl_core.rollouts.index import Progress, RunIndex
-from kdrl_core.rollouts.index_rows import INDEX, IndexedStep
-from kdrl_core.rollouts.record import PARTS, RECORD, TIMINGS, empty_record
-from kdrl_core.rollouts.sources import DamagedFile, StepFiles, find_run, read_part
-from kdrl_core.rollouts.steps import step_rows
+from kdrl_core.rollouts.index_rows import INDEX
+from kdrl_core.rollouts.record import RECORD
+from kdrl_core.rollouts.sources import DamagedFile, find_run
+from kdrl_core.rollouts.state import Key, State
+from kdrl_core.rollouts.step_records import as_records, step_table
 from kdrl_core.rollouts.summary import finite
 from kdrl_core.rollouts.tokens import TokenReader
-from kdrl_core.rollouts.views import IndexedRun, files_sql, identifier
+from kdrl_core.rollouts.views import IndexedRun, identifier
 
 _PAGE_COLUMNS = ("run", *(name for name in INDEX.names if name != "row"))
-_KEPT_SEARCHES = 8
 _Answer = TypeVar("_Answer")
 
 __all__ = ["DamagedFile", "Page", "RolloutFilter", "RolloutStore", "RunInfo"]
@@ -58,17 +57,6 @@ class Page:
     """Their single values, and `response_preview`."""
 
 
-@dataclass(slots=True)
-class _State:
-    """What the runs had on disk at one time."""
-
-    runs: list[IndexedRun]
-    steps: list[dict[str, Any]]
-    by_key: dict[tuple[str, str, int], IndexedStep]
-    database: Database
-    searches: "OrderedDict[tuple[Any, ...], pa.Table]"
-
-
 class RolloutStore:
     """The rollouts of runs. A context manager; its methods may be called from several threads."""
 
@@ -76,9 +64,12 @@ class RolloutStore:
         names = _names(roots)
         self._runs = [IndexedRun(name, RunIndex(root)) for name, root in zip(names, roots, strict=True)]
         self._lock = threading.RLock()
-        self._retired: list[Database] = []
-        self._tokens: dict[tuple[str, str], TokenReader] = {}
-        self._state = self._read(progress)
+        self._retired: list[State] = []
+        self._tokens: dict[tuple[Path, str], TokenReader] = {}
+        self._damaged_since: dict[Path, DamagedFile] = {}
+        for run in self._runs:
+            run.index.refresh(progress)
+        self._state = State(self._runs)
 
     @classmethod
     def open(cls, runs: Sequence[str | Path], *, progress: Progress | None = None) -> "RolloutStore":
@@ -106,28 +97,33 @@ class RolloutStore:
     def close(self) -> None:
         """Let go of everything; the store is of no use afterwards."""
         with self._lock:
-            for database in [*self._retired, self._state.database]:
-                database.close()
+            for state in [*self._retired, self._state]:
+                state.database.close()
 
     @property
     def damaged(self) -> list[DamagedFile]:
         """Files that are left out, and why; the rest is shown."""
-        return [damaged for run in self._state.runs for damaged in run.index.damaged]
+        found = {damaged.path: damaged for run in self._state.runs for damaged in run.index.damaged}
+        return [*(self._damaged_since | found).values()]
 
     def refresh(self, *, progress: Progress | None = None) -> bool:
         """Look for what was published since; True if there is anything new."""
         with self._lock:
             changed = [run.index.refresh(progress) for run in self._runs]
-            rows, table = step_rows(self._runs)
-            if not any(changed) and rows == self._state.steps:
+            state = State(self._runs)
+            if not any(changed) and state.steps == self._state.steps:
                 return False
-            self._replace(rows, table)
+            self._retired.append(self._state)
+            self._state = state
+            for old in self._retired[:-2]:  # who asked before may still be reading
+                old.database.close()
+            del self._retired[:-2]
             return True
 
     def runs(self) -> list[RunInfo]:
         """The runs that are open."""
         found = []
-        for run in self._runs:
+        for run in self._state.runs:
             steps = run.index.steps
             stages = tuple(dict.fromkeys(step.stage for step in steps))
             found.append(
@@ -168,15 +164,12 @@ class RolloutStore:
         if limit < 0 or offset < 0:
             raise DataError(f"limit {limit} and offset {offset} must not be negative")
 
-        def ask(state: _State) -> Page:
+        def ask(state: State) -> Page:
             condition, parameters = where.conditions()
             with state.database.cursor() as cursor:
-                source = "indexed"
-                if where.text:
-                    cursor.register("hits", self._search(state, where))
-                    source = "indexed join hits using (run, stage, step, row)"
+                source = state.source(cursor, where)
                 if where.is_everything:
-                    total = sum(step.num_rows for step in state.by_key.values())
+                    total = state.num_rollouts
                 else:
                     counted = cursor.execute(f"select count(*) from {source} where {condition}", parameters)
                     total = int(counted.fetchall()[0][0])
@@ -210,15 +203,48 @@ class RolloutStore:
         """Every step in which a prompt was drawn: stage, step, num_rollouts, mean reward, lengths, KL, and how many
         responses had which verdict."""
 
-        def ask(state: _State) -> list[dict[str, Any]]:
-            with state.database.cursor() as cursor:
-                return cursor.sql(_HISTORY_SQL, params=[run, prompt_id]).to_arrow_table().to_pylist()
-
-        rows = self._ask(ask)
+        rows = self.aggregate(RolloutFilter(run=run, prompt_id=prompt_id), _HISTORY_SQL)
         for row in rows:
             verdicts = row.pop("verdicts")
             row["verdicts"] = {kind: verdicts.count(kind) for kind in sorted({one for one in verdicts if one})}
-        return [{name: finite(value) for name, value in row.items()} for row in rows]
+        return rows
+
+    def aggregate(self, where: RolloutFilter, query: str) -> list[dict[str, Any]]:
+        """Rows of our own `query` over `rows`: the index's columns of the rollouts that meet `where`."""
+        condition, parameters = where.conditions()
+
+        def ask(state: State) -> list[dict[str, Any]]:
+            with state.database.cursor() as cursor:
+                rows = f"select * from {state.source(cursor, where)} where {condition}"
+                found = cursor.sql(f"with rows as ({rows}) {query}", params=parameters)
+                return [
+                    {name: finite(value) for name, value in row.items()} for row in found.to_arrow_table().to_pylist()
+                ]
+
+        return self._ask(ask)
+
+    def records(self, where: RolloutFilter, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rollouts that meet `where` as tables of `columns` of the record, step by step."""
+        for key, rows in self._matching(where):
+            state = self._state
+            table = step_table(*state.files(key), columns, self._note_damaged)
+            yield as_records(table.take(pa.array(rows, pa.int32())), key, state.metrics(key), columns)
+
+    def _matching(self, where: RolloutFilter) -> list[tuple[Key, list[int]]]:
+        """Rows that meet `where`, by run, stage and step."""
+        condition, parameters = where.conditions()
+
+        def ask(state: State) -> list[tuple[Key, list[int]]]:
+            with state.database.cursor() as cursor:
+                source = state.source(cursor, where)
+                found = cursor.execute(
+                    f"select run, stage, step, list(row order by row) from {source} where {condition} "
+                    "group by run, stage, step order by run, stage, step",
+                    parameters,
+                ).fetchall()
+            return [((run, stage, step), rows) for run, stage, step, rows in found]
+
+        return self._ask(ask)
 
     def sql(self, query: str, *, limit: int | None = None) -> pa.Table:
         """The result of a query over the views `rollouts`, `steps` and `prompts`: its first `limit` rows, or all.
@@ -226,151 +252,61 @@ class RolloutStore:
         Raises:
             DataError: it is not a single SELECT, or DuckDB refuses it; its message says why.
         """
-        batches: list[pa.RecordBatch] = []
-        num_rows = 0
-        for batch in self.batches(query):
-            batches.append(batch if limit is None else batch.slice(0, limit - num_rows))
-            num_rows += len(batch)
-            if limit is not None and num_rows >= limit:
-                break
-        return pa.Table.from_batches(batches)
-
-    def batches(self, query: str) -> Iterator[pa.RecordBatch]:
-        """As `sql`, batch by batch; the first is empty and has the schema."""
-        return self._state.database.select(query)
+        try:
+            return _first_rows(self._state.database.select(query), limit)
+        except DamagedArtifactError:
+            if not self.refresh():
+                raise
+            return _first_rows(self._state.database.select(query), limit)
 
     def _records(self, run: str, stage: str, step: int, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:
-        state = self._state
-        indexed = state.by_key.get((run, stage, step))
-        if indexed is None:
-            raise DataError(f"run {run} has no rollouts of {stage} step {step}{self._nearest(state, run, stage)}")
-        root = next(one.index.root for one in state.runs if one.name == run)
-        files = StepFiles(stage=stage, step=step, folder=root / indexed.folder, stamps=indexed.stamps)
-        rows = _rows_of(files, indexed, prompt_id, sample)
-        times: dict[str, Any] = next((one["metrics"] for one in state.steps if _key(one) == (run, stage, step)), {})
-        tokens = self._token_reader(root, stage)
-        return [
-            {
-                **row,
-                "run": run,
-                "stage": stage,
-                "step": step,
-                **{name: times.get(metric) for name, metric in TIMINGS.items()},
-                "tokens": tokens.texts(row["token_ids"]),
-            }
-            for row in rows
-        ]
+        state, key = self._state, (run, stage, step)
+        table = step_table(*state.files(key), RECORD.names, self._note_damaged)
+        wanted = pc.equal(table["prompt_id"], prompt_id)
+        if sample is not None:
+            wanted = pc.and_(wanted, pc.equal(table["sample"], sample))
+        rows = as_records(table.filter(wanted), key, state.metrics(key), RECORD.names).to_pylist()
+        tokens = self._token_reader(state.root(run), stage)
+        return [{**row, "tokens": tokens.texts(row["token_ids"])} for row in rows]
 
-    def _nearest(self, state: _State, run: str, stage: str) -> str:
-        if run not in {one.name for one in state.runs}:
-            return f"; runs that are open: {', '.join(one.name for one in state.runs)}"
-        steps = [key[2] for key in state.by_key if key[:2] == (run, stage)]
-        stages = sorted({key[1] for key in state.by_key if key[0] == run})
-        return f"; it has steps {min(steps)} to {max(steps)}" if steps else f"; it has {', '.join(stages) or 'none'}"
+    def _note_damaged(self, file: DamagedFile) -> None:
+        with self._lock:
+            self._damaged_since[file.path] = file
 
     def _token_reader(self, root: Path, stage: str) -> TokenReader:
         with self._lock:
-            return self._tokens.setdefault((str(root), stage), TokenReader(root, stage))
+            return self._tokens.setdefault((root, stage), TokenReader(root, stage))
 
-    def _search(self, state: _State, where: RolloutFilter) -> pa.Table:
-        """Run, stage, step and row of the rollouts whose prompt or response has the text, at least of those steps in
-        which a rollout meets the other conditions."""
-        condition, parameters = where.conditions()
-        assert where.text
-        with state.database.cursor() as cursor:
-            steps = cursor.execute(
-                f"select distinct run, stage, step from indexed where {condition} order by all", parameters
-            ).fetchall()
-        key = (where.text.lower(), tuple(steps))
-        with self._lock:
-            if (kept := state.searches.get(key)) is not None:
-                state.searches.move_to_end(key)
-                return kept
-        wanted = set(steps)
-        scans = []
-        for run in state.runs:
-            files = [
-                run.index.path(step, "rollouts")
-                for step in run.index.steps
-                if (run.name, step.stage, step.step) in wanted and "response" in step.bulky.get("rollouts", [])
-            ]
-            if files:
-                scans.append(files_sql(run.name, "rollouts", ("prompt", "response"), files))
-        if not scans:
-            scans = [f"select * from {_NO_TEXTS}"]
-        query = " union all ".join(
-            f"select run, stage, step, row from ({scan}) "
-            "where contains(lower(response), lower($text)) or contains(lower(prompt), lower($text))"
-            for scan in scans
-        )
-        with state.database.cursor() as cursor:
-            hits = cursor.sql(query, params={"text": where.text}).to_arrow_table()
-        with self._lock:
-            state.searches[key] = hits
-            while len(state.searches) > _KEPT_SEARCHES:
-                state.searches.popitem(last=False)
-        return hits
-
-    def _ask(self, question: Callable[[_State], _Answer]) -> _Answer:
+    def _ask(self, question: Callable[[State], _Answer]) -> _Answer:
         """Answer from the present state; once more after a refresh if a file changed below it."""
         try:
             return question(self._state)
-        except FileError:
+        except FILE_ERRORS:
             self.refresh()
         try:
             return question(self._state)
-        except FileError as error:
+        except FILE_ERRORS as error:
             problem = f"a file of the runs cannot be read: {str(error).splitlines()[0]}"
             raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
 
-    def _read(self, progress: Progress | None) -> _State:
-        for run in self._runs:
-            run.index.refresh(progress)
-        return self._make_state(*step_rows(self._runs))
 
-    def _replace(self, rows: list[dict[str, Any]], table: pa.Table) -> None:
-        self._retired.append(self._state.database)
-        self._state = self._make_state(rows, table)
-        for database in self._retired[:-2]:  # who asked before may still be reading
-            database.close()
-        del self._retired[:-2]
-
-    def _make_state(self, rows: list[dict[str, Any]], table: pa.Table) -> _State:
-        by_key = {(run.name, *step.key): step for run in self._runs for step in run.index.steps}
-        runs = [IndexedRun(run.name, run.index.snapshot()) for run in self._runs]
-        return _State(runs, rows, by_key, Database(runs, table), OrderedDict())
-
-
-_NO_TEXTS = "(select '' as run, '' as stage, 0 as step, 0 as row, '' as prompt, '' as response) where false"
 _HISTORY_SQL = """
     select stage, step, count(*) as num_rollouts, avg(reward) as reward_mean, avg(length) as length_mean,
         min(length) as length_min, max(length) as length_max,
         sum(kl_sum) / nullif(sum(length) filter (kl_sum is not null), 0) as kl_mean, list(verdict) as verdicts
-    from indexed where run = ? and prompt_id = ? group by stage, step order by stage, step
+    from rows group by stage, step order by stage, step
 """
 
 
-def _rows_of(files: StepFiles, indexed: IndexedStep, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:
-    """The rows of one prompt (and sample) with all that the step's whole files say of them."""
-    wanted: pa.ChunkedArray | None = None
-    columns: dict[str, list[Any]] = {}
-    for part in PARTS:
-        if part not in files.stamps or part in indexed.damaged:
-            continue
-        table = read_part(files, part, list(RECORD.names))
-        if wanted is None:
-            mask = pc.equal(table["prompt_id"], prompt_id)
-            wanted = mask if sample is None else pc.and_(mask, pc.equal(table["sample"], sample))
-        columns = {**table.filter(wanted).to_pydict(), **columns}
-    if not columns:
-        return []
-    return [
-        {**empty_record(), **dict(zip(columns, values, strict=True))} for values in zip(*columns.values(), strict=True)
-    ]
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["run"], row["stage"], row["step"]
+def _first_rows(batches: Iterator[pa.RecordBatch], limit: int | None) -> pa.Table:
+    found: list[pa.RecordBatch] = []
+    num_rows = 0
+    for batch in batches:
+        found.append(batch if limit is None else batch.slice(0, limit - num_rows))
+        num_rows += len(batch)
+        if limit is not None and num_rows >= limit:
+            break
+    return pa.Table.from_batches(found)
 
 
 def _names(roots: Sequence[Path]) -> list[str]:

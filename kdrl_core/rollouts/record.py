@@ -5,8 +5,6 @@ converted dumps of other trainers hold. Only the ids are never null: a step that
 GRPO no teacher, a dump of another trainer no tokens.
 """
 
-from typing import Any
-
 import pyarrow as pa
 
 from kdrl_core.rollouts import schema
@@ -86,8 +84,3 @@ def describe(name: str) -> str:
     """What a column of the record is, in words."""
     metadata: dict[bytes, bytes] = RECORD.field(name).metadata
     return metadata[b"description"].decode()
-
-
-def empty_record() -> dict[str, Any]:
-    """A record of which nothing is known."""
-    return dict.fromkeys(RECORD.names)

@@ -17,15 +17,18 @@ _TEXT_COLUMNS = ("run", "stage")
 _COUNTS = ("step", "num_rollouts", "num_groups", "num_groups_all_wrong", "num_groups_all_right")
 
 
-def step_rows(runs: Sequence[IndexedRun]) -> tuple[list[dict[str, Any]], pa.Table]:
-    """Every step with rollouts, by run, stage and step: as dicts with the stage's metrics and timings under `metrics`,
-    and as a table with a column for each of those (null where a stage has no such metric)."""
-    rows = [row for run in runs for row in _rows_of_run(run)]
+def step_rows(runs: Sequence[IndexedRun]) -> list[dict[str, Any]]:
+    """Every step with rollouts, by run, stage and step, with the stage's metrics and timings under `metrics`."""
+    return [row for run in runs for row in _rows_of_run(run)]
+
+
+def steps_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """`step_rows` as a table with a column for each metric and timing (null where a stage has no such)."""
     names = sorted({name for row in rows for name in row["metrics"]} | set(TIMINGS.values()))
     fixed = ["run", "stage", "step", *SUMMARY]
     columns = {name: pa.array([row[name] for row in rows], _kind(name)) for name in fixed}
     metrics = {name: pa.array([row["metrics"].get(name) for row in rows], pa.float64()) for name in names}
-    return rows, pa.table({**columns, **{name: metrics[name] for name in names if name not in columns}})
+    return pa.table({**columns, **{name: metrics[name] for name in names if name not in columns}})
 
 
 def _rows_of_run(run: IndexedRun) -> list[dict[str, Any]]:

@@ -73,20 +73,11 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def view_statements(runs: Sequence[IndexedRun], parts: Collection[str]) -> list[str]:
+def user_views(parts: Collection[str]) -> list[str]:
     """Statements that define the views, with the bulky columns of `parts`; those of others are null.
 
-    The table `step_rows` (the view `steps`) has to be there.
+    There have to be the views `indexed` and `<part>_part`, and the tables `step_rows` and `step_times`.
     """
-    return [
-        f"create view indexed as {index_sql(runs)}",
-        *(f"create view {part}_part as {part_sql(runs, part)}" for part in parts),
-        *joined_statements(parts),
-    ]
-
-
-def joined_statements(parts: Collection[str]) -> list[str]:
-    """The views of users, over `indexed`, `step_rows` and `<part>_part`."""
     home = {name: part for part, names in PARTS.items() for name in names}
     columns = []
     for name in RECORD.names:
