@@ -33,7 +33,9 @@ def ui(
             store = RolloutStore.open(runs, progress=lambda done, total: progress("reading", done, total))
         with store:
             for damaged in store.damaged:
-                err.print(f"left out: {damaged.path}: {damaged.problem}", style="yellow", highlight=False, soft_wrap=True)
+                err.print(
+                    f"left out: {damaged.path}: {damaged.problem}", style="yellow", highlight=False, soft_wrap=True
+                )
             out.print(f"kdrl ui: {url_of(listening)}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
             if open_browser:
                 webbrowser.open(url_of(listening))

@@ -1,1 +1,1 @@
-"""`kdrl ui`: a read-only web app on loopback over the rollouts of runs. Server: FastAPI over `RolloutStore`; pages: static/."""
+"""`kdrl ui`: a read-only web app on loopback over the rollouts of runs. FastAPI over a RolloutStore; pages in static/."""

@@ -53,7 +53,10 @@ class Guard:
 def _refusal(method: str, headers: Headers) -> JSONResponse | None:
     if _host(headers.get("host", "")) not in LOOPBACK:
         return JSONResponse({"error": "kdrl ui answers at 127.0.0.1 and localhost only"}, status_code=421)
-    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and headers.get("sec-fetch-mode") != "navigate":
+    if (
+        headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        and headers.get("sec-fetch-mode") != "navigate"
+    ):
         return JSONResponse({"error": "requests from other sites are refused"}, status_code=403)
     if method not in ("GET", "HEAD"):
         return JSONResponse({"error": "kdrl ui only reads: use GET"}, status_code=405, headers={"allow": "GET, HEAD"})

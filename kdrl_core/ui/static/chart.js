@@ -7,13 +7,15 @@ import { number } from "./format.js";
 import { extent, logTicks, nearest, scale, thinned, ticks } from "./scale.js";
 
 const HEIGHT = 168;
-const EDGE = { left: 46, right: 10, top: 18, bottom: 20 };
+const EDGE = { left: 46, right: 10, top: 8, bottom: 20 };
+const STAGE_NAMES_PX = 10;
 const DRAG_PX = 6;
 
 export class Chart {
   constructor({ key, title, series, domain, stages = [], log = false, stack = false, points = false, total = false, format = number, bus, onPick, onZoom }) {
     Object.assign(this, { title, domain, stages, log, stack, points, total, format, bus, onPick, onZoom });
     this.series = stack ? stacked(series) : series;
+    this.top = EDGE.top + (stages.length > 1 ? STAGE_NAMES_PX : 0);
     this.readout = h("output", { class: "readout" });
     this.tip = h("div", { class: "tip", hidden: true });
     this.canvas = svg("svg", { class: "plot", height: HEIGHT, role: "img", "aria-label": this.#summary() });
@@ -56,13 +58,13 @@ export class Chart {
     const room = extent(values, { log: this.log });
     if (this.stack) room[1] = Math.max(...values.filter((value) => typeof value === "number"), 1e-9);
     const x = (this.x = scale([from, to === from ? from + 1 : to], [EDGE.left, width - EDGE.right]));
-    const y = (this.y = scale(room, [HEIGHT - EDGE.bottom, EDGE.top], this.log));
+    const y = (this.y = scale(room, [HEIGHT - EDGE.bottom, this.top], this.log));
     this.width = width;
     const parts = [this.#axes(room, x, y, width), this.#dividers(x, from, to)];
-    for (const one of this.series) parts.push(this.#shape(one, x, y, width));
-    this.cross = svg("line", { class: "cross", y1: EDGE.top, y2: HEIGHT - EDGE.bottom, visibility: "hidden" });
+    for (const one of [...this.series].reverse()) parts.push(this.#shape(one, x, y, width));
+    this.cross = svg("line", { class: "cross", y1: this.top, y2: HEIGHT - EDGE.bottom, visibility: "hidden" });
     this.dots = svg("g", { class: "dots" });
-    this.zoom = svg("rect", { class: "zoom", y: EDGE.top, height: HEIGHT - EDGE.top - EDGE.bottom, visibility: "hidden" });
+    this.zoom = svg("rect", { class: "zoom", y: this.top, height: HEIGHT - this.top - EDGE.bottom, visibility: "hidden" });
     this.canvas.setAttribute("width", width);
     this.canvas.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.canvas.replaceChildren(...parts.flat(), this.zoom, this.cross, this.dots);
@@ -89,8 +91,8 @@ export class Chart {
   #dividers(x, from, to) {
     if (this.stages.length < 2) return [];
     return this.stages.filter((one) => one.offset <= to).flatMap((one) => [
-      one.offset > from && svg("line", { class: "divider", x1: x(one.offset - 0.5), x2: x(one.offset - 0.5), y1: EDGE.top, y2: HEIGHT - EDGE.bottom }),
-      one.offset >= from && svg("text", { class: "tick stage", x: x(one.offset) + 4, y: EDGE.top - 6 }, one.name),
+      one.offset > from && svg("line", { class: "divider", x1: x(one.offset - 0.5), x2: x(one.offset - 0.5), y1: this.top, y2: HEIGHT - EDGE.bottom }),
+      one.offset >= from && svg("text", { class: "tick stage", x: x(one.offset) + 4, y: this.top - 6 }, one.name),
     ].filter(Boolean));
   }
 

@@ -52,7 +52,7 @@ export async function trendsView(container, params, context) {
       h("div", { class: "chips", role: "group", "aria-label": "Runs" }, runs),
       h("label", {}, "stage ", select({ name: "stage", onchange: (event) => set({ stage: event.target.value, from: null, to: null }) },
         [["", "all"], ...plan.allStages], params.get("stage") ?? "")),
-      choice("Lines", [["", "raw"], ["1", "smooth"]], params.get("smooth") ?? "", (smooth) => set({ smooth })),
+      choice("Lines", [["", "smooth"], ["1", "raw"]], params.get("raw") ?? "", (raw) => set({ raw })),
       choice("Metrics", [["", "main"], ["1", "all metrics"]], params.get("more") ?? "", (more) => set({ more })),
       h("button", { type: "button", class: "unzoom", disabled: !isZoomed, onclick: () => set({ from: null, to: null }) }, "whole range"),
     ];
@@ -90,7 +90,7 @@ function planOf(rows, params, known) {
   const drawn = mine.filter((row) => offsets.has(row.stage)).map((row) => ({ ...row, x: offsets.get(row.stage) + row.step }));
   const end = Math.max(1, offset - 1);
   const at = (name, other) => (params.has(name) ? Math.min(end, Math.max(0, Number(params.get(name)) || 0)) : other);
-  return { runs, stages, allStages, rows: drawn, known, domain: [at("from", 0), at("to", end)], smooth: params.has("smooth") };
+  return { runs, stages, allStages, rows: drawn, known, domain: [at("from", 0), at("to", end)], smooth: !params.has("raw") };
 }
 
 function seriesOf(panel, plan) {

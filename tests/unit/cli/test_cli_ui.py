@@ -1,14 +1,13 @@
 """`kdrl ui` as a program: it starts, answers on loopback alone, ends on Ctrl-C, and refuses in words."""
 
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
-import urllib.request
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from unit.cli.conftest import KDRL, Cli
@@ -35,8 +34,7 @@ def test_it_serves_on_loopback_alone_until_ctrl_c(going: Path, artifacts: Path) 
     assert process.stdout is not None
     try:
         (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
-        with urllib.request.urlopen(f"{url}api/runs", timeout=20) as answer:
-            found = json.load(answer)
+        found = httpx.get(f"{url}api/runs", timeout=20).json()
         assert found["runs"][0]["num_rollouts"] == 2
         listening = [one for one in psutil.Process(process.pid).net_connections() if one.status == psutil.CONN_LISTEN]
         assert {one.laddr.ip for one in listening} == {"127.0.0.1"}

@@ -12,11 +12,11 @@ import pytest
 from browser import chromium
 from crash.tiny_run import open_tiny, train
 from fastapi import FastAPI
+from unit.ui import handmade
 
 from kdrl_core.rollouts.query import RolloutStore
 from kdrl_core.ui.app import create_app
 from kdrl_core.ui.server import server_of, url_of
-from unit.ui import handmade
 
 GROUP_SIZE = 16
 SETTINGS = [f"{stage}.group_size={GROUP_SIZE}" for stage in ("stage1", "stage2")]
@@ -83,13 +83,16 @@ Visit = Any
 
 @pytest.fixture
 def visit(browser: Any, app_of: Callable[..., str]) -> Iterator[Visit]:
-    """`visit(*run folders, at="#/trends", width=1280)`: a page of the app over those runs, once its view is drawn. After
-    the test the console has to be empty, but for what `visit.excused` names part of."""
+    """`visit(*run folders, at="#/trends", width=1280)`: a page of the app over those runs, once its view is drawn.
+
+    After the test the console has to be empty, but for lines that hold a text of `visit.excused`."""
     said: list[str] = []
     excused: list[str] = []
     with ExitStack() as stack:
 
-        def open_page(*roots: Path, at: str = "", width: int = 1280, height: int = 900, clock: bool = False, **options: Any) -> Any:
+        def open_page(
+            *roots: Path, at: str = "", width: int = 1280, height: int = 900, clock: bool = False, **options: Any
+        ) -> Any:
             context = browser.new_context(viewport={"width": width, "height": height}, **options)
             stack.callback(context.close)
             page = context.new_page()

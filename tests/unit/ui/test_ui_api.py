@@ -13,11 +13,12 @@ from fastapi.testclient import TestClient
 from unit.ui import handmade
 from unit.ui.conftest import GROUP_SIZE
 
-from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.rollouts.query import RolloutStore
 from kdrl_core.ledger import open_run_dir
+from kdrl_core.rollouts.metrics import load_metrics
+from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
 from kdrl_core.ui.app import create_app
 from kdrl_core.ui.live import Live
+from kdrl_core.ui.paging import page_of
 from kdrl_core.ui.plain import columns, plain
 
 HERE = "http://127.0.0.1:1234"
@@ -73,6 +74,30 @@ def test_a_page_of_rollouts_is_what_the_files_hold(client: TestClient, runs: tup
     assert found["total"] == len(wanted) > 7
     ids = [(rollouts["prompt_id"][row].as_py(), rollouts["sample"][row].as_py()) for _, row in sorted(wanted)[2:7]]
     assert [(row["prompt_id"], row["sample"]) for row in found["rows"]] == ids
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize(
+    "where",
+    [
+        RolloutFilter(),
+        RolloutFilter(run="grpo"),
+        RolloutFilter(stage="stage2"),
+        RolloutFilter(step_min=1),
+        RolloutFilter(run="kdrl", stage="stage2", step_min=1, step_max=2),
+        RolloutFilter(stage="none"),
+        RolloutFilter(verdicts=("wrong",)),
+    ],
+)
+def test_pages_by_step_are_those_of_a_full_sort(
+    runs: tuple[Path, Path], where: RolloutFilter, descending: bool
+) -> None:
+    with RolloutStore.open([runs[1], runs[0]]) as store:
+        whole = store.page(where, descending=descending, limit=10_000)
+        for limit, offset in ((100, 0), (100, 50), (64, 64), (7, 125), (500, 130), (1, 767), (10, 765), (5, 5000)):
+            page = page_of(store, where, sort="step", descending=descending, limit=limit, offset=offset)
+            assert page.total == whole.total
+            assert page.rows == whole.rows[offset : offset + limit]
 
 
 def test_a_response_in_full(client: TestClient) -> None:
@@ -138,7 +163,9 @@ def test_loopback_names_are_answered(client: TestClient, host: str) -> None:
     assert client.get("/api/runs", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8741", "127.0.0.1.evil.example", "", "127.0.0.1:8741@evil"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8741", "127.0.0.1.evil.example", "", "127.0.0.1:8741@evil"]
+)
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/static/main.js"])
 def test_a_name_that_was_made_to_resolve_to_loopback_is_refused(client: TestClient, host: str, path: str) -> None:
     answer = client.get(path, headers={"Host": host})
@@ -188,7 +215,9 @@ def test_pages_load_nothing_from_elsewhere() -> None:
         text = file.read_text().replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text
         assert "https:" not in text
-        assert not any(word in text for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("))
+        assert not any(
+            word in text for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(")
+        )
 
 
 def test_a_damaged_file_is_named_and_the_rest_shown(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_trends_draw_what_the_run_recorded(visit: Visit, runs: Runs) -> None:
     assert page.inner_text("[data-chart=verdicts] output") == f"{100 * last['verdict/correct']:.0f} %"
     lines = page.eval_on_selector_all(".chart path.line", "all => all.map(one => one.getAttribute('d'))")
     assert all(re.fullmatch(r"(M[-\d.]+ [-\d.]+(h0)?(L[-\d.]+ [-\d.]+)*)+", line) for line in lines)
-    points = page.get_attribute("[data-chart=reward] path.line", "d").split("L")
+    points = page.get_attribute("[data-chart=reward] path.line.c0", "d").split("L")
     assert len(points) == 6  # 2 + 4 steps, the stages one after the other
 
 
@@ -93,7 +93,7 @@ def test_a_drag_zooms_and_keys_walk_along_a_figure(visit: Visit, runs: Runs) -> 
 def test_runs_lie_over_one_another_and_can_be_left_out(visit: Visit, runs: Runs) -> None:
     page = visit(*runs)
     page.wait_for_selector(".chart path.line")
-    assert page.locator("[data-chart=reward] path.line").count() == 2
+    assert page.locator("[data-chart=reward] path.line:not(.faint)").count() == 2
     assert page.locator("[data-chart=verdicts]").count() == 2
     page.click("[data-run=kdrl]")
     page.wait_for_function("() => document.querySelectorAll('[data-chart=reward] .legend .key').length !== 2")
@@ -101,8 +101,9 @@ def test_runs_lie_over_one_another_and_can_be_left_out(visit: Visit, runs: Runs)
     assert "KL to the teacher" in page.inner_text(".notes")  # GRPO has none, and the page says so
     page.click("text=all metrics")
     page.wait_for_selector("[data-chart='metric:optim/learning_rate']")
-    page.click("text=smooth")
-    page.wait_for_selector("[data-chart=reward] path.faint")
+    assert page.locator("[data-chart=reward] path.faint").count() == 3
+    page.click("text=raw")
+    page.wait_for_function("() => !document.querySelector('[data-chart=reward] path.faint')")
 
 
 def test_filters_order_and_search(visit: Visit, runs: Runs) -> None:
@@ -117,7 +118,9 @@ def test_filters_order_and_search(visit: Visit, runs: Runs) -> None:
     lengths = [
         length for length, one in zip(column(runs, "rollouts", "length"), verdicts, strict=True) if one == "wrong"
     ]
-    page.wait_for_function(f"() => document.querySelector('.rows .of-length')?.textContent.startsWith('{max(lengths)}')")
+    page.wait_for_function(
+        f"() => document.querySelector('.rows .of-length')?.textContent.startsWith('{max(lengths)}')"
+    )
     page.click(".head >> text=length")
     page.wait_for_function(f"() => document.querySelector('.rows .of-length')?.textContent === '{min(lengths)}'")
     page.go_back()
@@ -131,9 +134,7 @@ def test_filters_order_and_search(visit: Visit, runs: Runs) -> None:
     page.keyboard.type(response.upper())
     page.keyboard.press("Enter")
     needle = response.lower()
-    hits = [
-        one for one in column(runs, "rollouts", "response") if needle in one.lower()
-    ]
+    hits = [one for one in column(runs, "rollouts", "response") if needle in one.lower()]
     total(page, f"{len(hits)} rollout{'' if len(hits) == 1 else 's'}")
     page.click("text=clear")
     total(page, f"{2 * 6 * 4 * GROUP_SIZE} rollouts")
@@ -162,8 +163,13 @@ def test_keys_lead_through_rows_to_a_response_and_back(visit: Visit, runs: Runs)
     page.keyboard.press("Escape")
     page.wait_for_selector(".view.rollouts [aria-selected=true]")
     assert address(page)[1] == {
-        **{"run": "kdrl", "stage": "stage2", "step_min": "1", "step_max": "1"},
-        **{"sort": "kl_mean", "descending": "1", "row": "3"},
+        "run": "kdrl",
+        "stage": "stage2",
+        "step_min": "1",
+        "step_max": "1",
+        "sort": "kl_mean",
+        "descending": "1",
+        "row": "3",
     }
     page.keyboard.press("]")
     page.wait_for_function("() => location.hash.includes('step_min=2&step_max=2')")
@@ -261,7 +267,7 @@ def test_the_same_prompt_in_two_runs_and_at_two_steps(visit: Visit, runs: Runs) 
 @pytest.mark.parametrize(
     "at",
     [
-        "#/trends?run=kdrl&stage=stage2&from=1&to=3&smooth=1",
+        "#/trends?run=kdrl&stage=stage2&from=1&to=3&raw=1",
         f"#/rollouts?{STEP}&verdict=wrong&verdict=malformed&sort=length&descending=1&row=4",
         "#/sample",
         "#/group",
@@ -286,7 +292,9 @@ def test_an_address_is_the_whole_view(visit: Visit, runs: Runs, at: str) -> None
 
 def seen(page: Any) -> str:
     """What the view says, once it rests."""
-    page.wait_for_function("() => !document.querySelector('.waiting, .stale') && document.querySelector('main').innerText.length > 80")
+    page.wait_for_function(
+        "() => !document.querySelector('.waiting, .stale') && document.querySelector('main').innerText.length > 80"
+    )
     text: str = page.inner_text("main")
     return text
 
@@ -295,10 +303,18 @@ def seen(page: Any) -> str:
 def test_views_fit_a_phone_in_light_and_dark(visit: Visit, runs: Runs, scheme: str) -> None:
     page = visit(*runs, width=390, height=800, color_scheme=scheme)
     prompt = column(runs, "rollouts", "prompt_id")[0]
-    for at in ("#/trends", f"#/rollouts?{STEP}", sample_at(runs, 2), f"#/group?run=kdrl&stage=stage2&step=1&prompt={prompt}", "#/compare"):
+    for at in (
+        "#/trends",
+        f"#/rollouts?{STEP}",
+        sample_at(runs, 2),
+        f"#/group?run=kdrl&stage=stage2&step=1&prompt={prompt}",
+        "#/compare",
+    ):
         page.goto(f"{page.url.split('#')[0]}{at}")
         page.wait_for_selector(f"body[data-view={at[2:].split('?')[0]}]")
         seen(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, at
-    paper, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
+    paper, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
     assert (sum(map(int, re.findall(r"\d+", paper))) > sum(map(int, re.findall(r"\d+", ink)))) == (scheme == "light")
