@@ -72,6 +72,7 @@ async function show() {
     if (document.body.dataset.view !== place.view) window.scrollTo(0, 0);
     mine.view?.shown?.();
     document.body.dataset.view = place.view;
+    document.title = `${place.view} · kdrl`;
   }
 }
 

@@ -105,7 +105,7 @@ function summary(row, several) {
 /** On a narrow screen those that tell responses apart; the rest is in the sample view. */
 function columnsOf(context) {
   const several = context.runs.length > 1, isNarrow = matchMedia("(max-width: 700px)").matches;
-  const narrow = new Set(["step", "verdict", "reward", "length", "response"]);
+  const narrow = { step: "46px", verdict: "90px", length: "58px", response: "minmax(140px, 1fr)" };
   return [
     several && { key: "run", label: "run", sort: "run", width: "minmax(60px, 110px)", cell: (row) => spelled(row.run) },
     { key: "stage", label: "stage", sort: "stage", width: "64px", cell: (row) => spelled(row.stage) },
@@ -121,5 +121,5 @@ function columnsOf(context) {
     { key: "repetition", label: "rep.", sort: "repetition_rate", width: "58px", end: true, cell: (row) => percent(row.repetition_rate) },
     { key: "extracted", label: "answer", sort: "extracted", width: "90px", cell: (row) => oneLine(row.extracted ?? "–") },
     { key: "response", label: "response", width: "minmax(240px, 1fr)", cell: (row) => oneLine(row.response_preview) },
-  ].filter((column) => column && (!isNarrow || narrow.has(column.key)));
+  ].filter((column) => column && (!isNarrow || column.key in narrow)).map((column) => (isNarrow ? { ...column, width: narrow[column.key] } : column));
 }

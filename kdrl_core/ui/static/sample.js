@@ -9,10 +9,11 @@ import { queryOf, sampleParams } from "./rollouts.js";
 
 const NUMBERS = [
   ["reward", number], ["format_reward", number], ["accuracy_reward", number], ["advantage", (value) => signed(value, 3)], ["kd_weight", number],
-  ["length", number], ["finish_reason", String], ["repetition_rate", number], ["kl_mean", number], ["kl_sum", number], ["log_ratio_sum", number],
+  ["length", number], ["finish_reason", String], ["repetition_rate", number], ["kl_mean", number], ["kl_sum", number], ["log_ratio_sum", (value) => signed(value, 2)],
 ];
 const SHOWN_APART = new Set(["run", "stage", "step", "prompt_id", "sample", "prompt", "response", "ground_truth", "extracted", "reason", "verdict", "response_preview"]);
 const LABELS = { format_reward: "format", accuracy_reward: "accuracy", kd_weight: "KD weight", finish_reason: "ended", repetition_rate: "repetition",
+  rollout_s: "rollout, s", teacher_score_s: "teacher, s", verify_s: "verify, s", update_s: "update, s", entropy_mean: "entropy, mean",
   kl_mean: "KL, mean", kl_sum: "KL, sum", log_ratio_sum: "Σ R", policy_version: "policy version" };
 
 export async function sampleView(container, params, context, signal) {
@@ -52,8 +53,8 @@ export async function sampleView(container, params, context, signal) {
         h("a", { class: "button", href: link("compare", { prompt: id.prompt_id, run_a: id.run, stage_a: id.stage, step_a: id.step }) }, "compare"))),
     h("div", { class: "verdict-line" }, h("span", { class: verdictClass(record.verdict) }, spelled(record.verdict ?? "not judged")), " ", h("span", {}, spelled(record.reason ?? ""))),
     h("dl", { class: "answers" },
-      h("div", {}, h("dt", {}, "answer found"), h("dd", {}, h("code", {}, spelled(record.extracted ?? "none")))),
-      h("div", {}, h("dt", {}, "ground truth"), h("dd", {}, h("code", {}, spelled(record.ground_truth ?? "–")))),
+      h("div", { class: "wide" }, h("dt", {}, "answer found"), h("dd", {}, h("code", {}, spelled(record.extracted ?? "none")))),
+      h("div", { class: "wide" }, h("dt", {}, "ground truth"), h("dd", {}, h("code", {}, spelled(record.ground_truth ?? "–")))),
       numbers(record).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, spelled(value))))),
     h("h2", {}, "Prompt"), h("pre", { class: "text prompt" }, spelled(record.prompt ?? "")),
     h("h2", {}, "Response"), heat.element,

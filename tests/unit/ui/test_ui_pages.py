@@ -11,6 +11,7 @@ from browser import needs_chromium
 from unit.ui.conftest import GROUP_SIZE, Visit
 
 from kdrl_core.ledger import open_run_dir
+from kdrl_core.reporting.figures import ema
 from kdrl_core.rollouts.metrics import load_metrics
 
 pytestmark = needs_chromium
@@ -318,3 +319,32 @@ def test_views_fit_a_phone_in_light_and_dark(visit: Visit, runs: Runs, scheme: s
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     )
     assert (sum(map(int, re.findall(r"\d+", paper))) > sum(map(int, re.findall(r"\d+", ink)))) == (scheme == "light")
+
+
+def called(page: Any, call: str, *arguments: Any) -> Any:
+    """What a function of scale.js returns."""
+    script = f"async (given) => {{ const scale = await import('/static/scale.js'); return scale.{call}(...given); }}"
+    return page.evaluate(script, list(arguments))
+
+
+def test_the_arithmetic_of_figures(visit: Visit, runs: Runs) -> None:
+    page = visit(runs[0])
+    rewards = [row["reward/mean"] for row in load_metrics(open_run_dir(runs[0]), "stage2")]
+    assert called(page, "smoothed", rewards) == pytest.approx(ema(rewards))
+    assert called(page, "smoothed", [1, None, 1]) == [1, None, 1]  # a gap stays one
+    assert called(page, "ticks", 0, 1) == [0, 0.5, 1]  # rough step 0.25: the next of 1, 2, 5, 10 tenths
+    assert called(page, "ticks", -3, 17) == [0, 5, 10, 15]
+    assert called(page, "extent", [0.2, None, 0.9]) == [
+        0,
+        pytest.approx(0.9 + 0.06 * 0.9),
+    ]  # from 0: that squeezes little
+    assert called(page, "extent", [7, 7]) == [pytest.approx(6.3), pytest.approx(7.7)]
+    assert called(page, "nearest", [0, 1, 5], 3.1) == 2
+    assert called(page, "nearest", [0, 1, 5], 2.9) == 1
+    steps = list(range(10_000))
+    values: list[float | None] = [0.0] * len(steps)
+    values[1234], values[7777], values[10] = 1.0, -1.0, None
+    kept = called(page, "thinned", steps, values, 0, len(steps), 300)
+    assert {0, 1234, 7777, 9999} <= set(kept)  # no peak is lost
+    assert len(kept) <= 4 * 300
+    assert kept == sorted(kept)
