@@ -10,6 +10,8 @@ from browser import needs_chromium
 from unit.ui import handmade
 from unit.ui.conftest import GROUP_SIZE, Visit
 
+from kdrl_core.ledger import run_lock
+
 pytestmark = needs_chromium
 
 NUM_ROWS = 150_000  # 34 pixels each are more than the table's 4 million: its scroll bar is coarse
@@ -125,9 +127,12 @@ def test_pages_follow_a_run_that_goes_on(visit: Visit, tmp_path: Path) -> None:
     handmade.write_step(root, "stage1", 0, [{}] * 4)
     page = visit(root, clock=True)
     page.wait_for_selector("[data-chart=reward] circle.point")  # a line of one step is a point
-    handmade.write_step(root, "stage1", 1, [{"reward": 0.0, "verdict": "wrong"}] * 4)
-    page.clock.fast_forward(5000)
-    page.wait_for_selector("[data-chart=reward] path.line[d*=L]")  # without anybody's doing
+    assert page.inner_text(".live") == ""
+    with run_lock(root / "run.lock"):
+        handmade.write_step(root, "stage1", 1, [{"reward": 0.0, "verdict": "wrong"}] * 4)
+        page.clock.fast_forward(5000)
+        page.wait_for_selector("[data-chart=reward] path.line[d*=L]")  # without anybody's doing
+        page.wait_for_selector(".live.on >> text=going: going on")
     page.keyboard.press("r")
     page.wait_for_selector("text=8 rollouts")
     handmade.write_step(root, "stage1", 2, [{}])
