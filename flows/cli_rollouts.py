@@ -32,6 +32,7 @@ from flows.rollouts_shown import (
     number,
     one_line,
     paged,
+    plain,
     sparkline,
     stretches,
     table,
@@ -271,7 +272,7 @@ def _print_record(record: dict[str, Any], console: PlainConsole) -> None:
     )
     heading = Text()
     heading.append_text(verdict(record["verdict"]))
-    heading.append(f": {record['reason']}" if record["reason"] else "")
+    heading.append_text(plain(f": {record['reason']}" if record["reason"] else ""))
     console.print(heading, soft_wrap=True)
     facts = [
         f"reward {number(record['reward'], 2)} (format {number(record['format_reward'], 0)}, "
@@ -286,13 +287,13 @@ def _print_record(record: dict[str, Any], console: PlainConsole) -> None:
         f"policy {number(record['policy_version'])}",
         f"seed {record['seed'] if record['seed'] is not None else '–'}",
     ]
-    console.print(" · ".join(facts), highlight=False, soft_wrap=True)
+    console.print(plain(" · ".join(facts)), soft_wrap=True)
     console.print("\nprompt", style="bold")
-    console.print(Text(record["prompt"] or ""), soft_wrap=True)
+    console.print(plain(record["prompt"] or ""), soft_wrap=True)
     console.print("\nresponse", style="bold")
     tokens, ratios = record["tokens"], record["log_ratios"]
     if tokens is None or ratios is None:
-        console.print(Text(record["response"] or ""), soft_wrap=True)
+        console.print(plain(record["response"] or ""), soft_wrap=True)
         lacking = "no teacher scored it" if ratios is None else "the run's tokenizer is not at hand"
         console.print(f"\nwithout colours: {lacking}", style="dim")
     else:

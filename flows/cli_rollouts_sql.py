@@ -8,6 +8,7 @@ from typer.core import TyperCommand
 from flows.cli_rollouts_shared import open_store, print_json
 from flows.cli_shared import JsonOption, PlainConsole, errors
 from flows.rollouts_shown import fits, number, one_line, paged, table
+from kdrl_core.errors import DataError
 
 _CELL_CHARS = 60
 
@@ -50,7 +51,7 @@ def sql(
     with errors():
         *names, query = runs
         if not names:
-            raise typer.BadParameter('give a run and a query, e.g. kdrl rollouts sql first "from steps"')
+            raise DataError(f"{query}: give a run and a query, e.g. kdrl rollouts sql {query} 'from steps'")
         with open_store(names) as store:
             # One row more shows that there are more.
             found = store.sql(query, limit=limit + 1 if limit else None)

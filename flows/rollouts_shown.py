@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from flows.cli_shared import PlainConsole, out
+from kdrl_core.errors import visible
 
 _GAP = 3
 _LEAST_ROOM = 20
@@ -68,12 +69,12 @@ def table(
     """
     if width is not None:
         room = max(_LEAST_ROOM, width - sum(widths(columns, rows)[:-1]) - _GAP * (len(columns) - 1))
-        rows = [[*row[:-1], _cut(str(row[-1]), room)] for row in rows]
+        rows = [[*row[:-1], _cut(visible(str(row[-1])), room)] for row in rows]
     shown = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in columns:
         shown.add_column(name, justify="left" if name in left else "right", no_wrap=True, overflow="ellipsis")
     for row in rows:
-        shown.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        shown.add_row(*(cell if isinstance(cell, Text) else plain(str(cell)) for cell in row))
     return shown
 
 
@@ -97,9 +98,14 @@ def verdict(kind: str | None) -> Text:
     return Text(kind or "–", _VERDICT_STYLES.get(kind or "", "magenta" if kind else ""))
 
 
+def plain(text: str) -> Text:
+    """A text as it is, with control characters spelled out (of which rich would drop some)."""
+    return Text(visible(text))
+
+
 def one_line(text: str | None) -> str:
     """A text on one line."""
-    return " ".join((text or "").split())
+    return " ".join(visible(text or "").split())
 
 
 def token_text(tokens: Sequence[str], log_ratios: Sequence[float | None]) -> Text:
@@ -107,7 +113,7 @@ def token_text(tokens: Sequence[str], log_ratios: Sequence[float | None]) -> Tex
     than the student, blue where likelier."""
     shown = Text()
     for token, ratio in zip(tokens, log_ratios, strict=True):
-        shown.append(token, _heat(ratio))
+        shown.append(visible(token), _heat(ratio))
     return shown
 
 

@@ -112,6 +112,7 @@ class RolloutStore:
             changed = [run.index.refresh(progress) for run in self._runs]
             state = State(self._runs)
             if not any(changed) and state.steps == self._state.steps:
+                state.database.close()
                 return False
             self._retired.append(self._state)
             self._state = state
@@ -254,8 +255,8 @@ class RolloutStore:
         """
         try:
             return _first_rows(self._state.database.select(query), limit)
-        except DamagedArtifactError:
-            if not self.refresh():
+        except (DataError, DamagedArtifactError):
+            if not self.refresh():  # no file changed below the query
                 raise
             return _first_rows(self._state.database.select(query), limit)
 
@@ -310,6 +311,15 @@ def _first_rows(batches: Iterator[pa.RecordBatch], limit: int | None) -> pa.Tabl
 
 
 def _names(roots: Sequence[Path]) -> list[str]:
-    """The runs' folder names; two of one name are told apart by their parents."""
-    names = [root.name for root in roots]
-    return [root.name if names.count(root.name) == 1 else f"{root.parent.name}/{root.name}" for root in roots]
+    """The runs' folder names; those of one name are told apart by their parents."""
+
+    def last(root: Path, count: int) -> str:
+        return "/".join(root.parts[-count:])
+
+    def name(root: Path) -> str:
+        others = [other for other in roots if other != root]
+        depths = range(1, len(root.parts) + 1)
+        depth = next(one for one in depths if last(root, one) not in {last(other, one) for other in others})
+        return last(root, depth)
+
+    return [name(root) for root in roots]

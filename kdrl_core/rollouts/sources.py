@@ -140,9 +140,9 @@ def _verify(path: Path, content: bytes) -> None:
 def _require_readable(schema: pa.Schema) -> None:
     version = (schema.metadata or {}).get(_VERSION_KEY, SCHEMA_VERSION.encode()).decode(errors="replace")
     if version != SCHEMA_VERSION:
-        raise DamagedArtifactError(
-            f"has schema version {version}, and this kdrl reads version {SCHEMA_VERSION}",
-            "install the kdrl that wrote it, or read it with DuckDB or pandas",
+        raise _damaged(
+            f"has schema version {version}, and this kdrl reads version {SCHEMA_VERSION}; "
+            "install the kdrl that wrote it, or read it with DuckDB or pandas"
         )
     if lacking := [name for name in ("prompt_id", "sample") if name not in schema.names]:
         raise _damaged(f"has no column {' and '.join(lacking)}")

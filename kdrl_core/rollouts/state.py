@@ -1,4 +1,4 @@
-"""What some runs had on disk at one time, and the database over it. A refresh makes another one; nothing here changes."""
+"""What some runs had on disk at one time, and the database over it. It never changes: a refresh makes another one."""
 
 import threading
 from collections import OrderedDict
@@ -106,9 +106,8 @@ class State:
             return f"runs that are open: {', '.join(one.name for one in self.runs)}"
         if steps := [key[2] for key in self._indexed if key[:2] == (run, stage)]:
             return f"it has steps {min(steps)} to {max(steps)}"
-        return (
-            f"stages with rollouts: {', '.join(sorted({key[1] for key in self._indexed if key[0] == run})) or 'none'}"
-        )
+        stages = sorted({key[1] for key in self._indexed if key[0] == run})
+        return f"stages with rollouts: {', '.join(stages) or 'none'}"
 
 
 _NO_TEXTS = "(select '' as run, '' as stage, 0 as step, 0 as row, '' as prompt, '' as response) where false"
