@@ -12,20 +12,29 @@ const STAGE_NAMES_PX = 10;
 const DRAG_PX = 6;
 
 export class Chart {
-  constructor({ key, title, series, domain, stages = [], log = false, stack = false, points = false, total = false, format = number, bus, onPick, onZoom }) {
-    Object.assign(this, { title, domain, stages, log, stack, points, total, format, bus, onPick, onZoom });
-    this.series = stack ? stacked(series) : series;
-    this.top = EDGE.top + (stages.length > 1 ? STAGE_NAMES_PX : 0);
+  constructor(config) {
     this.readout = h("output", { class: "readout" });
     this.tip = h("div", { class: "tip", hidden: true });
-    this.canvas = svg("svg", { class: "plot", height: HEIGHT, role: "img", "aria-label": this.#summary() });
+    this.canvas = svg("svg", { class: "plot", height: HEIGHT, role: "img" });
     this.body = h("div", { class: "plot-body", tabindex: 0 }, this.canvas, this.tip);
-    this.element = h("figure", { class: "chart", dataset: { chart: key } },
-      h("figcaption", {}, h("span", { class: "title" }, title), this.readout), this.#legend(), this.body);
+    this.legend = h("div", { class: "legend" });
+    this.element = h("figure", { class: "chart", dataset: { chart: config.key } },
+      h("figcaption", {}, h("span", { class: "title" }, config.title), this.readout), this.legend, this.body);
+    this.set(config);
     this.#listen();
     this.resize = new ResizeObserver(() => this.draw());
     this.resize.observe(this.body);
-    this.#say(null);
+  }
+
+  /** Show other data, or another range, in the same place: a pointer or the focus stays where it is. */
+  set({ key, title, series, domain, stages = [], log = false, stack = false, points = false, total = false, format = number, bus, onPick, onZoom }) {
+    Object.assign(this, { key, title, domain, stages, log, stack, points, total, format, bus, onPick, onZoom });
+    this.series = stack ? stacked(series) : series;
+    this.top = EDGE.top + (stages.length > 1 ? STAGE_NAMES_PX : 0);
+    this.canvas.setAttribute("aria-label", this.#summary());
+    this.legend.replaceChildren(...this.#legend());
+    this.draw();
+    this.#say(this.hover ?? null);
   }
 
   destroy() {
@@ -41,8 +50,7 @@ export class Chart {
   #legend() {
     const shown = this.series.filter((one) => one.legend !== false);
     const labels = shown.length > 1 ? shown : [];
-    return h("div", { class: "legend" }, labels.map((one) =>
-      h("span", { class: `key ${one.color}${one.dash ? " dash" : ""}` }, h("i"), spelled(one.label))));
+    return labels.map((one) => h("span", { class: `key ${one.color}${one.dash ? " dash" : ""}` }, h("i"), spelled(one.label)));
   }
 
   draw() {
@@ -165,6 +173,7 @@ export class Chart {
   }
 
   #say(hover) {
+    this.hover = hover;
     this.at = hover?.x ?? null;
     const found = hover ? this.#valuesAt(hover.x) : [];
     const main = hover ? found[this.total ? found.length - 1 : 0] : this.#last();

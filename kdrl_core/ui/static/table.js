@@ -150,6 +150,7 @@ export class VirtualTable {
     for (let index = start; index < end; index++) drawn.push(this.#row(index));
     this.rows.style.setProperty("transform", `translateY(${(start - this.first) * ROW_PX}px)`);
     this.rows.replaceChildren(...drawn);
+    this.element.setAttribute("aria-activedescendant", `row-${this.marked}`);
     this.#want(start, end);
   }
 
@@ -157,7 +158,7 @@ export class VirtualTable {
     const row = this.rowAt(index);
     const cells = row ? this.columns.map((one) => h("div", { class: `cell${one.end ? " end" : ""} of-${one.key}`, role: "gridcell" }, one.cell(row))) : [];
     return h("div", { class: `row${row ? "" : " waiting"}`, role: "row", "aria-rowindex": index + 2,
-      "aria-selected": String(index === this.marked), dataset: { index } }, cells);
+      id: `row-${index}`, "aria-selected": String(index === this.marked), dataset: { index } }, cells);
   }
 
   /** Ask for the pages in sight once the scrolling rests for a moment. */

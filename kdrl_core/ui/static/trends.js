@@ -14,29 +14,36 @@ export async function trendsView(container, params, context) {
   let charts = [], rows = await loadSteps(context.revision);
   const controls = h("div", { class: "controls" });
   const grid = h("div", { class: "charts" });
+  const bus = new EventTarget();
   const notes = h("p", { class: "soft notes" });
   container.append(h("h1", {}, "Trends"), controls, grid, notes);
 
   const set = (changes) => go("trends", changed(params, changes));
 
   function draw() {
-    charts.forEach((chart) => chart.destroy());
     const plan = planOf(rows, params, context.runs);
+    const focused = [...controls.querySelectorAll("button, select")].indexOf(document.activeElement);
     controls.replaceChildren(...controlsOf(plan));
+    if (focused >= 0) controls.querySelectorAll("button, select")[focused]?.focus();
     const [first, last] = plan.domain;
-    const bus = new EventTarget();
     const missing = [];
     const panels = [...PANELS, ...(params.has("more") ? otherPanels(plan.rows) : [])];
-    charts = panels.flatMap((panel) => {
+    const wanted = panels.flatMap((panel) => {
       const made = seriesOf(panel, plan).filter(({ series }) => series.length);
       if (!made.length) missing.push(panel.title.split(":")[0].split(",")[0]);
-      return made.map(({ title, series }) => new Chart({
+      return made.map(({ title, series }) => ({
         ...panel, title, series, domain: [first, last], stages: plan.stages, stack: Boolean(panel.mix), bus,
         onPick: ({ run, stage, step }) => go("rollouts", { run, stage, step_min: step, step_max: step }),
         onZoom: (from, to) => set({ from, to }),
       }));
     });
-    grid.replaceChildren(...charts.map((chart) => chart.element));
+    if (wanted.length === charts.length && wanted.every(({ key, title }, i) => key === charts[i].key && title === charts[i].title))
+      charts.forEach((chart, i) => chart.set(wanted[i]));
+    else {
+      charts.forEach((chart) => chart.destroy());
+      charts = wanted.map((config) => new Chart(config));
+      grid.replaceChildren(...charts.map((chart) => chart.element));
+    }
     notes.textContent = rows.length ? `Click a point to see its step; drag to zoom.${missing.length ? ` Not recorded: ${missing.join(", ")}.` : ""}`
       : "No step is finished yet; this page fills as steps are published.";
   }

@@ -128,11 +128,13 @@ def test_pages_follow_a_run_that_goes_on(visit: Visit, tmp_path: Path) -> None:
     page = visit(root, clock=True)
     page.wait_for_selector("[data-chart=reward] circle.point")  # a line of one step is a point
     assert page.inner_text(".live") == ""
+    page.hover("[data-chart=reward] .plot-body")
     with run_lock(root / "run.lock"):
         handmade.write_step(root, "stage1", 1, [{"reward": 0.0, "verdict": "wrong"}] * 4)
         page.clock.fast_forward(5000)
         page.wait_for_selector("[data-chart=reward] path.line[d*=L]")  # without anybody's doing
         page.wait_for_selector(".live.on >> text=going: going on")
+        assert page.get_attribute("[data-chart=reward] .cross", "visibility") == "visible"  # the pointer is still there
     page.keyboard.press("r")
     page.wait_for_selector("text=8 rollouts")
     handmade.write_step(root, "stage1", 2, [{}])
@@ -160,3 +162,20 @@ def test_without_a_server_the_page_says_so(visit: Visit, hostile: Path) -> None:
     page.keyboard.type("x")
     page.keyboard.press("Enter")
     page.wait_for_selector("text=kdrl ui does not answer")
+
+
+def test_a_run_that_has_only_begun(visit: Visit, tmp_path: Path) -> None:
+    root = tmp_path / "begun"
+    (root / "rollouts").mkdir(parents=True)
+    page = visit(root, clock=True)
+    page.wait_for_selector("text=No step is finished yet")
+    page.keyboard.press("r")
+    page.wait_for_selector("text=No rollout fits these filters.")
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.keyboard.press("c")
+    page.wait_for_selector("text=there is nothing to compare")
+    page.keyboard.press("t")
+    handmade.write_step(root, "stage1", 0, [{}])
+    page.clock.fast_forward(5000)
+    page.wait_for_selector("[data-chart=reward] circle.point")
