@@ -15,12 +15,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from kdrl_core.errors import DamagedArtifactError, DataError
+from kdrl_core.errors import DataError
 from kdrl_core.rollouts.index_rows import INDEX
 from kdrl_core.rollouts.record import PARTS, TIMINGS
 from kdrl_core.rollouts.views import (
@@ -45,8 +46,13 @@ _CONFINED: dict[str, str | bool | int | float | list[str]] = {
     "preserve_insertion_order": False,
     "memory_limit": _MEMORY,
 }
-FILE_ERRORS = (duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException)
-"""What DuckDB raises of a file that changed below it."""
+FILE_ERRORS = (
+    duckdb.IOException,
+    duckdb.InvalidInputException,
+    duckdb.SerializationException,
+    duckdb.PermissionException,
+)
+"""What DuckDB raises of a file that changed below it: of one that is gone, that it may not look for it elsewhere."""
 
 
 class Database:
@@ -75,9 +81,9 @@ class Database:
 
         Raises:
             DataError: it is not one SELECT, or DuckDB cannot answer it: its message says why.
-            DamagedArtifactError: a file changed since the runs were looked at.
+            FILE_ERRORS: a file changed since the runs were looked at.
         """
-        with _told():
+        with self._told():
             self._require_select(query)
             with self._lock:
                 parts = frozenset(self._parts_of(query))
@@ -98,10 +104,7 @@ class Database:
     def _open(self) -> duckdb.DuckDBPyConnection:
         """A database of its own that reads the runs' files alone."""
         connection = duckdb.connect(":memory:", config={**_CONFINED, "temp_directory": self._spill.name})
-        files = [file for run in self._runs for file in run.index.files]
-        for run in self._runs:
-            files += [run.index.path(step, part) for step in run.index.steps for part in step.bulky]
-        connection.execute(f"set allowed_paths = [{', '.join(map(quoted, files))}]")
+        connection.execute(f"set allowed_paths = [{', '.join(map(quoted, self._files()))}]")
         connection.execute("set enable_external_access = false")
         connection.execute("set lock_configuration = true")
         connection.execute(f"create view indexed as {index_sql(self._runs)}")
@@ -116,6 +119,25 @@ class Database:
         for statement in user_views(parts):
             connection.execute(statement)
         return connection
+
+    def _files(self) -> list[Path]:
+        """All that may be read."""
+        files = [file for run in self._runs for file in run.index.files]
+        for run in self._runs:
+            files += [run.index.path(step, part) for step in run.index.steps for part in step.bulky]
+        return files
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """DuckDB's errors as DataErrors with its message, but for those of the runs' own files."""
+        try:
+            yield
+        except duckdb.CatalogException as error:
+            raise DataError(f"the query failed: {error}\nThe views are rollouts, steps and prompts") from None
+        except duckdb.Error as error:
+            if isinstance(error, FILE_ERRORS) and any(str(file) in str(error) for file in self._files()):
+                raise
+            raise DataError(f"the query failed: {error}") from None
 
     def _require_select(self, query: str) -> None:
         statements = self._plans().extract_statements(query)
@@ -200,17 +222,3 @@ def _bulky_scans(node: Any) -> Iterator[str]:
             yield part
     for child in node.get("children", []):
         yield from _bulky_scans(child)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """DuckDB's errors as DataErrors with its message."""
-    try:
-        yield
-    except duckdb.IOException as error:
-        problem = f"a file of the runs cannot be read: {str(error).splitlines()[0]}"
-        raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
-    except duckdb.CatalogException as error:
-        raise DataError(f"the query failed: {error}\nThe views are rollouts, steps and prompts") from None
-    except duckdb.Error as error:
-        raise DataError(f"the query failed: {error}") from None

@@ -15,6 +15,7 @@ once the second waits, and then finds the work done.
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -45,6 +46,8 @@ _JOINED = 16
 _MAX_ROWS = 2**18
 _ROWS_PER_GROUP = 2**14
 _KEPT_FOR_S = 600.0
+_SEGMENT = re.compile(r"segment-[0-9a-f]{16}\.parquet")
+_FOLDER = re.compile(r"rollouts/stage=[A-Za-z0-9._-]+/step=\d{6,9}")
 _PATIENCE_S = 300.0
 
 Progress = Callable[[int, int], None]
@@ -104,6 +107,12 @@ class RunIndex:
         taken = RunIndex(self.root)
         taken.folder, taken.segments, taken.missing = self.folder, list(self.segments), self.missing
         return taken
+
+    def discard(self) -> None:
+        """Forget the index, to be made anew by the next refresh: it is not what it was."""
+        with suppress(OSError):
+            (self.folder / "catalog.json").unlink()
+        self.segments = []
 
     def refresh(self, progress: Progress | None = None) -> bool:
         """Bring the index up to what the run has on disk; True if anything changed. Reads little if nothing did."""
@@ -165,8 +174,12 @@ class RunIndex:
 
 def _places(root: Path) -> list[Path]:
     """Where the index of a run may lie, best first."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / ".index", cache / "kdrl" / "index" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]]
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
+    places = [root / ".index"]
+    with suppress(RuntimeError):  # somebody without a home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        places.append(cache / "kdrl" / "index" / name)
+    return places
 
 
 def _read_catalog(folder: Path) -> list[Segment]:
@@ -175,12 +188,17 @@ def _read_catalog(folder: Path) -> list[Segment]:
         content = json.loads((folder / "catalog.json").read_bytes())
         if content["version"] != _VERSION:
             return []
-        return [_segment(one) for one in content["segments"] if _has_size(folder / one["file"], one["size"])]
+        segments = [_segment(one) for one in content["segments"]]
+        return [one for one in segments if _has_size(folder / one.file, one.size)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
 
 
 def _segment(content: dict[str, Any]) -> Segment:
+    """A segment as the catalog has it. Raises ValueError if it names a file elsewhere: a run may be somebody else's."""
+    folders = [step["folder"] for step in content["steps"]]
+    if not _SEGMENT.fullmatch(content["file"]) or not all(map(_FOLDER.fullmatch, folders)):
+        raise ValueError("a path that leads elsewhere")
     steps = [IndexedStep(**step) for step in content["steps"]]
     for step in steps:
         step.stamps = {part: (stamp[0], stamp[1]) for part, stamp in step.stamps.items()}

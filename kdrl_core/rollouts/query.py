@@ -253,12 +253,7 @@ class RolloutStore:
         Raises:
             DataError: it is not a single SELECT, or DuckDB refuses it; its message says why.
         """
-        try:
-            return _first_rows(self._state.database.select(query), limit)
-        except (DataError, DamagedArtifactError):
-            if not self.refresh():  # no file changed below the query
-                raise
-            return _first_rows(self._state.database.select(query), limit)
+        return self._ask(lambda state: _first_rows(state.database.select(query), limit))
 
     def _records(self, run: str, stage: str, step: int, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:
         state, key = self._state, (run, stage, step)
@@ -279,16 +274,24 @@ class RolloutStore:
             return self._tokens.setdefault((root, stage), TokenReader(root, stage))
 
     def _ask(self, question: Callable[[State], _Answer]) -> _Answer:
-        """Answer from the present state; once more after a refresh if a file changed below it."""
-        try:
-            return question(self._state)
-        except FILE_ERRORS:
-            self.refresh()
+        """Answer from the present state. If a file changed below it, once more after a refresh, and at last after the
+        indexes were made anew."""
+        for remedy in (self.refresh, self._renew):
+            try:
+                return question(self._state)
+            except FILE_ERRORS:
+                remedy()
         try:
             return question(self._state)
         except FILE_ERRORS as error:
             problem = f"a file of the runs cannot be read: {str(error).splitlines()[0]}"
             raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
+
+    def _renew(self) -> None:
+        with self._lock:
+            for run in self._runs:
+                run.index.discard()
+            self.refresh()
 
 
 _HISTORY_SQL = """

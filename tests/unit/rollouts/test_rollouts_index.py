@@ -14,6 +14,7 @@ from rollout_runs import make_run, part_path, publish, step_table, write_step
 from kdrl_core.ledger import Run, open_run, published_below, sweep_temporaries
 from kdrl_core.rollouts import index as index_module
 from kdrl_core.rollouts.index import RunIndex
+from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
 from kdrl_core.rollouts.sources import StepFiles
 from kdrl_core.steps.check import check_run
 
@@ -83,6 +84,8 @@ def test_changed_and_lost_steps_are_told_by_size_and_time(run: Run, read: list[i
         lambda folder: (folder / "catalog.json").unlink(),
         lambda folder: next(folder.glob("segment-*")).unlink(),
         lambda folder: next(folder.glob("segment-*")).write_bytes(b"torn"),
+        lambda folder: replaced(folder / "catalog.json", "segment-", "../../../segment-"),
+        lambda folder: replaced(folder / "catalog.json", "step=000001", "step=000001/../../.."),
     ],
 )
 def test_a_harmed_index_is_made_again(run: Run, read: list[int], harm: Callable[[Path], object]) -> None:
@@ -94,23 +97,49 @@ def test_a_harmed_index_is_made_again(run: Run, read: list[int], harm: Callable[
     assert (sorted(read), rows(index)) == ([0, 1, 2], 18)
 
 
+def replaced(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store: len(store.page().rows),
+        lambda store: store.page(RolloutFilter(text="number")).total,
+        lambda store: store.sql("from rollouts").num_rows,
+    ],
+)
+def test_a_segment_that_lost_its_bytes_is_made_again(
+    run: Run, read: list[int], ask: Callable[[RolloutStore], int]
+) -> None:
+    RunIndex(run.paths.root).refresh()
+    (segment,) = (run.paths.root / ".index").glob("segment-*")
+    segment.write_bytes(bytes(segment.stat().st_size))  # as a crash of the machine leaves it
+    read.clear()
+    with RolloutStore.open(["small"]) as store:
+        assert ask(store) == 18
+        assert sorted(read) == [0, 1, 2]
+
+
 def test_many_segments_are_joined(run: Run, read: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_JOINED", 4)
     index = RunIndex(run.paths.root)
     index.refresh()
-    for step in range(3, 3 + 16):
+    for step in range(3, 10):
         write_step(run, "stage2", step)
         index.refresh()
-    assert sorted(read) == [*range(19)]
-    assert len(index.files) < 6
-    assert rows(index) == 19 * 6
+    assert sorted(read) == [*range(10)]
+    assert len(index.files) < 5
+    assert rows(index) == 10 * 6
     table = pq.read_table(index.files[0], columns=["step", "row"])
     assert table["step"].to_pylist() == sorted(table["step"].to_pylist())
-    monkeypatch.setattr(index_module, "_MAX_ROWS", 24)
-    for step in range(19, 19 + 16):
+    monkeypatch.setattr(index_module, "_MAX_ROWS", 12)
+    for step in range(10, 18):
         write_step(run, "stage2", step)
         index.refresh()
-    assert rows(index) == 35 * 6
-    assert len(index.files) >= 16 // 4  # none larger than four steps was made of those
+    assert rows(index) == 18 * 6
+    assert len(index.files) >= 8 // 2  # none larger than two steps was made of those
 
 
 def test_what_a_reader_may_still_use_stays_for_a_while(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
