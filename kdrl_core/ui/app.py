@@ -2,6 +2,7 @@
 
 from importlib import resources
 
+import duckdb
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -23,6 +24,7 @@ def create_app(store: RolloutStore, *, look_every_s: float = EVERY_S) -> FastAPI
     app = FastAPI(title="kdrl ui", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard)
     app.add_exception_handler(KdrlError, _known)
+    app.add_exception_handler(duckdb.Error, _database)
     app.add_exception_handler(RequestValidationError, _bad_request)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unknown)
@@ -42,6 +44,11 @@ def _error(status: int, text: str) -> JSONResponse:
 
 def _known(_: Request, error: Exception) -> JSONResponse:
     return _error(404 if isinstance(error, RunError) else 400, str(error))
+
+
+def _database(_: Request, error: Exception) -> JSONResponse:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return _error(503, f"DuckDB: {first}; narrow it down: a run, a stage, some steps, or the order by step")
 
 
 def _bad_request(_: Request, error: Exception) -> JSONResponse:

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 from unit.ui import handmade
 from unit.ui.conftest import GROUP_SIZE
 
+from kdrl_core.errors import RunError
 from kdrl_core.ledger import open_run_dir
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
@@ -158,6 +161,20 @@ def test_a_fault_of_kdrl_itself_shows_no_traceback(client: TestClient, monkeypat
     assert "secret" not in answer.text
 
 
+def test_a_question_that_is_too_much_for_the_database(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        with duckdb.connect(config={"memory_limit": "1MB"}) as small:
+            small.sql("select i from range(10000000) t(i) order by hash(i) limit 9000000").fetchall()
+
+    monkeypatch.setattr(RolloutStore, "page", fail)
+    answer = client.get("/api/rollouts", params={"sort": "length"})
+    assert answer.status_code == 503
+    error = answer.json()["error"]
+    assert error.startswith("DuckDB: Out of Memory Error: ")
+    assert "narrow it down" in error
+    assert "\n" not in error
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1:8741", "localhost:1", "LOCALHOST", "[::1]:8741"])
 def test_loopback_names_are_answered(client: TestClient, host: str) -> None:
     assert client.get("/api/runs", headers={"Host": host}).status_code == 200
@@ -248,6 +265,37 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
         handmade.write_step(root, "stage1", 2, [{}])
         assert patient.look() == 0  # however many pages ask: every two seconds
         assert live.look() == 2
+
+
+def test_a_slow_look_at_the_disk_keeps_no_page_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handmade.write_step(tmp_path / "slow", "stage1", 0, [{}])
+    free, looks = threading.Event(), []
+
+    def refresh(_: RolloutStore) -> bool:
+        looks.append(free.wait(20))
+        return True
+
+    monkeypatch.setattr(RolloutStore, "refresh", refresh)
+    with RolloutStore.open([tmp_path / "slow"]) as store:
+        live = Live(store, every_s=0.0)
+        assert [live.look(), live.look()] == [0, 0]
+        free.set()
+        while live.look() == 0:
+            pass
+        assert all(looks)  # the second call did not start another look beside the first
+
+
+def test_a_run_that_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handmade.write_step(tmp_path / "gone", "stage1", 0, [{}])
+    with RolloutStore.open([tmp_path / "gone"]) as store:
+        client = TestClient(create_app(store, look_every_s=0.0), base_url=HERE)
+
+        def refresh(_: RolloutStore) -> bool:
+            raise RunError("the folder is not there any more")
+
+        monkeypatch.setattr(RolloutStore, "refresh", refresh)
+        answer = client.get("/api/runs")
+        assert (answer.status_code, answer.json()) == (404, {"error": "the folder is not there any more"})
 
 
 def test_many_ask_at_once(client: TestClient) -> None:
