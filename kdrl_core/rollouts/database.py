@@ -26,6 +26,7 @@ from kdrl_core.rollouts.index_rows import INDEX
 from kdrl_core.rollouts.record import PARTS, TIMINGS
 from kdrl_core.rollouts.views import (
     BULKY_PARTS,
+    TIMES,
     IndexedRun,
     identifier,
     index_sql,
@@ -114,7 +115,7 @@ class Database:
         """The views of users, with the bulky columns of `parts`; those of others are null."""
         connection = self._open()
         _add_steps(connection, self._step_rows())
-        for part in sorted(parts):
+        for part in sorted(parts - {TIMES}):
             connection.execute(f"create view {part}_part as {part_sql(self._runs, part)}")
         for statement in user_views(parts):
             connection.execute(statement)
@@ -169,7 +170,7 @@ class Database:
             planner.execute(_one_row("indexed", INDEX.names))
             for part in BULKY_PARTS:
                 planner.execute(_one_row(f"{part}_part", ["stage", "step", "row", *PARTS[part]]))
-            for statement in user_views(BULKY_PARTS):
+            for statement in user_views([*BULKY_PARTS, TIMES]):
                 planner.execute(statement)
             optimizers = [name for (name,) in planner.execute("from duckdb_optimizers()").fetchall()]
             unused = ",".join(name for name in optimizers if name != "unused_columns")
@@ -197,7 +198,7 @@ def _add_steps(connection: duckdb.DuckDBPyConnection, step_rows: pa.Table) -> No
     connection.unregister("given_steps")
     times = ", ".join(map(identifier, TIMINGS.values()))
     connection.execute(
-        f"create table step_times as select run as s_run, stage as s_stage, step as s_step, {times} from step_rows"
+        f"create table {TIMES}_part as select run as s_run, stage as s_stage, step as s_step, {times} from step_rows"
     )
 
 
@@ -206,8 +207,12 @@ def _one_row(table: str, names: Sequence[str]) -> str:
     return f"create table {table} as select null::varchar as run, {columns}"
 
 
+_NEEDED_FOR = {**{part: {*PARTS[part]} for part in BULKY_PARTS}, TIMES: {*TIMINGS.values()}}
+"""Part → the columns that it is joined for."""
+
+
 def _bulky_scans(node: Any) -> Iterator[str]:
-    """Parts of which a plan reads a bulky column."""
+    """Parts of which a plan reads more than the keys."""
     if isinstance(node, list):
         for each in node:
             yield from _bulky_scans(each)
@@ -215,10 +220,10 @@ def _bulky_scans(node: Any) -> Iterator[str]:
     extra = node.get("extra_info", {})
     table = str(extra.get("Table", "")).rpartition(".")[2]
     part = table.removesuffix("_part")
-    if table != part and part in PARTS:
+    if table != part and part in _NEEDED_FOR:
         projected = extra.get("Projections", [])
         named = [projected] if isinstance(projected, str) else projected
-        if set(named) & set(PARTS[part]):
+        if {name.strip('"') for name in named} & _NEEDED_FOR[part]:
             yield part
     for child in node.get("children", []):
         yield from _bulky_scans(child)

@@ -73,7 +73,7 @@ class RunIndex:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.folder = _places(root)[0]
+        self.folder = root / ".index"
         self.segments: list[Segment] = []
         self.missing: list[DamagedFile] = []
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -175,7 +175,7 @@ class RunIndex:
 def _places(root: Path) -> list[Path]:
     """Where the index of a run may lie, best first."""
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
-    places = [root / ".index"]
+    places = [] if (root / ".index").is_symlink() else [root / ".index"]
     with suppress(RuntimeError):  # somebody without a home
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         places.append(cache / "kdrl" / "index" / name)

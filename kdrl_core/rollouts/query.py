@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -174,9 +175,9 @@ class RolloutStore:
                 else:
                     counted = cursor.execute(f"select count(*) from {source} where {condition}", parameters)
                     total = int(counted.fetchall()[0][0])
-                columns = ", ".join(map(identifier, _PAGE_COLUMNS))
-                query = f"select {columns} from {source} where {condition} {order} limit {limit} offset {offset}"
-                rows = cursor.sql(query, params=parameters).to_arrow_table().to_pylist()
+                asked = f"select run, stage, step, row from {source} where {condition} {order}"
+                keys = cursor.sql(f"{asked} limit {limit} offset {offset}", params=parameters).to_arrow_table()
+                rows = _rows_of(cursor, keys)
             return Page(total=total, rows=[{name: finite(value) for name, value in row.items()} for row in rows])
 
         return self._ask(ask)
@@ -300,6 +301,26 @@ _HISTORY_SQL = """
         sum(kl_sum) / nullif(sum(length) filter (kl_sum is not null), 0) as kl_mean, list(verdict) as verdicts
     from rows group by stage, step order by stage, step
 """
+
+
+def _rows_of(cursor: duckdb.DuckDBPyConnection, keys: pa.Table) -> list[dict[str, Any]]:
+    """The rows of some keys, in their order. Only the parts of the index are read in which their steps are: previews
+    are most of it."""
+    if not len(keys):
+        return []
+    cursor.register("wanted", keys)
+    steps = ", ".join(map(str, sorted(set(keys["step"].to_pylist()))))
+    columns = ", ".join(map(identifier, ("row", *_PAGE_COLUMNS)))
+    query = f"select {columns} from indexed join wanted using (run, stage, step, row) where step in ({steps})"
+    of_key = {_key(row): row for row in cursor.sql(query).to_arrow_table().to_pylist()}
+    found = [of_key[_key(key)] for key in keys.to_pylist()]
+    for row in found:
+        del row["row"]
+    return found
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["run"], row["stage"], row["step"], row["row"]
 
 
 def _first_rows(batches: Iterator[pa.RecordBatch], limit: int | None) -> pa.Table:

@@ -22,6 +22,8 @@ _SQL_TYPES = {
     "list<element: float>": "FLOAT[]",
 }
 BULKY_PARTS = tuple(part for part, names in PARTS.items() if names)
+TIMES = "times"
+"""What the views take from `steps`, as if it were a file of each step."""
 _KEYS = ("run", "stage", "step", "row")
 
 PROMPTS: dict[str, str] = {
@@ -76,22 +78,25 @@ def identifier(name: str) -> str:
 def user_views(parts: Collection[str]) -> list[str]:
     """Statements that define the views, with the bulky columns of `parts`; those of others are null.
 
-    There have to be the views `indexed` and `<part>_part`, and the tables `step_rows` and `step_times`.
+    There have to be the views `indexed` and `<part>_part`, and the tables `step_rows` and `times_part`. Each join that
+    a query does without makes it faster by much.
     """
     home = {name: part for part, names in PARTS.items() for name in names}
     columns = []
     for name in RECORD.names:
         if name in TIMINGS:
-            columns.append(f"s.{identifier(TIMINGS[name])} as {name}")
+            given = identifier(TIMINGS[name]) if TIMES in parts else "null::double"
+            columns.append(f"{given} as {name}")
         elif name in BULKY:
             given = f"{home[name]}_part.{name}" if home[name] in parts else f"null::{sql_type(name)}"
             columns.append(f"{given} as {name}")
         else:
             columns.append(f"i.{name}")
     joins = [f"left join {part}_part using (run, stage, step, row)" for part in BULKY_PARTS if part in parts]
+    if TIMES in parts:
+        joins.append(f"left join {TIMES}_part on s_run = i.run and s_stage = i.stage and s_step = i.step")
     return [
-        f"create view rollouts as select {', '.join(columns)} from indexed i "
-        f"left join step_times s on s_run = i.run and s_stage = i.stage and s_step = i.step {' '.join(joins)}",
+        f"create view rollouts as select {', '.join(columns)} from indexed i {' '.join(joins)}",
         "create view steps as select * from step_rows",
         f"create view prompts as {_PROMPTS_SQL}",
     ]

@@ -200,6 +200,17 @@ def test_elsewhere_if_the_run_cannot_hold_it(
     assert not nowhere.folder.is_relative_to(tmp_path / "cache")
 
 
+def test_a_link_in_its_place_is_not_followed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "elsewhere").mkdir()
+    (run.paths.root / ".index").symlink_to(tmp_path / "elsewhere")
+    index = RunIndex(run.paths.root)
+    index.refresh()
+    assert rows(index) == 18
+    assert index.folder.is_relative_to(tmp_path / "cache")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_two_that_look_at_once_do_the_work_once(artifacts: Path) -> None:
     run = make_run(artifacts, "many", steps=12)
     script = (
