@@ -184,7 +184,11 @@ def show(
                     _print_page(found, console, several=len(runs) > 1)
                 if page.total > len(found):
                     shown = f"{offset + 1}–{offset + len(found)}" if len(found) > 1 else f"{offset + 1}"
-                    console.print(f"{shown} of {page.total:,}; --limit, --offset and --sort show others", style="dim")
+                    console.print(
+                        f"{shown} of {page.total:,}; --limit, --offset and --sort show others",
+                        style="dim",
+                        highlight=False,
+                    )
 
 
 def _nothing(store: "RolloutStore") -> str:
@@ -224,7 +228,7 @@ def _print_stage(rows: list[dict[str, Any]], console: PlainConsole, every_step: 
         for part in parts
     ]
     if len(parts) < len(rows):
-        console.print("means over several steps; --all has each alone", style="dim")
+        console.print("means over several steps; --all has each alone", style="dim", highlight=False)
     console.print(table(["step", *(label for label, _ in columns.values())], lines))
     console.print()
 
@@ -313,7 +317,7 @@ def _print_unlikeliest(
     for ratio, place in known[:_UNLIKELIEST]:
         before = "".join(tokens[max(0, place - 6) : place])[-24:]
         rows.append([place, number(ratio, 2), number(teacher[place] - ratio, 2), number(teacher[place], 2)])
-        rows[-1] += [repr(tokens[place]), repr(before)[1:-1]]
+        rows[-1] += [repr(tokens[place]), before.replace("\n", "↵")]
     if not rows:
         return
     names = ["position", "log-ratio", "student", "teacher", "token", "after"]
