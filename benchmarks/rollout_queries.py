@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -80,9 +81,25 @@ print(len(rows[found | rows["prompt"].str.contains(sys.argv[2], case=False, rege
 """
 
 
-def measure(command: Sequence[str | Path], *, times: int = 3) -> tuple[float, float]:
-    """Median seconds and greatest peak memory in MiB of a command in processes of their own."""
-    seconds, peak = [], 0.0
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A command in processes of their own."""
+
+    seconds: float
+    """Median."""
+    cpu_s: float
+    """Median of user and system time: what it takes of a machine that is busy otherwise."""
+    peak_mib: float
+    """Greatest."""
+
+    def cells(self) -> list[str]:
+        """As the table has them."""
+        return [f"{self.seconds:.2f}", f"{self.cpu_s:.2f}", f"{self.peak_mib:,.0f}"]
+
+
+def measure(command: Sequence[str | Path], *, times: int = 3) -> Measured:
+    """Run a command; SystemExit with what it says if it fails."""
+    seconds, cpu, peak = [], [], 0.0
     for _ in range(times):
         started = time.perf_counter()
         process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -91,10 +108,11 @@ def measure(command: Sequence[str | Path], *, times: int = 3) -> tuple[float, fl
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds.append(time.perf_counter() - started)
+        cpu.append(usage.ru_utime + usage.ru_stime)
         peak = max(peak, usage.ru_maxrss / 1024)
         if process.returncode:
             raise SystemExit(f"{command[-2:]} failed:\n{complaint}")
-    return median(seconds), peak
+    return Measured(median(seconds), median(cpu), peak)
 
 
 def queries(run: Path, step: str) -> None:
@@ -112,15 +130,10 @@ def queries(run: Path, step: str) -> None:
         "sql, over all texts": ([*_KDRL, "sql", run, "select avg(len(response)) from rollouts"], None),
         "the UI's first query": ([*python, _FIRST_PAGE, run], None),
     }
-    table = Table("question", "kdrl, s", "MiB", "pandas, s", "MiB ")
+    table = Table("question", "kdrl, s", "CPU s", "MiB", "pandas, s", "CPU s ", "MiB ")
     for name, (ours, theirs) in questions.items():
-        row = [name, *_shown(measure(ours)), *(_shown(measure(theirs, times=1)) if theirs else ["", ""])]
-        table.add_row(*row)
+        table.add_row(name, *measure(ours).cells(), *(measure(theirs, times=1).cells() if theirs else []))
     Console().print(table)
-
-
-def _shown(measured: tuple[float, float]) -> list[str]:
-    return [f"{measured[0]:.2f}", f"{measured[1]:,.0f}"]
 
 
 def _a_prompt(run: Path) -> str:
@@ -133,9 +146,12 @@ def _a_prompt(run: Path) -> str:
 def index(run: Path) -> None:
     """Make the index of the run and say what that costs."""
     shutil.rmtree(run / ".index", ignore_errors=True)
-    seconds, peak = measure([sys.executable, "-c", _FIRST_PAGE, run], times=1)
+    found = measure([sys.executable, "-c", _FIRST_PAGE, run], times=1)
     size = sum(file.stat().st_size for file in (run / ".index").iterdir())
-    print(f"first look, which makes the index: {seconds:.1f} s, peak {peak:,.0f} MiB, {size / 2**20:,.0f} MiB on disk")
+    print(
+        f"first look, which makes the index: {found.seconds:.1f} s ({found.cpu_s:.1f} s of CPU), "
+        f"peak {found.peak_mib:,.0f} MiB, {size / 2**20:,.0f} MiB on disk"
+    )
 
 
 def cost_of_writing(steps: int) -> None:

@@ -157,7 +157,7 @@ def _print(found: "Difference", console: PlainConsole, limit: int, hint: str) ->
     names = ["prompt_id", "Δ reward", "reward", "correct", "usual verdict", "length", "KL", "true answer"]
     console.print(table(names, rows, left=["prompt_id", "usual verdict", "true answer"]))
     if len(shown) < len(found.prompts):
-        console.print(f"{len(shown)} of {len(found.prompts):,}; --limit 0 lists all", style="dim")
+        console.print(f"{len(shown)} of {len(found.prompts):,}; --limit 0 lists all", style="dim", highlight=False)
 
 
 _SIDE_COLUMNS = ["rollouts", "problems", "reward", "length", "clip ratio", "KL"]

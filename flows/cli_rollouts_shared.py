@@ -155,3 +155,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return str(value)
+
+
+def why_nothing(store: "RolloutStore") -> str:
+    """Why there is nothing to show."""
+    infos = store.runs()
+    if not any(info.num_rollouts for info in infos):
+        return f"run {infos[0].name} has no rollouts yet (SFT stages have none); kdrl status says where it stands"
+    stages = "; ".join(
+        f"{info.name}: " + ", ".join(f"{stage} {count} steps" for stage, count in info.num_steps.items())
+        for info in infos
+    )
+    return f"no rollout meets these conditions; there are {stages}"

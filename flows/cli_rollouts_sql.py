@@ -69,7 +69,7 @@ def sql(
                 else:
                     _print_records(rows, console)
                 told = f"first {limit:,} rows; --limit 0 prints all" if is_cut else f"{len(rows):,} rows"
-                console.print(told, style="dim")
+                console.print(told, style="dim", highlight=False)
 
 
 def _print_records(rows: list[dict[str, Any]], console: PlainConsole) -> None:

@@ -18,6 +18,8 @@ from rich.text import Text
 from flows.cli_shared import PlainConsole, out
 from kdrl_core.errors import visible
 
+_PIPED_WIDTH = 160
+"""Characters of a line that is not for a terminal."""
 _GAP = 3
 _LEAST_ROOM = 20
 _BARS = "▁▂▃▄▅▆▇█"
@@ -149,7 +151,10 @@ def log_ratios(record: dict[str, Any]) -> list[float | None] | None:
 @contextmanager
 def paged() -> Iterator[PlainConsole]:
     """A console whose output goes through a pager if it is longer than the terminal, and straight out elsewhere."""
-    if not out.is_terminal or (pager := _pager()) is None:
+    if not out.is_terminal:
+        yield PlainConsole(width=None if "COLUMNS" in os.environ else _PIPED_WIDTH)
+        return
+    if (pager := _pager()) is None:
         yield out
         return
     buffer = io.StringIO()

@@ -13,59 +13,38 @@ once the second waits, and then finds the work done.
 """
 
 import hashlib
-import json
 import os
-import re
-import secrets
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from kdrl_core.errors import StorageError
-from kdrl_core.ledger import replace_file
-from kdrl_core.rollouts.index_rows import INDEX, IndexedStep, index_step
-from kdrl_core.rollouts.record import RECORD_VERSION
+from kdrl_core.rollouts.index_files import (
+    CATALOG,
+    Segment,
+    joined,
+    read_catalog,
+    save_catalog,
+    still_true,
+    sweep,
+    waiting,
+    write_segment,
+)
+from kdrl_core.rollouts.index_rows import IndexedStep, index_step
 from kdrl_core.rollouts.sources import DamagedFile, StepFiles, scan
 from kdrl_core.rollouts.summary import summarize_steps
 
-_VERSION = f"1.{RECORD_VERSION}"
 _STEPS_AT_ONCE = 64
 """Steps that are read before they are written: what a build that is interrupted loses."""
 _JOINED = 16
 """As many neighbouring segments of like size are joined to one, so that there are few, and each row is moved rarely."""
-_MAX_ROWS = 2**18
-_ROWS_PER_GROUP = 2**14
-_KEPT_FOR_S = 600.0
-_SEGMENT = re.compile(r"segment-[0-9a-f]{16}\.parquet")
-_FOLDER = re.compile(r"rollouts/stage=[A-Za-z0-9._-]+/step=\d{6,9}")
-_PATIENCE_S = 300.0
 
 Progress = Callable[[int, int], None]
 """Called with how many steps have been read, and of how many."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Segment:
-    """One file of the index."""
-
-    file: str
-    size: int
-    steps: list[IndexedStep]
-
-    @property
-    def num_rows(self) -> int:
-        """Rollouts in it."""
-        return sum(step.num_rows for step in self.steps)
 
 
 class RunIndex:
@@ -111,15 +90,18 @@ class RunIndex:
     def discard(self) -> None:
         """Forget the index, to be made anew by the next refresh: it is not what it was."""
         with suppress(OSError):
-            (self.folder / "catalog.json").unlink()
+            (self.folder / CATALOG).unlink()
         self.segments = []
 
     def refresh(self, progress: Progress | None = None) -> bool:
         """Bring the index up to what the run has on disk; True if anything changed. Reads little if nothing did."""
         before = [segment.file for segment in self.segments]
         found, self.missing = scan(self.root)
+        if not found:
+            self.segments = []
+            return bool(before)
         for folder in _places(self.root):
-            segments = _read_catalog(folder)
+            segments = read_catalog(folder)
             if segments and _is_current(segments, found):
                 self.folder, self.segments = folder, segments
                 return before != [segment.file for segment in segments]
@@ -138,9 +120,9 @@ class RunIndex:
         self._build_in(Path(self._temporary.name), found, progress)
 
     def _build_in(self, folder: Path, found: list[StepFiles], progress: Progress | None) -> None:
-        with _waiting(folder / "lock"):
+        with waiting(folder / "lock"):
             self.folder = folder
-            self.segments = [kept for old in _read_catalog(folder) if (kept := _still_true(folder, old, found))]
+            self.segments = [kept for old in read_catalog(folder) if (kept := still_true(folder, old, found))]
             known = {step.key for segment in self.segments for step in segment.steps}
             todo = [step for step in found if step.key not in known]
             done = 0
@@ -148,13 +130,13 @@ class RunIndex:
                 progress(0, len(todo))
             for batch in _batches(todo):
                 self.segments.append(_read_steps(folder, batch))
-                self._save()
+                save_catalog(folder, self.segments)
                 done += len(batch)
                 if progress is not None:
                     progress(done, len(todo))
             self._join()
-            self._save()
-            _sweep(folder, {segment.file for segment in self.segments})
+            save_catalog(folder, self.segments)
+            sweep(folder, {segment.file for segment in self.segments})
 
     def _join(self) -> None:
         """Join neighbours where `_JOINED` are of like size, as far as a file does not become too large for memory."""
@@ -164,12 +146,8 @@ class RunIndex:
             small = [number for number, one in enumerate(self.segments) if len(one.steps) < size]
             for start, stop in reversed(_consecutive(small)):
                 if stop - start >= _JOINED:
-                    self.segments[start:stop] = _joined(self.folder, self.segments[start:stop])
+                    self.segments[start:stop] = joined(self.folder, self.segments[start:stop])
             size *= _JOINED
-
-    def _save(self) -> None:
-        content = {"version": _VERSION, "segments": [asdict(segment) for segment in self.segments]}
-        replace_file(self.folder / "catalog.json", json.dumps(content, separators=(",", ":")).encode())
 
 
 def _places(root: Path) -> list[Path]:
@@ -182,57 +160,9 @@ def _places(root: Path) -> list[Path]:
     return places
 
 
-def _read_catalog(folder: Path) -> list[Segment]:
-    """The segments that are there; none if the catalog cannot be read, or is of another version."""
-    try:
-        content = json.loads((folder / "catalog.json").read_bytes())
-        if content["version"] != _VERSION:
-            return []
-        segments = [_segment(one) for one in content["segments"]]
-        return [one for one in segments if _has_size(folder / one.file, one.size)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
-
-
-def _segment(content: dict[str, Any]) -> Segment:
-    """A segment as the catalog has it. Raises ValueError if it names a file elsewhere: a run may be somebody else's."""
-    folders = [step["folder"] for step in content["steps"]]
-    if not _SEGMENT.fullmatch(content["file"]) or not all(map(_FOLDER.fullmatch, folders)):
-        raise ValueError("a path that leads elsewhere")
-    steps = [IndexedStep(**step) for step in content["steps"]]
-    for step in steps:
-        step.stamps = {part: (stamp[0], stamp[1]) for part, stamp in step.stamps.items()}
-    return Segment(file=content["file"], size=content["size"], steps=steps)
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
-
-
 def _is_current(segments: list[Segment], found: list[StepFiles]) -> bool:
     known = {step.key: step.stamps for segment in segments for step in segment.steps}
     return known == {step.key: step.stamps for step in found}
-
-
-def _still_true(folder: Path, segment: Segment, found: list[StepFiles]) -> Segment | None:
-    """The segment without the steps that are gone or have changed; None if nothing remains."""
-    stamps = {step.key: step.stamps for step in found}
-    kept = [step for step in segment.steps if stamps.get(step.key) == step.stamps]
-    if len(kept) == len(segment.steps):
-        return segment
-    if not kept:
-        return None
-    try:
-        rows = _rows(folder, segment)
-    except (OSError, pa.ArrowException):
-        return None
-    lost = {step.key for step in segment.steps} - {step.key for step in kept}
-    for stage, step in lost:
-        rows = rows.filter(pc.invert(pc.and_(pc.equal(rows["stage"], stage), pc.equal(rows["step"], step))))
-    return _write(folder, kept, rows)
 
 
 def _batches(todo: Sequence[StepFiles]) -> Iterator[Sequence[StepFiles]]:
@@ -255,35 +185,7 @@ def _read_steps(folder: Path, batch: Sequence[StepFiles]) -> Segment:
     summaries = summarize_steps(table)
     for step, _ in read:
         step.summary = summaries.get(step.key, {})
-    return _write(folder, [step for step, _ in read], table)
-
-
-def _rows(folder: Path, segment: Segment) -> pa.Table:
-    return pq.ParquetFile(folder / segment.file).read()
-
-
-def _write(folder: Path, steps: list[IndexedStep], table: pa.Table) -> Segment:
-    path = folder / f"segment-{secrets.token_hex(8)}.parquet"
-    replace_file(path, lambda file: pq.write_table(table, file, compression="zstd", row_group_size=_ROWS_PER_GROUP))
-    return Segment(file=path.name, size=path.stat().st_size, steps=steps)
-
-
-def _joined(folder: Path, segments: Sequence[Segment]) -> list[Segment]:
-    """The same rows in as few segments as their greatest size allows."""
-    groups: list[list[Segment]] = []
-    for segment in segments:
-        if groups and sum(one.num_rows for one in groups[-1]) + segment.num_rows <= _MAX_ROWS:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
-    made = []
-    for group in groups:
-        if len(group) == 1:
-            made += group
-        else:
-            table = pa.concat_tables([_rows(folder, segment) for segment in group])
-            made.append(_write(folder, [step for segment in group for step in segment.steps], table))
-    return made
+    return write_segment(folder, [step for step, _ in read], table)
 
 
 def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
@@ -295,29 +197,3 @@ def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
         else:
             runs.append((number, number + 1))
     return runs
-
-
-def _sweep(folder: Path, kept: set[str]) -> None:
-    """Delete segments that no catalog has had for a while."""
-    for path in folder.glob("*segment-*.parquet*"):
-        with suppress(OSError):
-            if path.name not in kept and time.time() - path.stat().st_mtime > _KEPT_FOR_S:
-                path.unlink()
-
-
-@contextmanager
-def _waiting(path: Path) -> Iterator[None]:
-    """Hold the lock of the index. Who waits too long goes on without: at worst the same is read twice."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=_PATIENCE_S)
-    except Timeout:
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-__all__ = ["INDEX", "Progress", "RunIndex", "Segment"]

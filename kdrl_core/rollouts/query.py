@@ -25,6 +25,7 @@ from kdrl_core.rollouts.record import RECORD
 from kdrl_core.rollouts.sources import DamagedFile, find_run
 from kdrl_core.rollouts.state import Key, State
 from kdrl_core.rollouts.step_records import as_records, step_table
+from kdrl_core.rollouts.steps import metrics_stamps
 from kdrl_core.rollouts.summary import finite
 from kdrl_core.rollouts.tokens import TokenReader
 from kdrl_core.rollouts.views import IndexedRun, identifier
@@ -111,12 +112,10 @@ class RolloutStore:
         """Look for what was published since; True if there is anything new."""
         with self._lock:
             changed = [run.index.refresh(progress) for run in self._runs]
-            state = State(self._runs)
-            if not any(changed) and state.steps == self._state.steps:
-                state.database.close()
+            if not any(changed) and metrics_stamps(self._runs) == self._state.metrics_stamps:
                 return False
             self._retired.append(self._state)
-            self._state = state
+            self._state = State(self._runs)
             for old in self._retired[:-2]:  # who asked before may still be reading
                 old.database.close()
             del self._retired[:-2]

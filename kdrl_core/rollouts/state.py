@@ -15,7 +15,7 @@ from kdrl_core.rollouts.database import Database
 from kdrl_core.rollouts.filters import RolloutFilter
 from kdrl_core.rollouts.index_rows import IndexedStep
 from kdrl_core.rollouts.sources import StepFiles
-from kdrl_core.rollouts.steps import step_rows, steps_table
+from kdrl_core.rollouts.steps import metrics_stamps, step_rows, steps_table
 from kdrl_core.rollouts.views import IndexedRun, files_sql
 
 Key = tuple[str, str, int]
@@ -28,8 +28,13 @@ class State:
 
     def __init__(self, runs: Sequence[IndexedRun]) -> None:
         self.runs = [IndexedRun(run.name, run.index.snapshot()) for run in runs]
+        self.metrics_stamps = metrics_stamps(self.runs)
+        """Of the files that the numbers are from, beside the index."""
         self.steps = step_rows(self.runs)
         """Every step in numbers."""
+        self._metrics: dict[Key, dict[str, Any]] = {
+            (row["run"], row["stage"], row["step"]): row["metrics"] for row in self.steps
+        }
         self.database = Database(self.runs, partial(steps_table, self.steps))
         self._indexed = {(run.name, *step.key): step for run in self.runs for step in run.index.steps}
         self._searches: OrderedDict[tuple[Any, ...], pa.Table] = OrderedDict()
@@ -54,9 +59,7 @@ class State:
 
     def metrics(self, key: Key) -> dict[str, Any]:
         """Metrics and timings of a step."""
-        of_step = (row["metrics"] for row in self.steps if (row["run"], row["stage"], row["step"]) == key)
-        found: dict[str, Any] = next(of_step, {})
-        return found
+        return self._metrics.get(key, {})
 
     def source(self, cursor: duckdb.DuckDBPyConnection, where: RolloutFilter) -> str:
         """What to select from for `where`: the index, less the rows that do not have its text."""

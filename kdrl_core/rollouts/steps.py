@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,17 @@ _COUNTS = ("step", "num_rollouts", "num_groups", "num_groups_all_wrong", "num_gr
 def step_rows(runs: Sequence[IndexedRun]) -> list[dict[str, Any]]:
     """Every step with rollouts, by run, stage and step, with the stage's metrics and timings under `metrics`."""
     return [row for run in runs for row in _rows_of_run(run)]
+
+
+def metrics_stamps(runs: Sequence[IndexedRun]) -> dict[Path, tuple[int, int]]:
+    """Size and mtime of the files with the metrics and timings of runs."""
+    stamps = {}
+    for run in runs:
+        for path in run.index.root.glob("metrics/stage=*/*.parquet"):
+            with suppress(OSError):
+                status = path.stat()
+                stamps[path] = (status.st_size, status.st_mtime_ns)
+    return stamps
 
 
 def steps_table(rows: Sequence[dict[str, Any]]) -> pa.Table:

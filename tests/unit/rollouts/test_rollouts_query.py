@@ -206,6 +206,21 @@ def test_a_run_that_goes_on(store: RolloutStore, run: Run) -> None:
     assert store.sql("select count(*) n, count(teacher_logprobs) t from rollouts").to_pylist() == [{"n": 24, "t": 24}]
 
 
+def test_metrics_that_come_later_are_news(run: Run) -> None:
+    path = run.paths.metrics("stage2")
+    content = path.read_bytes()
+    path.unlink()
+    with RolloutStore.open(["small"]) as store:
+        assert store.steps()[0]["entropy"] is None
+        path.write_bytes(content)
+        assert store.refresh()
+        assert not store.refresh()
+        assert store.steps()[0]["entropy"] == 0.5
+        path.write_bytes(b"torn")  # kdrl resume writes them anew
+        assert store.refresh()
+        assert store.steps()[0]["metrics"] == {"time/rollout_s": 2.5, "time/update_s": 1.5}
+
+
 def test_grpo_has_no_teacher(artifacts: Path) -> None:
     run = make_run(artifacts, "grpo", steps=0)
     nothing = {name: pa.nulls(NUM_ROWS, pa.float32()) for name in ("kl_sum", "kl_mean", "log_ratio_sum")}

@@ -125,6 +125,7 @@ ATTACKS = [
     "reset lock_configuration",
     "call enable_logging('QueryLog', storage = 'file', storage_path = '{folder}/made')",
     "select * from enable_logging('QueryLog', storage = 'file', storage_path = '{folder}/made')",
+    "select * from enable_logging('QueryLog')",
     "select * from secret_of_this_process",
     "select getenv('HOME')",
     "create table t as select 1",
