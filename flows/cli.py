@@ -17,9 +17,11 @@ from flows.cli_label import label
 from flows.cli_plan import plan
 from flows.cli_recover import recover
 from flows.cli_report import report
+from flows.cli_rollouts import app as rollouts_app
 from flows.cli_serve import serve
 from flows.cli_shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli_sweep import app as sweep_app
+from flows.cli_ui import ui
 from flows.cli_verify import verify_command
 from kdrl_core.errors import RunError
 
@@ -170,7 +172,9 @@ app.command()(bake_teacher)
 app.command()(serve)
 app.command()(plan)
 app.command()(report)
+app.command()(ui)
 app.add_typer(sweep_app, name="sweep")
+app.add_typer(rollouts_app, name="rollouts")
 
 
 def _status_of(name: str) -> dict[str, Any]:
