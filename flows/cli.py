@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_STATUS_COLUMNS = ["run", "state", "progress", "reward", "alarms", "started"]
+_STATUS_COLUMNS = ["run", "state", "progress", "reward", "started"]
 
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")
@@ -192,7 +192,7 @@ def print_summary(opened: Any, console: Console = out) -> None:
     for table in tables_of(summary):
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
         for position, cell in enumerate(table.header):
-            shown.add_column(cell, justify="left" if position < table.num_text else "right", overflow="fold")
+            shown.add_column(cell, justify="left" if position == 0 else "right")
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
@@ -232,8 +232,7 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     for position, column in enumerate(columns):
         table.add_column(column, no_wrap=position == 0)
     for row in rows:
-        started = str(row.get("started") or "")[:16].replace("T", " ")
-        shown = {**row, "started": started, "alarms": len(row.get("alarms") or ()) or None}
+        shown = {**row, "started": str(row.get("started") or "")[:16].replace("T", " ")}
         table.add_row(*("" if shown.get(column) is None else str(shown[column]) for column in columns))
     out.print(table)
 

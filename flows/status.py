@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from kdrl_core.alarms import alarms_of
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, adopted, is_published, lock_holder, open_run
 from kdrl_core.rollouts.metrics import load_metrics
@@ -22,7 +21,6 @@ def named_status(name: str) -> dict[str, Any]:
 def run_status(run: Run) -> dict[str, Any]:
     """Plain values: run, recipe, state, progress, reward, started, steps by stage, parts from other runs."""
     holder = lock_holder(run.paths.lock)
-    rules = run.recipe.alarms
     rows = {stage: load_metrics(run, stage) for stage in run.recipe.stages}
     steps = {stage: found[-1]["step"] + 1 if found else 0 for stage, found in rows.items()}
     last = next((rows[stage][-1] for stage in reversed(run.recipe.stages) if rows[stage]), None)
@@ -38,7 +36,6 @@ def run_status(run: Run) -> dict[str, Any]:
         "state": state,
         "progress": ", ".join(_stage_progress(run, stage, done) for stage, done in steps.items()),
         "reward": None if last is None else _rounded(last.get("reward/mean")),
-        "alarms": [alarm.to_json() for stage, found in rows.items() for alarm in alarms_of(stage, found, rules)],
         "started": run.started_at,
         "steps": steps,
         "checkpoints": {stage: checkpoint_steps(run, stage) for stage in run.recipe.stages},

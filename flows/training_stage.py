@@ -9,7 +9,6 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import hooks, shown
-from flows.alarms import raise_alarms
 from flows.periodic import evaluate_if_due
 from flows.run_dir import open_own_run
 from kdrl_core.errors import RunError
@@ -49,7 +48,6 @@ def training_stage(run_dir: str, stage: str) -> None:
             # Results, not futures: Prefect would ask the server for the state of each future, 15 ms a time.
             summary = update(run_dir, stage, step, scored.result(), verdicts.result())
             progress.step(summary)
-            raise_alarms(run, stage, summary)
             evaluate_if_due(run, stage, step + 1, progress)
             track(run)
         close_sessions()

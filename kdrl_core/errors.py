@@ -78,9 +78,5 @@ class EngineError(KdrlError, RuntimeError):
     """A rollout engine, scorer or trainer failed or produced unusable numbers."""
 
 
-class AlarmError(KdrlError, RuntimeError):
-    """An alarm of the recipe has stopped a stage; nothing is lost, and `kdrl resume` goes on."""
-
-
 class VerificationError(KdrlError, RuntimeError):
     """Too many verdicts of a step are timeouts or errors."""

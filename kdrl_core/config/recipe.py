@@ -9,10 +9,7 @@ import re
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
-
-from kdrl_core.config.alarms import AlarmsConfig
-from kdrl_core.config.section import Section as _Section
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Objective = Literal["grpo", "kdrl", "kd_rkl", "reward_shaping", "sft"]
 StageName = Literal["stage1", "stage2"]
@@ -24,6 +21,11 @@ PAPER_BENCHMARKS = ("aime24", "aime25", "math500", "amc23", "minerva_math", "oly
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    # Values are not shown in errors: one may be a key that somebody wrote where it does not belong.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class ModelConfig(_Section):
@@ -450,7 +452,6 @@ class Recipe(_Section):
     vllm: VLLMConfig = VLLMConfig()
     trainer: TrainerConfig = TrainerConfig()
     tracking: TrackingConfig = TrackingConfig()
-    alarms: AlarmsConfig = AlarmsConfig()
 
     def stage(self, name: str) -> StageConfig:
         """The named stage. Raises KeyError if the recipe does not have it."""

@@ -65,16 +65,9 @@ def sft_table(summary: Summary) -> Table:
     return Table(title="SFT by rejection sampling", header=["stage", "samples kept", "problems", "loss"], rows=rows)
 
 
-def alarm_table(summary: Summary) -> Table:
-    """What the recipe's alarms had to say."""
-    rows = [[alarm.rule, f"{alarm.stage} {alarm.step}", alarm.text] for alarm in summary.alarms]
-    return Table(title="Alarms", header=["alarm", "step", "what happened"], rows=rows, num_text=3)
-
-
 def tables_of(summary: Summary) -> list[Table]:
     """The tables that have something to say, in the order in which they are shown."""
-    tables = (accuracy_table(summary), phase_table(summary), sft_table(summary), alarm_table(summary))
-    return [table for table in tables if table.rows]
+    return [table for table in (accuracy_table(summary), phase_table(summary), sft_table(summary)) if table.rows]
 
 
 def _interval(result: dict[str, float] | None) -> str:
