@@ -78,12 +78,6 @@ UPDATE = pa.schema(
             nullable=True,
         ),
         _field("logprobs", pa.list_(pa.float32()), "the trainer's logprob of each token before the update"),
-        _field(
-            "entropies",
-            pa.list_(pa.float32()),
-            "the trainer's entropy at each token before the update under softmax(logits/T), nats; null: SFT",
-            nullable=True,
-        ),
         _field("kl_sum", pa.float32(), "Σ_t of the KL estimate to the teacher", nullable=True),
         _field("kl_mean", pa.float32(), "mean over tokens of the KL estimate to the teacher", nullable=True),
         _field("log_ratio_sum", pa.float32(), "Σ_t R_t = log π_T − log π_θ", nullable=True),

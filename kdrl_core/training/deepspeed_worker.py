@@ -150,21 +150,18 @@ class _Rank:
         learning_rate = float(self._schedule.get_last_lr()[0])
         metrics: list[dict[str, float]] = []
         logprobs: list[Any] = [np.empty(0, np.float32)] * len(work.batch.sequences)
-        entropies = list(logprobs)
         for index in range(len(work.passes)):
-            metrics.append(self._forward_backward(work, index, logprobs, entropies))
+            metrics.append(self._forward_backward(work, index, logprobs))
         grad_norm = self._step_optimizer()
         answer = {"metrics": metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "step": self._step}
-        return answer, {"logprobs": np.concatenate(logprobs), "entropies": np.concatenate(entropies)}
+        return answer, {"logprobs": np.concatenate(logprobs)}
 
-    def _forward_backward(
-        self, work: RankWork, index: int, logprobs: list[Any], entropies: list[Any]
-    ) -> dict[str, float]:
-        """One micro-batch: gradients accumulate in the engine, per-token values in the lists; returns metrics."""
+    def _forward_backward(self, work: RankWork, index: int, logprobs: list[Any]) -> dict[str, float]:
+        """One micro-batch: gradients accumulate in the engine, logprobs in the list; returns metrics."""
         import torch
 
         from kdrl_core.training.batch import pad_sequences
-        from kdrl_core.training.losses import collect, micro_batch_loss, micro_batch_statistics
+        from kdrl_core.training.losses import micro_batch_loss, micro_batch_statistics
 
         batch, rows, engine = work.batch, work.passes[index], self._engine
         is_idle = index >= len(work.passes) - work.num_idle
@@ -173,7 +170,7 @@ class _Rank:
         padded = pad_sequences([batch.sequences[row] for row in rows], device=self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed):
             statistics = micro_batch_statistics(engine, batch, rows, padded)
-        loss, found = micro_batch_loss(statistics, batch, rows, padded, work.totals)
+        loss, found, own = micro_batch_loss(statistics, batch, rows, padded, work.totals)
         metrics = {name: float(value) for name, value in found.items()}
         # The engine takes the mean over ranks, where the loss is a sum.
         scale = 0.0 if is_idle else float(torch.distributed.get_world_size())
@@ -182,8 +179,9 @@ class _Rank:
         engine.backward(loss * scale, scale_wrt_gas=False)
         if is_idle:
             return {}
-        collect(logprobs, statistics.logprobs, rows, padded)
-        collect(entropies, statistics.entropy, rows, padded)
+        mask = padded.response_mask.bool().cpu()
+        for place, row in enumerate(rows):
+            logprobs[row] = own[place].cpu()[mask[place]].numpy()
         return metrics
 
     def _score(self, work: RankWork) -> Answer:

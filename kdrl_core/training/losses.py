@@ -71,7 +71,7 @@ def micro_batch_statistics(
 
 def micro_batch_loss(
     statistics: TokenStatistics, batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch, totals: StepTotals
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """Loss of the responses `rows` of a step, to be back-propagated and summed over micro-batches.
 
     Args:
@@ -82,7 +82,7 @@ def micro_batch_loss(
         totals: `StepTotals.of(batch)`.
 
     Returns:
-        scalar loss; its detached metrics.
+        scalar loss; its detached metrics; logprobs [b, T] detached.
 
     Raises:
         ValueError: as `kdrl_loss` and `sft_loss`.
@@ -91,11 +91,11 @@ def micro_batch_loss(
     device = logprobs.device
     if batch.loss == "sft":
         loss = sft_loss(logprobs, padded.response_mask, total_tokens=totals.tokens)
-        return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}
+        return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}, logprobs.detach()
     group_tokens = None
     if totals.group_tokens is not None:
         group_tokens = torch.tensor([totals.group_tokens[row] for row in rows], device=device)
-    return kdrl_loss(
+    loss, metrics = kdrl_loss(
         logprobs,
         advantages=torch.tensor([batch.advantages[row] for row in rows], device=device),
         teacher_logprobs=_pad_values(batch.teacher_logprobs, rows, padded),
@@ -119,15 +119,7 @@ def micro_batch_loss(
         num_groups=totals.num_groups,
         group_tokens=group_tokens,
     )
-
-
-def collect(into: list[Float32s], values: torch.Tensor | None, rows: Sequence[int], padded: PaddedBatch) -> None:
-    """Put per-token values [b, T] of the responses `rows` into the ragged list of the step, padding left out."""
-    if values is None:
-        return
-    mask, found = padded.response_mask.bool().cpu(), values.detach().cpu()
-    for index, row in enumerate(rows):
-        into[row] = found[index][mask[index]].numpy()
+    return loss, metrics, logprobs.detach()
 
 
 def refuse_not_finite(step: int, metrics: Mapping[str, float], grad_norm: float) -> None:

@@ -69,8 +69,6 @@ class StepStats:
     """Of the loss, over all tokens of the step, and `optim/grad_norm`, `optim/learning_rate`."""
     logprobs: Sequence[Float32s]
     """The trainer's own logprobs of the sampled tokens, before the update."""
-    entropies: Sequence[Float32s] | None = None
-    """Its entropy at each of them under softmax(logits / T), nats; None for the likelihood, which needs none."""
 
 
 class Trainer(Protocol):

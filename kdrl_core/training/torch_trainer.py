@@ -20,13 +20,7 @@ from kdrl_core.errors import RunError
 from kdrl_core.ledger.seeds import derive_seed
 from kdrl_core.training.batch import pad_sequences, token_budget_batches
 from kdrl_core.training.logprobs import LogprobModel
-from kdrl_core.training.losses import (
-    StepTotals,
-    collect,
-    micro_batch_loss,
-    micro_batch_statistics,
-    refuse_not_finite,
-)
+from kdrl_core.training.losses import StepTotals, micro_batch_loss, micro_batch_statistics, refuse_not_finite
 from kdrl_core.training.protocols import STATE_DIR, Float32s, StepStats, UpdateBatch
 from kdrl_core.types import ScoreRequest
 
@@ -94,7 +88,6 @@ class TorchTrainer:
         totals = StepTotals.of(batch)
         metrics: defaultdict[str, float] = defaultdict(float)
         logprobs: list[Float32s] = [np.empty(0, np.float32)] * len(batch.sequences)
-        entropies = list(logprobs)
         self._optimizer.zero_grad(set_to_none=True)
         lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
         for rows in token_budget_batches(lengths, max_tokens=self._micro_batch_tokens):
@@ -103,12 +96,13 @@ class TorchTrainer:
                 self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
             ):
                 statistics = micro_batch_statistics(self._logprobs, batch, rows, padded)
-            loss, micro_metrics = micro_batch_loss(statistics, batch, rows, padded, totals)
+            loss, micro_metrics, micro_logprobs = micro_batch_loss(statistics, batch, rows, padded, totals)
             loss.backward()
             for name, value in micro_metrics.items():
                 metrics[name] += float(value)
-            collect(logprobs, statistics.logprobs, rows, padded)
-            collect(entropies, statistics.entropy, rows, padded)
+            mask = padded.response_mask.bool().cpu()
+            for index, row in enumerate(rows):
+                logprobs[row] = micro_logprobs[index].cpu()[mask[index]].numpy()
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
         refuse_not_finite(self._step, metrics, grad_norm)
         learning_rate = float(self._schedule.get_last_lr()[0])
@@ -116,9 +110,7 @@ class TorchTrainer:
         self._schedule.step()
         self._step += 1
         return StepStats(
-            metrics={**metrics, "optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate},
-            logprobs=logprobs,
-            entropies=None if batch.loss == "sft" else entropies,
+            metrics={**metrics, "optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate}, logprobs=logprobs
         )
 
     @torch.no_grad()

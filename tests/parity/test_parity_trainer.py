@@ -110,23 +110,6 @@ def test_logprobs_are_the_engines(make_trainer: MakeTrainer, batch: UpdateBatch,
     assert largest_gap(stats.logprobs, [torch.tensor(rollout.logprobs) for rollout in rollouts]) < 1e-5
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [60, 700])
-def test_entropies_are_those_of_the_whole_distribution(
-    make_trainer: MakeTrainer, batch: UpdateBatch, micro_batch_tokens: int
-) -> None:
-    trainer, model = make_trainer(micro_batch_tokens=micro_batch_tokens)
-    expected = []
-    with torch.no_grad():
-        for sequence in batch.sequences:
-            table = dense_log_probabilities(model, sequence, TEMPERATURE).double()
-            expected.append(-(table.exp() * table).sum(-1))  # H = −Σ π log π, nats
-    stats = trainer.update(batch)
-    assert stats.entropies is not None
-    assert largest_gap(stats.entropies, expected) < 1e-5
-    # The metric is their mean over the tokens of the step.
-    assert stats.metrics["entropy"] == pytest.approx(float(np.concatenate(stats.entropies).mean()), rel=1e-5)
-
-
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_gradient_is_that_of_the_formula(
     make_trainer: MakeTrainer, batch: UpdateBatch, which: str, request: pytest.FixtureRequest

@@ -142,8 +142,6 @@ def test_kl_follows_from_the_logprobs(finished: Run, step: int) -> None:
     np.testing.assert_allclose(update["kl_mean"], [float((0.5 * r * r).mean()) for r in log_ratio], rtol=1e-4)
     np.testing.assert_allclose(update["log_ratio_sum"], [float(r.sum()) for r in log_ratio], rtol=1e-4, atol=1e-5)
     metrics = load_metrics(finished, "stage2")[step]
-    assert [len(row) for row in update["entropies"]] == [len(row) for row in update["logprobs"]]
-    assert metrics["entropy"] == pytest.approx(float(np.concatenate(update["entropies"]).mean()), rel=1e-4)
     kl = np.concatenate([0.5 * r * r for r in log_ratio])
     assert metrics["kd/kl_unmasked"] == pytest.approx(float(kl.mean()), rel=1e-4)
     assert metrics["kd/kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
