@@ -30,7 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_STATUS_COLUMNS = ["run", "state", "progress", "reward", "started"]
+_STATUS_COLUMNS = ["run", "state", "progress", "reward", "alarms", "started"]
+
+_SHOWN_ALARMS = 10
 
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")
@@ -100,7 +102,7 @@ def status(
         bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")
     ] = False,
 ) -> None:
-    """Show where runs stand: stage, step, reward, who works on them; with RUN its metrics and results."""
+    """Show where runs stand: stage, step, reward, alarms, who works on them; with RUN its alarms, metrics and results."""
     from kdrl_core.ledger import list_runs, open_run
 
     with errors():
@@ -130,6 +132,7 @@ def status(
             out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
         _print_rows([run_status(opened)], _STATUS_COLUMNS)
+        print_alarms(opened)
         print_summary(opened)
 
 
@@ -175,6 +178,28 @@ def _status_of(name: str) -> dict[str, Any]:
     from flows.status import named_status  # costs seconds: only where there is a run
 
     return named_status(name)
+
+
+def print_alarms(opened: Any, console: Console = out) -> None:
+    """Print a line for each alarm that the run has raised, newest last, and the commands that show the newest."""
+    from kdrl_core.alarms import alarms_of, sentence
+
+    raised = alarms_of(opened)
+    for alarm in raised[-_SHOWN_ALARMS:]:
+        style = "bold red" if alarm.severity == "critical" else "yellow"
+        console.print(f"alarm  {sentence(alarm)}", style=style, soft_wrap=True, highlight=False)
+    if raised:
+        earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""
+        console.print(
+            f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}", soft_wrap=True, highlight=False
+        )
+        console.print()
+
+
+def alarm_mark(alarms: list[dict[str, Any]]) -> str:
+    """`3, 1 critical`: how many alarms a run has raised; empty if none."""
+    critical = sum(alarm["severity"] == "critical" for alarm in alarms)
+    return f"{len(alarms)}{f', {critical} critical' if critical else ''}" if alarms else ""
 
 
 def print_summary(opened: Any, console: Console = out) -> None:
@@ -226,7 +251,8 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     for position, column in enumerate(columns):
         table.add_column(column, no_wrap=position == 0)
     for row in rows:
-        shown = {**row, "started": str(row.get("started") or "")[:16].replace("T", " ")}
+        started = str(row.get("started") or "")[:16].replace("T", " ")
+        shown = {**row, "started": started, "alarms": alarm_mark(row.get("alarms") or [])}
         table.add_row(*("" if shown.get(column) is None else str(shown[column]) for column in columns))
     out.print(table)
 

@@ -23,6 +23,7 @@ SAFE_FIELDS = (
     "rollout.sync_tolerance",
     "vllm.*",
     "trainer.*",
+    "alarms.*",
 )
 """Fields that change no published result, so that a run goes on with their new values.
 

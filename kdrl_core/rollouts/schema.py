@@ -84,6 +84,19 @@ UPDATE = pa.schema(
     ]
 )
 
+ALARMS = pa.schema(
+    [
+        _field("step", pa.int64(), "the step whose update raised it"),
+        _field("rule", pa.string(), "name in the recipe's `alarms`"),
+        _field("severity", pa.string(), "warning | critical"),
+        _field("metric", pa.string(), "column of metrics.parquet"),
+        _field("value", pa.float64(), "what was compared: of a fall, the mean over the rule's window; else the metric"),
+        _field("threshold", pa.float64(), "what it was compared with"),
+        _field("since", pa.int64(), "first of the steps in a row that breached the rule"),
+        _field("text", pa.string(), "what happened, in words"),
+    ]
+)
+
 SFT_DATASET = pa.schema(
     [
         *_IDS,
