@@ -71,7 +71,7 @@ def _tell(run: Run, alarms: Iterable[Alarm]) -> None:
                 "step": alarm.step,
                 "rule": alarm.rule,
                 "severity": alarm.severity,
-                "stops": run.recipe.alarms.rules[alarm.rule].stop,
+                "stops": _stops(run, alarm),
                 "metric": alarm.metric,
                 "value": alarm.value,
                 "threshold": alarm.threshold,
@@ -88,10 +88,14 @@ def _tell(run: Run, alarms: Iterable[Alarm]) -> None:
         )
 
 
+def _stops(run: Run, alarm: Alarm) -> bool:
+    rule = run.recipe.alarms.rules.get(alarm.rule)  # None: switched off since
+    return rule is not None and rule.stop
+
+
 def _markdown(run: Run, alarm: Alarm) -> str:
     """What happened, the metric over the last steps, and what to look at."""
     rows = [row for row in load_metrics(run, alarm.stage) if row["step"] <= alarm.step][-_SHOWN_STEPS:]
-    stops = run.recipe.alarms.rules[alarm.rule].stop
     lines = [
         f"# {alarm.severity}: {alarm.rule}",
         f"**{run.name}**, {alarm.stage}, step {alarm.step}: {alarm.text}."
@@ -104,7 +108,7 @@ def _markdown(run: Run, alarm: Alarm) -> str:
                 *(f"| {row['step']} | {row[alarm.metric]:.6g} |" for row in rows if row.get(alarm.metric) is not None),
             ]
         ),
-        alarm.advice,
+        alarm.advice + (" The stage stops here." if _stops(run, alarm) else ""),
         "```\n" + "\n".join(alarm.commands(run.name)) + "\n```",
     ]
     return "\n\n".join(lines)

@@ -102,7 +102,7 @@ def status(
         bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")
     ] = False,
 ) -> None:
-    """Show where runs stand: stage, step, reward, alarms, who works on them; with RUN its alarms, metrics and results."""
+    """Show where runs stand: stage, step, reward, alarms, who works on them; with RUN its metrics and results."""
     from kdrl_core.ledger import list_runs, open_run
 
     with errors():
