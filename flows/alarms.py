@@ -98,8 +98,7 @@ def _markdown(run: Run, alarm: Alarm) -> str:
     rows = [row for row in load_metrics(run, alarm.stage) if row["step"] <= alarm.step][-_SHOWN_STEPS:]
     lines = [
         f"# {alarm.severity}: {alarm.rule}",
-        f"**{run.name}**, {alarm.stage}, step {alarm.step}: {alarm.text}."
-        + (" The stage stops here." if stops else ""),
+        f"**{run.name}**, {alarm.stage}, step {alarm.step}: {alarm.text}.",
         f"Value {alarm.value:.6g}, threshold {alarm.threshold:.6g}, since step {alarm.since}.",
         "\n".join(
             [

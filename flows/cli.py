@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flows.cli_alarms import alarm_mark, print_alarms
 from flows.cli_bake import bake_teacher
 from flows.cli_check import check
 from flows.cli_evaluate import evaluate
@@ -31,8 +32,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _STATUS_COLUMNS = ["run", "state", "progress", "reward", "alarms", "started"]
-
-_SHOWN_ALARMS = 10
 
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")
@@ -178,28 +177,6 @@ def _status_of(name: str) -> dict[str, Any]:
     from flows.status import named_status  # costs seconds: only where there is a run
 
     return named_status(name)
-
-
-def print_alarms(opened: Any, console: Console = out) -> None:
-    """Print a line for each alarm that the run has raised, newest last, and the commands that show the newest."""
-    from kdrl_core.alarms import alarms_of, sentence
-
-    raised = alarms_of(opened)
-    for alarm in raised[-_SHOWN_ALARMS:]:
-        style = "bold red" if alarm.severity == "critical" else "yellow"
-        console.print(f"alarm  {sentence(alarm)}", style=style, soft_wrap=True, highlight=False)
-    if raised:
-        earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""
-        console.print(
-            f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}", soft_wrap=True, highlight=False
-        )
-        console.print()
-
-
-def alarm_mark(alarms: list[dict[str, Any]]) -> str:
-    """`3, 1 critical`: how many alarms a run has raised; empty if none."""
-    critical = sum(alarm["severity"] == "critical" for alarm in alarms)
-    return f"{len(alarms)}{f', {critical} critical' if critical else ''}" if alarms else ""
 
 
 def print_summary(opened: Any, console: Console = out) -> None:
