@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flows.cli_alarms import alarm_mark, print_alarms
 from flows.cli_bake import bake_teacher
 from flows.cli_check import check
 from flows.cli_evaluate import evaluate
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_STATUS_COLUMNS = ["run", "state", "progress", "reward", "started"]
+_STATUS_COLUMNS = ["run", "state", "progress", "reward", "alarms", "started"]
 
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")
@@ -103,7 +104,7 @@ def status(
         bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")
     ] = False,
 ) -> None:
-    """Show where runs stand: stage, step, reward, who works on them; with RUN its metrics and results."""
+    """Show where runs stand: stage, step, reward, alarms, who works on them; with RUN its metrics and results."""
     from kdrl_core.ledger import list_runs, open_run
 
     with errors():
@@ -133,6 +134,7 @@ def status(
             out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
         _print_rows([run_status(opened)], _STATUS_COLUMNS)
+        print_alarms(opened)
         print_summary(opened)
 
 
@@ -232,7 +234,8 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     for position, column in enumerate(columns):
         table.add_column(column, no_wrap=position == 0)
     for row in rows:
-        shown = {**row, "started": str(row.get("started") or "")[:16].replace("T", " ")}
+        started = str(row.get("started") or "")[:16].replace("T", " ")
+        shown = {**row, "started": started, "alarms": alarm_mark(row.get("alarms") or [])}
         table.add_row(*("" if shown.get(column) is None else str(shown[column]) for column in columns))
     out.print(table)
 
