@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,8 +124,10 @@ def combined_lm_eval(found: Sequence[EvaluatedBenchmark]) -> bytes:
     """`lm_eval.json` of several benchmarks of one model as one file."""
     contents = [read_results(each.folder) for each in found]
     settings = contents[0]["settings"]
+    dates = [content["date"] for content in contents if "date" in content]
     merged = {
         "model": contents[0]["model"],
+        **({"date": min(dates)} if dates else {}),
         "seconds": sum(content["seconds"] for content in contents),
         "benchmarks": {name: result for content in contents for name, result in content["benchmarks"].items()},
     }
@@ -211,10 +214,13 @@ def _publish(
 ) -> None:
     table = pa.concat_tables(read_table(shard) for shard in shards)
     recipe = plan.recipe
+    sampled = [verify_published(shard) for shard in shards]
+    took = [float(manifest.metadata["seconds"]) for manifest in sampled]
     content = {
         "label": target.parent.name.rpartition("-")[0],
         "model": target.parent.name,
-        "seconds": sum(float(verify_published(shard).metadata["seconds"]) for shard in shards),
+        "date": datetime.fromisoformat(sampled[0].created_at).timestamp() - took[0],
+        "seconds": sum(took),
         "settings": settings,
         "benchmarks": {benchmark.name: benchmark_result(table, benchmark.samples, seed=recipe.seed)},
     }

@@ -1,9 +1,18 @@
-"""Results in the shape of lm-evaluation-harness 0.4's results file, for the tools that read it."""
+"""Results in the shape of lm-evaluation-harness's results file (as 0.4.13 writes it), for the tools that read it.
 
+Departures: what kdrl does not know or is not is left out (versions of the harness and its libraries, `git_hash`, chat
+template, data set path, `bootstrap_iters`), never made up. `n-samples` counts the problems that were asked, as the
+benchmark's `max_problems` has them, under both of its names.
+"""
+
+import re
 from collections.abc import Mapping
 from typing import Any
 
 LM_EVAL_RESULTS = "lm_eval.json"
+_SOURCE = "kdrl"
+_VERSION = 1.0
+"""Of the tasks: the harness has a float."""
 
 
 def lm_eval_results(content: Mapping[str, Any], *, temperature: float, seed: int) -> dict[str, Any]:
@@ -13,43 +22,79 @@ def lm_eval_results(content: Mapping[str, Any], *, temperature: float, seed: int
     of other kdrl evaluations, not with a harness task of the same name.
 
     Args:
-        content: `model` and `benchmarks` of results.json.
+        content: `model`, `seconds`, `benchmarks` and, where it is known, `date` of results.json.
         temperature: of sampling.
         seed: of the recipe.
     """
     benchmarks: Mapping[str, Any] = content["benchmarks"]
-    return {
-        "results": {name: _metrics(name, found) for name, found in benchmarks.items()},
-        "group_subtasks": {name: [] for name in benchmarks},
-        "configs": {
-            name: {
-                "task": name,
-                "output_type": "generate_until",
-                "num_fewshot": 0,
-                "repeats": found["num_samples"],
-                "generation_kwargs": {"do_sample": temperature > 0.0, "temperature": temperature, "top_p": 1.0},
-            }
-            for name, found in benchmarks.items()
-        },
-        "versions": dict.fromkeys(benchmarks, 1),
-        "n-shot": dict.fromkeys(benchmarks, 0),
-        "higher_is_better": {
-            name: {metric.partition(",")[0]: True for metric in _values(found)} for name, found in benchmarks.items()
-        },
+    model = str(content["model"])
+    figures = {name: _figures(found) for name, found in benchmarks.items()}
+    shaped = {
+        "results": {name: _metrics(name, benchmarks[name]["num_problems"], figures[name]) for name in benchmarks},
+        "group_subtasks": {},
+        "configs": {name: _config(name, benchmarks[name], figures[name], temperature) for name in sorted(benchmarks)},
+        "versions": dict.fromkeys(sorted(benchmarks), _VERSION),
+        "n-shot": dict.fromkeys(sorted(benchmarks), 0),
+        "higher_is_better": {name: dict.fromkeys(figures[name], True) for name in sorted(benchmarks)},
         "n-samples": {
             name: {"original": found["num_problems"], "effective": found["num_problems"]}
             for name, found in benchmarks.items()
         },
-        "config": {"model": "kdrl", "model_args": f"pretrained={content['model']}", "limit": None, "random_seed": seed},
+        "config": {
+            "model": _SOURCE,
+            "model_args": f"pretrained={model}",
+            "batch_size": None,
+            "batch_sizes": [],
+            "device": None,
+            "use_cache": None,
+            "limit": None,
+            "gen_kwargs": None,  # what the command line adds to the tasks' own
+            "random_seed": seed,
+            "numpy_seed": None,
+            "torch_seed": None,
+            "fewshot_seed": None,
+        },
+        "task_hashes": {},  # of logged samples
+        "model_source": _SOURCE,
+        "model_name": model,
+        "model_name_sanitized": re.sub(r'["<>:/|\\?*\[\]]+', "__", model),
+        "system_instruction": None,
+        "system_instruction_sha": None,
+        "fewshot_as_multiturn": None,
         "total_evaluation_time_seconds": str(content["seconds"]),
     }
+    return shaped | ({"date": content["date"]} if "date" in content else {})
 
 
-def _values(found: Mapping[str, Any]) -> dict[str, float]:
-    passes = {f"pass@{k},none": value for k, value in found["pass_at_k"].items()}
-    return {"exact_match,none": found["accuracy"], **passes, "maj,none": found["maj_at_k"]}
+def _figures(found: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """Metric → its value and standard error, None where an evaluation of an older kdrl has kept none."""
+    errors: Mapping[str, float] = found.get("stderrs", {})
+    passes = {f"pass@{k}": (value, errors.get(f"pass@{k}")) for k, value in found["pass_at_k"].items()}
+    majority = found["maj_at_k"], errors.get(f"maj@{found['num_samples']}")
+    return {"exact_match": (found["accuracy"], found["stderr"]), **passes, "maj": majority}
 
 
-def _metrics(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    stderr = found["stderr"] if found["num_problems"] > 1 else "N/A"  # as the harness says that there is none
-    return {"alias": name, **_values(found), "exact_match_stderr,none": stderr}
+def _metrics(name: str, num_problems: int, figures: Mapping[str, tuple[float, float | None]]) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"name": name, "alias": name, "sample_len": num_problems}
+    for metric, (value, stderr) in figures.items():
+        is_known = stderr is not None and num_problems > 1
+        metrics[f"{metric},none"] = value
+        metrics[f"{metric}_stderr,none"] = stderr if is_known else "N/A"  # as the harness says that there is none
+    return metrics
+
+
+def _config(name: str, found: Mapping[str, Any], metrics: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    return {
+        "task": name,
+        "num_fewshot": 0,
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics],
+        "output_type": "generate_until",
+        "generation_kwargs": {
+            "until": [],
+            "do_sample": temperature > 0.0,
+            "temperature": temperature,
+            "top_p": 1.0,
+        },
+        "repeats": found["num_samples"],
+        "metadata": {"version": _VERSION},
+    }

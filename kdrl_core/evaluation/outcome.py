@@ -70,8 +70,8 @@ def benchmark_result(table: pa.Table, samples: int, *, seed: int) -> dict[str, A
         seed: of the bootstrap over problems.
 
     Returns:
-        `accuracy` with `low` and `high` (95 %), `stderr`, `pass_at_k` by k and `maj_at_k` with their `intervals`, all
-        in [0, 1]; `length_mean` in tokens, `clip_ratio`, counts, `verdicts` by kind.
+        `accuracy` with `low` and `high` (95 %), `stderr`, `pass_at_k` by k and `maj_at_k` with their `intervals` and
+        `stderrs`, all in [0, 1]; `length_mean` in tokens, `clip_ratio`, counts, `verdicts` by kind.
     """
     correct = table["accuracy_reward"].to_pylist()
     answers = table["extracted"].to_pylist()
@@ -94,6 +94,7 @@ def benchmark_result(table: pa.Table, samples: int, *, seed: int) -> dict[str, A
         "pass_at_k": {str(k): spread[f"pass@{k}"].mean for k in powers_of_two(samples)},
         "maj_at_k": spread[f"maj@{samples}"].mean,
         "intervals": {name: [each.low, each.high] for name, each in spread.items()},
+        "stderrs": {name: standard_error([[value] for value in values]) for name, values in per_problem.items()},
         "length_mean": fmean(table["length"].to_pylist()),
         "clip_ratio": table["finish_reason"].to_pylist().count(FinishReason.LENGTH.value) / len(correct),
         "verdicts": {kind.value: kinds.count(kind.value) for kind in VerdictKind},

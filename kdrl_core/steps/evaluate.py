@@ -47,7 +47,7 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
     """Evaluate the model behind `label` on the named benchmarks (default: all) and publish responses and results.
 
     Returns:
-        results.json: `label`, `model`, `seconds`, and per benchmark what `benchmark_result` finds.
+        results.json: `label`, `model`, `date` (Unix time), `seconds`, and per benchmark what `benchmark_result` finds.
     """
     target = run.paths.evaluation(label)
     recipe = run.recipe
@@ -56,7 +56,7 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
     inputs = _inputs(run, path)
     if find_intact(target, inputs, is_exact=False):
         return read_results(target)
-    started = time.perf_counter()
+    date, started = time.time(), time.perf_counter()
     rest_sessions()
     tokenizer = load_tokenizer(path, chat_template=config.chat_template, trust_remote_code=config.trust_remote_code)
     asked = [ask_benchmark(benchmark, recipe, tokenizer) for benchmark in wanted]
@@ -91,7 +91,13 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
             table = responses_table(benchmark.name, responses, verdicts, each.problems)
             tables.append(table)
             results[benchmark.name] = benchmark_result(table, benchmark.samples, seed=recipe.seed)
-    content = {"label": label, "model": path.name, "seconds": time.perf_counter() - started, "benchmarks": results}
+    content = {
+        "label": label,
+        "model": path.name,
+        "date": date,
+        "seconds": time.perf_counter() - started,
+        "benchmarks": results,
+    }
 
     def write(folder: Path) -> None:
         write_table(pa.concat_tables(tables), folder / "responses.parquet")
