@@ -133,7 +133,7 @@ def queries(run: Path, step: str) -> None:
     table = Table("question", "kdrl, s", "CPU s", "MiB", "pandas, s", "CPU s ", "MiB ")
     for name, (ours, theirs) in questions.items():
         table.add_row(name, *measure(ours).cells(), *(measure(theirs, times=1).cells() if theirs else []))
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def _a_prompt(run: Path) -> str:

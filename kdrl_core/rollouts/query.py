@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from kdrl_core.errors import DamagedArtifactError, DataError, RunError
 from kdrl_core.ledger import RunPaths, lock_holder
 from kdrl_core.rollouts.database import FILE_ERRORS
-from kdrl_core.rollouts.filters import RolloutFilter, order_by
+from kdrl_core.rollouts.filters import RolloutFilter
 from kdrl_core.rollouts.index import Progress, RunIndex
-from kdrl_core.rollouts.index_rows import INDEX
+from kdrl_core.rollouts.pages import Page, find_page
 from kdrl_core.rollouts.record import RECORD
 from kdrl_core.rollouts.sources import DamagedFile, find_run
 from kdrl_core.rollouts.state import Key, State
@@ -28,9 +28,9 @@ from kdrl_core.rollouts.step_records import as_records, step_table
 from kdrl_core.rollouts.steps import metrics_stamps
 from kdrl_core.rollouts.summary import finite
 from kdrl_core.rollouts.tokens import TokenReader
-from kdrl_core.rollouts.views import IndexedRun, identifier
+from kdrl_core.rollouts.views import IndexedRun
 
-_PAGE_COLUMNS = ("run", *(name for name in INDEX.names if name != "row"))
+_TOO_MUCH = "this needs more memory than queries may use; choose fewer steps, a stage or a run, or a smaller offset"
 _Answer = TypeVar("_Answer")
 
 __all__ = ["DamagedFile", "Page", "RolloutFilter", "RolloutStore", "RunInfo"]
@@ -47,16 +47,6 @@ class RunInfo:
     """Steps with rollouts, by stage."""
     num_rollouts: int
     is_running: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """Some of the rollouts that meet a filter."""
-
-    total: int
-    """How many meet it."""
-    rows: list[dict[str, Any]]
-    """Their single values, and `response_preview`."""
 
 
 class RolloutStore:
@@ -161,23 +151,14 @@ class RolloutStore:
         Raises:
             DataError: there is no such column, or limit or offset is negative.
         """
-        where, order = where or RolloutFilter(), order_by(sort, descending=descending)
+        where = where or RolloutFilter()
         if limit < 0 or offset < 0:
             raise DataError(f"limit {limit} and offset {offset} must not be negative")
 
         def ask(state: State) -> Page:
-            condition, parameters = where.conditions()
             with state.database.cursor() as cursor:
                 source = state.source(cursor, where)
-                if where.is_everything:
-                    total = state.num_rollouts
-                else:
-                    counted = cursor.execute(f"select count(*) from {source} where {condition}", parameters)
-                    total = int(counted.fetchall()[0][0])
-                asked = f"select run, stage, step, row from {source} where {condition} {order}"
-                keys = cursor.sql(f"{asked} limit {limit} offset {offset}", params=parameters).to_arrow_table()
-                rows = _rows_of(cursor, keys)
-            return Page(total=total, rows=[{name: finite(value) for name, value in row.items()} for row in rows])
+                return find_page(cursor, source, where, sort=sort, descending=descending, limit=limit, offset=offset)
 
         return self._ask(ask)
 
@@ -281,6 +262,8 @@ class RolloutStore:
                 return question(self._state)
             except FILE_ERRORS:
                 remedy()
+            except duckdb.OutOfMemoryException:
+                raise DataError(_TOO_MUCH) from None
         try:
             return question(self._state)
         except FILE_ERRORS as error:
@@ -300,26 +283,6 @@ _HISTORY_SQL = """
         sum(kl_sum) / nullif(sum(length) filter (kl_sum is not null), 0) as kl_mean, list(verdict) as verdicts
     from rows group by stage, step order by stage, step
 """
-
-
-def _rows_of(cursor: duckdb.DuckDBPyConnection, keys: pa.Table) -> list[dict[str, Any]]:
-    """The rows of some keys, in their order. Only the parts of the index are read in which their steps are: previews
-    are most of it."""
-    if not len(keys):
-        return []
-    cursor.register("wanted", keys)
-    steps = ", ".join(map(str, sorted(set(keys["step"].to_pylist()))))
-    columns = ", ".join(map(identifier, ("row", *_PAGE_COLUMNS)))
-    query = f"select {columns} from indexed join wanted using (run, stage, step, row) where step in ({steps})"
-    of_key = {_key(row): row for row in cursor.sql(query).to_arrow_table().to_pylist()}
-    found = [of_key[_key(key)] for key in keys.to_pylist()]
-    for row in found:
-        del row["row"]
-    return found
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["run"], row["stage"], row["step"], row["row"]
 
 
 def _first_rows(batches: Iterator[pa.RecordBatch], limit: int | None) -> pa.Table:

@@ -7,7 +7,6 @@ from fastapi.responses import JSONResponse
 
 from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
 from kdrl_core.ui.live import EVERY_S, Live
-from kdrl_core.ui.paging import page_of
 from kdrl_core.ui.plain import columns, plain
 
 MAX_ROWS = 500
@@ -87,7 +86,7 @@ def api_of(store: RolloutStore, *, look_every_s: float = EVERY_S) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 100,
         offset: Annotated[int, Query(ge=0, le=_MAX_OFFSET)] = 0,
     ) -> JSONResponse:
-        page = page_of(store, where, sort=sort, descending=descending, limit=limit, offset=offset)
+        page = store.page(where, sort=sort, descending=descending, limit=limit, offset=offset)
         return JSONResponse({"total": page.total, "rows": [plain(row) for row in page.rows]})
 
     @api.get("/rollout")

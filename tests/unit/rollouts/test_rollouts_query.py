@@ -23,6 +23,7 @@ from rollout_runs import (
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DamagedArtifactError, DataError, RunError
 from kdrl_core.ledger import Run, create_run, run_lock
+from kdrl_core.rollouts import database
 from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
 from kdrl_core.rollouts.record import RECORD
 from kdrl_core.rollouts.schema import UPDATE
@@ -83,6 +84,24 @@ def test_pages_go_through_all_rows_in_order(whole: RolloutStore) -> None:
     newest = whole.page(descending=True, limit=1)
     assert (newest.total, keys(newest.rows)) == (18, [(2, "q-a", 0)])
     assert "row" not in newest.rows[0]
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("where", [RolloutFilter(), RolloutFilter(verdicts=("wrong",)), RolloutFilter(text="number 1")])
+def test_pages_by_step_are_stretches_of_the_whole(artifacts: Path, where: RolloutFilter, descending: bool) -> None:
+    for name in ("one", "two"):
+        run = make_run(artifacts, name, steps=2)
+        write_step(run, "stage1", 0)
+        write_step(run, "stage1", 1)
+    with RolloutStore.open(["one", "two"]) as store:
+        whole = store.page(where, limit=1000, descending=descending)
+        assert len(whole.rows) == whole.total > 10
+        order = [(row["run"], row["stage"], row["step"]) for row in whole.rows]
+        assert order == sorted(sorted(order, key=lambda key: key[1:], reverse=descending), key=lambda key: key[0])
+        for limit in (1, 7):
+            for offset in range(0, whole.total + 1, 5):
+                page = store.page(where, limit=limit, offset=offset, descending=descending)
+                assert (page.total, page.rows) == (whole.total, whole.rows[offset : offset + limit])
 
 
 @pytest.mark.parametrize(
@@ -360,6 +379,12 @@ def test_two_runs_side_by_side(run: Run, artifacts: Path) -> None:
         found = store.sql("select run, count(*) n, count(response) r from rollouts group by run order by run")
         assert found.to_pylist() == [{"run": "other", "n": 6, "r": 6}, {"run": "small", "n": 18, "r": 18}]
         assert store.record(run="other", stage="stage2", step=0, prompt_id="q-a", sample=0)["run"] == "other"
+
+
+def test_a_question_that_needs_too_much_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(database._CONFINED, "memory_limit", "1MB")
+    with RolloutStore.open(["small"]) as store, pytest.raises(DataError, match="choose fewer steps"):
+        store.aggregate(RolloutFilter(), "select list(i) as many from rows, range(10000000) as numbers(i)")
 
 
 def test_hostile_texts_come_back_as_they_are(artifacts: Path) -> None:

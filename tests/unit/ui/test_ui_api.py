@@ -18,10 +18,9 @@ from unit.ui.conftest import GROUP_SIZE
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import open_run_dir
 from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
+from kdrl_core.rollouts.query import RolloutStore
 from kdrl_core.ui.app import create_app
 from kdrl_core.ui.live import Live
-from kdrl_core.ui.paging import page_of
 from kdrl_core.ui.plain import columns, plain
 
 HERE = "http://127.0.0.1:1234"
@@ -77,30 +76,6 @@ def test_a_page_of_rollouts_is_what_the_files_hold(client: TestClient, runs: tup
     assert found["total"] == len(wanted) > 7
     ids = [(rollouts["prompt_id"][row].as_py(), rollouts["sample"][row].as_py()) for _, row in sorted(wanted)[2:7]]
     assert [(row["prompt_id"], row["sample"]) for row in found["rows"]] == ids
-
-
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize(
-    "where",
-    [
-        RolloutFilter(),
-        RolloutFilter(run="grpo"),
-        RolloutFilter(stage="stage2"),
-        RolloutFilter(step_min=1),
-        RolloutFilter(run="kdrl", stage="stage2", step_min=1, step_max=2),
-        RolloutFilter(stage="none"),
-        RolloutFilter(verdicts=("wrong",)),
-    ],
-)
-def test_pages_by_step_are_those_of_a_full_sort(
-    runs: tuple[Path, Path], where: RolloutFilter, descending: bool
-) -> None:
-    with RolloutStore.open([runs[1], runs[0]]) as store:
-        whole = store.page(where, descending=descending, limit=10_000)
-        for limit, offset in ((100, 0), (100, 50), (64, 64), (7, 125), (500, 130), (1, 767), (10, 765), (5, 5000)):
-            page = page_of(store, where, sort="step", descending=descending, limit=limit, offset=offset)
-            assert page.total == whole.total
-            assert page.rows == whole.rows[offset : offset + limit]
 
 
 def test_a_response_in_full(client: TestClient) -> None:
