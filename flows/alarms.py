@@ -13,8 +13,10 @@ from prefect.events import emit_event
 
 from flows.shown import artifact_key
 from kdrl_core.alarms import Alarm, load_alarms, require_not_stopped, sentence
+from kdrl_core.errors import StoppedByAlarmError
 from kdrl_core.ledger import Run
 from kdrl_core.rollouts.metrics import load_metrics
+from kdrl_core.steps.session import close_sessions
 
 EVENT_PREFIX = "kdrl.alarm."
 """Events are `kdrl.alarm.<rule>`; an automation that expects `kdrl.alarm.*` hears all."""
@@ -44,7 +46,11 @@ def step_ended(run: Run, stage: str, alarms: Iterable[Alarm]) -> None:
     """
     if raised := list(alarms):
         _tell(run, raised)
-        require_not_stopped(run, stage)
+        try:
+            require_not_stopped(run, stage)
+        except StoppedByAlarmError:
+            close_sessions()  # an orderly end, after which this process may go on with the stage from its files
+            raise
 
 
 def event_id(run: Run, alarm: Alarm) -> uuid.UUID:
