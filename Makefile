@@ -12,7 +12,7 @@ VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import cur
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-roads crash-test lint format bench bench-filter bench-verify bench-logprobs bench-rollouts assets clean
+.PHONY: help setup demo test test-slow test-roads crash-test lint format bench bench-filter bench-verify bench-logprobs bench-rollouts bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -88,6 +88,11 @@ bench-logprobs: setup  ## print peak memory and time of the logprobs at Qwen's v
 
 bench-rollouts: setup  ## print tokens per second of the rollout engines on the same requests
 	@$(BIN)/python benchmarks/rollout_engines.py
+
+FOLDER ?= artifacts
+
+bench-rollout-queries: setup  ## print how fast a million rollouts are looked through, beside pandas (FOLDER=… for 8 GB)
+	@$(BIN)/python -m benchmarks.rollout_queries $(FOLDER)
 
 bench-filter: setup  ## print the speed and memory of the data filter on a million problems
 	@$(BIN)/python benchmarks/filter_speed.py

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flows.cli_alarms import alarm_mark, print_alarms
 from flows.cli_bake import bake_teacher
 from flows.cli_check import check
 from flows.cli_evaluate import evaluate
@@ -17,9 +18,11 @@ from flows.cli_label import label
 from flows.cli_plan import plan
 from flows.cli_recover import recover
 from flows.cli_report import report
+from flows.cli_rollouts import app as rollouts_app
 from flows.cli_serve import serve
 from flows.cli_shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli_sweep import app as sweep_app
+from flows.cli_ui import ui
 from flows.cli_verify import verify_command
 from kdrl_core.errors import RunError
 
@@ -31,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_STATUS_COLUMNS = ["run", "state", "progress", "reward", "started"]
+_STATUS_COLUMNS = ["run", "state", "progress", "reward", "alarms", "started"]
 
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")
@@ -101,7 +104,7 @@ def status(
         bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")
     ] = False,
 ) -> None:
-    """Show where runs stand: stage, step, reward, who works on them; with RUN its metrics and results."""
+    """Show where runs stand: stage, step, reward, alarms, who works on them; with RUN its metrics and results."""
     from kdrl_core.ledger import list_runs, open_run
 
     with errors():
@@ -131,6 +134,7 @@ def status(
             out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
         _print_rows([run_status(opened)], _STATUS_COLUMNS)
+        print_alarms(opened)
         print_summary(opened)
 
 
@@ -170,7 +174,9 @@ app.command()(bake_teacher)
 app.command()(serve)
 app.command()(plan)
 app.command()(report)
+app.command()(ui)
 app.add_typer(sweep_app, name="sweep")
+app.add_typer(rollouts_app, name="rollouts")
 
 
 def _status_of(name: str) -> dict[str, Any]:
@@ -228,7 +234,8 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     for position, column in enumerate(columns):
         table.add_column(column, no_wrap=position == 0)
     for row in rows:
-        shown = {**row, "started": str(row.get("started") or "")[:16].replace("T", " ")}
+        started = str(row.get("started") or "")[:16].replace("T", " ")
+        shown = {**row, "started": started, "alarms": alarm_mark(row.get("alarms") or [])}
         table.add_row(*("" if shown.get(column) is None else str(shown[column]) for column in columns))
     out.print(table)
 

@@ -12,8 +12,9 @@ from prefect.exceptions import PrefectException
 from prefect.logging import get_logger
 from prefect.states import State
 
-from kdrl_core.errors import RunError
-from kdrl_core.ledger import RunPaths
+from kdrl_core.alarms import resume_command
+from kdrl_core.errors import KdrlError, RunError
+from kdrl_core.ledger import RunPaths, open_run_dir
 from kdrl_core.progress import read_progress
 
 
@@ -33,7 +34,7 @@ def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
     if progress := read_progress(RunPaths(root)):
         lines.append(f"- last seen: {progress['stage']}, step {progress['step']}, {progress['phase']}")
     lines.append(f"- files: `{root}`")
-    lines.append(f"- go on with: `kdrl resume {root.name}`")
+    lines.append(f"- go on with: `{_way_on(root)}`")
     get_logger("kdrl").error(" ".join(line.replace("`", "").replace("*", "").removeprefix("- ") for line in lines))
     artifact = ArtifactCreate(
         key="kdrl-failure",
@@ -47,6 +48,14 @@ def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
             client.create_artifact(artifact)
     except (PrefectException, HTTPError) as error:  # the server may be what failed
         get_logger("kdrl").warning("the failure could not be kept as an artifact: %s", error)
+
+
+def _way_on(root: Path) -> str:
+    """The command that goes on with the run, past an alarm that has stopped it."""
+    try:
+        return resume_command(open_run_dir(root))
+    except KdrlError:  # the run may be what failed
+        return f"kdrl resume {root.name}"
 
 
 def run_root(flow_run: FlowRun) -> Path | None:

@@ -5,7 +5,7 @@ Deployed as `kdrl-sft-stage/sft-stage`.
 
 from prefect import flow
 
-from flows import hooks, shown
+from flows import alarms, hooks, shown
 from flows.periodic import evaluate_if_due
 from flows.run_dir import open_own_run
 from kdrl_core.errors import RunError
@@ -27,6 +27,7 @@ def sft_stage(run_dir: str, stage: str) -> None:
     with run_lock(run.paths.lock):
         steps = open_stage(run, stage)
         progress = shown.StageProgress(run, stage)
+        alarms.stage_opened(run, stage, steps)
         for shard in open_shards(run, stage):
             teacher_sample(run_dir, stage, shard)
             verify_samples(run_dir, stage, shard)
@@ -35,7 +36,9 @@ def sft_stage(run_dir: str, stage: str) -> None:
         progress.selected()
         evaluate_if_due(run, stage, steps.start, progress)
         for step in steps:
-            progress.step(sft_update(run_dir, stage, step))
+            summary = sft_update(run_dir, stage, step)
+            progress.step(summary)
+            alarms.step_ended(run, stage, summary.alarms)
             evaluate_if_due(run, stage, step + 1, progress)
             track(run)
         close_sessions()

@@ -1,7 +1,9 @@
 """Where a run stands, read from its files."""
 
+from dataclasses import asdict
 from typing import Any
 
+from kdrl_core.alarms import alarms_of, resume_command, stopping_alarm
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, adopted, is_published, lock_holder, open_run
 from kdrl_core.rollouts.metrics import load_metrics
@@ -19,7 +21,7 @@ def named_status(name: str) -> dict[str, Any]:
 
 
 def run_status(run: Run) -> dict[str, Any]:
-    """Plain values: run, recipe, state, progress, reward, started, steps by stage, parts from other runs."""
+    """Plain values: run, recipe, state, progress, reward, alarms, started, steps by stage, parts from other runs."""
     holder = lock_holder(run.paths.lock)
     rows = {stage: load_metrics(run, stage) for stage in run.recipe.stages}
     steps = {stage: found[-1]["step"] + 1 if found else 0 for stage, found in rows.items()}
@@ -29,13 +31,15 @@ def run_status(run: Run) -> dict[str, Any]:
     elif holder is not None:
         state = f"running ({holder})"
     else:
-        state = f"stopped; kdrl resume {run.name}"
+        alarm = stopping_alarm(run)
+        state = f"stopped{f' by {alarm.rule}' if alarm else ''}; {resume_command(run)}"
     return {
         "run": run.name,
         "recipe": run.recipe.name,
         "state": state,
         "progress": ", ".join(_stage_progress(run, stage, done) for stage, done in steps.items()),
         "reward": None if last is None else _rounded(last.get("reward/mean")),
+        "alarms": [asdict(alarm) for alarm in alarms_of(run)],
         "started": run.started_at,
         "steps": steps,
         "checkpoints": {stage: checkpoint_steps(run, stage) for stage in run.recipe.stages},

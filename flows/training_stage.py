@@ -8,7 +8,7 @@ from typing import Any
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import hooks, shown
+from flows import alarms, hooks, shown
 from flows.periodic import evaluate_if_due
 from flows.run_dir import open_own_run
 from kdrl_core.errors import RunError
@@ -40,6 +40,7 @@ def training_stage(run_dir: str, stage: str) -> None:
     with run_lock(run.paths.lock):
         steps = open_stage(run, stage)
         progress = shown.StageProgress(run, stage)
+        alarms.stage_opened(run, stage, steps)
         evaluate_if_due(run, stage, steps.start, progress)
         for step in steps:
             rollout(run_dir, stage, step)
@@ -48,6 +49,7 @@ def training_stage(run_dir: str, stage: str) -> None:
             # Results, not futures: Prefect would ask the server for the state of each future, 15 ms a time.
             summary = update(run_dir, stage, step, scored.result(), verdicts.result())
             progress.step(summary)
+            alarms.step_ended(run, stage, summary.alarms)
             evaluate_if_due(run, stage, step + 1, progress)
             track(run)
         close_sessions()

@@ -45,6 +45,10 @@ class RunLockedError(RunError):
     """Another process works on the same run."""
 
 
+class StoppedByAlarmError(RunError):
+    """An alarm whose rule says `stop: true` has stopped a stage; nothing is lost."""
+
+
 class DamagedArtifactError(RunError):
     """A published file no longer has the bytes that its manifest recorded.
 

@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,25 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
+_QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+)
 _FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"),
+    *("--headless", *_QUIET, "--allow-file-access-from-files"),
     *("--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom"),
 )
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """The installed Chromium, driven by Playwright."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(_QUIET))
+        yield opened
+        opened.close()
 
 
 def look(page: Path, script: str, *, width: int = 1200) -> tuple[Any, list[str]]:

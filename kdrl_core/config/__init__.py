@@ -1,5 +1,6 @@
 """Recipes: every hyper-parameter of a run as one validated, frozen object. Imports neither torch nor Prefect."""
 
+from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
 from kdrl_core.config.load import (
     config_hash,
@@ -25,6 +26,7 @@ from kdrl_core.config.recipe import (
 )
 
 __all__ = [
+    "AlarmsConfig",
     "BenchmarkConfig",
     "BetaConfig",
     "DataConfig",

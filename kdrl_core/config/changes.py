@@ -24,6 +24,7 @@ SAFE_FIELDS = (
     "vllm.*",
     "trainer.*",
     "tracking.*",
+    "alarms.*",
 )
 """Fields that change no published result, so that a run goes on with their new values.
 

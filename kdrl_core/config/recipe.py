@@ -6,10 +6,13 @@ Section 4.1 `EvaluationConfig`. Departures: `mini_batch_prompts` must equal `pro
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from kdrl_core.config.alarms import AlarmsConfig
+from kdrl_core.config.section import Positive, Section, Share
 
 Objective = Literal["grpo", "kdrl", "kd_rkl", "reward_shaping", "sft"]
 StageName = Literal["stage1", "stage2"]
@@ -19,16 +22,8 @@ KDEstimator = Literal["k1", "k2", "k3", "k3_k2grad", "topk"]
 PAPER_BENCHMARKS = ("aime24", "aime25", "math500", "amc23", "minerva_math", "olympiad_bench")
 """The six benchmarks of Table 1, shipped as `builtin:benchmarks/<name>.jsonl`."""
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
 
-
-class _Section(BaseModel):
-    # Values are not shown in errors: one may be a key that somebody wrote where it does not belong.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Where a model comes from."""
 
     path: str = Field(
@@ -39,7 +34,7 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(False, description="run code shipped with the model; off unless you trust it")
 
 
-class ServersConfig(_Section):
+class ServersConfig(Section):
     """Servers of one model that share its work: `kdrl serve`, or what speaks vLLM's API."""
 
     urls: list[str] = Field(min_length=1, description="of each server, up to and with /v1: http://127.0.0.1:8000/v1")
@@ -102,7 +97,7 @@ class TeacherConfig(ModelConfig):
     server: ServerConfig | None = Field(None, description="servers of its weights; path then gives its tokenizer")
 
 
-class DifficultyConfig(_Section):
+class DifficultyConfig(Section):
     """Which published labels to read. A label counts the failures of one model out of `num_samples` (B.1.1)."""
 
     student: str = Field("DeepSeek-R1-Distill-Qwen-1.5B", description="label of the model that stands for the student")
@@ -117,7 +112,7 @@ class DifficultyConfig(_Section):
         return [self.student, *self.others]
 
 
-class DecontaminationConfig(_Section):
+class DecontaminationConfig(Section):
     """Training problems that overlap evaluation problems are dropped, by shared n-grams of words."""
 
     files: list[str] = Field(
@@ -131,7 +126,7 @@ class DecontaminationConfig(_Section):
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Problems of a stage and the rules that filter them (B.1.1, B.3)."""
 
     files: list[str] = Field(min_length=1, description="Parquet, JSON or JSON Lines; path, glob or `builtin:…`")
@@ -152,7 +147,7 @@ class DataConfig(_Section):
     max_problems: Positive | None = Field(None, description="keep a seeded sample of this size")
 
 
-class BetaConfig(_Section):
+class BetaConfig(Section):
     """β = max(init − decay · step, minimum) (Sec. 3.3); constant when decay is 0."""
 
     init: float = Field(ge=0.0)
@@ -166,7 +161,7 @@ class BetaConfig(_Section):
         return self
 
 
-class TopKConfig(_Section):
+class TopKConfig(Section):
     """The Top-K teacher of Sec. 2.3 and A.3, read where kl_estimator is topk."""
 
     k: Positive = Field(20, description="teacher logits kept per token")
@@ -175,7 +170,7 @@ class TopKConfig(_Section):
     )
 
 
-class SFTConfig(_Section):
+class SFTConfig(Section):
     """SFT by rejection sampling (B.2), read where objective is sft: teacher samples → verify → SFT on the right ones.
 
     The stage's steps, learning_rate, temperature and token limits apply; prompts_per_step and group_size do not.
@@ -186,7 +181,7 @@ class SFTConfig(_Section):
     shard_prompts: Positive = Field(64, description="problems sampled and published together")
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When a stage publishes its weights and optimiser. Steps in between are replayed from their rollouts."""
 
     every: Positive = Field(1, description="steps between checkpoints")
@@ -194,7 +189,7 @@ class CheckpointConfig(_Section):
     keep_every: Positive | None = Field(None, description="keep every Nth step's checkpoint for good")
 
 
-class StageConfig(_Section):
+class StageConfig(Section):
     """One training stage: a column of Table 3 or Table 5."""
 
     objective: Objective = Field(description="grpo (2), kd_rkl (5), kdrl (8), reward_shaping (Sec. 3.1), sft (14)")
@@ -278,13 +273,13 @@ class StageConfig(_Section):
         return self
 
 
-class RewardConfig(_Section):
+class RewardConfig(Section):
     """r = r_format · r_acc (B.1.2); R1-Zero uses r_acc alone."""
 
     require_format: bool = Field(True, description="multiply by the format reward")
 
 
-class PromptConfig(_Section):
+class PromptConfig(Section):
     """How a problem becomes a prompt: the template's text as a user turn of the student's chat template."""
 
     template: str = Field("{question} Let's think step by step and output the final answer within \\boxed{}.")
@@ -297,7 +292,7 @@ class PromptConfig(_Section):
         return self
 
 
-class VerificationConfig(_Section):
+class VerificationConfig(Section):
     """Limits of the verifier's worker processes."""
 
     workers: Positive = 2
@@ -311,7 +306,7 @@ class VerificationConfig(_Section):
         return self.model_dump(exclude={"max_failed_share"})
 
 
-class BenchmarkConfig(_Section):
+class BenchmarkConfig(Section):
     """One benchmark: Avg@k over `samples` responses a problem; Pass@1 is samples = 1."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
@@ -320,7 +315,7 @@ class BenchmarkConfig(_Section):
     max_problems: Positive | None = Field(None, description="the first N problems only")
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Sec. 4.1: temperature 0.6, top-p 1.0, context 32K (8K for Zero), accuracy reward as the criterion."""
 
     benchmarks: list[BenchmarkConfig] = Field(min_length=1)
@@ -339,7 +334,7 @@ class EvaluationConfig(_Section):
         return self
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     """What samples responses."""
 
     engine: Literal["transformers", "vllm", "server"] = Field(
@@ -360,7 +355,7 @@ class RolloutConfig(_Section):
         return self
 
 
-class VLLMConfig(_Section):
+class VLLMConfig(Section):
     """Of each vLLM engine in this process, of rollouts and of the teacher."""
 
     max_num_seqs: Positive = Field(256, description="responses in flight")
@@ -370,7 +365,7 @@ class VLLMConfig(_Section):
     sleep: bool = Field(True, description="memory is given back between phases: weights (GPU) and key-value cache")
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     """Where the models run. Numbers here do not change the method."""
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -380,7 +375,7 @@ class RuntimeConfig(_Section):
     score_batch_tokens: Positive = Field(65_536, description="padded tokens per scoring forward pass")
 
 
-class TrainerConfig(_Section):
+class TrainerConfig(Section):
     """What updates the policy. Numbers here do not change the method, only where it runs and its last bits."""
 
     engine: Literal["torch", "deepspeed"] = Field("torch", description="in this process, or ranks of their own")
@@ -406,7 +401,7 @@ class TrainerConfig(_Section):
         return self
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """Where the metrics of a run go beside its own files; read from these, so that nothing depends on it."""
 
     trackers: list[TrackerName] = Field([], description="tensorboard, mlflow, wandb (offline); none by default")
@@ -433,7 +428,7 @@ class TrackingConfig(_Section):
         return uri
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run. At least one stage; a teacher exactly where a stage's objective distils from one."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -452,6 +447,7 @@ class Recipe(_Section):
     vllm: VLLMConfig = VLLMConfig()
     trainer: TrainerConfig = TrainerConfig()
     tracking: TrackingConfig = TrackingConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
 
     def stage(self, name: str) -> StageConfig:
         """The named stage. Raises KeyError if the recipe does not have it."""

@@ -136,6 +136,10 @@ class RunPaths:
         """One row per step: seconds by phase, tokens per second."""
         return self.root / "metrics" / f"stage={stage}" / "timings.parquet"
 
+    def alarms(self, stage: str) -> Path:
+        """One row per alarm that the stage's steps raised; not there if there were none."""
+        return self.root / "metrics" / f"stage={stage}" / "alarms.parquet"
+
     def checkpoint(self, stage: str, step: int) -> Path:
         """The policy after `step` updates, with optimiser and scheduler."""
         return self.root / "checkpoints" / stage / f"step-{step:06d}"

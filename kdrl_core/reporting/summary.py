@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kdrl_core.alarms import Alarm, alarms_of
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, is_published, manifest_of
 from kdrl_core.rollouts.metrics import load_metrics
@@ -43,6 +44,7 @@ class Summary:
     recipe: str
     models: list[ModelRow] = field(default_factory=list)
     stages: list[StageRow] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def summarize(run: Run) -> Summary:
         recipe=run.recipe.name,
         models=models,
         stages=stages,
+        alarms=alarms_of(run),
         paths={name: str(path) for name, path in paths.items() if path.exists()},
     )
 

@@ -1,5 +1,7 @@
 """Arrow schemas of a step's Parquet files, version 1. A row is one response; `prompt_id` and `sample` join the files.
 
+A version gains nullable columns and loses none: files of earlier kdrl lack `entropies` of UPDATE.
+
 stage and step are the hive partition (`stage=stage2/step=000012`), not columns. Every file has its rows in the same
 order: prompts as drawn, the G responses of a prompt together.
 """
@@ -81,6 +83,25 @@ UPDATE = pa.schema(
         _field("kl_sum", pa.float32(), "Σ_t of the KL estimate to the teacher", nullable=True),
         _field("kl_mean", pa.float32(), "mean over tokens of the KL estimate to the teacher", nullable=True),
         _field("log_ratio_sum", pa.float32(), "Σ_t R_t = log π_T − log π_θ", nullable=True),
+        _field(
+            "entropies",
+            pa.list_(pa.float32()),
+            "entropy in nats of the trainer's softmax(logits/T) at each token before the update; null: SFT",
+            nullable=True,
+        ),
+    ]
+)
+
+ALARMS = pa.schema(
+    [
+        _field("step", pa.int64(), "the step whose update raised it"),
+        _field("rule", pa.string(), "name in the recipe's `alarms`"),
+        _field("severity", pa.string(), "warning | critical"),
+        _field("metric", pa.string(), "column of metrics.parquet"),
+        _field("value", pa.float64(), "what was compared: of a fall, the mean over the rule's window; else the metric"),
+        _field("threshold", pa.float64(), "what it was compared with"),
+        _field("since", pa.int64(), "first of the steps in a row that breached the rule"),
+        _field("text", pa.string(), "what happened, in words"),
     ]
 )
 

@@ -75,6 +75,7 @@ def _record(
             "prompt_id": rows["prompt_id"],
             "sample": rows["sample"],
             "logprobs": pa.array(stats.logprobs, pa.list_(pa.float32())),
+            "entropies": pa.nulls(len(rows), pa.list_(pa.float32())),
         },
         schema=UPDATE,
     )

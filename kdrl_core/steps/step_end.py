@@ -1,4 +1,4 @@
-"""The end of an optimiser step: update.parquet with the step's metrics in its manifest, the row, a due checkpoint."""
+"""The end of an optimiser step: update.parquet with metrics and alarms in its manifest, rows, a due checkpoint."""
 
 import logging
 import math
@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from kdrl_core.alarms import Alarm, raised_at_last, to_metadata
 from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger import Manifest, find_own, publish_directory, publish_file, required_sha256
-from kdrl_core.rollouts.metrics import append_metrics
+from kdrl_core.rollouts.metrics import append_metrics, load_metrics
 from kdrl_core.rollouts.schema import write_table
 from kdrl_core.steps.checkpoints import is_checkpoint_due, prune_checkpoints
 from kdrl_core.steps.session import StageSession
@@ -38,6 +39,8 @@ class StepSummary:
     timings: dict[str, float]
     checkpoint: Path | None
     replayed: bool
+    alarms: tuple[Alarm, ...] = ()
+    """What the step raised; none of a step that was replayed, which told them when it was made."""
 
 
 def end_step(session: StageSession, step: int, made: StepRecord, *, inputs: Mapping[str, str]) -> StepSummary:
@@ -56,14 +59,16 @@ def end_step(session: StageSession, step: int, made: StepRecord, *, inputs: Mapp
     path = run.paths.update(stage, step)
     published = find_own(run, path)
     replayed = published is not None
+    raised: list[Alarm] = []
     if published is not None:
         _check_replay(path, published, made.metrics, is_exact=run.recipe.runtime.device == "cpu")
     else:
+        raised = _raised(session, step, made.metrics)
         published = publish_file(
             path,
             lambda file: write_table(made.table, file),
             inputs=inputs,
-            metadata={"metrics": made.metrics, "timings": made.timings},
+            metadata={"metrics": made.metrics, "timings": made.timings, "alarms": to_metadata(raised)},
             expected=required_sha256(run, path),
         )
     recorded = published.metadata
@@ -84,7 +89,15 @@ def end_step(session: StageSession, step: int, made: StepRecord, *, inputs: Mapp
         timings=recorded["timings"],
         checkpoint=checkpoint,
         replayed=replayed,
+        alarms=tuple(raised),
     )
+
+
+def _raised(session: StageSession, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+    """The alarms that the step raises by the recipe's rules, from its metrics and those of the steps before."""
+    before = [row for row in load_metrics(session.run, session.stage) if row["step"] < step]
+    rows = [*before, {"step": step, **metrics}]
+    return raised_at_last(rows, session.run.recipe.alarms.rules, stage=session.stage)
 
 
 def _check_replay(path: Path, published: Manifest, metrics: Mapping[str, float], *, is_exact: bool) -> None:

@@ -118,12 +118,14 @@ def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards:
 
 
 def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, config: StageConfig) -> pa.Table:
+    kind = pa.list_(pa.float32())
     columns: dict[str, Any] = {
         "prompt_id": rollouts["prompt_id"],
         "sample": rollouts["sample"],
         "advantage": np.asarray(batch.advantages, np.float32),
         "kd_weight": np.asarray(batch.kd_weights, np.float32),
-        "logprobs": pa.array(stats.logprobs, pa.list_(pa.float32())),
+        "logprobs": pa.array(stats.logprobs, kind),
+        "entropies": pa.nulls(len(rollouts), kind) if stats.entropies is None else pa.array(stats.entropies, kind),
     }
     if batch.teacher_logprobs is None:
         columns |= dict.fromkeys(("kl_sum", "kl_mean", "log_ratio_sum"), pa.nulls(len(rollouts), pa.float32()))

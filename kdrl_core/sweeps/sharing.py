@@ -33,7 +33,7 @@ from kdrl_core.ledger import (
 )
 from kdrl_core.rollouts.metrics import rebuild_metrics
 
-_NAMES = ("name", "description")
+_NO_ACCOUNT = ("name", "description", "alarms.*")
 _OF_POOL = ("stage?.data.*", "stage?.max_prompt_tokens")
 """What the pool depends on in the stages, all of which it holds: its hash is in whatever is made from it."""
 _OF_SAMPLES = ("objective", "temperature", "max_response_tokens", "sft.*", "prompts_per_step")
@@ -190,7 +190,7 @@ def _key(name: str, fields: Mapping[str, object], *, ignored: Sequence[str] = ()
     counted = {
         field: value
         for field, value in fields.items()
-        if field not in _NAMES and (_matches(field, kept) or not _matches(field, ignored))
+        if not _matches(field, _NO_ACCOUNT) and (_matches(field, kept) or not _matches(field, ignored))
     }
     return hashlib.sha256(json.dumps([name, counted], sort_keys=True).encode()).hexdigest()
 

@@ -131,7 +131,10 @@ class DeepSpeedTrainer:
                 "optim/grad_norm": grad_norm,
                 "optim/learning_rate": replies[0].header["learning_rate"],
             },
-            logprobs=_gather_logprobs(replies, shares, dealt, len(batch.sequences)),
+            logprobs=_gather("logprobs", replies, shares, dealt, len(batch.sequences)),
+            entropies=None
+            if batch.loss == "sft"
+            else _gather("entropies", replies, shares, dealt, len(batch.sequences)),
         )
 
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
@@ -188,15 +191,15 @@ def _sum_metrics(replies: list[Reply]) -> dict[str, float]:
     return dict(metrics)
 
 
-def _gather_logprobs(
-    replies: list[Reply], shares: list[RankWork], dealt: list[list[list[int]]], num_rows: int
+def _gather(
+    name: str, replies: list[Reply], shares: list[RankWork], dealt: list[list[list[int]]], num_rows: int
 ) -> list[Float32s]:
-    """Logprobs of every response, in the order of the batch."""
-    logprobs: list[Float32s] = [np.empty(0, np.float32)] * num_rows
+    """What the ranks found out under `name` about every response, in the order of the batch."""
+    gathered: list[Float32s] = [np.empty(0, np.float32)] * num_rows
     for reply, share, passes in zip(replies, shares, dealt, strict=True):
         real = passes[: len(passes) - share.num_idle]
         rows = [row for part in real for row in part]
         lengths = np.array([len(share.batch.sequences[index].token_ids) for index in range(len(rows))], np.int64)
-        for row, values in zip(rows, ragged(reply.arrays["logprobs"], lengths), strict=True):
-            logprobs[row] = values
-    return logprobs
+        for row, values in zip(rows, ragged(reply.arrays[name], lengths), strict=True):
+            gathered[row] = values
+    return gathered

@@ -29,6 +29,8 @@ from kdrl_core.training.rank_group import call_back
 if TYPE_CHECKING:
     import torch
 
+    from kdrl_core.training.losses import TokenRecord
+
 _PR_SET_PDEATHSIG = 1
 _SHOW_AT = 0.9
 """Share of a time limit after which a rank prints what it is doing."""
@@ -144,20 +146,24 @@ class _Rank:
         import torch
 
         from kdrl_core.ledger.seeds import derive_seed
+        from kdrl_core.training.losses import TokenRecord
 
         seed = derive_seed(self._settings["seed"], "update", self._step)
         torch.manual_seed((seed + torch.distributed.get_rank()) % 2**63)
         learning_rate = float(self._schedule.get_last_lr()[0])
         metrics: list[dict[str, float]] = []
-        logprobs: list[Any] = [np.empty(0, np.float32)] * len(work.batch.sequences)
+        record = TokenRecord(work.batch)
         for index in range(len(work.passes)):
-            metrics.append(self._forward_backward(work, index, logprobs))
+            metrics.append(self._forward_backward(work, index, record))
         grad_norm = self._step_optimizer()
         answer = {"metrics": metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "step": self._step}
-        return answer, {"logprobs": np.concatenate(logprobs)}
+        found = {"logprobs": np.concatenate(record.logprobs)}
+        if record.entropies is not None:
+            found["entropies"] = np.concatenate(record.entropies)
+        return answer, found
 
-    def _forward_backward(self, work: RankWork, index: int, logprobs: list[Any]) -> dict[str, float]:
-        """One micro-batch: gradients accumulate in the engine, logprobs in the list; returns metrics."""
+    def _forward_backward(self, work: RankWork, index: int, record: "TokenRecord") -> dict[str, float]:
+        """One micro-batch: gradients accumulate in the engine, what it finds out in the record; returns metrics."""
         import torch
 
         from kdrl_core.training.batch import pad_sequences
@@ -170,7 +176,7 @@ class _Rank:
         padded = pad_sequences([batch.sequences[row] for row in rows], device=self._device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed):
             statistics = micro_batch_statistics(engine, batch, rows, padded)
-        loss, found, own = micro_batch_loss(statistics, batch, rows, padded, work.totals)
+        loss, found = micro_batch_loss(statistics, batch, rows, padded, work.totals)
         metrics = {name: float(value) for name, value in found.items()}
         # The engine takes the mean over ranks, where the loss is a sum.
         scale = 0.0 if is_idle else float(torch.distributed.get_world_size())
@@ -179,9 +185,7 @@ class _Rank:
         engine.backward(loss * scale, scale_wrt_gas=False)
         if is_idle:
             return {}
-        mask = padded.response_mask.bool().cpu()
-        for place, row in enumerate(rows):
-            logprobs[row] = own[place].cpu()[mask[place]].numpy()
+        record.add(statistics, rows, padded)
         return metrics
 
     def _score(self, work: RankWork) -> Answer:

@@ -71,7 +71,7 @@ def micro_batch_statistics(
 
 def micro_batch_loss(
     statistics: TokenStatistics, batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch, totals: StepTotals
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of the responses `rows` of a step, to be back-propagated and summed over micro-batches.
 
     Args:
@@ -82,7 +82,7 @@ def micro_batch_loss(
         totals: `StepTotals.of(batch)`.
 
     Returns:
-        scalar loss; its detached metrics; logprobs [b, T] detached.
+        scalar loss; its detached metrics.
 
     Raises:
         ValueError: as `kdrl_loss` and `sft_loss`.
@@ -91,11 +91,11 @@ def micro_batch_loss(
     device = logprobs.device
     if batch.loss == "sft":
         loss = sft_loss(logprobs, padded.response_mask, total_tokens=totals.tokens)
-        return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}, logprobs.detach()
+        return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}
     group_tokens = None
     if totals.group_tokens is not None:
         group_tokens = torch.tensor([totals.group_tokens[row] for row in rows], device=device)
-    loss, metrics = kdrl_loss(
+    return kdrl_loss(
         logprobs,
         advantages=torch.tensor([batch.advantages[row] for row in rows], device=device),
         teacher_logprobs=_pad_values(batch.teacher_logprobs, rows, padded),
@@ -119,7 +119,36 @@ def micro_batch_loss(
         num_groups=totals.num_groups,
         group_tokens=group_tokens,
     )
-    return loss, metrics, logprobs.detach()
+
+
+class TokenRecord:
+    """What a trainer finds out about every response token of a step, put together from its micro-batches.
+
+    Args:
+        batch: the step, or a rank's share of it.
+    """
+
+    def __init__(self, batch: UpdateBatch) -> None:
+        empty = np.empty(0, np.float32)
+        self.logprobs: list[Float32s] = [empty] * len(batch.sequences)
+        """[T_i] a response."""
+        self.entropies: list[Float32s] | None = None if batch.loss == "sft" else [empty] * len(batch.sequences)
+        """[T_i] a response, in nats; None of SFT, which computes none."""
+
+    def add(self, statistics: TokenStatistics, rows: Sequence[int], padded: PaddedBatch) -> None:
+        """Keep what was found out about the responses `rows`, which are in `padded`, in order."""
+        mask = padded.response_mask.bool().cpu()
+        _scatter(statistics.logprobs, mask, rows, self.logprobs)
+        if self.entropies is not None:
+            assert statistics.entropy is not None  # micro_batch_statistics
+            _scatter(statistics.entropy, mask, rows, self.entropies)
+
+
+def _scatter(values: torch.Tensor, mask: torch.Tensor, rows: Sequence[int], into: list[Float32s]) -> None:
+    """Each row of `values` [b, T], less padding, to its place."""
+    found = values.detach().cpu()
+    for index, row in enumerate(rows):
+        into[row] = found[index][mask[index]].numpy()
 
 
 def refuse_not_finite(step: int, metrics: Mapping[str, float], grad_norm: float) -> None:

@@ -69,6 +69,8 @@ class StepStats:
     """Of the loss, over all tokens of the step, and `optim/grad_norm`, `optim/learning_rate`."""
     logprobs: Sequence[Float32s]
     """The trainer's own logprobs of the sampled tokens, before the update."""
+    entropies: Sequence[Float32s] | None = None
+    """The entropy, in nats, of the policy at each of those tokens, before the update; None of SFT, which needs none."""
 
 
 class Trainer(Protocol):

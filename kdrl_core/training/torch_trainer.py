@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -20,7 +19,13 @@ from kdrl_core.errors import RunError
 from kdrl_core.ledger.seeds import derive_seed
 from kdrl_core.training.batch import pad_sequences, token_budget_batches
 from kdrl_core.training.logprobs import LogprobModel
-from kdrl_core.training.losses import StepTotals, micro_batch_loss, micro_batch_statistics, refuse_not_finite
+from kdrl_core.training.losses import (
+    StepTotals,
+    TokenRecord,
+    micro_batch_loss,
+    micro_batch_statistics,
+    refuse_not_finite,
+)
 from kdrl_core.training.protocols import STATE_DIR, Float32s, StepStats, UpdateBatch
 from kdrl_core.types import ScoreRequest
 
@@ -87,7 +92,7 @@ class TorchTrainer:
         torch.manual_seed(derive_seed(self._seed, "update", self._step) % 2**63)
         totals = StepTotals.of(batch)
         metrics: defaultdict[str, float] = defaultdict(float)
-        logprobs: list[Float32s] = [np.empty(0, np.float32)] * len(batch.sequences)
+        record = TokenRecord(batch)
         self._optimizer.zero_grad(set_to_none=True)
         lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
         for rows in token_budget_batches(lengths, max_tokens=self._micro_batch_tokens):
@@ -96,13 +101,11 @@ class TorchTrainer:
                 self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
             ):
                 statistics = micro_batch_statistics(self._logprobs, batch, rows, padded)
-            loss, micro_metrics, micro_logprobs = micro_batch_loss(statistics, batch, rows, padded, totals)
+            loss, micro_metrics = micro_batch_loss(statistics, batch, rows, padded, totals)
             loss.backward()
             for name, value in micro_metrics.items():
                 metrics[name] += float(value)
-            mask = padded.response_mask.bool().cpu()
-            for index, row in enumerate(rows):
-                logprobs[row] = micro_logprobs[index].cpu()[mask[index]].numpy()
+            record.add(statistics, rows, padded)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
         refuse_not_finite(self._step, metrics, grad_norm)
         learning_rate = float(self._schedule.get_last_lr()[0])
@@ -110,7 +113,9 @@ class TorchTrainer:
         self._schedule.step()
         self._step += 1
         return StepStats(
-            metrics={**metrics, "optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate}, logprobs=logprobs
+            metrics={**metrics, "optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate},
+            logprobs=record.logprobs,
+            entropies=record.entropies,
         )
 
     @torch.no_grad()

@@ -28,7 +28,9 @@ ONE_STAGE = ["stage1=null", "stage2.steps=1"]
 _BELOW_A_CHECKPOINT = 200_000
 """Bytes left on the disk: enough for a step's tables, too little for a checkpoint of 0.9 MB."""
 
-_BEFORE_A_CHECKPOINT = {"update.parquet", "_update.manifest.json", "metrics.parquet", "timings.parquet"}
+_BEFORE_A_CHECKPOINT = {"update.parquet", "_update.manifest.json"} | {
+    f"{name}.parquet" for name in ("metrics", "timings", "alarms")
+}
 
 
 @pytest.fixture

@@ -128,8 +128,8 @@ def train(trainer: Trainer, batches: Sequence[UpdateBatch]) -> list[StepStats]:
 
 
 def gaps(actual: Sequence[StepStats], expected: Sequence[StepStats]) -> dict[str, float]:
-    """Largest differences over all steps, relative to values beyond 1: loss, gradient norm, any metric, logprobs."""
-
+    """Largest differences over all steps, relative to values beyond 1: loss, gradient norm, any metric, logprobs,
+    entropies (of none on both sides, 0)."""
     assert all(a.metrics.keys() == e.metrics.keys() for a, e in zip(actual, expected, strict=True))
     largest: defaultdict[str, float] = defaultdict(float)
     for ours, theirs in zip(actual, expected, strict=True):
@@ -139,9 +139,17 @@ def gaps(actual: Sequence[StepStats], expected: Sequence[StepStats]) -> dict[str
         "loss": largest["loss/total"],
         "grad_norm": largest["optim/grad_norm"],
         "metrics": max(largest.values()),
-        "logprobs": max(
-            float(np.max(np.abs(ours - theirs) / np.maximum(1.0, np.abs(theirs))))
-            for a, e in zip(actual, expected, strict=True)
-            for ours, theirs in zip(a.logprobs, e.logprobs, strict=True)
-        ),
+        "logprobs": max(_gap(a.logprobs, e.logprobs) for a, e in zip(actual, expected, strict=True)),
+        "entropies": max(_gap(a.entropies, e.entropies) for a, e in zip(actual, expected, strict=True)),
     }
+
+
+def _gap(actual: Sequence[Any] | None, expected: Sequence[Any] | None) -> float:
+    assert (actual is None) == (expected is None)
+    return max(
+        (
+            float(np.max(np.abs(ours - theirs) / np.maximum(1.0, np.abs(theirs))))
+            for ours, theirs in zip(actual or [], expected or [], strict=True)
+        ),
+        default=0.0,
+    )

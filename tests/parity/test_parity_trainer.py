@@ -103,6 +103,32 @@ def reference_loss(model: Any, batch: UpdateBatch) -> torch.Tensor:
     return total / sum(len(sequence.token_ids) for sequence in batch.sequences)
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [100_000, 60])
+def test_entropies_are_those_of_the_whole_vocabulary_in_float64(
+    make_trainer: MakeTrainer, batch: UpdateBatch, student_dir: Path, micro_batch_tokens: int
+) -> None:
+    """−Σ_v p log p of softmax(logits / T) from full logits, of the policy before the update."""
+    trainer, _ = make_trainer(micro_batch_tokens=micro_batch_tokens)
+    stats = trainer.update(batch)
+    assert stats.entropies is not None
+    before = load_model(student_dir).double()
+    with torch.no_grad():
+        tables = [dense_log_probabilities(before, sequence, TEMPERATURE) for sequence in batch.sequences]
+    expected = [-(table.exp() * table).sum(-1) for table in tables]
+    assert all(row.dtype == np.float32 for row in stats.entropies)
+    assert [len(row) for row in stats.entropies] == [len(sequence.token_ids) for sequence in batch.sequences]
+    assert max(float(row.max()) for row in expected) > 0.5  # they are not all certain
+    assert largest_gap(stats.entropies, expected) < 1e-5
+    assert np.concatenate(stats.entropies).mean() == pytest.approx(stats.metrics["entropy"], rel=1e-5)
+
+
+def test_sft_computes_no_entropies(make_trainer: MakeTrainer, batch: UpdateBatch) -> None:
+    zeros = [0.0] * len(batch.sequences)
+    trainer, _ = make_trainer()
+    stats = trainer.update(UpdateBatch(sequences=batch.sequences, advantages=zeros, kd_weights=zeros, loss="sft"))
+    assert stats.entropies is None
+
+
 def test_logprobs_are_the_engines(make_trainer: MakeTrainer, batch: UpdateBatch, rollouts: list[Rollout]) -> None:
     trainer, _ = make_trainer(temperature=1.0, micro_batch_tokens=256)
     stats = trainer.update(batch)

@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-HEAVY = {"torch", "transformers", "prefect", "pyarrow", "pandas", "plotly", "math_verify", "sympy", "vllm", "deepspeed"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "prefect",
+    "pyarrow",
+    "pandas",
+    "plotly",
+    "math_verify",
+    "sympy",
+    "vllm",
+    "deepspeed",
+    "duckdb",
+}
 
 
 def modules_of(package: str) -> list[str]:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from kdrl_core.config import resolve_path
 from kdrl_core.data.schema import SKYWORK_SCHEMA
 from kdrl_core.miniature.models import END, build_tokenizer
-from kdrl_core.miniature.world import HARD_LENGTHS, LENGTHS, sample_questions, solve
+from kdrl_core.miniature.world import HARD_LENGTHS, LENGTHS, bracket, sample_questions, solve, solve_result_first
 
-BENCHMARKS = ("validation", "test", "hard")
+BENCHMARKS = ("validation", "test", "hard", "ood")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,25 @@ BENCHMARKS = ("validation", "test", "hard")
 )
 def test_solve_golden(question: str, response: str, answer: str) -> None:
     assert solve(question) == (response, answer)
+
+
+def test_a_chain_worked_result_first_golden() -> None:
+    assert solve_result_first("3+5*2") == "<think>8=3+5,6=8*2</think>\\boxed{6}"
+    assert solve_result_first("1-4") == "<think>7=1-4</think>\\boxed{7}"
+
+
+@pytest.mark.parametrize(("question", "written"), [("3+5", "3+5"), ("3+5*2", "(3+5)*2"), ("9*9-5+7", "((9*9)-5)+7")])
+def test_brackets_say_in_which_order_a_chain_is_read(question: str, written: str) -> None:
+    assert bracket(question) == written
+
+
+def test_out_of_domain_problems_are_in_brackets_which_nothing_is_trained_on() -> None:
+    lines = resolve_path("builtin:miniature/benchmarks/ood.jsonl").read_text().splitlines()
+    problems = [json.loads(line)["problem"] for line in lines]
+    assert len(problems) == 128
+    assert all(problem == bracket(re.sub("[()]", "", problem)) and "(" in problem for problem in problems)
+    trained_on = [question for name in ("stage1", "stage2") for question, _ in _problems()[name]]
+    assert not any("(" in question for question in trained_on)
 
 
 @given(st.integers(0, 9), st.lists(st.tuples(st.sampled_from("+-*"), st.integers(0, 9)), min_size=1, max_size=9))
@@ -62,11 +81,12 @@ def test_tokenizer_round_trips_and_ends() -> None:
 
 
 def _problems() -> dict[str, list[tuple[str, str]]]:
-    """Question and answer of everything shipped."""
+    """Question, without its brackets, and answer of everything shipped."""
     found = {}
     for name in BENCHMARKS:
         lines = resolve_path(f"builtin:miniature/benchmarks/{name}.jsonl").read_text().splitlines()
-        found[name] = [(row["problem"], row["answer"]) for row in map(json.loads, lines)]
+        rows = [json.loads(line) for line in lines]
+        found[name] = [(re.sub("[()]", "", row["problem"]), row["answer"]) for row in rows]
     rows = json.loads(resolve_path("builtin:miniature/stage1.json").read_text())
     found["stage1"] = [(row["problem"], row["answer"]) for row in rows]
     table = pq.read_table(resolve_path("builtin:miniature/stage2.parquet"))

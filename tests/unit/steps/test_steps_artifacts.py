@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from kdrl_core.alarms import load_alarms
 from kdrl_core.ledger import Run, derive_seed, is_published, manifest_of, verify_published
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.schema import REFERENCE, REWARDS, ROLLOUTS, TEACHER, UPDATE
@@ -148,6 +149,30 @@ def test_kl_follows_from_the_logprobs(finished: Run, step: int) -> None:
     assert metrics["kd/kl_sampled"] == pytest.approx(-float(np.concatenate(log_ratio).mean()), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(("stage", "step"), STEPS)
+def test_entropies_are_there_for_every_token_and_their_mean_is_the_metric(finished: Run, stage: str, step: int) -> None:
+    update = frame(finished.paths.update(stage, step))
+    entropies = np.concatenate(update["entropies"])
+    assert update["entropies"].map(len).equals(update["logprobs"].map(len))
+    assert (entropies >= -1e-6).all()
+    assert load_metrics(finished, stage)[step]["entropy"] == pytest.approx(float(entropies.mean()), rel=1e-5)
+
+
+def test_alarms_of_the_steps_are_kept(finished: Run) -> None:
+    """The recipe of these tests tells of every step in which a tenth of the responses is cut, unless the last did."""
+    raised = {stage: [alarm.step for alarm in load_alarms(finished, stage)] for stage in ("stage1", "stage2")}
+    cut = {
+        stage: [row["response/clip_ratio"] > 0.1 for row in load_metrics(finished, stage)]
+        for stage in ("stage1", "stage2")
+    }
+    expected = {
+        stage: [step for step, is_cut in enumerate(steps) if is_cut and (step == 0 or not steps[step - 1])]
+        for stage, steps in cut.items()
+    }
+    assert raised == expected
+    assert any(raised.values())
+
+
 def test_stage_without_teacher_has_no_kl(finished: Run) -> None:
     update = frame(finished.paths.update("stage1", 0))
     assert update[["kl_sum", "kl_mean", "log_ratio_sum"]].isna().all().all()
@@ -206,7 +231,7 @@ def test_evaluations_agree_with_their_responses(finished: Run) -> None:
         results: dict[str, Any] = json.loads((path / "results.json").read_text())
         responses = frame(path / "responses.parquet")
         assert results["label"] == label
-        assert set(results["benchmarks"]) == {"validation", "test", "hard"}
+        assert set(results["benchmarks"]) == {"validation", "test", "hard", "ood"}
         for name, result in results["benchmarks"].items():
             rows = responses[responses["benchmark"] == name]
             assert (result["num_problems"], result["num_samples"], len(rows)) == (6, 2, 12)

@@ -109,6 +109,7 @@ def test_steps_record_loss_and_nothing_they_do_not_know(whole: Run) -> None:
     assert metrics[3]["sft/epoch"] == pytest.approx(4 * 5 / kept)
     assert not {"reward/mean", "beta", "kd/kl_unmasked"} & set(metrics[0])
     (first, *_) = rows(whole.paths.update("stage2", 0))
+    assert first["entropies"] is None
     assert first["advantage"] is first["kd_weight"] is first["kl_sum"] is None
     tokens = [lp for row in rows(whole.paths.update("stage2", 0)) for lp in row["logprobs"]]  # type: ignore[attr-defined]
     assert metrics[0]["loss/sft"] == pytest.approx(-sum(tokens) / len(tokens), rel=1e-5)

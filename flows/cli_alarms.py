@@ -1,0 +1,31 @@
+"""How `kdrl status` shows what a run has raised."""
+
+from typing import Any
+
+from rich.console import Console
+
+from flows.cli_shared import out
+
+_SHOWN_ALARMS = 10
+
+
+def print_alarms(opened: Any, console: Console = out) -> None:
+    """Print a line for each alarm that the run has raised, newest last, and the commands that show the newest."""
+    from kdrl_core.alarms import alarms_of, sentence
+
+    raised = alarms_of(opened)
+    for alarm in raised[-_SHOWN_ALARMS:]:
+        style = "bold red" if alarm.severity == "critical" else "yellow"
+        console.print(f"alarm  {sentence(alarm)}", style=style, soft_wrap=True, highlight=False)
+    if raised:
+        earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""
+        console.print(
+            f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}", soft_wrap=True, highlight=False
+        )
+        console.print()
+
+
+def alarm_mark(alarms: list[dict[str, Any]]) -> str:
+    """`3, 1 critical`: how many alarms a run has raised; empty if none."""
+    critical = sum(alarm["severity"] == "critical" for alarm in alarms)
+    return f"{len(alarms)}{f', {critical} critical' if critical else ''}" if alarms else ""

@@ -1,0 +1,59 @@
+"""Alarms that stop their stage: which are still unheard, and how to go on.
+
+A stop is no state of its own: a stage is stopped while it has an alarm of a rule with `stop: true` at a step that the
+recipe's `alarms.acknowledged` does not cover. So a retry or a second `kdrl resume` stops again, before any work, until
+somebody has said that the alarm was seen; and that is kept with its date in the history of the run's manifest.
+"""
+
+from kdrl_core.alarms.record import Alarm, load_alarms, sentence
+from kdrl_core.errors import StoppedByAlarmError
+from kdrl_core.ledger import Run
+
+
+def alarms_of(run: Run) -> list[Alarm]:
+    """Everything that was raised in a run, stage by stage, ascending by step. Raises as `load_alarms`."""
+    return [alarm for stage in run.recipe.stages for alarm in load_alarms(run, stage)]
+
+
+def stopping_alarms(run: Run, stage: str) -> list[Alarm]:
+    """The alarms that keep a stage from going on."""
+    rules = run.recipe.alarms.rules
+    acknowledged = getattr(run.recipe.alarms.acknowledged, stage)
+    seen = -1 if acknowledged is None else acknowledged
+    return [
+        alarm
+        for alarm in load_alarms(run, stage)
+        if alarm.step > seen and alarm.rule in rules and rules[alarm.rule].stop
+    ]
+
+
+def stopping_alarm(run: Run) -> Alarm | None:
+    """The last alarm that keeps the run from going on, of the first stage that has one."""
+    return next((found[-1] for stage in run.recipe.stages if (found := stopping_alarms(run, stage))), None)
+
+
+def resume_command(run: Run) -> str:
+    """The command that goes on with a run, past the alarm that has stopped it, if one has."""
+    alarm = stopping_alarm(run)
+    if alarm is None:
+        return f"kdrl resume {run.name}"
+    return f"kdrl resume {run.name} --set {_acknowledge(alarm)}"
+
+
+def require_not_stopped(run: Run, stage: str) -> None:
+    """Raise StoppedByAlarmError, which says how to go on, if an alarm keeps the stage from going on."""
+    stopping = stopping_alarms(run, stage)
+    if not stopping:
+        return
+    last = stopping[-1]
+    more = f" and {len(stopping) - 1} more before it" if len(stopping) > 1 else ""
+    raise StoppedByAlarmError(
+        f"stopped by an alarm: {sentence(last)}{more} (value {last.value:.6g}, threshold {last.threshold:.6g}). All "
+        f"steps up to {last.step} are published, nothing is lost. Look at it with: {last.commands(run.name)[-1]}. Then "
+        f"go on, with the rule in force: kdrl resume {run.name} --set {_acknowledge(last)}; or with the rule only "
+        f"telling: kdrl resume {run.name} --set alarms.{last.rule}.stop=false"
+    )
+
+
+def _acknowledge(alarm: Alarm) -> str:
+    return f"alarms.acknowledged.{alarm.stage}={alarm.step}"

@@ -1,0 +1,149 @@
+"""Alarms of a recipe: which metric of a step, in which state and for how long, is told, and may stop the stage.
+
+Nothing here changes a published result, so every field is safe to change on resume. `kdrl_core.alarms` has the rules'
+arithmetic, docs/alarms.md the reasons for the defaults.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kdrl_core.config.section import Positive, Section, Share
+
+AlarmMetric = Literal[
+    "reward/mean",
+    "reward/format",
+    "reward/accuracy",
+    "response/length_mean",
+    "response/length_max",
+    "response/clip_ratio",
+    "response/repetition_overlong",
+    "verdict/correct",
+    "verdict/wrong",
+    "verdict/malformed",
+    "verdict/no_answer",
+    "verdict/timeout",
+    "verdict/error",
+    "kd/kl",
+    "kd/kl_unmasked",
+    "kd/kl_sampled",
+    "kd/active_frac",
+    "ref/kl",
+    "entropy",
+    "loss/policy",
+    "loss/sft",
+    "loss/total",
+    "optim/grad_norm",
+    "engine/logprob_gap_mean",
+    "engine/logprob_gap_max",
+    "ratio/tis_mean",
+    "ratio/tis_capped_frac",
+]
+"""Columns of metrics.parquet that a rule may look at. A rule is silent in stages that do not have its metric."""
+
+Severity = Literal["warning", "critical"]
+
+
+class AlarmRule(Section):
+    """What all rules have."""
+
+    metric: AlarmMetric = Field(description="column of metrics.parquet")
+    patience: Positive = Field(1, description="steps in a row that the condition has to hold before it is told, once")
+    severity: Severity = "warning"
+    stop: bool = Field(False, description="stop the stage once the step is published; resumable (docs/alarms.md)")
+
+
+class ThresholdRule(AlarmRule):
+    """The metric is above a number."""
+
+    above: float = Field(description="the metric has to be greater")
+    min_clip_ratio: Share = Field(0.0, description="steps count only where this share of responses is cut")
+
+
+class FallRule(AlarmRule):
+    """The mean of the last `window` steps has fallen by a share of the best such mean so far."""
+
+    share: float = Field(gt=0.0, lt=1.0, description="of the best mean so far that is lost")
+    window: Positive = Field(10, description="steps of the mean")
+    min_best: float = Field(0.05, gt=0.0, description="the best mean has to have been this high: below it is noise")
+
+
+class JumpRule(AlarmRule):
+    """The metric has left the median of the `window` steps before, upwards or downwards."""
+
+    factor: float = Field(gt=1.0, description="up: above factor × median; down: below median / factor")
+    min_change: float = Field(gt=0.0, description="and away from it by so much, in units of the metric")
+    direction: Literal["up", "down", "both"] = "up"
+    window: int = Field(10, ge=2, description="steps before, whose median is compared with")
+
+    @model_validator(mode="after")
+    def _median_stands_still(self) -> Self:
+        if self.patience > self.window // 2:
+            raise ValueError(
+                f"patience {self.patience} is more than half of window {self.window}: the median would have followed "
+                f"the jump before it is told; set patience to at most {self.window // 2}"
+            )
+        return self
+
+
+class AcknowledgedConfig(Section):
+    """Alarms that somebody has seen: those of steps up to here no longer stop their stage."""
+
+    stage1: int | None = Field(None, ge=0, description="last step whose alarms were seen")
+    stage2: int | None = Field(None, ge=0, description="last step whose alarms were seen")
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "reward_collapse": {"metric": "reward/mean", "share": 0.3, "patience": 3, "severity": "critical"},
+    "clip_ratio": {"metric": "response/clip_ratio", "above": 0.5, "patience": 5},
+    "repetition": {
+        "metric": "response/repetition_overlong",
+        "above": 0.5,
+        "min_clip_ratio": 0.05,
+        "patience": 5,
+    },
+    "length_explosion": {"metric": "response/length_mean", "factor": 2.0, "min_change": 16.0, "patience": 3},
+    "kl_jump": {"metric": "kd/kl_unmasked", "factor": 3.0, "min_change": 0.1, "patience": 2},
+    "ref_kl_jump": {"metric": "ref/kl", "factor": 5.0, "min_change": 0.1, "patience": 2},
+    "entropy_jump": {"metric": "entropy", "factor": 2.0, "min_change": 0.1, "direction": "both", "patience": 2},
+    "logprob_gap": {"metric": "engine/logprob_gap_mean", "above": 0.05, "patience": 3, "severity": "critical"},
+    "timeouts": {"metric": "verdict/timeout", "above": 0.05, "patience": 3},
+}
+"""What a recipe does not say of a rule. Every rule is on."""
+
+
+def _default(kind: type[Any], name: str) -> Any:
+    return Field(kind(**DEFAULTS[name]), description="null: off")
+
+
+class AlarmsConfig(Section):
+    """The rules, each on unless it is null."""
+
+    reward_collapse: FallRule | None = _default(FallRule, "reward_collapse")
+    clip_ratio: ThresholdRule | None = _default(ThresholdRule, "clip_ratio")
+    repetition: ThresholdRule | None = _default(ThresholdRule, "repetition")
+    length_explosion: JumpRule | None = _default(JumpRule, "length_explosion")
+    kl_jump: JumpRule | None = _default(JumpRule, "kl_jump")
+    ref_kl_jump: JumpRule | None = _default(JumpRule, "ref_kl_jump")
+    entropy_jump: JumpRule | None = _default(JumpRule, "entropy_jump")
+    logprob_gap: ThresholdRule | None = _default(ThresholdRule, "logprob_gap")
+    timeouts: ThresholdRule | None = _default(ThresholdRule, "timeouts")
+    acknowledged: AcknowledgedConfig = AcknowledgedConfig()
+
+    @property
+    def rules(self) -> dict[str, AlarmRule]:
+        """The rules that are on, by name."""
+        values = {name: getattr(self, name) for name in DEFAULTS}
+        return {name: rule for name, rule in values.items() if rule is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """What is not said of a rule is as in DEFAULTS: `alarms.clip_ratio.stop=true` is enough."""
+        if not isinstance(values, Mapping):
+            return values
+        return {
+            name: {**DEFAULTS[name], **value} if name in DEFAULTS and isinstance(value, Mapping) else value
+            for name, value in values.items()
+        }

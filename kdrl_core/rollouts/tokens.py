@@ -1,0 +1,62 @@
+"""The text of each token of a response, by the tokenizer of the run's own models."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdrl_core.config.paths import resolve_path
+from kdrl_core.errors import KdrlError
+from kdrl_core.ledger import RunPaths
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class TokenReader:
+    """Texts of tokens; of a run whose models are gone there are none. No code of a model folder is ever run."""
+
+    def __init__(self, root: Path, stage: str) -> None:
+        self._candidates = list(_tokenizer_files(root, stage))
+        self._lock = threading.Lock()
+        self._tokenizer: Any = None
+
+    def texts(self, token_ids: Sequence[int] | None) -> list[str] | None:
+        """One text a token, which together are the decoded response with its special tokens. A character that several
+        tokens make up is with the last of them, and the others are empty. None without tokenizer."""
+        tokenizer = self._load()
+        if tokenizer is None or token_ids is None:
+            return None
+        ids, texts, shown, start = list(token_ids), [], "", 0
+        for end in range(1, len(ids) + 1):
+            text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            if text.endswith(_BROKEN) and end < len(ids):
+                texts.append("")
+                continue
+            texts.append(text[len(shown) :])
+            # The last token stays in view: some tokenizers drop a space at the start of what they decode.
+            start = end - 1
+            shown = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        return texts
+
+    def _load(self) -> Any:
+        with self._lock:
+            while self._tokenizer is None and self._candidates:
+                from tokenizers import Tokenizer  # only where a response is shown in full
+
+                with suppress(Exception):  # each damage of a tokenizer fails in its own way, some in a bare Exception
+                    self._tokenizer = Tokenizer.from_file(str(self._candidates[0]))
+                self._candidates.pop(0)
+            return self._tokenizer
+
+
+def _tokenizer_files(root: Path, stage: str) -> Iterator[Path]:
+    """tokenizer.json files that the stage's responses may have been made with, likeliest first."""
+    paths = RunPaths(root)
+    folders = [*sorted((root / "checkpoints" / stage).glob("step-*"), reverse=True), paths.student]
+    with suppress(OSError, ValueError, yaml.YAMLError, KdrlError, KeyError, TypeError, RecursionError):
+        folders.append(resolve_path(yaml.safe_load(paths.recipe.read_text())["student"]["path"]))
+    folders += sorted((root / "checkpoints").glob("*/step-*"))
+    yield from (file for folder in folders if (file := folder / "tokenizer.json").is_file())

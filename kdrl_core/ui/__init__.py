@@ -1,0 +1,1 @@
+"""`kdrl ui`: a read-only web app on loopback over rollouts of runs. FastAPI over a RolloutStore; pages in static/."""
