@@ -124,7 +124,7 @@ def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, conf
         "advantage": np.asarray(batch.advantages, np.float32),
         "kd_weight": np.asarray(batch.kd_weights, np.float32),
         "logprobs": pa.array(stats.logprobs, pa.list_(pa.float32())),
-        "entropies": pa.array(stats.entropies or [None] * len(rollouts), pa.list_(pa.float32())),
+        "entropies": pa.array(stats.entropies, pa.list_(pa.float32())),
     }
     if batch.teacher_logprobs is None:
         columns |= dict.fromkeys(("kl_sum", "kl_mean", "log_ratio_sum"), pa.nulls(len(rollouts), pa.float32()))
