@@ -10,10 +10,13 @@ import pytest
 from crash.tiny_run import differing, finish, open_tiny, results, train, train_step
 
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import Run
+from kdrl_core.ledger import Run, manifest_of, publish_file
+from kdrl_core.ledger.manifest import manifest_path
 from kdrl_core.rollouts.metrics import load_metrics
+from kdrl_core.rollouts.schema import read_table, write_table
 from kdrl_core.steps import filter as filter_module
 from kdrl_core.steps import rollout, score, step_end, update, verify
+from kdrl_core.steps.check import check_run
 from kdrl_core.steps.checkpoints import checkpoint_steps, latest_checkpoint, remaining_steps
 from kdrl_core.steps.completion import is_finished
 from kdrl_core.steps.rollout import rollout_step
@@ -76,6 +79,25 @@ def test_replayed_step_says_so_and_rewrites_nothing(tmp_path: Path) -> None:
         assert summary.replayed
         assert summary.checkpoint is None
     assert (path.stat().st_mtime_ns, load_metrics(run, "stage2")) == before
+
+
+def test_a_run_of_a_version_without_entropies_and_alarms_goes_on(sparse: Run, tmp_path: Path) -> None:
+    run = open_tiny(tmp_path, "old", SPARSE)
+    train(run, until=("stage2", 1))
+    path = run.paths.update("stage2", 0)
+    published, table = manifest_of(path), read_table(path).drop_columns(["entropies"])
+    for file in (path, manifest_path(path), run.paths.alarms("stage2")):
+        file.unlink(missing_ok=True)
+    publish_file(
+        path,
+        lambda file: write_table(table, file),
+        inputs=published.inputs,
+        metadata={name: published.metadata[name] for name in ("metrics", "timings")},
+    )
+    train(open_tiny(tmp_path, "old", SPARSE))
+    assert run.relative(path) in differing(run, sparse)
+    assert set(differing(run, sparse)) <= {run.relative(path), run.relative(run.paths.alarms("stage2"))}
+    assert check_run(run).findings == []
 
 
 class _Killed(BaseException):
