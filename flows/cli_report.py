@@ -29,10 +29,9 @@ def report(
     other run is a variant of its own. The first run's variant is what the others are compared with. A run that is not
     finished is shown as far as it is, and listed as missing.
 
-    Examples:
-
-      kdrl report mine --output report
-      kdrl report kdrl-0 kdrl-1 grpo-0 grpo-1 --label kdrl-0=KDRL --label grpo-0=GRPO -o report
+    \b
+    kdrl report mine --output report
+    kdrl report kdrl-0 kdrl-1 grpo-0 grpo-1 --label kdrl-0=KDRL --label grpo-0=GRPO -o report
     """
     from kdrl_core.sweeps.of_runs import read_runs
     from kdrl_core.sweeps.report import write_report
@@ -40,15 +39,20 @@ def report(
     with errors():
         if output.exists() and not output.is_dir():
             raise RunError(f"--output {output} is a file; name a folder")
-        table = write_report(read_runs(runs, dict(map(_label, label or []))), output, stem=_STEM)
+        table = write_report(read_runs(runs, _labels(label or [])), output, stem=_STEM)
         if as_json:
             out.print_json(data=table.to_json())
         else:
             print_comparison(table, output / f"{_STEM}.html")
 
 
-def _label(text: str) -> tuple[str, str]:
-    run, equals, label = text.partition("=")
-    if not equals or not run or not label.strip():
-        raise RunError(f"--label {text}: expected RUN=TEXT, e.g. --label mine=KDRL")
-    return run, label.strip()
+def _labels(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        run, equals, label = text.partition("=")
+        if not equals or not run or not label.strip():
+            raise RunError(f"--label {text}: expected RUN=TEXT, e.g. --label mine=KDRL")
+        if run in found:
+            raise RunError(f"--label {text}: {run} has a label already, {found[run]}; give one")
+        found[run] = label.strip()
+    return found

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli_rollouts_shared import PromptOption, StageOption, StepsOption, open_store, print_json, whole_range
+from flows.cli_rollouts_shared import (
+    PromptOption,
+    StageOption,
+    StepsOption,
+    open_store,
+    print_json,
+    whole_range,
+    why_nothing,
+)
 from flows.cli_shared import JsonOption, PlainConsole, errors
 from flows.rollouts_shown import number, one_line, paged, table, verdict
 from kdrl_core.errors import DataError
@@ -184,6 +192,8 @@ def _responses(
 ) -> None:
     """The responses to one problem on both sides."""
     pages = [store.page(side, limit=_RESPONSES) for side in sides]
+    if not any(page.total for page in pages):
+        raise DataError(why_nothing(store))
     if as_json:
         found: dict[str, Any] = {
             side: {"label": label, "total": page.total, "rows": page.rows}

@@ -38,9 +38,9 @@ def sft_stage(run_dir: str, stage: str) -> None:
         for step in steps:
             summary = sft_update(run_dir, stage, step)
             progress.step(summary)
+            track(run)
             alarms.step_ended(run, stage, summary.alarms)
             evaluate_if_due(run, stage, step + 1, progress)
-            track(run)
         close_sessions()
         require_trained(run, stage)
         progress.finish()

@@ -49,9 +49,9 @@ def training_stage(run_dir: str, stage: str) -> None:
             # Results, not futures: Prefect would ask the server for the state of each future, 15 ms a time.
             summary = update(run_dir, stage, step, scored.result(), verdicts.result())
             progress.step(summary)
+            track(run)
             alarms.step_ended(run, stage, summary.alarms)
             evaluate_if_due(run, stage, step + 1, progress)
-            track(run)
         close_sessions()
         require_trained(run, stage)
         progress.finish()

@@ -11,7 +11,7 @@ from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.reporting.summary import MODEL_NAMES
-from kdrl_core.sweeps.spec import ACCURACY, SweepSpec
+from kdrl_core.sweeps.spec import ACCURACY, LENGTH, SweepSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +100,13 @@ def _run_name(sweep: str, variant: str, seed: int, *, origin: str) -> str:
 
 def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> None:
     """Raise RecipeError if a claim is of a variant, model or benchmark that the sweep does not have."""
-    labels = [*dict.fromkeys(cell.variant for cell in cells), *MODEL_NAMES.values()]
+    variants = list(dict.fromkeys(cell.variant for cell in cells))
     benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
     for number, claim in enumerate(spec.claims, start=1):
         where = f"sweep {origin}, claim {number}"
         kind, colon, benchmark = claim.measure.partition(":")
+        # Models for reference have answers, and no metrics of the stage that is compared.
+        labels = [*variants, *(MODEL_NAMES.values() if kind in (ACCURACY, LENGTH) else ())]
         for field, label in (("more", claim.more), ("less", claim.less)):
             if label not in labels:
                 raise RecipeError(f"{where}, field '{field}': no variant '{label}'{did_you_mean(label, labels)}")

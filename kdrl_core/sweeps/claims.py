@@ -35,6 +35,8 @@ class JudgedClaim:
     source: str
     what: str
     """The comparison in short: `KDRL > GRPO, accuracy on test`."""
+    expected: str
+    """What the source says."""
     verdict: Verdict
     difference: Accuracy | None
     """More − less, in the quantity's own unit; None if a variant is missing."""
@@ -76,6 +78,7 @@ def _judge(
         text=claim.text,
         source=claim.source,
         what=f"{claim.more} > {claim.less}, {f'accuracy on {name}' if kind == ACCURACY else kind}",
+        expected=claim.expected,
         verdict=_verdict(difference),
         difference=difference,
         num_seeds=len(seeds) if problems else 0,

@@ -4,12 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 
 from kdrl_core.config import config_hash
+from kdrl_core.config.alarms import AlarmsConfig
+from kdrl_core.config.recipe import TrackingConfig
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, open_run
 from kdrl_core.sweeps.results import SweepResults, read_results_of
 from kdrl_core.sweeps.state import CellStatus, list_started, state_of
 
-_SAME = {"seed": 0, "name": "recipe", "description": ""}
+_SAME = {"seed": 0, "name": "recipe", "description": "", "alarms": AlarmsConfig(), "tracking": TrackingConfig()}
 """Fields that make no variant."""
 
 
@@ -22,7 +24,7 @@ def read_runs(names: Sequence[str], labels: Mapping[str, str] | None = None) -> 
             without its number.
 
     Raises:
-        RunError: no such run; a label for a run that is not among them; two labels for one variant.
+        RunError: no such run; a label for a run that is not among them; two labels for one variant, or one for two.
     """
     labels = labels or {}
     for name in labels:
@@ -57,6 +59,9 @@ def _variants(runs: Sequence[Run], labels: Mapping[str, str]) -> list[tuple[str,
         groups.setdefault((same, turn), []).append(run)
     found = [(_label(group, labels), group) for group in groups.values()]
     taken = [label for label, _ in found]
+    for label in labels.values():
+        if taken.count(label) > 1:
+            raise RunError(f"--label: '{label}' would be the name of two variants; give one of them another")
     return [(label if taken.count(label) == 1 else group[0].name, group) for label, group in found]
 
 

@@ -16,6 +16,9 @@ from kdrl_core.sweeps.sharing import parts_of
 from kdrl_core.sweeps.spec import Claim
 from kdrl_core.sweeps.state import CellState, CellStatus
 
+_OF_CUT = "response/repetition_overlong"
+"""Of responses that were cut: 0 in steps that cut none, which says nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelScores:
@@ -49,7 +52,7 @@ class CellResult:
     model: ModelScores
     watched: list[Watched] = field(default_factory=list)
     late: dict[str, float] = field(default_factory=dict)
-    """Every metric's mean over the last fifth of the last stage's steps."""
+    """Every metric's mean over the last fifth of the last stage's steps; of cut responses, over steps that cut some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +134,11 @@ def _cell(run: Run, status: CellStatus) -> CellResult:
 def _late(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     last = rows[-max(1, len(rows) // 5) :]
     names = set.intersection(*(set(row) for row in last)) - {"step"} if last else set()
-    return {name: fmean(row[name] for row in last) for name in sorted(names)}
+    found = {
+        name: [row[name] for row in last if name != _OF_CUT or row["response/clip_ratio"] > 0.0]
+        for name in sorted(names)
+    }
+    return {name: fmean(values) for name, values in found.items() if values}
 
 
 def _references(run: Run, variant: str) -> Iterator[ReferenceResult]:

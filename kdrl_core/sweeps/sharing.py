@@ -33,7 +33,7 @@ from kdrl_core.ledger import (
 )
 from kdrl_core.rollouts.metrics import rebuild_metrics
 
-_NO_ACCOUNT = ("name", "description", "alarms.*")
+_NO_ACCOUNT = ("name", "description", "alarms.*", "tracking.*")
 _OF_POOL = ("stage?.data.*", "stage?.max_prompt_tokens")
 """What the pool depends on in the stages, all of which it holds: its hash is in whatever is made from it."""
 _OF_SAMPLES = ("objective", "temperature", "max_response_tokens", "sft.*", "prompts_per_step")

@@ -17,7 +17,7 @@ claims:                      # what the table judges: holds, does not hold, uncl
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -66,6 +66,9 @@ class Claim(BaseModel):
     source: str = Field("", description="where it is made: Sec. 3.1")
     more: str = Field(min_length=1, description="variant, or a model for reference as the table calls it")
     less: str = Field(min_length=1, description="likewise")
+    expected: Literal["holds", "does not hold", "unclear"] = Field(
+        "holds", description="what the source says; unclear: no difference to speak of"
+    )
     measure: str = Field(
         min_length=1,
         description="accuracy:BENCHMARK, length (tokens of the final answers), or a metric of the last stage, which is "

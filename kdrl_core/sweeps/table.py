@@ -130,14 +130,17 @@ class SweepTable:
     def claim_table(self) -> Table:
         """The sweep's claims, judged."""
         rows = [
-            [claim.text, claim.source, str(claim.verdict), claim.what, _measured(claim), str(claim.num_seeds)]
+            [
+                *(claim.text, claim.source, claim.expected, str(claim.verdict), claim.what),
+                *(_measured(claim), str(claim.num_seeds)),
+            ]
             for claim in self.claims
         ]
         return Table(
             title="Claims (more − less, 95 % interval, paired)",
-            header=["claim", "source", "verdict", "comparison", "difference", "seeds"],
+            header=["claim", "source", "there", "here", "comparison", "difference", "seeds"],
             rows=rows,
-            num_text=4,
+            num_text=5,
         )
 
     def missing_table(self) -> Table:

@@ -1,8 +1,10 @@
 """TensorBoard, MLflow and W&B. Each is opened for a run, new or known, and imported only then."""
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,12 +47,13 @@ class TensorBoardTracker:
         for name, value in point.values.items():
             writer.add_scalar(name, value, point.step, walltime=point.time_ms / 1000.0)
 
-    def summarize(self, values: Mapping[str, float]) -> None:
-        self.log(Point(group="summary", step=0, global_step=0, time_ms=0, values=values))
+    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
+        self.log(Point(group="summary", step=0, global_step=0, time_ms=time_ms, values=values))
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         for writer in self._writers.values():
             writer.flush()
+        return True
 
     def close(self, *, complete: bool) -> None:
         for writer in self._writers.values():
@@ -61,9 +64,10 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         folder, first = self._run.paths.tracking / "tensorboard" / group, self._steps.get(group, 0)
+        is_stage = group in self._run.recipe.stages
         # What a killed process had written from the first step on that is to come is void, and written again.
-        writer = SummaryWriter(str(folder), purge_step=first if folder.is_dir() else None)
-        if group in self._run.recipe.stages and first == 0:
+        writer = SummaryWriter(str(folder), purge_step=first if is_stage and folder.is_dir() else None)
+        if is_stage and first == 0:
             writer.add_text("recipe", f"```yaml\n{dump_recipe(self._run.recipe)}```", 0)
         self._writers[group] = writer
         return writer
@@ -91,11 +95,12 @@ class MLflowTracker:
         ]
         self._client.log_batch(self.run_id, metrics=metrics)
 
-    def summarize(self, values: Mapping[str, float]) -> None:
-        self.log(Point(group="summary", step=0, global_step=0, time_ms=0, values=values))
+    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
+        self.log(Point(group="summary", step=0, global_step=0, time_ms=time_ms, values=values))
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Every batch is written when it is logged."""
+        return True
 
     def close(self, *, complete: bool) -> None:
         self._client.set_terminated(self.run_id, status="FINISHED" if complete else "KILLED")
@@ -121,6 +126,9 @@ class WandbTracker:
         self.run_id = run_id or hashlib.sha256(f"{run.name} {run.started_at}".encode()).hexdigest()[:12]
         folder = run.paths.tracking
         folder.mkdir(parents=True, exist_ok=True)
+        # Its folders are named by the second: one of the same second would be written over.
+        while (folder / "wandb" / f"offline-run-{datetime.now():%Y%m%d_%H%M%S}-{self.run_id}").exists():  # noqa: DTZ005
+            time.sleep(0.1)
         self._run = wandb.init(
             project=run.recipe.tracking.project,
             name=run.name,
@@ -136,11 +144,12 @@ class WandbTracker:
         values = {f"{point.group}/{name}": value for name, value in point.values.items()}
         self._run.log({**values, f"{point.group}/step": point.step}, step=point.global_step)
 
-    def summarize(self, values: Mapping[str, float]) -> None:
+    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
         self._run.summary.update({f"summary/{name}": value for name, value in values.items()})
 
-    def flush(self) -> None:
-        """Its service writes what it was given when this process has died as well."""
+    def flush(self) -> bool:
+        """Its service writes when it likes, and when the run is closed."""
+        return False
 
     def close(self, *, complete: bool) -> None:
         self._run.finish(exit_code=0 if complete else 1)

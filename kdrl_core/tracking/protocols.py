@@ -36,15 +36,15 @@ class Tracker(Protocol):
     """One client, open for one run."""
 
     def log(self, point: Point) -> None:
-        """Send a point; it is safe when `flush` returns."""
+        """Send a point."""
         ...
 
-    def summarize(self, values: Mapping[str, float]) -> None:
-        """Send numbers that belong to the run as a whole."""
+    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
+        """Send numbers that belong to the run as a whole, published at a time as a point's."""
         ...
 
-    def flush(self) -> None:
-        """Have everything sent so far written."""
+    def flush(self) -> bool:
+        """Have everything sent so far written. Returns whether a kill can take none of it any more."""
         ...
 
     def close(self, *, complete: bool) -> None:

@@ -4,7 +4,7 @@
 import atexit
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -42,16 +42,17 @@ class _Stream:
         for point, note in points:
             self.tracker.log(point)
             note(self.sent)
-        if finals:
-            self.tracker.summarize(_summary(self.run, finals))
-            self.sent.evaluations += finals
-        self.tracker.flush()
-        self._note()
+        for label in finals:
+            self.tracker.summarize(_summary(self.run, label), _moment(self.run.paths.evaluation(label)))
+            self.sent.evaluations.append(label)
+        if self.tracker.flush():
+            self._note()
 
     def close(self) -> None:
         if self.tracker is not None:
             self.tracker.close(complete=set(final_labels(self.run)) <= set(self.sent.evaluations))
             self.tracker = None
+            self._note()
 
     def _note(self) -> None:
         replace_file(_cursor(self.run, self.name), (json.dumps(asdict(self.sent), indent=1) + "\n").encode())
@@ -113,7 +114,7 @@ def _points(run: Run, sent: Sent) -> Iterator[tuple[Point, Callable[[Sent], None
     for stage in run.recipe.stages:
         found = [*_steps(run, stage, sent), *_periodic(run, stage, sent)]
         for step, values, note in sorted(found, key=lambda one: one[0]):  # stable: an evaluation follows its step
-            moment = _moment(run, stage, step)
+            moment = _moment(run.paths.update(stage, step))
             yield Point(group=stage, step=step, global_step=before + step, time_ms=moment, values=values), note
         before += run.recipe.stage(stage).steps
 
@@ -144,13 +145,13 @@ def _finals(run: Run, sent: Sent) -> list[str]:
     return [label for label in labels if is_published(run.paths.evaluation(label))]
 
 
-def _summary(run: Run, labels: Sequence[str]) -> dict[str, float]:
-    found = {label: read_results(run.paths.evaluation(label))["benchmarks"] for label in labels}
-    return {f"{label}/{name}": float(one["accuracy"]) for label, all_ in found.items() for name, one in all_.items()}
+def _summary(run: Run, label: str) -> dict[str, float]:
+    benchmarks = read_results(run.paths.evaluation(label))["benchmarks"]
+    return {f"{label}/{name}": float(one["accuracy"]) for name, one in benchmarks.items()}
 
 
-def _moment(run: Run, stage: str, step: int) -> int:
-    """When the step's update was published, ms since the epoch; 0 if its manifest is lost."""
+def _moment(artifact: Path) -> int:
+    """When it was published, ms since the epoch; 0 if its manifest is lost."""
     with suppress(KdrlError, ValueError):
-        return int(datetime.fromisoformat(manifest_of(run.paths.update(stage, step)).created_at).timestamp() * 1000)
+        return int(datetime.fromisoformat(manifest_of(artifact).created_at).timestamp() * 1000)
     return 0

@@ -82,9 +82,9 @@ def test_a_claim_without_common_seeds_is_missing(results: SweepResults, more: st
 def test_the_table_shows_claims_in_points_and_units(results: SweepResults) -> None:
     results.claims.extend([_claim("a", "b", "accuracy:test"), _claim("a", "b", "length"), _claim("a", "d", "length")])
     rows = build_table(results).claim_table().rows
-    assert [row[2] for row in rows] == ["holds", "holds", "missing"]
-    assert [row[4] for row in rows] == ["+50.0 (+50.0 to +50.0) points", "+9 (+8 to +10)", "–"]
-    assert "| a over b | Sec. 1 | holds |" in build_table(results).to_markdown()
+    assert [row[2:4] for row in rows] == [["holds", "holds"], ["holds", "holds"], ["holds", "missing"]]
+    assert [row[5] for row in rows] == ["+50.0 (+50.0 to +50.0) points", "+9 (+8 to +10)", "–"]
+    assert "| a over b | Sec. 1 | holds | holds |" in build_table(results).to_markdown()
 
 
 def _spec(**claim: Any) -> Any:
@@ -99,6 +99,7 @@ def _spec(**claim: Any) -> Any:
         ({"less": "GRPP"}, "claim 1, field 'less': no variant 'GRPP', did you mean 'GRPO'?"),
         ({"more": "teacherr"}, "claim 1, field 'more': no variant 'teacherr', did you mean 'teacher'?"),
         ({"measure": "accuracy:tset"}, "claim 1, field 'measure': no benchmark 'tset', did you mean 'test'?"),
+        ({"more": "teacher", "measure": "entropy"}, "claim 1, field 'more': no variant 'teacher'"),
         ({"measure": "length:test"}, "claim 1, field 'measure': 'length:test' is none"),
     ],
 )

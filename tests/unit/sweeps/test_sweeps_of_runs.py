@@ -57,8 +57,8 @@ def test_labels() -> None:
         read_runs(["kdrl"], {"plain-0": "x"})
     with pytest.raises(RunError, match="'x' and 'y' are for runs of one variant"):
         read_runs(["plain-0", "plain-1"], {"plain-0": "x", "plain-1": "y"})
-    twice = read_runs(["kdrl", "alone"], {"kdrl": "same", "alone": "same"})
-    assert [status.variant for status in twice.statuses] == ["kdrl", "alone"]
+    with pytest.raises(RunError, match="'same' would be the name of two variants"):
+        read_runs(["kdrl", "alone"], {"kdrl": "same", "alone": "same"})
 
 
 def test_the_report_s_files_say_the_same(runs: Path, tmp_path: Path) -> None:
@@ -93,6 +93,7 @@ FAULTS = {
     "unknown run": (["kdlr"], "no run 'kdlr'"),
     "sweep": (["my-sweep"], "'my-sweep' is a sweep, no run; for its report: kdrl sweep report my-sweep"),
     "label": (["kdrl", "--label", "kdrl"], "--label kdrl: expected RUN=TEXT"),
+    "two labels": (["kdrl", "--label", "kdrl=a", "--label", "kdrl=b"], "kdrl has a label already, a"),
 }
 
 

@@ -2,9 +2,14 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +27,7 @@ from kdrl_core.errors import RecipeError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, open_run
 from kdrl_core.preflight import check_trackers
+from kdrl_core.reporting.summary import final_labels
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.schema import read_table, write_table
 from kdrl_core.steps import session
@@ -159,10 +165,10 @@ def _require_whole(name: TrackerName, run: Run) -> None:
         for metric in ("reward/mean", "optim/grad_norm", "time/update_s"):
             expected = [(row["step"], pytest.approx(row[metric], rel=1e-6)) for row in rows]
             assert found[f"{stage}/{metric}"] == expected, (name, stage, metric)
-    final = read_results(run.paths.evaluation(run.recipe.stages[-1]))["benchmarks"]
-    for benchmark, one in final.items():
-        (point,) = found[f"summary/{run.recipe.stages[-1]}/{benchmark}"]
-        assert point == (0, pytest.approx(one["accuracy"], rel=1e-6))
+    for label in final_labels(run):
+        for benchmark, one in read_results(run.paths.evaluation(label))["benchmarks"].items():
+            (point,) = found[f"summary/{label}/{benchmark}"]
+            assert point == (0, pytest.approx(one["accuracy"], rel=1e-6))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -194,6 +200,52 @@ def test_a_killed_run_goes_on_in_the_same_tracked_run(name: TrackerName, artifac
     _require_whole(name, run)
     identities = {"wandb": 1, "mlflow": 1, "tensorboard": 0}
     assert bool(json.loads((run.paths.tracking / f"{name}.json").read_text())["identity"]) == bool(identities[name])
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from kdrl_core.config.recipe import TrackingConfig
+from kdrl_core.ledger import open_run
+from kdrl_core.tracking import track
+run = open_run("tracked", artifacts=Path(sys.argv[1]))
+track(replace(run, recipe=run.recipe.model_copy(update={"tracking": TrackingConfig(trackers=[sys.argv[2]])})))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_process_sent_before_its_sigkill_is_there_or_sent_again(
+    name: TrackerName, artifacts_of: Path, trained: Run
+) -> None:
+    run = _tracked(artifacts_of, name)
+    shutil.rmtree(run.paths.root / "evaluation")
+    _cut(run, run.recipe.stages[-1], 2)
+    # W&B's service is one for a process and its children; a program of its own has one of its own.
+    own = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(artifacts_of), name], check=False, timeout=120, env=own)
+    assert done.returncode == -signal.SIGKILL
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, by second and process
+    _restore(run, trained)
+    shutil.copytree(trained.paths.root / "evaluation", run.paths.root / "evaluation")
+    track(run)
+    close_tracking()
+    _require_whole(name, run)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_final_evaluations_of_two_processes_are_all_there(name: TrackerName, artifacts_of: Path) -> None:
+    run = _tracked(artifacts_of, name)
+    for label in ("stage2", "teacher"):
+        shutil.move(run.paths.evaluation(label), artifacts_of / label)
+    track(run)
+    close_tracking()
+    for label in ("stage2", "teacher"):
+        shutil.move(artifacts_of / label, run.paths.evaluation(label))
+    track(run)
+    close_tracking()
+    _require_whole(name, run)
 
 
 def test_mlflow_has_the_recipe_and_says_how_the_run_ended(artifacts_of: Path, trained: Run) -> None:
@@ -228,11 +280,11 @@ class Faulty:
             raise ConnectionError("no route to\nhost")
         self.sent.append((point.group, point.step))
 
-    def summarize(self, values: Any) -> None:
+    def summarize(self, values: Any, time_ms: int) -> None:
         pass
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> bool:
+        return True
 
     def close(self, *, complete: bool) -> None:
         raise ConnectionError("gone")
