@@ -79,16 +79,18 @@ def _judge(
         source=claim.source,
         what=f"{claim.more} > {claim.less}, {f'accuracy on {name}' if kind == ACCURACY else kind}",
         expected=claim.expected,
-        verdict=_verdict(difference),
+        verdict=_verdict(difference, can_tell=kind == ACCURACY or len(seeds) > 1),
         difference=difference,
         num_seeds=len(seeds) if problems else 0,
         is_share=kind == ACCURACY,
     )
 
 
-def _verdict(difference: Accuracy | None) -> Verdict:
+def _verdict(difference: Accuracy | None, *, can_tell: bool) -> Verdict:
     if difference is None:
         return Verdict.MISSING
+    if not can_tell:  # one seed, one number: its interval says nothing
+        return Verdict.UNCLEAR
     if difference.low > 0.0:
         return Verdict.HOLDS
     return Verdict.DOES_NOT if difference.high < 0.0 else Verdict.UNCLEAR

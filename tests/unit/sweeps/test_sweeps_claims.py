@@ -61,6 +61,12 @@ def test_what_differs_in_sign_between_seeds_is_unclear(results: SweepResults) ->
     assert found.verdict is Verdict.UNCLEAR
 
 
+def test_one_number_of_one_seed_tells_nothing(results: SweepResults) -> None:
+    found = _one(results, "c", "a", "length")  # c has the second seed alone: 20 − 32
+    assert found.difference is not None
+    assert (found.difference.mean, found.num_seeds, found.verdict) == (-12.0, 1, Verdict.UNCLEAR)
+
+
 def test_lengths_and_models_for_reference_can_be_compared(results: SweepResults) -> None:
     longer = _one(results, "a", "b", "length")  # 30 − 20 = 10 and 32 − 24 = 8
     assert longer.difference is not None
