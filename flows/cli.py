@@ -22,6 +22,7 @@ from flows.cli_rollouts import app as rollouts_app
 from flows.cli_serve import serve
 from flows.cli_shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli_sweep import app as sweep_app
+from flows.cli_tables import fitted
 from flows.cli_ui import ui
 from flows.cli_verify import verify_command
 from kdrl_core.errors import RunError
@@ -194,8 +195,8 @@ def print_summary(opened: Any, console: Console = out) -> None:
     for table in tables_of(summary):
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
         for position, cell in enumerate(table.header):
-            shown.add_column(cell, justify="left" if position == 0 else "right")
-        for row in table.rows:
+            shown.add_column(cell, justify="left" if position < table.num_text else "right", no_wrap=position == 0)
+        for row in fitted(table, console.width):
             shown.add_row(*row)
         console.print(shown)
         console.print()

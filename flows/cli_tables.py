@@ -24,6 +24,13 @@ def print_comparison(table: "SweepTable", report: Path) -> None:
     out.print(f"report  {report}", highlight=False, soft_wrap=True)
 
 
+def fitted(table: "Table", width: int) -> list[list[str]]:
+    """The rows of a table, with intervals on a line of their own where they would not fit side by side."""
+    columns = zip(table.header, *table.rows, strict=True)
+    needed = sum(max(map(len, column)) + 3 for column in columns)
+    return table.rows if needed <= width else _broken(table)
+
+
 def print_rows(header: list[str], rows: list[list[str]], *, num_text: int = 1) -> None:
     """Print a table whose first `num_text` columns are text, which is folded where it is long."""
     table = RichTable(box=SIMPLE_HEAD, show_edge=False)
@@ -42,8 +49,11 @@ def print_rows(header: list[str], rows: list[list[str]], *, num_text: int = 1) -
 def _print_table(table: "Table") -> None:
     """Intervals on a line of their own: a row of six benchmarks would be too wide."""
     out.print(table.title, style="bold", highlight=False)
-    rows = [
+    print_rows(table.header, _broken(table), num_text=table.num_text)
+    out.print()
+
+
+def _broken(table: "Table") -> list[list[str]]:
+    return [
         [*row[: table.num_text], *(cell.replace(" (", "\n(") for cell in row[table.num_text :])] for row in table.rows
     ]
-    print_rows(table.header, rows, num_text=table.num_text)
-    out.print()
