@@ -12,7 +12,6 @@ from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
 from kdrl_core.preflight import check_inputs
 from kdrl_core.steps.completion import is_finished, require_finished
-from kdrl_core.tracking import close_tracking, track
 from tasks.adopt import adopt
 from tasks.secrets import register_blocks
 
@@ -47,8 +46,6 @@ def full_pipeline(
         sweep_temporaries(run.paths.root)  # of an interrupted publication
         shown.run_opened(run)
         if is_finished(run, verify=True):
-            track(run)
-            close_tracking()
             shown.nothing_to_do(run)
             return str(run.paths.root)
         run_dir = str(run.paths.root)

@@ -25,6 +25,7 @@ from kdrl_core.steps.checkpoints import remaining_steps
 from kdrl_core.steps.step_end import StepSummary
 from kdrl_core.sweeps.state import SweepPaths
 from kdrl_core.sweeps.table import SweepTable
+from kdrl_core.tracking import close_tracking, track
 
 _MIN_INTERVAL_S = 2.0
 _TABLE_COLUMNS = [
@@ -64,7 +65,9 @@ def run_opened(run: Run) -> None:
 
 
 def nothing_to_do(run: Run) -> None:
-    """Say that a run is finished."""
+    """Say that a run is finished, also to trackers that it has got since."""
+    track(run)
+    close_tracking()
     get_run_logger().info("nothing to do: run %s is finished, %s", run.name, run.paths.report / "report.html")
 
 
