@@ -158,6 +158,7 @@ def _tables(
         "advantage": advantages.reshape(-1),
         "kd_weight": np.ones(count, np.float32),
         "logprobs": ragged(student),
+        "entropies": ragged(-stream.logprobs[spans]),
         "kl_sum": kl_sum,
         "kl_mean": kl_sum / lengths.astype(np.float32),
         "log_ratio_sum": np.add.reduceat(ratio, offsets[:-1]),

@@ -7,7 +7,7 @@ import typer
 
 from flows.cli_shared import JsonOption, errors, out
 from flows.cli_tables import print_comparison
-from kdrl_core.errors import RunError
+from kdrl_core.errors import RunError, StorageError
 
 _STEM = "report"
 
@@ -39,7 +39,14 @@ def report(
     with errors():
         if output.exists() and not output.is_dir():
             raise RunError(f"--output {output} is a file; name a folder")
-        table = write_report(read_runs(runs, _labels(label or [])), output, stem=_STEM)
+        results = read_runs(runs, _labels(label or []))
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"--output {output}: the folder cannot be made ({error.strerror}); name another"
+            ) from None
+        table = write_report(results, output, stem=_STEM)
         if as_json:
             out.print_json(data=table.to_json())
         else:

@@ -102,5 +102,5 @@ def step_table(part: str, step: int, *, response: Sequence[str] | None = None, *
             "kl_mean": [kl / length for kl, length in zip(KL_SUMS, LENGTHS, strict=True)],
             "log_ratio_sum": [-0.5 * length for length in LENGTHS],
         }
-        schema = UPDATE
+        schema = UPDATE.remove(UPDATE.get_field_index("entropies"))  # as of runs of before there was that column
     return pa.Table.from_pydict({**ids, **columns, **others}, schema=schema)

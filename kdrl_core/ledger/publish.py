@@ -257,8 +257,6 @@ def storage_errors(path: Path) -> Iterator[None]:
             remedy = "the folder cannot be written; change its permissions or set KDRL_ARTIFACTS"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
             remedy = "something else stands in its place; move it away or set KDRL_ARTIFACTS"
-        elif error.errno == errno.ENOENT:
-            remedy = "its folder cannot be made; give another place"
         else:
             raise
         raise StorageError(f"cannot write {path}: {remedy} ({error.strerror})") from error

@@ -57,7 +57,10 @@ def test_an_evaluation_survives_a_kill_and_is_found_again(cli: Cli, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([STUDENT, "-b", "tset"], ["no benchmark 'tset'", "known: test, hard, validation", "did you mean 'test'?"]),
+        (
+            [STUDENT, "-b", "tset"],
+            ["no benchmark 'tset'", "known: test, hard, ood, validation", "did you mean 'test'?"],
+        ),
         ([STUDENT, "-b", "mine=nowhere.jsonl"], ["benchmark mine: no file", "nowhere.jsonl"]),
         ([STUDENT, "-b", "bad=bad.jsonl"], ["bad.jsonl row 1, field 'answer'", "fill it in or drop the row"]),
         (["nowhere"], ["error: MODEL nowhere: no such directory"]),

@@ -244,7 +244,8 @@ def test_grpo_has_no_teacher(artifacts: Path) -> None:
     run = make_run(artifacts, "grpo", steps=0)
     nothing = {name: pa.nulls(NUM_ROWS, pa.float32()) for name in ("kl_sum", "kl_mean", "log_ratio_sum")}
     write_step(run, "stage1", 0, until="rewards")
-    publish(run, "stage1", 0, "update", pa.table({**columns(step_table("update", 0)), **nothing}, schema=UPDATE))
+    update = step_table("update", 0)
+    publish(run, "stage1", 0, "update", pa.table({**columns(update), **nothing}, schema=update.schema))
     with RolloutStore.open(["grpo"]) as store:
         assert store.steps()[0]["kl_mean"] is None
         assert store.page(RolloutFilter(kl_min=0.0)).total == 0

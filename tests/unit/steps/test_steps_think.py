@@ -65,11 +65,11 @@ def test_steps_see_the_thought_alike(
 
     evaluate_model(run, "base")
     evaluated = rows(run.paths.evaluation("base") / "responses.parquet")
-    assert len(evaluated) == 36
+    assert len(evaluated) == 48
     for row in evaluated:
         _, accuracy = judged(str(row["response"]), str(row["ground_truth"]), is_opened=is_opened)
         assert row["accuracy_reward"] == accuracy, row
-    assert 0 < sum(float(str(row["accuracy_reward"])) for row in evaluated) < 36
+    assert 0 < sum(float(str(row["accuracy_reward"])) for row in evaluated) < 48
 
 
 @pytest.mark.usefixtures("fast_sessions")

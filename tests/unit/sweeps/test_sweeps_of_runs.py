@@ -109,6 +109,14 @@ def test_bad_input_is_one_line_and_writes_nothing(fault: str, runs: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("runs")
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["report", "kdrl", "--output", str(tmp_path / "file" / "sub")])
+    assert done.exit_code == 1
+    assert "the folder cannot be made" in done.stderr
+
+
+@pytest.mark.usefixtures("runs")
 @needs_chromium
 def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
     write_report(read_runs(["kdrl", "alone", "kdrl-seed4"]), tmp_path, stem="report")

@@ -20,9 +20,8 @@ TOKENS = [SCRIPT, IMAGE, CONTROL, "plain", "\n", "</span>"]
 def write_step(root: Path, stage: str, step: int, rows: Sequence[dict[str, Any]], *, entropies: bool = False) -> Path:
     """Publish a step of `rows`; what a row does not name is filled in. Returns the step's folder."""
     whole = [_filled(number, row) for number, row in enumerate(rows)]
-    update = UPDATE
-    if entropies:
-        update = update.append(pa.field("entropies", pa.list_(pa.float32())))
+    # Without them as of runs of before there was that column.
+    update = UPDATE if entropies else UPDATE.remove(UPDATE.get_field_index("entropies"))
     folder = root / "rollouts" / f"stage={stage}" / f"step={step:06d}"
     folder.mkdir(parents=True)
     for name, schema in {"rewards": REWARDS, "update": update, "teacher": TEACHER, "rollouts": ROLLOUTS}.items():

@@ -213,9 +213,11 @@ def test_tokens_are_coloured_by_what_the_files_hold(visit: Visit, runs: Runs) ->
     assert len({tuple(one) for one in sizes}) == 1  # one number for the whole response
     assert sizes[0][0] == f"token {'neg' if advantage < 0 else 'pos'}"
     assert address(page)[1]["colour"] == "advantage"
-    assert "not recorded by this run" in page.inner_text("[data-value=entropy]")
-    page.dispatch_event("[data-value=entropy]", "click")
-    assert page.get_attribute("[data-value=advantage]", "aria-pressed") == "true"  # what is not there cannot be chosen
+    page.click("[data-value=entropy]")
+    assert page.get_attribute("[data-value=entropy]", "aria-pressed") == "true"
+    entropies = column(runs, "update", "entropies")[row]
+    page.hover(f".token[data-i='{largest}']")
+    assert f"entropy {entropies[largest]:.4f}" in page.inner_text(".token-readout")
     page.keyboard.press("5")
     page.wait_for_selector(".token.seq")
 
@@ -224,7 +226,9 @@ def test_a_step_without_teacher_says_why_there_is_no_ratio(visit: Visit, runs: R
     prompt = pq.ParquetFile(runs[1] / "rollouts/stage=stage1/step=000000/rollouts.parquet").read()["prompt_id"][0]
     page = visit(runs[1], at=f"#/sample?run=grpo&stage=stage1&step=0&prompt={prompt}&sample=0")
     assert "no teacher scored this step" in page.inner_text("[data-value=ratio]")
-    assert page.get_attribute("[data-value=advantage]", "aria-pressed") == "true"
+    page.dispatch_event("[data-value=ratio]", "click")
+    assert page.get_attribute("[data-value=ratio]", "aria-pressed") == "false"  # what is not there cannot be chosen
+    assert page.get_attribute("[data-value=entropy]", "aria-pressed") == "true"
 
 
 def test_a_group_shows_every_answer(visit: Visit, runs: Runs) -> None:
