@@ -1,28 +1,38 @@
 """How `kdrl status` shows what a run has raised."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from flows.cli_shared import out
+
+if TYPE_CHECKING:
+    from kdrl_core.alarms import Alarm
 
 _SHOWN_ALARMS = 10
 
 
 def print_alarms(opened: Any, console: Console = out) -> None:
     """Print a line for each alarm that the run has raised, newest last, and the commands that show the newest."""
-    from kdrl_core.alarms import alarms_of, sentence
+    from kdrl_core.alarms import alarms_of
 
     raised = alarms_of(opened)
     for alarm in raised[-_SHOWN_ALARMS:]:
-        style = "bold red" if alarm.severity == "critical" else "yellow"
-        console.print(f"alarm  {sentence(alarm)}", style=style, soft_wrap=True, highlight=False)
+        console.print(alarm_line(alarm), soft_wrap=True, highlight=False)
     if raised:
         earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""
         console.print(
             f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}", soft_wrap=True, highlight=False
         )
         console.print()
+
+
+def alarm_line(alarm: "Alarm") -> Text:
+    """An alarm in a line, coloured by its severity."""
+    from kdrl_core.alarms import sentence
+
+    return Text(f"alarm  {sentence(alarm)}", style="bold red" if alarm.severity == "critical" else "yellow")
 
 
 def alarm_mark(alarms: list[dict[str, Any]]) -> str:

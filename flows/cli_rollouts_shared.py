@@ -140,7 +140,9 @@ def number_range(option: str, text: str | None) -> tuple[float | None, float | N
         ends = (float(low) if low.strip() else None, float(high) if high.strip() else None)
     except ValueError:
         ends = (None, None)
-    if ends == (None, None) or (separator and None not in ends and ends[0] > ends[1]):  # type: ignore[operator]
+    if separator and None not in ends and ends[0] > ends[1]:  # type: ignore[operator]
+        raise DataError(f"{option} {text}: nothing is from {low} to {high}; give the smaller number first")
+    if ends == (None, None):
         raise DataError(f"{option} {text}: give a number or a range, such as 5, 5-8, 5-, -8 or 0..1")
     return ends if separator else (ends[0], ends[0])
 

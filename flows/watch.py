@@ -2,8 +2,10 @@
 
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from flows.cli_alarms import alarm_line
+from kdrl_core.alarms import Alarm, load_alarms
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, RunPaths, lock_holder, open_run_dir
 from kdrl_core.progress import read_progress
@@ -18,14 +22,20 @@ from kdrl_core.rollouts.metrics import load_metrics
 
 _INTERVAL_S = 0.5
 _RECENT_STEPS = 10
+_Loaded = TypeVar("_Loaded")
 
 
 class Watcher:
-    """Shows a run while the context is open: a live table on a terminal, a line per step elsewhere."""
+    """Shows a run while the context is open: a live table on a terminal, a line per step elsewhere.
 
-    def __init__(self, paths: RunPaths, console: Console) -> None:
+    Args:
+        with_alarms: print lines for alarms as well; not in the process that runs, whose log has them.
+    """
+
+    def __init__(self, paths: RunPaths, console: Console, *, with_alarms: bool = False) -> None:
         self._paths = paths
         self._console = console
+        self._with_alarms = with_alarms
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._view = RunView(paths)
@@ -55,7 +65,9 @@ class Watcher:
                     return
 
     def _print_lines(self) -> None:
-        for line in self._view.new_lines():
+        lines = self._view.new_lines()
+        alarms = self._view.new_alarms() if self._with_alarms else []
+        for line in (*lines, *map(alarm_line, alarms)):
             self._console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -66,8 +78,10 @@ class RunView:
         self._paths = paths
         self._run: Run | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {}
-        self._stamps: dict[str, int] = {}
+        self._stamps: dict[str, tuple[int, int]] = {}
+        self._alarms: dict[str, list[Alarm]] = {}
         self._printed: dict[str, int] = {}
+        self._told: dict[str, int] = {}
         self._last_phase = ""
 
     def refresh(self) -> None:
@@ -80,18 +94,19 @@ class RunView:
             except KdrlError:
                 return
             for stage in self._run.recipe.stages:  # what was there before is no news
-                self._printed[stage] = len(self._load(stage))
+                self._printed[stage] = len(self._load(load_metrics, stage))
+                self._told[stage] = len(self._load(load_alarms, stage))
         for stage in self._run.recipe.stages:
-            path = self._paths.metrics(stage)
-            stamp = path.stat().st_mtime_ns if path.is_file() else 0
+            stamp = _changed(self._paths.metrics(stage)), _changed(self._paths.alarms(stage))
             if stamp != self._stamps.get(stage):
                 self._stamps[stage] = stamp
-                self._rows[stage] = self._load(stage)
+                self._rows[stage] = self._load(load_metrics, stage)
+                self._alarms[stage] = self._load(load_alarms, stage)
 
-    def _load(self, stage: str) -> list[dict[str, Any]]:
+    def _load(self, load: Callable[[Run, str], list[_Loaded]], stage: str) -> list[_Loaded]:
         assert self._run is not None
         try:
-            return load_metrics(self._run, stage)
+            return load(self._run, stage)
         except KdrlError:  # damaged: the stage rebuilds them when it is opened
             return []
 
@@ -115,6 +130,12 @@ class RunView:
             self._last_phase = phase
         return lines
 
+    def new_alarms(self) -> list[Alarm]:
+        """What was raised between this call and the last one, as of the last look at the files."""
+        found = [alarm for stage, raised in self._alarms.items() for alarm in raised[self._told.get(stage, 0) :]]
+        self._told.update({stage: len(raised) for stage, raised in self._alarms.items()})
+        return found
+
     def render(self, elapsed_s: float) -> RenderableType:
         """The live table."""
         self.refresh()
@@ -128,7 +149,8 @@ class RunView:
         progress = read_progress(self._paths) or {}
         done = f" {progress['done']}/{progress['total']}" if progress.get("done") is not None else ""
         now = f"{progress.get('stage', '')} {progress.get('phase', '')}{done}"
-        return Group(table, Text(f"{self._paths.name} · {elapsed_s:.0f} s · {now}", style="dim"))
+        last = [alarm_line(raised[-1]) for raised in self._alarms.values() if raised][-1:]
+        return Group(table, *last, Text(f"{self._paths.name} · {elapsed_s:.0f} s · {now}", style="dim"))
 
     def _stage_cells(self, stage: str) -> list[RenderableType]:
         assert self._run is not None
@@ -173,8 +195,13 @@ def _tokens_per_s(row: dict[str, Any]) -> float:
     return float(row.get("throughput/rollout_tokens_per_s", row.get("throughput/update_tokens_per_s", 0.0)))
 
 
+def _changed(path: Path) -> int:
+    """When a file changed, ns since the epoch; 0 if there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
 def follow(paths: RunPaths, console: Console) -> None:
     """Show a run that another process works on until it is finished or nobody works on it any more."""
-    with Watcher(paths, console):
+    with Watcher(paths, console, with_alarms=True):
         while lock_holder(paths.lock) is not None:
             time.sleep(_INTERVAL_S)

@@ -6,6 +6,7 @@ from typing import Any
 from kdrl_core.config.load import did_you_mean
 from kdrl_core.errors import DataError
 from kdrl_core.rollouts.index_rows import INDEX
+from kdrl_core.rollouts.record import RECORD
 from kdrl_core.types import FinishReason, VerdictKind
 
 
@@ -79,7 +80,8 @@ def order_by(sort: str, *, descending: bool) -> str:
         DataError: there is no such column; the nearest is given.
     """
     if sort not in SORTABLE:
-        raise DataError(f"cannot sort by {sort!r}{did_you_mean(sort, SORTABLE)}; columns: {', '.join(SORTABLE)}")
+        near = "" if sort in RECORD.names else did_you_mean(sort, SORTABLE)  # of a long column no other is meant
+        raise DataError(f"cannot sort by {sort!r}{near}; columns: {', '.join(SORTABLE)}")
     direction = "desc" if descending else "asc"
     if sort == "step":
         return f"order by run, stage {direction}, step {direction}, row"

@@ -11,7 +11,7 @@ from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.reporting.summary import MODEL_NAMES
-from kdrl_core.sweeps.spec import ACCURACY, LENGTH, SweepSpec
+from kdrl_core.sweeps.spec import ACCURACY, CLAIM_METRICS, LENGTH, SweepSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ def _run_name(sweep: str, variant: str, seed: int, *, origin: str) -> str:
 
 
 def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> None:
-    """Raise RecipeError if a claim is of a variant, model or benchmark that the sweep does not have."""
+    """Raise RecipeError if a claim is of a variant, model, benchmark or metric that the sweep does not have."""
     variants = list(dict.fromkeys(cell.variant for cell in cells))
     benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
     for number, claim in enumerate(spec.claims, start=1):
@@ -118,6 +118,11 @@ def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> Non
         if kind != ACCURACY and colon:
             raise RecipeError(
                 f"{where}, field 'measure': '{claim.measure}' is none; give accuracy:BENCHMARK or a metric"
+            )
+        if kind != ACCURACY and kind not in CLAIM_METRICS and not kind.startswith(("time/", "throughput/")):
+            raise RecipeError(
+                f"{where}, field 'measure': no metric '{kind}'{did_you_mean(kind, [LENGTH, *CLAIM_METRICS])}; "
+                "accuracy:BENCHMARK, length, or a column of metrics.parquet"
             )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from kdrl_core.evaluation.seeds import paired_difference
 from kdrl_core.evaluation.statistics import Accuracy
-from kdrl_core.sweeps.results import CellResult, ModelScores, SweepResults
+from kdrl_core.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 from kdrl_core.sweeps.spec import ACCURACY, LENGTH, Claim
 
 
@@ -51,8 +51,8 @@ def judge(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
     for cell in results.cells:
         cells.setdefault(cell.variant, {})[cell.seed] = cell
     models = {label: {seed: cell.model for seed, cell in found.items()} for label, found in cells.items()}
-    for reference in results.references:
-        models.setdefault(reference.name, {})[reference.seed] = reference.model
+    for label, group in by_label(results.references).items():
+        models.setdefault(label, {reference.seed: reference.model for reference in group})
     return [_judge(claim, cells, models) for claim in claims]
 
 

@@ -116,6 +116,21 @@ def read_results_of(
     )
 
 
+def by_label(references: Iterable[ReferenceResult]) -> dict[str, list[ReferenceResult]]:
+    """Models for reference under the names that tables and claims give them.
+
+    Where variants differ in one, as in a teacher, the first has its plain name, and the others `teacher of VARIANT`.
+    """
+    groups: dict[str, list[ReferenceResult]] = {}
+    for reference in references:
+        groups.setdefault(reference.group, []).append(reference)
+    found: dict[str, list[ReferenceResult]] = {}
+    for group in groups.values():
+        name = group[0].name
+        found[name if name not in found else f"{name} of {group[0].first_variant}"] = group
+    return found
+
+
 def _cell(run: Run, status: CellStatus) -> CellResult:
     stage = run.recipe.stages[-1]
     row = next(row for row in summarize(run).stages if row.stage == stage)

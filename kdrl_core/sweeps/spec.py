@@ -17,12 +17,13 @@ claims:                      # what the table judges: holds, does not hold, uncl
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from kdrl_core.config import Recipe, did_you_mean, read_fields
+from kdrl_core.config.alarms import AlarmMetric
 from kdrl_core.errors import RecipeError
 
 SWEEPS_DIR = Path(__file__).parent.parent.parent / "flows" / "sweeps"
@@ -31,6 +32,11 @@ _OWN_FIELDS = ("seed", "name", "description")
 _MAX_SEEDS = 1_000
 ACCURACY, LENGTH = "accuracy", "length"
 """Measures of a claim that are no metrics."""
+CLAIM_METRICS = (
+    *get_args(AlarmMetric),
+    *("beta", "optim/learning_rate", "ratio/mean", "ratio/clipped_frac", "sft/epoch"),
+)
+"""Metrics of a step that a claim may be about; `time/…` and `throughput/…` as well."""
 
 FieldPath = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$")]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f|]*[A-Za-z0-9][^\x00-\x1f\x7f|]*$", max_length=60)]

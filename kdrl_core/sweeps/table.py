@@ -16,7 +16,7 @@ from kdrl_core.evaluation.seeds import Scores, over_seeds, paired_difference
 from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.reporting.tables import Table
 from kdrl_core.sweeps.claims import JudgedClaim, judge
-from kdrl_core.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults
+from kdrl_core.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 
 AVERAGE = "avg"
 _MISSING = "–"
@@ -199,7 +199,6 @@ def build_table(results: SweepResults) -> SweepTable:
     models = [cell.model for cell in results.cells] + [reference.model for reference in results.references]
     benchmarks = list(dict.fromkeys(name for model in models for name in model.scores))
     planned = {v: sum(status.variant == v for status in results.statuses) for v in variants}
-    num_seeds = len({status.seed for status in results.statuses})
     rows = [_variant_row(v, by_variant[v], planned[v]) for v in variants]
     rows = _with_differences(_ranked(rows), by_variant, variants)
     equal_time_s, timed = _equal_time(by_variant)
@@ -208,7 +207,7 @@ def build_table(results: SweepResults) -> SweepTable:
         description=results.description,
         recipe=results.recipe,
         benchmarks=benchmarks,
-        rows=[*_reference_rows(results.references, num_seeds), *rows],
+        rows=[*_reference_rows(results), *rows],
         equal_time_s=equal_time_s,
         timed=timed,
         cells=[_cell_record(cell) for cell in results.cells],
@@ -243,20 +242,19 @@ def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int) -> 
     )
 
 
-def _reference_rows(references: Sequence[ReferenceResult], num_seeds: int) -> list[Row]:
-    groups: dict[str, list[ReferenceResult]] = {}
-    for reference in references:
-        groups.setdefault(reference.group, []).append(reference)
-    names = [group[0].name for group in groups.values()]
+def _reference_rows(results: SweepResults) -> list[Row]:
     rows = []
-    for position, group in enumerate(groups.values()):
-        name, models = group[0].name, [reference.model for reference in group]
+    for label, group in by_label(results.references).items():
+        models = [reference.model for reference in group]
+        seeds = {reference.seed for reference in group}
+        variants = {reference.first_variant for reference in group}
+        planned = {status.seed for status in results.statuses if status.variant in variants}
         rows.append(
             Row(
-                label=name if name not in names[:position] else f"{name} of {group[0].first_variant}",
+                label=label,
                 is_reference=True,
-                seeds=sorted(reference.seed for reference in group),
-                num_planned=num_seeds,
+                seeds=sorted(seeds),
+                num_planned=len(seeds | planned),
                 scores=_scores(models),
                 length_mean=_mean([model.length_mean for model in models]),
             )

@@ -123,9 +123,10 @@ _Found = tuple[int, dict[str, float], Callable[[Sent], None]]
 
 
 def _steps(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
-    for row in load_metrics(run, stage):
+    first = sent.steps.get(stage, 0)
+    for row in load_metrics(run, stage) if first < run.recipe.stage(stage).steps else ():
         step = int(row["step"])
-        if step >= sent.steps.get(stage, 0):
+        if step >= first:
             values = {n: float(v) for n, v in row.items() if n != "step" and isinstance(v, int | float)}
             yield step, values, lambda noted, step=step: noted.steps.update({stage: step + 1})  # type: ignore[misc]
 

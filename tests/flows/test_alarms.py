@@ -1,6 +1,7 @@
 """A seeded collapse through the real Prefect API: what an alarm leaves there; a stop that goes on to the same bytes."""
 
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,15 +13,17 @@ from crash.tiny_run import differing, results
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.settings import PREFECT_API_URL
+from rich.console import Console
 from support import TINY
 from typer.testing import CliRunner
 
 from flows.alarms import event_id
 from flows.cli import app
 from flows.full_pipeline import full_pipeline
+from flows.watch import RunView
 from kdrl_core.alarms import alarms_of
 from kdrl_core.errors import StoppedByAlarmError
-from kdrl_core.ledger import Run, is_published, open_run
+from kdrl_core.ledger import Run, RunPaths, is_published, open_run
 from kdrl_core.steps.check import check_run
 from kdrl_core.steps.completion import is_finished
 
@@ -121,6 +124,20 @@ def test_an_alarm_is_in_status_and_report(told: Run, folder: Path, monkeypatch: 
     assert "look at it: kdrl rollouts show told --stage stage2 --step 2" in shown
     for name in ("report.html", "report.md"):
         assert alarm.text in (told.paths.report / name).read_text(encoding="utf-8")
+
+
+def test_an_alarm_is_shown_while_a_run_is_watched(told: Run, tmp_path: Path) -> None:
+    paths = RunPaths(Path(shutil.copytree(told.paths.root, tmp_path / "runs" / "told")))
+    raised = paths.alarms("stage2").read_bytes()
+    paths.alarms("stage2").unlink()
+    view, console = RunView(paths), Console(record=True, width=400)
+    view.refresh()
+    assert view.new_alarms() == []
+    paths.alarms("stage2").write_bytes(raised)
+    console.print(view.render(1.0))
+    assert "alarm  stage2 step 2, reward_collapse (critical): reward/mean fell" in console.export_text()
+    assert [alarm.rule for alarm in view.new_alarms()] == ["reward_collapse"]
+    assert view.new_alarms() == []
 
 
 def test_a_stop_fails_the_flow_holds_and_goes_on_to_the_same_bytes(

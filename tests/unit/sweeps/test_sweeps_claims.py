@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from kdrl_core.errors import RecipeError
+from kdrl_core.objectives import LOSS_METRICS
 from kdrl_core.sweeps.cells import expand
 from kdrl_core.sweeps.claims import JudgedClaim, Verdict, judge
 from kdrl_core.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults
-from kdrl_core.sweeps.spec import Claim, load_sweep, validate_sweep
+from kdrl_core.sweeps.spec import CLAIM_METRICS, Claim, load_sweep, validate_sweep
 from kdrl_core.sweeps.table import build_table
 
 
@@ -107,6 +108,8 @@ def _spec(**claim: Any) -> Any:
         ({"measure": "accuracy:tset"}, "claim 1, field 'measure': no benchmark 'tset', did you mean 'test'?"),
         ({"more": "teacher", "measure": "entropy"}, "claim 1, field 'more': no variant 'teacher'"),
         ({"measure": "length:test"}, "claim 1, field 'measure': 'length:test' is none"),
+        ({"measure": "kd/kl_unmaked"}, "claim 1, field 'measure': no metric 'kd/kl_unmaked', did you mean"),
+        ({"measure": "lenght"}, "claim 1, field 'measure': no metric 'lenght', did you mean 'length'?"),
     ],
 )
 def test_a_claim_of_what_the_sweep_does_not_have_is_refused(claim: dict[str, str], words: str) -> None:
@@ -114,6 +117,19 @@ def test_a_claim_of_what_the_sweep_does_not_have_is_refused(claim: dict[str, str
         expand(_spec(**claim))
     assert words in str(error.value)
     assert len(expand(_spec())) == 2
+
+
+def test_every_metric_of_the_loss_can_be_claimed() -> None:
+    assert set(LOSS_METRICS) <= set(CLAIM_METRICS)
+    assert len(expand(_spec(measure="time/update_s"))) == 2
+
+
+def test_of_two_teachers_a_claim_is_about_the_one_that_the_table_calls_so(results: SweepResults) -> None:
+    other = ReferenceResult(name="teacher", group="h", first_variant="b", seed=0, model=_model([0.0] * 3, 10.0))
+    results.references.append(other)
+    found = _one(results, "teacher", "a", "accuracy:test")
+    assert found.difference is not None
+    assert found.difference.mean == pytest.approx(1 / 6)  # of group g: (0 + 0.5 + 0) / 3
 
 
 def test_the_shipped_findings_name_every_finding_of_the_paper() -> None:

@@ -118,6 +118,15 @@ def test_two_teachers_have_two_rows() -> None:
     assert [row.label for row in table.rows] == ["teacher", "teacher of weaker teacher"]
 
 
+def test_a_teacher_of_one_recipe_alone_is_planned_for_its_seeds() -> None:
+    statuses = [_status("a", 0, CellState.FINISHED), _status("b", 1, CellState.PENDING)]
+    references = [ReferenceResult(name="teacher", group="x", first_variant="a", seed=0, model=_model([1.0], [1.0]))]
+    table = build_table(
+        SweepResults(name="runs", description="", recipe="r", statuses=statuses, cells=[], references=references)
+    )
+    assert table.to_json()["rows"][0]["num_planned"] == 1  # b's seed is not this teacher's, as far as is known
+
+
 def test_equal_time_takes_the_last_evaluation_within_it() -> None:
     def watched(*points: tuple[int, float, float]) -> list[Watched]:
         return [
