@@ -1,7 +1,7 @@
 """Any runs as the cells of a comparison: those of one recipe that differ in their seed are one variant."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from kdrl_core.config import config_hash
 from kdrl_core.config.alarms import AlarmsConfig
@@ -37,8 +37,14 @@ def read_runs(names: Sequence[str], labels: Mapping[str, str] | None = None) -> 
             state, detail = state_of(run.name)
             statuses.append(CellStatus(run=run.name, variant=label, seed=run.recipe.seed, state=state, detail=detail))
     recipes = ", ".join(dict.fromkeys(run.recipe.name for run in runs))
-    listed = ", ".join(run.name for run in runs)
-    return read_results_of("runs", listed if len(listed) < 200 else f"{len(runs)} runs", recipes, statuses)
+    title = _listed(dict.fromkeys(status.variant for status in statuses), "variants", max_chars=80)
+    listed = _listed([run.name for run in runs], "runs", max_chars=200)
+    return read_results_of(title, listed if listed != title else "", recipes, statuses)
+
+
+def _listed(names: Collection[str], what: str, *, max_chars: int) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= max_chars else f"{len(names)} {what}"
 
 
 def _open(name: str) -> Run:

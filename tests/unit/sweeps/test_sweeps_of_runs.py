@@ -41,6 +41,7 @@ def test_runs_of_one_recipe_are_one_variant_and_others_their_own() -> None:
         ("plain-1", "plain", 1, CellState.STOPPED),
     ]
     assert results.missing[0].detail == "kdrl resume kdrl-seed4"
+    assert (results.name, results.description) == ("alone, kdrl, plain", "alone, kdrl, kdrl-seed4, plain-0, plain-1")
     assert [cell.run for cell in results.cells] == ["alone", "kdrl"]
 
 
@@ -135,4 +136,4 @@ def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
     assert console == []
     assert (found["undrawn"], found["cut"]) == (0, 0)
     assert found["plots"] > 5
-    assert found["title"].startswith("runs")
+    assert found["title"].startswith("kdrl, alone ")
