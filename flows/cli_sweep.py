@@ -68,7 +68,7 @@ def vary_only(
     kdrl sweep --recipe miniature --vary stage2.beta.decay=0.0,0.005 --seeds 3
     """
     if context.invoked_subcommand is not None:
-        if vary or recipe or overrides or name or seeds:
+        if vary or recipe or overrides or name or seeds or verbose or workers != 1:
             with errors():
                 raise RecipeError(f"options go behind the command: kdrl sweep {context.invoked_subcommand} … --vary …")
         return

@@ -70,7 +70,7 @@ def sweep(
     check_request(request)
     paths = SweepPaths.of(request.spec.name)
     with run_lock(paths.lock):
-        write_record(request.spec, request.overrides, request.share_with, request.cells)
+        write_record(request.spec, request.overrides, request.share_with, request.cells, request.origin)
         unfinished = [cell for cell in request.cells if cell_status(paths, cell).state is not CellState.FINISHED]
         _logger.info(
             "sweep %s: %d cells, %d of them finished already",

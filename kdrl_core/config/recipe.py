@@ -329,6 +329,8 @@ class EvaluationConfig(Section):
         names = [b.name for b in self.benchmarks]
         if len(set(names)) != len(names):
             raise ValueError(f"two benchmarks have the same name: {names}")
+        if "avg" in names:
+            raise ValueError("a benchmark cannot be named avg, which tables call the benchmarks' mean; rename it")
         if unknown := sorted(set(self.periodic) - set(names)):
             raise ValueError(f"periodic names {unknown}, which are not among the benchmarks {names}")
         return self

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kdrl_core.errors import DamagedArtifactError
+
 RESULTS = "results.json"
 
 
@@ -11,6 +13,18 @@ def read_results(path: Path) -> dict[str, Any]:
     """`results.json` of a published evaluation: `label`, `model`, `date`, `seconds`, and `benchmarks` by name.
 
     `date` is when sampling began, in Unix time; evaluations of older versions have none.
+
+    Raises:
+        DamagedArtifactError: the file is lost, or is no such JSON.
     """
-    content: dict[str, Any] = json.loads((path / RESULTS).read_text(encoding="utf-8"))
+    file = path / RESULTS
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content["benchmarks"], dict):
+            raise TypeError("benchmarks is no object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedArtifactError(
+            f"{file} cannot be read ({type(error).__name__}: {error})",
+            f"kdrl check says what else is damaged; move {path} away and go on: it is made anew",
+        ) from error
     return content

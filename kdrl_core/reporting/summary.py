@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kdrl_core.alarms import Alarm, alarms_of
+from kdrl_core.config import Recipe
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, is_published, manifest_of
 from kdrl_core.rollouts.metrics import load_metrics
@@ -54,7 +55,17 @@ class Summary:
 
 def final_labels(run: Run) -> list[str]:
     """Labels of the final evaluation: the student before, after each stage, and the teacher."""
-    return ["base", *run.recipe.stages, *(["teacher"] if run.recipe.teacher is not None else [])]
+    return evaluated_labels(run.recipe)
+
+
+def evaluated_labels(recipe: Recipe) -> list[str]:
+    """`final_labels` of a run of `recipe`."""
+    return ["base", *recipe.stages, *(["teacher"] if recipe.teacher is not None else [])]
+
+
+def reference_labels(recipe: Recipe) -> list[str]:
+    """What a run of `recipe` evaluates beside the model that it makes."""
+    return [label for label in evaluated_labels(recipe) if label != recipe.stages[-1]]
 
 
 def summarize(run: Run) -> Summary:

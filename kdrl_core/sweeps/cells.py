@@ -10,7 +10,7 @@ from typing import Any
 from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
-from kdrl_core.reporting.summary import MODEL_NAMES
+from kdrl_core.reporting.summary import MODEL_NAMES, reference_labels
 from kdrl_core.sweeps.spec import ACCURACY, CLAIM_METRICS, LENGTH, SweepSpec
 
 
@@ -50,13 +50,23 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
                 varied = dict(zip(grid.vary, combination, strict=True))
                 told = [f"{names[field]}={_shown(value)}" for field, value in varied.items()]
                 variant = ", ".join([label, *told] if label else told)
-                own = (*as_overrides({**grid.set, **values, **varied}), *overrides, f"seed={seed}")
+                own = (*as_overrides(_layered(grid.set, values, varied)), *overrides, f"seed={seed}")
                 recipe = _load(spec, f"sweep {origin}, variant '{variant}'", own)
                 run = _run_name(spec.name, variant, seed, origin=origin)
                 cells.append(Cell(run=run, variant=variant, seed=seed, overrides=own, recipe=recipe))
     _require_different(cells, origin=origin)
     _check_claims(spec, cells, origin=origin)
     return cells
+
+
+def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Each layer's fields behind those of the layers before: what comes last holds, also of fields within fields."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            found.pop(name, None)
+            found[name] = value
+    return found
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
@@ -102,14 +112,17 @@ def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> Non
     """Raise RecipeError if a claim is of a variant, model, benchmark or metric that the sweep does not have."""
     variants = list(dict.fromkeys(cell.variant for cell in cells))
     benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
+    references = dict.fromkeys(MODEL_NAMES[label] for cell in cells for label in reference_labels(cell.recipe))
     for number, claim in enumerate(spec.claims, start=1):
         where = f"sweep {origin}, claim {number}"
         kind, colon, benchmark = claim.measure.partition(":")
         # Models for reference have answers, and no metrics of the stage that is compared.
-        labels = [*variants, *(MODEL_NAMES.values() if kind in (ACCURACY, LENGTH) else ())]
+        labels = [*variants, *(references if kind in (ACCURACY, LENGTH) else ())]
         for field, label in (("more", claim.more), ("less", claim.less)):
             if label not in labels:
                 raise RecipeError(f"{where}, field '{field}': no variant '{label}'{did_you_mean(label, labels)}")
+        if claim.more == claim.less:
+            raise RecipeError(f"{where}: '{claim.more}' is compared with itself; correct 'more' or 'less'")
         if kind == ACCURACY and benchmark not in benchmarks:
             raise RecipeError(
                 f"{where}, field 'measure': no benchmark '{benchmark}'{did_you_mean(benchmark, benchmarks)}; "

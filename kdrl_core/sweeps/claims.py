@@ -3,7 +3,7 @@
 A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (and,
 for accuracy, by problem), with the 95 % interval of kdrl_core.evaluation.seeds: above zero the claim holds, below zero
 it does not, and around zero it is unclear. Nothing is corrected for the number of claims: of twenty that are really
-ties, one comes out as holding or not by chance.
+ties, about one comes out as holding or not by chance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def judge(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
     for cell in results.cells:
         cells.setdefault(cell.variant, {})[cell.seed] = cell
     models = {label: {seed: cell.model for seed, cell in found.items()} for label, found in cells.items()}
-    for label, group in by_label(results.references).items():
+    for label, group in by_label(results).items():
         models.setdefault(label, {reference.seed: reference.model for reference in group})
     return [_judge(claim, cells, models) for claim in claims]
 
@@ -73,7 +73,7 @@ def _judge(
         ours, theirs = (
             np.array([[side[seed][problem] for problem in problems] for seed in seeds]) for side in (left, right)
         )
-        difference = paired_difference({claim.measure: ours}, {claim.measure: theirs})
+        difference = paired_difference({name: ours}, {name: theirs})
     return JudgedClaim(
         text=claim.text,
         source=claim.source,

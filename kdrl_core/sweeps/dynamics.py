@@ -10,14 +10,14 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from kdrl_core.config import diff_recipes
+from kdrl_core.config import Recipe, diff_recipes
 from kdrl_core.data import FilterReport
 from kdrl_core.errors import KdrlError
-from kdrl_core.ledger import Run, is_published, open_run
+from kdrl_core.ledger import Run, adopted, is_published, open_run
 from kdrl_core.reporting.summary import is_spent, summarize
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.schema import read_table
-from kdrl_core.sweeps.results import SweepResults
+from kdrl_core.sweeps.results import SweepResults, says_something
 from kdrl_core.sweeps.state import CellState
 
 _NUM_SAMPLES = 2
@@ -35,7 +35,7 @@ class VariantDynamics:
     metrics: dict[str, Line] = field(default_factory=dict)
     """By metric; x is the step of the last stage. Of every cell that has begun it, finished or not."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds of the last stage by phase."""
+    """Seconds of the last stage by phase, of finished cells."""
     differences: list[str] = field(default_factory=list)
     """Recipe fields that differ from the first variant's."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -50,60 +50,62 @@ class SweepDynamics:
     filters: dict[str, str]
     """The filter's counts by stage, of the first cell that has them."""
     environments: dict[str, list[str]]
-    """Versions and hosts, as text → the runs that they are of."""
+    """Versions, as text → the runs that they are of; of what a run took over from another, with a note of that."""
 
 
 def read_dynamics(results: SweepResults) -> SweepDynamics:
     """Read the runs of a sweep as far as they are. What cannot be read is left out: the tables name it."""
     found: dict[str, list[Run]] = {status.variant: [] for status in results.statuses}
-    finished: dict[str, Run] = {}
+    finished: dict[str, list[Run]] = {status.variant: [] for status in results.statuses}
     for status in results.statuses:
         if status.state is not CellState.PENDING:
             with suppress(KdrlError):
                 run = open_run(status.run)
                 found[status.variant].append(run)
                 if status.state is CellState.FINISHED:
-                    finished.setdefault(status.variant, run)
-    first = next((runs[0] for runs in found.values() if runs), None)
+                    finished[status.variant].append(run)
     runs = [run for several in found.values() for run in several]
     return SweepDynamics(
-        variants=[_variant(label, several, finished.get(label), first) for label, several in found.items()],
+        variants=[_variant(label, several, finished[label], results.recipes) for label, several in found.items()],
         filters=next((report for run in runs if (report := _filters(run))), {}),
         environments=_environments(runs),
     )
 
 
-def _variant(label: str, runs: Sequence[Run], finished: Run | None, first: Run | None) -> VariantDynamics:
+def _variant(
+    label: str, runs: Sequence[Run], finished: Sequence[Run], recipes: Mapping[str, Recipe]
+) -> VariantDynamics:
     dynamics = VariantDynamics(label=label)
     rows: list[list[dict[str, Any]]] = []
     spent: list[dict[str, float]] = []
     for run in runs:
         with suppress(KdrlError):
             rows.append(load_metrics(run, run.recipe.stages[-1]))
-            if rows[-1]:
+            if run in finished:
                 spent.append(_phases(run, rows[-1]))
     dynamics.metrics = mean_lines(rows)
     names = dict.fromkeys(name for phases in spent for name in phases)
     dynamics.phases = {name: fmean(phases.get(name, 0.0) for phases in spent) for name in names}
-    if runs and first is not None:
+    if label in recipes:
         dynamics.differences = [
             str(change)
-            for change in diff_recipes(first.recipe, runs[0].recipe)
+            for change in diff_recipes(next(iter(recipes.values())), recipes[label])
             if change.field.split(".")[0] not in _NO_DIFFERENCE
         ]
-    if finished is not None:
+    if finished:
         with suppress(KdrlError):
-            dynamics.samples = _samples(finished)
+            dynamics.samples = _samples(finished[0])
     return dynamics
 
 
 def mean_lines(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Line]:
-    """Metric → step and the mean over the runs that have that step; values that are missing are left out."""
+    """Metric → step and the mean over the runs that have that step; values that are missing, or of nothing, are left
+    out."""
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for rows in runs:
         for row in rows:
             for name, value in row.items():
-                if name != "step" and isinstance(value, int | float):
+                if name != "step" and isinstance(value, int | float) and says_something(row, name):
                     values[name][int(row["step"])].append(float(value))
     return {
         name: ([float(step) for step in sorted(steps)], [fmean(steps[step]) for step in sorted(steps)])
@@ -137,13 +139,24 @@ def _filters(run: Run) -> dict[str, str]:
     path = run.paths.filter_report
     if not is_published(path):
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {stage: FilterReport.from_json(values).to_text() for stage, values in content.items()}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {stage: FilterReport.from_json(values).to_text() for stage, values in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # damaged: `kdrl check` names it
 
 
 def _environments(runs: Sequence[Run]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for run in runs:
-        versions = json.loads(run.paths.manifest.read_text(encoding="utf-8")).get("versions", {})
-        found[", ".join(f"{name} {version}" for name, version in versions.items())].append(run.name)
+        with suppress(KdrlError, OSError, ValueError):
+            manifest = json.loads(run.paths.manifest.read_text(encoding="utf-8"))
+            found[_versions(manifest)].append(run.name)
+            for part in adopted(run):
+                if _versions(part) != _versions(manifest):
+                    found[_versions(part)].append(f"{part['what']} of {run.name} (taken over from {part['run']})")
     return dict(found)
+
+
+def _versions(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in values.get("versions", {}).items())

@@ -4,6 +4,7 @@ One small figure each, so that they stand side by side on a desk and one below t
 variant has its name as legend group; the page has one legend for all.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,18 +13,20 @@ import plotly.graph_objects as go
 
 from kdrl_core.reporting.figures import ema
 from kdrl_core.sweeps.dynamics import SweepDynamics, VariantDynamics
-from kdrl_core.sweeps.results import CellResult, SweepResults
+from kdrl_core.sweeps.results import SweepResults, Watched
 from kdrl_core.sweeps.table import AVERAGE, SweepTable
 
 COLORS = ("#3b82d6", "#d9622b", "#2a9d74", "#8e6bc9", "#b8891b", "#cf5a94", "#1f9bb3", "#7d8797")
 """Told apart on white and on black, and by most who see few colours; the ninth variant begins anew, with a dash."""
 _DASHES = ("solid", "dot", "dash")
+_LABEL_WIDTH = 18
 _PANELS = {
     "reward/mean": "training reward",
     "response/length_mean": "response length, tokens",
     "response/clip_ratio": "clip ratio",
     "response/repetition_overlong": "repetition rate in overlong responses",
-    "kd/kl_unmasked": "KL to the teacher on unmasked tokens",
+    "kd/kl_sampled": "KL to the teacher, all tokens (mean of −R)",
+    "kd/kl_unmasked": "KL term on unmasked tokens, each by its own estimator",
     "entropy": "entropy, nats",
     "optim/grad_norm": "gradient norm",
     "loss/sft": "SFT loss, nats a token",
@@ -58,7 +61,7 @@ def panels_of(table: SweepTable, results: SweepResults, dynamics: SweepDynamics)
 
 def _accuracies(table: SweepTable) -> Panel | None:
     """A dot and its interval for each row; models for reference are open circles."""
-    name = AVERAGE if len(table.benchmarks) > 1 else next(iter(table.benchmarks), "")
+    name = AVERAGE if len(table.averaged) > 1 else next(iter([*table.averaged, *table.benchmarks]), "")
     rows = [row for row in table.rows if name in row.scores]
     if not rows:
         return None
@@ -84,10 +87,10 @@ def _accuracies(table: SweepTable) -> Panel | None:
                 legendgroup=row.label,
             )
         )
-    title = f"accuracy, {'mean of the benchmarks' if name == AVERAGE else name}, % with 95 % interval"
+    what = f"mean of {', '.join(table.averaged)}" if name == AVERAGE else name
+    title = f"accuracy, {what}, % with 95 % interval"
     _style(figure, height=110 + 30 * len(rows), x_title="")
-    figure.update_yaxes(automargin=True)
-    figure.update_layout(margin={"l": 8})
+    _name_rows(figure, [row.label for row in rows])
     return Panel(key="accuracy", title=title, figure=figure, is_wide=True)
 
 
@@ -106,7 +109,8 @@ def _metric(name: str, title: str, variants: Sequence[VariantDynamics]) -> Panel
 
 
 def _watched(results: SweepResults, labels: Sequence[str]) -> list[Panel]:
-    """Periodic accuracy against steps, and as in Figure 6 against output length and training time."""
+    """Periodic accuracy against steps, and as in Figure 6 against output length and training time: of a variant's
+    finished cells, or while there are none, of those that have begun."""
     axes = {
         "accuracy-steps": ("periodic accuracy, %, by step", "step of the last stage"),
         "accuracy-length": ("periodic accuracy, %, by output length (Figure 6)", "tokens"),
@@ -114,7 +118,9 @@ def _watched(results: SweepResults, labels: Sequence[str]) -> list[Panel]:
     }
     figures = {key: go.Figure() for key in axes}
     for position, label in enumerate(labels):
-        points = _points([cell for cell in results.cells if cell.variant == label])
+        cells = [cell for cell in results.cells if cell.variant == label]
+        begun = [cell for cell in results.begun if cell.variant == label and cell.watched]
+        points = _points([cell.watched for cell in cells] or [cell.watched for cell in begun])
         for key, axis in zip(axes, ("step", "length", "seconds"), strict=True):
             if points:
                 xs, ys = [point[axis] for point in points], [100 * point["accuracy"] for point in points]
@@ -127,12 +133,12 @@ def _watched(results: SweepResults, labels: Sequence[str]) -> list[Panel]:
     return found
 
 
-def _points(cells: Sequence[CellResult]) -> list[dict[str, float]]:
+def _points(seeds: Sequence[Sequence[Watched]]) -> list[dict[str, float]]:
     """Means over the seeds, at the steps that all of them have evaluated."""
-    common = sorted(set.intersection(*({w.step for w in cell.watched} for cell in cells))) if cells else []
+    common = sorted(set.intersection(*({w.step for w in seed} for seed in seeds))) if seeds else []
     found = []
     for step in common:
-        watched = [w for cell in cells for w in cell.watched if w.step == step]
+        watched = [w for seed in seeds for w in seed if w.step == step]
         accuracies = [np.mean([np.mean(list(s.values())) for s in w.model.scores.values()]) for w in watched]
         found.append(
             {
@@ -167,9 +173,15 @@ def _phases(variants: Sequence[VariantDynamics]) -> Panel | None:
         )
     _style(figure, height=150 + 30 * len(shown), x_title="seconds of the last stage, mean over seeds")
     figure.update_layout(barmode="stack", showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
-    figure.update_yaxes(automargin=True)
-    figure.update_layout(margin={"l": 8})
+    _name_rows(figure, [variant.label for variant in shown])
     return Panel(key="phases", title="time by phase", figure=figure, is_wide=True)
+
+
+def _name_rows(figure: go.Figure, labels: Sequence[str]) -> None:
+    """Labels as what they are, not as dates or numbers, on several lines where one would leave a phone no figure."""
+    texts = ["<br>".join(textwrap.wrap(label, _LABEL_WIDTH)) for label in labels]
+    figure.update_yaxes(type="category", tickmode="array", tickvals=list(labels), ticktext=texts, automargin=True)
+    figure.update_layout(margin={"l": 8})
 
 
 def _line(

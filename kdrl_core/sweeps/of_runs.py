@@ -31,15 +31,16 @@ def read_runs(names: Sequence[str], labels: Mapping[str, str] | None = None) -> 
         if name not in names:
             raise RunError(f"--label {name}=…: '{name}' is not among the runs of the report; name it as well")
     runs = [_open(name) for name in dict.fromkeys(names)]
-    statuses = []
+    statuses, recipes = [], {}
     for label, group in _variants(runs, labels):
+        recipes[label] = group[0].recipe
         for run in group:
             state, detail = state_of(run.name)
             statuses.append(CellStatus(run=run.name, variant=label, seed=run.recipe.seed, state=state, detail=detail))
-    recipes = ", ".join(dict.fromkeys(run.recipe.name for run in runs))
+    recipe = ", ".join(dict.fromkeys(run.recipe.name for run in runs))
     title = _listed(dict.fromkeys(status.variant for status in statuses), "variants", max_chars=80)
     listed = _listed([run.name for run in runs], "runs", max_chars=200)
-    return read_results_of(title, listed if listed != title else "", recipes, statuses)
+    return read_results_of(title, listed if listed != title else "", recipe, statuses, recipes=recipes)
 
 
 def _listed(names: Collection[str], what: str, *, max_chars: int) -> str:

@@ -2,8 +2,11 @@
 while it runs."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
+from kdrl_core.config import Recipe, load_recipe
+from kdrl_core.errors import RecipeError
 from kdrl_core.ledger import replace_file
 from kdrl_core.sweeps.dynamics import read_dynamics
 from kdrl_core.sweeps.page import render_page
@@ -16,7 +19,13 @@ def read_sweep(name: str) -> SweepResults:
     """What a started sweep has come to so far. Raises RunError if it was not started."""
     record, paths = read_record(name), SweepPaths.of(name)
     statuses = [cell_status(paths, cell) for cell in record.cells]
-    return read_results_of(name, record.spec.description, record.spec.recipe, statuses, record.spec.claims)
+    recipes: dict[str, Recipe] = {}
+    for cell in record.cells:
+        if cell.variant not in recipes:
+            with suppress(RecipeError):  # lost or edited: the run has it as well, once it has begun
+                recipes[cell.variant] = load_recipe(paths.recipe(cell.run))
+    spec = record.spec
+    return read_results_of(name, spec.description, spec.recipe, statuses, claims=spec.claims, recipes=recipes)
 
 
 def write_sweep_report(name: str) -> SweepTable:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from kdrl_core.config import Recipe, config_hash, load_recipe, parse_value
@@ -10,7 +11,9 @@ from kdrl_core.ledger import require_same_recipe
 from kdrl_core.preflight import check_inputs
 from kdrl_core.sweeps.cells import Cell, expand
 from kdrl_core.sweeps.spec import SweepSpec, load_sweep, validate_sweep
-from kdrl_core.sweeps.state import SweepPaths, read_record
+from kdrl_core.sweeps.state import Origin, SweepPaths, SweepRecord, read_record
+
+_MAX_NAME = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,7 @@ class Request:
     overrides: tuple[str, ...]
     share_with: tuple[str, ...]
     cells: tuple[Cell, ...]
+    origin: Origin
 
 
 def make_request(
@@ -35,7 +39,8 @@ def make_request(
 ) -> Request:
     """The sweep that was asked for, with its cells.
 
-    A sweep that was started before goes on as it was started; what is given here takes the place of that.
+    A sweep that was started before goes on as it was started; what is given here takes the place of that. Only a YAML
+    file is read anew, with the options that the sweep was started with on top.
 
     Args:
         source: name of a shipped sweep or of one that was started, or path of a YAML file; None: `vary` alone.
@@ -45,32 +50,50 @@ def make_request(
         share_with: other sweeps that were started, whose finished work may be taken over.
 
     Raises:
-        RecipeError: no such sweep, or a cell's recipe is not valid.
+        RecipeError: no such sweep, a cell's recipe is not valid, or `name` is that of a sweep made of another one.
         RunError: a sweep of `share_with` was not started.
     """
     if source is None and not vary:
         raise RecipeError("nothing is varied; name a sweep (kdrl sweep list), or give --vary FIELD=a,b,c")
     if source is None:
         name = name or _name(recipe, vary)
-    known = _started(name or source)  # under another name, `source` is its file, not what was made of it here
+    is_file = (source or "").endswith((".yaml", ".yml"))
+    known = None if is_file else _started(name or source)  # under another name, `source` is its file
+    if known is not None and name not in (None, source) and known.origin.source not in (None, source):
+        raise RecipeError(
+            f"--name {name}: a sweep of that name was made of {known.origin.source}, not of {source}; take another "
+            f"name, or go on with it: kdrl sweep run {name}"
+        )
     base: dict[str, Any]
     if source is None and known is None:
         base = {"name": name, "recipe": "miniature", "vary": {}}
-    elif known is not None and not (source or "").endswith((".yaml", ".yml")):
+    elif known is not None:
         base = known.spec.model_dump(mode="json")
     else:
         assert source is not None
         base = load_sweep(source).model_dump(mode="json")
-    changes = {"name": name, "recipe": recipe, "seeds": seeds}
+    kept = _started(name or base["name"])
+    given: dict[str, Any] = {"recipe": recipe, "seeds": seeds, "vary": list(vary) or None}
+    options = {**(kept.origin.options if kept else {}), **{n: value for n, value in given.items() if value is not None}}
+    on_top = options if is_file else given
+    changes = {"name": name, "recipe": on_top.get("recipe"), "seeds": on_top.get("seeds")}
     values = {**base, **{field: value for field, value in changes.items() if value is not None}}
-    values["vary"] = {**values["vary"], **dict(map(parse_vary, vary))}
+    varied = dict(map(parse_vary, on_top.get("vary") or []))
+    values["vary"] = {**values["vary"], **varied}
+    for of_recipe in values.get("recipes", {}).values():
+        of_recipe["vary"] = {field: some for field, some in of_recipe["vary"].items() if field not in varied}
     spec = validate_sweep(values, origin=source or "--vary")
-    kept = _started(spec.name)
     own = tuple(overrides if overrides is not None else kept.overrides if kept else ())
     shared = tuple(share_with if share_with is not None else kept.share_with if kept else ())
     for other in shared:
         read_record(other)
-    return Request(spec=spec, overrides=own, share_with=shared, cells=tuple(expand(spec, own, origin=source)))
+    return Request(
+        spec=spec,
+        overrides=own,
+        share_with=shared,
+        cells=tuple(expand(spec, own, origin=source)),
+        origin=Origin(source=known.origin.source if known else source, options=options),
+    )
 
 
 def check_request(request: Request) -> None:
@@ -106,11 +129,12 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
 
 def _name(recipe: str | None, vary: Sequence[str]) -> str:
     loaded = load_recipe(recipe or "miniature")
-    fields = "-".join(parse_vary(text)[0].rsplit(".", 1)[-1] for text in vary)
-    return f"{loaded.name}-by-{fields}"[:60]
+    fields = "-".join(parse_vary(text)[0] for text in vary)
+    name = f"{loaded.name}-by-{fields}"
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 9]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _started(name: str | None) -> Any:
+def _started(name: str | None) -> SweepRecord | None:
     if name is None or name.endswith((".yaml", ".yml")) or not SweepPaths.of(name).record.is_file():
         return None
     return read_record(name)

@@ -7,17 +7,18 @@ from statistics import fmean
 
 import pyarrow as pa
 
+from kdrl_core.config import Recipe
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
-from kdrl_core.reporting.summary import MODEL_NAMES, StageRow, final_labels, is_spent, summarize
+from kdrl_core.reporting.summary import MODEL_NAMES, StageRow, is_spent, reference_labels, summarize
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.rollouts.schema import read_table
 from kdrl_core.sweeps.sharing import parts_of
 from kdrl_core.sweeps.spec import Claim
 from kdrl_core.sweeps.state import CellState, CellStatus
 
-_OF_CUT = "response/repetition_overlong"
-"""Of responses that were cut: 0 in steps that cut none, which says nothing."""
+_OF_SOME = {"response/repetition_overlong": "response/clip_ratio", "kd/kl_unmasked": "kd/active_frac"}
+"""Means over some responses or tokens → the share of those: where there are none the mean is 0, which says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,16 @@ class CellResult:
     model: ModelScores
     watched: list[Watched] = field(default_factory=list)
     late: dict[str, float] = field(default_factory=dict)
-    """Every metric's mean over the last fifth of the last stage's steps; of cut responses, over steps that cut some."""
+    """Every metric's mean over the last fifth of the last stage's steps, without those in which it is of nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BegunCell:
+    """A cell that is not finished, as far as it is."""
+
+    variant: str
+    seed: int
+    watched: list[Watched]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +87,9 @@ class SweepResults:
     statuses: list[CellStatus]
     cells: list[CellResult]
     references: list[ReferenceResult]
+    begun: list[BegunCell] = field(default_factory=list)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    """Variant → recipe of its first cell, as planned: also of variants of which nothing has begun."""
     claims: list[Claim] = field(default_factory=list)
 
     @property
@@ -86,54 +99,109 @@ class SweepResults:
 
 
 def read_results_of(
-    name: str, description: str, recipe: str, statuses: Sequence[CellStatus], claims: Sequence[Claim] = ()
+    name: str,
+    description: str,
+    recipe: str,
+    statuses: Sequence[CellStatus],
+    *,
+    claims: Sequence[Claim] = (),
+    recipes: Mapping[str, Recipe] | None = None,
 ) -> SweepResults:
-    """Read the evaluations and timings of every cell that has them."""
-    cells: list[CellResult] = []
-    references: dict[tuple[str, int], ReferenceResult] = {}
-    found: list[CellStatus] = []
-    for status in statuses:
-        try:
-            if status.state is not CellState.PENDING:
-                run = open_run(status.run)
-                for reference in _references(run, status.variant):
-                    references.setdefault((reference.group, reference.seed), reference)
-                if status.state is CellState.FINISHED:
-                    cells.append(_cell(run, status))
-        except KdrlError as error:  # what cannot be read is missing, and its status says why
-            damaged = status.state is CellState.FINISHED
-            found.append(replace(status, state=CellState.FAILED, detail=str(error)) if damaged else status)
-        else:
-            found.append(status)
-    return SweepResults(
+    """Read the evaluations and timings of every cell that has them.
+
+    Args:
+        recipes: variant → recipe of its first cell; default: those of the runs that have begun.
+    """
+    results = SweepResults(
         name=name,
         description=description,
         recipe=recipe,
-        statuses=found,
-        cells=cells,
-        references=list(references.values()),
+        statuses=[],
+        cells=[],
+        references=[],
         claims=list(claims),
+        recipes=dict(recipes or {}),
     )
+    seen: set[tuple[str, int]] = set()
+    for status in statuses:
+        try:
+            told = status if status.state is CellState.PENDING else _read(results, status, seen)
+        except KdrlError as error:  # what cannot be read is missing, and its status says why
+            damaged = status.state is CellState.FINISHED
+            told = replace(status, state=CellState.FAILED, detail=str(error)) if damaged else status
+        results.statuses.append(told)
+    return results
 
 
-def by_label(references: Iterable[ReferenceResult]) -> dict[str, list[ReferenceResult]]:
-    """Models for reference under the names that tables and claims give them.
+def _read(results: SweepResults, status: CellStatus, seen: set[tuple[str, int]]) -> CellStatus:
+    """Add what a cell that has begun has come to; returns its status, with how far it is."""
+    run = open_run(status.run)
+    results.recipes.setdefault(status.variant, run.recipe)
+    for reference in _references(run, status.variant):
+        if (key := (reference.group, reference.seed)) not in seen:
+            seen.add(key)
+            results.references.append(reference)
+    if status.state is CellState.FINISHED:
+        results.cells.append(_cell(run, status))
+        return status
+    stage = run.recipe.stages[-1]
+    watched = list(_watched(run, stage, before_s=_before_s(_row(run, stage))))
+    results.begun.append(BegunCell(variant=status.variant, seed=status.seed, watched=watched))
+    return replace(status, detail="; ".join(filter(None, [_progress(run), status.detail])))
 
-    Where variants differ in one, as in a teacher, the first has its plain name, and the others `teacher of VARIANT`.
+
+def _progress(run: Run) -> str:
+    """`57 of 80 steps of stage2`; empty before the first step."""
+    for stage in reversed(run.recipe.stages):
+        if done := len(load_metrics(run, stage)):
+            is_last = stage == run.recipe.stages[-1] and done == run.recipe.stage(stage).steps
+            return f"{done} of {run.recipe.stage(stage).steps} steps of {stage}{', not evaluated' if is_last else ''}"
+    return ""
+
+
+def by_label(results: SweepResults) -> dict[str, list[ReferenceResult]]:
+    """Models for reference under the names that tables and claims give them, over their seeds.
+
+    Where variants differ in one, as in a teacher, the first variant's has its plain name, and the others are called
+    `teacher of VARIANT`, whichever of them there is already.
     """
+    owners = _owners(results)
     groups: dict[str, list[ReferenceResult]] = {}
-    for reference in references:
+    for reference in results.references:
         groups.setdefault(reference.group, []).append(reference)
-    found: dict[str, list[ReferenceResult]] = {}
-    for group in groups.values():
-        name = group[0].name
-        found[name if name not in found else f"{name} of {group[0].first_variant}"] = group
+    labels: dict[str, str] = {}
+    for group, (name, variants) in owners.items():
+        labels[group] = name if name not in labels.values() else f"{name} of {variants[0]}"
+    return {labels[group]: groups[group] for group in owners if group in groups}
+
+
+def planned_seeds(results: SweepResults, group: str) -> set[int]:
+    """The seeds for which there is to be the model for reference of a group."""
+    _, variants = _owners(results)[group]
+    return {status.seed for status in results.statuses if status.variant in variants}
+
+
+def _owners(results: SweepResults) -> dict[str, tuple[str, list[str]]]:
+    """Group → its model's name, and the variants that have it, in their order."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for variant, recipe in results.recipes.items():
+        for name, group in reference_groups(recipe).items():
+            found.setdefault(group, (name, []))[1].append(variant)
+    for reference in results.references:
+        found.setdefault(reference.group, (reference.name, [reference.first_variant]))
     return found
+
+
+def reference_groups(recipe: Recipe) -> dict[str, str]:
+    """Name of each model for reference of a recipe → what is equal for all recipes and seeds that have the same."""
+    groups = {part.name: part.key for part in parts_of(recipe.model_copy(update={"seed": 0}))}
+    return {MODEL_NAMES[label]: groups[f"evaluation of {label}"] for label in reference_labels(recipe)}
 
 
 def _cell(run: Run, status: CellStatus) -> CellResult:
     stage = run.recipe.stages[-1]
-    row = next(row for row in summarize(run).stages if row.stage == stage)
+    row = _row(run, stage)
+    assert row is not None  # it is finished
     return CellResult(
         variant=status.variant,
         seed=status.seed,
@@ -141,7 +209,7 @@ def _cell(run: Run, status: CellStatus) -> CellResult:
         steps=row.steps,
         train_s=row.seconds,
         model=_model(run.paths.evaluation(stage)),
-        watched=list(_watched(run, stage, before_s=_sampling_s(row))),
+        watched=list(_watched(run, stage, before_s=_before_s(row))),
         late=_late(load_metrics(run, stage)),
     )
 
@@ -149,31 +217,33 @@ def _cell(run: Run, status: CellStatus) -> CellResult:
 def _late(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     last = rows[-max(1, len(rows) // 5) :]
     names = set.intersection(*(set(row) for row in last)) - {"step"} if last else set()
-    found = {
-        name: [row[name] for row in last if name != _OF_CUT or row["response/clip_ratio"] > 0.0]
-        for name in sorted(names)
-    }
+    found = {name: [row[name] for row in last if says_something(row, name)] for name in sorted(names)}
     return {name: fmean(values) for name, values in found.items() if values}
 
 
+def says_something(row: Mapping[str, float], metric: str) -> bool:
+    """Whether a step's metric is of anything: the repetition rate of cut responses is not where none was cut."""
+    return metric not in _OF_SOME or row.get(_OF_SOME[metric], 1.0) > 0.0
+
+
 def _references(run: Run, variant: str) -> Iterator[ReferenceResult]:
-    recipe = run.recipe
-    groups = {part.name: part.key for part in parts_of(recipe.model_copy(update={"seed": 0}))}
-    for label in final_labels(run):
-        path = run.paths.evaluation(label)
-        if label != recipe.stages[-1] and is_published(path):
+    groups = reference_groups(run.recipe)
+    for label in reference_labels(run.recipe):
+        path, name = run.paths.evaluation(label), MODEL_NAMES[label]
+        if is_published(path):
             yield ReferenceResult(
-                name=MODEL_NAMES[label],
-                group=groups[f"evaluation of {label}"],
-                first_variant=variant,
-                seed=recipe.seed,
-                model=_model(path),
+                name=name, group=groups[name], first_variant=variant, seed=run.recipe.seed, model=_model(path)
             )
 
 
-def _sampling_s(row: StageRow) -> float:
-    """What an SFT stage spent before its first step."""
-    return 0.0 if row.samples is None else row.samples["sample_s"] + row.samples["verify_s"]
+def _row(run: Run, stage: str) -> StageRow | None:
+    """None before the first step."""
+    return next((row for row in summarize(run).stages if row.stage == stage), None)
+
+
+def _before_s(row: StageRow | None) -> float:
+    """What an SFT stage spent before its first step, sampling its teacher."""
+    return 0.0 if row is None or row.samples is None else row.samples["sample_s"] + row.samples["verify_s"]
 
 
 def _watched(run: Run, stage: str, *, before_s: float) -> Iterator[Watched]:

@@ -9,8 +9,8 @@ artifacts/sweeps/<sweep>/
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -45,6 +45,16 @@ class CellRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a sweep was made of."""
+
+    source: str | None = None
+    """Name or file; None for one that --vary alone has made, or of an older version."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """recipe, seeds and vary, as far as they were given beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRecord:
     """A sweep as it was last started."""
 
@@ -53,6 +63,7 @@ class SweepRecord:
     share_with: tuple[str, ...]
     """Other sweeps, whose cells may be shared as well."""
     cells: tuple[CellRecord, ...]
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +112,7 @@ def list_started(artifacts: Path | None = None) -> list[str]:
 
 
 def write_record(
-    spec: SweepSpec, overrides: Sequence[str], share_with: Sequence[str], cells: Sequence[Cell]
+    spec: SweepSpec, overrides: Sequence[str], share_with: Sequence[str], cells: Sequence[Cell], origin: Origin
 ) -> SweepPaths:
     """Write what is to be run: the record, and the recipe of each cell."""
     paths = SweepPaths.of(spec.name)
@@ -111,6 +122,7 @@ def write_record(
         "spec": spec.model_dump(mode="json"),
         "overrides": list(overrides),
         "share_with": list(share_with),
+        "origin": asdict(origin),
         "cells": [{"run": cell.run, "variant": cell.variant, "seed": cell.seed} for cell in cells],
     }
     replace_file(paths.record, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
@@ -130,6 +142,7 @@ def read_record(name: str) -> SweepRecord:
             overrides=tuple(content["overrides"]),
             share_with=tuple(content["share_with"]),
             cells=tuple(CellRecord(**cell) for cell in content["cells"]),
+            origin=Origin(**content.get("origin", {})),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(
@@ -183,11 +196,13 @@ def state_of(run_name: str, *, failure: str | None = None) -> tuple[CellState, s
     if holder := lock_holder(files.lock):
         return CellState.RUNNING, holder
     if not files.root.is_dir():
-        return (CellState.FAILED, failure) if failure else (CellState.PENDING, "")
+        return (CellState.PENDING, "") if failure is None else (CellState.FAILED, failure)
     try:
         finished = is_finished(open_run(run_name))
     except KdrlError as error:
         return CellState.FAILED, str(error)
     if finished:
         return CellState.FINISHED, ""
-    return (CellState.FAILED, failure) if failure else (CellState.STOPPED, f"kdrl resume {run_name}")
+    if failure is not None:
+        return CellState.FAILED, failure
+    return CellState.STOPPED, f"kdrl resume {run_name}"

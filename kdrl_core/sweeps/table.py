@@ -16,9 +16,12 @@ from kdrl_core.evaluation.seeds import Scores, over_seeds, paired_difference
 from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.reporting.tables import Table
 from kdrl_core.sweeps.claims import JudgedClaim, judge
-from kdrl_core.sweeps.results import CellResult, ModelScores, SweepResults, by_label
+from kdrl_core.sweeps.results import CellResult, ModelScores, SweepResults, by_label, planned_seeds
 
 AVERAGE = "avg"
+"""Mean of the benchmarks that every row has, but for `VALIDATION`."""
+VALIDATION = "validation"
+"""The benchmark by which learning rates and checkpoints are chosen, by its name; no choice may lift an average."""
 _MISSING = "–"
 
 
@@ -42,7 +45,7 @@ class Row:
     """That are in its numbers."""
     num_planned: int
     scores: dict[str, Score]
-    """By benchmark, and their mean as `avg`; empty if no seed is finished."""
+    """By benchmark, and their mean as `avg` where there is one; empty if no seed is finished."""
     differences: dict[str, Score] = field(default_factory=dict)
     """To the first variant, over the seeds that both have: paired by problem and seed."""
     length_mean: float | None = None
@@ -71,6 +74,8 @@ class SweepTable:
     description: str
     recipe: str
     benchmarks: list[str]
+    averaged: list[str]
+    """What `avg` is the mean of; with fewer than two there is none."""
     rows: list[Row]
     equal_time_s: float | None
     """What every variant with periodic evaluations has trained for, in `timed`."""
@@ -87,7 +92,7 @@ class SweepTable:
 
     def accuracy_table(self, *, marked: bool = False) -> Table:
         """Accuracies in %; with `marked` in Markdown, the best bold and the second best in italics."""
-        columns = [*self.benchmarks, *([AVERAGE] if len(self.benchmarks) > 1 else [])]
+        columns = [*self.benchmarks, *([AVERAGE] if len(self.averaged) > 1 else [])]
         rows = [
             [
                 row.label,
@@ -186,8 +191,8 @@ class SweepTable:
 
 
 NOTE = (
-    "**Bold**: the best variant, *italics*: the second best, by their means; – is missing. Intervals: percentile "
-    "bootstrap over problems and seeds, which are crossed (docs/sweeps.md); with few seeds they are too narrow. "
+    "**Bold**: the best variant, *italics*: the second best, by their means; – is missing. Intervals: over problems "
+    "and seeds, which are crossed (docs/sweeps.md); `avg`: of the benchmarks that all rows have, without validation. "
     "`tokens`: mean length of the responses. `time`: training in the last stage, longer where cells ran side by side."
 )
 
@@ -199,7 +204,8 @@ def build_table(results: SweepResults) -> SweepTable:
     models = [cell.model for cell in results.cells] + [reference.model for reference in results.references]
     benchmarks = list(dict.fromkeys(name for model in models for name in model.scores))
     planned = {v: sum(status.variant == v for status in results.statuses) for v in variants}
-    rows = [_variant_row(v, by_variant[v], planned[v]) for v in variants]
+    averaged = [name for name in benchmarks if name != VALIDATION and all(name in model.scores for model in models)]
+    rows = [_variant_row(v, by_variant[v], planned[v], averaged) for v in variants]
     rows = _with_differences(_ranked(rows), by_variant, variants)
     equal_time_s, timed = _equal_time(by_variant)
     return SweepTable(
@@ -207,7 +213,8 @@ def build_table(results: SweepResults) -> SweepTable:
         description=results.description,
         recipe=results.recipe,
         benchmarks=benchmarks,
-        rows=[*_reference_rows(results), *rows],
+        averaged=averaged,
+        rows=[*_reference_rows(results, averaged), *rows],
         equal_time_s=equal_time_s,
         timed=timed,
         cells=[_cell_record(cell) for cell in results.cells],
@@ -228,46 +235,44 @@ def _cell_record(cell: CellResult) -> dict[str, Any]:
     }
 
 
-def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int) -> Row:
+def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int, averaged: Sequence[str]) -> Row:
     found = [cells[seed] for seed in sorted(cells)]
     return Row(
         label=label,
         is_reference=False,
         seeds=sorted(cells),
         num_planned=num_planned,
-        scores=_scores([cell.model for cell in found]),
+        scores=_scores([cell.model for cell in found], averaged),
         length_mean=_mean([cell.model.length_mean for cell in found]),
         steps=_mean([cell.steps for cell in found]),
         train_s=_mean([cell.train_s for cell in found]),
     )
 
 
-def _reference_rows(results: SweepResults) -> list[Row]:
+def _reference_rows(results: SweepResults, averaged: Sequence[str]) -> list[Row]:
     rows = []
-    for label, group in by_label(results.references).items():
+    for label, group in by_label(results).items():
         models = [reference.model for reference in group]
         seeds = {reference.seed for reference in group}
-        variants = {reference.first_variant for reference in group}
-        planned = {status.seed for status in results.statuses if status.variant in variants}
         rows.append(
             Row(
                 label=label,
                 is_reference=True,
                 seeds=sorted(seeds),
-                num_planned=len(seeds | planned),
-                scores=_scores(models),
+                num_planned=len(seeds | planned_seeds(results, group[0].group)),
+                scores=_scores(models, averaged),
                 length_mean=_mean([model.length_mean for model in models]),
             )
         )
     return rows
 
 
-def _scores(models: Sequence[ModelScores]) -> dict[str, Score]:
-    """By benchmark, and their mean."""
+def _scores(models: Sequence[ModelScores], averaged: Sequence[str] = ()) -> dict[str, Score]:
+    """By benchmark, and the mean of those that are `averaged`."""
     arrays = _arrays(models)
     found = {name: over_seeds({name: array}) for name, array in arrays.items()}
-    if len(arrays) > 1:
-        found[AVERAGE] = over_seeds(arrays)
+    if len(averaged) > 1 and arrays:
+        found[AVERAGE] = over_seeds({name: arrays[name] for name in averaged})
     return {name: _score(accuracy) for name, accuracy in found.items()}
 
 
@@ -376,7 +381,8 @@ def _measured(claim: JudgedClaim) -> str:
         return _MISSING
     if claim.is_share:
         return _signed(Score(mean=found.mean, low=found.low, high=found.high)) + " points"
-    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g})"
+    interval = f"{found.low:+.3g} to {found.high:+.3g}" if claim.num_seeds > 1 else "one seed"
+    return f"{found.mean:+.3g} ({interval})"
 
 
 def _number(value: float | None) -> str:

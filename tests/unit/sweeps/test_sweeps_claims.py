@@ -28,7 +28,7 @@ def results() -> SweepResults:
     """Two seeds of a and b; of c, the second seed alone."""
     cells = [
         _cell("a", 0, [1.0, 0.5, 1.0], length=30.0, kl=3.0),
-        _cell("a", 1, [1.0, 1.0, 0.5], length=32.0, kl=5.0),
+        _cell("a", 1, [1.0, 1.0, 0.5], length=34.0, kl=5.0),
         _cell("b", 0, [0.5, 0.0, 0.5], length=20.0, kl=2.0),
         _cell("b", 1, [0.5, 0.5, 0.0], length=24.0, kl=6.0),
         _cell("c", 1, [0.5, 0.5, 1.0]),
@@ -58,20 +58,21 @@ def test_a_claim_is_the_difference_paired_by_seed_and_problem(results: SweepResu
 def test_what_differs_in_sign_between_seeds_is_unclear(results: SweepResults) -> None:
     found = _one(results, "a", "b", "kl")  # 3 − 2 = 1 and 5 − 6 = −1
     assert found.difference is not None
-    assert (found.difference.low, found.difference.mean, found.difference.high) == (-1.0, 0.0, 1.0)
+    assert (found.difference.mean, found.difference.low) == pytest.approx((0.0, -found.difference.high))
+    assert found.difference.high == pytest.approx(12.7, rel=0.12)  # t of one degree of freedom × 1.41 / √2
     assert found.verdict is Verdict.UNCLEAR
 
 
 def test_one_number_of_one_seed_tells_nothing(results: SweepResults) -> None:
-    found = _one(results, "c", "a", "length")  # c has the second seed alone: 20 − 32
+    found = _one(results, "c", "a", "length")  # c has the second seed alone: 20 − 34
     assert found.difference is not None
-    assert (found.difference.mean, found.num_seeds, found.verdict) == (-12.0, 1, Verdict.UNCLEAR)
+    assert (found.difference.mean, found.num_seeds, found.verdict) == (-14.0, 1, Verdict.UNCLEAR)
 
 
 def test_lengths_and_models_for_reference_can_be_compared(results: SweepResults) -> None:
-    longer = _one(results, "a", "b", "length")  # 30 − 20 = 10 and 32 − 24 = 8
+    longer = _one(results, "a", "b", "length")  # 30 − 20 = 34 − 24 = 10
     assert longer.difference is not None
-    assert (longer.difference.low, longer.difference.mean, longer.difference.high) == (8.0, 9.0, 10.0)
+    assert (longer.difference.low, longer.difference.mean, longer.difference.high) == pytest.approx((10.0,) * 3)
     taught = _one(results, "teacher", "a", "accuracy:test")  # the teacher has seed 0 alone: (0 + 0.5 + 0) / 3
     assert taught.difference is not None
     assert taught.difference.mean == pytest.approx(1 / 6)
@@ -90,7 +91,7 @@ def test_the_table_shows_claims_in_points_and_units(results: SweepResults) -> No
     results.claims.extend([_claim("a", "b", "accuracy:test"), _claim("a", "b", "length"), _claim("a", "d", "length")])
     rows = build_table(results).claim_table().rows
     assert [row[2:4] for row in rows] == [["holds", "holds"], ["holds", "holds"], ["holds", "missing"]]
-    assert [row[5] for row in rows] == ["+50.0 (+50.0 to +50.0) points", "+9 (+8 to +10)", "–"]
+    assert [row[5] for row in rows] == ["+50.0 (+50.0 to +50.0) points", "+10 (+10 to +10)", "–"]
     assert "| a over b | Sec. 1 | holds | holds |" in build_table(results).to_markdown()
 
 
@@ -109,6 +110,8 @@ def _spec(**claim: Any) -> Any:
         ({"more": "teacher", "measure": "entropy"}, "claim 1, field 'more': no variant 'teacher'"),
         ({"measure": "length:test"}, "claim 1, field 'measure': 'length:test' is none"),
         ({"measure": "kd/kl_unmaked"}, "claim 1, field 'measure': no metric 'kd/kl_unmaked', did you mean"),
+        ({"less": "KDRL"}, "claim 1: 'KDRL' is compared with itself"),
+        ({"less": "after stage 2"}, "claim 1, field 'less': no variant 'after stage 2', did you mean 'after stage 1'?"),
         ({"measure": "lenght"}, "claim 1, field 'measure': no metric 'lenght', did you mean 'length'?"),
     ],
 )

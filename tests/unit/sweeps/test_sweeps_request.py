@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("artifacts")
 
 def _start(source: str | None = "figure5", **options: Any) -> Request:
     request = make_request(source, **options)
-    write_record(request.spec, request.overrides, request.share_with, request.cells)
+    write_record(request.spec, request.overrides, request.share_with, request.cells, request.origin)
     return request
 
 
@@ -52,10 +52,45 @@ def test_what_is_given_takes_the_place_of_what_was_kept() -> None:
 def test_a_grid_without_a_file_has_a_name_of_its_own_and_goes_on() -> None:
     vary = ["stage2.learning_rate=1e-4, 3e-4", "stage2.beta={init: 0.2}"]
     first = _start(None, vary=vary, seeds=2)
-    assert first.spec.name == "miniature-by-learning_rate-beta"
-    assert _runs(first)[0] == "miniature-by-learning_rate-beta--learning-rate-0.0001-beta-init-0.2--seed0"
+    assert first.spec.name == "miniature-by-stage2.learning_rate-stage2.beta"
+    assert _runs(first)[0] == "miniature-by-stage2.learning_rate-stage2.beta--learning-rate-0.0001-beta-init-0.2--seed0"
     assert make_request(None, vary=vary) == first
-    assert make_request("miniature-by-learning_rate-beta") == first
+    assert make_request("miniature-by-stage2.learning_rate-stage2.beta") == first
+
+
+def test_grids_over_fields_of_one_name_are_two() -> None:
+    names = {make_request(None, vary=[f"{stage}.learning_rate=1e-4,2e-4"]).spec.name for stage in ("stage1", "stage2")}
+    assert names == {f"miniature-by-{stage}.learning_rate" for stage in ("stage1", "stage2")}
+    fields = ("stage1.warmup_steps", "stage2.warmup_steps", "stage1.evaluate_every", "stage2.evaluate_every")
+    long = [f"{field}=10,20" for field in fields]
+    assert len(make_request(None, vary=long).spec.name) == 60
+
+
+def test_another_sweep_under_a_name_that_is_taken_is_refused() -> None:
+    first = _start("figure2", name="mine")
+    with pytest.raises(RecipeError, match="--name mine: a sweep of that name was made of figure2, not of table1"):
+        make_request("table1", name="mine")
+    assert make_request("figure2", name="mine") == make_request("mine") == first
+
+
+def test_a_file_is_read_anew_with_the_options_that_the_sweep_was_started_with(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("{name: mine, seeds: 3, variants: {KDRL: {}, GRPO: {stage2.objective: grpo}}}")
+    _start(str(file), seeds=5, vary=["stage2.steps=4,5"], overrides=["stage2.warmup_steps=0"])
+    file.write_text("{name: mine, seeds: 3, variants: {KDRL: {}, KD-RKL: {stage2.objective: kd_rkl}}}")
+    again = make_request(str(file))
+    assert len(again.cells) == 2 * 5 * 2
+    assert {cell.variant for cell in again.cells} == {f"{v}, steps={n}" for v in ("KDRL", "KD-RKL") for n in (4, 5)}
+    assert {cell.recipe.stage("stage2").warmup_steps for cell in again.cells} == {0}
+    assert len(make_request(str(file), seeds=1).cells) == 4
+
+
+def test_values_of_the_command_line_stand_above_those_of_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("{name: mine, recipes: {miniature: {vary: {stage2.steps: [3], stage2.learning_rate: [1.0e-4]}}}}")
+    cells = make_request(str(file), vary=["stage2.steps=4,5"]).cells
+    assert [cell.recipe.stage("stage2").steps for cell in cells] == [4, 5]
+    assert {cell.recipe.stage("stage2").learning_rate for cell in cells} == {1e-4}
 
 
 def test_cells_of_another_sweep_are_donors_if_asked_for() -> None:
