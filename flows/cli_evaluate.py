@@ -72,6 +72,10 @@ def evaluate(
         loaded = load_recipe(recipe, overrides or [])
         from kdrl_core.evaluation.plan import plan_evaluation
 
+        if (api_key or "").startswith("block:"):
+            from tasks.secrets import register_blocks
+
+            register_blocks()
         plan = plan_evaluation(
             loaded,
             model,
@@ -94,7 +98,7 @@ def evaluate(
             with counted_progress(err, "responses") as progress:
                 found = evaluate_plan(plan, root, on_progress=progress)
         except KeyboardInterrupt:
-            err.print("interrupted; the same command goes on behind the last finished shard", highlight=False)
+            err.print("interrupted; the same command goes on behind the last response", highlight=False)
             raise SystemExit(130) from None
         if lm_eval is not None:
             replace_file(lm_eval.absolute(), combined_lm_eval(found))

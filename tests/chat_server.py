@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,16 @@ NAME = "org/chatty"
 class ChatServer:
     """Answers with what the model says to the rendered message.
 
-    `faults` are done to requests one by one: an HTTP status, `garbage`, `no usage`. `style` is `plain`, or `reasoning`
-    as servers do that take the thought out of the content.
+    `faults` are done to requests one by one: an HTTP status, `garbage`, `no usage`, a `filter` that ends it, a `short`
+    limit of the server's own, or `later` than retries go on. `style` is `plain`; `reasoning` as of servers that take
+    the thought out of the content; `opened` as of those whose template has opened it.
     """
 
     def __init__(self, model: Path, *, temperature: float = 0.0) -> None:
         self.faults: deque[str] = deque()
         self.style = "plain"
         self.context: int | None = 256
+        self.owner = "somebody"
         self.seen: list[dict[str, Any]] = []
         self._tokenizer = load_tokenizer(model)
         loaded = load_model(model)
@@ -47,7 +50,7 @@ class ChatServer:
 
             def do_GET(self) -> None:
                 told = {} if outer.context is None else {"max_model_len": outer.context}
-                outer._send(self, {"data": [{"id": NAME, **told}]})
+                outer._send(self, {"data": [{"id": NAME, "owned_by": outer.owner, **told}]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -89,8 +92,16 @@ class ChatServer:
         if self.style == "reasoning" and "</think>" in rollout.text:
             thought, _, content = rollout.text.partition("</think>")
             message |= {"reasoning_content": thought.removeprefix("<think>"), "content": content}
-        choice = {"message": message, "finish_reason": rollout.finish_reason.value}
-        usage = {} if fault == "no usage" else {"usage": {"completion_tokens": len(rollout.token_ids)}}
+        if self.style == "opened":
+            message["content"] = rollout.text.removeprefix("<think>")
+        reason = {"filter": "content_filter", "short": "length"}.get(fault, rollout.finish_reason.value)
+        choice = {"message": message, "finish_reason": reason}
+        length = 7 if fault == "short" else len(rollout.token_ids)
+        usage = {} if fault == "no usage" else {"usage": {"completion_tokens": length}}
+        if fault == "later":
+            time.sleep(1.5)
+            self._send(handler, {"error": "too late"}, status=504)
+            return
         self._send(handler, {"choices": [choice], **usage})
 
     def _send(self, handler: BaseHTTPRequestHandler, content: Any, *, status: int = 200) -> None:

@@ -41,7 +41,9 @@ class ServersConfig(Section):
     model: str | None = Field(None, description="name under which they serve it; null: the only one that they serve")
     api_key: str | None = Field(None, description="where the key is, env:NAME or block:NAME (Prefect); never the key")
     timeout_s: float = Field(600.0, gt=0.0, description="of one request")
-    retry_for_s: float = Field(600.0, ge=0.0, description="faults that may pass are tried again for so long")
+    retry_for_s: float = Field(
+        600.0, ge=0.0, description="from a request's first fault on, what may pass is tried again for so long"
+    )
     first_pause_s: float = Field(1.0, gt=0.0, description="before the second try; doubled with each, up to 30 s")
     concurrency: Positive = Field(32, description="requests in flight, over all servers")
     sleep: bool = Field(False, description="they share GPUs with other phases and sleep meanwhile (kdrl serve)")

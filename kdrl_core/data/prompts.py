@@ -52,8 +52,13 @@ def load_tokenizer(model: ModelConfig, *, role: str = "student") -> ChatTokenize
     return tokenizer
 
 
-def render_prompts(questions: Sequence[str], tokenizer: ChatTokenizer, recipe: Recipe) -> list[tuple[str, list[int]]]:
+def render_prompts(
+    questions: Sequence[str], tokenizer: ChatTokenizer, recipe: Recipe, *, chat_template: str | None = None
+) -> list[tuple[str, list[int]]]:
     """Render and tokenise every question.
+
+    Args:
+        chat_template: in place of the student's, for a tokenizer of another model.
 
     Returns:
         (prompt text, token ids) per question, in order. The text ends where the response begins.
@@ -63,7 +68,7 @@ def render_prompts(questions: Sequence[str], tokenizer: ChatTokenizer, recipe: R
             its `</think>` when it is decoded.
     """
     _check_thought_is_kept(tokenizer)
-    chat_template = recipe.student.chat_template
+    chat_template = chat_template or recipe.student.chat_template
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise ModelError("the student's tokenizer has no chat template; set student.chat_template to a Jinja template")
     prompts: list[tuple[str, list[int]]] = []

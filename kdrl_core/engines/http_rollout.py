@@ -14,7 +14,7 @@ from typing import Any
 
 from kdrl_core.engines.protocols import OnFinished
 from kdrl_core.engines.served_answers import TransientError, completion_of
-from kdrl_core.engines.server_pool import ServedModel, Server, ServerPool
+from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, ServedModel, Server, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
@@ -130,6 +130,7 @@ class HTTPRolloutEngine:
             "prompt": request.prompt_token_ids,
             "max_tokens": limit,
             "temperature": self._temperature,
+            **WHOLE_DISTRIBUTION,
             "seed": request.seed % _MAX_SEED,
             "stop_token_ids": self._stop_ids,
             "ignore_eos": True,  # the stop tokens say it, and vLLM leaves EOS itself out of the tokens

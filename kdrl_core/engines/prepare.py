@@ -30,7 +30,14 @@ def prepared_model(config: ModelConfig, run_root: Path) -> Path:
     target = run_root.parent.parent / "models" / f"{file.stem}-{place}"
     if target not in _verified or not is_published(target):
         gguf_file = config.gguf_file
-        publish_directory(target, lambda folder: _convert(source, gguf_file, folder), metadata={"source": gguf_file})
+        with file.open("rb") as stream:
+            inputs = {config.gguf_file: hashlib.file_digest(stream, "sha256").hexdigest()}
+        publish_directory(
+            target,
+            lambda folder: _convert(source, gguf_file, folder),
+            inputs=inputs,
+            metadata={"source": gguf_file},
+        )
         _verified.add(target)
     return target
 

@@ -23,9 +23,6 @@ from tenacity import (
     Retrying,
     retry_if_exception_type,
     sleep_using_event,
-    stop_after_delay,
-    stop_any,
-    stop_when_event_set,
     wait_exponential_jitter,
 )
 
@@ -34,8 +31,13 @@ from kdrl_core.engines.served_answers import TransientError
 from kdrl_core.errors import EngineError
 from kdrl_core.secrets import resolve_secret
 
+WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Of a vLLM server: sample from all of softmax(logits / T). What is not sent it takes from the model's own
+generation_config.json."""
 _TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
 _MAX_BODY_SHOWN = 200
+_MIN_KEY_CHARS = 8
+"""Of a key that is cut out of answers: one such as `-`, which stands for none, is part of numbers."""
 _MAX_RETRY_AFTER_S = 60.0
 _MAX_OUT_S = 60.0
 _MAX_DOUBLINGS = 16
@@ -90,7 +92,8 @@ class ServedModel:
     timeout_s: float = 600.0
     """Of one request."""
     retry_for_s: float = 600.0
-    """From a request's first try to the beginning of its last."""
+    """From a request's first fault to the beginning of its last try; one that took longer than this is tried once more.
+    """
     first_pause_s: float = 1.0
     """Doubled with each try, up to 30 s, with jitter."""
     concurrency: int = 32
@@ -153,7 +156,8 @@ class ServerPool:
         role: what they are called in messages, `teacher` or `rollout`.
         field: of the recipe, which says all this.
         max_tokens: prompt and response tokens of the longest request to come, compared with the servers' context.
-        options: how messages name `model` and `api_key` where they are no fields of the recipe.
+        options: how messages name `model`, `api_key` and `retry_for_s` where they are no fields of the recipe, and the
+            `remedy` of what was given up.
 
     Raises:
         EngineError: no server can be reached within `retry_for_s`, or one serves another model or too short a context,
@@ -173,7 +177,11 @@ class ServerPool:
         self._served = served
         self._role = role
         self._field = field
-        self._options = {"model": f"{field}.model", "api_key": f"{field}.api_key", **(options or {})}
+        self._options = {
+            **{name: f"{field}.{name}" for name in ("model", "api_key", "retry_for_s")},
+            "remedy": "Start the server, then resume the run: nothing is lost",
+            **(options or {}),
+        }
         self._lock = threading.Lock()
         _allow_connections(served.concurrency)
         headers = {"Authorization": f"Bearer {served.api_key}"} if served.api_key else {}
@@ -183,6 +191,8 @@ class ServerPool:
             trust_env=False,
             limits=httpx.Limits(max_connections=served.concurrency, keepalive_expiry=_KEEP_ALIVE_S),
         )
+        self.are_vllm = True
+        """Whether all servers that were reached say so."""
         self._over = threading.Event()
         self._ahead = _Workers(served.concurrency, f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
@@ -331,7 +341,7 @@ class ServerPool:
         if not response.is_success:
             raise EngineError(f"{where} answered {status}: {said}; look at its log and at {self._field}")
         try:
-            return json.loads(content) if content else None
+            return json.loads(self._without_key(content.decode(), at_least=_MIN_KEY_CHARS)) if content else None
         except (ValueError, RecursionError):
             raise TransientError(f"{where} sent what is no JSON ({said[:60]!r})") from None
 
@@ -340,10 +350,17 @@ class ServerPool:
         started = time.monotonic()
         pauses = wait_exponential_jitter(initial=served.first_pause_s, max=30.0, jitter=served.first_pause_s)
 
+        first: list[float] = []
+
+        def since_first_fault(state: RetryCallState) -> float:
+            if not first:
+                first.append(time.monotonic())
+            return time.monotonic() - first[0]
+
         def pause(state: RetryCallState) -> float:
             fault = state.outcome.exception() if state.outcome else None
             asked = fault.retry_after_s if isinstance(fault, TransientError) else 0.0
-            left = served.retry_for_s - (state.seconds_since_start or 0.0)
+            left = served.retry_for_s - since_first_fault(state)
             return max(0.0, min(max(min(asked, _MAX_RETRY_AFTER_S), pauses(state)), left))
 
         def tell(state: RetryCallState) -> None:
@@ -351,7 +368,7 @@ class ServerPool:
             _logger.warning("%s: %s; tried again in %.1f s", what, fault, state.upcoming_sleep)
 
         retrying = Retrying(
-            stop=stop_any(stop_after_delay(served.retry_for_s), stop_when_event_set(over)),
+            stop=lambda state: since_first_fault(state) >= served.retry_for_s or over.is_set(),
             sleep=sleep_using_event(over),
             wait=pause,
             retry=retry_if_exception_type(TransientError),
@@ -364,7 +381,7 @@ class ServerPool:
             tries = retrying.statistics.get("attempt_number", 1)
             raise EngineError(
                 f"{what}: {fault}; given up after {tries} tries in {time.monotonic() - started:.0f} s "
-                f"({self._field}.retry_for_s). Start the server, then resume the run: nothing is lost"
+                f"({self._options['retry_for_s']}). {self._options['remedy']}"
             ) from None
 
     def _at_a_server(self, attempt: Attempt[_Result]) -> _Result:
@@ -407,9 +424,9 @@ class ServerPool:
                     raise httpx.ReadTimeout("the body takes too long")
         return response, bytes(content)
 
-    def _without_key(self, text: str) -> str:
+    def _without_key(self, text: str, *, at_least: int = 1) -> str:
         key = self._served.api_key
-        return text.replace(key, "[the key]") if key else text
+        return text.replace(key, "[the key]") if key and len(key) >= at_least else text
 
     def _check_servers(self, max_tokens: int | None) -> str:
         """The served model's name, the same at every server that can be reached."""
@@ -427,6 +444,7 @@ class ServerPool:
                     f"{where} serves {', '.join(sorted(models))}, not "
                     f"{self._served.model or 'one model alone'}; set {self._options['model']} to one of them"
                 )
+            self.are_vllm = self.are_vllm and models[name].get("owned_by") == "vllm"
             context = models[name].get("max_model_len")
             if max_tokens is not None and isinstance(context, int) and context < max_tokens + 1:
                 raise EngineError(

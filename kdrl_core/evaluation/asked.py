@@ -28,9 +28,13 @@ def response_seed(recipe: Recipe, benchmark: str, problem_id: str, sample: int) 
 
 
 def ask_benchmark(benchmark: BenchmarkConfig, recipe: Recipe, tokenizer: Any) -> AskedBenchmark:
-    """Render and tokenise the problems of a benchmark. Raises DataError, ModelError as reading and rendering do."""
+    """Render and tokenise the problems of a benchmark, by the chat template of the model's own tokenizer.
+
+    Raises DataError, ModelError as reading and rendering do.
+    """
     problems = load_benchmark(benchmark)
-    prompts = render_prompts([problem.question for problem in problems], tokenizer, recipe)
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None  # the teacher's, say
+    prompts = render_prompts([problem.question for problem in problems], tokenizer, recipe, chat_template=own)
     requests = [
         RolloutRequest(
             prompt_id=problem.problem_id,

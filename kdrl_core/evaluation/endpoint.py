@@ -4,6 +4,7 @@ Nothing is known there of tokens, weights or the chat template: the question goe
 comes back is judged, its length is what the server counts. So its figures are those of the endpoint as a whole.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,11 +12,15 @@ from typing import Any
 
 from kdrl_core.config.recipe import ServersConfig
 from kdrl_core.engines.served_answers import TransientError
-from kdrl_core.engines.server_pool import Server, ServerPool, served_model
+from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool, served_model
+from kdrl_core.errors import EngineError
 from kdrl_core.evaluation.outcome import Response
 from kdrl_core.types import FinishReason, RolloutRequest
 
 _MAX_SEED = 2**63
+_CUT_SHARE = 0.9
+"""A response that ends for its length with fewer of its tokens was cut by something else; counts may be a little off."""
+_logger = logging.getLogger("kdrl")
 
 OnResponses = Callable[[Sequence[Response]], None]
 
@@ -37,10 +42,15 @@ class ChatEndpoint:
         self._temperature = temperature
         self._pool = ServerPool(
             served_model(config),
-            role="evaluated",
+            role="model",
             field="MODEL",
             max_tokens=max_context_tokens - 1,
-            options={"model": "--served-as", "api_key": "--api-key"},
+            options={
+                "model": "--served-as",
+                "api_key": "--api-key",
+                "retry_for_s": "its faults are tried again for two minutes",
+                "remedy": "Once it answers, give the same command: responses that came are kept",
+            },
         )
 
     @property
@@ -54,7 +64,6 @@ class ChatEndpoint:
         messages: dict[str, str],
         *,
         max_response_tokens: int,
-        think_opened: bool,
         on_finished: OnResponses | None = None,
     ) -> list[Response]:
         """One response per request, in order; `on_finished` hears each once it is there.
@@ -63,10 +72,9 @@ class ChatEndpoint:
             requests: their prompt_token_ids are not used.
             messages: what the user says, by `prompt_id`.
             max_response_tokens: longer ones are cut.
-            think_opened: the server's template opens `<think>`, so that a text without tags is all thought.
 
         Raises:
-            EngineError: a request is given up.
+            EngineError: a request is given up, or cut before it had its tokens.
         """
         told = threading.Lock()
 
@@ -76,15 +84,22 @@ class ChatEndpoint:
                 "messages": [{"role": "user", "content": messages[request.prompt_id]}],
                 "max_tokens": max_response_tokens,
                 "temperature": self._temperature,
-                "top_p": 1.0,
                 "seed": request.seed % _MAX_SEED,
+                # Others may not know its fields: what their model sets itself beside top-p holds there.
+                **(WHOLE_DISTRIBUTION if self._pool.are_vllm else {"top_p": 1.0}),
             }
             answer = self._pool.answer(server, "POST", "/chat/completions", body)
             text, length, reason = _chat_of(answer, server.url)
+            if reason is FinishReason.LENGTH and length < _CUT_SHARE * max_response_tokens:
+                raise EngineError(
+                    f"model server {server.url} cut a response after {length} tokens, of {max_response_tokens} that it "
+                    "was allowed: its context or a limit of its own is shorter; raise it there, or lower "
+                    "evaluation.max_context_tokens, for every model that is compared"
+                )
             response = Response(
                 prompt_id=request.prompt_id,
                 sample=request.sample,
-                text=with_thought_tags(text, think_opened=think_opened),
+                text=text,
                 length=length,
                 finish_reason=reason,
                 seed=request.seed,
@@ -118,11 +133,14 @@ def _chat_of(answer: Any, url: str) -> tuple[str, int, FinishReason]:
         text = message.get("content") or ""
         length = answer["usage"]["completion_tokens"]
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise TransientError(f"evaluated server {url} sent an answer without message, finish_reason or usage") from None
+        raise TransientError(f"model server {url} sent an answer without message, finish_reason or usage") from None
+    if reason == "content_filter":
+        _logger.warning("model server %s: a filter ended a response; it counts as it is", url)
+        reason = "stop"
     if reason not in ("stop", "length"):
-        raise TransientError(f"evaluated server {url} ended a response for {reason!r}")
+        raise EngineError(f"model server {url} ended a response for {str(reason)[:40]!r}, neither `stop` nor `length`")
     if not isinstance(text, str) or not isinstance(thought, str) or not isinstance(length, int):
-        raise TransientError(f"evaluated server {url} sent a message that is no text, or tokens that are no number")
+        raise TransientError(f"model server {url} sent a message that is no text, or tokens that are no number")
     if thought:
         closing = "</think>" if text or reason == "stop" else ""  # cut in the middle of the thought
         text = f"<think>{thought}{closing}{text}"

@@ -3,17 +3,17 @@
     artifacts/evaluations/<name>-<id>/<benchmark>-<settings>/       responses.parquet, results.json, lm_eval.json
     artifacts/evaluations/<name>-<id>/<benchmark>-<settings>.work/  its shards, until it is whole
 
-<id> is a hash of the model and <settings> one of all that its responses depend on, so that what was evaluated once is
-found again, and a stopped evaluation goes on behind its last shard.
+<id> is a hash of the model and <settings> one of all that its responses and verdicts depend on, so that what was
+evaluated once is found again, and a stopped evaluation goes on behind its last response.
 """
 
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ from kdrl_core.config import BenchmarkConfig
 from kdrl_core.engines.from_recipe import rollout_engine
 from kdrl_core.engines.models import load_tokenizer, read_config
 from kdrl_core.engines.prepare import prepared_model
-from kdrl_core.engines.verified import generate_and_verify
 from kdrl_core.errors import DamagedArtifactError, ModelError, RunLockedError
 from kdrl_core.evaluation.asked import AskedBenchmark, ask_benchmark, response_limit, response_seed
-from kdrl_core.evaluation.endpoint import ChatEndpoint
+from kdrl_core.evaluation.endpoint import ChatEndpoint, with_thought_tags
+from kdrl_core.evaluation.journal import Journal
 from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
 from kdrl_core.evaluation.outcome import Response, benchmark_result, responses_table
 from kdrl_core.evaluation.plan import EvaluationPlan, identity_of, plain_name, refuse_short_context, settings_of
@@ -44,8 +44,9 @@ from kdrl_core.ledger import (
     sweep_temporaries,
     verify_published,
 )
+from kdrl_core.preflight import check_device
 from kdrl_core.rollouts.schema import read_table, write_table
-from kdrl_core.types import RolloutRequest, Verdict
+from kdrl_core.types import Rollout, RolloutRequest, Verdict
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.failures import refuse_failures
 
@@ -81,7 +82,15 @@ class _Model(Protocol):
         problem_ids: Sequence[str],
         verifier: Verifier,
         on_finished: Callable[[int], None],
-    ) -> Sampled: ...
+        kept: Path,
+    ) -> Sampled:
+        """Responses, the samples of a problem together, and their verdicts.
+
+        Args:
+            on_finished: hears how many there are by now.
+            kept: file of the responses that an earlier call had, and that this one has as they come.
+        """
+        ...
 
     def close(self) -> None: ...
 
@@ -102,21 +111,16 @@ def evaluate_plan(plan: EvaluationPlan, root: Path, *, on_progress: Progress | N
     """
     with ExitStack() as stack:
         path = served = None
-        endpoint: ChatEndpoint | None = None
+        lazily = _Lazily(plan, stack)
         if plan.endpoint is None:
             path = prepared_model(plan.model, RunPaths.of("evaluate").root)
             refuse_short_context(plan.recipe, read_config(path), plan.model.path)
-        else:
-            evaluation = plan.recipe.evaluation
-            endpoint = ChatEndpoint(
-                plan.endpoint, temperature=evaluation.temperature, max_context_tokens=evaluation.max_context_tokens
-            )
-            stack.callback(endpoint.close)
-            served = endpoint.model
+            lazily.path = path
+        else:  # one whose name is given need not be there for what was evaluated before
+            served = plan.endpoint.model or lazily.endpoint().model
         identity = identity_of(plan, path, served)
         name = plan.name if served is None else plain_name(served.rpartition("/")[2])
         folder = root / "evaluations" / f"{name}-{_short(identity)}"
-        lazily = _Lazily(plan, path, endpoint, stack)
         return [_one(plan, benchmark, identity, folder, lazily, on_progress) for benchmark in plan.benchmarks]
 
 
@@ -192,12 +196,14 @@ def _shards(
         else:
             started = time.perf_counter()
             model, verifier = lazily.loaded()
-            responses, verdicts = model.sample(benchmark, [p.problem_id for p in part], verifier, tell)
+            kept = work / f"shard-{index:05d}.jsonl"
+            responses, verdicts = model.sample(benchmark, [p.problem_id for p in part], verifier, tell, kept)
             where = f"{benchmark.name}, problems {part[0].problem_id} to {part[-1].problem_id}"
             refuse_failures(verdicts, where, plan.recipe.verification.max_failed_share)
             table = responses_table(benchmark.name, responses, verdicts, part)
             seconds = time.perf_counter() - started
             publish_file(target, partial(write_table, table), inputs=inputs, metadata={"seconds": seconds})
+            kept.unlink(missing_ok=True)
         paths.append(target)
         done += len(part) * benchmark.samples
         tell(0)
@@ -244,20 +250,33 @@ def _read(name: str, target: Path, *, is_new: bool) -> EvaluatedBenchmark:
 class _Lazily:
     """The model and the verifier, loaded when the first shard needs them: a second evaluation loads nothing."""
 
-    def __init__(
-        self, plan: EvaluationPlan, path: Path | None, endpoint: ChatEndpoint | None, stack: ExitStack
-    ) -> None:
-        self._plan, self._path, self._endpoint, self._stack = plan, path, endpoint, stack
+    def __init__(self, plan: EvaluationPlan, stack: ExitStack) -> None:
+        self._plan, self._stack = plan, stack
+        self._endpoint: ChatEndpoint | None = None
         self._loaded: tuple[_Model, Verifier] | None = None
+        self.path: Path | None = None
+        """Of the model in a directory."""
+
+    def endpoint(self) -> ChatEndpoint:
+        if self._endpoint is None:
+            assert self._plan.endpoint is not None
+            evaluation = self._plan.recipe.evaluation
+            self._endpoint = ChatEndpoint(
+                self._plan.endpoint,
+                temperature=evaluation.temperature,
+                max_context_tokens=evaluation.max_context_tokens,
+            )
+            self._stack.callback(self._endpoint.close)
+        return self._endpoint
 
     def loaded(self) -> tuple[_Model, Verifier]:
         if self._loaded is None:
             model: _Model
-            if self._endpoint is not None:
-                model = _Served(self._plan, self._endpoint)
+            if self.path is None:
+                model = _Served(self._plan, self.endpoint())
             else:
-                assert self._path is not None
-                model = self._stack.enter_context(closing(_Local(self._plan, self._path)))
+                check_device(self._plan.recipe)
+                model = self._stack.enter_context(closing(_Local(self._plan, self.path)))
             verifier = self._stack.enter_context(Verifier(**self._plan.recipe.verification.pool_options))
             self._loaded = model, verifier
         return self._loaded
@@ -298,21 +317,21 @@ class _Local:
         problem_ids: Sequence[str],
         verifier: Verifier,
         on_finished: Callable[[int], None],
+        kept: Path,
     ) -> Sampled:
         asked, wanted = self._asked[benchmark.name], set(problem_ids)
         requests = [request for request in asked.requests if request.prompt_id in wanted]
-        count = _Counter(on_finished)
-        rollouts, verdicts = generate_and_verify(
-            self._engine,
-            requests,
-            verifier,
-            {problem.problem_id: problem.answer for problem in asked.problems},
-            think_opened=asked.think_opened,
-            on_finished=count,
-            max_response_tokens=self._limits[benchmark.name],
-        )
-        responses = [Response.of(rollout, request.seed) for rollout, request in zip(rollouts, requests, strict=True)]
-        return responses, verdicts
+        seeds = {(request.prompt_id, request.sample): request.seed for request in requests}
+        truths = {problem.problem_id: problem.answer for problem in asked.problems}
+        shard = _Shard(Journal(kept, requests), verifier, truths, asked.think_opened, on_finished)
+
+        def finished(rollouts: Sequence[Rollout]) -> None:
+            shard.add([Response.of(rollout, seeds[rollout.prompt_id, rollout.sample]) for rollout in rollouts])
+
+        if missing := shard.journal.missing:
+            limit = self._limits[benchmark.name]
+            self._engine.generate(missing, on_finished=finished, max_response_tokens=limit)
+        return shard.judged()
 
     def close(self) -> None:
         self._engine.close()
@@ -323,6 +342,7 @@ class _Served:
 
     def __init__(self, plan: EvaluationPlan, endpoint: ChatEndpoint) -> None:
         self._plan, self._endpoint = plan, endpoint
+        self._opens_thought = plan.recipe.prompt.think_opened is True
         context = plan.recipe.evaluation.max_context_tokens
         self._limits = {name: self._limit(name, context) for name in plan.problems}
 
@@ -332,6 +352,7 @@ class _Served:
         problem_ids: Sequence[str],
         verifier: Verifier,
         on_finished: Callable[[int], None],
+        kept: Path,
     ) -> Sampled:
         recipe = self._plan.recipe
         problems = {problem.problem_id: problem for problem in self._plan.problems[benchmark.name]}
@@ -345,23 +366,23 @@ class _Served:
             for problem_id in problem_ids
             for sample in range(benchmark.samples)
         ]
-        count = _Counter(on_finished)
+        truths = {problem_id: problem.answer for problem_id, problem in problems.items()}
+        shard = _Shard(Journal(kept, requests), verifier, truths, False, on_finished, self._with_tags)
+        if missing := shard.journal.missing:
+            self._endpoint.respond(
+                missing,
+                {problem_id: self._message(problems[problem_id].question) for problem_id in problem_ids},
+                max_response_tokens=self._limits[benchmark.name],
+                on_finished=shard.add,
+            )
+        return shard.judged()
 
-        def finished(responses: Sequence[Response]) -> None:
-            verifier.verify_ahead(items(responses), require_format=False, think_opened=False)
-            count(responses)
-
-        def items(responses: Sequence[Response]) -> list[tuple[str, str]]:
-            return [(response.text, problems[response.prompt_id].answer) for response in responses]
-
-        responses = self._endpoint.respond(
-            requests,
-            {problem_id: self._message(problems[problem_id].question) for problem_id in problem_ids},
-            max_response_tokens=self._limits[benchmark.name],
-            think_opened=recipe.prompt.think_opened is True,
-            on_finished=finished,
-        )
-        return responses, verifier.verify_batch(items(responses), require_format=False, think_opened=False)
+    def _with_tags(self, responses: Sequence[Response]) -> list[Response]:
+        """With the `<think>` that the server's template has opened: as the recipe says, or as one response shows."""
+        if self._plan.recipe.prompt.think_opened is None:
+            self._opens_thought |= any("</think>" in r.text and "<think>" not in r.text for r in responses)
+        opened = self._opens_thought
+        return [replace(r, text=with_thought_tags(r.text, think_opened=opened)) for r in responses]
 
     def close(self) -> None:
         """The endpoint is closed by who has opened it."""
@@ -381,15 +402,36 @@ class _Served:
         return context - longest
 
 
-class _Counter:
-    """Hears responses, tells how many there are by now."""
+class _Shard:
+    """Responses on their way: kept, counted, and judged while others are still to come."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self._tell, self._count = tell, 0
+    def __init__(
+        self,
+        journal: Journal,
+        verifier: Verifier,
+        truths: Mapping[str, str],
+        think_opened: bool,
+        tell: Callable[[int], None],
+        prepare: Callable[[Sequence[Response]], Sequence[Response]] = list,
+    ) -> None:
+        self.journal = journal
+        self._verifier, self._truths, self._think_opened, self._tell = verifier, truths, think_opened, tell
+        self._prepare = prepare  # as they are judged, of all that are there
+        self._tell(len(journal))
 
-    def __call__(self, responses: Sequence[object]) -> None:
-        self._count += len(responses)
-        self._tell(self._count)
+    def add(self, responses: Sequence[Response]) -> None:
+        self.journal.keep(responses)
+        items = self._items(self._prepare(responses))
+        self._verifier.verify_ahead(items, require_format=False, think_opened=self._think_opened)
+        self._tell(len(self.journal))
+
+    def judged(self) -> Sampled:
+        responses = list(self._prepare(self.journal.responses))
+        items = self._items(responses)
+        return responses, self._verifier.verify_batch(items, require_format=False, think_opened=self._think_opened)
+
+    def _items(self, responses: Sequence[Response]) -> list[tuple[str, str]]:
+        return [(response.text, self._truths[response.prompt_id]) for response in responses]
 
 
 @contextmanager

@@ -16,14 +16,14 @@ from kdrl_core.engines.models import check_model_dir, context_limit
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
 from kdrl_core.ledger import model_identity
-from kdrl_core.preflight import check_device
+from kdrl_core.verify import verifier_version
 
 SHARD_RESPONSES = 512
 """Responses sampled and published together, about."""
 _REQUEST_S = 3600.0
 """Of an endpoint: 32K tokens take a while."""
 _RETRY_FOR_S = 120.0
-"""Of an endpoint: it may be mistyped; what was finished is kept."""
+"""Of an endpoint, from a request's first fault: it may be mistyped; responses that are there are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,9 @@ def plan_evaluation(
         ModelError: the directory is missing or incomplete.
         RecipeError: options that contradict each other, a context shorter than is asked for, or no GPU.
     """
+    for option, number in (("samples", samples), ("max_problems", max_problems), ("concurrency", concurrency)):
+        if number is not None and number < 1:
+            raise RecipeError(f"{option}: {number} is none; give 1 or more")
     chosen = [
         benchmark.model_copy(
             update={"samples": samples or benchmark.samples, "max_problems": max_problems or benchmark.max_problems}
@@ -116,7 +119,7 @@ def identity_of(plan: EvaluationPlan, path: Path | None, served: str | None) -> 
     if path is not None:
         return {"sha256": model_identity(path).rpartition(" ")[2]}
     assert plan.endpoint is not None
-    return {"urls": " ".join(plan.endpoint.urls), "served_as": served or ""}
+    return {"urls": " ".join(url.rstrip("/") for url in plan.endpoint.urls), "served_as": served or ""}
 
 
 def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, Any]:
@@ -133,7 +136,8 @@ def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, A
         "max_context_tokens": recipe.evaluation.max_context_tokens,
         "prompt": recipe.prompt.model_dump(),
         "seed": recipe.seed,
-        "verification.timeout_s": recipe.verification.timeout_s,
+        "verification": [recipe.verification.timeout_s, recipe.verification.memory_limit_mb],
+        "verifier": verifier_version(),
         "shard_problems": plan.shard_problems(benchmark),
     }
     if plan.endpoint is None:
@@ -179,13 +183,14 @@ def _endpoint(url: str, served_as: str | None, api_key: str | None, concurrency:
 
 def _of_directory(recipe: Recipe, model: str, gguf_file: str | None) -> tuple[Recipe, str]:
     student = recipe.student.model_copy(update={"path": model, "gguf_file": gguf_file})
+    if model != recipe.student.path:  # code beside a model is trusted for that model alone
+        student = student.model_copy(update={"trust_remote_code": False})
     recipe = recipe.model_copy(update={"student": student})
     try:
         found = check_model_dir(student, role="student")
     except ModelError as error:
         raise ModelError(f"MODEL {model}: {str(error).removeprefix(f'student.path={model}: ')}") from error
     refuse_short_context(recipe, found, model)
-    check_device(recipe)
     if gguf_file is not None:
         return recipe, Path(gguf_file).stem
     return recipe, model.removeprefix("run:") if model.startswith("run:") else resolve_path(model).name

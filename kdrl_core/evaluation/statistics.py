@@ -7,6 +7,8 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from kdrl_core.verify.votes import vote_of
+
 _RESAMPLES = 1_000
 
 
@@ -53,9 +55,9 @@ def powers_of_two(limit: int) -> list[int]:
 def majority(answers: Sequence[str | None], correct: Sequence[float]) -> float:
     """maj@k of one problem: the accuracy of its most frequent answer.
 
-    Answers count as one where their texts agree without white space: no ground truth enters the vote, so two spellings
-    of the right answer are as much apart as two of a wrong one. Tied answers share the win equally (the expected value
-    of a random pick); a response without an answer casts no vote, and without any vote the problem is lost.
+    Answers count as one where `kdrl_core.verify.votes` spells them alike: no ground truth enters the vote. Tied answers
+    share the win equally (the expected value of a random pick); a response without an answer casts no vote, and without
+    any vote the problem is lost.
 
     Args:
         answers: the answer found in each response, None where there is none.
@@ -63,7 +65,7 @@ def majority(answers: Sequence[str | None], correct: Sequence[float]) -> float:
     """
     rewards: dict[str, list[float]] = {}
     for answer, reward in zip(answers, correct, strict=True):
-        if answer is not None and (text := "".join(answer.split())):
+        if answer is not None and (text := vote_of(answer)):
             rewards.setdefault(text, []).append(reward)
     if not rewards:
         return 0.0

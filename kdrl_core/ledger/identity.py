@@ -3,15 +3,15 @@
 import hashlib
 from pathlib import Path
 
-from kdrl_core.ledger.manifest import is_published, manifest_of
+from kdrl_core.ledger.manifest import DIRECTORY_MANIFEST
 
 
 def model_identity(path: Path) -> str:
-    """Name and sha256 of a model directory: two models of one name are told apart, a moved one is the same."""
-    if is_published(path):
-        return f"{path.name} sha256 {manifest_of(path).sha256[:16]}"
+    """Name and sha256 of the files of a model directory as they are: two models of one name are told apart, a moved or
+    copied one is the same, one with another tokenizer or chat template is another."""
     listing = hashlib.sha256()
-    for file in sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")):
+    files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    for file in sorted(file for file in files if file.name != DIRECTORY_MANIFEST):
         with file.open("rb") as stream:
             listing.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return f"{path.name} sha256 {listing.hexdigest()[:16]}"

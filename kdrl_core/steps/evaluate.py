@@ -25,6 +25,7 @@ from kdrl_core.progress import report_progress
 from kdrl_core.rollouts.schema import write_table
 from kdrl_core.steps.session import initial_policy, rest_sessions
 from kdrl_core.verify import Verifier
+from kdrl_core.verify.failures import refuse_failures
 
 
 def model_of(run: Run, label: str) -> tuple[Path, ModelConfig]:
@@ -48,6 +49,9 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
 
     Returns:
         results.json: `label`, `model`, `date` (Unix time), `seconds`, and per benchmark what `benchmark_result` finds.
+
+    Raises:
+        VerificationError: too many verdicts of a benchmark are timeouts or errors.
     """
     target = run.paths.evaluation(label)
     recipe = run.recipe
@@ -85,6 +89,8 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
                 think_opened=each.think_opened,
                 max_response_tokens=limit,
             )
+            where = f"evaluation of {label}, {benchmark.name}"
+            refuse_failures(verdicts, where, recipe.verification.max_failed_share)
             responses = [
                 Response.of(rollout, request.seed) for rollout, request in zip(rollouts, each.requests, strict=True)
             ]

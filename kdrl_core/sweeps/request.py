@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from kdrl_core.config import Recipe, config_hash, load_recipe, parse_value
@@ -131,7 +130,9 @@ def _name(recipe: str | None, vary: Sequence[str]) -> str:
     loaded = load_recipe(recipe or "miniature")
     fields = "-".join(parse_vary(text)[0] for text in vary)
     name = f"{loaded.name}-by-{fields}"
-    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 9]}-{sha256(name.encode()).hexdigest()[:8]}"
+    if len(name) > _MAX_NAME:
+        raise RecipeError(f"{name} would be too long a name for a sweep; give it one with --name")
+    return name
 
 
 def _started(name: str | None) -> SweepRecord | None:

@@ -2,5 +2,14 @@
 
 from kdrl_core.verify.format import FormatResult, check_format
 from kdrl_core.verify.pool import VerdictOptions, Verifier, verify, verify_batch
+from kdrl_core.verify.version import verifier_version
 
-__all__ = ["FormatResult", "VerdictOptions", "Verifier", "check_format", "verify", "verify_batch"]
+__all__ = [
+    "FormatResult",
+    "VerdictOptions",
+    "Verifier",
+    "check_format",
+    "verifier_version",
+    "verify",
+    "verify_batch",
+]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,27 @@ from chat_server import ChatServer, chat_server
 from crash.tiny_run import open_tiny
 
 from kdrl_core.config import Recipe, load_recipe, resolve_path
-from kdrl_core.errors import DamagedArtifactError, DataError, EngineError, ModelError, RecipeError, RunLockedError
+from kdrl_core.engines.verified import generate_and_verify
+from kdrl_core.errors import (
+    DamagedArtifactError,
+    DataError,
+    EngineError,
+    ModelError,
+    RecipeError,
+    RunLockedError,
+    VerificationError,
+)
 from kdrl_core.evaluation import evaluate as module
 from kdrl_core.evaluation import plan as plan_module
 from kdrl_core.evaluation.endpoint import with_thought_tags
 from kdrl_core.evaluation.evaluate import EvaluatedBenchmark, combined_lm_eval, evaluate_plan
 from kdrl_core.evaluation.plan import plain_name, plan_evaluation
-from kdrl_core.ledger import run_lock
+from kdrl_core.ledger import model_identity, publish_directory, run_lock
 from kdrl_core.rollouts.schema import read_table
+from kdrl_core.steps import evaluate as steps_evaluate
 from kdrl_core.steps.evaluate import evaluate_model
+from kdrl_core.types import VerdictKind
+from kdrl_core.verify import version
 
 STUDENT = "builtin:miniature/student"
 SMALL: dict[str, Any] = {"benchmarks": ["test", "hard"], "samples": 2, "max_problems": 6}
@@ -38,7 +51,7 @@ def server() -> Any:
 
 @pytest.fixture
 def fresh(server: ChatServer) -> ChatServer:
-    server.style, server.context = "plain", 256
+    server.style, server.context, server.owner = "plain", 256, "somebody"
     server.faults.clear()
     server.seen.clear()
     return server
@@ -92,6 +105,7 @@ def test_a_copy_elsewhere_is_the_same_model_and_another_is_not(recipe: Recipe, t
         (["seed=5"], {}),
         (["evaluation.max_context_tokens=90"], {}),
         (["prompt.template='{question}='"], {}),
+        (["verification.memory_limit_mb=1024"], {}),
         ([], {"samples": 3}),
         ([], {"max_problems": 5}),
     ],
@@ -106,6 +120,50 @@ def test_other_settings_have_a_folder_of_their_own(
     ]
     one, other = (plan_module.settings_of(plan, plan.benchmarks[0]) for plan in plans)
     assert one != other
+
+
+def test_verdicts_of_another_verifier_are_others(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_evaluation(recipe, STUDENT, **{**SMALL, "benchmarks": ["test"]})
+    before = plan_module.settings_of(plan, plan.benchmarks[0])
+    monkeypatch.setattr(version, "RULES", version.RULES + 1)
+    assert plan_module.settings_of(plan, plan.benchmarks[0]) != before
+
+
+def test_a_model_that_kdrl_published_is_another_once_it_is_altered(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    publish_directory(target, lambda folder: (folder / "chat_template.jinja").write_text("a") and None)
+    shutil.copytree(target, tmp_path / "elsewhere" / "model")
+    (tmp_path / "elsewhere" / "model" / "manifest.json").unlink()
+    first = model_identity(target)
+    assert model_identity(tmp_path / "elsewhere" / "model") == first
+    (target / "chat_template.jinja").write_text("b")
+    assert model_identity(target) != first
+
+
+def test_code_beside_a_model_is_trusted_for_that_model_alone() -> None:
+    trusting = load_recipe("miniature", ["student.trust_remote_code=true"])
+    assert plan_evaluation(trusting, STUDENT, **SMALL).model.trust_remote_code
+    assert not plan_evaluation(trusting, "builtin:miniature/teacher", **SMALL).model.trust_remote_code
+
+
+@pytest.mark.parametrize("option", ["samples", "max_problems", "concurrency"])
+def test_no_samples_are_refused(option: str, recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match=f"{option}: 0 is none; give 1 or more"):
+        plan_evaluation(recipe, STUDENT, **{**SMALL, option: 0})
+
+
+def test_a_run_s_own_evaluation_is_not_published_by_a_broken_verifier(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> Any:
+        rollouts, verdicts = generate_and_verify(*arguments, **options)
+        return rollouts, [replace(verdict, kind=VerdictKind.ERROR, accuracy_reward=0.0) for verdict in verdicts]
+
+    monkeypatch.setattr(steps_evaluate, "generate_and_verify", broken)
+    run = open_tiny(artifacts, "run")
+    with pytest.raises(VerificationError, match="evaluation of base, test"):
+        evaluate_model(run, "base")
+    assert not run.paths.evaluation("base").exists()
 
 
 def test_it_is_what_a_run_finds(artifacts: Path) -> None:
@@ -236,6 +294,81 @@ def test_faults_that_pass_are_tried_again(fresh: ChatServer, tmp_path: Path) -> 
     (found,) = evaluated(recipe, tmp_path, fresh.url, benchmarks=["test"], samples=1, max_problems=2)
     assert found.result["num_problems"] == 2
     assert len(fresh.seen) == 5
+
+
+@pytest.fixture
+def greedy() -> Recipe:
+    return load_recipe("miniature", ["evaluation.temperature=0", "evaluation.max_context_tokens=160"])
+
+
+def test_a_request_that_took_longer_than_retries_go_on_is_tried_once_more(
+    greedy: Recipe, fresh: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "_RETRY_FOR_S", 1.0)
+    fresh.faults.append("later")
+    (found,) = evaluated(greedy, tmp_path, fresh.url, benchmarks=["test"], samples=1, max_problems=1)
+    assert found.result["num_problems"] == 1
+    assert len(fresh.seen) == 2
+
+
+def test_responses_that_came_before_a_fault_are_kept(greedy: Recipe, fresh: ChatServer, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"benchmarks": ["test"], "samples": 1, "max_problems": 6, "concurrency": 1}
+    (whole,) = evaluated(greedy, tmp_path / "whole", fresh.url, **options)
+    fresh.seen.clear()
+    fresh.faults.extend(["", "", "", "400"])
+    with pytest.raises(EngineError, match="answered 400"):
+        evaluated(greedy, tmp_path, fresh.url, **options)
+    (kept,) = tmp_path.glob("evaluations/*/*.work/shard-00000.jsonl")
+    assert len(kept.read_text().splitlines()) == 3
+    kept.write_bytes(kept.read_bytes()[:-20])  # cut off by a kill
+    asked = len(fresh.seen)
+    heard: list[int] = []
+    plan = plan_evaluation(greedy, fresh.url, **options)
+    (found,) = evaluate_plan(plan, tmp_path, on_progress=lambda _, done, __: heard.append(done))
+    assert len(fresh.seen) - asked == 4  # of six, two are kept
+    assert (heard[0], heard[-1]) == (2, 6)
+    same = [each.folder / "responses.parquet" for each in (whole, found)]
+    assert read_table(same[0]).equals(read_table(same[1]))
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_what_was_evaluated_is_read_without_its_server(greedy: Recipe, fresh: ChatServer, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"benchmarks": ["test"], "samples": 1, "max_problems": 1, "served_as": "org/chatty"}
+    (first,) = evaluated(greedy, tmp_path, fresh.url, **options)
+    fresh.context = 10  # whoever asked now would be refused
+    (again,) = evaluated(greedy, tmp_path, f"{fresh.url}/", **options)
+    assert (again.folder, again.is_new) == (first.folder, False)
+
+
+def test_only_vllm_is_told_to_sample_from_all_tokens(greedy: Recipe, fresh: ChatServer, tmp_path: Path) -> None:
+    for owner in ("vllm", "somebody"):
+        fresh.owner = owner
+        evaluated(greedy, tmp_path / owner, fresh.url, benchmarks=["test"], samples=1, max_problems=1)
+    told = [{name: body.get(name) for name in ("top_p", "top_k", "repetition_penalty")} for body in fresh.seen]
+    assert told == [
+        {"top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0},
+        {"top_p": 1.0, "top_k": None, "repetition_penalty": None},
+    ]
+
+
+def test_a_filter_ends_a_response_and_a_limit_of_the_server_s_own_the_evaluation(
+    greedy: Recipe, fresh: ChatServer, tmp_path: Path
+) -> None:
+    fresh.faults.append("filter")
+    (found,) = evaluated(greedy, tmp_path, fresh.url, benchmarks=["test"], samples=1, max_problems=1)
+    assert found.result["clip_ratio"] == 0.0
+    fresh.faults.append("short")
+    with pytest.raises(EngineError, match=r"cut a response after 7 tokens, of \d+ that it was allowed.*context"):
+        evaluated(greedy, tmp_path, fresh.url, benchmarks=["hard"], samples=1, max_problems=1)
+
+
+def test_a_template_that_opens_the_thought_is_noticed(greedy: Recipe, fresh: ChatServer, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"benchmarks": ["test"], "samples": 1}
+    (plain,) = evaluated(greedy, tmp_path / "plain", fresh.url, **options)
+    fresh.style = "opened"
+    (opened,) = evaluated(greedy, tmp_path / "opened", fresh.url, **options)
+    assert texts(opened) == texts(plain)
+    assert opened.result["verdicts"] == plain.result["verdicts"]
 
 
 def test_what_an_endpoint_cannot_do_is_told(fresh: ChatServer, tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""When two answers cast the same vote (maj@k): by how they are written, once slips of writing are taken out.
+
+No ground truth enters. The spelling is math-verify's own normalisation of LaTeX, so that ``\\dfrac{1}{2}``, ``1/2`` and
+``0.5`` are one vote, as are ``$5$`` and ``5.``; expressions that are equal by algebra alone are not.
+"""
+
+from kdrl_core.verify.normalise import MAX_CHARS, normalise
+
+
+def vote_of(answer: str) -> str:
+    """What an answer votes for; empty if it says nothing."""
+    text = normalise(answer)
+    if len(text) <= MAX_CHARS:
+        from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+
+        config = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none")
+        try:
+            text = normalize_latex(text, config)
+        except Exception:  # a foreign parser of texts that a model wrote: the text itself is the vote
+            text = normalise(answer)
+    return "".join(text.split())
