@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 _OF_KDRL = (
     *("--logprobs-mode", "processed_logprobs"),  # of softmax(logits / T)
-    *(
-        "--generation-config",
-        "vllm",
-    ),  # else the model's own top-k, top-p, penalties and limits apply where none is sent
+    *("--generation-config", "vllm"),  # else the model's own top-k, top-p and penalties hold where none is sent
     *("--worker-extension-cls", "kdrl_core.engines.vllm_extension.KdrlWorker"),
     "--disable-uvicorn-access-log",  # a line for every response
     "--no-enable-prefix-caching",  # a cache would have to forget old weights

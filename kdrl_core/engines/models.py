@@ -136,8 +136,12 @@ def _shards(path: Path) -> list[str]:
 
 def context_limit(config: dict[str, Any]) -> int | None:
     """Most tokens (prompt + response) that a model with this config.json takes, if it says so."""
-    limit = config.get("max_position_embeddings")
-    return limit if isinstance(limit, int) else None
+    text = config.get("text_config")  # of a model that sees as well
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions"):  # GPT-2 has the latter
+            if isinstance(limit := part.get(name), int):
+                return limit
+    return None
 
 
 def compare_tokenizers(student: Path, teacher: Path) -> None:

@@ -19,7 +19,7 @@ from kdrl_core.types import FinishReason, RolloutRequest
 
 _MAX_SEED = 2**63
 _CUT_SHARE = 0.9
-"""A response that ends for its length with fewer of its tokens was cut by something else; counts may be a little off."""
+"""A response that ends for its length with fewer of its tokens was cut by something else."""
 _logger = logging.getLogger("kdrl")
 
 OnResponses = Callable[[Sequence[Response]], None]

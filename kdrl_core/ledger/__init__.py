@@ -3,7 +3,7 @@
 from kdrl_core.config.paths import artifacts_root, validate_run_name
 from kdrl_core.ledger.heal import find_intact
 from kdrl_core.ledger.identity import model_identity
-from kdrl_core.ledger.layout import RunPaths, checkpoint_label
+from kdrl_core.ledger.layout import RunPaths, checkpoint_label, checkpoint_step
 from kdrl_core.ledger.lineage import find_own, required_sha256, verify_own
 from kdrl_core.ledger.lock import lock_holder, run_lock
 from kdrl_core.ledger.manifest import (
@@ -45,6 +45,7 @@ __all__ = [
     "adopted",
     "artifacts_root",
     "checkpoint_label",
+    "checkpoint_step",
     "create_run",
     "derive_seed",
     "find_intact",

@@ -16,6 +16,12 @@ def checkpoint_label(stage: str, step: int) -> str:
     return f"{stage}-step-{step:06d}"
 
 
+def checkpoint_step(label: str, stage: str) -> int | None:
+    """The step of `checkpoint_label`; None for any other name."""
+    head, _, digits = label.rpartition("-step-")
+    return int(digits) if head == stage and digits.isdecimal() else None
+
+
 _RUNS = "runs"
 _OF_A_RUN = ("recipe.yaml", "manifest.json", "run.lock")
 _STEP = re.compile(r"step=(\d{6,})")

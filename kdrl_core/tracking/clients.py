@@ -110,7 +110,14 @@ class MLflowTracker:
 
         found = self._client.get_experiment_by_name(project)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(project)
-        run_id = str(self._client.create_run(experiment, run_name=run.name).info.run_id)
+        # One that a fault came between its making and its noting is found again.
+        identity = _identity(run)
+        begun = self._client.search_runs([experiment], filter_string=f"tags.`kdrl.id` = '{identity}'", max_results=1)
+        if begun:
+            run_id = str(begun[0].info.run_id)
+        else:
+            made = self._client.create_run(experiment, run_name=run.name, tags={"kdrl.id": identity})
+            run_id = str(made.info.run_id)
         fields = leaf_fields(run.recipe)
         params = [Param(name, str(value)[:_MAX_PARAM_CHARS]) for name, value in fields.items()]
         self._client.log_batch(run_id, params=params)
@@ -123,7 +130,7 @@ class WandbTracker:
     def __init__(self, run: Run, run_id: str | None) -> None:
         import wandb
 
-        self.run_id = run_id or hashlib.sha256(f"{run.name} {run.started_at}".encode()).hexdigest()[:12]
+        self.run_id = run_id or _identity(run)
         folder = run.paths.tracking
         folder.mkdir(parents=True, exist_ok=True)
         # Its folders are named by the second: one of the same second would be written over.
@@ -153,6 +160,11 @@ class WandbTracker:
 
     def close(self, *, complete: bool) -> None:
         self._run.finish(exit_code=0 if complete else 1)
+
+
+def _identity(run: Run) -> str:
+    """The same for every process that works on a run, and another for one that was started anew under its name."""
+    return hashlib.sha256(f"{run.name} {run.started_at}".encode()).hexdigest()[:12]
 
 
 def _open_tensorboard(run: Run, sent: Sent) -> tuple[Tracker, str | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from kdrl_core.config.recipe import TrackerName
 from kdrl_core.errors import KdrlError
 from kdrl_core.evaluation.results import read_results
-from kdrl_core.ledger import Run, checkpoint_label, is_published, manifest_of, replace_file
+from kdrl_core.ledger import Run, checkpoint_step, is_published, manifest_of, replace_file
 from kdrl_core.reporting.summary import final_labels
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.tracking.clients import CLIENTS
@@ -54,6 +54,13 @@ class _Stream:
             self.tracker = None
             self._note()
 
+    def give_up(self) -> None:
+        """After a fault: what is sent next goes through a client that is opened anew."""
+        tracker, self.tracker, self.sent = self.tracker, None, _read(self.run, self.name)
+        if tracker is not None:
+            with suppress(Exception):
+                tracker.close(complete=False)
+
     def _note(self) -> None:
         replace_file(_cursor(self.run, self.name), (json.dumps(asdict(self.sent), indent=1) + "\n").encode())
 
@@ -82,7 +89,7 @@ def track(run: Run) -> None:
                     type(error).__name__,
                 )
             stream.has_failed = True
-            stream.sent = _read(run, name)
+            stream.give_up()
 
 
 def close_tracking() -> None:
@@ -133,10 +140,9 @@ def _steps(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
 
 def _periodic(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
     """Evaluations while the stage trained, at the step whose update made the model."""
-    every = run.recipe.stage(stage).evaluate_every
-    for step in range(every, run.recipe.stage(stage).steps + 1, every) if every else ():
-        label = checkpoint_label(stage, step)
-        if label not in sent.evaluations and is_published(path := run.paths.evaluation(label)):
+    for path in sorted(run.paths.evaluation(stage).parent.glob(f"{stage}-step-*")):  # also of an earlier evaluate_every
+        label, step = path.name, checkpoint_step(path.name, stage)
+        if step is not None and label not in sent.evaluations and is_published(path):
             values = {f"evaluation/{n}": float(one["accuracy"]) for n, one in read_results(path)["benchmarks"].items()}
             yield step - 1, values, lambda noted, label=label: noted.evaluations.append(label)  # type: ignore[misc]
 

@@ -1,5 +1,6 @@
 """Two real vLLM replicas, started by `kdrl serve`: their logprobs are those of transformers after every sync."""
 
+import json
 import os
 import signal
 import socket
@@ -33,9 +34,15 @@ pytestmark = [pytest.mark.slow, needs_vllm]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two policies with tied embeddings, which vLLM reloads wrongly by itself."""
+    """Two policies with tied embeddings, which vLLM reloads wrongly by itself, and with sampling of their own, which it
+    would take up by itself."""
     folder = tmp_path_factory.mktemp("models")
-    return [small_model(folder / str(seed), tokenizer(), tied=True, seed=seed) for seed in (1, 2)]
+    found = [small_model(folder / str(seed), tokenizer(), tied=True, seed=seed) for seed in (1, 2)]
+    for model in found:
+        path = model / "generation_config.json"
+        own = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**own, "do_sample": True, "top_k": 3, "top_p": 0.8, "repetition_penalty": 1.2}))
+    return found
 
 
 @pytest.fixture(scope="module")

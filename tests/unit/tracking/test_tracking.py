@@ -25,7 +25,7 @@ from kdrl_core.config.load import config_hash
 from kdrl_core.config.recipe import TrackerName, TrackingConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.evaluation.results import read_results
-from kdrl_core.ledger import Run, open_run
+from kdrl_core.ledger import Run, checkpoint_label, open_run
 from kdrl_core.preflight import check_trackers
 from kdrl_core.reporting.summary import final_labels
 from kdrl_core.rollouts.metrics import load_metrics
@@ -309,6 +309,65 @@ def test_a_tracker_that_fails_is_one_warning_and_catches_up(
         assert sorted({step for group, step in faulty.sent if group == stage}) == expected
     close_tracking()
     assert "gone (ConnectionError) at its end" in caplog.text
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_client_that_broke_is_opened_anew(
+    name: TrackerName, artifacts_of: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackers = {
+        "tensorboard": clients.TensorBoardTracker,
+        "mlflow": clients.MLflowTracker,
+        "wandb": clients.WandbTracker,
+    }
+    tracker: Any = trackers[name]
+    log, broken, faults = tracker.log, set(), iter([2])
+
+    def failing(self: Any, point: Any) -> None:
+        if point.step == 2 and next(faults, None) is not None:
+            broken.add(id(self))
+        if id(self) in broken:  # as a writer does whose thread has ended
+            raise OSError(28, "no space left")
+        log(self, point)
+
+    monkeypatch.setattr(tracker, "log", failing)
+    run = _tracked(artifacts_of, name)
+    for _ in range(3):
+        track(run)
+    close_tracking()
+    assert broken
+    _require_whole(name, run)
+
+
+def test_a_fault_between_making_and_noting_leaves_one_run_in_mlflow(
+    artifacts_of: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    run, faults, log = _tracked(artifacts_of, "mlflow"), iter(range(3)), MlflowClient.log_batch
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        if next(faults, None) is not None:
+            raise ConnectionError
+        return log(*arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", failing)
+    for _ in range(4):
+        track(run)
+    close_tracking()
+    client = MlflowClient(f"sqlite:///{artifacts_of / 'tracking' / 'mlflow.db'}")
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    assert len(client.search_runs(experiments)) == 1
+    _require_whole("mlflow", run)
+
+
+def test_evaluations_of_an_earlier_rhythm_are_sent_as_well(artifacts_of: Path) -> None:
+    run = _tracked(artifacts_of, "mlflow")
+    label = checkpoint_label("stage2", 3)
+    shutil.copytree(run.paths.evaluation("stage2"), run.paths.evaluation(label))
+    track(run)
+    close_tracking()
+    assert [step for step, _ in _found("mlflow", run)["stage2/evaluation/test"]].count(2) == 1
 
 
 def test_tracking_is_off_by_default_and_changes_no_run() -> None:
