@@ -15,7 +15,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
-from prefect.exceptions import PrefectException
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
@@ -105,13 +105,19 @@ class DeployedCell:
         assert isinstance(found, FlowRun)  # awaitable in async flows only
         self._id = found.id
         self._state: State[Any] | None = None
+        self._is_gone = False
 
     def is_over(self) -> bool:
         with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
-            self._state = client.read_flow_run(self._id).state
-        return self._state is not None and self._state.is_final()
+            try:
+                self._state = client.read_flow_run(self._id).state
+            except ObjectNotFound:
+                self._is_gone = True
+        return self._is_gone or (self._state is not None and self._state.is_final())
 
     def reason(self) -> str | None:
+        if self._is_gone:
+            return f"its flow run {self._id} was deleted on the server"
         return None if self._state is None else self._state.message
 
     def interrupt(self) -> None:

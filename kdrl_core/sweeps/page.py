@@ -34,6 +34,37 @@ def render_page(table: SweepTable, results: SweepResults, dynamics: SweepDynamic
     return environment.get_template("sweep.html.j2").render(**context)
 
 
+def render_markdown(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> str:
+    """The page without its figures. Texts of models and data stand in code blocks, where nothing is markup."""
+    done = f"{len(table.cells)} of {len(results.statuses)} runs are finished."
+    parts = [table.to_markdown().rstrip(), done]
+    if dynamics.filters:
+        parts.append("## Data filter")
+        parts += [part for stage, text in dynamics.filters.items() for part in (f"{stage}:", _block(text))]
+    parts.append("## Recipes\n\nFields in which a variant differs from the first one.")
+    for position, variant in enumerate(dynamics.variants):
+        none = "the first variant" if position == 0 else "none"
+        parts += [f"### {_plain(variant.label)}", _block("\n".join(variant.differences) or none)]
+    parts.append("## Environment")
+    parts += [_block(f"{text}\n{', '.join(runs)}") for text, runs in dynamics.environments.items()]
+    parts.append("## Responses")
+    for variant in dynamics.variants:
+        parts += [f"### {_plain(variant.label)}"] if variant.samples else []
+        for row in variant.samples:
+            told = f"{row['verdict']} ({row['reason']}), truth {row['ground_truth']}, {row['length']} tokens"
+            parts.append(_block(f"{row['benchmark']}: {row['question']}\n{row['response']}\n{told}"))
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(text: str) -> str:
+    """Indented: no text ends such a block."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _plain(label: str) -> str:
+    return "".join(f"\\{character}" if character in r"\`*_[]<>#|" else character for character in label)
+
+
 def _for_script(value: Any) -> str:
     """JSON that may stand in a script element."""
     text = json.dumps(value, ensure_ascii=False)

@@ -9,7 +9,7 @@ from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.errors import RecipeError
 from kdrl_core.ledger import replace_file
 from kdrl_core.sweeps.dynamics import read_dynamics
-from kdrl_core.sweeps.page import render_page
+from kdrl_core.sweeps.page import render_markdown, render_page
 from kdrl_core.sweeps.results import SweepResults, read_results_of
 from kdrl_core.sweeps.state import SweepPaths, cell_status, read_record
 from kdrl_core.sweeps.table import SweepTable, build_table
@@ -39,10 +39,10 @@ def write_report(results: SweepResults, folder: Path, *, stem: str) -> SweepTabl
     Raises:
         StorageError: the folder cannot be written.
     """
-    table = build_table(results)
+    table, dynamics = build_table(results), read_dynamics(results)
     files = {
-        f"{stem}.html": render_page(table, results, read_dynamics(results)),
-        f"{stem}.md": table.to_markdown(),
+        f"{stem}.html": render_page(table, results, dynamics),
+        f"{stem}.md": render_markdown(table, results, dynamics),
         f"{stem}.csv": table.to_csv(),
         f"{stem}.json": json.dumps(table.to_json(), indent=1, ensure_ascii=False) + "\n",
     }

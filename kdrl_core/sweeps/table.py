@@ -390,9 +390,9 @@ def _number(value: float | None) -> str:
 
 
 def _escaped(table: Table) -> Table:
-    """Without what would end a cell of a Markdown table: reasons quote what others wrote."""
+    """Without what would end a cell of a Markdown table, or be HTML: reasons quote what others wrote."""
     return replace(table, rows=[list(_plain(row)) for row in table.rows])
 
 
 def _plain(cells: Iterable[str]) -> Iterable[str]:
-    return (" ".join(cell.replace("|", "\\|").split()) for cell in cells)
+    return (" ".join(cell.replace("|", "\\|").replace("<", "&lt;").split()) for cell in cells)

@@ -13,7 +13,7 @@ from kdrl_core.reporting.figures import ema
 from kdrl_core.rollouts.metrics import load_metrics
 from kdrl_core.sweeps.dynamics import SweepDynamics, VariantDynamics, mean_lines, read_dynamics
 from kdrl_core.sweeps.figures import panels_of
-from kdrl_core.sweeps.page import render_page
+from kdrl_core.sweeps.page import render_markdown, render_page
 from kdrl_core.sweeps.results import ModelScores, SweepResults, Watched, read_results_of
 from kdrl_core.sweeps.state import CellState, CellStatus
 from kdrl_core.sweeps.table import build_table
@@ -93,6 +93,15 @@ def test_the_page_holds_all_and_asks_nobody(results: SweepResults) -> None:
     outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r'(src|href)="(?!data:,)', outside)
     assert "url(" not in outside
+
+
+def test_the_markdown_holds_what_the_page_does_but_for_figures(results: SweepResults) -> None:
+    text = render_markdown(build_table(results), results, read_dynamics(results))
+    assert "2 of 3 runs are finished." in text
+    assert "    stage2.objective: 'kdrl' → 'grpo'" in text
+    for title in ("Accuracy, %", "Data filter", "Recipes", "Environment", "Responses", "Not finished"):
+        assert f"\n## {title}" in text
+    assert HOSTILE not in re.sub(r"^    .*$", "", text, flags=re.MULTILINE)  # but where nothing is markup
 
 
 def test_foreign_text_stays_text(results: SweepResults) -> None:
