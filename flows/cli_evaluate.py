@@ -47,6 +47,13 @@ def evaluate(
         str | None, typer.Option(metavar="env:NAME|block:NAME", help="Where the URL's key is; never the key.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at the URL.")] = 32,
+    timeout: Annotated[float, typer.Option(min=1.0, metavar="S", help="Seconds of one request at the URL.")] = 3600.0,
+    retry_for: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="S", help="Seconds from a request's first fault on in which what may pass is tried again."
+        ),
+    ] = 120.0,
     overrides: SetOption = None,
     lm_eval: Annotated[
         Path | None,
@@ -86,6 +93,8 @@ def evaluate(
             served_as=served_as,
             api_key=api_key,
             concurrency=concurrency,
+            timeout_s=timeout,
+            retry_for_s=retry_for,
         )
         root = artifacts_root()
         require_writable(root, free_mb=64)

@@ -16,9 +16,12 @@ def model_evaluation(
     recipe: str = "miniature",
     benchmarks: list[str] | None = None,
     samples: int | None = None,
+    max_problems: int | None = None,
+    gguf_file: str | None = None,
     overrides: list[str] | None = None,
     served_as: str | None = None,
     api_key: str | None = None,
+    concurrency: int = 32,
 ) -> list[str]:
     """Evaluate a model as `kdrl evaluate` does. Returns the folders of responses and results, by benchmark.
 
@@ -27,14 +30,25 @@ def model_evaluation(
         recipe: name of a shipped recipe, or path of a YAML file.
         benchmarks: names of the recipe's, or `NAME=FILE`; None: all of the recipe's.
         samples: responses per problem; None: each benchmark's own.
+        max_problems: the first problems of each benchmark only.
+        gguf_file: GGUF file in the directory.
         overrides: changes to the recipe, `evaluation.temperature=1.0` each.
         served_as: model at the URL; None: the only one there.
         api_key: `env:NAME` or `block:NAME`.
+        concurrency: requests in flight at the URL.
     """
     register_blocks()
     loaded = load_recipe(recipe, overrides or [])
     plan = plan_evaluation(
-        loaded, model, benchmarks=benchmarks or (), samples=samples, served_as=served_as, api_key=api_key
+        loaded,
+        model,
+        benchmarks=benchmarks or (),
+        samples=samples,
+        max_problems=max_problems,
+        gguf_file=gguf_file,
+        served_as=served_as,
+        api_key=api_key,
+        concurrency=concurrency,
     )
     found = evaluate_plan(plan, artifacts_root())
     rows = [

@@ -22,7 +22,8 @@ class ChatServer:
 
     `faults` are done to requests one by one: an HTTP status, `garbage`, `no usage`, a `filter` that ends it, a `short`
     limit of the server's own, or `later` than retries go on. `style` is `plain`; `reasoning` as of servers that take
-    the thought out of the content; `opened` as of those whose template has opened it.
+    the thought out of the content; `opened` as of those whose template has opened it; `new` as of those that want
+    `max_completion_tokens`.
     """
 
     def __init__(self, model: Path, *, temperature: float = 0.0) -> None:
@@ -78,6 +79,10 @@ class ChatServer:
             return
         self.seen.append(body)
         fault = self.faults.popleft() if self.faults else ""
+        if self.style == "new" and "max_tokens" in body:
+            told = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+            self._send(handler, {"error": told}, status=400)
+            return
         if fault.isdecimal():
             self._send(handler, {"error": "trouble"}, status=int(fault))
             return
@@ -87,7 +92,9 @@ class ChatServer:
         ids = self._tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
         prompt = self._tokenizer(ids, add_special_tokens=False)["input_ids"]
         request = RolloutRequest(prompt_id="", sample=0, prompt_token_ids=prompt, seed=body["seed"])
-        (rollout,) = self._engine.generate([request], max_response_tokens=body["max_tokens"])
+        (rollout,) = self._engine.generate(
+            [request], max_response_tokens=body.get("max_tokens") or body["max_completion_tokens"]
+        )
         message: dict[str, Any] = {"role": "assistant", "content": rollout.text}
         if self.style == "reasoning" and "</think>" in rollout.text:
             thought, _, content = rollout.text.partition("</think>")

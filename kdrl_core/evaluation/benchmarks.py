@@ -60,6 +60,11 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
                 raise DataError(
                     f"{path.name} row {number}, field '{name}': missing, empty or no text; fill it in or drop the row"
                 )
+            if not _is_text(row[name]):
+                raise DataError(
+                    f"{path.name} row {number}, field '{name}': half of a surrogate pair (\\ud835, say), which is no "
+                    "character; correct the text"
+                )
         if (first := row_of.setdefault(row["id"], number)) != number:
             raise DataError(
                 f"{path.name} row {number}, field 'id': {row['id']!r} stands in row {first} as well; make ids unique"
@@ -70,3 +75,8 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
     if not problems:
         raise DataError(f"benchmark {config.name}: {path} has no problems; give a file with at least one row")
     return problems
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8, as prompts and results are."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)

@@ -40,6 +40,7 @@ class ChatEndpoint:
 
     def __init__(self, config: ServersConfig, *, temperature: float, max_context_tokens: int) -> None:
         self._temperature = temperature
+        self._limit_field = "max_tokens"
         self._pool = ServerPool(
             served_model(config),
             role="model",
@@ -48,7 +49,7 @@ class ChatEndpoint:
             options={
                 "model": "--served-as",
                 "api_key": "--api-key",
-                "retry_for_s": "its faults are tried again for two minutes",
+                "retry_for_s": "--retry-for",
                 "remedy": "Once it answers, give the same command: responses that came are kept",
             },
         )
@@ -79,16 +80,7 @@ class ChatEndpoint:
         told = threading.Lock()
 
         def one(request: RolloutRequest, server: Server) -> Response:
-            body = {
-                "model": self._pool.model,
-                "messages": [{"role": "user", "content": messages[request.prompt_id]}],
-                "max_tokens": max_response_tokens,
-                "temperature": self._temperature,
-                "seed": request.seed % _MAX_SEED,
-                # Others may not know its fields: what their model sets itself beside top-p holds there.
-                **(WHOLE_DISTRIBUTION if self._pool.are_vllm else {"top_p": 1.0}),
-            }
-            answer = self._pool.answer(server, "POST", "/chat/completions", body)
+            answer = self._chat(server, request, messages[request.prompt_id], max_response_tokens)
             text, length, reason = _chat_of(answer, server.url)
             if reason is FinishReason.LENGTH and length < _CUT_SHARE * max_response_tokens:
                 raise EngineError(
@@ -111,6 +103,25 @@ class ChatEndpoint:
 
         asked = [(f"response {row}", partial(one, request)) for row, request in enumerate(requests)]
         return self._pool.ask_all(asked)
+
+    def _chat(self, server: Server, request: RolloutRequest, message: str, max_response_tokens: int) -> Any:
+        field = self._limit_field
+        body = {
+            "model": self._pool.model,
+            "messages": [{"role": "user", "content": message}],
+            field: max_response_tokens,
+            "temperature": self._temperature,
+            "seed": request.seed % _MAX_SEED,
+            # Others may not know its fields: what their model sets itself beside top-p holds there.
+            **(WHOLE_DISTRIBUTION if self._pool.are_vllm else {"top_p": 1.0}),
+        }
+        try:
+            return self._pool.answer(server, "POST", "/chat/completions", body)
+        except EngineError as error:
+            if field == "max_tokens" and "max_completion_tokens" in str(error):  # as OpenAI's newer models have it
+                self._limit_field = "max_completion_tokens"
+                return self._chat(server, request, message, max_response_tokens)
+            raise
 
     def close(self) -> None:
         """Let go of the connections."""

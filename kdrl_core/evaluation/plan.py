@@ -20,10 +20,6 @@ from kdrl_core.verify import verifier_version
 
 SHARD_RESPONSES = 512
 """Responses sampled and published together, about."""
-_REQUEST_S = 3600.0
-"""Of an endpoint: 32K tokens take a while."""
-_RETRY_FOR_S = 120.0
-"""Of an endpoint, from a request's first fault: it may be mistyped; responses that are there are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +57,8 @@ def plan_evaluation(
     served_as: str | None = None,
     api_key: str | None = None,
     concurrency: int = 32,
+    timeout_s: float = 3600.0,
+    retry_for_s: float = 120.0,
 ) -> EvaluationPlan:
     """Settle what is evaluated.
 
@@ -74,6 +72,8 @@ def plan_evaluation(
         served_as: name of the model at the endpoint; default: the only one there.
         api_key: `env:NAME` or `block:NAME`.
         concurrency: requests in flight at the endpoint.
+        timeout_s: of one request at the endpoint; 32K tokens take a while.
+        retry_for_s: from a request's first fault on, what may pass is tried again for so long.
 
     Raises:
         DataError: an unknown benchmark, or a fault in its file, with row and field.
@@ -93,7 +93,14 @@ def plan_evaluation(
     if re.match(r"https?://", model):
         if gguf_file is not None:
             raise RecipeError(f"--gguf-file {gguf_file} is of a directory, but {model} is a URL; leave one of them out")
-        endpoint = _endpoint(model, served_as, api_key, concurrency)
+        endpoint = _endpoint(
+            model,
+            model=served_as,
+            api_key=api_key,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            retry_for_s=retry_for_s,
+        )
         name = served_as or ""
     else:
         for option, value in (("--served-as", served_as), ("--api-key", api_key)):
@@ -166,16 +173,9 @@ def _chosen(recipe: Recipe, names: Sequence[str]) -> list[BenchmarkConfig]:
     return select_benchmarks(known, wanted or None)
 
 
-def _endpoint(url: str, served_as: str | None, api_key: str | None, concurrency: int) -> ServersConfig:
+def _endpoint(url: str, **options: Any) -> ServersConfig:
     try:
-        return ServersConfig(
-            urls=[url],
-            model=served_as,
-            api_key=api_key,
-            concurrency=concurrency,
-            timeout_s=_REQUEST_S,
-            retry_for_s=_RETRY_FOR_S,
-        )
+        return ServersConfig(urls=[url], **options)
     except ValidationError as error:
         said = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())  # never the input
         raise RecipeError(f"MODEL or --api-key: {said}") from None

@@ -302,11 +302,11 @@ def greedy() -> Recipe:
 
 
 def test_a_request_that_took_longer_than_retries_go_on_is_tried_once_more(
-    greedy: Recipe, fresh: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    greedy: Recipe, fresh: ChatServer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(plan_module, "_RETRY_FOR_S", 1.0)
     fresh.faults.append("later")
-    (found,) = evaluated(greedy, tmp_path, fresh.url, benchmarks=["test"], samples=1, max_problems=1)
+    options: dict[str, Any] = {"benchmarks": ["test"], "samples": 1, "max_problems": 1, "retry_for_s": 1.0}
+    (found,) = evaluated(greedy, tmp_path, fresh.url, **options)
     assert found.result["num_problems"] == 1
     assert len(fresh.seen) == 2
 
@@ -360,6 +360,15 @@ def test_a_filter_ends_a_response_and_a_limit_of_the_server_s_own_the_evaluation
     fresh.faults.append("short")
     with pytest.raises(EngineError, match=r"cut a response after 7 tokens, of \d+ that it was allowed.*context"):
         evaluated(greedy, tmp_path, fresh.url, benchmarks=["hard"], samples=1, max_problems=1)
+
+
+def test_a_server_that_wants_another_field_for_the_limit_gets_it(
+    greedy: Recipe, fresh: ChatServer, tmp_path: Path
+) -> None:
+    fresh.style = "new"
+    (found,) = evaluated(greedy, tmp_path, fresh.url, benchmarks=["test"], samples=1, max_problems=2, concurrency=1)
+    assert found.result["num_problems"] == 2
+    assert ["max_tokens" in body for body in fresh.seen] == [True, False, False]
 
 
 def test_a_template_that_opens_the_thought_is_noticed(greedy: Recipe, fresh: ChatServer, tmp_path: Path) -> None:
@@ -437,6 +446,13 @@ def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe("miniature", ["evaluation.max_context_tokens=4000"])
     with pytest.raises(RecipeError, match=r"4000 tokens are beyond the context of .* --set evaluation.max_context_tok"):
         evaluated(recipe, tmp_path)
+
+
+def test_half_a_character_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"id": "a", "problem": "1\\ud835+1", "answer": "2"}\n')
+    with pytest.raises(DataError, match=r"mine.jsonl row 1, field 'problem': half of a surrogate pair"):
+        plan_evaluation(recipe, STUDENT, benchmarks=[f"mine={mine}"])
 
 
 def test_a_row_without_an_answer_is_named(recipe: Recipe, tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""docs/findings.md says what the sweeps said: its tables against their results, kept in docs/findings.json.
+
+The file is made of two reports: rows, timed, equal_time_s and claims of `findings`, and the rows of `findings-tuning`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdrl_core.sweeps.cells import expand
+from kdrl_core.sweeps.spec import load_sweep
+
+DOCS = Path(__file__).parents[3] / "docs"
+BENCHMARKS = ("test", "hard", "ood")
+
+
+@pytest.fixture(scope="module")
+def content() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DOCS / "findings.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (DOCS / "findings.md").read_text(encoding="utf-8")
+
+
+def accuracies(row: dict[str, Any]) -> str:
+    """The line of Table 1 in miniature, up to the lengths."""
+    cells = []
+    for name in BENCHMARKS:
+        score = row["scores"][name]
+        mean = f"{100 * score['mean']:.1f}"
+        mean = {1: f"**{mean}**", 2: f"*{mean}*"}.get(score["rank"], mean)
+        cells.append(f"{mean} ({100 * score['low']:.1f}–{100 * score['high']:.1f})")
+    return f"| {row['label']} | {' | '.join(cells)} | {row['length_mean']:.0f} |"
+
+
+def claim_line(claim: dict[str, Any]) -> str:
+    found, points = claim["difference"], 100 if claim["is_share"] else 1
+    mean, low, high = (points * found[name] for name in ("mean", "low", "high"))
+    if claim["is_share"]:
+        measured = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) points"
+    else:
+        measured = f"{mean:+.3g} ({f'{low:+.3g} to {high:+.3g}' if claim['num_seeds'] > 1 else 'one seed'})"
+    told = [claim["text"], claim["source"], claim["expected"], f"**{claim['verdict']}**", claim["what"], measured]
+    return f"| {' | '.join(told)} |"
+
+
+def tuning_lines(rows: list[dict[str, Any]]) -> list[str]:
+    tried: dict[str, dict[str, float]] = {}
+    for row in rows:
+        variant, rate = row["label"].rsplit(" ", 1)
+        tried.setdefault(variant, {})[rate] = 100 * row["scores"]["validation"]["mean"]
+    lines = []
+    for variant, found in tried.items():
+        best = max(found, key=lambda rate: found[rate])
+        told = [f"**{rate}: {value:.1f}**" if rate == best else f"{rate}: {value:.1f}" for rate, value in found.items()]
+        lines.append(f"| {variant} | {', '.join(told)} |")
+    return lines
+
+
+def test_every_accuracy_is_the_sweep_s(content: dict[str, Any], page: str) -> None:
+    assert [line for row in content["rows"] if (line := accuracies(row)) not in page] == []
+    assert {len(row["seeds"]) for row in content["rows"]} == {len(load_sweep("findings").seed_list)}
+
+
+def test_every_claim_is_judged_as_the_sweep_judged_it(content: dict[str, Any], page: str) -> None:
+    assert [line for claim in content["claims"] if (line := claim_line(claim)) not in page] == []
+    assert [claim["text"] for claim in content["claims"]] == [claim.text for claim in load_sweep("findings").claims]
+
+
+def test_every_learning_rate_is_the_one_that_tuning_found_best(content: dict[str, Any], page: str) -> None:
+    assert [line for line in tuning_lines(content["tuning"]) if line not in page] == []
+    tried = {row["label"]: row["scores"]["validation"]["mean"] for row in content["tuning"]}
+    rates = {cell.variant: cell.recipe.stage("stage2").learning_rate for cell in expand(load_sweep("findings-tuning"))}
+    assert rates.keys() == tried.keys()
+    for cell in expand(load_sweep("findings")):
+        of_variant = {label: value for label, value in tried.items() if label.rsplit(" ", 1)[0] == cell.variant}
+        assert rates[max(of_variant, key=lambda label: of_variant[label])] == cell.recipe.stage("stage2").learning_rate
