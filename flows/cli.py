@@ -135,7 +135,7 @@ def status(
             out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
         _print_rows([run_status(opened)], _STATUS_COLUMNS)
-        print_alarms(opened)
+        print_alarms(opened, are_told=watch and not out.is_terminal)
         print_summary(opened)
 
 

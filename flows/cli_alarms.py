@@ -13,12 +13,16 @@ if TYPE_CHECKING:
 _SHOWN_ALARMS = 10
 
 
-def print_alarms(opened: Any, console: Console = out) -> None:
-    """Print a line for each alarm that the run has raised, newest last, and the commands that show the newest."""
+def print_alarms(opened: Any, console: Console = out, *, are_told: bool = False) -> None:
+    """Print a line for each alarm that the run has raised, newest last, and the command that shows the newest.
+
+    Args:
+        are_told: the lines were printed already.
+    """
     from kdrl_core.alarms import alarms_of
 
     raised = alarms_of(opened)
-    for alarm in raised[-_SHOWN_ALARMS:]:
+    for alarm in [] if are_told else raised[-_SHOWN_ALARMS:]:
         console.print(alarm_line(alarm), soft_wrap=True, highlight=False)
     if raised:
         earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""

@@ -94,21 +94,20 @@ class RunView:
             except KdrlError:
                 return
             for stage in self._run.recipe.stages:  # what was there before is no news
-                self._printed[stage] = len(self._load(load_metrics, stage))
-                self._told[stage] = len(self._load(load_alarms, stage))
+                self._printed[stage] = len(self._load(load_metrics, stage, []))
         for stage in self._run.recipe.stages:
             stamp = _changed(self._paths.metrics(stage)), _changed(self._paths.alarms(stage))
             if stamp != self._stamps.get(stage):
                 self._stamps[stage] = stamp
-                self._rows[stage] = self._load(load_metrics, stage)
-                self._alarms[stage] = self._load(load_alarms, stage)
+                self._rows[stage] = self._load(load_metrics, stage, self._rows.get(stage, []))
+                self._alarms[stage] = self._load(load_alarms, stage, self._alarms.get(stage, []))
 
-    def _load(self, load: Callable[[Run, str], list[_Loaded]], stage: str) -> list[_Loaded]:
+    def _load(self, load: Callable[[Run, str], list[_Loaded]], stage: str, known: list[_Loaded]) -> list[_Loaded]:
         assert self._run is not None
         try:
             return load(self._run, stage)
         except KdrlError:  # damaged: the stage rebuilds them when it is opened
-            return []
+            return known
 
     def new_lines(self) -> list[str]:
         """One line per step or phase since the last call."""
@@ -131,7 +130,7 @@ class RunView:
         return lines
 
     def new_alarms(self) -> list[Alarm]:
-        """What was raised between this call and the last one, as of the last look at the files."""
+        """What was raised since the last call, or ever before the first, as of the last look at the files."""
         found = [alarm for stage, raised in self._alarms.items() for alarm in raised[self._told.get(stage, 0) :]]
         self._told.update({stage: len(raised) for stage, raised in self._alarms.items()})
         return found

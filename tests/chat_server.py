@@ -21,9 +21,11 @@ class ChatServer:
     """Answers with what the model says to the rendered message.
 
     `faults` are done to requests one by one: an HTTP status, `garbage`, `no usage`, a `filter` that ends it, a `short`
-    limit of the server's own, or `later` than retries go on. `style` is `plain`; `reasoning` as of servers that take
-    the thought out of the content; `opened` as of those whose template has opened it; `new` as of those that want
-    `max_completion_tokens`.
+    limit of the server's own, an `echo` of the key, a `stray` end of a thought, or `later` than retries go on.
+
+    `style` is `plain`; `reasoning` as of servers that take the thought out of the content; `opened` as of those whose
+    template has opened it; `new` as of those that want `max_completion_tokens`; `answer` without thoughts, ending with
+    half a character.
     """
 
     def __init__(self, model: Path, *, temperature: float = 0.0) -> None:
@@ -99,6 +101,12 @@ class ChatServer:
         if self.style == "reasoning" and "</think>" in rollout.text:
             thought, _, content = rollout.text.partition("</think>")
             message |= {"reasoning_content": thought.removeprefix("<think>"), "content": content}
+        if self.style == "answer":
+            message["content"] = rollout.text.rpartition("</think>")[2] + "\ud83d"
+        if fault == "echo":
+            message["content"] = str(handler.headers["Authorization"])
+        if fault == "stray":
+            message["content"] = f"</think>{message['content']}"
         if self.style == "opened":
             message["content"] = rollout.text.removeprefix("<think>")
         reason = {"filter": "content_filter", "short": "length"}.get(fault, rollout.finish_reason.value)

@@ -37,7 +37,7 @@ generation_config.json."""
 _TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
 _MAX_BODY_SHOWN = 200
 _MIN_KEY_CHARS = 8
-"""Of a key that is cut out of answers: one such as `-`, which stands for none, is part of numbers."""
+"""Of a key that is cut out of answers: one such as `EMPTY`, which stands for none, may be a word of theirs."""
 _MAX_RETRY_AFTER_S = 60.0
 _MAX_OUT_S = 60.0
 _MAX_DOUBLINGS = 16
@@ -341,7 +341,7 @@ class ServerPool:
         if not response.is_success:
             raise EngineError(f"{where} answered {status}: {said}; look at its log and at {self._field}")
         try:
-            return json.loads(self._without_key(content.decode(), at_least=_MIN_KEY_CHARS)) if content else None
+            return self._scrubbed(json.loads(content), content) if content else None
         except (ValueError, RecursionError):
             raise TransientError(f"{where} sent what is no JSON ({said[:60]!r})") from None
 
@@ -424,9 +424,23 @@ class ServerPool:
                     raise httpx.ReadTimeout("the body takes too long")
         return response, bytes(content)
 
-    def _without_key(self, text: str, *, at_least: int = 1) -> str:
+    def _without_key(self, text: str) -> str:
         key = self._served.api_key
-        return text.replace(key, "[the key]") if key and len(key) >= at_least else text
+        return text.replace(key, "[the key]") if key else text
+
+    def _scrubbed(self, answer: Any, content: bytes) -> Any:
+        """An answer without the key in its texts, wherever a server has put it; most have none, and are not gone
+        through."""
+        key = self._served.api_key or ""
+        if len(key) < _MIN_KEY_CHARS or not any(form in content for form in _written(key)):
+            return answer
+        if isinstance(answer, str):
+            return self._without_key(answer)
+        if isinstance(answer, list):
+            return [self._scrubbed(each, content) for each in answer]
+        if isinstance(answer, dict):
+            return {self._without_key(str(name)): self._scrubbed(each, content) for name, each in answer.items()}
+        return answer
 
     def _check_servers(self, max_tokens: int | None) -> str:
         """The served model's name, the same at every server that can be reached."""
@@ -473,3 +487,9 @@ def _retry_after_s(response: httpx.Response) -> float:
         return max(0.0, float(response.headers.get("Retry-After", 0)))
     except ValueError:  # a date
         return 0.0
+
+
+def _written(key: str) -> list[bytes]:
+    """How JSON may write a key."""
+    text = json.dumps(key)[1:-1]
+    return [key.encode(), text.encode(), text.replace("/", "\\/").encode()]

@@ -28,7 +28,7 @@ def response_seed(recipe: Recipe, benchmark: str, problem_id: str, sample: int) 
 
 
 def ask_benchmark(benchmark: BenchmarkConfig, recipe: Recipe, tokenizer: Any) -> AskedBenchmark:
-    """Render and tokenise the problems of a benchmark, by the chat template of the model's own tokenizer.
+    """Render and tokenise the problems of a benchmark, by the chat template that the tokenizer was loaded with.
 
     Raises DataError, ModelError as reading and rendering do.
     """

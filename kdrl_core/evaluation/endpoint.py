@@ -65,9 +65,9 @@ class ChatEndpoint:
         messages: dict[str, str],
         *,
         max_response_tokens: int,
-        on_finished: OnResponses | None = None,
-    ) -> list[Response]:
-        """One response per request, in order; `on_finished` hears each once it is there.
+        on_finished: OnResponses,
+    ) -> None:
+        """One response per request; `on_finished` hears each once it is there, one at a time.
 
         Args:
             requests: their prompt_token_ids are not used.
@@ -81,8 +81,8 @@ class ChatEndpoint:
 
         def one(request: RolloutRequest, server: Server) -> Response:
             answer = self._chat(server, request, messages[request.prompt_id], max_response_tokens)
-            text, length, reason = _chat_of(answer, server.url)
-            if reason is FinishReason.LENGTH and length < _CUT_SHARE * max_response_tokens:
+            text, length, reason, is_counted = _chat_of(answer, server.url)
+            if reason is FinishReason.LENGTH and is_counted and length < _CUT_SHARE * max_response_tokens:
                 raise EngineError(
                     f"model server {server.url} cut a response after {length} tokens, of {max_response_tokens} that it "
                     "was allowed: its context or a limit of its own is shorter; raise it there, or lower "
@@ -96,13 +96,12 @@ class ChatEndpoint:
                 finish_reason=reason,
                 seed=request.seed,
             )
-            if on_finished is not None:
-                with told:
-                    on_finished([response])
+            with told:
+                on_finished([response])
             return response
 
         asked = [(f"response {row}", partial(one, request)) for row, request in enumerate(requests)]
-        return self._pool.ask_all(asked)
+        self._pool.ask_all(asked)
 
     def _chat(self, server: Server, request: RolloutRequest, message: str, max_response_tokens: int) -> Any:
         field = self._limit_field
@@ -135,8 +134,9 @@ def with_thought_tags(text: str, *, think_opened: bool) -> str:
     return f"<think>{text}"
 
 
-def _chat_of(answer: Any, url: str) -> tuple[str, int, FinishReason]:
-    """Text, tokens and finish reason of the only choice; a thought that the server has taken out is put back."""
+def _chat_of(answer: Any, url: str) -> tuple[str, int, FinishReason, bool]:
+    """Text, tokens and finish reason of the only choice, and whether the tokens are those of all of the text: a thought
+    that the server has taken out is put back, and some leave it out of their count."""
     try:
         choice = answer["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
@@ -148,6 +148,8 @@ def _chat_of(answer: Any, url: str) -> tuple[str, int, FinishReason]:
     if reason == "content_filter":
         _logger.warning("model server %s: a filter ended a response; it counts as it is", url)
         reason = "stop"
+    if reason == "abort":
+        raise TransientError(f"model server {url} broke a response off")
     if reason not in ("stop", "length"):
         raise EngineError(f"model server {url} ended a response for {str(reason)[:40]!r}, neither `stop` nor `length`")
     if not isinstance(text, str) or not isinstance(thought, str) or not isinstance(length, int):
@@ -155,4 +157,5 @@ def _chat_of(answer: Any, url: str) -> tuple[str, int, FinishReason]:
     if thought:
         closing = "</think>" if text or reason == "stop" else ""  # cut in the middle of the thought
         text = f"<think>{thought}{closing}{text}"
-    return text, length, FinishReason(reason)
+    whole = text.encode("utf-8", "replace").decode()  # half characters cannot be kept
+    return whole, length, FinishReason(reason), not thought

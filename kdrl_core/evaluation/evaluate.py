@@ -28,7 +28,7 @@ from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.errors import DamagedArtifactError, ModelError, RunLockedError
 from kdrl_core.evaluation.asked import AskedBenchmark, ask_benchmark, response_limit, response_seed
 from kdrl_core.evaluation.endpoint import ChatEndpoint, with_thought_tags
-from kdrl_core.evaluation.journal import Journal
+from kdrl_core.evaluation.journal import Journal, seconds_of
 from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
 from kdrl_core.evaluation.outcome import Response, benchmark_result, responses_table
 from kdrl_core.evaluation.plan import EvaluationPlan, identity_of, plain_name, refuse_short_context, settings_of
@@ -46,7 +46,7 @@ from kdrl_core.ledger import (
 )
 from kdrl_core.preflight import check_device
 from kdrl_core.rollouts.schema import read_table, write_table
-from kdrl_core.types import Rollout, RolloutRequest, Verdict
+from kdrl_core.types import FinishReason, Rollout, RolloutRequest, Verdict
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.failures import refuse_failures
 
@@ -104,6 +104,7 @@ def evaluate_plan(plan: EvaluationPlan, root: Path, *, on_progress: Progress | N
 
     Raises:
         EngineError: an engine cannot be started, or the endpoint cannot be reached.
+        RecipeError: the recipe's device is not there.
         ModelError: model or tokenizer cannot be loaded, or a prompt leaves no room for a response.
         RunLockedError: another process evaluates the same.
         DamagedArtifactError: a shard was altered.
@@ -197,11 +198,12 @@ def _shards(
             started = time.perf_counter()
             model, verifier = lazily.loaded()
             kept = work / f"shard-{index:05d}.jsonl"
+            before = seconds_of(kept)
             responses, verdicts = model.sample(benchmark, [p.problem_id for p in part], verifier, tell, kept)
             where = f"{benchmark.name}, problems {part[0].problem_id} to {part[-1].problem_id}"
             refuse_failures(verdicts, where, plan.recipe.verification.max_failed_share)
             table = responses_table(benchmark.name, responses, verdicts, part)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started + before
             publish_file(target, partial(write_table, table), inputs=inputs, metadata={"seconds": seconds})
             kept.unlink(missing_ok=True)
         paths.append(target)
@@ -342,7 +344,6 @@ class _Served:
 
     def __init__(self, plan: EvaluationPlan, endpoint: ChatEndpoint) -> None:
         self._plan, self._endpoint = plan, endpoint
-        self._opens_thought = plan.recipe.prompt.think_opened is True
         context = plan.recipe.evaluation.max_context_tokens
         self._limits = {name: self._limit(name, context) for name in plan.problems}
 
@@ -378,10 +379,13 @@ class _Served:
         return shard.judged()
 
     def _with_tags(self, responses: Sequence[Response]) -> list[Response]:
-        """With the `<think>` that the server's template has opened: as the recipe says, or as one response shows."""
-        if self._plan.recipe.prompt.think_opened is None:
-            self._opens_thought |= any("</think>" in r.text and "<think>" not in r.text for r in responses)
-        opened = self._opens_thought
+        """With the `<think>` that the server's template has opened: as the recipe says, or if most of the responses
+        that were not cut close it and do not open it."""
+        opened = self._plan.recipe.prompt.think_opened
+        if opened is None:
+            finished = [r.text for r in responses if r.finish_reason is FinishReason.STOP]
+            closing = sum("</think>" in text and "<think>" not in text for text in finished)
+            opened = 2 * closing > len(finished)
         return [replace(r, text=with_thought_tags(r.text, think_opened=opened)) for r in responses]
 
     def close(self) -> None:
@@ -416,7 +420,7 @@ class _Shard:
     ) -> None:
         self.journal = journal
         self._verifier, self._truths, self._think_opened, self._tell = verifier, truths, think_opened, tell
-        self._prepare = prepare  # as they are judged, of all that are there
+        self._prepare = prepare  # what is judged, by all responses of the shard
         self._tell(len(journal))
 
     def add(self, responses: Sequence[Response]) -> None:

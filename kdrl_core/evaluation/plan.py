@@ -78,7 +78,7 @@ def plan_evaluation(
     Raises:
         DataError: an unknown benchmark, or a fault in its file, with row and field.
         ModelError: the directory is missing or incomplete.
-        RecipeError: options that contradict each other, a context shorter than is asked for, or no GPU.
+        RecipeError: options that contradict each other, or a context shorter than is asked for.
     """
     for option, number in (("samples", samples), ("max_problems", max_problems), ("concurrency", concurrency)):
         if number is not None and number < 1:

@@ -112,7 +112,8 @@ def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> Non
     """Raise RecipeError if a claim is of a variant, model, benchmark or metric that the sweep does not have."""
     variants = list(dict.fromkeys(cell.variant for cell in cells))
     benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
-    references = dict.fromkeys(MODEL_NAMES[label] for cell in cells for label in reference_labels(cell.recipe))
+    names = dict.fromkeys(MODEL_NAMES[label] for cell in cells for label in reference_labels(cell.recipe))
+    references = [*names, *(f"{name} of {variant}" for name in names for variant in variants)]
     for number, claim in enumerate(spec.claims, start=1):
         where = f"sweep {origin}, claim {number}"
         kind, colon, benchmark = claim.measure.partition(":")
@@ -132,7 +133,7 @@ def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> Non
             raise RecipeError(
                 f"{where}, field 'measure': '{claim.measure}' is none; give accuracy:BENCHMARK or a metric"
             )
-        if kind != ACCURACY and kind not in CLAIM_METRICS and not kind.startswith(("time/", "throughput/")):
+        if kind != ACCURACY and kind not in CLAIM_METRICS and not kind.startswith(("time/", "throughput/", "sync/")):
             raise RecipeError(
                 f"{where}, field 'measure': no metric '{kind}'{did_you_mean(kind, [LENGTH, *CLAIM_METRICS])}; "
                 "accuracy:BENCHMARK, length, or a column of metrics.parquet"

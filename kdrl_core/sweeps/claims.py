@@ -3,7 +3,7 @@
 A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (and,
 for accuracy, by problem), with the 95 % interval of kdrl_core.evaluation.seeds: above zero the claim holds, below zero
 it does not, and around zero it is unclear. Nothing is corrected for the number of claims: of twenty that are really
-ties, about one comes out as holding or not by chance.
+ties, one at most comes out as holding or not by chance, on average.
 """
 
 from collections.abc import Mapping, Sequence

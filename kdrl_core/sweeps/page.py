@@ -1,6 +1,7 @@
 """The report of a sweep as one HTML page that needs no network: tables, figures, recipes, samples."""
 
 import json
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -57,8 +58,9 @@ def render_markdown(table: SweepTable, results: SweepResults, dynamics: SweepDyn
 
 
 def _block(text: str) -> str:
-    """Indented: no text ends such a block."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    """Fenced by more backticks than the text has in a row: no text ends such a block."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _plain(label: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kdrl_core.config import Recipe, config_hash, load_recipe, parse_value
@@ -13,6 +14,8 @@ from kdrl_core.sweeps.spec import SweepSpec, load_sweep, validate_sweep
 from kdrl_core.sweeps.state import Origin, SweepPaths, SweepRecord, read_record
 
 _MAX_NAME = 60
+_VARY = "--vary"
+"""What a sweep without a file is made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +61,11 @@ def make_request(
         name = name or _name(recipe, vary)
     is_file = (source or "").endswith((".yaml", ".yml"))
     known = None if is_file else _started(name or source)  # under another name, `source` is its file
-    if known is not None and name not in (None, source) and known.origin.source not in (None, source):
+    made_of = _VARY if source is None else Path(source).name if is_file else source
+    taken = _started(name)
+    if taken is not None and source != name and taken.origin.source not in (None, made_of):
         raise RecipeError(
-            f"--name {name}: a sweep of that name was made of {known.origin.source}, not of {source}; take another "
+            f"--name {name}: a sweep of that name was made of {taken.origin.source}, not of {made_of}; take another "
             f"name, or go on with it: kdrl sweep run {name}"
         )
     base: dict[str, Any]
@@ -72,12 +77,16 @@ def make_request(
         assert source is not None
         base = load_sweep(source).model_dump(mode="json")
     kept = _started(name or base["name"])
-    given: dict[str, Any] = {"recipe": recipe, "seeds": seeds, "vary": list(vary) or None}
-    options = {**(kept.origin.options if kept else {}), **{n: value for n, value in given.items() if value is not None}}
-    on_top = options if is_file else given
-    changes = {"name": name, "recipe": on_top.get("recipe"), "seeds": on_top.get("seeds")}
-    values = {**base, **{field: value for field, value in changes.items() if value is not None}}
-    varied = dict(map(parse_vary, on_top.get("vary") or []))
+    new: dict[str, Any] = {"recipe": recipe, "seeds": seeds}
+    given = {option: value for option, value in new.items() if value is not None}
+    varied = dict(map(parse_vary, vary))
+    origin = Origin() if kept is None else kept.origin
+    if known is None and origin.source not in (None, made_of):  # of a name that another file had
+        origin = Origin()
+    options = {**origin.options, **given, "vary": {**origin.options.get("vary", {}), **varied}}
+    if is_file:
+        given, varied = {n: value for n, value in options.items() if n != "vary"}, options["vary"]
+    values = {**base, **given, **({} if name is None else {"name": name})}
     values["vary"] = {**values["vary"], **varied}
     for of_recipe in values.get("recipes", {}).values():
         of_recipe["vary"] = {field: some for field, some in of_recipe["vary"].items() if field not in varied}
@@ -91,7 +100,7 @@ def make_request(
         overrides=own,
         share_with=shared,
         cells=tuple(expand(spec, own, origin=source)),
-        origin=Origin(source=known.origin.source if known else source, options=options),
+        origin=Origin(source=known.origin.source if known else made_of, options=options),
     )
 
 

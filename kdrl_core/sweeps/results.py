@@ -223,7 +223,7 @@ def _late(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def says_something(row: Mapping[str, float], metric: str) -> bool:
     """Whether a step's metric is of anything: the repetition rate of cut responses is not where none was cut."""
-    return metric not in _OF_SOME or row.get(_OF_SOME[metric], 1.0) > 0.0
+    return metric not in _OF_SOME or row.get(_OF_SOME[metric]) != 0.0
 
 
 def _references(run: Run, variant: str) -> Iterator[ReferenceResult]:

@@ -49,9 +49,9 @@ class Origin:
     """What a sweep was made of."""
 
     source: str | None = None
-    """Name or file; None for one that --vary alone has made, or of an older version."""
+    """Name of a shipped sweep or of a file, or `--vary`; None for what an older version has started."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """recipe, seeds and vary, as far as they were given beside it."""
+    """recipe, seeds and vary (field → values), as far as they were given beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,7 +169,7 @@ class SweepTable:
         parts = [f"# {self.name}", self.description, f"Recipe: {self.recipe}."]
         parts = [part for part in parts if part]
         for table in self.tables(marked=True):
-            parts += [f"## {table.title}", _escaped(table).to_markdown()]
+            parts += [f"## {' '.join(_plain([table.title]))}", _escaped(table).to_markdown()]
         parts.append(NOTE)
         return "\n\n".join(parts) + "\n"
 
@@ -271,7 +271,7 @@ def _scores(models: Sequence[ModelScores], averaged: Sequence[str] = ()) -> dict
     """By benchmark, and the mean of those that are `averaged`."""
     arrays = _arrays(models)
     found = {name: over_seeds({name: array}) for name, array in arrays.items()}
-    if len(averaged) > 1 and arrays:
+    if len(averaged) > 1 and all(name in arrays for name in averaged):
         found[AVERAGE] = over_seeds({name: arrays[name] for name in averaged})
     return {name: _score(accuracy) for name, accuracy in found.items()}
 

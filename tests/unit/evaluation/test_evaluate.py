@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -319,14 +320,16 @@ def test_responses_that_came_before_a_fault_are_kept(greedy: Recipe, fresh: Chat
     with pytest.raises(EngineError, match="answered 400"):
         evaluated(greedy, tmp_path, fresh.url, **options)
     (kept,) = tmp_path.glob("evaluations/*/*.work/shard-00000.jsonl")
-    assert len(kept.read_text().splitlines()) == 3
+    time.sleep(0.3)  # what was in flight beside the fault
+    num_kept = len(kept.read_text().splitlines())
+    assert num_kept in (3, 4)
     kept.write_bytes(kept.read_bytes()[:-20])  # cut off by a kill
     asked = len(fresh.seen)
     heard: list[int] = []
     plan = plan_evaluation(greedy, fresh.url, **options)
     (found,) = evaluate_plan(plan, tmp_path, on_progress=lambda _, done, __: heard.append(done))
-    assert len(fresh.seen) - asked == 4  # of six, two are kept
-    assert (heard[0], heard[-1]) == (2, 6)
+    assert len(fresh.seen) - asked == 6 - (num_kept - 1)
+    assert (heard[0], heard[-1]) == (num_kept - 1, 6)
     same = [each.folder / "responses.parquet" for each in (whole, found)]
     assert read_table(same[0]).equals(read_table(same[1]))
     assert not list(tmp_path.rglob("*.jsonl"))
@@ -369,6 +372,29 @@ def test_a_server_that_wants_another_field_for_the_limit_gets_it(
     (found,) = evaluated(greedy, tmp_path, fresh.url, benchmarks=["test"], samples=1, max_problems=2, concurrency=1)
     assert found.result["num_problems"] == 2
     assert ["max_tokens" in body for body in fresh.seen] == [True, False, False]
+
+
+@pytest.mark.parametrize("key", ["sk-secret/0123", "12345678"])
+def test_a_key_that_is_sent_back_is_kept_nowhere(
+    key: str, greedy: Recipe, fresh: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    fresh.faults.append("echo")
+    options: dict[str, Any] = {"benchmarks": ["test"], "samples": 1, "max_problems": 1, "api_key": "env:MY_KEY"}
+    (found,) = evaluated(greedy, tmp_path, fresh.url, **options)
+    assert texts(found) == ["Bearer [the key]"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()] == []
+
+
+def test_one_stray_end_of_a_thought_says_nothing_of_the_others(
+    greedy: Recipe, fresh: ChatServer, tmp_path: Path
+) -> None:
+    fresh.style = "answer"
+    fresh.faults.append("stray")
+    (found,) = evaluated(greedy, tmp_path, fresh.url, benchmarks=["test"], samples=1, max_problems=4)
+    said = texts(found)
+    assert sum("</think>" in text for text in said) == 1
+    assert sum(text.startswith("<think>") for text in said) == 1
 
 
 def test_a_template_that_opens_the_thought_is_noticed(greedy: Recipe, fresh: ChatServer, tmp_path: Path) -> None:

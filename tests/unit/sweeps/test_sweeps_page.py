@@ -98,10 +98,10 @@ def test_the_page_holds_all_and_asks_nobody(results: SweepResults) -> None:
 def test_the_markdown_holds_what_the_page_does_but_for_figures(results: SweepResults) -> None:
     text = render_markdown(build_table(results), results, read_dynamics(results))
     assert "2 of 3 runs are finished." in text
-    assert "    stage2.objective: 'kdrl' → 'grpo'" in text
+    assert "```text\nstage2.objective: 'kdrl' → 'grpo'\n```" in text
     for title in ("Accuracy, %", "Data filter", "Recipes", "Environment", "Responses", "Not finished"):
         assert f"\n## {title}" in text
-    assert HOSTILE not in re.sub(r"^    .*$", "", text, flags=re.MULTILINE)  # but where nothing is markup
+    assert HOSTILE not in re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_foreign_text_stays_text(results: SweepResults) -> None:

@@ -72,6 +72,22 @@ def test_another_sweep_under_a_name_that_is_taken_is_refused() -> None:
     assert make_request("figure2", name="mine") == make_request("mine") == first
 
 
+def test_nor_is_one_that_another_file_or_a_grid_was_made_under_taken(tmp_path: Path) -> None:
+    for letter in "ab":
+        (tmp_path / f"{letter}.yaml").write_text("{name: x, variants: {KDRL: {}, GRPO: {stage2.objective: grpo}}}")
+    _start(str(tmp_path / "a.yaml"), name="x", seeds=5, vary=["stage2.steps=4,5"])
+    with pytest.raises(RecipeError, match=r"--name x: a sweep of that name was made of a\.yaml, not of b\.yaml"):
+        make_request(str(tmp_path / "b.yaml"), name="x")
+    assert (
+        len(make_request(str(tmp_path / "b.yaml")).cells) == 2
+    )  # the file's own name: what a.yaml was given is not b's
+    _start(None, name="v", vary=["stage2.steps=4,5"])
+    with pytest.raises(RecipeError, match="was made of --vary, not of table1"):
+        make_request("table1", name="v")
+    assert len(make_request("x", vary=["stage2.learning_rate=1e-4,2e-4"]).cells) == 2 * 2 * 2 * 5
+    assert make_request("x").origin.options["vary"] == {"stage2.steps": [4, 5]}
+
+
 def test_a_file_is_read_anew_with_the_options_that_the_sweep_was_started_with(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("{name: mine, seeds: 3, variants: {KDRL: {}, GRPO: {stage2.objective: grpo}}}")

@@ -182,7 +182,7 @@ def test_where_seeds_are_all_that_varies_it_is_the_t_interval(num_seeds: int) ->
     assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.12 * half)
 
 
-@pytest.mark.parametrize(("num_seeds", "num_problems"), [(3, 1), (5, 1), (3, 60), (5, 60)])
+@pytest.mark.parametrize(("num_seeds", "num_problems"), [(3, 1), (5, 1), (8, 1), (3, 60), (8, 60)])
 def test_of_ties_about_one_in_twenty_seems_to_be_none(num_seeds: int, num_problems: int) -> None:
     rng, decided, trials = np.random.default_rng(7), 0, 400
     for _ in range(trials):
@@ -194,6 +194,8 @@ def test_of_ties_about_one_in_twenty_seems_to_be_none(num_seeds: int, num_proble
         found = paired_difference({"x": sides[0]}, {"x": sides[1]})
         decided += not found.low <= 0.0 <= found.high
     assert decided / trials <= 0.08  # 5 %, and three standard errors of 400 trials
+    if num_problems == 1:
+        assert decided / trials >= 0.02  # and no wider than need be, where seeds are all that varies
 
 
 @settings(max_examples=30, deadline=None)
