@@ -1,6 +1,7 @@
 """docs/findings.md says what the sweeps said: its tables against their results, kept in docs/findings.json.
 
-The file is made of two reports: rows, timed, equal_time_s and claims of `findings`, and the rows of `findings-tuning`.
+The file is made of three reports: rows and claims of `findings`, rows of `findings-tuning`, and the times of one seed
+of `findings` by itself, with the accuracies of all seeds at that time.
 """
 
 import json
@@ -65,6 +66,20 @@ def tuning_lines(rows: list[dict[str, Any]]) -> list[str]:
 def test_every_accuracy_is_the_sweep_s(content: dict[str, Any], page: str) -> None:
     assert [line for row in content["rows"] if (line := accuracies(row)) not in page] == []
     assert {len(row["seeds"]) for row in content["rows"]} == {len(load_sweep("findings").seed_list)}
+
+
+def test_accuracies_at_equal_time(content: dict[str, Any], page: str) -> None:
+    time = content["time"]
+    assert time["limit_s"] == min(time["train_s"].values())
+    assert f"After the {time['limit_s']:.0f} s" in page
+    for row in time["rows"]:
+        mean, low, high = (100 * value for value in row["score"])
+        assert f"| {row['label']} | {row['step']} | {mean:.1f} ({low:.1f}–{high:.1f}) |" in page
+        assert row["seconds"] <= time["limit_s"]
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines() if line.endswith(" | 8 |")}
+    assert {label: f"{seconds:.0f}" for label, seconds in time["train_s"].items()} == {
+        label: line.split(" | ")[-2] for label, line in lines.items() if label in time["train_s"]
+    }
 
 
 def test_every_claim_is_judged_as_the_sweep_judged_it(content: dict[str, Any], page: str) -> None:
