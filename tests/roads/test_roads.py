@@ -67,6 +67,7 @@ def ended(stack: Stack, flow_run: str) -> str:
     return stack.state(flow_run)
 
 
+@pytest.mark.slow
 def test_everything_at_once_then_recover_and_the_deployment_again(stack: Stack, whole: Run) -> None:
     zombie = stack.begin("r", LONG)
     published = wait_for_hit(stack)

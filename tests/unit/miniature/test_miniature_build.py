@@ -82,6 +82,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     assert found == digests(tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_built_models_fit_each_other(tmp_path: Path) -> None:
     build(tmp_path, **barely_trained(1), scale=0.01)
     for name in ("student", "teacher", "teacher-weak", "teacher-broad"):

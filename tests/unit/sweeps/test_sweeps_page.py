@@ -157,15 +157,21 @@ def test_in_a_browser(results: SweepResults, tmp_path: Path) -> None:
 
 
 @needs_chromium
-def test_on_a_phone_nothing_is_cut_off(results: SweepResults, tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", ["KDRL", "KDRL-Annealing, beta.init=0.2, learning_rate=0.0003, warm", "2026-01-02"])
+def test_on_a_phone_nothing_is_cut_off(label: str, results: SweepResults, tmp_path: Path) -> None:
     page = tmp_path / "sweep.html"
-    page.write_text(page_of(results))
+    statuses = [replace(one, variant=label) if one.run == "kdrl" else one for one in results.statuses[:2]]
+    page.write_text(page_of(read_results_of("s", "A sweep.", "miniature", statuses)))
     script = """
         const width = document.documentElement.clientWidth;
         return { width, page: document.documentElement.scrollWidth,
-          plots: Math.max(...[...document.querySelectorAll(".plot svg.main-svg")].map(p => p.clientWidth)) };
+          plots: Math.max(...[...document.querySelectorAll(".plot svg.main-svg")].map(p => p.clientWidth)),
+          area: document.getElementById("accuracy")._fullLayout._size.w,
+          ticks: [...document.querySelectorAll("#accuracy .ytick text")].map(tick => tick.textContent) };
     """
     found, console = look(page, script, width=390)
     assert console == []
     assert found["page"] <= found["width"] <= 390
     assert found["plots"] <= found["width"]
+    assert found["area"] > 120  # a third of the phone is left to the figure
+    assert label.replace(" ", "") in [tick.replace(" ", "") for tick in found["ticks"]]
