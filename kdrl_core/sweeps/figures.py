@@ -48,6 +48,11 @@ def color_of(position: int) -> str:
     return COLORS[position % len(COLORS)]
 
 
+def dash_of(position: int) -> str:
+    """Of a variant's lines by its position."""
+    return _DASHES[position // len(COLORS) % len(_DASHES)]
+
+
 def panels_of(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> list[Panel]:
     """The figures that have something to show."""
     found = [_accuracies(table)]
@@ -194,13 +199,12 @@ def _line(
     opacity: float = 1.0,
     markers: bool = False,
 ) -> None:
-    dash = _DASHES[position // len(COLORS) % len(_DASHES)]
     figure.add_trace(
         go.Scatter(
             x=list(xs),
             y=list(ys),
             mode="lines+markers" if markers else "lines",
-            line={"color": color_of(position), "width": 2 if opacity == 1.0 else 1, "dash": dash},
+            line={"color": color_of(position), "width": 2 if opacity == 1.0 else 1, "dash": dash_of(position)},
             opacity=opacity,
             name=label,
             legendgroup=label,

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from plotly.offline import get_plotlyjs
 
 from kdrl_core.sweeps.dynamics import SweepDynamics
-from kdrl_core.sweeps.figures import color_of, panels_of
+from kdrl_core.sweeps.figures import color_of, dash_of, panels_of
 from kdrl_core.sweeps.results import SweepResults
 from kdrl_core.sweeps.table import SweepTable
 
@@ -28,7 +28,9 @@ def render_page(table: SweepTable, results: SweepResults, dynamics: SweepDynamic
         "num_cells": len(results.statuses),
         "panels": panels,
         "figures": _for_script({panel.key: json.loads(panel.figure.to_json()) for panel in panels}),
-        "legend": [(variant.label, color_of(position)) for position, variant in enumerate(dynamics.variants)],
+        "legend": [
+            (variant.label, color_of(position), dash_of(position)) for position, variant in enumerate(dynamics.variants)
+        ],
         "dynamics": dynamics,
         "plotly": get_plotlyjs(),
     }
