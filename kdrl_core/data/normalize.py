@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.data.text import normalize_questions, question_hashes, question_ids
 from kdrl_core.errors import DataError
+from kdrl_core.text import is_unicode
 
 Format = Literal["problems", "skywork", "deepscaler"]
 
@@ -236,7 +237,7 @@ def _ground_truths(chunk: _Chunk, encoded: pa.Array) -> pa.Array:
     encoded_others = texts.filter(others).to_pylist()
     decoded: list[str | None] = []
     for position, text, value in zip(positions, encoded_others, _json_values(encoded_others), strict=True):
-        if _is_list_of_one_string(value) and _is_unicode(value[0]):
+        if _is_list_of_one_string(value) and is_unicode(value[0]):
             decoded.append(value[0])
         else:
             shown = text if len(text) <= 40 else f"{text[:40]}…"
@@ -294,7 +295,7 @@ def _json_text(
         elif not isinstance(text, str):
             chunk.reject(position, name, f"text is expected, found {_kind(value)}")
             text = None
-        elif not _is_unicode(text):
+        elif not is_unicode(text):
             chunk.reject(position, name, "holds half of a surrogate pair, which is not Unicode text")
             text = None
         elif is_needed and not text.strip():
@@ -340,7 +341,7 @@ def _json_labels(chunk: _Chunk, values: list[Any]) -> dict[str, pa.Array]:
         for name, count in value.items():
             if count is None:
                 continue
-            if type(count) is not int or abs(count) >= 2**31 or not _is_unicode(name):
+            if type(count) is not int or abs(count) >= 2**31 or not is_unicode(name):
                 chunk.reject(position, f"failures.{name}", f"{count!r} is not a whole number of failures")
                 continue
             labels.setdefault(name, [None] * len(values))[position] = count
@@ -403,14 +404,6 @@ def _wrong_type(chunk: _Chunk, name: str, column: pa.Array, expected: str) -> Da
         f"{chunk.origin}: column '{name}' has type {column.type}, {expected} is expected; "
         "convert the column or set <stage>.data.format"
     )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _kind(value: Any) -> str:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from kdrl_core.config import BenchmarkConfig, resolve_path
 from kdrl_core.errors import DataError
+from kdrl_core.text import is_unicode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
                 raise DataError(
                     f"{path.name} row {number}, field '{name}': missing, empty or no text; fill it in or drop the row"
                 )
-            if not _is_text(row[name]):
+            if not is_unicode(row[name]):
                 raise DataError(
                     f"{path.name} row {number}, field '{name}': half of a surrogate pair (\\ud835, say), which is no "
                     "character; correct the text"
@@ -75,8 +76,3 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
     if not problems:
         raise DataError(f"benchmark {config.name}: {path} has no problems; give a file with at least one row")
     return problems
-
-
-def _is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8, as prompts and results are."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)

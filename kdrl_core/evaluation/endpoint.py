@@ -15,6 +15,7 @@ from kdrl_core.engines.served_answers import TransientError
 from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool, served_model
 from kdrl_core.errors import EngineError
 from kdrl_core.evaluation.outcome import Response
+from kdrl_core.text import as_unicode
 from kdrl_core.types import FinishReason, RolloutRequest
 
 _MAX_SEED = 2**63
@@ -157,5 +158,4 @@ def _chat_of(answer: Any, url: str) -> tuple[str, int, FinishReason, bool]:
     if thought:
         closing = "</think>" if text or reason == "stop" else ""  # cut in the middle of the thought
         text = f"<think>{thought}{closing}{text}"
-    whole = text.encode("utf-8", "replace").decode()  # half characters cannot be kept
-    return whole, length, FinishReason(reason), not thought
+    return as_unicode(text), length, FinishReason(reason), not thought

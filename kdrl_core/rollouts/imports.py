@@ -29,6 +29,7 @@ from kdrl_core.ledger import publish_file, storage_errors
 from kdrl_core.rollouts.record import RECORD, TIMINGS
 from kdrl_core.rollouts.schema import write_table
 from kdrl_core.rollouts.stats import repetition_rate
+from kdrl_core.text import as_unicode
 from kdrl_core.types import VerdictKind
 
 _VERL_FILE = re.compile(r"(\d+)\.jsonl")
@@ -233,8 +234,8 @@ def _write(root: Path, stage: str, step: int, rows: Sequence[Row], tokenize: Cal
 
 
 def _encodable(value: Any) -> Any:
-    """A text without halves of surrogate pairs, which JSON can hold and Parquet cannot."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    """A text as Parquet can hold it, anything else as it is."""
+    return as_unicode(value) if isinstance(value, str) else value
 
 
 IMPORTED = pa.schema(
