@@ -6,7 +6,7 @@ from pathlib import Path
 from kdrl_core.config import ModelConfig, resolve_path
 from kdrl_core.engines.models import check_model_dir
 from kdrl_core.errors import ModelError
-from kdrl_core.ledger import is_published, publish_directory
+from kdrl_core.ledger import digest, is_published, publish_directory
 
 _verified: set[Path] = set()
 """Converted models whose bytes this process has compared: they are large, and asked for often."""
@@ -30,12 +30,11 @@ def prepared_model(config: ModelConfig, run_root: Path) -> Path:
     target = run_root.parent.parent / "models" / f"{file.stem}-{place}"
     if target not in _verified or not is_published(target):
         gguf_file = config.gguf_file
-        with file.open("rb") as stream:
-            inputs = {config.gguf_file: hashlib.file_digest(stream, "sha256").hexdigest()}
+        _, sha256 = digest(file)
         publish_directory(
             target,
             lambda folder: _convert(source, gguf_file, folder),
-            inputs=inputs,
+            inputs={gguf_file: sha256},
             metadata={"source": gguf_file},
         )
         _verified.add(target)

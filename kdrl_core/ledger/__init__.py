@@ -8,6 +8,7 @@ from kdrl_core.ledger.lineage import find_own, required_sha256, verify_own
 from kdrl_core.ledger.lock import lock_holder, run_lock
 from kdrl_core.ledger.manifest import (
     Manifest,
+    digest,
     is_current,
     is_published,
     manifest_of,
@@ -48,6 +49,7 @@ __all__ = [
     "checkpoint_step",
     "create_run",
     "derive_seed",
+    "digest",
     "find_intact",
     "find_own",
     "is_current",

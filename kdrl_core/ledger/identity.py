@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from kdrl_core.ledger.manifest import DIRECTORY_MANIFEST
+from kdrl_core.ledger.manifest import DIRECTORY_MANIFEST, digest
 
 
 def model_identity(path: Path) -> str:
@@ -12,6 +12,5 @@ def model_identity(path: Path) -> str:
     listing = hashlib.sha256()
     files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     for file in sorted(file for file in files if file.name != DIRECTORY_MANIFEST):
-        with file.open("rb") as stream:
-            listing.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        listing.update(f"{file.name} {digest(file)[1]}\n".encode())
     return f"{path.name} sha256 {listing.hexdigest()[:16]}"
