@@ -341,7 +341,8 @@ class ServerPool:
         if not response.is_success:
             raise EngineError(f"{where} answered {status}: {said}; look at its log and at {self._field}")
         try:
-            return self._scrubbed(json.loads(content), content) if content else None
+            answer = json.loads(content) if content else None
+            return self._scrubbed(answer) if self._holds_key(content) else answer
         except (ValueError, RecursionError):
             raise TransientError(f"{where} sent what is no JSON ({said[:60]!r})") from None
 
@@ -428,18 +429,19 @@ class ServerPool:
         key = self._served.api_key
         return text.replace(key, "[the key]") if key else text
 
-    def _scrubbed(self, answer: Any, content: bytes) -> Any:
-        """An answer without the key in its texts, wherever a server has put it; most have none, and are not gone
-        through."""
+    def _holds_key(self, content: bytes) -> bool:
+        """Whether a server has sent the key back, so that its answer has to be gone through."""
         key = self._served.api_key or ""
-        if len(key) < _MIN_KEY_CHARS or not any(form in content for form in _written(key)):
-            return answer
+        return len(key) >= _MIN_KEY_CHARS and any(form in content for form in _written(key))
+
+    def _scrubbed(self, answer: Any) -> Any:
+        """An answer without the key in its texts."""
         if isinstance(answer, str):
             return self._without_key(answer)
         if isinstance(answer, list):
-            return [self._scrubbed(each, content) for each in answer]
+            return [self._scrubbed(each) for each in answer]
         if isinstance(answer, dict):
-            return {self._without_key(str(name)): self._scrubbed(each, content) for name, each in answer.items()}
+            return {self._without_key(name): self._scrubbed(each) for name, each in answer.items()}
         return answer
 
     def _check_servers(self, max_tokens: int | None) -> str:
