@@ -52,7 +52,7 @@ def judge(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
         cells.setdefault(cell.variant, {})[cell.seed] = cell
     models = {label: {seed: cell.model for seed, cell in found.items()} for label, found in cells.items()}
     for label, group in by_label(results).items():
-        models.setdefault(label, {reference.seed: reference.model for reference in group})
+        models.setdefault(label, group.models)
     return [_judge(claim, cells, models) for claim in claims]
 
 

@@ -159,26 +159,35 @@ def _progress(run: Run) -> str:
     return ""
 
 
-def by_label(results: SweepResults) -> dict[str, list[ReferenceResult]]:
-    """Models for reference under the names that tables and claims give them, over their seeds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceGroup:
+    """A model for reference over its seeds."""
+
+    models: dict[int, ModelScores]
+    """By seed."""
+    planned: set[int]
+    """Seeds for which there is to be one."""
+
+
+def by_label(results: SweepResults) -> dict[str, ReferenceGroup]:
+    """Models for reference under the names that tables and claims give them.
 
     Where variants differ in one, as in a teacher, the first variant's has its plain name, and the others are called
     `teacher of VARIANT`, whichever of them there is already.
     """
     owners = _owners(results)
-    groups: dict[str, list[ReferenceResult]] = {}
+    models: dict[str, dict[int, ModelScores]] = {}
     for reference in results.references:
-        groups.setdefault(reference.group, []).append(reference)
-    labels: dict[str, str] = {}
+        models.setdefault(reference.group, {})[reference.seed] = reference.model
+    found: dict[str, ReferenceGroup] = {}
+    names: set[str] = set()
     for group, (name, variants) in owners.items():
-        labels[group] = name if name not in labels.values() else f"{name} of {variants[0]}"
-    return {labels[group]: groups[group] for group in owners if group in groups}
-
-
-def planned_seeds(results: SweepResults, group: str) -> set[int]:
-    """The seeds for which there is to be the model for reference of a group."""
-    _, variants = _owners(results)[group]
-    return {status.seed for status in results.statuses if status.variant in variants}
+        label = name if name not in names else f"{name} of {variants[0]}"
+        names.add(name)
+        if group in models:
+            planned = {status.seed for status in results.statuses if status.variant in variants}
+            found[label] = ReferenceGroup(models=models[group], planned=planned)
+    return found
 
 
 def _owners(results: SweepResults) -> dict[str, tuple[str, list[str]]]:

@@ -6,7 +6,7 @@ about says kdrl_core.evaluation.seeds.
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from kdrl_core.evaluation.seeds import Scores, over_seeds, paired_difference
 from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.reporting.tables import Table
 from kdrl_core.sweeps.claims import JudgedClaim, judge
-from kdrl_core.sweeps.results import CellResult, ModelScores, SweepResults, by_label, planned_seeds
+from kdrl_core.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 
 AVERAGE = "avg"
 """Mean of the benchmarks that every row has, but for `VALIDATION`."""
@@ -169,7 +169,7 @@ class SweepTable:
         parts = [f"# {self.name}", self.description, f"Recipe: {self.recipe}."]
         parts = [part for part in parts if part]
         for table in self.tables(marked=True):
-            parts += [f"## {' '.join(_plain([table.title]))}", _escaped(table).to_markdown()]
+            parts += [f"## {_plain(table.title)}", _escaped(table).to_markdown()]
         parts.append(NOTE)
         return "\n\n".join(parts) + "\n"
 
@@ -252,14 +252,13 @@ def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int, ave
 def _reference_rows(results: SweepResults, averaged: Sequence[str]) -> list[Row]:
     rows = []
     for label, group in by_label(results).items():
-        models = [reference.model for reference in group]
-        seeds = {reference.seed for reference in group}
+        models = list(group.models.values())
         rows.append(
             Row(
                 label=label,
                 is_reference=True,
-                seeds=sorted(seeds),
-                num_planned=len(seeds | planned_seeds(results, group[0].group)),
+                seeds=sorted(group.models),
+                num_planned=len(group.models.keys() | group.planned),
                 scores=_scores(models, averaged),
                 length_mean=_mean([model.length_mean for model in models]),
             )
@@ -391,8 +390,8 @@ def _number(value: float | None) -> str:
 
 def _escaped(table: Table) -> Table:
     """Without what would end a cell of a Markdown table, or be HTML: reasons quote what others wrote."""
-    return replace(table, rows=[list(_plain(row)) for row in table.rows])
+    return replace(table, rows=[[_plain(cell) for cell in row] for row in table.rows])
 
 
-def _plain(cells: Iterable[str]) -> Iterable[str]:
-    return (" ".join(cell.replace("|", "\\|").replace("<", "&lt;").split()) for cell in cells)
+def _plain(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
