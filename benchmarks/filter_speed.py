@@ -86,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file, tokenizer = Path(folder) / "problems.parquet", Path(folder) / "tokenizer"
         write_problems(file, rows)
-        subprocess.run([sys.executable, "-m", "kdrl_core.engines.qwen_tokenizer", "r1-distill", tokenizer], check=True)
+        subprocess.run([sys.executable, "-m", "kdrl_core.models.qwen_tokenizer", "r1-distill", tokenizer], check=True)
         print(f"{rows:,} rows, {file.stat().st_size / 2**20:.0f} MiB of Parquet")
         for number, (name, overrides) in enumerate(variants.items()):
             command = [sys.executable, "-c", _FILTER, file, tokenizer, Path(folder) / f"{number}.parquet", *overrides]

@@ -1,8 +1,8 @@
 """Peak memory and time of logprobs, entropy and Top-K KL at Qwen's vocabulary: full logits against chunks.
 
 Both start from the last hidden states [T, H] of response tokens and an output layer [V, H], and end with the gradients
-of both. "full logits" is plain torch, as in `kdrl_core.training.logprobs` and `kdrl_core.objectives.topk_kl`; "chunks"
-is `kdrl_core.training.chunked_logprobs`. Each measurement has a process of its own, the variants take turns, and
+of both. "full logits" is plain torch, as in `kdrl_core.logprobs.model` and `kdrl_core.objectives.topk_kl`; "chunks"
+is `kdrl_core.logprobs.chunked`. Each measurement has a process of its own, the variants take turns, and
 medians are printed. Memory is the peak beyond weight and hidden states: resident memory on a CPU (Linux), allocated
 memory on a GPU. Results and gradients are compared on 256 tokens.
 """
@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kdrl_core.logprobs.chunked import CHUNK_BYTES, token_statistics
 from kdrl_core.objectives import topk_kl
-from kdrl_core.training.chunked_logprobs import CHUNK_BYTES, token_statistics
 
 TEMPERATURE, K, FLOOR = 0.6, 20, -20.0
 TERMS = {"logprobs": "logprobs", "entropy": "logprobs, entropy", "topk": "logprobs, entropy, Top-K KL"}

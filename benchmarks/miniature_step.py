@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flows.local_prefect import use_private_prefect
+from flows.cli.local_prefect import use_private_prefect
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run
 
@@ -52,12 +52,12 @@ def main() -> None:
 
 def _plain_loop(run: Run) -> tuple[float, dict[str, float]]:
     """Median seconds of a step by plain calls, scoring and verification one after the other, and of its phases."""
-    from kdrl_core.steps.filter import filter_run
-    from kdrl_core.steps.rollout import rollout_step
-    from kdrl_core.steps.score import score_step
-    from kdrl_core.steps.session import close_sessions, stage_session
-    from kdrl_core.steps.update import update_step
-    from kdrl_core.steps.verify import verify_step
+    from kdrl_core.boxes.filter import filter_run
+    from kdrl_core.boxes.rollout import rollout_step
+    from kdrl_core.boxes.score import score_step
+    from kdrl_core.boxes.session import close_sessions, stage_session
+    from kdrl_core.boxes.update import update_step
+    from kdrl_core.boxes.verify import verify_step
 
     filter_run(run)
     session = stage_session(run.paths.root, "stage2")

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from kdrl_core.config.paths import ASSETS
-from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.engines.sync import sync_weights
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.engines.vllm_engine import VLLMSettings
 from kdrl_core.engines.vllm_rollout import VLLMRolloutEngine
 from kdrl_core.miniature.models import MiniatureModel, build_model, save_model
+from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 
 RESPONSE_TOKENS = 64

@@ -30,7 +30,7 @@ from kdrl_core.ledger import create_run
 _KDRL = [sys.executable, "-m", "flows.cli", "rollouts"]
 _FIRST_PAGE = """
 import sys
-from kdrl_core.rollouts.query import RolloutStore
+from kdrl_core.look.rollouts.query import RolloutStore
 with RolloutStore.open([sys.argv[1]]) as store:
     store.runs(), store.steps(), store.page(limit=100)
 """
@@ -156,12 +156,12 @@ def index(run: Path) -> None:
 
 def cost_of_writing(steps: int) -> None:
     """What publishing a step's rollouts (write, hash, fsync, manifest) costs a real miniature step."""
-    from kdrl_core.steps import rollout
-    from kdrl_core.steps.filter import filter_run
-    from kdrl_core.steps.score import score_step
-    from kdrl_core.steps.session import close_sessions, stage_session
-    from kdrl_core.steps.update import update_step
-    from kdrl_core.steps.verify import verify_step
+    from kdrl_core.boxes import rollout
+    from kdrl_core.boxes.filter import filter_run
+    from kdrl_core.boxes.score import score_step
+    from kdrl_core.boxes.session import close_sessions, stage_session
+    from kdrl_core.boxes.update import update_step
+    from kdrl_core.boxes.verify import verify_step
 
     spent: list[float] = []
     publish = rollout.publish_file

@@ -20,7 +20,7 @@ from prefect.states import Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
 from kdrl_core.errors import RunError
-from kdrl_core.process_groups import kill_group
+from kdrl_core.training.process_groups import kill_group
 
 _STOP_TIMEOUT_S = 20.0
 
@@ -152,8 +152,8 @@ def _run(flow_run_id: str) -> int:
     """The process of one cell. Its last line says what went wrong."""
     from prefect.flow_engine import load_flow_run, run_flow
 
+    from kdrl_core.boxes.session import close_sessions
     from kdrl_core.errors import KdrlError
-    from kdrl_core.steps.session import close_sessions
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

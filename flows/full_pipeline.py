@@ -8,10 +8,10 @@ from flows.filtering import filtering
 from flows.reporting import reporting
 from flows.sft_stage import sft_stage
 from flows.training_stage import training_stage
+from kdrl_core.boxes.completion import is_finished, require_finished
+from kdrl_core.boxes.preflight import check_inputs
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
-from kdrl_core.preflight import check_inputs
-from kdrl_core.steps.completion import is_finished, require_finished
 from tasks.adopt import adopt
 from tasks.secrets import register_blocks
 

@@ -8,13 +8,13 @@ from prefect import flow
 from flows import alarms, hooks, shown
 from flows.periodic import evaluate_if_due
 from flows.run_dir import open_own_run
+from kdrl_core.boxes.checkpoints import open_stage
+from kdrl_core.boxes.completion import require_trained
+from kdrl_core.boxes.session import close_sessions
+from kdrl_core.boxes.shards import num_shards, open_shards
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import run_lock
-from kdrl_core.steps.checkpoints import open_stage
-from kdrl_core.steps.completion import require_trained
-from kdrl_core.steps.session import close_sessions
-from kdrl_core.steps.shards import num_shards, open_shards
-from kdrl_core.tracking import track
+from kdrl_core.look.tracking import track
 from tasks.sft import select, sft_update, teacher_sample, verify_samples
 
 

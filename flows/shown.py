@@ -16,16 +16,16 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import MissingContextError
 
-from flows.cli_shared import err
+from flows.cli.shared import err
+from kdrl_core.boxes.checkpoints import remaining_steps
+from kdrl_core.boxes.step_end import StepSummary
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
-from kdrl_core.reporting.summary import summarize
-from kdrl_core.reporting.tables import accuracy_table, tables_of
-from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.steps.checkpoints import remaining_steps
-from kdrl_core.steps.step_end import StepSummary
-from kdrl_core.sweeps.state import SweepPaths
-from kdrl_core.sweeps.table import SweepTable
-from kdrl_core.tracking import close_tracking, track
+from kdrl_core.look.reporting.summary import summarize
+from kdrl_core.look.reporting.tables import accuracy_table, tables_of
+from kdrl_core.look.sweeps.state import SweepPaths
+from kdrl_core.look.sweeps.table import SweepTable
+from kdrl_core.look.tracking import close_tracking, track
+from kdrl_core.tables.metrics import load_metrics
 
 _MIN_INTERVAL_S = 2.0
 _TABLE_COLUMNS = [

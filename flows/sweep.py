@@ -15,15 +15,15 @@ from prefect import flow, runtime
 from flows import shown
 from flows.cells import DeployedCell, LocalCell, RunningCell
 from flows.guard import guard_children
-from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import RunPaths, lock_holder, run_lock
-from kdrl_core.progress import read_progress
-from kdrl_core.sweeps import Cell, is_finished_part, parts_of
-from kdrl_core.sweeps.report import write_sweep_report
-from kdrl_core.sweeps.request import Request, check_request, donors_of, make_request
-from kdrl_core.sweeps.schedule import next_cell
-from kdrl_core.sweeps.state import CellState, CellStatus, SweepPaths, cell_status, note_failure, write_record
+from kdrl_core.ledger.progress import read_progress
+from kdrl_core.look.sweeps import Cell, is_finished_part, parts_of
+from kdrl_core.look.sweeps.report import write_sweep_report
+from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request
+from kdrl_core.look.sweeps.schedule import next_cell
+from kdrl_core.look.sweeps.state import CellState, CellStatus, SweepPaths, cell_status, note_failure, write_record
+from kdrl_core.models.prepare import prepared_model
 
 _POLL_S = 0.5
 _TELL_EVERY_S = 30.0

@@ -11,12 +11,12 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import alarms, hooks, shown
 from flows.periodic import evaluate_if_due
 from flows.run_dir import open_own_run
+from kdrl_core.boxes.checkpoints import open_stage
+from kdrl_core.boxes.completion import require_trained
+from kdrl_core.boxes.session import close_sessions
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import run_lock
-from kdrl_core.steps.checkpoints import open_stage
-from kdrl_core.steps.completion import require_trained
-from kdrl_core.steps.session import close_sessions
-from kdrl_core.tracking import track
+from kdrl_core.look.tracking import track
 from tasks.rollout import rollout
 from tasks.teacher_score import teacher_score
 from tasks.update import update

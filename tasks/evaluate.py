@@ -4,8 +4,8 @@ from typing import Any
 
 from prefect import task
 
+from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.ledger import open_run_dir
-from kdrl_core.steps.evaluate import evaluate_model
 from tasks.options import STEP_OPTIONS
 
 

@@ -2,8 +2,8 @@
 
 from prefect import task
 
+from kdrl_core.boxes.filter import filter_run
 from kdrl_core.ledger import open_run_dir
-from kdrl_core.steps.filter import filter_run
 from tasks.options import STEP_OPTIONS
 
 

@@ -2,8 +2,9 @@
 
 from prefect import task
 
+from kdrl_core.boxes.finish import export_student
 from kdrl_core.ledger import open_run_dir
-from kdrl_core.steps.finish import export_student, write_report
+from kdrl_core.look.reporting.report import write_report
 from tasks.options import STEP_OPTIONS
 
 

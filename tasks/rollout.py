@@ -2,8 +2,8 @@
 
 from prefect import task
 
-from kdrl_core.steps.rollout import rollout_step
-from kdrl_core.steps.session import stage_session
+from kdrl_core.boxes.rollout import rollout_step
+from kdrl_core.boxes.session import stage_session
 from tasks.options import STEP_OPTIONS
 
 

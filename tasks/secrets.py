@@ -2,8 +2,8 @@
 
 from prefect.blocks.system import Secret
 
+from kdrl_core.config.secrets import register_secret_source
 from kdrl_core.errors import SecretError
-from kdrl_core.secrets import register_secret_source
 
 
 def load_block(name: str) -> str:

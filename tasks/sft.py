@@ -2,10 +2,10 @@
 
 from prefect import task
 
-from kdrl_core.steps.sample import sample_shard, select_samples, verify_shard
-from kdrl_core.steps.session import stage_session
-from kdrl_core.steps.sft import sft_step
-from kdrl_core.steps.step_end import StepSummary
+from kdrl_core.boxes.sample import sample_shard, select_samples, verify_shard
+from kdrl_core.boxes.session import stage_session
+from kdrl_core.boxes.sft import sft_step
+from kdrl_core.boxes.step_end import StepSummary
 from tasks.options import STEP_OPTIONS
 
 

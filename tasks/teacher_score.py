@@ -2,8 +2,8 @@
 
 from prefect import task
 
-from kdrl_core.steps.score import score_step
-from kdrl_core.steps.session import stage_session
+from kdrl_core.boxes.score import score_step
+from kdrl_core.boxes.session import stage_session
 from tasks.options import STEP_OPTIONS
 
 

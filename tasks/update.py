@@ -2,9 +2,9 @@
 
 from prefect import task
 
-from kdrl_core.steps.session import stage_session
-from kdrl_core.steps.step_end import StepSummary
-from kdrl_core.steps.update import update_step
+from kdrl_core.boxes.session import stage_session
+from kdrl_core.boxes.step_end import StepSummary
+from kdrl_core.boxes.update import update_step
 from tasks.options import STEP_OPTIONS
 
 

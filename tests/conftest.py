@@ -45,7 +45,7 @@ def kept_verifier() -> Iterator[Any]:
 @pytest.fixture
 def fast_sessions(kept_verifier: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sessions that share the Verifier; closed before and after the test."""
-    from kdrl_core.steps import session
+    from kdrl_core.boxes import session
 
     session.close_sessions()
     monkeypatch.setattr(session, "Verifier", lambda **_: kept_verifier)
@@ -66,7 +66,7 @@ def qwen_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _qwen(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:
-    from kdrl_core.engines.qwen_tokenizer import build_qwen_tokenizer
+    from kdrl_core.models.qwen_tokenizer import build_qwen_tokenizer
 
     path = tmp_path_factory.mktemp(kind)
     build_qwen_tokenizer(kind).save_pretrained(path)

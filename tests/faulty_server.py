@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kdrl_core.engines.models import load_model
+from kdrl_core.models.loading import load_model
 
 NAME = "teacher"
 

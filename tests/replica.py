@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import RolloutRequest
 
 NAME = "student"

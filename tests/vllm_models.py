@@ -11,9 +11,9 @@ import torch
 from kdrl_core.config import load_recipe
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.data import render_prompts
-from kdrl_core.engines.models import load_tokenizer
 from kdrl_core.engines.vllm_engine import VLLMSettings
 from kdrl_core.miniature.models import MiniatureModel, build_model, save_model
+from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.types import RolloutRequest
 
 STUDENT = ASSETS / "miniature" / "student-vllm"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdrl_core.ledger import Run
-from kdrl_core.rollouts.metrics import load_alarm_rows
+from kdrl_core.tables.metrics import load_alarm_rows
 
 _LOOK_AT = {
     "reward_collapse": "Compare responses before and after it, and the mix of verdicts: malformed and no_answer say "

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from kdrl_core.config.recipe import Recipe
 from kdrl_core.errors import RecipeError
 
-RECIPES_DIR = Path(__file__).parent.parent.parent / "flows" / "recipes"
+RECIPES_DIR = Path(__file__).parent / "recipes"
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _MAX_CHARS = 2**17
 """Of a recipe, and of one with its aliases written out: shipped ones have 5,000. A few lines of aliases can stand for

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kdrl_core.config import BenchmarkConfig, DecontaminationConfig
-from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
+from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark
 
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _LOOKS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|mathbf|operatorname|quad|qquad|big|Big)(?![a-zA-Z])")

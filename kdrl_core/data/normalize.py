@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.data.text import normalize_questions, question_hashes, question_ids
+from kdrl_core.data.unicode import is_unicode
 from kdrl_core.errors import DataError
-from kdrl_core.text import is_unicode
 
 Format = Literal["problems", "skywork", "deepscaler"]
 

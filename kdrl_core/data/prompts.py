@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.errors import ModelError
-from kdrl_core.tokenizer import read_tokenizer
+from kdrl_core.models.tokenizer import read_tokenizer
 
 _BATCH_ROWS = 512
 

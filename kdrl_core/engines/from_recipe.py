@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdrl_core.config import ModelConfig, Recipe
-from kdrl_core.engines.models import load_model, stop_token_ids
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.server_pool import served_model
+from kdrl_core.models.loading import load_model, stop_token_ids
 
 EngineName = Literal["transformers", "vllm", "server"]
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdrl_core.clock import Clock
 from kdrl_core.engines.protocols import TopKScore
 from kdrl_core.engines.served_answers import best_tokens, logprob_of, positions_of
 from kdrl_core.engines.server_pool import ServedModel, Server, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.types import ScoreRequest
+from kdrl_core.verify.clock import Clock
 
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 Scored = tuple[NDArray[np.float32], list[list[tuple[int, float]]]]

@@ -27,9 +27,9 @@ from tenacity import (
 )
 
 from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.config.secrets import resolve_secret
 from kdrl_core.engines.served_answers import TransientError
 from kdrl_core.errors import EngineError
-from kdrl_core.secrets import resolve_secret
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Of a vLLM server: sample from all of softmax(logits / T). What is not sent it takes from the model's own

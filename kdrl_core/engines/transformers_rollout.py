@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kdrl_core.engines.models import load_weights_into
 from kdrl_core.engines.protocols import OnFinished
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger.seeds import uniforms
+from kdrl_core.models.loading import load_weights_into
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
 _COMPACT_BELOW = 0.75

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.engines.models import context_limit, read_config
 from kdrl_core.engines.vllm_support import how_to_install, model_fault
 from kdrl_core.errors import EngineError
+from kdrl_core.models.loading import context_limit, read_config
 
 _BATCHED_TOKENS = 2048
 _PIECE_LOGITS_BYTES = 2**28

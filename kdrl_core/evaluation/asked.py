@@ -6,8 +6,8 @@ from typing import Any
 
 from kdrl_core.config import BenchmarkConfig, Recipe
 from kdrl_core.data import render_prompts, think_opened
+from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark
 from kdrl_core.errors import ModelError
-from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark
 from kdrl_core.ledger.seeds import derive_seed
 from kdrl_core.types import RolloutRequest
 

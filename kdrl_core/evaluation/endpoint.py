@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.data.unicode import as_unicode
 from kdrl_core.engines.served_answers import TransientError
 from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool, served_model
 from kdrl_core.errors import EngineError
 from kdrl_core.evaluation.outcome import Response
-from kdrl_core.text import as_unicode
 from kdrl_core.types import FinishReason, RolloutRequest
 
 _MAX_SEED = 2**63

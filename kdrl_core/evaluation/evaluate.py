@@ -23,8 +23,6 @@ import pyarrow as pa
 
 from kdrl_core.config import BenchmarkConfig
 from kdrl_core.engines.from_recipe import rollout_engine
-from kdrl_core.engines.models import load_tokenizer, read_config
-from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.errors import DamagedArtifactError, ModelError, RunLockedError
 from kdrl_core.evaluation.asked import AskedBenchmark, ask_benchmark, response_limit, response_seed
 from kdrl_core.evaluation.endpoint import ChatEndpoint, with_thought_tags
@@ -44,8 +42,10 @@ from kdrl_core.ledger import (
     sweep_temporaries,
     verify_published,
 )
-from kdrl_core.preflight import check_device
-from kdrl_core.rollouts.schema import read_table, write_table
+from kdrl_core.models.device import check_device
+from kdrl_core.models.loading import load_tokenizer, read_config
+from kdrl_core.models.prepare import prepared_model
+from kdrl_core.tables.schemas import read_table, write_table
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest, Verdict
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.failures import refuse_failures

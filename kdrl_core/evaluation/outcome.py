@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.evaluation.benchmarks import BenchmarkProblem
+from kdrl_core.data.benchmarks import BenchmarkProblem
 from kdrl_core.evaluation.statistics import accuracy, majority, pass_at_k, powers_of_two, standard_error
-from kdrl_core.rollouts.columns import verdict_columns
-from kdrl_core.rollouts.schema import EVALUATION
+from kdrl_core.tables.columns import verdict_columns
+from kdrl_core.tables.schemas import EVALUATION
 from kdrl_core.types import FinishReason, Rollout, Verdict, VerdictKind
 
 

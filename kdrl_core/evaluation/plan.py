@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from kdrl_core.config import BenchmarkConfig, ModelConfig, Recipe, resolve_path
 from kdrl_core.config.recipe import ServersConfig
-from kdrl_core.engines.models import check_model_dir, context_limit
+from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
 from kdrl_core.errors import DataError, ModelError, RecipeError
-from kdrl_core.evaluation.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
 from kdrl_core.ledger import model_identity
+from kdrl_core.models.loading import check_model_dir, context_limit
 from kdrl_core.verify import verifier_version
 
 SHARD_RESPONSES = 512

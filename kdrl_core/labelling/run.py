@@ -17,10 +17,7 @@ import pyarrow as pa
 
 from kdrl_core.data import PROBLEM_SCHEMA, render_prompts, think_opened
 from kdrl_core.engines.from_recipe import rollout_engine
-from kdrl_core.engines.models import load_tokenizer
-from kdrl_core.engines.prepare import prepared_model
 from kdrl_core.engines.protocols import RolloutEngine
-from kdrl_core.engines.verified import generate_and_verify
 from kdrl_core.labelling.plan import ORIGIN_KEY, LabelPlan
 from kdrl_core.labelling.summary import LabelSummary, summarize_labels
 from kdrl_core.labelling.work import SETTINGS, SHARD, open_work, settings_hash, shard_path, work_folder
@@ -33,8 +30,11 @@ from kdrl_core.ledger import (
     replace_file,
     verify_published,
 )
-from kdrl_core.rollouts.columns import verdict_columns
-from kdrl_core.rollouts.schema import read_table, write_table
+from kdrl_core.models.loading import load_tokenizer
+from kdrl_core.models.prepare import prepared_model
+from kdrl_core.sampling.verified import generate_and_verify
+from kdrl_core.tables.columns import verdict_columns
+from kdrl_core.tables.schemas import read_table, write_table
 from kdrl_core.types import Rollout, RolloutRequest, Verdict
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.failures import refuse_failures

@@ -85,9 +85,9 @@ class _Rank:
         import torch
         from deepspeed.accelerator import get_accelerator
 
-        from kdrl_core.engines.models import load_model
+        from kdrl_core.logprobs.model import LogprobModel
+        from kdrl_core.models.loading import load_model
         from kdrl_core.training.extensions import use_kernel_lock
-        from kdrl_core.training.logprobs import LogprobModel
         from kdrl_core.training.zero_state import set_weights
 
         self._settings = settings
@@ -166,7 +166,7 @@ class _Rank:
         """One micro-batch: gradients accumulate in the engine, what it finds out in the record; returns metrics."""
         import torch
 
-        from kdrl_core.training.batch import pad_sequences
+        from kdrl_core.logprobs.batch import pad_sequences
         from kdrl_core.training.losses import micro_batch_loss, micro_batch_statistics
 
         batch, rows, engine = work.batch, work.passes[index], self._engine
@@ -191,7 +191,7 @@ class _Rank:
     def _score(self, work: RankWork) -> Answer:
         import torch
 
-        from kdrl_core.training.batch import pad_sequences
+        from kdrl_core.logprobs.batch import pad_sequences
 
         padded = pad_sequences(work.batch.sequences, device=self._device)
         self._engine.eval()
@@ -263,7 +263,7 @@ class _Rank:
         return self.state()
 
     def _load(self, path: Path) -> Answer:
-        from kdrl_core.engines.models import load_model
+        from kdrl_core.models.loading import load_model
         from kdrl_core.training.torch_trainer import read_state
         from kdrl_core.training.zero_state import set_moments, set_weights
 

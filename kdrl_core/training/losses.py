@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from kdrl_core.errors import EngineError
+from kdrl_core.logprobs.batch import PaddedBatch
+from kdrl_core.logprobs.chunked import TokenStatistics
 from kdrl_core.objectives import kdrl_loss, sft_loss
-from kdrl_core.training.batch import PaddedBatch
-from kdrl_core.training.chunked_logprobs import TokenStatistics
 from kdrl_core.training.protocols import Float32s, TopKTeacher, UpdateBatch
 
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from kdrl_core.engines.models import load_weights_into
 from kdrl_core.errors import RunError
 from kdrl_core.ledger.seeds import derive_seed
-from kdrl_core.training.batch import pad_sequences, token_budget_batches
-from kdrl_core.training.logprobs import LogprobModel
+from kdrl_core.logprobs.batch import pad_sequences, token_budget_batches
+from kdrl_core.logprobs.model import LogprobModel
+from kdrl_core.models.loading import load_weights_into
 from kdrl_core.training.losses import (
     StepTotals,
     TokenRecord,

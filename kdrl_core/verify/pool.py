@@ -28,11 +28,11 @@ from typing import TypedDict
 
 from pebble import ProcessExpired, ProcessPool
 
-from kdrl_core.clock import Clock
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
 from kdrl_core.verify._spawn import WorkerContext
 from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, Outcome, judge, start_worker
+from kdrl_core.verify.clock import Clock
 from kdrl_core.verify.format import FormatResult
 from kdrl_core.verify.screening import Job, make_verdict, screen
 

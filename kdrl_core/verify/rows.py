@@ -1,7 +1,7 @@
 """Rows of JSON Lines and Parquet files on their way through a verifier: read in batches, checked, written back whole.
 
 All that a file has is kept: lines of JSON byte for byte, columns of Parquet with their types and metadata. Verdicts are
-appended under the names and types of a step's rewards.parquet (:data:`kdrl_core.rollouts.schema.REWARDS`).
+appended under the names and types of a step's rewards.parquet (:data:`kdrl_core.tables.schemas.REWARDS`).
 """
 
 import json
@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.errors import DataError
-from kdrl_core.rollouts.columns import verdict_columns
-from kdrl_core.rollouts.schema import REWARDS
+from kdrl_core.tables.columns import verdict_columns
+from kdrl_core.tables.schemas import REWARDS
 from kdrl_core.types import Verdict
 
 RESPONSE_NAMES = ("response", "completion", "prediction", "output", "generation", "text")

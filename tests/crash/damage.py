@@ -4,9 +4,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from kdrl_core.boxes.checkpoints import latest_checkpoint
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.ledger.manifest import manifest_path
-from kdrl_core.steps.checkpoints import latest_checkpoint
 
 Damage = Callable[[Path], None]
 

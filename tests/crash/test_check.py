@@ -11,10 +11,10 @@ from crash.tiny_run import differing, finish, open_tiny, train
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from kdrl_core.boxes.check import Finding, Remedy, check_run, repair_run
+from kdrl_core.boxes.completion import is_finished
 from kdrl_core.errors import RunLockedError
 from kdrl_core.ledger import Run, heal, manifest_of, open_run, publish_file, run_lock, verify_published
-from kdrl_core.steps.check import Finding, Remedy, check_run, repair_run
-from kdrl_core.steps.completion import is_finished
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -159,7 +159,7 @@ def test_what_is_on_its_way_while_somebody_works_on_the_run_is_no_damage(
     manifest.unlink()
     flip(run.paths.teacher("stage2", 2))
     clock = SimpleNamespace(sleep=lambda _: manifest.write_bytes(content))
-    monkeypatch.setattr("kdrl_core.steps.check.time", clock)  # not time.sleep, which other threads call too
+    monkeypatch.setattr("kdrl_core.boxes.check.time", clock)  # not time.sleep, which other threads call too
     with run_lock(run.paths.lock):
         assert list(found(run)) == ["rollouts/stage=stage2/step=000002/teacher.parquet"]
     manifest.unlink()
@@ -193,7 +193,7 @@ def test_repair_waits_for_whoever_works_on_the_run(run: Run, monkeypatch: pytest
     def refuse(path: Path) -> None:
         raise RunLockedError("in use")
 
-    monkeypatch.setattr("kdrl_core.steps.check.run_lock", refuse)
+    monkeypatch.setattr("kdrl_core.boxes.check.run_lock", refuse)
     with pytest.raises(RunLockedError):
         repair_run(run, report)
 

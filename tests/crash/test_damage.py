@@ -19,12 +19,12 @@ from crash.damage import (
 )
 from crash.tiny_run import differing, finish, open_tiny, results, train
 
+from kdrl_core.boxes.completion import is_finished
+from kdrl_core.boxes.session import close_sessions
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError
 from kdrl_core.ledger import Run, is_published, open_run, verify_published
 from kdrl_core.objectives import group_advantages
-from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.steps.completion import is_finished
-from kdrl_core.steps.session import close_sessions
+from kdrl_core.tables.metrics import load_metrics
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -121,7 +121,7 @@ def test_damaged_results_are_made_again(damage: Damage, whole: Run, tmp_path: Pa
 
 def sample_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an engine whose sampling cannot be repeated."""
-    monkeypatch.setattr("kdrl_core.steps.rollout.derive_seed", lambda *names: hash(names) % 2**63)
+    monkeypatch.setattr("kdrl_core.boxes.rollout.derive_seed", lambda *names: hash(names) % 2**63)
 
 
 @pytest.mark.parametrize("damage", [flip, lose_manifest])
@@ -168,7 +168,7 @@ def test_rollouts_that_nothing_was_made_from_may_come_out_otherwise(
 def train_otherwise(monkeypatch: pytest.MonkeyPatch, *, by: float) -> None:
     """As a machine whose sums come out otherwise by about this."""
     monkeypatch.setattr(
-        "kdrl_core.steps.update.group_advantages",
+        "kdrl_core.boxes.update.group_advantages",
         lambda rewards, *args, **options: group_advantages(rewards, *args, **options) * (1 + by) + by,
     )
 

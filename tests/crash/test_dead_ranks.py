@@ -16,10 +16,10 @@ from parity.ranks import make_batch, needs_deepspeed, processes_of, rank_process
 from tiny_run import open_tiny, rows, train
 from torch.utils import cpp_extension
 
+from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config import resolve_path
-from kdrl_core.engines.models import load_tokenizer
 from kdrl_core.errors import EngineError
-from kdrl_core.steps.session import close_sessions
+from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.training.extensions import KernelBaton
 
 pytestmark = needs_deepspeed

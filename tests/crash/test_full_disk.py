@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 from crash.tiny_run import differing, finish, open_tiny, train
 
+from kdrl_core.boxes.checkpoints import open_stage
+from kdrl_core.boxes.evaluate import evaluate_model
+from kdrl_core.boxes.filter import filter_run
+from kdrl_core.boxes.finish import export_student
+from kdrl_core.boxes.rollout import rollout_step
+from kdrl_core.boxes.score import score_step
+from kdrl_core.boxes.session import StageSession, close_sessions, stage_session
+from kdrl_core.boxes.update import update_step
+from kdrl_core.boxes.verify import verify_step
 from kdrl_core.errors import StorageError
 from kdrl_core.ledger import Run, is_published, open_run, run_lock, verify_published
-from kdrl_core.reporting.summary import final_labels
-from kdrl_core.steps.checkpoints import open_stage
-from kdrl_core.steps.evaluate import evaluate_model
-from kdrl_core.steps.filter import filter_run
-from kdrl_core.steps.finish import export_student, write_report
-from kdrl_core.steps.rollout import rollout_step
-from kdrl_core.steps.score import score_step
-from kdrl_core.steps.session import StageSession, close_sessions, stage_session
-from kdrl_core.steps.update import update_step
-from kdrl_core.steps.verify import verify_step
+from kdrl_core.ledger.labels import final_labels
+from kdrl_core.look.reporting.report import write_report
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 

@@ -1,4 +1,4 @@
-"""A run of seconds through `kdrl_core.steps` alone, without Prefect."""
+"""A run of seconds through `kdrl_core.boxes` alone, without Prefect."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from kdrl_core.boxes.checkpoints import open_stage
+from kdrl_core.boxes.evaluate import evaluate_model
+from kdrl_core.boxes.filter import filter_run
+from kdrl_core.boxes.finish import export_student
+from kdrl_core.boxes.rollout import rollout_step
+from kdrl_core.boxes.score import score_step
+from kdrl_core.boxes.session import close_sessions, stage_session
+from kdrl_core.boxes.update import update_step
+from kdrl_core.boxes.verify import verify_step
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
-from kdrl_core.reporting.summary import final_labels
-from kdrl_core.steps.checkpoints import open_stage
-from kdrl_core.steps.evaluate import evaluate_model
-from kdrl_core.steps.filter import filter_run
-from kdrl_core.steps.finish import export_student, write_report
-from kdrl_core.steps.rollout import rollout_step
-from kdrl_core.steps.score import score_step
-from kdrl_core.steps.session import close_sessions, stage_session
-from kdrl_core.steps.update import update_step
-from kdrl_core.steps.verify import verify_step
+from kdrl_core.ledger.labels import final_labels
+from kdrl_core.look.reporting.report import write_report
 
 TINY = [
     "stage1.steps=2",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import MARK, TINY, assert_only_private_servers, left_behind
 
-from flows.status import run_status
+from flows.cli.run_status import run_status
 from kdrl_core.ledger import open_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 def _demo(artifacts: Path, *arguments: str) -> subprocess.Popen[str]:
     sets = [part for value in TINY for part in ("--set", value)]
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.demo", "--name", "e2e", *sets, *arguments],
+        [sys.executable, "-m", "flows.cli.demo", "--name", "e2e", *sets, *arguments],
         cwd=ROOT,
         env={**os.environ, "KDRL_ARTIFACTS": str(artifacts), MARK: str(artifacts)},
         stdout=subprocess.PIPE,

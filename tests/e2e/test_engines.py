@@ -8,12 +8,12 @@ import pytest
 from crash.tiny_run import open_tiny, train
 from vllm_models import needs_vllm
 
+from kdrl_core.boxes.completion import require_trained
+from kdrl_core.boxes.evaluate import evaluate_model
+from kdrl_core.boxes.session import close_sessions
 from kdrl_core.ledger import Run, manifest_of, open_run
-from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.rollouts.schema import read_table
-from kdrl_core.steps.completion import require_trained
-from kdrl_core.steps.evaluate import evaluate_model
-from kdrl_core.steps.session import close_sessions
+from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.schemas import read_table
 
 pytestmark = [
     needs_vllm,

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 from flows.alarms import event_id
 from flows.cli import app
+from flows.cli.watch import RunView
 from flows.full_pipeline import full_pipeline
-from flows.watch import RunView
 from kdrl_core.alarms import alarms_of
+from kdrl_core.boxes.check import check_run
+from kdrl_core.boxes.completion import is_finished
 from kdrl_core.errors import StoppedByAlarmError
 from kdrl_core.ledger import Run, RunPaths, is_published, open_run
-from kdrl_core.steps.check import check_run
-from kdrl_core.steps.completion import is_finished
 
 SEEDED = [
     *(one for one in TINY if one.startswith("stage2.")),

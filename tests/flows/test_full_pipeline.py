@@ -11,10 +11,10 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, Fl
 from support import TINY
 
 from flows.full_pipeline import full_pipeline
+from kdrl_core.boxes.completion import is_finished
 from kdrl_core.errors import DataError, RecipeError, RunError
 from kdrl_core.ledger import RunPaths, manifest_of, open_run
-from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.steps.completion import is_finished
+from kdrl_core.tables.metrics import load_metrics
 from tasks.options import STEP_OPTIONS
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,10 +11,10 @@ from prefect.settings import PREFECT_HOME
 from support import TINY
 
 from flows.full_pipeline import full_pipeline
+from kdrl_core.boxes.completion import is_finished
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.errors import SecretError
 from kdrl_core.ledger import open_run
-from kdrl_core.steps.completion import is_finished
 
 KEY = "sk-planted-in-a-block-1a2b3c"
 

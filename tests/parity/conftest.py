@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kdrl_core.config import resolve_path
-from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.ledger import derive_seed
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
+from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import Rollout, RolloutRequest
 
 QUESTIONS = ["3+5", "1*2-4+5*6-7", "9-9*3", "0+0*5-1", "7*7", "2+3*4-5+6", "8-1+1*3-2*2+9", "4*4"]

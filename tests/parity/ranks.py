@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from kdrl_core.config import TrainerConfig
-from kdrl_core.engines.models import load_model
+from kdrl_core.models.loading import load_model
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import StepStats, TopKTeacher, Trainer, UpdateBatch
 from kdrl_core.training.rank_group import WORKER

@@ -12,11 +12,11 @@ import torch
 from parity.conftest import dense_log_probabilities, dense_logprobs, largest_gap
 from transformers import DynamicCache
 
-from kdrl_core.engines.models import load_model
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger import derive_seed
 from kdrl_core.miniature.models import MiniatureModel, build_model
+from kdrl_core.models.loading import load_model
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
 MakeEngine = Callable[..., TransformersRolloutEngine]

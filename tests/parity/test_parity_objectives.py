@@ -11,8 +11,8 @@ import pytest
 import torch
 from parity.conftest import dense_log_probabilities, dense_logprobs
 
-from kdrl_core.engines.models import load_model
 from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.models.loading import load_model
 from kdrl_core.training.protocols import TopKTeacher, UpdateBatch
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, ScoreRequest

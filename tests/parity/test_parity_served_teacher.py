@@ -21,13 +21,13 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from vllm_models import why_left_out
 
-from flows.local_prefect import free_port
+from flows.cli.local_prefect import free_port
 from kdrl_core.config.paths import ASSETS
-from kdrl_core.engines.bake import bake_temperature
 from kdrl_core.engines.http_scorer import HTTPScorer
-from kdrl_core.engines.models import load_model
 from kdrl_core.engines.server_pool import ServedModel
 from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.models.bake import bake_temperature
+from kdrl_core.models.loading import load_model
 from kdrl_core.types import ScoreRequest
 
 PYTHON = os.environ.get("KDRL_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)

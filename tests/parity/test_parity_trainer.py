@@ -11,9 +11,9 @@ import torch
 from parity.conftest import dense_log_probabilities, largest_gap
 from safetensors.torch import load_file
 
-from kdrl_core.engines.models import load_model
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.errors import EngineError, RunError
+from kdrl_core.models.loading import load_model
 from kdrl_core.training.protocols import UpdateBatch
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, ScoreRequest

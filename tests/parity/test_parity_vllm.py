@@ -14,13 +14,13 @@ import torch
 from vllm_models import SETTINGS, STUDENT, needs_vllm, requests, small_model, tokenizer
 
 from kdrl_core.config.paths import ASSETS
-from kdrl_core.engines.models import load_model, stop_token_ids
 from kdrl_core.engines.sync import sync_weights
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.engines.vllm_rollout import VLLMRolloutEngine
 from kdrl_core.engines.vllm_scorer import VLLMScorer
 from kdrl_core.engines.vllm_support import CPU_HEAD_SIZES
 from kdrl_core.errors import EngineError
+from kdrl_core.models.loading import load_model, stop_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest, ScoreRequest
 
 pytestmark = needs_vllm

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdrl_core.engines.models import load_model, load_weights_into, stop_token_ids
 from kdrl_core.errors import ModelError
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
+from kdrl_core.models.loading import load_model, load_weights_into, stop_token_ids
 
 TOKENS = torch.tensor([[2, 8, 17, 9, 3, 4]])
 

@@ -12,8 +12,8 @@ from parity.ranks import gaps, make_batch, needs_deepspeed, plain_trainer, rank_
 from two_hosts import NAMES, TwoHosts, processes_on, two_hosts, why_not
 
 from kdrl_core.config import resolve_path
-from kdrl_core.engines.models import load_tokenizer
 from kdrl_core.errors import EngineError
+from kdrl_core.models.loading import load_tokenizer
 
 pytestmark = [
     pytest.mark.slow,

@@ -16,7 +16,7 @@ import httpx
 import psutil
 from support import MARK
 
-from flows.local_prefect import free_port, server_environment
+from flows.cli.local_prefect import free_port, server_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).with_name("prefect"))

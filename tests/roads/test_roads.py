@@ -16,9 +16,9 @@ from crash.tiny_run import differing, finish, train
 from roads.stack import KDRL, PREFECT, Stack
 from support import TINY
 
+from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, open_run
-from kdrl_core.steps.session import close_sessions
 
 LONG = [*TINY, "stage2.steps=12", "stage1.evaluate_every=null", "stage2.evaluate_every=null"]
 HIT = 3

@@ -68,12 +68,12 @@ def test_foundations_import_nothing_heavy(module: str) -> None:
 
 
 def test_planning_needs_nothing_heavy() -> None:
-    assert not imported_by("kdrl_core.planning") & HEAVY
+    assert not imported_by("kdrl_core.look.planning") & HEAVY
 
 
 def test_preflight_needs_no_model_library() -> None:
     """So a wrong path is told in a second."""
-    assert not imported_by("kdrl_core.preflight") & {"torch", "transformers", "prefect"}
+    assert not imported_by("kdrl_core.boxes.preflight") & {"torch", "transformers", "prefect"}
 
 
 def test_the_command_line_starts_light() -> None:
@@ -92,39 +92,78 @@ def imports_in(file: Path) -> set[str]:
     return found
 
 
-# Package → packages that nothing in it may import, not even inside a function.
-FORBIDDEN = {
+STOREYS = (
+    {"errors", "types"},
+    {"config", "objectives"},
+    {"ledger"},
+    {"tables"},
+    {"verify", "models", "logprobs"},
+    {"data"},
+    {"engines", "training"},
+    {"sampling", "alarms"},
+    {"evaluation", "labelling"},
+    {"boxes"},
+    {"look", "miniature"},
+)
+"""The core from the ground up: a part imports what lies below it. Parts of one storey know nothing of each other."""
+
+NOT_EVEN_INSIDE_A_FUNCTION = {
     "kdrl_core": {"tasks", "flows", "prefect", "typer"},
     "tasks": {"flows", "typer"},
-    "kdrl_core/objectives": {
-        "kdrl_core.config",
-        "kdrl_core.ledger",
-        "kdrl_core.engines",
-        "kdrl_core.training",
-        "transformers",
-    },
-    "kdrl_core/config": {"kdrl_core.ledger", "kdrl_core.data", "torch", "transformers", "pyarrow"},
-    "kdrl_core/ledger": {"kdrl_core.data", "kdrl_core.engines", "kdrl_core.steps", "torch", "transformers", "pyarrow"},
-    "kdrl_core/engines": {"kdrl_core.steps", "kdrl_core.objectives", "kdrl_core.reporting"},
-    "kdrl_core/training": {"kdrl_core.steps", "kdrl_core.reporting"},
-    "kdrl_core/sweeps": {"kdrl_core.training", "torch", "transformers"},
-    "kdrl_core/verify": {"kdrl_core.engines", "kdrl_core.steps", "torch", "transformers"},
-    "kdrl_core/data": {"kdrl_core.engines", "kdrl_core.steps", "torch"},
+    "kdrl_core/objectives": {"transformers"},
+    "kdrl_core/config": {"torch", "transformers", "pyarrow"},
+    "kdrl_core/ledger": {"torch", "transformers", "pyarrow"},
+    "kdrl_core/look/sweeps": {"kdrl_core.training", "torch", "transformers"},
+    "kdrl_core/verify": {"torch", "transformers"},
+    "kdrl_core/data": {"torch"},
 }
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_no_file_imports_upwards(package: str) -> None:
+def parts_of_the_core() -> set[str]:
+    folder = ROOT / "kdrl_core"
+    return {path.stem for path in folder.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))} - {"__init__"}
+
+
+def test_every_part_of_the_core_has_its_storey() -> None:
+    assert parts_of_the_core() == set().union(*STOREYS)
+    assert sum(map(len, STOREYS)) == len(set().union(*STOREYS))
+
+
+@pytest.mark.parametrize("part", sorted(set().union(*STOREYS)))
+def test_no_import_runs_upwards(part: str) -> None:
+    """In particular nothing that trains imports what looks, which is the top storey."""
+    storey = next(index for index, parts in enumerate(STOREYS) if part in parts)
+    below = set().union(*STOREYS[:storey]) | {part}
+    place = ROOT / "kdrl_core" / part
+    files = [file for file in place.rglob("*.py") if "assets" not in file.parts] or [place.with_suffix(".py")]
+    for file in files:
+        core = {name.split(".")[1] for name in imports_in(file) if name.startswith("kdrl_core.")}
+        known = core & set().union(*STOREYS)  # `import kdrl_core` itself gives the version
+        assert known <= below, f"{file.relative_to(ROOT)} imports {sorted(known - below)}"
+
+
+@pytest.mark.parametrize("package", NOT_EVEN_INSIDE_A_FUNCTION)
+def test_no_file_imports_what_its_package_must_not(package: str) -> None:
     files = [file for file in (ROOT / package).rglob("*.py") if "build" not in file.stem]
     assert files
     for file in files:
-        upwards = {
+        wrong = {
             name
             for name in imports_in(file)
-            for forbidden in FORBIDDEN[package]
+            for forbidden in NOT_EVEN_INSIDE_A_FUNCTION[package]
             if name == forbidden or name.startswith(f"{forbidden}.")
         }
-        assert not upwards, f"{file.relative_to(ROOT)} imports {sorted(upwards)}"
+        assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_the_core_does_not_know_where_the_outer_rings_lie() -> None:
+    for file in (ROOT / "kdrl_core").rglob("*.py"):
+        names = {node.value for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if is_text(node)}
+        assert not names & {"flows", "tasks"}, file.relative_to(ROOT)
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def test_errors_and_types_stand_on_the_standard_library() -> None:

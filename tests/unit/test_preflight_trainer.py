@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_core import preflight
+from kdrl_core.boxes import preflight
 from kdrl_core.config import load_recipe
 from kdrl_core.engines import vllm_support
 from kdrl_core.errors import RecipeError

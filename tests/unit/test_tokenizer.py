@@ -7,7 +7,7 @@ import pytest
 
 from kdrl_core.config import resolve_path
 from kdrl_core.errors import ModelError
-from kdrl_core.tokenizer import read_tokenizer
+from kdrl_core.models.tokenizer import read_tokenizer
 
 SOURCE = resolve_path("builtin:miniature/student")
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kdrl_core.boxes.sharing import parts_of
 from kdrl_core.config import config_hash, dump_recipe, list_recipes, load_recipe, unsafe_changes
 from kdrl_core.config.alarms import DEFAULTS, AlarmsConfig, FallRule, ThresholdRule
 from kdrl_core.errors import RecipeError
 from kdrl_core.ledger import create_run, open_run
-from kdrl_core.sweeps.sharing import parts_of
 
 
 @pytest.mark.parametrize("name", list_recipes())

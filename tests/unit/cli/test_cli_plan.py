@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from crash.tiny_run import open_tiny, train
 
-from kdrl_core.planning.measured import rates_of_run
-from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.steps.session import close_sessions
+from kdrl_core.boxes.session import close_sessions
+from kdrl_core.look.planning.measured import rates_of_run
+from kdrl_core.tables.metrics import load_metrics
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

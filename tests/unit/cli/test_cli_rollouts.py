@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from kdrl_core.ledger import Run
-from kdrl_core.rollouts.record import RECORD
-from kdrl_core.rollouts.views import PROMPTS, STEPS
+from kdrl_core.look.rollouts.record import RECORD
+from kdrl_core.look.rollouts.views import PROMPTS, STEPS
 
 Rollouts = Callable[..., Result]
 
@@ -56,7 +56,7 @@ def test_stats(rollouts: Rollouts) -> None:
 def test_many_steps_are_put_together_unless_all_are_asked_for(
     rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.cli_rollouts._SHOWN_STEPS", 2)
+    monkeypatch.setattr("flows.cli.rollouts._SHOWN_STEPS", 2)
     shown = rollouts("stats", "small").stdout
     assert "0–1" in shown
     assert "means over several steps; --all has each alone" in shown
@@ -89,7 +89,7 @@ def test_show_a_response_in_full(rollouts: Rollouts) -> None:
 
 
 def test_tokens_stand_on_the_colour_of_their_log_ratio() -> None:
-    from flows.rollouts_shown import log_ratios, token_text
+    from flows.cli.rollouts_shown import log_ratios, token_text
 
     record = {
         "teacher_logprobs": [-4.0, -1.0, -0.5, None],
@@ -246,7 +246,7 @@ def test_refusals_are_one_line(rollouts: Rollouts, arguments: list[str], told: s
 
 
 def test_ranges() -> None:
-    from flows.cli_rollouts_shared import number_range
+    from flows.cli.rollouts_shared import number_range
 
     cases = {
         "5": (5, 5),
@@ -262,7 +262,7 @@ def test_ranges() -> None:
 
 
 def test_sparklines() -> None:
-    from flows.rollouts_shown import sparkline
+    from flows.cli.rollouts_shown import sparkline
 
     assert sparkline([0.0, 1.0, None, 0.5]) == "▁█ ▅"
     assert sparkline([2.0, 2.0]) == "▁▁"
@@ -274,7 +274,7 @@ def test_a_pager_gets_what_is_longer_than_the_terminal(tmp_path: Path, monkeypat
     from rich.console import Console
 
     from flows import rollouts_shown
-    from flows.cli_shared import PlainConsole
+    from flows.cli.shared import PlainConsole
 
     got = tmp_path / "got"
     pager = tmp_path / "pager"

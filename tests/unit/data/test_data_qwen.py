@@ -12,10 +12,10 @@ import pytest
 
 from kdrl_core.config import Recipe, load_recipe, resolve_path
 from kdrl_core.data import filter_problems, render_prompts, think_opened
-from kdrl_core.engines.models import compare_tokenizers
-from kdrl_core.engines.qwen_tokenizer import KINDS, NUM_RANKS, build_qwen_tokenizer, main, read_ranks
 from kdrl_core.errors import ModelError
-from kdrl_core.tokenizer import read_tokenizer
+from kdrl_core.models.loading import compare_tokenizers
+from kdrl_core.models.qwen_tokenizer import KINDS, NUM_RANKS, build_qwen_tokenizer, main, read_ranks
+from kdrl_core.models.tokenizer import read_tokenizer
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"

@@ -15,17 +15,17 @@ import pytest
 from crash.tiny_run import differing, open_tiny, results, train
 from faulty_server import FaultyServer, faulty_server
 
+from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config.paths import ASSETS
+from kdrl_core.config.secrets import register_secret_source, resolve_secret
 from kdrl_core.engines.http_scorer import HTTPScorer
-from kdrl_core.engines.models import load_model
 from kdrl_core.engines.server_pool import ServedModel
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.errors import EngineError, KdrlError, RecipeError, SecretError
 from kdrl_core.ledger import is_published, open_run
-from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.rollouts.schema import read_table
-from kdrl_core.secrets import register_secret_source, resolve_secret
-from kdrl_core.steps.session import close_sessions
+from kdrl_core.models.loading import load_model
+from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.schemas import read_table
 from kdrl_core.types import ScoreRequest
 
 TEACHER = ASSETS / "miniature" / "teacher"

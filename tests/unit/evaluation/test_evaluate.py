@@ -12,8 +12,9 @@ import pytest
 from chat_server import ChatServer, chat_server
 from crash.tiny_run import open_tiny
 
+from kdrl_core.boxes import evaluate as steps_evaluate
+from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.config import Recipe, load_recipe, resolve_path
-from kdrl_core.engines.verified import generate_and_verify
 from kdrl_core.errors import (
     DamagedArtifactError,
     DataError,
@@ -29,9 +30,8 @@ from kdrl_core.evaluation.endpoint import with_thought_tags
 from kdrl_core.evaluation.evaluate import EvaluatedBenchmark, combined_lm_eval, evaluate_plan
 from kdrl_core.evaluation.plan import plain_name, plan_evaluation
 from kdrl_core.ledger import model_identity, publish_directory, run_lock
-from kdrl_core.rollouts.schema import read_table
-from kdrl_core.steps import evaluate as steps_evaluate
-from kdrl_core.steps.evaluate import evaluate_model
+from kdrl_core.sampling.verified import generate_and_verify
+from kdrl_core.tables.schemas import read_table
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import version
 

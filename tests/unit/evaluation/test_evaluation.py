@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdrl_core.config import BenchmarkConfig
+from kdrl_core.data.benchmarks import load_benchmark, select_benchmarks
 from kdrl_core.errors import DataError
-from kdrl_core.evaluation.benchmarks import load_benchmark, select_benchmarks
 from kdrl_core.evaluation.statistics import accuracy
 
 

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from unit.labelling.conftest import LABEL, ROWS, SAMPLES, Scripted, problems_of, scripted, write
 
+from kdrl_core.boxes.filter import filter_run
 from kdrl_core.config import Recipe, load_recipe, resolve_path
 from kdrl_core.data import PROBLEM_SCHEMA
-from kdrl_core.engines.models import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.errors import KdrlError
 from kdrl_core.labelling import label_problems, pass_at_k, plan_labels, work_folder
 from kdrl_core.ledger import create_run, derive_seed
-from kdrl_core.steps.filter import filter_run
+from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import RolloutRequest, Verdict, VerdictKind
 from kdrl_core.verify import Verifier
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from kdrl_core.config import BenchmarkConfig, ModelConfig, resolve_path
-from kdrl_core.engines.models import check_model_dir, compare_tokenizers, load_model, load_tokenizer, stop_token_ids
+from kdrl_core.data.benchmarks import load_benchmark
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
-from kdrl_core.evaluation.benchmarks import load_benchmark
 from kdrl_core.ledger import derive_seed
 from kdrl_core.miniature.build import BROAD_TEACHER, STUDENT, TEACHER, WEAK_TEACHER, build
 from kdrl_core.miniature.models import MiniatureModel
+from kdrl_core.models.loading import check_model_dir, compare_tokenizers, load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import FinishReason, RolloutRequest
 
 FILES = {

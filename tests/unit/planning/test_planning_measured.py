@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from kdrl_core.planning.memory import (
+from kdrl_core.look.planning.memory import (
     TrainerSettings,
     gradient_bytes,
     kept_bytes,
@@ -19,7 +19,7 @@ from kdrl_core.planning.memory import (
     trainer_states,
     working_bytes,
 )
-from kdrl_core.planning.shapes import ModelShape, shape_from_config
+from kdrl_core.look.planning.shapes import ModelShape, shape_from_config
 
 GIB = 2**30
 
@@ -135,8 +135,8 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
-from kdrl_core.training.batch import pad_sequences
-from kdrl_core.training.logprobs import LogprobModel
+from kdrl_core.logprobs.batch import pad_sequences
+from kdrl_core.logprobs.model import LogprobModel
 from kdrl_core.types import ScoreRequest
 
 values = json.loads(sys.argv[1])

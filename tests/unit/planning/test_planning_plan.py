@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from kdrl_core.config import ModelConfig, load_recipe
 from kdrl_core.errors import ModelError, RecipeError
-from kdrl_core.planning import KNOWN_SHAPES, Cluster, Engines, Rates, StagePlan, plan_stage, shape_of, work_of
-from kdrl_core.planning.cost import gradient_traffic, step_time
-from kdrl_core.planning.placement import KV_CACHE, Placement
-from kdrl_core.planning.scaling import tables
-from kdrl_core.planning.shapes import shape_from_config
+from kdrl_core.look.planning import KNOWN_SHAPES, Cluster, Engines, Rates, StagePlan, plan_stage, shape_of, work_of
+from kdrl_core.look.planning.cost import gradient_traffic, step_time
+from kdrl_core.look.planning.placement import KV_CACHE, Placement
+from kdrl_core.look.planning.scaling import tables
+from kdrl_core.look.planning.shapes import shape_from_config
 
 DOC = Path(__file__).parents[3] / "docs" / "scaling.md"
 TINY: dict[str, Any] = {
@@ -215,4 +215,4 @@ def test_work_that_cannot_be_planned_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["models", "time", "engines", "traffic", "memory"])
 def test_the_tables_of_the_page_on_scaling_are_computed(name: str) -> None:
-    assert tables()[name] in DOC.read_text(encoding="utf-8"), "run: python -m kdrl_core.planning.scaling"
+    assert tables()[name] in DOC.read_text(encoding="utf-8"), "run: python -m kdrl_core.look.planning.scaling"

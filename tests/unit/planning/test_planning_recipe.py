@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kdrl_core.config import load_recipe
-from kdrl_core.planning import (
+from kdrl_core.look.planning import (
     Cluster,
     Engines,
     Rates,
@@ -19,10 +19,10 @@ from kdrl_core.planning import (
     ranks_note,
     work_of,
 )
-from kdrl_core.planning.conditions import time_alone
-from kdrl_core.planning.cost import step_time
-from kdrl_core.planning.measured import rates_of
-from kdrl_core.planning.placement import KV_CACHE, Placement
+from kdrl_core.look.planning.conditions import time_alone
+from kdrl_core.look.planning.cost import step_time
+from kdrl_core.look.planning.measured import rates_of
+from kdrl_core.look.planning.placement import KV_CACHE, Placement
 
 SERVED = ["rollout.engine=server", "rollout.server.urls=['http://127.0.0.1:8000/v1']"]
 

@@ -8,10 +8,11 @@ import pytest
 
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, publish_directory, replace_file
-from kdrl_core.reporting.figures import dynamics_figure, ema
-from kdrl_core.reporting.summary import ModelRow, StageRow, Summary, final_labels, summarize
-from kdrl_core.reporting.tables import Table, accuracy_table, phase_table
-from kdrl_core.rollouts.schema import write_table
+from kdrl_core.ledger.labels import final_labels
+from kdrl_core.look.reporting.figures import dynamics_figure, ema
+from kdrl_core.look.reporting.summary import ModelRow, StageRow, Summary, summarize
+from kdrl_core.look.reporting.tables import Table, accuracy_table, phase_table
+from kdrl_core.tables.schemas import write_table
 
 
 def test_ema_golden() -> None:

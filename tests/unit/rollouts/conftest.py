@@ -7,7 +7,7 @@ import pytest
 from rollout_runs import make_run
 
 from kdrl_core.ledger import Run
-from kdrl_core.rollouts.query import RolloutStore
+from kdrl_core.look.rollouts.query import RolloutStore
 
 
 @pytest.fixture

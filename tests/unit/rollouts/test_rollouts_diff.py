@@ -7,8 +7,8 @@ import pytest
 from rollout_runs import GROUP_SIZE, PROMPTS, make_run, publish, step_table, write_step
 
 from kdrl_core.errors import DataError
-from kdrl_core.rollouts.diff import compare
-from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
+from kdrl_core.look.rollouts.diff import compare
+from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 
 def at(step: int, **others: str) -> RolloutFilter:

@@ -11,11 +11,11 @@ import pytest
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.errors import DataError, ModelError
 from kdrl_core.ledger import verify_published
-from kdrl_core.rollouts.diff import compare
-from kdrl_core.rollouts.export import export_rollouts
-from kdrl_core.rollouts.imports import IMPORTED, import_dump
-from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
-from kdrl_core.rollouts.record import RECORD
+from kdrl_core.look.rollouts.diff import compare
+from kdrl_core.look.rollouts.export import export_rollouts
+from kdrl_core.look.rollouts.imports import IMPORTED, import_dump
+from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
+from kdrl_core.look.rollouts.record import RECORD
 
 
 def verl_line(at: int, number: int, **changed: Any) -> dict[str, Any]:

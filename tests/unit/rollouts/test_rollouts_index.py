@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from rollout_runs import make_run, part_path, publish, step_table, write_step
 
+from kdrl_core.boxes.check import check_run
 from kdrl_core.ledger import Run, open_run, published_below, sweep_temporaries
-from kdrl_core.rollouts import index as index_module
-from kdrl_core.rollouts import index_files
-from kdrl_core.rollouts.index import RunIndex
-from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
-from kdrl_core.rollouts.sources import StepFiles
-from kdrl_core.steps.check import check_run
+from kdrl_core.look.rollouts import index as index_module
+from kdrl_core.look.rollouts import index_files
+from kdrl_core.look.rollouts.index import RunIndex
+from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
+from kdrl_core.look.rollouts.sources import StepFiles
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_two_that_look_at_once_do_the_work_once(artifacts: Path) -> None:
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from kdrl_core.rollouts import index as module\n"
+        "from kdrl_core.look.rollouts import index as module\n"
         "read, original = [], module.index_step\n"
         "module.index_step = lambda files: (read.append(files.step), original(files))[1]\n"
         "index = module.RunIndex(Path(sys.argv[1]))\n"

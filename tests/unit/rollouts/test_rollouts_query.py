@@ -23,10 +23,10 @@ from rollout_runs import (
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DamagedArtifactError, DataError, RunError
 from kdrl_core.ledger import Run, create_run, run_lock
-from kdrl_core.rollouts import database
-from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
-from kdrl_core.rollouts.record import RECORD
-from kdrl_core.rollouts.schema import UPDATE
+from kdrl_core.look.rollouts import database
+from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
+from kdrl_core.look.rollouts.record import RECORD
+from kdrl_core.tables.schemas import UPDATE
 
 
 def keys(rows: list[dict[str, Any]]) -> list[tuple[int, str, int]]:

@@ -17,9 +17,9 @@ import pytest
 from rollout_runs import NUM_ROWS, part_path
 
 from kdrl_core.errors import DataError
-from kdrl_core.rollouts.export import export_rollouts, record_schema
-from kdrl_core.rollouts.query import RolloutFilter, RolloutStore
-from kdrl_core.rollouts.record import (
+from kdrl_core.look.rollouts.export import export_rollouts, record_schema
+from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
+from kdrl_core.look.rollouts.record import (
     BULKY,
     PARTS,
     RECORD,
@@ -29,8 +29,8 @@ from kdrl_core.rollouts.record import (
     VERSION_KEY,
     describe,
 )
-from kdrl_core.rollouts.schema import REFERENCE, REWARDS, ROLLOUTS, TEACHER, UPDATE
-from kdrl_core.rollouts.views import PROMPTS, STEPS, sql_type
+from kdrl_core.look.rollouts.views import PROMPTS, STEPS, sql_type
+from kdrl_core.tables.schemas import REFERENCE, REWARDS, ROLLOUTS, TEACHER, UPDATE
 
 DOCS = Path(__file__).parents[3] / "docs" / "inspecting.md"
 EVERYTHING = RolloutFilter()

@@ -10,7 +10,7 @@ import pytest
 
 from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger import RunPaths, publish_file
-from kdrl_core.rollouts.schema import (
+from kdrl_core.tables.schemas import (
     EVALUATION,
     REFERENCE,
     REWARDS,

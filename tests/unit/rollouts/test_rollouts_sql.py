@@ -10,9 +10,9 @@ from rollout_runs import part_path, write_step
 
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import Run
-from kdrl_core.rollouts.query import RolloutStore
-from kdrl_core.rollouts.record import BULKY, RECORD
-from kdrl_core.rollouts.views import PROMPTS, STEPS, sql_type
+from kdrl_core.look.rollouts.query import RolloutStore
+from kdrl_core.look.rollouts.record import BULKY, RECORD
+from kdrl_core.look.rollouts.views import PROMPTS, STEPS, sql_type
 
 QUERIES = {
     "select count(*) from rollouts where response is null or logprobs is null or teacher_logprobs is null": (0,),
@@ -169,7 +169,7 @@ def test_what_is_put_on_disk_for_a_query_goes_with_the_store(run: Run, tmp_path:
     spill.mkdir()
     script = (
         "import sys\n"
-        "from kdrl_core.rollouts.query import RolloutStore\n"
+        "from kdrl_core.look.rollouts.query import RolloutStore\n"
         "with RolloutStore.open([sys.argv[1]]) as store:\n"
         "    print(store.sql('select count(*) n from rollouts').to_pylist())\n"
     )

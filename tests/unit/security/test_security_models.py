@@ -11,9 +11,9 @@ import torch
 
 from kdrl_core.config import ModelConfig, load_recipe
 from kdrl_core.data.prompts import render_prompts
-from kdrl_core.engines.models import check_model_dir, load_model, load_weights_into
 from kdrl_core.errors import ModelError
-from kdrl_core.tokenizer import read_tokenizer
+from kdrl_core.models.loading import check_model_dir, load_model, load_weights_into
+from kdrl_core.models.tokenizer import read_tokenizer
 from kdrl_core.training.protocols import STATE_DIR
 from kdrl_core.training.torch_trainer import TorchTrainer
 

@@ -14,7 +14,7 @@ GRPO = ["stage2.objective=grpo"]
 @pytest.fixture(scope="session")
 def donor_and_alone(tmp_path_factory: pytest.TempPathFactory, kept_verifier: object) -> tuple[Run, Run]:
     """A finished KDRL run, and a finished GRPO run that shared nothing. Not to be changed."""
-    from kdrl_core.steps import session
+    from kdrl_core.boxes import session
 
     folder = tmp_path_factory.mktemp("sharing")
     with pytest.MonkeyPatch.context() as patch:

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 
 from kdrl_core.errors import RecipeError
+from kdrl_core.look.sweeps.cells import expand
+from kdrl_core.look.sweeps.claims import JudgedClaim, Verdict, judge
+from kdrl_core.look.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults
+from kdrl_core.look.sweeps.spec import CLAIM_METRICS, Claim, load_sweep, validate_sweep
+from kdrl_core.look.sweeps.table import build_table
 from kdrl_core.objectives import LOSS_METRICS
-from kdrl_core.sweeps.cells import expand
-from kdrl_core.sweeps.claims import JudgedClaim, Verdict, judge
-from kdrl_core.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults
-from kdrl_core.sweeps.spec import CLAIM_METRICS, Claim, load_sweep, validate_sweep
-from kdrl_core.sweeps.table import build_table
 
 
 def _model(test: list[float], length: float) -> ModelScores:

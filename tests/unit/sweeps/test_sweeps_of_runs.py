@@ -12,9 +12,9 @@ from flows.cli import app
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, create_run
-from kdrl_core.sweeps.of_runs import read_runs
-from kdrl_core.sweeps.report import write_report
-from kdrl_core.sweeps.state import CellState
+from kdrl_core.look.sweeps.of_runs import read_runs
+from kdrl_core.look.sweeps.report import write_report
+from kdrl_core.look.sweeps.state import CellState
 
 
 @pytest.fixture

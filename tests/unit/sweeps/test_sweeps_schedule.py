@@ -1,7 +1,7 @@
 """Which cell starts next, and how much work a sweep is."""
 
-from kdrl_core.sweeps import Cell, expand, load_sweep, parts_of, validate_sweep
-from kdrl_core.sweeps.schedule import estimate, next_cell
+from kdrl_core.look.sweeps import Cell, expand, load_sweep, parts_of, validate_sweep
+from kdrl_core.look.sweeps.schedule import estimate, next_cell
 
 
 def _cells(**fields: object) -> list[Cell]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from crash.tiny_run import differing, finish, open_tiny, train
 
+from kdrl_core.boxes.check import check_run
+from kdrl_core.boxes.completion import is_finished
 from kdrl_core.ledger import Run, adopted, manifest_of, publish
 from kdrl_core.ledger.manifest import file_manifest_path
-from kdrl_core.steps.check import check_run
-from kdrl_core.steps.completion import is_finished
-from kdrl_core.sweeps import adopt_parts
+from kdrl_core.look.sweeps import adopt_parts
 
 GRPO = ["stage2.objective=grpo"]
 ALL_OF_STAGE1 = ["data", "stage1", "evaluation of stage1", "evaluation of base", "evaluation of teacher"]
@@ -137,8 +137,8 @@ def test_what_one_run_mends_does_not_touch_the_other(donor: Run) -> None:
     path = donor.paths.rewards("stage1", 0)
     before = run.paths.rewards("stage1", 0).read_bytes()
     path.unlink()
-    from kdrl_core.steps.session import close_sessions, stage_session
-    from kdrl_core.steps.verify import verify_step
+    from kdrl_core.boxes.session import close_sessions, stage_session
+    from kdrl_core.boxes.verify import verify_step
 
     verify_step(stage_session(donor.paths.root, "stage1"), 0)
     close_sessions()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import RecipeError
-from kdrl_core.sweeps import SweepSpec, dump_sweep, expand, list_sweeps, load_sweep, validate_sweep
-from kdrl_core.sweeps.cells import as_overrides
+from kdrl_core.look.sweeps import SweepSpec, dump_sweep, expand, list_sweeps, load_sweep, validate_sweep
+from kdrl_core.look.sweeps.cells import as_overrides
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"
 RATE, STEPS = "stage2.learning_rate", "stage2.steps"

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pytest
 from crash.tiny_run import finish, open_tiny, train
 
+from kdrl_core.boxes import preflight, session
+from kdrl_core.boxes.preflight import check_trackers
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.config.changes import unsafe_changes
 from kdrl_core.config.load import config_hash
@@ -26,12 +28,10 @@ from kdrl_core.config.recipe import TrackerName, TrackingConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, open_run
-from kdrl_core.preflight import check_trackers
-from kdrl_core.reporting.summary import final_labels
-from kdrl_core.rollouts.metrics import load_metrics
-from kdrl_core.rollouts.schema import read_table, write_table
-from kdrl_core.steps import session
-from kdrl_core.tracking import clients, close_tracking, track
+from kdrl_core.ledger.labels import final_labels
+from kdrl_core.look.tracking import clients, close_tracking, track
+from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.schemas import read_table, write_table
 
 ALL: tuple[TrackerName, ...] = ("tensorboard", "mlflow", "wandb")
 Points = dict[str, list[tuple[int, float]]]
@@ -208,7 +208,7 @@ from dataclasses import replace
 from pathlib import Path
 from kdrl_core.config.recipe import TrackingConfig
 from kdrl_core.ledger import open_run
-from kdrl_core.tracking import track
+from kdrl_core.look.tracking import track
 run = open_run("tracked", artifacts=Path(sys.argv[1]))
 track(replace(run, recipe=run.recipe.model_copy(update={"tracking": TrackingConfig(trackers=[sys.argv[2]])})))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -294,8 +294,7 @@ def test_a_tracker_that_fails_is_one_warning_and_catches_up(
     artifacts_of: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     faulty = Faulty()
-    client = replace(clients.CLIENTS["mlflow"], open=lambda run, sent: (faulty, "x"))
-    monkeypatch.setitem(clients.CLIENTS, "mlflow", client)
+    monkeypatch.setitem(clients.CLIENTS, "mlflow", lambda run, sent: (faulty, "x"))
     run = _tracked(artifacts_of, "mlflow")
     with caplog.at_level(logging.WARNING, "kdrl"):
         for _ in range(3):
@@ -394,8 +393,7 @@ def test_bad_input(override: str, words: str) -> None:
 
 
 def test_a_missing_package_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = replace(clients.CLIENTS["wandb"], package="no_such_package")
-    monkeypatch.setitem(clients.CLIENTS, "wandb", client)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     words = "'tracking.trackers': wandb is not installed; run pip install wandb"
     with pytest.raises(RecipeError, match=re.escape(words)):
         check_trackers(load_recipe("miniature", ["tracking.trackers=[wandb, tensorboard]"]))

@@ -14,9 +14,9 @@ from crash.tiny_run import open_tiny, train
 from fastapi import FastAPI
 from unit.ui import handmade
 
-from kdrl_core.rollouts.query import RolloutStore
-from kdrl_core.ui.app import create_app
-from kdrl_core.ui.server import server_of, url_of
+from kdrl_core.look.rollouts.query import RolloutStore
+from kdrl_core.look.ui.app import create_app
+from kdrl_core.look.ui.server import server_of, url_of
 
 GROUP_SIZE = 16
 SETTINGS = [f"{stage}.group_size={GROUP_SIZE}" for stage in ("stage1", "stage2")]
@@ -25,7 +25,7 @@ SETTINGS = [f"{stage}.group_size={GROUP_SIZE}" for stage in ("stage1", "stage2")
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, kept_verifier: object) -> tuple[Path, Path]:
     """Folders of a trained KDRL run and a GRPO run over the same prompts. Not to be changed."""
-    from kdrl_core.steps import session
+    from kdrl_core.boxes import session
 
     folder = tmp_path_factory.mktemp("ui")
     with pytest.MonkeyPatch.context() as patch:

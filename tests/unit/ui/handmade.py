@@ -8,7 +8,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from kdrl_core.rollouts.schema import REWARDS, ROLLOUTS, TEACHER, UPDATE, write_table
+from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE, write_table
 
 SCRIPT = "<script>window.pwned = 1</script>"
 IMAGE = '<img src=x onerror="window.pwned = 2">'

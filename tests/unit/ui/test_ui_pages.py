@@ -11,8 +11,8 @@ from browser import needs_chromium
 from unit.ui.conftest import GROUP_SIZE, Visit
 
 from kdrl_core.ledger import open_run_dir
-from kdrl_core.reporting.figures import ema
-from kdrl_core.rollouts.metrics import load_metrics
+from kdrl_core.look.reporting.figures import ema
+from kdrl_core.tables.metrics import load_metrics
 
 pytestmark = needs_chromium
 

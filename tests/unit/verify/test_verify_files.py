@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdrl_core.errors import DataError, VerificationError
-from kdrl_core.rollouts.schema import REWARDS
+from kdrl_core.tables.schemas import REWARDS
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import VerdictOptions, Verifier, rows
 from kdrl_core.verify.files import MAX_GROUPS, box_answer, verify_file

@@ -1,0 +1,250 @@
+"""The command line `kdrl`. Heavy imports wait until a command has checked its input: a bad recipe fails in a second."""
+
+import signal
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from flows.cli.alarms import alarm_mark, print_alarms
+from flows.cli.bake import bake_teacher
+from flows.cli.check import check
+from flows.cli.evaluate import evaluate
+from flows.cli.filter import filter_command
+from flows.cli.label import label
+from flows.cli.plan import plan
+from flows.cli.recover import recover
+from flows.cli.report import report
+from flows.cli.rollouts import app as rollouts_app
+from flows.cli.serve import serve
+from flows.cli.shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
+from flows.cli.sweep import app as sweep_app
+from flows.cli.tables import fitted
+from flows.cli.ui import ui
+from flows.cli.verify import verify_command
+from kdrl_core.errors import RunError
+
+app = typer.Typer(
+    name="kdrl",
+    help="Post-train a reasoning LLM with a teacher and a verifiable reward (KDRL), as a resumable Prefect pipeline.",
+    epilog="Start here:  kdrl run --recipe miniature   then   kdrl status",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_STATUS_COLUMNS = ["run", "state", "progress", "reward", "alarms", "started"]
+
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show Prefect's log instead of the progress display.")
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeOption = "miniature",
+    name: Annotated[
+        str | None, typer.Option(help="Run name; default: recipe and time. An existing run is resumed.")
+    ] = None,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the full pipeline in this process: filter, stage 1, stage 2, evaluation, report.
+
+    Without PREFECT_API_URL a temporary Prefect API is started for the time of the run; nothing has to be set up.
+    Interrupt it whenever you like (Ctrl-C): `kdrl resume` goes on where its files end.
+    """
+    from kdrl_core.boxes.preflight import check_inputs
+    from kdrl_core.config import load_recipe
+    from kdrl_core.ledger import require_same_recipe, validate_run_name
+
+    with errors():
+        loaded = load_recipe(recipe, overrides or [])
+        run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
+        require_same_recipe(run_name, loaded)
+        check_inputs(loaded)
+        _run_in_process(recipe, run_name, overrides or [], verbose=verbose)
+
+
+@app.command()
+def resume(
+    run_name: RunArgument,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Go on with a run where its files end; published steps are not computed again.
+
+    `--set` changes fields that do not touch what is published already, e.g. --set stage2.steps=400 for more steps.
+    """
+    from kdrl_core.boxes.preflight import check_inputs
+    from kdrl_core.config import load_recipe
+    from kdrl_core.ledger import open_run, require_resumable
+
+    with errors():
+        opened = open_run(run_name)
+        loaded = load_recipe(opened.paths.recipe, overrides or [])
+        require_resumable(opened, loaded)
+        from kdrl_core.boxes.completion import is_finished
+
+        if loaded == opened.recipe and is_finished(opened, verify=True):
+            out.print(f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}")
+            return
+        check_inputs(loaded)
+        _run_in_process(str(opened.paths.recipe), run_name, overrides or [], verbose=verbose)
+
+
+@app.command()
+def status(
+    run_name: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="One run in detail; default: all runs.")
+    ] = None,
+    as_json: JsonOption = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")
+    ] = False,
+) -> None:
+    """Show where runs stand: stage, step, reward, alarms, who works on them; with RUN its metrics and results."""
+    from kdrl_core.ledger import list_runs, open_run
+
+    with errors():
+        if run_name is None:
+            if watch:
+                raise RunError("--watch follows one run; name it: kdrl status RUN --watch")
+            names = list_runs()
+            if not names and not as_json:
+                out.print("no runs yet; start one with: kdrl run --recipe miniature")
+                return
+            rows = [_status_of(name) for name in names]
+            if as_json:
+                out.print_json(data=rows)
+                return
+            _print_rows(rows, _STATUS_COLUMNS)
+            return
+        opened = open_run(run_name)
+        from flows.cli.run_status import run_status
+
+        if watch:
+            from flows.cli.watch import follow
+
+            follow(opened.paths, out)
+        if as_json:
+            from kdrl_core.look.reporting.summary import summarize
+
+            out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
+            return
+        _print_rows([run_status(opened)], _STATUS_COLUMNS)
+        print_alarms(opened, are_told=watch and not out.is_terminal)
+        print_summary(opened)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A recipe, to see every field with its default filled in.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped recipes, or validate one and show every field."""
+    from kdrl_core.config import dump_recipe, list_recipes, load_recipe
+
+    with errors():
+        if name is not None:
+            recipe = load_recipe(name, overrides or [])
+            if as_json:
+                out.print_json(data=recipe.model_dump(mode="json"))
+            else:
+                typer.echo(dump_recipe(recipe), nl=False)
+            return
+        rows = [{"recipe": each, "description": load_recipe(each).description} for each in list_recipes()]
+        if as_json:
+            out.print_json(data=rows)
+        else:
+            _print_rows(rows, ["recipe", "description"])
+
+
+app.command("filter")(filter_command)
+app.command()(label)
+app.command()(evaluate)
+app.command("verify")(verify_command)
+app.command()(recover)
+app.command()(check)
+app.command()(bake_teacher)
+app.command()(serve)
+app.command()(plan)
+app.command()(report)
+app.command()(ui)
+app.add_typer(sweep_app, name="sweep")
+app.add_typer(rollouts_app, name="rollouts")
+
+
+def _status_of(name: str) -> dict[str, Any]:
+    from flows.cli.run_status import named_status  # costs seconds: only where there is a run
+
+    return named_status(name)
+
+
+def print_summary(opened: Any, console: Console = out) -> None:
+    """Print a run's accuracy and phase tables, and where its files lie."""
+    from kdrl_core.look.reporting.summary import summarize
+    from kdrl_core.look.reporting.tables import tables_of
+
+    summary = summarize(opened)
+    for table in tables_of(summary):
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+        for position, cell in enumerate(table.header):
+            shown.add_column(cell, justify="left" if position < table.num_text else "right", no_wrap=position == 0)
+        for row in fitted(table, console.width):
+            shown.add_row(*row)
+        console.print(shown)
+        console.print()
+    for what, path in summary.paths.items():
+        console.print(f"{what:>8}  {path}", soft_wrap=True, highlight=False)
+
+
+def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose: bool) -> None:
+    """Run the flow here, with the progress display beside it; KdrlError if it fails."""
+    from flows.cli.local_prefect import use_private_prefect
+    from flows.cli.watch import Watcher
+    from kdrl_core.ledger import RunPaths, open_run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the temporary server stopped
+    use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
+    err.print(f"run {run_name}: starting …", highlight=False)
+    from flows.full_pipeline import full_pipeline
+    from kdrl_core.boxes.session import close_sessions
+
+    try:
+        if verbose:
+            full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
+        else:
+            with Watcher(RunPaths.of(run_name), err):
+                full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
+    except KeyboardInterrupt:
+        err.print(f"interrupted; go on with: kdrl resume {run_name}", highlight=False)
+        raise SystemExit(130) from None
+    finally:
+        close_sessions()
+    print_summary(open_run(run_name))
+
+
+def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(column, no_wrap=position == 0)
+    for row in rows:
+        started = str(row.get("started") or "")[:16].replace("T", " ")
+        shown = {**row, "started": started, "alarms": alarm_mark(row.get("alarms") or [])}
+        table.add_row(*("" if shown.get(column) is None else str(shown[column]) for column in columns))
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point of the `kdrl` program."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

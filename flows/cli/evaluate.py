@@ -1,0 +1,156 @@
+"""`kdrl evaluate`: any model on any benchmark (Sec. 4.1). The work is in kdrl_core.evaluation."""
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+
+from flows.cli.shared import JsonOption, RecipeOption, SetOption, counted_progress, err, errors, out
+
+if TYPE_CHECKING:
+    from kdrl_core.evaluation.evaluate import EvaluatedBenchmark
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hugging Face directory, run:NAME (a run's student), or URL of an OpenAI-compatible API up to /v1.",
+        ),
+    ],
+    recipe: RecipeOption,
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--benchmark",
+            "-b",
+            metavar="NAME[=FILE]",
+            help="A benchmark of the recipe, or your own as NAME=FILE (JSON Lines: id, problem, answer); repeatable; "
+            "default: all of the recipe's.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Responses per problem; default: each benchmark's own.")
+    ] = None,
+    max_problems: Annotated[
+        int | None, typer.Option(min=1, help="The first N problems of each benchmark only.")
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(metavar="FILE", help="GGUF file in the directory.")] = None,
+    served_as: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model at the URL; default: the only one there.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="env:NAME|block:NAME", help="Where the URL's key is; never the key.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at the URL.")] = 32,
+    timeout: Annotated[float, typer.Option(min=1.0, metavar="S", help="Seconds of one request at the URL.")] = 3600.0,
+    retry_for: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="S", help="Seconds from a request's first fault on in which what may pass is tried again."
+        ),
+    ] = 120.0,
+    overrides: SetOption = None,
+    lm_eval: Annotated[
+        Path | None,
+        typer.Option("--lm-eval", metavar="FILE", help="Write all results in lm-evaluation-harness's JSON shape."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a model: Avg@k, pass@k and maj@k with 95 % intervals, response lengths, every response kept.
+
+    Prompt, temperature, context and engine are the recipe's (--set evaluation.temperature=0.6). What was evaluated
+    before with the same model, problems and settings is read, not sampled again. Interrupt it whenever you like
+    (Ctrl-C): the same command goes on where it stopped.
+
+    \b
+    kdrl evaluate models/Qwen2.5-3B -r paper-1.5b -b aime24 -b math500
+    kdrl evaluate run:my-run -r miniature -b mine=problems.jsonl --samples 16
+    kdrl evaluate http://127.0.0.1:8000/v1 -r paper-1.5b --api-key env:MY_KEY
+    """
+    from kdrl_core.config import load_recipe
+    from kdrl_core.ledger import artifacts_root, replace_file, require_writable
+
+    with errors():
+        loaded = load_recipe(recipe, overrides or [])
+        from kdrl_core.evaluation.plan import plan_evaluation
+
+        if (api_key or "").startswith("block:"):
+            from tasks.secrets import register_blocks
+
+            register_blocks()
+        plan = plan_evaluation(
+            loaded,
+            model,
+            benchmarks=benchmarks or (),
+            samples=samples,
+            max_problems=max_problems,
+            gguf_file=gguf_file,
+            served_as=served_as,
+            api_key=api_key,
+            concurrency=concurrency,
+            timeout_s=timeout,
+            retry_for_s=retry_for,
+        )
+        root = artifacts_root()
+        require_writable(root, free_mb=64)
+        if lm_eval is not None:
+            require_writable(lm_eval.absolute().parent, free_mb=1)
+        from kdrl_core.evaluation.evaluate import combined_lm_eval, evaluate_plan
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with counted_progress(err, "responses") as progress:
+                found = evaluate_plan(plan, root, on_progress=progress)
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command goes on behind the last response", highlight=False)
+            raise SystemExit(130) from None
+        if lm_eval is not None:
+            replace_file(lm_eval.absolute(), combined_lm_eval(found))
+        if as_json:
+            out.print_json(data=[to_json(each) for each in found])
+        else:
+            _print(found)
+
+
+def to_json(each: "EvaluatedBenchmark") -> dict[str, Any]:
+    """Plain values."""
+    return {
+        "benchmark": each.name,
+        "folder": str(each.folder),
+        "seconds": each.seconds,
+        "is_new": each.is_new,
+        **each.result,
+    }
+
+
+def _print(found: "list[EvaluatedBenchmark]") -> None:
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0), pad_edge=False)
+    table.add_column("benchmark", no_wrap=True)
+    for column in ("problems", "accuracy, 95 %", "pass@k", "maj@k", "tokens", "cut %", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in found:
+        result = each.result
+        table.add_row(
+            each.name,
+            f"{result['num_problems']}×{result['num_samples']}",
+            f"{100 * result['accuracy']:.1f} [{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
+            f"{100 * result['pass_at_k'][max(result['pass_at_k'], key=int)]:.1f}",
+            f"{100 * result['maj_at_k']:.1f}",
+            f"{result['length_mean']:.1f}",
+            f"{100 * result['clip_ratio']:.1f}",
+            f"{each.seconds:.0f} s" if each.is_new else "before",
+        )
+    out.print(table)
+    if len(found) > 1:
+        mean = sum(each.result["accuracy"] for each in found) / len(found)
+        out.print(f"mean of {len(found)} benchmarks  {100 * mean:.1f}", highlight=False)
+    k = {max(int(k) for k in each.result["pass_at_k"]) for each in found}
+    note = f"k = {k.pop()}" if len(k) == 1 else "k: the largest power of two within each benchmark's samples"
+    out.print(f"accuracy is Avg@samples in %; pass@{note}; maj@samples", highlight=False)
+    for each in found:
+        out.print(f"{each.name}  {each.folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,292 @@
+"""`kdrl plan`: whether a recipe fits the GPUs at hand, and how long it takes. kdrl_core.look.planning does the work."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+
+from flows.cli.shared import JsonOption, RecipeOption, SetOption, err, errors, out
+from kdrl_core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from kdrl_core.look.planning import ModelShape, Rates, StagePlan
+    from kdrl_core.look.planning.plan import Candidate
+
+_UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+_MAX_OTHERS = 3
+_TIMES = {
+    "rollout": "rollout",
+    "teacher": "teacher_score",
+    "reference": "reference_score",
+    "update": "update",
+    "comm.": "communication",
+    "sync": "weight_sync",
+    "offload": "offload",
+    "save": "checkpoint",
+    "total": "total",
+}
+"""Columns and their fields of StepTime."""
+
+
+def plan(
+    recipe: RecipeOption = "paper-1.5b",
+    overrides: SetOption = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs in all; default: --nodes × --gpus-per-node, else as many as the recipe uses."),
+    ] = None,
+    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one GPU, e.g. 80GB or 24GiB.")] = "80GB",
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: as many as the GPUs need.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
+    utilization: Annotated[
+        float, typer.Option(min=0.1, max=1.0, help="Share of the memory that is planned; the rest is the runtime's.")
+    ] = 0.9,
+    mean_response_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean response length; default: 0.4 of the longest, an assumption.")
+    ] = None,
+    mean_prompt_tokens: Annotated[
+        float | None, typer.Option(min=1, help="Mean prompt length; default: 256, an assumption.")
+    ] = None,
+    rollout_tokens_per_s: Annotated[
+        float | None, typer.Option(min=0.001, help="Response tokens per second and GPU; default: from the bandwidth.")
+    ] = None,
+    peak_tflops: Annotated[
+        float, typer.Option(min=0.001, help="Of one GPU in bfloat16. A100 312, H100 989 (data sheets, dense).")
+    ] = 312.0,
+    mfu: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Share of the peak that training and scoring reach.")
+    ] = 0.35,
+    memory_bandwidth: Annotated[
+        float, typer.Option(min=0.001, help="Of one GPU, GB/s. A100 80GB 2,039, H100 3,350 (data sheets).")
+    ] = 2000.0,
+    network_bandwidth: Annotated[float, typer.Option(min=0.001, help="Between nodes, GB/s per GPU.")] = 25.0,
+    storage_bandwidth: Annotated[float, typer.Option(min=0.001, help="Of the shared storage in all, GB/s.")] = 5.0,
+    from_run: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Take tokens/s, FLOPs/s and lengths from this run's own steps.")
+    ] = None,
+    run_gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each phase of --from-run; default: what its recipe says.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether a recipe fits, where its models go, and how long a step and the whole of it take.
+
+    Nothing is loaded: the models' config.json suffices, and for the published models of the shipped recipes their
+    names. Memory is counted per GPU for each phase (rollout, teacher-score, update, …) and each component (weights,
+    gradients, optimizer, activations, KV cache, …). Placements: colocated, where every GPU does every phase in turn,
+    and split, where some GPUs hold the teacher alone; with rollout.engine=server some generate alone. The fastest that
+    fits is chosen; if none does, you are told why, and what would.
+
+    Engines, ZeRO stage, activation checkpointing, tensor parallelism are the recipe's: change them with --set, as for
+    `kdrl run`. A plan counts on all GPUs that you name; what a run needs to use them is said with it.
+
+    \b
+    kdrl plan --recipe paper-1.5b --gpus 8 --gpu-memory 80GB
+    kdrl plan --recipe paper-1.5b --gpus 8 --gpu-memory 24GB --set trainer.zero_stage=3
+    kdrl plan --recipe zero-3b --nodes 4 --peak-tflops 989 --memory-bandwidth 3350
+    kdrl plan --recipe smollm2 --from-run first
+
+    Times are arithmetic (docs/scaling.md), not promises: measure a few steps and plan again with --from-run. Exit
+    code 0 if every stage fits, else 1.
+    """
+    from kdrl_core.config import load_recipe
+    from kdrl_core.look.planning import (
+        Cluster,
+        Rates,
+        conditions,
+        default_gpus,
+        engines_of,
+        plan_stage,
+        ranks_note,
+        total_hours,
+        work_of,
+    )
+
+    with errors():
+        loaded = load_recipe(recipe, overrides or [])
+        total = _gpus(gpus, nodes, gpus_per_node) or default_gpus(loaded, gpus_per_node=gpus_per_node)
+        cluster = Cluster(
+            gpus=total,
+            gpus_per_node=min(gpus_per_node, total),
+            gpu_memory=parse_size(gpu_memory),
+            utilization=utilization,
+            peak_flops=peak_tflops * 1e12,
+            mfu=mfu,
+            memory_bandwidth=memory_bandwidth * 1e9,
+            network_bandwidth=network_bandwidth * 1e9,
+            storage_bandwidth=storage_bandwidth * 1e9,
+        )
+        engines = engines_of(loaded)
+        measured = None
+        if from_run is not None:
+            from kdrl_core.look.planning.measured import rates_of_run, scaled
+
+            rates, measured = rates_of_run(from_run, gpus=run_gpus)
+            if not as_json:
+                err.print(f"rates of {from_run}, {measured.stage}: {_rates(rates)}", highlight=False, soft_wrap=True)
+        lengths = (measured.mean_prompt, measured.mean_response) if measured else None
+        plans = []
+        for stage in loaded.stages:
+            config = loaded.stage(stage)
+            work = work_of(
+                loaded,
+                stage,
+                mean_response=mean_response_tokens or (lengths and min(lengths[1], config.max_response_tokens)),
+                mean_prompt=mean_prompt_tokens or (lengths and min(lengths[0], config.max_prompt_tokens)),
+            )
+            used = Rates() if measured is None else scaled(rates, measured, work)
+            if rollout_tokens_per_s is not None:
+                used = replace(used, rollout_tokens_per_s=rollout_tokens_per_s)
+            plans.append(plan_stage(work, engines, cluster, used))
+        hours = total_hours(plans)
+        if as_json:
+            stages = [{**each.to_json(), "conditions": conditions(each, loaded)} for each in plans]
+            out.print_json(data={"recipe": loaded.name, "hours": hours, "stages": stages})
+        else:
+            for each in plans:
+                is_assumed = mean_response_tokens is None and measured is None
+                _show(each, conditions(each, loaded), is_assumed=is_assumed)
+            if hours is not None:
+                if note := ranks_note(plans):
+                    out.print(note, highlight=False, soft_wrap=True)
+                out.print(f"all stages: {_span(hours, total)}", highlight=False)
+        if hours is None:
+            if not as_json:
+                failed = ", ".join(each.work.stage for each in plans if each.best is None)
+                err.print(f"error: {failed} of {loaded.name} does not fit", style="red", highlight=False)
+            raise SystemExit(1)
+
+
+def parse_size(text: str) -> float:
+    """Bytes of `80GB` or `24GiB`. Raises RecipeError."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or float(found[1]) == 0.0:
+        raise RecipeError(f"--gpu-memory {text}: expected a size such as 80GB or 24GiB")
+    return float(found[1]) * unit
+
+
+def _gpus(gpus: int | None, nodes: int | None, gpus_per_node: int) -> int | None:
+    if gpus is not None and nodes is not None and gpus != nodes * gpus_per_node:
+        raise RecipeError(
+            f"--gpus {gpus} is not --nodes {nodes} × --gpus-per-node {gpus_per_node} = {nodes * gpus_per_node}; "
+            "leave one of them out"
+        )
+    return gpus or (nodes * gpus_per_node if nodes else None)
+
+
+def _rates(rates: "Rates") -> str:
+    """What was measured, in words."""
+    shown = [f"{rates.rollout_tokens_per_s:,.0f} response tokens/s"] if rates.rollout_tokens_per_s else []
+    for name, value in (("scoring", rates.score_flops), ("updates", rates.update_flops)):
+        if value:
+            shown.append(f"{name} at {value / 1e12:.3g} TFLOP/s")
+    return ", ".join(shown) + " per GPU"
+
+
+def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None:
+    from kdrl_core.look.planning.placement import host_bytes
+    from kdrl_core.look.planning.plan import kv_note
+
+    chosen, work, cluster = plan.candidates[0], plan.work, plan.cluster
+    teacher = f", teacher {_model(work.teacher)}" if work.teacher else ""
+    where = f"{_many(cluster.gpus, 'GPU')} on {_many(cluster.nodes, 'node')}"
+    out.print(
+        f"{work.stage}: student {_model(work.student)}{teacher}; {where}, "
+        f"{cluster.usable_memory / 1e9:.1f} GB usable on each",
+        style="bold",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if plan.best is None:
+        out.print(f"  {chosen.reason}", style="red", highlight=False, soft_wrap=True)
+        for remedy in plan.remedies:
+            out.print(f"  would fit with: {remedy}", highlight=False, soft_wrap=True)
+        if not plan.remedies:
+            out.print("  no single change that was tried makes it fit; take a smaller model", highlight=False)
+    else:
+        out.print(f"  placement: {chosen.placement.name}; {kv_note(plan, chosen)}", highlight=False, soft_wrap=True)
+        for each in needed:
+            out.print(f"  {each}", highlight=False, soft_wrap=True)
+    out.print(_memory_table(chosen, plan))
+    if host := host_bytes(work, plan.engines, cluster, chosen.placement):
+        size = f"{_number(host / 1e9)} GB" if host >= 1e9 else f"{_number(host / 1e6)} MB"
+        out.print(f"  host memory per node, for sleeping models and offload: {size}", highlight=False)
+    out.print()
+    if plan.best is None or plan.step_s is None or plan.hours is None:
+        return
+    out.print(_time_table(plan))
+    out.print(
+        f"  {_many(work.steps, 'step')} of {_number(plan.step_s)} s and {_many(work.evaluations, 'evaluation')}: "
+        f"{_span(plan.hours, cluster.gpus)}; "
+        f"mean response {work.mean_response:,.0f} tokens{' (assumed)' if is_assumed else ''}\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if plan.reported_step_s is not None:
+        out.print(
+            f"  the paper: {plan.reported_step_s:,.0f} s a step (B.2: about 80 hours), on GPUs unknown to us\n",
+            highlight=False,
+        )
+
+
+def _memory_table(chosen: "Candidate", plan: "StagePlan") -> RichTable:
+    unit, size = ("GB", 1e9) if chosen.worst.total >= 1e9 else ("MB", 1e6)
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False, title=f"{unit} per GPU by phase", title_justify="left")
+    table.add_column("phase", no_wrap=True)
+    table.add_column("on", no_wrap=True)
+    table.add_column(unit, justify="right", no_wrap=True)
+    table.add_column("components")
+    for phase in chosen.memory:
+        parts = sorted(phase.components.items(), key=lambda part: -part[1])
+        shown = ", ".join(f"{name} {value / size:.2f}" for name, value in parts if value)
+        over = "" if phase.total <= plan.cluster.usable_memory * (1 + 1e-9) else "  ✗"
+        table.add_row(phase.phase, phase.gpus, f"{phase.total / size:.2f}{over}", shown)
+    return table
+
+
+def _model(shape: "ModelShape") -> str:
+    size = shape.parameters
+    return f"{shape.name} ({f'{size / 1e9:.2f}B' if size >= 1e9 else f'{size / 1e6:.2f}M'})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _span(hours: float, gpus: int) -> str:
+    """Time in the unit of its size, and what it costs where that is worth a number."""
+    if hours * 60 < 1:
+        return f"{_number(hours * 3600)} seconds"
+    if hours < 1:
+        return f"{_number(hours * 60)} minutes"
+    return f"{_number(hours)} hours, {_number(hours * gpus)} GPU-hours"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _time_table(plan: "StagePlan") -> RichTable:
+    from kdrl_core.look.planning.conditions import NOTICED, time_alone
+
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.title, table.title_justify = "seconds per step", "left"
+    fitting = [one for one in plan.candidates if one.fits][: 1 + _MAX_OTHERS]
+    shown = [(one.placement.name, one.time) for one in fitting]
+    alone = time_alone(plan, fitting[0])
+    if alone.total > (1 + NOTICED) * fitting[0].time.total:
+        shown.append((f"{fitting[0].placement.name}, one engine each", alone))
+    columns = {name: [getattr(time, field) for _, time in shown] for name, field in _TIMES.items()}
+    digits = 1 if fitting[0].time.total >= 10 else 3
+    columns = {name: values for name, values in columns.items() if any(round(value, digits) for value in values)}
+    table.add_column("placement", min_width=max(len(word) for name, _ in shown for word in name.split()))
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, (name, _) in enumerate(shown):
+        table.add_row(name, *(f"{values[row]:,.{digits}f}" for values in columns.values()))
+    return table

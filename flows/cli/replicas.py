@@ -1,0 +1,129 @@
+"""Servers of a model as children of one command: started together, started anew when one ends, ended together."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import httpx
+
+from flows.guard import guard_children
+from kdrl_core.errors import EngineError
+from kdrl_core.training.process_groups import kill_group
+
+_POLL_S = 0.5
+_ANSWER_S = 2.0
+_SLEEP_S = 120.0
+_GRACE_S = 15.0
+_MAX_PAUSE_S = 60.0
+_STARTS = 3
+"""A replica that ends so often without ever having answered is not started again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One server and how it is started."""
+
+    url: str
+    """Up to and with `/v1`."""
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    """Beside that of this process."""
+
+
+def serve_replicas(replicas: Sequence[Replica], *, asleep: bool, say: Callable[[str], None]) -> None:
+    """Run replicas until this process is interrupted; whatever ends it, none of them outlives it.
+
+    Args:
+        asleep: they sleep as soon as they answer.
+        say: hears when all answer, and when one ended and is started anew.
+
+    Raises:
+        EngineError: one ends again and again before it answers.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    guard_children()
+    running = [_Running(replica, asleep=asleep) for replica in replicas]
+    try:
+        while not all(each.has_answered for each in running):
+            _look_after(running, say)
+        say(f"{_many(len(running))} at {', '.join(each.replica.url for each in running)}; Ctrl-C ends it all")
+        while True:
+            _look_after(running, say)
+    finally:
+        for each in running:
+            each.process.terminate()
+        deadline = time.monotonic() + _GRACE_S
+        for each in running:
+            each.end(max(0.0, deadline - time.monotonic()))
+
+
+def _look_after(running: "Sequence[_Running]", say: Callable[[str], None]) -> None:
+    for each in running:
+        if (code := each.process.poll()) is not None:
+            each.kill_group()
+            if time.monotonic() >= each.next_start:
+                how = f"replica {each.replica.url} ended with {_status(code)}"
+                if each.starts >= _STARTS and not each.has_ever_answered:
+                    raise EngineError(f"{how}, {each.starts} times before it answered; its own messages are above")
+                say(f"{how}; it is started anew")
+                each.restart()
+        each.ask()
+    time.sleep(_POLL_S)
+
+
+class _Running:
+    """A replica and its process, in a session of its own with the engine and the workers that it starts."""
+
+    def __init__(self, replica: Replica, *, asleep: bool) -> None:
+        self.replica = replica
+        self.asleep = asleep
+        self.starts = 1
+        self.next_start = 0.0
+        """When it may be started again, should it end."""
+        self.has_answered = self.has_ever_answered = False
+        self.process = self._launch()
+
+    def restart(self) -> None:
+        """Once it has ended."""
+        self.starts = 1 if self.has_answered else self.starts + 1
+        self.next_start = time.monotonic() + min(_MAX_PAUSE_S, 2.0**self.starts)
+        self.has_answered = False
+        self.process = self._launch()
+
+    def _launch(self) -> "subprocess.Popen[bytes]":
+        environment = {**os.environ, **self.replica.environment}
+        return subprocess.Popen(self.replica.command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def ask(self) -> None:
+        """Find out whether it answers, if that is not known, and then have it sleep if it is to."""
+        if self.has_answered:
+            return
+        with suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=_ANSWER_S) as client:
+            if client.get(f"{self.replica.url}/models").is_success:
+                if self.asleep:
+                    workers = self.replica.url.removesuffix("/v1") + "/collective_rpc"
+                    client.post(workers, json={"method": "kdrl_sleep"}, timeout=_SLEEP_S).raise_for_status()
+                self.has_answered = self.has_ever_answered = True
+
+    def end(self, grace_s: float) -> None:
+        """Wait for its end, and force it."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace_s)
+        self.kill_group()
+        self.process.wait()
+
+    def kill_group(self) -> None:
+        """End its engine and workers, which outlive a server that is killed, and their memory with them."""
+        kill_group(self.process.pid)
+
+
+def _status(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+
+
+def _many(count: int) -> str:
+    return "the replica answers" if count == 1 else f"all {count} replicas answer"

@@ -1,0 +1,171 @@
+"""What the commands of `kdrl rollouts` have in common: options, filters, opening runs, naming damaged files."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.shared import counted_progress, err
+from kdrl_core.errors import DataError
+
+if TYPE_CHECKING:
+    from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
+
+_TOLD_DAMAGED = 5
+
+RunsArgument = Annotated[
+    list[str], typer.Argument(metavar="RUN…", help="Names of runs (see: kdrl status), or folders of runs.")
+]
+StageOption = Annotated[str | None, typer.Option(help="Of one stage, e.g. stage2.")]
+StepsOption = Annotated[
+    str | None, typer.Option("--step", metavar="STEP", help="Of one step, 143, or several: 140-150, 140-, -20.")
+]
+PromptOption = Annotated[str | None, typer.Option("--prompt", metavar="ID", help="Of one prompt, by its prompt_id.")]
+SampleOption = Annotated[int | None, typer.Option(min=0, help="Number of the response in its group, from 0.")]
+VerdictOption = Annotated[
+    list[str] | None,
+    typer.Option("--verdict", help="correct, wrong, malformed, no_answer, timeout or error. Repeatable."),
+]
+FinishOption = Annotated[str | None, typer.Option("--finish", help="stop, or length: cut at the limit.")]
+RewardOption = Annotated[str | None, typer.Option("--reward", metavar="RANGE", help="E.g. 1, 0.5-, -0.5, 0..1.")]
+LengthOption = Annotated[str | None, typer.Option("--length", metavar="RANGE", help="Tokens, e.g. 512-, 10-20.")]
+KLOption = Annotated[
+    str | None, typer.Option("--kl", metavar="RANGE", help="Mean KL to the teacher over its tokens, e.g. 0.5-.")
+]
+TextOption = Annotated[
+    str | None, typer.Option("--text", metavar="TEXT", help="Part of the prompt or the response, in any case.")
+]
+
+
+@contextmanager
+def open_store(runs: Sequence[str]) -> Iterator["RolloutStore"]:
+    """The runs' rollouts, with a progress bar while an index is made, and a line for damaged files at the end."""
+    from kdrl_core.look.rollouts.query import RolloutStore
+
+    with counted_progress_when_needed() as progress:
+        store = RolloutStore.open(runs, progress=progress)
+    with store:
+        yield store
+        damaged = store.damaged
+        for file in damaged[:_TOLD_DAMAGED]:
+            err.print(f"left out: {file.path} {file.problem}", style="yellow", highlight=False, soft_wrap=True)
+        if len(damaged) > _TOLD_DAMAGED:
+            err.print(f"… and {len(damaged) - _TOLD_DAMAGED} more damaged files: kdrl check RUN", style="yellow")
+
+
+@contextmanager
+def counted_progress_when_needed() -> Iterator[Callable[[int, int], None]]:
+    """A progress display that appears with its first call, if it is for more than a few steps."""
+    display: Any = None
+    shown: Any = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal display, shown
+        if display is None and total > 50:
+            display = counted_progress(err, "steps")
+            shown = display.__enter__()
+        if shown is not None:
+            shown("indexing", done, total)
+
+    try:
+        yield progress
+    finally:
+        if display is not None:
+            display.__exit__(None, None, None)
+
+
+def make_filter(
+    *,
+    run: str | None = None,
+    stage: str | None,
+    steps: str | None,
+    prompt_id: str | None,
+    sample: int | None,
+    verdicts: list[str] | None,
+    finish: str | None,
+    reward: str | None,
+    length: str | None,
+    kl: str | None,
+    text: str | None,
+) -> "RolloutFilter":
+    """The filter that the options describe. Raises DataError for a range that is none."""
+    from kdrl_core.look.rollouts.query import RolloutFilter
+
+    step_min, step_max = whole_range("--step", steps)
+    reward_min, reward_max = number_range("--reward", reward)
+    length_min, length_max = number_range("--length", length)
+    kl_min, kl_max = number_range("--kl", kl)
+    return RolloutFilter(
+        run=run,
+        stage=stage,
+        step_min=step_min,
+        step_max=step_max,
+        prompt_id=prompt_id,
+        sample=sample,
+        verdicts=tuple(verdicts) if verdicts else None,
+        finish_reason=finish,
+        reward_min=reward_min,
+        reward_max=reward_max,
+        length_min=length_min,
+        length_max=length_max,
+        kl_min=kl_min,
+        kl_max=kl_max,
+        text=text or None,
+    )
+
+
+def whole_range(option: str, text: str | None) -> tuple[int | None, int | None]:
+    """As `number_range`, of whole numbers."""
+    low, high = number_range(option, text)
+    for end in (low, high):
+        if end is not None and end != int(end):
+            raise DataError(f"{option} {text}: steps are whole numbers")
+    return None if low is None else int(low), None if high is None else int(high)
+
+
+def number_range(option: str, text: str | None) -> tuple[float | None, float | None]:
+    """`5` is 5 alone, `5-8` or `5..8` from 5 to 8, `5-` or `5..` at least 5, `-8` or `..8` at most 8.
+
+    A dash at the front is "at most", since rewards and lengths below 0 are rare: `..-1` is at most −1.
+    """
+    if text is None:
+        return None, None
+    low, separator, high = text.partition("..")
+    if not separator:
+        low, separator, high = text.partition("-")
+    try:
+        ends = (float(low) if low.strip() else None, float(high) if high.strip() else None)
+    except ValueError:
+        ends = (None, None)
+    if separator and None not in ends and ends[0] > ends[1]:  # type: ignore[operator]
+        raise DataError(f"{option} {text}: nothing is from {low} to {high}; give the smaller number first")
+    if ends == (None, None):
+        raise DataError(f"{option} {text}: give a number or a range, such as 5, 5-8, 5-, -8 or 0..1")
+    return ends if separator else (ends[0], ends[0])
+
+
+def print_json(data: Any) -> None:
+    """Print JSON in ASCII, which no terminal takes for anything else."""
+    typer.echo(json.dumps(data, indent=1, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """A number for DuckDB's sums of whole numbers, a text for all else that JSON has nothing for."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return str(value)
+
+
+def why_nothing(store: "RolloutStore") -> str:
+    """Why there is nothing to show."""
+    infos = store.runs()
+    if not any(info.num_rollouts for info in infos):
+        return f"run {infos[0].name} has no rollouts yet (SFT stages have none); kdrl status says where it stands"
+    stages = "; ".join(
+        f"{info.name}: " + ", ".join(f"{stage} {count} steps" for stage, count in info.num_steps.items())
+        for info in infos
+    )
+    return f"no rollout meets these conditions; there are {stages}"

@@ -1,0 +1,192 @@
+"""`kdrl rollouts show`: responses, a line each or in full."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from flows.cli.rollouts_shared import (
+    FinishOption,
+    KLOption,
+    LengthOption,
+    PromptOption,
+    RewardOption,
+    RunsArgument,
+    SampleOption,
+    StageOption,
+    StepsOption,
+    TextOption,
+    VerdictOption,
+    make_filter,
+    open_store,
+    print_json,
+    why_nothing,
+)
+from flows.cli.rollouts_shown import legend, log_ratios, number, one_line, paged, plain, table, token_text, verdict
+from flows.cli.shared import JsonOption, PlainConsole, errors
+from kdrl_core.errors import DataError
+
+if TYPE_CHECKING:
+    from kdrl_core.look.rollouts.query import RolloutStore
+
+_UNLIKELIEST = 8
+
+
+def show(
+    runs: RunsArgument,
+    stage: StageOption = None,
+    steps: StepsOption = None,
+    prompt_id: PromptOption = None,
+    sample: SampleOption = None,
+    verdicts: VerdictOption = None,
+    finish: FinishOption = None,
+    reward: RewardOption = None,
+    length: LengthOption = None,
+    kl: KLOption = None,
+    text: TextOption = None,
+    sort: Annotated[
+        str, typer.Option(help="Column to sort by, e.g. reward, length, kl_mean, repetition_rate.")
+    ] = "step",
+    descending: Annotated[bool, typer.Option("--desc", help="Greatest first.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many; default: 20, in full 1.")] = None,
+    offset: Annotated[int, typer.Option(min=0, help="How many to pass over.")] = 0,
+    full: Annotated[
+        bool, typer.Option("--full", help="In full: every token on its teacher–student log-ratio.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show responses: a line each, or in full.
+
+    \b
+    kdrl rollouts show first --step 143 --verdict malformed          what went wrong at step 143
+    kdrl rollouts show first --sort kl_mean --desc --limit 5         where student and teacher differ most
+    kdrl rollouts show first --text "wait, wait" --length 500-       long ones that say so
+    kdrl rollouts show first --step 143 --prompt q-1f… --sample 3    one in full
+    kdrl rollouts show first --prompt q-1f… --sort step              one problem over the whole run
+
+    In full each token stands on a colour: red where the teacher finds it unlikelier than the student does, blue where
+    likelier. Without colours, or to be sure, the unlikeliest tokens are listed below.
+    """
+    with errors():
+        where = make_filter(
+            stage=stage,
+            steps=steps,
+            prompt_id=prompt_id,
+            sample=sample,
+            verdicts=verdicts,
+            finish=finish,
+            reward=reward,
+            length=length,
+            kl=kl,
+            text=text,
+        )
+        full = full or sample is not None
+        with open_store(runs) as store:
+            page = store.page(
+                where, sort=sort, descending=descending, limit=limit or (1 if full else 20), offset=offset
+            )
+            found = [_in_full(store, row) for row in page.rows] if full else page.rows
+            if as_json:
+                print_json({"total": page.total, "rows": found})
+                return
+            if not found:
+                raise DataError(why_nothing(store))
+            with paged() as console:
+                if full:
+                    for record in found:
+                        _print_record(record, console)
+                else:
+                    _print_page(found, console, several=len(runs) > 1)
+                if page.total > len(found):
+                    shown = f"{offset + 1}–{offset + len(found)}" if len(found) > 1 else f"{offset + 1}"
+                    console.print(
+                        f"{shown} of {page.total:,}; --limit, --offset and --sort show others",
+                        style="dim",
+                        highlight=False,
+                    )
+
+
+def _print_page(rows: list[dict[str, Any]], console: PlainConsole, *, several: bool) -> None:
+    names = [*(["run"] if several else []), "stage", "step", "prompt_id", "sample", "verdict", "reward", "length", "KL"]
+    lines = [
+        [
+            *([row["run"]] if several else []),
+            row["stage"],
+            row["step"],
+            row["prompt_id"],
+            row["sample"],
+            verdict(row["verdict"]),
+            number(row["reward"], 2),
+            Text(number(row["length"]), "red" if row["finish_reason"] == "length" else ""),
+            number(row["kl_mean"]),
+            one_line(row["response_preview"]),
+        ]
+        for row in rows
+    ]
+    console.print(
+        table(
+            [*names, "response"], lines, left=["run", "stage", "prompt_id", "verdict", "response"], width=console.width
+        )
+    )
+
+
+def _in_full(store: "RolloutStore", row: dict[str, Any]) -> dict[str, Any]:
+    record = store.record(**{name: row[name] for name in ("run", "stage", "step", "prompt_id", "sample")})
+    return {**record, "log_ratios": log_ratios(record)}
+
+
+def _print_record(record: dict[str, Any], console: PlainConsole) -> None:
+    console.print(
+        f"{record['run']} {record['stage']} step {record['step']}, prompt {record['prompt_id']}, "
+        f"sample {record['sample']}",
+        style="bold",
+        highlight=False,
+    )
+    heading = Text()
+    heading.append_text(verdict(record["verdict"]))
+    heading.append_text(plain(f": {record['reason']}" if record["reason"] else ""))
+    console.print(heading, soft_wrap=True)
+    facts = [
+        f"reward {number(record['reward'], 2)} (format {number(record['format_reward'], 0)}, "
+        f"accuracy {number(record['accuracy_reward'], 0)})",
+        f"found {record['extracted'] if record['extracted'] is not None else '–'}",
+        f"true {record['ground_truth'] if record['ground_truth'] is not None else '–'}",
+        f"advantage {number(record['advantage'])}",
+        f"KL {number(record['kl_mean'])} a token, {number(record['kl_sum'], 2)} in all",
+        f"KD weight {number(record['kd_weight'], 0)}",
+        f"{number(record['length'])} tokens, {record['finish_reason'] or '–'}",
+        f"repetition {number(record['repetition_rate'])}",
+        f"policy {number(record['policy_version'])}",
+        f"seed {record['seed'] if record['seed'] is not None else '–'}",
+    ]
+    console.print(plain(" · ".join(facts)), soft_wrap=True)
+    console.print("\nprompt", style="bold")
+    console.print(plain(record["prompt"] or ""), soft_wrap=True)
+    console.print("\nresponse", style="bold")
+    tokens, ratios = record["tokens"], record["log_ratios"]
+    if tokens is None or ratios is None:
+        console.print(plain(record["response"] or ""), soft_wrap=True)
+        lacking = "no teacher scored it" if ratios is None else "the run's tokenizer is not at hand"
+        console.print(f"\nwithout colours: {lacking}", style="dim")
+    else:
+        console.print(token_text(tokens, ratios), soft_wrap=True)
+        console.print()
+        console.print(legend())
+        _print_unlikeliest(record, tokens, ratios, console)
+    console.print()
+
+
+def _print_unlikeliest(
+    record: dict[str, Any], tokens: list[str], ratios: list[float | None], console: PlainConsole
+) -> None:
+    """The tokens that the teacher finds unlikely where the student did not."""
+    known = sorted((ratio, place) for place, ratio in enumerate(ratios) if ratio is not None and ratio < 0)
+    teacher, rows = record["teacher_logprobs"], []
+    for ratio, place in known[:_UNLIKELIEST]:
+        before = "".join(tokens[max(0, place - 6) : place])[-24:]
+        rows.append([place, number(ratio, 2), number(teacher[place] - ratio, 2), number(teacher[place], 2)])
+        rows[-1] += [repr(tokens[place]), before.replace("\n", "↵")]
+    if not rows:
+        return
+    names = ["position", "log-ratio", "student", "teacher", "token", "after"]
+    console.print(table(names, rows, left=["token", "after"]))

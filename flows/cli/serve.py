@@ -1,0 +1,178 @@
+"""`kdrl serve`: a vLLM replica that a run samples from, or that scores for it."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli.shared import err, errors
+from kdrl_core.errors import EngineError, ModelError
+
+if TYPE_CHECKING:
+    from flows.cli.replicas import Replica
+
+_OF_KDRL = (
+    *("--logprobs-mode", "processed_logprobs"),  # of softmax(logits / T)
+    *("--generation-config", "vllm"),  # else the model's own top-k, top-p and penalties hold where none is sent
+    *("--worker-extension-cls", "kdrl_core.engines.vllm_extension.KdrlWorker"),
+    "--disable-uvicorn-access-log",  # a line for every response
+    "--no-enable-prefix-caching",  # a cache would have to forget old weights
+)
+
+
+def serve(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="The student, or a teacher of kdrl bake-teacher.")],
+    max_model_len: Annotated[
+        int, typer.Option(min=2, help="Tokens of prompt and response together (a teacher needs one more).")
+    ],
+    replicas: Annotated[int, typer.Option(min=1, help="Servers, on GPUs and ports one after the other.")] = 1,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Where the first one listens.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; whoever reaches it may load weights: loopback or a closed net.")
+    ] = "127.0.0.1",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; as runtime.dtype of the recipe.")] = "bfloat16",
+    cpu: Annotated[bool, typer.Option("--cpu", help="vLLM's CPU build.")] = False,
+    kv_cache_gb: Annotated[float | None, typer.Option(help="GiB of key-value cache; default: vLLM's choice.")] = None,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="Share of the GPU, weights and cache; of all that share it, below 1."),
+    ] = 0.9,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs of a replica.")] = 1,
+    asleep: Annotated[
+        bool, typer.Option("--asleep", help="Sleep once it answers: its GPU is needed by others before a run wakes it.")
+    ] = False,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Responses in flight in a replica.")] = 256,
+    max_logprobs: Annotated[int, typer.Option(min=1, help="Likeliest tokens that may be asked for (Top-K).")] = 32,
+) -> None:
+    """Start replicas of vLLM's OpenAI-compatible server, set up as kdrl needs them; Ctrl-C ends them.
+
+    Each has the whole model, GPUs of its own (the first of those that CUDA_VISIBLE_DEVICES names, then the next) and
+    a port of its own. One that ends is started anew, and the run gives it its weights again. When all answer, the
+    settings are printed with which a run uses them; where their GPUs also train or score, start them --asleep, and add
+    rollout.server.sleep=true, or teacher.server.sleep=true.
+
+    \b
+    kdrl serve --model models/student --max-model-len 21504 --replicas 8
+    """
+    from flows.cli.replicas import serve_replicas
+
+    with errors():
+        limit = _context_of(model, max_model_len)
+        _require_servable(model, "cpu" if cpu else "cuda", dtype, max_model_len, kv_cache_gb, tensor_parallel)
+        if port + replicas > 65_536:
+            raise EngineError(f"--port {port}: {replicas} ports from there on are beyond 65535; give a lower one")
+        devices = None if cpu else visible_devices(replicas * tensor_parallel)
+        for number in range(replicas):
+            _require_free(host, port + number)
+        arguments = [
+            *("--model", str(model.absolute()), "--served-model-name", model.absolute().name),
+            *("--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
+            *("--tensor-parallel-size", str(tensor_parallel), "--max-logprobs", str(max_logprobs)),
+            *_OF_KDRL,
+        ]
+        if max_model_len > limit:  # a teacher's one more token, which nothing attends to
+            arguments += ["--hf-overrides", json.dumps({"max_position_embeddings": max_model_len})]
+        if kv_cache_gb is not None:
+            arguments += ["--kv-cache-memory-bytes", str(int(kv_cache_gb * 2**30))]
+        if cpu:  # its sampler cannot go on with half a prompt
+            arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
+            arguments += ["--max-num-batched-tokens", str(max(2048, max_model_len))]
+        else:  # on a CPU kdrl's worker gives the cache back without that mode
+            arguments += ["--gpu-memory-utilization", str(gpu_memory_utilization), "--enable-sleep-mode"]
+        servers = [
+            _replica(number, arguments, host=host, port=port + number, devices=devices, split=tensor_parallel)
+            for number in range(replicas)
+        ]
+        urls = ",".join(f"'{server.url}'" for server in servers)
+        _say(f'serving {model}; for a run: --set rollout.engine=server --set "rollout.server.urls=[{urls}]"')
+        _say(f'as its teacher: --set "teacher.server.urls=[{urls}]"')
+        try:
+            serve_replicas(servers, asleep=asleep, say=_say)
+        except KeyboardInterrupt:
+            _say("ended")
+
+
+def _context_of(model: Path, asked: int) -> int:
+    """Tokens that the model takes, or those asked for if it does not say. Raises ModelError if that is too few."""
+    from kdrl_core.models.loading import context_limit, read_config
+
+    if not (model / "config.json").is_file():
+        raise ModelError(f"--model {model} is no model directory: it has no config.json")
+    limit = context_limit(read_config(model)) or asked
+    if asked > limit + 1:
+        raise ModelError(f"--max-model-len {asked}: {model} has a context of {limit} tokens; give {limit} or less")
+    return limit
+
+
+def _require_servable(
+    model: Path, device: str, dtype: str, tokens: int, kv_cache_gb: float | None, tensor_parallel: int
+) -> None:
+    """Raise EngineError for what vLLM would refuse late, or in words of its own."""
+    from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
+    from kdrl_core.models.loading import read_config
+
+    if (fault := install_fault()) is not None:
+        raise EngineError(f"{fault}; install it with {how_to_install(device)}")
+    found = model_fault(
+        read_config(model),
+        tensor_parallel=tensor_parallel,
+        kv_cache_gb=kv_cache_gb,
+        device=device,
+        dtype=dtype,
+        tokens=tokens,
+    )
+    if found is not None:
+        option = f"--{found[0].replace('_', '-')}: " if found[0] else f"{model} has "
+        raise EngineError(f"{option}{found[1]}")
+
+
+def _say(text: str) -> None:
+    err.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _replica(
+    number: int, arguments: Sequence[str], *, host: str, port: int, devices: Sequence[str] | None, split: int
+) -> "Replica":
+    """How the `number`-th server is started; `devices` are the GPUs of all, `split` for each."""
+    from flows.cli.replicas import Replica
+
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment["VLLM_LOGGING_PREFIX"] = f"[replica {number + 1}] "
+    if devices is None:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[number * split :][:split])
+    place = ["--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place]
+    return Replica(url=f"http://{host}:{port}/v1", command=command, environment=environment)
+
+
+def visible_devices(count: int) -> list[str]:
+    """The first `count` GPUs that this process may use. Raises EngineError if there are fewer."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = [each.strip() for each in named.split(",") if each.strip()] if named is not None else None
+    if found is None:
+        found = [str(number) for number in range(torch.cuda.device_count())]
+    if len(found) < count:
+        raise EngineError(
+            f"{count} GPUs are needed (--replicas × --tensor-parallel), {len(found)} are visible; "
+            "give fewer replicas, or --cpu"
+        )
+    return found[:count]
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise EngineError if nobody can listen there: vLLM finds out only when its model is loaded."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise EngineError(f"cannot listen at {host}:{port} ({reason}); give another --port") from None

@@ -1,0 +1,306 @@
+"""`kdrl sweep`: list, show, run, status and report of sweeps. The work is in kdrl_core.look.sweeps and flows.sweep."""
+
+import logging
+import signal
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.shared import JsonOption, SetOption, err, errors, out
+from flows.cli.tables import print_comparison, print_rows
+from kdrl_core.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from kdrl_core.look.sweeps.request import Request
+
+app = typer.Typer(
+    no_args_is_help=False,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+
+SweepArgument = Annotated[
+    str,
+    typer.Argument(metavar="SWEEP", help="A shipped sweep (kdrl sweep list), one that was started, or a YAML file."),
+]
+StartedArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="Name of a sweep that was started.")]
+NameOption = Annotated[
+    str | None, typer.Option(help="Name of the sweep, of its folder and its runs; default: the file's.")
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="In place of the sweep's recipe: a shipped one, or a YAML file.")
+]
+SeedsOption = Annotated[
+    str | None, typer.Option(help="How many seeds, e.g. 5, or which, e.g. 0,3,7; default: the sweep's.")
+]
+VaryOption = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="FIELD=A,B,C", help="Run every value, of every variant. Repeatable."),
+]
+ShareOption = Annotated[
+    list[str] | None,
+    typer.Option("--share-with", metavar="SWEEP", help="Take over the same work from this sweep as well. Repeatable."),
+]
+WorkersOption = Annotated[
+    int, typer.Option(min=1, help="Cells at a time; each has a process and needs a core or a GPU.")
+]
+DeploymentOption = Annotated[
+    str | None,
+    typer.Option(help="Have the workers of a deployment run the cells, e.g. kdrl/full-pipeline (docs/sweeps.md)."),
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")]
+
+
+@app.callback()
+def vary_only(
+    context: typer.Context,
+    recipe: RecipeOption = None,
+    vary: VaryOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    seeds: SeedsOption = None,
+    workers: WorkersOption = 1,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compare variants over seeds: runs that share what they have in common, then one table.
+
+    Without a command: run every combination of the values that --vary gives, e.g.
+    kdrl sweep --recipe miniature --vary stage2.beta.decay=0.0,0.005 --seeds 3
+    """
+    if context.invoked_subcommand is not None:
+        if vary or recipe or overrides or name or seeds or verbose or workers != 1:
+            with errors():
+                raise RecipeError(f"options go behind the command: kdrl sweep {context.invoked_subcommand} … --vary …")
+        return
+    if not vary:
+        typer.echo(context.get_help())
+        raise SystemExit(2)
+    _run(None, name, recipe, seeds, vary, overrides, None, workers, None, verbose)
+
+
+@app.command("list")
+def list_command(as_json: JsonOption = False) -> None:
+    """List the shipped sweeps, and those that were started here."""
+    from kdrl_core.look.sweeps import list_sweeps, load_sweep
+    from kdrl_core.look.sweeps.state import list_started, read_record
+
+    with errors():
+        rows = [
+            {"sweep": name, "started": False, "description": load_sweep(name).description} for name in list_sweeps()
+        ]
+        for name in list_started():
+            row = {"sweep": name, "started": True, "description": read_record(name).spec.description}
+            rows = [*(one for one in rows if one["sweep"] != name), row]
+        rows.sort(key=lambda row: str(row["sweep"]))
+        if as_json:
+            out.print_json(data=rows)
+            return
+        shown = [[str(row["sweep"]), "yes" if row["started"] else "", str(row["description"])] for row in rows]
+        print_rows(["sweep", "started", "description"], shown, num_text=3)
+
+
+@app.command()
+def show(
+    sweep: SweepArgument,
+    name: NameOption = None,
+    recipe: RecipeOption = None,
+    seeds: SeedsOption = None,
+    vary: VaryOption = None,
+    overrides: SetOption = None,
+    share_with: ShareOption = None,
+    as_yaml: Annotated[
+        bool, typer.Option("--yaml", help="Print the sweep's file, to be changed and given back.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a sweep's cells, what they share, and how many steps there are to train; validates every cell."""
+    from kdrl_core.look.sweeps import dump_sweep
+    from kdrl_core.look.sweeps.schedule import estimate
+
+    with errors():
+        request = _request(sweep, name, recipe, seeds, vary, overrides, share_with)
+        if as_yaml:
+            typer.echo(dump_sweep(request.spec), nl=False)
+            return
+        work = estimate(request.cells)
+        if as_json:
+            cells = [
+                {"run": c.run, "variant": c.variant, "seed": c.seed, "overrides": list(c.overrides)}
+                for c in request.cells
+            ]
+            shared = {part: {"cells": have, "made": made} for part, (have, made) in work.by_part.items()}
+            steps = {"alone": work.alone, "shared": work.shared, "to_train": work.to_train}
+            out.print_json(data={"sweep": request.spec.name, "cells": cells, "shared": shared, "steps": steps})
+            return
+        first = request.cells[0].seed
+        out.print(f"{request.spec.name}: {request.spec.description}", soft_wrap=True, highlight=False)
+        rows = [[c.variant, ", ".join(c.overrides[:-1]) or "–"] for c in request.cells if c.seed == first]
+        print_rows(["variant", "fields"], rows, num_text=3)
+        seeds_told = ", ".join(str(seed) for seed in request.spec.seed_list)
+        out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}", highlight=False)
+        rows = [[part, str(have), str(made)] for part, (have, made) in work.by_part.items()]
+        print_rows(["shared", "cells", "times done"], rows)
+        out.print(
+            f"{work.to_train:,} steps to train; {work.alone:,} if the cells shared nothing",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def run(
+    sweep: SweepArgument,
+    name: NameOption = None,
+    recipe: RecipeOption = None,
+    seeds: SeedsOption = None,
+    vary: VaryOption = None,
+    overrides: SetOption = None,
+    share_with: ShareOption = None,
+    workers: WorkersOption = 1,
+    deployment: DeploymentOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run a sweep, or go on with what is unfinished of it; then print its table. Exit code 0 if all cells are finished.
+
+    Every cell is validated before the first one starts. A cell that fails is reported, and the others go on. Options
+    that are left out are those that the sweep was started with.
+    """
+    _run(sweep, name, recipe, seeds, vary, overrides, share_with, workers, deployment, verbose)
+
+
+@app.command()
+def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
+    """Show where the cells of a sweep stand. Each is a run of its own: kdrl status, resume, check CELL."""
+    from kdrl_core.look.sweeps.state import SweepPaths, cell_status, read_record
+
+    with errors():
+        record, paths = read_record(sweep), SweepPaths.of(sweep)
+        statuses = [cell_status(paths, cell) for cell in record.cells]
+        if as_json:
+            out.print_json(data={"sweep": sweep, "cells": [one.to_json() for one in statuses]})
+            return
+        rows = [[one.run, one.state.value, _progress(one.run), one.detail] for one in statuses]
+        print_rows(["cell", "state", "progress", "detail"], rows, num_text=3)
+        counts = {
+            state: sum(one.state is state for one in statuses) for state in dict.fromkeys(s.state for s in statuses)
+        }
+        out.print(", ".join(f"{count} {state.value}" for state, count in counts.items()), highlight=False)
+
+
+@app.command()
+def report(sweep: StartedArgument, as_json: JsonOption = False) -> None:
+    """Print the tables of a sweep, finished or not, and write the report: an HTML page, Markdown, CSV and JSON."""
+    from kdrl_core.look.sweeps.report import write_sweep_report
+    from kdrl_core.look.sweeps.state import SweepPaths
+
+    with errors():
+        table = write_sweep_report(sweep)
+        if as_json:
+            out.print_json(data=table.to_json())
+        else:
+            print_comparison(table, SweepPaths.of(sweep).report / "sweep.html")
+
+
+def _run(
+    sweep: str | None,
+    name: str | None,
+    recipe: str | None,
+    seeds: str | None,
+    vary: list[str] | None,
+    overrides: list[str] | None,
+    share_with: list[str] | None,
+    workers: int,
+    deployment: str | None,
+    verbose: bool,
+) -> None:
+    from kdrl_core.look.sweeps.request import check_request
+
+    with errors():
+        request = _request(sweep, name, recipe, seeds, vary, overrides, share_with)
+        check_request(request)
+        from flows.cli.local_prefect import use_private_prefect
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the cells stopped
+        use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
+        started = request.spec.name
+        err.print(f"sweep {started}: starting …", highlight=False)
+        from flows.sweep import sweep as sweep_flow
+
+        _tell_events()
+        try:
+            sweep_flow(
+                source=sweep,
+                name=name,
+                recipe=recipe,
+                seeds=_seeds(seeds),
+                vary=vary,
+                overrides=overrides,
+                share_with=share_with,
+                workers=workers,
+                deployment=deployment,
+            )
+        except KeyboardInterrupt:
+            err.print(f"interrupted; go on with: kdrl sweep run {started}", highlight=False)
+            raise SystemExit(130) from None
+        except RunError:
+            _print_if_there(started)
+            raise
+        _print_if_there(started)
+
+
+def _request(
+    sweep: str | None,
+    name: str | None,
+    recipe: str | None,
+    seeds: str | None,
+    vary: list[str] | None,
+    overrides: list[str] | None,
+    share_with: list[str] | None,
+) -> "Request":
+    from kdrl_core.look.sweeps.request import make_request
+
+    return make_request(
+        sweep,
+        name=name,
+        recipe=recipe,
+        seeds=_seeds(seeds),
+        vary=vary or [],
+        overrides=overrides,
+        share_with=share_with,
+    )
+
+
+def _seeds(text: str | None) -> int | list[int] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--seeds {text}: give how many, e.g. 5, or which, e.g. 0,3,7") from None
+    return numbers if "," in text else numbers[0]
+
+
+def _tell_events() -> None:
+    """Print what the sweep logs of its cells; warnings are shown as all of kdrl's are."""
+    handler = logging.Handler(logging.INFO)
+    handler.addFilter(lambda record: record.levelno < logging.WARNING)
+    handler.emit = lambda record: err.print(record.getMessage(), highlight=False, soft_wrap=True)  # type: ignore[method-assign]
+    logging.getLogger("kdrl.sweep").addHandler(handler)
+
+
+def _print_if_there(sweep: str) -> None:
+    from kdrl_core.look.sweeps.report import write_sweep_report
+    from kdrl_core.look.sweeps.state import SweepPaths
+
+    if SweepPaths.of(sweep).record.is_file():
+        print_comparison(write_sweep_report(sweep), SweepPaths.of(sweep).report / "sweep.html")
+
+
+def _progress(run: str) -> str:
+    from flows.cli.run_status import named_status
+    from kdrl_core.ledger import RunPaths
+
+    if not RunPaths.of(run).root.is_dir():
+        return ""
+    found: dict[str, Any] = named_status(run)
+    return str(found.get("progress", ""))

@@ -1,0 +1,43 @@
+"""`kdrl ui`: the rollouts of runs in a web browser."""
+
+import webbrowser
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from flows.cli.shared import counted_progress, err, errors, out
+
+
+def ui(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs (see: kdrl status), or folders.")],
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Where to listen, on 127.0.0.1; 0: 8741 if it is free, else any.")
+    ] = 0,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the web browser.")] = False,
+) -> None:
+    """Look through runs in a web browser: trends over steps, tables of rollouts, tokens, groups, two runs side by side.
+
+    Works while a run goes on, and changes nothing but the index of its rollouts, which is made the first time. Listens
+    on loopback alone; from elsewhere, use a tunnel: ssh -L 8741:127.0.0.1:8741 HOST. Ctrl-C ends it.
+
+    \b
+    kdrl ui first grpo
+    """
+    from kdrl_core.look.rollouts.query import RolloutStore
+    from kdrl_core.look.ui.app import create_app
+    from kdrl_core.look.ui.server import listen, server_of, url_of
+
+    with errors(), listen(port) as listening:
+        with counted_progress(err, "steps") as progress:
+            store = RolloutStore.open(runs, progress=lambda done, total: progress("reading", done, total))
+        with store:
+            for damaged in store.damaged:
+                err.print(
+                    f"left out: {damaged.path}: {damaged.problem}", style="yellow", highlight=False, soft_wrap=True
+                )
+            out.print(f"kdrl ui: {url_of(listening)}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+            if open_browser:
+                webbrowser.open(url_of(listening))
+            with suppress(KeyboardInterrupt):
+                server_of(create_app(store)).run(sockets=[listening])

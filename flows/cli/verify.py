@@ -1,0 +1,220 @@
+"""`kdrl verify`: the verdicts of a run's verifier on responses in any file. The work is in kdrl_core.verify.files."""
+
+import os
+import signal
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from flows.cli.shared import JsonOption, OnError, check_output, counted_progress, err, errors, out
+from kdrl_core.errors import DataError
+from kdrl_core.types import VerdictKind
+
+if TYPE_CHECKING:
+    from kdrl_core.verify.pool import Verifier
+    from kdrl_core.verify.summary import FileSummary, Tally
+
+_MAX_TIMEOUT_S = 3_600.0
+
+
+def verify_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Rows with responses: .jsonl, .ndjson or .parquet.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write: the rows with their verdicts, in FILE's format."),
+    ] = None,
+    response: Annotated[
+        str | None,
+        typer.Option(metavar="COL", help="Column of the responses; default: response, completion, prediction, …"),
+    ] = None,
+    truth: Annotated[
+        str | None,
+        typer.Option(metavar="COL", help="Column of the right answers; default: ground_truth, gold, answer, …"),
+    ] = None,
+    expected: Annotated[
+        str | None,
+        typer.Option(metavar="COL", help="Column with 1 or true where the response is right: measures the verifier."),
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(metavar="COL", help="Summary for each value of this column as well.")
+    ] = None,
+    require_format: Annotated[
+        bool | None,
+        typer.Option(
+            "--format/--no-format",
+            help="Reward = format × accuracy (<think>…</think>, then a box), or accuracy alone. "
+            "Default: --format, with --box --no-format.",
+        ),
+    ] = None,
+    think_opened: Annotated[
+        bool, typer.Option("--think-opened", help="The prompts end with <think>: responses begin inside the thought.")
+    ] = False,
+    box: Annotated[
+        bool, typer.Option("--box", help=r"Bare answers: what is not in a \boxed{} is put into one as a whole.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes that compare answers; default: one per CPU.")
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="Limit of one comparison; beyond it: timeout.")
+    ] = 10.0,
+    memory_limit_mb: Annotated[
+        int, typer.Option("--memory-limit", metavar="MB", help="Limit of one worker; beyond it: error.")
+    ] = 2_048,
+    on_error: Annotated[OnError, typer.Option(help="Malformed rows: stop, or drop and count.")] = OnError.FAIL,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing output, and verdicts that FILE has already.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify the responses in a file: correct, wrong, malformed, no_answer, timeout or error, and why.
+
+    Prints a summary; with --output also writes every row, as it was, with the columns reward, format_reward,
+    accuracy_reward, verdict, extracted and reason behind its own. Files may be larger than memory. No answer, however
+    hostile, costs more than --timeout. Examples:
+
+    kdrl verify samples.jsonl --no-format --output verified.jsonl
+
+    kdrl verify cases.jsonl --box --expected expected --by source
+    """
+    with errors():
+        from kdrl_core.verify.rows import choose_columns, open_rows, suffixes_like
+
+        rows = open_rows(file)
+        if output is not None:
+            suffixes = suffixes_like(file)
+            kind = "Parquet" if ".parquet" in suffixes else "JSON Lines"
+            check_output(output, [file], what=f"verdicts on {file}", force=force, written_as=kind, suffixes=suffixes)
+        columns = choose_columns(
+            rows.names, origin=rows.origin, response=response, truth=truth, expected=expected, by=by
+        )
+        verifier = _verifier(workers, timeout_s, memory_limit_mb)
+        from kdrl_core.ledger import require_writable
+        from kdrl_core.verify.files import verify_file
+        from kdrl_core.verify.pool import VerdictOptions
+
+        if output is not None:
+            require_writable(output.absolute().parent, free_mb=64)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: workers stopped, no output
+        try:
+            with closing(verifier), counted_progress(err, "rows") as progress:
+                summary = verify_file(
+                    rows,
+                    columns,
+                    verifier,
+                    options=VerdictOptions(
+                        require_format=not box if require_format is None else require_format, think_opened=think_opened
+                    ),
+                    output=None if output is None else output.absolute(),
+                    on_error=on_error.value,
+                    replace_columns=force,
+                    box=box,
+                    on_progress=progress,
+                )
+        except KeyboardInterrupt:
+            err.print("interrupted; no output was written", highlight=False)
+            raise SystemExit(130) from None
+        _warn(summary, err)
+        if as_json:
+            where = {"file": str(file), "output": None if output is None else str(output)}
+            out.print_json(data={**where, "workers": verifier.workers, **summary.to_json()})
+        else:
+            _print_summary(summary, verifier.workers, out)
+            if output is not None:
+                out.print(f"output    {output}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "Verifier":
+    """Not started yet. Raises DataError if a limit is out of bounds."""
+    from kdrl_core.verify.pool import MIN_MEMORY_LIMIT_MB, Verifier
+
+    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise DataError(f"--timeout {timeout_s:g}: give seconds above 0, up to {_MAX_TIMEOUT_S:g}")
+    if memory_limit_mb < MIN_MEMORY_LIMIT_MB:
+        raise DataError(
+            f"--memory-limit {memory_limit_mb}: sympy alone needs more; give at least {MIN_MEMORY_LIMIT_MB}"
+        )
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Verifier(workers=workers or cpus, timeout_s=timeout_s, memory_limit_mb=memory_limit_mb)
+
+
+def _warn(summary: "FileSummary", console: Console) -> None:
+    """Say what the numbers hide: rows left out, answers about which nothing is known."""
+    kinds, lines = summary.total.kinds, []
+    if summary.num_dropped:
+        lines.append(f"dropped {_count(summary.num_dropped, 'malformed row')}; the first: {summary.first_dropped}")
+    if summary.total.num_failed:
+        timeouts, failures = kinds[VerdictKind.TIMEOUT], kinds[VerdictKind.ERROR]
+        counts = [_count(timeouts, "timeout")] * bool(timeouts) + [_count(failures, "error")] * bool(failures)
+        advice = "; --timeout allows more time" if timeouts else ""
+        lines.append(
+            f"{' and '.join(counts)}: reward 0, but not found wrong; the first: {summary.first_failed}{advice}"
+        )
+    for line in lines:
+        console.print(f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_summary(summary: "FileSummary", workers: int, console: Console) -> None:
+    total = summary.total
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False)
+    for position, column in enumerate(("verdict", "rows", "share")):
+        table.add_column(column, justify="right" if position else "left")
+    for kind in VerdictKind:
+        table.add_row(kind.value, f"{total.kinds[kind]:,}", _percent(total.share(kind)))
+    console.print(table)
+    if summary.groups:
+        lines = _by_lines(summary)
+        for line in ["", lines[0], "─" * len(lines[0]), *lines[1:], ""]:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    columns = summary.columns
+    dropped = f", {_count(summary.num_dropped, 'malformed row')} dropped" if summary.num_dropped else ""
+    lines = [
+        f"rows      {total.num_rows:,}{dropped}; responses in '{columns.response}', truths in '{columns.truth}'",
+        f"reward    {total.reward_mean:.3f} on average; format {_percent(total.format_share)}, "
+        f"accuracy {_percent(total.accuracy)}",
+    ]
+    if (agreement := _agreement(total)) is not None:
+        lines.append(f"expected  {', '.join(agreement)} (by '{columns.expected}')")
+    lines.append(
+        f"time      {summary.seconds:.1f} s, {summary.rows_per_s:,.0f} rows/s; "
+        f"{_count(summary.num_computed, 'comparison')} by {_count(workers, 'worker')}"
+    )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _by_lines(summary: "FileSummary") -> list[str]:
+    """Aligned by hand, values last: they may be long, and a table would cut numbers to fit the terminal."""
+    kinds = [kind for kind in VerdictKind if summary.total.kinds[kind]]  # the others are zero in every line
+    rows = [["rows", *(kind.value for kind in kinds), "reward"]]
+    rows[0] += ["agreement", "false +", "false −"] if summary.columns.expected is not None else []
+    for tally in summary.groups.values():
+        rows.append([f"{tally.num_rows:,}", *(f"{tally.kinds[kind]:,}" for kind in kinds), f"{tally.reward_mean:.3f}"])
+        if tally.agreement is not None:
+            rows[-1] += [_percent(tally.agreement), f"{tally.false_positives:,}", f"{tally.false_negatives:,}"]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return [f" {line}  {name}" for line, name in zip(lines, [str(summary.columns.by), *summary.groups], strict=True)]
+
+
+def _agreement(tally: "Tally") -> tuple[str, str, str] | None:
+    if tally.agreement is None:
+        return None
+    return (
+        f"{_percent(tally.agreement, digits=2)} agreement",
+        _count(tally.false_positives, "false positive"),
+        _count(tally.false_negatives, "false negative"),
+    )
+
+
+def _percent(share: float, *, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,217 @@
+"""Looks through all that a run has published: which bytes, manifests or steps are not as they were.
+
+A resumed run checks what it goes on from; this checks the rest as well, such as the rollouts of steps long past. Loads
+no model library. Repairing, which does, is `repair_run`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from kdrl_core.boxes.checkpoints import latest_checkpoint
+from kdrl_core.boxes.completion import final_checkpoint
+from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
+from kdrl_core.ledger import Run, is_published, lock_holder, manifest_of, run_lock, verify_own
+from kdrl_core.ledger.heal import ASIDE_PREFIX
+from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.layout import stage_and_step
+from kdrl_core.ledger.manifest import artifact_stem, published_below
+from kdrl_core.tables.metrics import differing_metrics
+
+_SETTLE_S = 1.0
+_REPAIRABLE = ("teacher", "reference", "rewards")
+
+OnChecked = Callable[[int, int], None]
+"""Called with how many artifacts have been compared, and of how many."""
+
+
+class Remedy(StrEnum):
+    """What makes a damaged artifact whole again."""
+
+    RESUME = "kdrl resume"
+    """The run goes on from it, and makes it again."""
+    REPAIR = "kdrl check --repair"
+    """Verdicts and scores of a step long past: made again from its rollouts."""
+    BACKUP = "a backup"
+    """What is kept of the past, such as the rollouts of a step whose policy is gone. The run goes on without it."""
+    OWNER = "moving or deleting it"
+    """It is whole and lies in a wrong place. Once it is away, what belongs there is made again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One artifact that is not as it was published."""
+
+    path: str
+    """Relative to the run."""
+    problem: str
+    remedy: Remedy
+    stage: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """What was looked through and found."""
+
+    num_artifacts: int
+    num_bytes: int
+    findings: list[Finding]
+
+
+def check_run(run: Run, *, on_checked: OnChecked | None = None) -> CheckReport:
+    """Compare every artifact of a run with its manifest, every manifest with those of its inputs, and every step with
+    the files that it has to have. Reads only.
+
+    While somebody works on the run, what seems wrong is looked at again: a file may just be on its way.
+    """
+    artifacts = list(published_below(run.paths.root))
+    findings, num_bytes = _look(run, artifacts, on_checked)
+    if findings and lock_holder(run.paths.lock) is not None:
+        time.sleep(_SETTLE_S)
+        again, _ = _look(run, [run.paths.root / name for name in findings], None)
+        findings = {name: finding for name, finding in again.items() if name in findings}
+    return CheckReport(num_artifacts=len(artifacts), num_bytes=num_bytes, findings=list(findings.values()))
+
+
+def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tuple[dict[str, Finding], int]:
+    """Findings by path, and how many bytes were compared."""
+    findings: dict[str, Finding] = {}
+    num_bytes = 0
+
+    def found(path: Path, problem: str, remedy: Remedy | None = None) -> None:
+        finding = _finding(run, path, problem, remedy)
+        findings.setdefault(finding.path, finding)
+
+    for number, path in enumerate(artifacts, start=1):
+        try:
+            manifest = verify_own(run, path)
+        except ForeignFileError as error:
+            found(path, error.problem, Remedy.OWNER)
+        except DamagedArtifactError as error:
+            found(path, error.problem)
+        except RunError:  # deleted since, as checkpoints are
+            pass
+        else:
+            num_bytes += manifest.size
+        if on_checked is not None:
+            on_checked(number, len(artifacts))
+    for path in (*_required(run), *_present(run), *_named_inputs(run, artifacts)):
+        if not is_published(path):
+            found(path, "has no manifest" if path.exists() else "is missing")
+    for path in _set_aside(run):
+        found(path, "was damaged, set aside, and not made again since")
+    for stage in run.recipe.stages:
+        for path in differing_metrics(run, stage, num_steps=latest_checkpoint(run, stage)):
+            found(path, "does not hold what the steps' manifests say")
+    return findings, num_bytes
+
+
+def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
+    """Make again what `Remedy.REPAIR` applies to. Returns the paths that are whole again, and why others are not.
+
+    Raises:
+        RunLockedError: another process works on the run.
+    """
+    from kdrl_core.boxes.score import score_step
+    from kdrl_core.boxes.session import close_sessions, stage_session
+    from kdrl_core.boxes.verify import verify_step
+
+    repaired, refused = [], []
+    with run_lock(run.paths.lock):
+        for finding in report.findings:
+            if finding.remedy is not Remedy.REPAIR or finding.stage is None or finding.step is None:
+                continue
+            try:
+                session = stage_session(run.paths.root, finding.stage)
+                if finding.path.endswith("/rewards.parquet"):
+                    verify_step(session, finding.step)
+                else:
+                    score_step(session, finding.step)
+            except KdrlError as error:
+                refused.append(f"{finding.path}: {error}")
+            else:
+                repaired.append(finding.path)
+        close_sessions()
+    return repaired, refused
+
+
+def _set_aside(run: Run) -> Iterator[Path]:
+    """The artifacts of which something lies aside, and nothing in their place."""
+    for leftover in sorted(run.paths.root.rglob(f"{ASIDE_PREFIX}*")):
+        path = leftover.with_name(leftover.name.removeprefix(ASIDE_PREFIX))
+        if artifact_stem(path) is None and not is_published(path):
+            yield path
+
+
+def _required(run: Run) -> Iterator[Path]:
+    """The files that every step has to have which is behind a checkpoint or has an update."""
+    paths = run.paths
+    for stage in run.recipe.stages:
+        config = run.recipe.stage(stage)
+        steps = latest_checkpoint(run, stage)
+        while is_published(paths.update(stage, steps)):
+            steps += 1
+        if steps:
+            yield from (paths.pool, paths.filter_report)
+        for step in range(steps):
+            yield paths.update(stage, step)
+            if config.objective == "sft":
+                continue
+            yield from (paths.rollouts(stage, step), paths.rewards(stage, step))
+            if config.scores_teacher:
+                yield paths.teacher(stage, step)
+            if config.ref_beta > 0.0:
+                yield paths.reference(stage, step)
+        if steps and config.objective == "sft":
+            yield paths.sft_dataset(stage)
+
+
+def _present(run: Run) -> Iterator[Path]:
+    """The files and folders that have to be published, if they are there."""
+    paths = run.paths
+    yield from sorted(paths.root.glob("rollouts/*/*/[!._]*.parquet"))
+    yield from sorted(paths.root.glob("checkpoints/*/step-*"))
+    yield from sorted(paths.root.glob("evaluation/[!.]*"))
+    yield from (path for path in (paths.student, paths.report) if path.exists())
+
+
+def _named_inputs(run: Run, artifacts: list[Path]) -> Iterator[Path]:
+    """What published artifacts were made from, less the checkpoints that the retention may delete."""
+    kept = {final_checkpoint(run, stage) for stage in run.recipe.stages}
+    for artifact in artifacts:
+        with suppress(RunError):  # named on its own account
+            for name in manifest_of(artifact).inputs:
+                path = run.paths.root / name
+                if path.is_relative_to(run.paths.root) and (not name.startswith("checkpoints/") or path in kept):
+                    yield path
+
+
+def _finding(run: Run, path: Path, problem: str, remedy: Remedy | None) -> Finding:
+    name = run.relative(path)
+    stage, step = stage_and_step(name)
+    problem = problem.replace(f"{run.paths.root}/", "").removeprefix(f"{name}/").removeprefix(f"{name} ")
+    remedy = remedy or _remedy(run, path, stage, step)
+    return Finding(path=name, problem=problem, remedy=remedy, stage=stage, step=step)
+
+
+def _remedy(run: Run, path: Path, stage: str | None, step: int | None) -> Remedy:
+    name = run.relative(path)
+    if name.startswith("rollouts/") and stage is not None and step is not None:
+        if path.stem not in (*_REPAIRABLE, "rollouts", "update"):
+            return Remedy.OWNER
+        if step >= latest_checkpoint(run, stage):
+            return Remedy.RESUME
+        return Remedy.REPAIR if path.stem in _REPAIRABLE else Remedy.BACKUP
+    if name.startswith("checkpoints/") and stage is not None:
+        is_past = step is not None and step < latest_checkpoint(run, stage) and path != final_checkpoint(run, stage)
+        return Remedy.BACKUP if is_past else Remedy.RESUME
+    if name.startswith("evaluation/"):
+        return Remedy.RESUME if path.name in final_labels(run) else Remedy.BACKUP
+    if name.startswith("samples/") and stage is not None:
+        dataset = run.paths.sft_dataset(stage)
+        return Remedy.BACKUP if path != dataset and is_published(dataset) else Remedy.RESUME
+    return Remedy.RESUME

@@ -1,0 +1,157 @@
+"""What can be found out about a recipe's inputs without loading a model: in a second, before a run exists."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from kdrl_core.config import Recipe, resolve_path
+from kdrl_core.config.secrets import is_known, resolve_secret
+from kdrl_core.data import find_files
+from kdrl_core.data.benchmarks import load_benchmark
+from kdrl_core.data.decontamination import evaluation_problems
+from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
+from kdrl_core.errors import DataError, ModelError, RecipeError
+from kdrl_core.models.device import check_device
+from kdrl_core.models.loading import check_model_dir, compare_tokenizers, context_limit
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Look at every file and model that the recipe names.
+
+    Raises:
+        RecipeError, ModelError, DataError, SecretError: what is missing or contradictory, with the field to change.
+    """
+    student = check_model_dir(recipe.student, role="student")
+    _check_context(recipe, student)
+    if recipe.teacher is not None:
+        teacher = check_model_dir(recipe.teacher, role="teacher")
+        _check_teacher_context(recipe, teacher)
+        server = recipe.teacher.server
+        if server is not None and server.api_key is not None and is_known(server.api_key):
+            resolve_secret(server.api_key)
+        compare_tokenizers(resolve_path(recipe.student.path), resolve_path(recipe.teacher.path))
+    for name in recipe.stages:
+        try:
+            find_files(recipe.stage(name).data)
+        except DataError as error:
+            raise DataError(f"{name}.{error}") from error
+        if (decontamination := recipe.stage(name).data.decontamination) is not None:
+            evaluation_problems(decontamination)
+    for benchmark in recipe.evaluation.benchmarks:
+        load_benchmark(benchmark)
+    check_device(recipe)
+    check_trainer(recipe)
+    check_engines(recipe)
+    check_trackers(recipe)
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise RecipeError if a tracker's package is not installed."""
+    for name in recipe.tracking.trackers:
+        if find_spec(name) is None:
+            raise RecipeError(
+                f"recipe {recipe.name}, field 'tracking.trackers': {name} is not installed; run pip install {name}, "
+                "or leave it out"
+            )
+
+
+def _check_context(recipe: Recipe, config: dict[str, object]) -> None:
+    limit = context_limit(config)
+    for name in recipe.stages:
+        stage = recipe.stage(name)
+        needed = stage.max_prompt_tokens + stage.max_response_tokens
+        if limit is not None and needed > limit:
+            raise RecipeError(
+                f"recipe {recipe.name}, field '{name}.max_response_tokens': {stage.max_response_tokens} response and "
+                f"{stage.max_prompt_tokens} prompt tokens are {needed}, beyond the student's context of {limit}; "
+                f"lower it to {limit - stage.max_prompt_tokens} or less"
+            )
+
+
+def _check_teacher_context(recipe: Recipe, config: dict[str, object]) -> None:
+    limit = context_limit(config)
+    for name in recipe.stages:
+        stage = recipe.stage(name)
+        needed = stage.max_prompt_tokens + stage.max_response_tokens
+        if limit is not None and stage.uses_teacher and needed > limit:
+            raise ModelError(
+                f"teacher.path={recipe.teacher and recipe.teacher.path}: its context of {limit} tokens is shorter than "
+                f"{name}'s prompt and response limits ({needed}); lower {name}.max_response_tokens"
+            )
+
+
+def check_trainer(recipe: Recipe) -> None:
+    """Raise RecipeError if the recipe's trainer is not installed, or its hostfile does not give its ranks."""
+    trainer, field = recipe.trainer, f"recipe {recipe.name}, field 'trainer"
+    if trainer.engine == "torch":
+        return
+    if find_spec("deepspeed") is None:
+        raise RecipeError(
+            f"{field}.engine': deepspeed is not installed; install the extra with pip install 'kdrl[deepspeed]', "
+            "or set trainer.engine=torch"
+        )
+    if trainer.hostfile is not None and (missing := [tool for tool in ("ssh", "pdsh") if which(tool) is None]):
+        raise RecipeError(
+            f"{field}.hostfile': DeepSpeed starts ranks on other hosts with {' and '.join(missing)}, which is not "
+            "installed here; on Debian: apt-get install openssh-client pdsh"
+        )
+    if trainer.hostfile is not None and (slots := hostfile_slots(Path(trainer.hostfile))) != trainer.ranks:
+        raise RecipeError(
+            f"{field}.ranks': {trainer.ranks}, but {trainer.hostfile} has {slots} slots; set trainer.ranks={slots}"
+        )
+
+
+def check_engines(recipe: Recipe) -> None:
+    """Raise RecipeError if an engine of the recipe is not installed, not in the release that kdrl works with, or cannot
+    run its model."""
+    roles = [("rollout.engine", recipe.rollout.engine, recipe.student)]
+    if recipe.teacher is not None and recipe.teacher.server is None:
+        roles.append(("teacher.engine", recipe.teacher.engine, recipe.teacher))
+    for field, engine, model in roles:
+        if engine != "vllm":
+            continue
+        where, device = f"recipe {recipe.name}, field", recipe.runtime.device
+        if (fault := install_fault()) is not None:
+            how = how_to_install(device)
+            raise RecipeError(f"{where} '{field}': {fault}; install it with {how}, or set {field}=transformers")
+        config = check_model_dir(model, role=field.partition(".")[0])
+        found = model_fault(
+            config,
+            tensor_parallel=recipe.vllm.tensor_parallel,
+            kv_cache_gb=recipe.vllm.kv_cache_gb,
+            device=device,
+            dtype=recipe.runtime.dtype,
+            tokens=_longest(recipe, config),
+        )
+        if found is not None and found[0]:
+            raise RecipeError(f"{where} 'vllm.{found[0]}': {found[1]} ({model.path})")
+        if found is not None:
+            raise RecipeError(f"{where} '{field}': {model.path} has {found[1]}. Set {field}=transformers")
+
+
+def _longest(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Tokens of the longest sequence that a model of the recipe sees: in a stage, or in the evaluation."""
+    stages = [recipe.stage(name) for name in recipe.stages]
+    evaluated = recipe.evaluation.max_context_tokens
+    return max(
+        min(evaluated, context_limit(config) or evaluated),
+        *(stage.max_prompt_tokens + stage.max_response_tokens for stage in stages),
+    )
+
+
+def hostfile_slots(path: Path) -> int:
+    """Ranks that a DeepSpeed hostfile gives. Raises RecipeError if it cannot be read or has a line that is none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"field 'trainer.hostfile': {path} cannot be read ({error}); correct the path") from error
+    slots = 0
+    for number, line in enumerate(lines, start=1):
+        if line and not line.startswith("#"):
+            found = re.match(r"[A-Za-z0-9][\w.:-]*\s+slots=(\d+)", line)
+            if found is None:
+                raise RecipeError(f"{path} line {number}: {line!r} is not `HOST slots=N`; correct it")
+            slots += int(found[1])
+    return slots

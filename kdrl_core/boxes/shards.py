@@ -1,0 +1,40 @@
+"""Which teacher samples an SFT stage needs, shard by shard, and which are there. Loads no model library."""
+
+import pyarrow.compute as pc
+
+from kdrl_core.ledger import Run, find_intact, is_published
+from kdrl_core.tables.schemas import read_table
+
+
+def num_shards(run: Run, stage: str) -> int:
+    """Shards of `sft.shard_prompts` problems that the stage's pool is sampled in; the last may be smaller."""
+    return -(-len(_problem_ids(run, stage)) // run.recipe.stage(stage).sft.shard_prompts)
+
+
+def shard_problem_ids(run: Run, stage: str, shard: int) -> list[str]:
+    """The problems of one shard: a slice of the pool sorted by problem_id."""
+    size = run.recipe.stage(stage).sft.shard_prompts
+    return _problem_ids(run, stage)[shard * size : (shard + 1) * size]
+
+
+def remaining_shards(run: Run, stage: str) -> list[int]:
+    """The shards whose samples or verdicts are not published yet; none once the dataset is there."""
+    if is_published(run.paths.sft_dataset(stage)):
+        return []
+    return [
+        shard
+        for shard in range(num_shards(run, stage))
+        if not is_published(run.paths.sample_rewards(stage, shard))
+        or not is_published(run.paths.sample_rollouts(stage, shard))
+    ]
+
+
+def open_shards(run: Run, stage: str) -> range:
+    """The shards to go through before selection: all, unless the dataset is there and intact."""
+    return range(0 if find_intact(run.paths.sft_dataset(stage)) else num_shards(run, stage))
+
+
+def _problem_ids(run: Run, stage: str) -> list[str]:
+    table = read_table(run.paths.pool, ["stage", "problem_id"])
+    ids: list[str] = table.filter(pc.equal(table["stage"], stage))["problem_id"].to_pylist()
+    return sorted(ids)

@@ -1,0 +1,232 @@
+"""Logprobs, entropy and Top-K KL of response tokens under softmax(logits / T), the policy that is sampled.
+
+A model is asked for the hidden states that predict the response tokens, padding left out, and `chunked_logprobs` does
+the rest. That is right for models whose logits are the output layer of their base model's last hidden states and
+nothing else: `LogprobModel` asks the model itself, once. For any other (scaled or soft-capped logits, as in Gemma 2; an
+output layer that is wrapped or quantised) it takes the model's own logits [B, T, V].
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdrl_core.logprobs.batch import PaddedBatch
+from kdrl_core.logprobs.chunked import BestTokens, TokenStatistics, best_tokens, token_statistics
+from kdrl_core.objectives import topk_kl
+
+
+class LogprobHead(torch.nn.Module):
+    """The output layer [V, H] as a function from hidden states to statistics of tokens.
+
+    A module of its own, called like one, so that sharded training (ZeRO-3) gathers the weight before its forward pass
+    and before its backward pass, which needs it again.
+    """
+
+    def __init__(self, output_layer: torch.nn.Linear, *, temperature: float) -> None:
+        super().__init__()
+        self.output_layer = output_layer
+        self.temperature = temperature
+
+    def forward(
+        self,
+        hidden: Tensor,
+        target_ids: Tensor,
+        topk_ids: Tensor | None = None,
+        topk_logits: Tensor | None = None,
+        *,
+        with_entropy: bool = False,
+        floor: float = 0.0,
+    ) -> TokenStatistics:
+        """`token_statistics` of hidden states [N, H]."""
+        return token_statistics(
+            hidden,
+            self.output_layer.weight,
+            target_ids,
+            temperature=self.temperature,
+            bias=self.output_layer.bias,
+            with_entropy=with_entropy,
+            topk_ids=topk_ids,
+            topk_logits=topk_logits,
+            floor=floor,
+        )
+
+
+class LogprobModel(torch.nn.Module):
+    """A causal language model that answers with statistics of response tokens instead of logits.
+
+    Args:
+        model: a transformers model; its parameters are shared, not copied.
+        temperature: T of every result.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.head: LogprobHead | None = None
+        """None: the model's own logits are used."""
+        if has_linear_logits(model):
+            self.head = LogprobHead(model.get_output_embeddings(), temperature=temperature)
+
+    def forward(
+        self,
+        batch: PaddedBatch,
+        topk_ids: Tensor | None = None,
+        topk_logits: Tensor | None = None,
+        *,
+        with_entropy: bool = False,
+        floor: float = 0.0,
+    ) -> TokenStatistics:
+        """Statistics [B, T] of the response tokens of `batch`, float32 with gradient, 0 on padding.
+
+        Args:
+            batch: padded sequences.
+            topk_ids: [B, T, K] the teacher's K best tokens, for the Top-K KL; padding holds anything.
+            topk_logits: [B, T, K] their logits (or logprobs) / T.
+            with_entropy: compute the entropy as well.
+            floor: log-probability of the teacher's other tokens.
+
+        Raises:
+            ValueError: as `token_statistics`.
+        """
+        if self.head is None:
+            logits = response_logits(self.model, batch, temperature=self.temperature)
+            logprobs, entropy = response_logprobs(logits, batch, with_entropy=with_entropy)
+            if topk_ids is None or topk_logits is None:
+                return TokenStatistics(logprobs, entropy, None)
+            kl = topk_kl(logits, topk_ids, topk_logits, floor=floor, response_mask=batch.response_mask)
+            return TokenStatistics(logprobs, entropy, kl)
+        places = batch.response_mask.flatten().nonzero().squeeze(1)
+        found = self.head(
+            _response_hidden(self.model, batch).index_select(0, places),
+            batch.response_ids.flatten()[places],
+            None if topk_ids is None else topk_ids.flatten(0, 1)[places],
+            None if topk_logits is None else topk_logits.flatten(0, 1)[places],
+            with_entropy=with_entropy,
+            floor=floor,
+        )
+        return TokenStatistics(
+            _unpack(found.logprobs, places, batch),
+            None if found.entropy is None else _unpack(found.entropy, places, batch),
+            None if found.topk_kl is None else _unpack(found.topk_kl, places, batch),
+        )
+
+    @torch.no_grad()
+    def best_tokens(self, batch: PaddedBatch, k: int, *, num_tokens: int) -> BestTokens:
+        """Logprobs [B, T] of the response tokens and the `k` likeliest [B, T, K] of the first `num_tokens` ids.
+
+        Without gradient; padding holds anything. Raises ValueError if `k` is above the number of tokens.
+        """
+        if self.head is None:
+            logits = response_logits(self.model, batch, temperature=self.temperature)
+            best = logits.log_softmax(-1)[..., :num_tokens].topk(k, dim=-1)
+            return BestTokens(response_logprobs(logits, batch)[0], best.indices, best.values)
+        places = batch.response_mask.flatten().nonzero().squeeze(1)
+        layer = self.head.output_layer
+        found = best_tokens(
+            _response_hidden(self.model, batch).index_select(0, places),
+            layer.weight,
+            batch.response_ids.flatten()[places],
+            k,
+            temperature=self.temperature,
+            bias=layer.bias,
+            num_tokens=num_tokens,
+        )
+        return BestTokens(*(_unpack(values, places, batch) for values in found))
+
+
+def has_linear_logits(model: PreTrainedModel) -> bool:
+    """Whether logits = output layer(last hidden states of the base model), found out by two tiny forward passes.
+
+    The output layer is fed loud random numbers in place of its input: what comes out of the model must be the linear
+    map of them, so that a soft cap or a scale cannot hide in small logits. And what it would have been fed must be what
+    the base model returns. Draws nothing from torch's random stream.
+    """
+    layer, base = model.get_output_embeddings(), model.base_model
+    if type(layer) is not torch.nn.Linear or base is model:
+        return False
+    ids = torch.arange(4, device=model.device)[None] % layer.out_features
+    generator = torch.Generator().manual_seed(0)
+    loud = torch.randn(1, 4, layer.in_features, generator=generator).to(layer.weight)
+    seen: list[Tensor] = []
+
+    def replace_input(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append(inputs[0])
+        return (loud,)
+
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    hook = layer.register_forward_pre_hook(replace_input)
+    try:
+        with torch.no_grad():
+            spread = (loud @ layer.weight.t()).float().std()
+            if torch.isfinite(spread) and spread > 0:
+                loud *= 100.0 / spread
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=4).logits
+            hidden = base(input_ids=ids, use_cache=False).last_hidden_state
+            hook.remove()
+            expected = layer(loud)
+    except TypeError:  # the model knows no logits_to_keep
+        return False
+    finally:
+        hook.remove()
+        for module, mode in was_training.items():
+            module.training = mode
+    # NaN is equal to NaN here: a model of broken weights is not refused by this question.
+    return (
+        len(seen) == 1
+        and seen[0].shape == hidden.shape
+        and torch.allclose(seen[0], hidden, rtol=1e-3, atol=1e-5, equal_nan=True)
+        and logits.shape == expected.shape
+        and torch.allclose(logits, expected, rtol=1e-3, atol=1e-2, equal_nan=True)
+    )
+
+
+def response_logits(model: PreTrainedModel, batch: PaddedBatch, *, temperature: float) -> Tensor:
+    """Forward `batch`: logits / T [B, T, V] float32 of its response tokens, with gradient; padding holds anything."""
+    width = batch.response_ids.shape[1]
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits[:, :-1]
+    scaled: Tensor = logits.float() / temperature
+    return scaled
+
+
+def response_logprobs(
+    logits: Tensor, batch: PaddedBatch, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Read off the response tokens of `batch` from `response_logits` [B, T, V].
+
+    Returns:
+        logprobs [B, T] float32 with gradient, 0 on padding; entropy [B, T] in nats likewise, or None.
+    """
+    log_probabilities = logits.log_softmax(-1)
+    is_response = batch.response_mask.bool()
+    logprobs = log_probabilities.gather(-1, batch.response_ids[..., None]).squeeze(-1)
+    logprobs = torch.where(is_response, logprobs, 0.0)
+    if not with_entropy:
+        return logprobs, None
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return logprobs, torch.where(is_response, entropy, 0.0)
+
+
+def _response_hidden(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
+    """[B · T, H] last hidden states that predict the response tokens, with gradient."""
+    hidden: Tensor = model.base_model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden[:, -batch.response_ids.shape[1] - 1 : -1].flatten(0, 1)
+
+
+def _unpack(values: Tensor, places: Tensor, batch: PaddedBatch) -> Tensor:
+    """Values [N, ...] of the response tokens as [B, T, ...], 0 on padding."""
+    shape = batch.response_ids.shape
+    result = values.new_zeros(shape.numel(), *values.shape[1:]).index_copy(0, places, values)
+    return result.unflatten(0, shape)

@@ -1,0 +1,272 @@
+"""What a plan is made for: the machines, the work of a stage, the engines."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kdrl_core.config import Recipe, StageConfig
+from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.errors import RecipeError
+from kdrl_core.look.planning.memory import Precision, TrainerSettings
+from kdrl_core.look.planning.shapes import ModelShape, shape_of
+
+Role = Literal["rollout", "teacher", "reference"]
+EngineName = Literal["vllm", "server", "transformers"]
+
+MEAN_RESPONSE_SHARE = 0.4
+"""Assumed mean response length, of the longest one, where none is given."""
+MEAN_PROMPT_TOKENS = 256
+"""Assumed mean prompt length, where none is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """GPUs and what connects them. Rates are per second; defaults: an A100 80 GB's data sheet, and cautious shares."""
+
+    gpus: int
+    gpus_per_node: int
+    gpu_memory: float
+    """Bytes."""
+    utilization: float = 0.9
+    """Share of the memory that is planned; the rest is the runtime's, the collectives' and fragmentation's."""
+    peak_flops: float = 312e12
+    mfu: float = 0.35
+    """Share of the peak that training and scoring reach."""
+    memory_bandwidth: float = 2.0e12
+    bandwidth_share: float = 0.5
+    """Share of it that decoding reaches."""
+    step_overhead_s: float = 0.005
+    """Of a decoding step, whatever its batch: launches, sampling, scheduling."""
+    link_bandwidth: float = 2.0e11
+    """Between GPUs of a node, per GPU."""
+    network_bandwidth: float = 2.5e10
+    """Between nodes, per GPU."""
+    host_bandwidth: float = 2.0e10
+    """Between a GPU and its host's memory."""
+    storage_bandwidth: float = 5.0e9
+    """Of the shared storage, over all nodes."""
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes per GPU that are planned."""
+        return self.gpu_memory * self.utilization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """How it runs. `vllm` sleeps while others use its GPU; `transformers` is one process, on the first GPU, that keeps
+    its models in memory; `server` is replicas on GPUs of their own, which keep their memory as well. Replicas that
+    sleep are `vllm`, and `served`."""
+
+    rollout: EngineName = "vllm"
+    teacher: Literal["vllm", "transformers"] = "vllm"
+    trainer: Literal["deepspeed", "torch"] = "deepspeed"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    zero_stage: int = 2
+    is_checkpointed: bool = True
+    offloads_optimizer: bool = False
+    tensor_parallel: int = 1
+    """GPUs of one vLLM engine or replica."""
+    max_sequences: int = 256
+    """Responses that an engine generates at a time, vLLM's max_num_seqs."""
+    concurrency: int | None = None
+    """Requests in flight over all replicas of `server`; None: as many as they take."""
+    memory_share: float = 0.9
+    """Of a GPU, that a vLLM engine in this process takes whole: weights, workspace and cache."""
+    kv_cache_bytes: float | None = None
+    """Of such an engine, in place of that share."""
+    served: tuple[Role, ...] = ()
+    """Roles whose `vllm` engines are replicas: a run has as many as it lists, in its process it has one."""
+    score_tokens: int = 2_048
+    """Tokens per forward pass that gives the teacher's logprobs."""
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether the rollout engine gives its memory back between phases."""
+        return self.rollout == "vllm"
+
+    def engine(self, role: Role) -> EngineName:
+        """What generates, or scores with the teacher or the stage's initial policy."""
+        in_process = self.sleeps and "rollout" not in self.served
+        reference: EngineName = "vllm" if in_process else "transformers"  # as `StageSession` has it
+        return {"rollout": self.rollout, "teacher": self.teacher, "reference": reference}[role]
+
+    def split(self, role: Role) -> int:
+        """GPUs of one engine of the role."""
+        return 1 if self.engine(role) == "transformers" else self.tensor_parallel
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in engines that generate and score."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    def training(self, ranks: int) -> TrainerSettings:
+        """The trainer's settings on so many GPUs."""
+        is_torch = self.trainer == "torch"
+        stage = 0 if is_torch else self.zero_stage
+        precision: Precision = "float32"
+        if self.dtype == "bfloat16":
+            precision = "autocast" if stage == 0 else "bfloat16"
+        return TrainerSettings(
+            precision=precision,
+            zero_stage=stage,
+            ranks=1 if is_torch else ranks,
+            is_checkpointed=self.is_checkpointed,
+            offloads_optimizer=self.offloads_optimizer,
+        )
+
+
+def engines_of(recipe: Recipe) -> Engines:
+    """The engines that a recipe names. A run has one vLLM engine of each role, a plan as many as GPUs take."""
+    trainer, vllm, server = recipe.trainer, recipe.vllm, recipe.rollout.server
+    sleeping = sleeping_servers(recipe)
+    return Engines(
+        rollout="vllm" if "rollout" in sleeping else recipe.rollout.engine,
+        teacher="vllm" if recipe.teacher is None or "teacher" in sleeping else recipe.teacher.engine,
+        served=tuple(sleeping),
+        trainer=trainer.engine,
+        dtype=recipe.runtime.dtype,
+        zero_stage=trainer.zero_stage,
+        is_checkpointed=trainer.activation_checkpointing,
+        offloads_optimizer=trainer.offload_optimizer,
+        tensor_parallel=vllm.tensor_parallel,
+        max_sequences=vllm.max_num_seqs,
+        concurrency=server.concurrency if server is not None else None,
+        memory_share=vllm.gpu_memory_utilization,
+        kv_cache_bytes=None if vllm.kv_cache_gb is None else vllm.kv_cache_gb * 2**30,
+    )
+
+
+def sleeping_servers(recipe: Recipe) -> dict[Role, ServersConfig]:
+    """Replicas that share their GPUs with other phases, by what they do."""
+    teacher = recipe.teacher.server if recipe.teacher is not None else None
+    servers: dict[Role, ServersConfig | None] = {"rollout": recipe.rollout.server, "teacher": teacher}
+    return {role: server for role, server in servers.items() if server is not None and server.sleep}
+
+
+def gpus_of(recipe: Recipe) -> dict[Role | Literal["update"], int]:
+    """GPUs that a run of the recipe uses in each phase; replicas have `vllm.tensor_parallel` each."""
+    engines, sleeping = engines_of(recipe), sleeping_servers(recipe)
+    servers = recipe.rollout.server
+    return {
+        "rollout": engines.split("rollout") * (len(servers.urls) if servers is not None else 1),
+        "teacher": engines.split("teacher") * (len(sleeping["teacher"].urls) if "teacher" in sleeping else 1),
+        "reference": engines.split("reference"),
+        "update": recipe.trainer.ranks,
+    }
+
+
+def default_gpus(recipe: Recipe, *, gpus_per_node: int) -> int:
+    """GPUs that a run of the recipe uses in all, in whole nodes where one does not suffice."""
+    used = gpus_of(recipe)
+    apart = used.pop("rollout") if engines_of(recipe).rollout == "server" else 0
+    total = max(used.values()) + apart
+    return total if total <= gpus_per_node else -(-total // gpus_per_node) * gpus_per_node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one step of a stage has to do, and what an evaluation has."""
+
+    stage: str
+    objective: str
+    steps: int
+    student: ModelShape
+    teacher: ModelShape | None
+    """Scored here; None without a teacher, or with one that servers hold."""
+    has_reference: bool
+    """The stage's initial policy scores as well (stage 1's penalty)."""
+    responses: int
+    mean_prompt: float
+    mean_response: float
+    max_prompt: int
+    max_response: int
+    micro_batch_tokens: int
+    evaluation_context: int
+    evaluation_responses: int
+    """Of one periodic evaluation."""
+    evaluations: int
+    """Periodic evaluations in the stage."""
+    checkpoint_every: int
+    num_in_process: int = 256
+    """Responses that the `transformers` engine generates at a time."""
+    score_tokens_in_process: int = 65_536
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.max_prompt + self.max_response
+
+    @property
+    def mean_sequence(self) -> float:
+        """Tokens of a mean sequence."""
+        return self.mean_prompt + self.mean_response
+
+    @property
+    def tokens(self) -> float:
+        """Prompt and response tokens of a step."""
+        return self.responses * self.mean_sequence
+
+
+def work_of(
+    recipe: Recipe, stage: str, *, mean_response: float | None = None, mean_prompt: float | None = None
+) -> Work:
+    """The work of a recipe's stage.
+
+    Args:
+        mean_response: tokens; None: 0.4 of the longest.
+        mean_prompt: tokens; None: 256, or the longest if that is shorter.
+
+    Raises:
+        RecipeError: the stage is no loop of steps (objective sft), or a mean is above its limit.
+        ModelError: a model's shape is not known.
+    """
+    from kdrl_core.data.benchmarks import load_benchmark  # with pyarrow: only where a recipe is planned
+
+    config = recipe.stage(stage)
+    if config.objective == "sft":
+        raise RecipeError(
+            f"{stage}.objective=sft is no loop of rollouts and updates, which is what is planned; plan grpo, kd_rkl, "
+            f"kdrl or reward_shaping with --set {stage}.objective=…"
+        )
+    response = _mean(mean_response, MEAN_RESPONSE_SHARE * config.max_response_tokens, config.max_response_tokens)
+    prompt = _mean(mean_prompt, min(MEAN_PROMPT_TOKENS, config.max_prompt_tokens), config.max_prompt_tokens)
+    periodic = [b for b in recipe.evaluation.benchmarks if b.name in recipe.evaluation.periodic]
+    return Work(
+        stage=stage,
+        objective=config.objective,
+        steps=config.steps,
+        student=shape_of(recipe.student, role="student"),
+        teacher=_teacher(recipe, config),
+        has_reference=config.ref_beta > 0.0,
+        responses=config.responses_per_step,
+        mean_prompt=prompt,
+        mean_response=response,
+        max_prompt=config.max_prompt_tokens,
+        max_response=config.max_response_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+        evaluation_context=recipe.evaluation.max_context_tokens,
+        evaluation_responses=sum(len(load_benchmark(b)) * b.samples for b in periodic),
+        evaluations=config.steps // config.evaluate_every if config.evaluate_every else 0,
+        checkpoint_every=config.checkpoint.every,
+        num_in_process=recipe.runtime.rollout_batch_size,
+        score_tokens_in_process=recipe.runtime.score_batch_tokens,
+    )
+
+
+def _mean(given: float | None, assumed: float, most: int) -> float:
+    if given is not None and given > most:
+        raise RecipeError(f"a mean of {given:g} tokens is above the recipe's limit of {most}; give at most that")
+    return assumed if given is None else given
+
+
+def _teacher(recipe: Recipe, config: StageConfig) -> ModelShape | None:
+    if recipe.teacher is None or not config.scores_teacher:
+        return None
+    if recipe.teacher.server is not None and not recipe.teacher.server.sleep:
+        return None
+    return shape_of(recipe.teacher, role="teacher")

@@ -1,0 +1,179 @@
+"""Seconds of a step by phase, and bytes that it moves.
+
+    decoding step of n sequences = overhead + (weights + n · context · KV bytes) / (memory bandwidth · share)
+    rollout = max(response tokens / tokens per second of all engines, longest response · decoding step of one sequence)
+    scoring = forward FLOPs / (peak · MFU · GPUs),  update = update FLOPs / (peak · MFU · GPUs)
+
+No GPU trains or scores less than one longest sequence where it has any, so that the slowest of many has more than the
+mean. Verification and what overlap hides count as 0; a teacher on GPUs of its own scores while others generate.
+`transformers` generates and scores on one GPU, whatever there is.
+
+Bytes that a GPU sends or receives (N parameters, b bytes, R ranks, m micro-batches of a rank):
+ZeRO-0: 2·4·N·(R−1)/R once; ZeRO-2: m·b·N·(R−1)/R and b·N·(R−1)/R; ZeRO-3: 3·m·b·N·(R−1)/R.
+Weight sync writes the new policy once in float32, and every node reads it once.
+"""
+
+from dataclasses import asdict, dataclass
+from math import ceil
+
+from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
+from kdrl_core.look.planning.memory import engine_weights, kv_bytes
+from kdrl_core.look.planning.placement import Placement, in_flight, replicas, sleeping_models
+from kdrl_core.look.planning.shapes import ModelShape
+
+_EXPORT_BYTES = 4
+"""Of a weight in a checkpoint: float32."""
+_MOMENT_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What is given or measured in place of arithmetic; None: computed."""
+
+    rollout_tokens_per_s: float | None = None
+    """Response tokens, per GPU."""
+    score_flops: float | None = None
+    """Reached per second and GPU."""
+    update_flops: float | None = None
+    has_collectives: bool = False
+    """The update was measured on several ranks, so that what they send each other is in its rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of one step; phases that overlap count once."""
+
+    rollout: float
+    teacher_score: float
+    """Beyond what generation hides."""
+    reference_score: float
+    update: float
+    communication: float
+    """Collectives of the update."""
+    weight_sync: float
+    offload: float
+    """Models that sleep and wake."""
+    checkpoint: float
+    """A step's share of it."""
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return float(sum(asdict(self).values()))
+
+
+def step_time(
+    work: Work,
+    engines: Engines,
+    cluster: Cluster,
+    placement: Placement,
+    rates: Rates,
+    *,
+    kv_sequences: int | None = None,
+) -> StepTime:
+    """Predicted seconds of one step.
+
+    Args:
+        kv_sequences: longest sequences that the rollout engine's KV cache holds; None: as many as it is given.
+    """
+    gpus = placement.student_gpus
+    rollout = rollout_s(work, engines, cluster, placement.generating_gpus, rates, kv_sequences=kv_sequences)
+    teacher = reference = 0.0
+    if work.teacher is not None:
+        teacher = score_s("teacher", work.teacher, work, engines, cluster, placement.teacher_gpus or gpus, rates)
+    if placement.is_split:
+        teacher = max(0.0, teacher - rollout)
+    if work.has_reference:
+        reference = score_s("reference", work.student, work, engines, cluster, gpus, rates)
+    trainers = 1 if engines.trainer == "torch" else gpus
+    tokens = busiest(work, trainers)
+    flops = work.student.update_flops(tokens, context=work.mean_sequence, is_checkpointed=engines.is_checkpointed)
+    bandwidth = cluster.link_bandwidth if gpus <= cluster.gpus_per_node else cluster.network_bandwidth
+    exported = _EXPORT_BYTES * work.student.parameters
+    saved = exported + _MOMENT_BYTES * work.student.parameters
+    return StepTime(
+        rollout=rollout,
+        teacher_score=teacher,
+        reference_score=reference,
+        update=flops / (rates.update_flops or cluster.peak_flops * cluster.mfu),
+        communication=0.0 if rates.has_collectives else gradient_traffic(work, engines, gpus) / bandwidth,
+        weight_sync=_synced(work, engines, cluster) / cluster.storage_bandwidth,
+        offload=_moved(work, engines, placement) / cluster.host_bandwidth,
+        checkpoint=saved / cluster.storage_bandwidth / work.checkpoint_every,
+    )
+
+
+def rollout_s(
+    work: Work,
+    engines: Engines,
+    cluster: Cluster,
+    gpus: int,
+    rates: Rates,
+    *,
+    responses: int | None = None,
+    kv_sequences: int | None = None,
+) -> float:
+    """Seconds to generate a step's responses, or so many."""
+    count = work.responses if responses is None else responses
+    tokens = -(-count // replicas(engines, "rollout", gpus)) * work.mean_response  # of the engine with the most
+    if rates.rollout_tokens_per_s is not None:
+        return tokens / (rates.rollout_tokens_per_s * engines.split("rollout"))
+    context = work.mean_prompt + work.mean_response / 2  # a response is half done in the mean
+    sequences = in_flight(work, engines, gpus, count)
+    if kv_sequences is not None:
+        sequences = max(1, min(sequences, int(kv_sequences * work.context / work.mean_sequence)))
+    bulk = tokens / sequences * decode_step_s(work.student, engines, cluster, sequences=sequences, context=context)
+    alone = decode_step_s(work.student, engines, cluster, sequences=1, context=work.context / 2)
+    return max(bulk, work.max_response * alone)
+
+
+def decode_step_s(shape: ModelShape, engines: Engines, cluster: Cluster, *, sequences: int, context: float) -> float:
+    """Seconds for one token of each of `sequences`: every weight and every cached key and value is read."""
+    split = engines.split("rollout")
+    read = engine_weights(shape, width=engines.width, tensor_parallel=split)
+    read += sequences * context * kv_bytes(shape, width=engines.width, tensor_parallel=split)
+    return cluster.step_overhead_s + read / (cluster.memory_bandwidth * cluster.bandwidth_share)
+
+
+def score_s(
+    role: Role, shape: ModelShape, work: Work, engines: Engines, cluster: Cluster, gpus: int, rates: Rates
+) -> float:
+    """Seconds to score a step's responses with the frozen model of a role."""
+    flops = shape.forward_flops(busiest(work, replicas(engines, role, gpus)), context=work.mean_sequence)
+    return flops / ((rates.score_flops or cluster.peak_flops * cluster.mfu) * engines.split(role))
+
+
+def gradient_traffic(work: Work, engines: Engines, gpus: int) -> float:
+    """Bytes that the update's collectives move through one GPU in a step."""
+    training = engines.training(gpus)
+    ranks, stage = training.ranks, training.zero_stage
+    share = (ranks - 1) / ranks
+    whole = training.weight_bytes * work.student.parameters * share
+    micro_batches = max(1, ceil(busiest(work, ranks) / max(work.micro_batch_tokens, work.context)))
+    if stage == 3:
+        return 3 * micro_batches * whole
+    if stage == 2:
+        return (micro_batches + 1) * whole
+    return 2 * 4 * work.student.parameters * share
+
+
+def sync_traffic(work: Work, cluster: Cluster) -> float:
+    """Bytes that all nodes read from shared storage to take the new policy."""
+    return float(cluster.nodes * _EXPORT_BYTES * work.student.parameters)
+
+
+def busiest(work: Work, gpus: int) -> float:
+    """Tokens of the GPU with the most: the mean, or one longest sequence if that is more."""
+    return max(work.tokens / gpus, float(min(work.context, work.tokens)))
+
+
+def _moved(work: Work, engines: Engines, placement: Placement) -> float:
+    """Bytes that one GPU takes from its host in a step: rollout engine, teacher and reference wake up once each."""
+    return sum(sleeping_models(work, engines, placement).values())
+
+
+def _synced(work: Work, engines: Engines, cluster: Cluster) -> float:
+    """Bytes to and from storage until the rollout engine has the new policy; one in process takes it from memory."""
+    if engines.rollout == "transformers":
+        return 0.0
+    return _EXPORT_BYTES * work.student.parameters + sync_traffic(work, cluster)

@@ -1,0 +1,246 @@
+"""Where models go: colocated (every GPU does every phase in turn), split (some GPUs hold the teacher alone), or with
+replicas that generate on GPUs of their own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
+from kdrl_core.look.planning.memory import (
+    Components,
+    decode_workspace,
+    engine_weights,
+    gradient_bytes,
+    kv_bytes,
+    optimizer_bytes,
+    optimizer_step_components,
+    score_workspace,
+    trainer_states,
+    update_components,
+)
+from kdrl_core.look.planning.shapes import ModelShape
+
+KV_CACHE = "KV cache"
+_TEACHER_GPUS = "teacher GPUs"
+"""Where it is served: what a recipe says of engines in process does not hold there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """GPUs of the student, of the teacher alone, of replicas that generate; 0: none of their own."""
+
+    student_gpus: int
+    teacher_gpus: int = 0
+    rollout_gpus: int = 0
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the teacher has GPUs of its own."""
+        return self.teacher_gpus > 0
+
+    @property
+    def generating_gpus(self) -> int:
+        """GPUs that generate."""
+        return self.rollout_gpus or self.student_gpus
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.rollout_gpus:
+            teacher = f", {self.teacher_gpus} score" if self.is_split else ""
+            return f"{self.rollout_gpus} generate, {self.student_gpus} train{teacher}"
+        if not self.is_split:
+            return "colocated"
+        return f"split {self.student_gpus}+{self.teacher_gpus}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseMemory:
+    """Bytes on one GPU in one phase, by component."""
+
+    phase: str
+    gpus: str
+    """`every GPU`, or `student GPUs`, `rollout GPUs`, `teacher GPUs`."""
+    components: Components
+    sequences: int | None = None
+    """Of the longest kind that the KV cache holds, where there is one."""
+    beside: float | None = None
+    """What others keep on a GPU on which a vLLM engine of this process takes its share."""
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(self.components.values())
+
+    @property
+    def taken(self) -> float:
+        """Bytes of the engine that takes a share; 0 where none does."""
+        return self.total - self.beside if self.beside is not None else 0.0
+
+
+def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> list[PhaseMemory]:
+    """What lies on a GPU in each phase. The KV cache takes what it can use of what is left, one sequence at least."""
+    return list(_phases(work, engines, cluster, placement))
+
+
+def _phases(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> Iterator[PhaseMemory]:
+    student = work.student
+    gpus = "student GPUs" if placement.is_split or placement.rollout_gpus else "every GPU"
+    training = engines.training(placement.student_gpus)
+    resident = _resident(work, engines, placement)
+    between = {**trainer_states(student, training), **resident}
+    if engines.rollout == "transformers" or engines.trainer == "torch":
+        between["gradients"] = gradient_bytes(student, training)  # freed when the next update begins
+    weights = {"rollout weights": _weights("rollout", student, engines)}
+    sync_buffer = {"sync buffer": 4.0 * student.embedding}
+
+    def generating(phase: str, context: int, responses: int) -> PhaseMemory:
+        sequences = in_flight(work, engines, placement.generating_gpus, responses)
+        split = engines.split("rollout")
+        workspace = decode_workspace(student, sequences=sequences, width=engines.width, tensor_parallel=split)
+        own = {**weights, "workspace": workspace, **(sync_buffer if placement.rollout_gpus else {})}
+        where, others = ("rollout GPUs", {}) if placement.rollout_gpus else (gpus, between)
+        return _with_kv_cache(
+            phase, where, others, own, "rollout", student, engines, cluster, context=context, sequences=sequences
+        )
+
+    yield generating("rollout", work.context, work.responses)
+    if work.teacher is not None:
+        where, others = (_TEACHER_GPUS, {}) if placement.is_split else (gpus, between)
+        yield _scoring("teacher", where, others, work.teacher, work, engines, cluster)
+    if work.has_reference:
+        yield _scoring("reference", gpus, between, student, work, engines, cluster)
+    update = update_components(student, training, micro_batch_tokens=work.micro_batch_tokens, longest=work.context)
+    yield PhaseMemory(phase="update", gpus=gpus, components={**update, **resident})
+    step = optimizer_step_components(student, training)
+    yield PhaseMemory(phase="optimizer step", gpus=gpus, components={**step, **resident})
+    if not placement.rollout_gpus:  # replicas keep what they have while they load
+        yield PhaseMemory(phase="weight sync", gpus=gpus, components={**between, **weights, **sync_buffer})
+    if work.evaluation_responses:
+        phase = generating("evaluation", work.evaluation_context, work.evaluation_responses)
+        if engines.rollout == "transformers":  # which loads a model of its own
+            extra = {**phase.components, "evaluated weights": weights["rollout weights"]}
+            yield PhaseMemory(phase=phase.phase, gpus=gpus, components=extra, sequences=phase.sequences)
+        else:
+            yield phase
+
+
+def replicas(engines: Engines, role: Role, gpus: int) -> int:
+    """Engines of a role on so many GPUs; `transformers` is one."""
+    return 1 if engines.engine(role) == "transformers" else max(1, gpus // engines.tensor_parallel)
+
+
+def in_flight(work: Work, engines: Engines, gpus: int, responses: int) -> int:
+    """Responses that one engine generates at a time."""
+    if engines.rollout == "transformers":
+        return min(work.num_in_process, responses)
+    count = replicas(engines, "rollout", gpus)
+    most = engines.max_sequences
+    if engines.concurrency is not None:
+        most = min(most, engines.concurrency // count)
+    return max(1, min(most, -(-responses // count)))
+
+
+def host_bytes(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> float:
+    """Memory of one node's host that sleeping models and offloaded optimiser states take."""
+    gpus = min(placement.student_gpus, cluster.gpus_per_node)
+    training = engines.training(placement.student_gpus)
+    offloaded = optimizer_bytes(work.student, training) if engines.offloads_optimizer else 0.0
+    return gpus * (offloaded + sum(sleeping_models(work, engines, placement).values()))
+
+
+def sleeping_models(work: Work, engines: Engines, placement: Placement) -> dict[Role, float]:
+    """Bytes of weights that a GPU of the student gives back while others use it, by role."""
+    return {
+        role: _weights(role, shape, engines)
+        for role, shape in _models(work, placement).items()
+        if engines.engine(role) == "vllm"
+    }
+
+
+def _resident(work: Work, engines: Engines, placement: Placement) -> Components:
+    """Weights that engines in process keep in memory all the time."""
+    return {
+        f"{role} weights": _weights(role, shape, engines)
+        for role, shape in _models(work, placement).items()
+        if engines.engine(role) == "transformers"
+    }
+
+
+def _models(work: Work, placement: Placement) -> dict[Role, ModelShape]:
+    """What generates and scores on the GPUs of the student."""
+    found: dict[Role, ModelShape] = {}
+    if not placement.rollout_gpus:
+        found["rollout"] = work.student
+    if work.teacher is not None and not placement.is_split:
+        found["teacher"] = work.teacher
+    if work.has_reference:
+        found["reference"] = work.student
+    return found
+
+
+def _weights(role: Role, shape: ModelShape, engines: Engines) -> float:
+    return engine_weights(shape, width=engines.width, tensor_parallel=engines.split(role))
+
+
+def _scoring(
+    role: Role,
+    gpus: str,
+    others: Components,
+    shape: ModelShape,
+    work: Work,
+    engines: Engines,
+    cluster: Cluster,
+) -> PhaseMemory:
+    is_vllm = engines.engine(role) == "vllm"
+    tokens = engines.score_tokens if is_vllm else max(work.score_tokens_in_process, work.context)
+    workspace = score_workspace(
+        shape, tokens=tokens, width=engines.width, tensor_parallel=engines.split(role), is_chunked=not is_vllm
+    )
+    phase, own = f"{role}-score", {f"{role} weights": _weights(role, shape, engines), "workspace": workspace}
+    if not is_vllm:
+        return PhaseMemory(phase=phase, gpus=gpus, components={**others, **own})
+    sequences = max(1, min(16, work.responses))  # more do not make a pass over a few thousand tokens faster
+    return _with_kv_cache(
+        phase, gpus, others, own, role, shape, engines, cluster, context=work.context, sequences=sequences
+    )
+
+
+def sequence_bytes(role: Role, shape: ModelShape, engines: Engines, *, context: int) -> float:
+    """KV cache of one sequence of `context` tokens on a GPU of the role's engine."""
+    return context * kv_bytes(shape, width=engines.width, tensor_parallel=engines.split(role))
+
+
+def _with_kv_cache(
+    phase: str,
+    gpus: str,
+    others: Components,
+    own: Components,
+    role: Role,
+    shape: ModelShape,
+    engines: Engines,
+    cluster: Cluster,
+    *,
+    context: int,
+    sequences: int,
+) -> PhaseMemory:
+    """The phase of an engine with `own` weights and workspace, beside `others`."""
+    per_sequence = sequence_bytes(role, shape, engines, context=context)
+    engine = "server" if gpus == _TEACHER_GPUS else engines.engine(role)
+    components = {**others, **own}
+    if engine == "transformers":  # one tensor per layer, which is copied when it grows
+        held = sequences * per_sequence * (1 + 2 / shape.layers)
+    elif engine == "vllm" and engines.kv_cache_bytes is not None:
+        held = engines.kv_cache_bytes
+    else:
+        left = cluster.usable_memory - sum(components.values())
+        if engine == "vllm":
+            left = min(left, engines.memory_share * cluster.gpu_memory - sum(own.values()))
+        held = max(per_sequence, min(sequences * per_sequence, left))
+    takes_share = engine == "vllm" and engines.kv_cache_bytes is None
+    return PhaseMemory(
+        phase=phase,
+        gpus=gpus,
+        components={**components, KV_CACHE: held},
+        sequences=min(sequences, int(held / per_sequence)),
+        beside=sum(others.values()) if takes_share else None,
+    )

@@ -1,0 +1,125 @@
+"""The tables of docs/scaling.md, computed: `python -m kdrl_core.look.planning.scaling` prints them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from kdrl_core.config import load_recipe
+from kdrl_core.look.planning.cluster import Cluster, Engines, Work, engines_of, work_of
+from kdrl_core.look.planning.conditions import time_alone
+from kdrl_core.look.planning.cost import StepTime, gradient_traffic, sync_traffic
+from kdrl_core.look.planning.plan import Candidate, StagePlan, plan_stage
+
+NODES = (1, 2, 4, 8, 16, 32, 64)
+RECIPE, STAGE = "paper-1.5b", "stage2"
+_GPUS_PER_NODE = 8
+_GPU_MEMORY = 80e9
+
+
+def tables() -> dict[str, str]:
+    """Markdown tables by name."""
+    recipe = load_recipe(RECIPE)
+    work, engines = work_of(recipe, STAGE), engines_of(recipe)
+    plans = [plan_stage(work, engines, _cluster(nodes)) for nodes in NODES]
+    return {
+        "models": _table(("model", "parameters", "KV cache per token", "forward, FLOPs per token"), _models(work)),
+        "time": _table(
+            ("nodes", "GPUs", "placement", "rollout", "score", "update", "comm.", "sync", "step", "hours", "GPU-hours"),
+            _times(plans),
+        ),
+        "engines": _table(
+            ("8 GPUs, stage 2", "placement", "rollout", "score", "update", "step"), _engines(work, engines)
+        ),
+        "traffic": _table(
+            ("nodes", "ZeRO-0", "ZeRO-2", "ZeRO-3", "weight sync, all nodes", "sync at 5 GB/s"),
+            [_traffic(work, engines, nodes) for nodes in NODES],
+        ),
+        "memory": _table(
+            ("nodes", "weights", "optimizer", "gradients", "update in all", "update in all, ZeRO-3"),
+            [_memory(work, engines, nodes) for nodes in NODES],
+        ),
+    }
+
+
+def _cluster(nodes: int) -> Cluster:
+    return Cluster(gpus=nodes * _GPUS_PER_NODE, gpus_per_node=_GPUS_PER_NODE, gpu_memory=_GPU_MEMORY)
+
+
+def _models(work: Work) -> Iterator[tuple[str, ...]]:
+    for shape in (work.student, work.teacher):
+        assert shape is not None  # KDRL has a teacher
+        yield (
+            shape.name,
+            f"{shape.parameters:,}",
+            f"{shape.kv_bytes_per_token(2):,} bytes",
+            f"{shape.forward_flops(1, context=work.mean_sequence) / 1e9:.2f} G",
+        )
+
+
+def _times(plans: Sequence[StagePlan]) -> Iterator[tuple[str, ...]]:
+    for plan in plans:
+        best = plan.best
+        assert best is not None  # and plan.hours with it
+        assert plan.hours is not None
+        time = best.time
+        seconds = (time.rollout, time.teacher_score, time.update, time.communication, time.weight_sync, time.total)
+        yield (
+            str(plan.cluster.nodes),
+            str(plan.cluster.gpus),
+            best.placement.name,
+            *(f"{value:,.1f}" for value in seconds),
+            f"{plan.hours:,.1f}",
+            f"{plan.hours * plan.cluster.gpus:,.0f}",
+        )
+
+
+def _engines(work: Work, engines: Engines) -> Iterator[tuple[str, ...]]:
+    """The recipe's engines one by one, and as many as the GPUs take."""
+    cluster = _cluster(1)
+
+    def row(name: str, chosen: Candidate, time: StepTime) -> tuple[str, ...]:
+        seconds = (time.rollout, time.teacher_score, time.update, time.total)
+        return (name, chosen.placement.name, *(f"{value:,.1f}" for value in seconds))
+
+    plan = plan_stage(work, engines, cluster)
+    chosen = plan.candidates[0]
+    yield row("vLLM in the process: an engine on every GPU, as planned", chosen, chosen.time)
+    yield row("the same with one engine of each role, as it is run", chosen, time_alone(plan, chosen))
+    sleeping = plan_stage(work, replace(engines, served=("rollout", "teacher")), cluster)
+    best = sleeping.candidates[0]
+    yield row("replicas of student and teacher on every GPU, which sleep", best, time_alone(sleeping, best))
+    for concurrency in (32, 1024):
+        served = plan_stage(work, replace(engines, rollout="server", concurrency=concurrency), cluster)
+        best = next(one for one in served.candidates if one.placement.is_split)
+        yield row(f"replicas of student and teacher, awake, {concurrency:,} rollouts in flight", best, best.time)
+
+
+def _traffic(work: Work, engines: Engines, nodes: int) -> tuple[str, ...]:
+    cluster = _cluster(nodes)
+    zero = [gradient_traffic(work, replace(engines, zero_stage=stage), cluster.gpus) for stage in (0, 2, 3)]
+    sync = sync_traffic(work, cluster)
+    return (
+        str(nodes),
+        *(f"{value / 1e9:,.1f} GB" for value in zero),
+        f"{sync / 1e9:,.1f} GB",
+        f"{sync / cluster.storage_bandwidth:,.1f} s",
+    )
+
+
+def _memory(work: Work, engines: Engines, nodes: int) -> tuple[str, ...]:
+    found = []
+    for stage in (2, 3):
+        plan = plan_stage(work, replace(engines, zero_stage=stage), _cluster(nodes))
+        colocated = next(one for one in plan.candidates if not one.placement.is_split)
+        found.append(next(phase for phase in colocated.memory if phase.phase == "update"))
+    parts = [found[0].components[name] for name in ("trainer weights", "optimizer", "gradients")]
+    return (str(nodes), *(f"{value / 1e9:.2f} GB" for value in [*parts, *(phase.total for phase in found)]))
+
+
+def _table(header: Sequence[str], rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    for name, text in tables().items():
+        print(f"## {name}\n\n{text}\n")

@@ -1,0 +1,229 @@
+"""DuckDB over the files of runs, confined: it reads those files, and neither reads nor writes anything else.
+
+A database is made for one state of the runs and never changed: when steps are added, another one takes its place. What
+a query of a user can do is limited in four ways, each of which would do by itself against what is known:
+
+* one statement, which only selects, within a read-only transaction;
+* no access to the file system or the network but to the listed files of the runs (`enable_external_access`);
+* no extensions, no Python objects of this process;
+* and a locked configuration.
+"""
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from kdrl_core.errors import DataError
+from kdrl_core.look.rollouts.index_rows import INDEX
+from kdrl_core.look.rollouts.record import PARTS, TIMINGS
+from kdrl_core.look.rollouts.views import (
+    BULKY_PARTS,
+    TIMES,
+    IndexedRun,
+    identifier,
+    index_sql,
+    part_sql,
+    quoted,
+    sql_type,
+    user_views,
+)
+
+_MEMORY = "512MB"
+"""Of DuckDB; what needs more is put on disk for the time of the query."""
+_CONFINED: dict[str, str | bool | int | float | list[str]] = {
+    "autoload_known_extensions": False,
+    "autoinstall_known_extensions": False,
+    "allow_community_extensions": False,
+    "python_enable_replacements": False,
+    "enable_external_file_cache": False,
+    "preserve_insertion_order": False,
+    "memory_limit": _MEMORY,
+}
+FILE_ERRORS = (
+    duckdb.IOException,
+    duckdb.InvalidInputException,
+    duckdb.SerializationException,
+    duckdb.PermissionException,
+)
+"""What DuckDB raises of a file that changed below it: of one that is gone, that it may not look for it elsewhere."""
+
+
+class Database:
+    """The views over one state of some runs. Every use takes a cursor of its own, so threads may share it."""
+
+    def __init__(self, runs: Sequence[IndexedRun], step_rows: Callable[[], pa.Table]) -> None:
+        self._runs = runs
+        self._step_rows = cache(step_rows)
+        self._lock = threading.Lock()
+        self._index: duckdb.DuckDBPyConnection | None = None
+        self._spill = tempfile.TemporaryDirectory(prefix="kdrl-query-")
+        self._planner: duckdb.DuckDBPyConnection | None = None
+        self._by_parts: dict[frozenset[str], duckdb.DuckDBPyConnection] = {}
+
+    @contextmanager
+    def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection to the view `indexed` alone, for queries of our own."""
+        with self._lock:
+            if self._index is None:
+                self._index = self._open()
+        with self._index.cursor() as cursor:
+            yield cursor
+
+    def select(self, query: str) -> Iterator[pa.RecordBatch]:
+        """The result of a user's query, batch by batch; the first has the schema if there are no rows.
+
+        Raises:
+            DataError: it is not one SELECT, or DuckDB cannot answer it: its message says why.
+            FILE_ERRORS: a file changed since the runs were looked at.
+        """
+        with self._told():
+            self._require_select(query)
+            with self._lock:
+                parts = frozenset(self._parts_of(query))
+                if parts not in self._by_parts:
+                    self._by_parts[parts] = self._open_views(parts)
+            with _read_only(self._by_parts[parts]) as cursor:
+                reader = cursor.sql(query).to_arrow_reader(10_000)
+                yield pa.RecordBatch.from_pylist([], schema=reader.schema)
+                yield from reader
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for connection in (self._index, self._planner, *self._by_parts.values()):
+            if connection is not None:
+                connection.close()
+        self._spill.cleanup()
+
+    def _open(self) -> duckdb.DuckDBPyConnection:
+        """A database of its own that reads the runs' files alone."""
+        connection = duckdb.connect(":memory:", config={**_CONFINED, "temp_directory": self._spill.name})
+        connection.execute(f"set allowed_paths = [{', '.join(map(quoted, self._files()))}]")
+        connection.execute("set enable_external_access = false")
+        connection.execute("set lock_configuration = true")
+        connection.execute(f"create view indexed as {index_sql(self._runs)}")
+        return connection
+
+    def _open_views(self, parts: frozenset[str]) -> duckdb.DuckDBPyConnection:
+        """The views of users, with the bulky columns of `parts`; those of others are null."""
+        connection = self._open()
+        _add_steps(connection, self._step_rows())
+        for part in sorted(parts - {TIMES}):
+            connection.execute(f"create view {part}_part as {part_sql(self._runs, part)}")
+        for statement in user_views(parts):
+            connection.execute(statement)
+        return connection
+
+    def _files(self) -> list[Path]:
+        """All that may be read."""
+        files = [file for run in self._runs for file in run.index.files]
+        for run in self._runs:
+            files += [run.index.path(step, part) for step in run.index.steps for part in step.bulky]
+        return files
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """DuckDB's errors as DataErrors with its message, but for those of the runs' own files."""
+        try:
+            yield
+        except duckdb.CatalogException as error:
+            raise DataError(f"the query failed: {error}\nThe views are rollouts, steps and prompts") from None
+        except duckdb.Error as error:
+            if isinstance(error, FILE_ERRORS) and any(str(file) in str(error) for file in self._files()):
+                raise
+            raise DataError(f"the query failed: {error}") from None
+
+    def _require_select(self, query: str) -> None:
+        statements = self._plans().extract_statements(query)
+        if len(statements) != 1:
+            raise DataError(f"one query at a time, not {len(statements)}: give one SELECT")
+        if statements[0].type != duckdb.StatementType.SELECT:
+            kind = statements[0].type.name
+            raise DataError(
+                f"{kind} is not possible here, since rollouts are only read: give a SELECT, WITH, FROM, DESCRIBE or "
+                "SUMMARIZE; to write what it finds, kdrl rollouts export"
+            )
+
+    def _parts_of(self, query: str) -> set[str]:
+        """The parts whose bulky columns the query needs: those that DuckDB's plan of it still reads."""
+        try:
+            with _read_only(self._plans()) as cursor:
+                plan = cursor.execute(f"explain (format json) {query}").fetchall()[0][1]
+        except duckdb.Error:
+            with _read_only(self._plans()) as cursor:
+                cursor.execute(query).fetchall()  # fails as well, and its message quotes the query alone
+            raise
+        return set(_bulky_scans(json.loads(plan)))
+
+    def _plans(self) -> duckdb.DuckDBPyConnection:
+        """The same views over tables of one row, to look at the plan of a query without any file."""
+        if self._planner is None:
+            planner = duckdb.connect(":memory:", config=_CONFINED)
+            _add_steps(planner, self._step_rows().slice(0, 1))
+            planner.execute(_one_row("indexed", INDEX.names))
+            for part in BULKY_PARTS:
+                planner.execute(_one_row(f"{part}_part", ["stage", "step", "row", *PARTS[part]]))
+            for statement in user_views([*BULKY_PARTS, TIMES]):
+                planner.execute(statement)
+            optimizers = [name for (name,) in planner.execute("from duckdb_optimizers()").fetchall()]
+            unused = ",".join(name for name in optimizers if name != "unused_columns")
+            planner.execute(f"set disabled_optimizers = {quoted(unused)}")  # what rests on these rows' values misleads
+            planner.execute("set enable_external_access = false; set lock_configuration = true")
+            self._planner = planner
+        return self._planner
+
+
+@contextmanager
+def _read_only(connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A cursor within a transaction that cannot write."""
+    with connection.cursor() as cursor:
+        cursor.execute("begin transaction read only")
+        try:
+            yield cursor
+        finally:
+            with suppress(duckdb.Error):
+                cursor.execute("rollback")
+
+
+def _add_steps(connection: duckdb.DuckDBPyConnection, step_rows: pa.Table) -> None:
+    connection.register("given_steps", step_rows)
+    connection.execute("create table step_rows as select * from given_steps")
+    connection.unregister("given_steps")
+    times = ", ".join(map(identifier, TIMINGS.values()))
+    connection.execute(
+        f"create table {TIMES}_part as select run as s_run, stage as s_stage, step as s_step, {times} from step_rows"
+    )
+
+
+def _one_row(table: str, names: Sequence[str]) -> str:
+    columns = ", ".join(f"null::{sql_type(name)} as {name}" for name in names)
+    return f"create table {table} as select null::varchar as run, {columns}"
+
+
+_NEEDED_FOR = {**{part: {*PARTS[part]} for part in BULKY_PARTS}, TIMES: {*TIMINGS.values()}}
+"""Part → the columns that it is joined for."""
+
+
+def _bulky_scans(node: Any) -> Iterator[str]:
+    """Parts of which a plan reads more than the keys."""
+    if isinstance(node, list):
+        for each in node:
+            yield from _bulky_scans(each)
+        return
+    extra = node.get("extra_info", {})
+    table = str(extra.get("Table", "")).rpartition(".")[2]
+    part = table.removesuffix("_part")
+    if table != part and part in _NEEDED_FOR:
+        projected = extra.get("Projections", [])
+        named = [projected] if isinstance(projected, str) else projected
+        if {name.strip('"') for name in named} & _NEEDED_FOR[part]:
+            yield part
+    for child in node.get("children", []):
+        yield from _bulky_scans(child)

@@ -1,0 +1,254 @@
+"""Dumps of other trainers as a run that kdrl can look through: verl's JSON lines and TRL's Parquet completions.
+
+verl (`trainer.rollout_data_dir`): `<step>.jsonl`, a line a response, with `input`, `output`, `score`, `step`, in newer
+versions `gts`, and whatever the reward function returned beside the score, such as `acc` and `pred`.
+TRL (`log_completions`): `completions_<step>.parquet` with `step`, `prompt`, `completion`, a column of rewards for each
+reward function, `advantage`, and what was logged beside.
+
+What a dump does not hold stays null: no tokens, so no lengths (unless a tokenizer is given) and no logprobs; no
+verdicts, unless verl's `acc` says what is right. The prompts of a dump have no ids, so a hash of the text is one; the
+responses to a prompt are numbered in their order. Fields without a column are kept in `reason`, as words.
+"""
+
+import hashlib
+import json
+import re
+import secrets
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdrl_core.data.unicode import as_unicode
+from kdrl_core.errors import DataError, ModelError
+from kdrl_core.ledger import publish_file, storage_errors
+from kdrl_core.look.rollouts.record import RECORD, TIMINGS
+from kdrl_core.tables.responses import repetition_rate
+from kdrl_core.tables.schemas import write_table
+from kdrl_core.types import VerdictKind
+
+_VERL_FILE = re.compile(r"(\d+)\.jsonl")
+_TRL_FILE = re.compile(r"completions_(\d+)\.parquet")
+_VERL_FIELDS = {"input", "output", "gts", "score", "step", "acc", "pred"}
+_TRL_FIELDS = {"step", "prompt", "completion", "advantage"}
+_MAX_STEP = 10**9
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What was read and written."""
+
+    path: Path
+    stage: str
+    num_steps: int
+    num_rollouts: int
+    reward_columns: list[str]
+    """What the reward was taken from."""
+
+
+def import_dump(
+    source: Path,
+    kind: str,
+    output: Path,
+    *,
+    tokenizer: Path | None = None,
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+) -> Imported:
+    """Read a dump and write it as a run's folder, which appears when it is complete.
+
+    Args:
+        source: the folder with the dump, or one of its files.
+        kind: `verl` or `trl`; its responses become the stage of this name.
+        output: the new folder.
+        tokenizer: a folder with tokenizer.json, to know tokens, lengths and repetition.
+        on_file: called with files read and files to read.
+
+    Raises:
+        DataError: there are no such files, or one of them is not what it should be: which, which line, which field.
+        ModelError: the tokenizer cannot be read.
+        StorageError: the folder cannot be written.
+    """
+    reader = _READERS[kind]
+    files = _files(source, reader.pattern, kind)
+    if output.exists():
+        raise DataError(f"{output} exists; give a new name, or delete it")
+    tokenize = None if tokenizer is None else _tokenizer(tokenizer)
+    by_step: dict[int, list[Row]] = defaultdict(list)
+    rewards: list[str] = []
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
+        try:
+            num_rollouts, written = 0, set[int]()
+            for number, file in enumerate(files, start=1):
+                for step, row, names in reader.rows(file):
+                    by_step[step].append(row)
+                    rewards = names
+                # A file has one step; in case it has more, its last is kept open until the next file.
+                for step in list(by_step):
+                    if step in written:
+                        raise DataError(f"{file}: step {step} is in an earlier file as well; import one dump at a time")
+                    num_rollouts += _write(temporary, kind, step, by_step.pop(step), tokenize)
+                    written.add(step)
+                on_file(number, len(files))
+            facts = {"from": kind, "source": source.name, "steps": len(written), "rollouts": num_rollouts}
+            (temporary / "import.json").write_text(json.dumps(facts, indent=1) + "\n")
+            temporary.rename(output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Imported(path=output, stage=kind, num_steps=len(written), num_rollouts=num_rollouts, reward_columns=rewards)
+
+
+def _files(source: Path, pattern: re.Pattern[str], kind: str) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise DataError(f"{source}: no such file or folder")
+    found = [(int(match[1]), path) for path in source.rglob("*") if (match := pattern.fullmatch(path.name))]
+    if not found:
+        named = {
+            "verl": "<step>.jsonl (trainer.rollout_data_dir)",
+            "trl": "completions_<step>.parquet (log_completions)",
+        }
+        raise DataError(f"{source} has no dump of {kind}: files are called {named[kind]}")
+    return [path for _, path in sorted(found)]
+
+
+def _verl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{file} line {number}"
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: no JSON ({error}); delete the line, or dump it again") from None
+            if not isinstance(content, dict):
+                raise DataError(f"{where}: no JSON object; lines of verl's dump are objects")
+            row = _common(where, content, prompt="input", response="output", step=_file_step(file))
+            row["ground_truth"] = _text(content.get("gts"))
+            row["reward"] = _number(where, "score", content.get("score"))
+            row["extracted"] = _text(content.get("pred"))
+            if isinstance(acc := content.get("acc"), bool | int | float):
+                row["accuracy_reward"] = float(acc)
+                row["verdict"] = (VerdictKind.CORRECT if acc >= 1 else VerdictKind.WRONG).value
+            row["reason"] = _words({name: value for name, value in content.items() if name not in _VERL_FIELDS})
+            yield row.pop("step"), row, ["score"]
+
+
+def _trl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
+    try:
+        table = pq.ParquetFile(file).read()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    rewards = [
+        field.name
+        for field in table.schema
+        if field.name not in _TRL_FIELDS and (pa.types.is_floating(field.type) or pa.types.is_integer(field.type))
+    ]
+    for number, content in enumerate(table.to_pylist()):
+        where = f"{file} row {number}"
+        row = _common(where, content, prompt="prompt", response="completion", step=_file_step(file))
+        scores = [_number(where, name, content[name]) for name in rewards]
+        known = [score for score in scores if score is not None]
+        row["reward"] = sum(known) if known else None
+        row["advantage"] = _number(where, "advantage", content.get("advantage"))
+        row["reason"] = _words({name: value for name, value in content.items() if name not in _TRL_FIELDS})
+        yield row.pop("step"), row, rewards
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    pattern: re.Pattern[str]
+    rows: Callable[[Path], Iterator[tuple[int, Row, list[str]]]]
+
+
+_READERS = {"verl": _Reader(_VERL_FILE, _verl_rows), "trl": _Reader(_TRL_FILE, _trl_rows)}
+DUMPS = tuple(_READERS)
+
+
+def _file_step(file: Path) -> int | None:
+    match = _VERL_FILE.fullmatch(file.name) or _TRL_FILE.fullmatch(file.name)
+    return int(match[1]) if match else None
+
+
+def _common(where: str, content: Row, *, prompt: str, response: str, step: int | None) -> Row:
+    texts = {name: _conversation(content.get(name)) for name in (prompt, response)}
+    if lacking := [name for name, text in texts.items() if text is None]:
+        raise DataError(f"{where}: field '{lacking[0]}' is missing or no text; is this the right --from?")
+    found = content.get("step", step)
+    if isinstance(found, str) and found.isdecimal():
+        found = int(found)
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < _MAX_STEP:
+        raise DataError(f"{where}: field 'step' is {found!r}; a whole number is expected")
+    return {"prompt": texts[prompt], "response": texts[response], "step": found}
+
+
+def _conversation(value: Any) -> str | None:
+    """A text; of a list of messages their contents, each below its role."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        return "\n".join(f"{one.get('role') or ''}: {_text(one.get('content')) or ''}" for one in value)
+    return None
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _number(where: str, name: str, value: Any) -> float | None:
+    if value is None or isinstance(value, bool | int | float):
+        return None if value is None or value != value else float(value)
+    raise DataError(f"{where}: field '{name}' is {value!r}; a number is expected")
+
+
+def _words(extra: Row) -> str | None:
+    return ", ".join(f"{name} {_text(value)}" for name, value in extra.items() if value is not None) or None
+
+
+def _write(root: Path, stage: str, step: int, rows: Sequence[Row], tokenize: Callable[[str], list[int]] | None) -> int:
+    seen: Counter[str] = Counter()
+    for row in rows:
+        row["prompt_id"] = "p-" + hashlib.sha256(row["prompt"].encode(errors="replace")).hexdigest()[:16]
+        row["sample"] = seen[row["prompt_id"]]
+        seen[row["prompt_id"]] += 1
+        if tokenize is not None:
+            row["prompt_token_ids"], row["token_ids"] = tokenize(row["prompt"]), tokenize(row["response"])
+            row["length"] = len(row["token_ids"])
+            row["repetition_rate"] = repetition_rate(row["token_ids"])
+    rows = sorted(rows, key=lambda row: row["prompt_id"])  # the responses to a prompt together; verl mixes them
+    clean = [{name: _encodable(value) for name, value in row.items()} for row in rows]
+    path = root / "rollouts" / f"stage={stage}" / f"step={step:06d}" / "rollouts.parquet"
+    table = pa.Table.from_pylist(clean, schema=IMPORTED)
+    publish_file(path, lambda file: write_table(table, file))
+    return len(rows)
+
+
+def _encodable(value: Any) -> Any:
+    """A text as Parquet can hold it, anything else as it is."""
+    return as_unicode(value) if isinstance(value, str) else value
+
+
+IMPORTED = pa.schema(
+    [field for field in RECORD if field.name not in {"run", "stage", "step", "entropy_mean", *TIMINGS}]
+)
+"""Schema of an imported step's one file, `rollouts.parquet`: the record, less what its folder says."""
+
+
+def _tokenizer(folder: Path) -> Callable[[str], list[int]]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # it raises bare Exceptions
+        raise ModelError(f"{folder} has no usable tokenizer.json ({error}); give a model's folder") from error
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)

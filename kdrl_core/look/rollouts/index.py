@@ -1,0 +1,199 @@
+"""The index of a run's rollouts: their single values in a few large Parquet files instead of thousands of small ones.
+
+Derived, and no part of the run: it may be deleted at any time and is made again. It lies in the run's hidden folder
+`.index`, which the ledger passes over, or, where a run cannot be written, in the user's cache.
+
+    catalog.json            which segments there are; of every step its files' sizes and times, its damage, its summary
+    segment-….parquet       rows of consecutive steps, never changed
+
+A refresh looks at the size and time of every file of the run, reads the steps that are new or changed, each file once
+and compared with its manifest, and adds them as a segment; segments that have become many are joined. Whatever is
+replaced is replaced by rename, and what it replaces stays for a while for those who read it. Of two that refresh at
+once the second waits, and then finds the work done.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+
+from kdrl_core.errors import StorageError
+from kdrl_core.look.rollouts.index_files import (
+    CATALOG,
+    Segment,
+    joined,
+    read_catalog,
+    save_catalog,
+    still_true,
+    sweep,
+    waiting,
+    write_segment,
+)
+from kdrl_core.look.rollouts.index_rows import IndexedStep, index_step
+from kdrl_core.look.rollouts.sources import DamagedFile, StepFiles, scan
+from kdrl_core.look.rollouts.summary import summarize_steps
+
+_STEPS_AT_ONCE = 64
+"""Steps that are read before they are written: what a build that is interrupted loses."""
+_JOINED = 16
+"""As many neighbouring segments of like size are joined to one, so that there are few, and each row is moved rarely."""
+
+Progress = Callable[[int, int], None]
+"""Called with how many steps have been read, and of how many."""
+
+
+class RunIndex:
+    """The index of one run, as of its last refresh."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / ".index"
+        self.segments: list[Segment] = []
+        self.missing: list[DamagedFile] = []
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def steps(self) -> list[IndexedStep]:
+        """Every step, by stage and step."""
+        return sorted((step for segment in self.segments for step in segment.steps), key=lambda step: step.key)
+
+    @property
+    def files(self) -> list[Path]:
+        """The Parquet files with rows."""
+        return [self.folder / segment.file for segment in self.segments if segment.num_rows]
+
+    @property
+    def damaged(self) -> list[DamagedFile]:
+        """The run's files that are left out."""
+        found = [
+            DamagedFile(path=self.path(step, part), problem=problem)
+            for step in self.steps
+            for part, problem in step.damaged.items()
+        ]
+        return [*found, *self.missing]
+
+    def path(self, step: IndexedStep, part: str) -> Path:
+        """The file of a step."""
+        return self.root / step.folder / f"{part}.parquet"
+
+    def snapshot(self) -> "RunIndex":
+        """The index as it is now, which a later refresh leaves alone."""
+        taken = RunIndex(self.root)
+        taken.folder, taken.segments, taken.missing = self.folder, list(self.segments), self.missing
+        return taken
+
+    def discard(self) -> None:
+        """Forget the index, to be made anew by the next refresh: it is not what it was."""
+        with suppress(OSError):
+            (self.folder / CATALOG).unlink()
+        self.segments = []
+
+    def refresh(self, progress: Progress | None = None) -> bool:
+        """Bring the index up to what the run has on disk; True if anything changed. Reads little if nothing did."""
+        before = [segment.file for segment in self.segments]
+        found, self.missing = scan(self.root)
+        if not found:
+            self.segments = []
+            return bool(before)
+        for folder in _places(self.root):
+            segments = read_catalog(folder)
+            if segments and _is_current(segments, found):
+                self.folder, self.segments = folder, segments
+                return before != [segment.file for segment in segments]
+        self._build(found, progress)
+        return before != [segment.file for segment in self.segments]
+
+    def _build(self, found: list[StepFiles], progress: Progress | None) -> None:
+        for folder in _places(self.root):
+            with suppress(OSError, StorageError):
+                folder.mkdir(parents=True, exist_ok=True)
+                if os.access(folder, os.W_OK):
+                    self._build_in(folder, found, progress)
+                    return
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="kdrl-index-")
+        self._build_in(Path(self._temporary.name), found, progress)
+
+    def _build_in(self, folder: Path, found: list[StepFiles], progress: Progress | None) -> None:
+        with waiting(folder / "lock"):
+            self.folder = folder
+            self.segments = [kept for old in read_catalog(folder) if (kept := still_true(folder, old, found))]
+            known = {step.key for segment in self.segments for step in segment.steps}
+            todo = [step for step in found if step.key not in known]
+            done = 0
+            if progress is not None and todo:
+                progress(0, len(todo))
+            for batch in _batches(todo):
+                self.segments.append(_read_steps(folder, batch))
+                save_catalog(folder, self.segments)
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(todo))
+            self._join()
+            save_catalog(folder, self.segments)
+            sweep(folder, {segment.file for segment in self.segments})
+
+    def _join(self) -> None:
+        """Join neighbours where `_JOINED` are of like size, as far as a file does not become too large for memory."""
+        self.segments.sort(key=lambda segment: segment.steps[0].key)
+        size = _JOINED
+        while size < 10**6:
+            small = [number for number, one in enumerate(self.segments) if len(one.steps) < size]
+            for start, stop in reversed(_consecutive(small)):
+                if stop - start >= _JOINED:
+                    self.segments[start:stop] = joined(self.folder, self.segments[start:stop])
+            size *= _JOINED
+
+
+def _places(root: Path) -> list[Path]:
+    """Where the index of a run may lie, best first."""
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
+    places = [] if (root / ".index").is_symlink() else [root / ".index"]
+    with suppress(RuntimeError):  # somebody without a home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        places.append(cache / "kdrl" / "index" / name)
+    return places
+
+
+def _is_current(segments: list[Segment], found: list[StepFiles]) -> bool:
+    known = {step.key: step.stamps for segment in segments for step in segment.steps}
+    return known == {step.key: step.stamps for step in found}
+
+
+def _batches(todo: Sequence[StepFiles]) -> Iterator[Sequence[StepFiles]]:
+    """Steps that are read together. One that is under way is alone, since it is to be read again soon."""
+    finished = [step for step in todo if "update" in step.stamps]
+    for start in range(0, len(finished), _STEPS_AT_ONCE):
+        yield finished[start : start + _STEPS_AT_ONCE]
+    under_way = [step for step in todo if "update" not in step.stamps]
+    if len(under_way) > _JOINED:  # not of kdrl: such steps are whole
+        for start in range(0, len(under_way), _STEPS_AT_ONCE):
+            yield under_way[start : start + _STEPS_AT_ONCE]
+    else:
+        yield from ([step] for step in under_way)
+
+
+def _read_steps(folder: Path, batch: Sequence[StepFiles]) -> Segment:
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        read = list(pool.map(index_step, batch))
+    table = pa.concat_tables([rows for _, rows in read])
+    summaries = summarize_steps(table)
+    for step, _ in read:
+        step.summary = summaries.get(step.key, {})
+    return write_segment(folder, [step for step, _ in read], table)
+
+
+def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive numbers as (first, last + 1)."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs

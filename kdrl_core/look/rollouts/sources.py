@@ -1,0 +1,174 @@
+"""What a run has on disk of its rollouts: which steps, which files of each, and whether they are whole.
+
+Reads only, and needs neither recipe nor lock: the run may be going on, be of another version, or be an imported dump.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdrl_core.config.load import did_you_mean
+from kdrl_core.errors import DamagedArtifactError, RunError
+from kdrl_core.ledger import artifacts_root, manifest_of, validate_run_name
+from kdrl_core.ledger.manifest import file_manifest_path
+from kdrl_core.look.rollouts.record import PARTS
+from kdrl_core.tables.schemas import SCHEMA_VERSION
+
+_STAGE = re.compile(r"stage=([A-Za-z0-9][A-Za-z0-9._-]*)")
+_STEP = re.compile(r"step=(\d{6,9})")
+_VERSION_KEY = b"kdrl.schema_version"
+
+Stamp = tuple[int, int]
+"""Size and mtime in ns of a file: published files never change, so another stamp is another file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DamagedFile:
+    """A file that is left out, and why."""
+
+    path: Path
+    problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFiles:
+    """The files of one step that are there."""
+
+    stage: str
+    step: int
+    folder: Path
+    stamps: dict[str, Stamp]
+    """Part (`rollouts`, `rewards`, …) → stamp."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Stage and step."""
+        return self.stage, self.step
+
+    def path(self, part: str) -> Path:
+        """Where a part lies, whether it is there or not."""
+        return self.folder / f"{part}.parquet"
+
+
+def find_run(run: str | Path) -> Path:
+    """The folder of a run: by name below artifacts/runs, or a folder anywhere that holds `rollouts/`.
+
+    Raises:
+        RunError: there is none; the nearest names are given.
+    """
+    folder = Path(run)
+    if (isinstance(run, Path) or os.sep in run or run in (".", "..")) and not folder.is_dir():
+        raise RunError(f"{folder}: no such folder; give the name of a run (kdrl status lists them) or its folder")
+    runs = artifacts_root() / "runs"
+    if isinstance(run, str) and os.sep not in run and run not in (".", ".."):
+        folder = runs / validate_run_name(run)
+        if not folder.is_dir():
+            known = known_runs()
+            listing = f"runs here: {', '.join(known[-8:])}" if known else "there are none yet; start one with kdrl run"
+            raise RunError(f"no run '{run}' in {runs}{did_you_mean(run, known)}; {listing}")
+    folder = folder.absolute()
+    if not any((folder / name).exists() for name in ("rollouts", "manifest.json", "recipe.yaml")):
+        raise RunError(
+            f"{folder} is no run: it has no folder rollouts; give the name of a run, its folder, "
+            "or make one of another trainer's dump with kdrl rollouts import"
+        )
+    return folder
+
+
+def known_runs() -> list[str]:
+    """Names of the folders below artifacts/runs that are runs or imported dumps, oldest first."""
+    runs = artifacts_root() / "runs"
+    found = [path for path in runs.glob("*") if path.is_dir() and not path.name.startswith(".")]
+    return [path.name for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name))]
+
+
+def scan(root: Path) -> tuple[list[StepFiles], list[DamagedFile]]:
+    """The steps of a run that have rollouts, by stage and step; and rollouts that are missing below other files."""
+    steps: list[StepFiles] = []
+    missing: list[DamagedFile] = []
+    for stage, stage_folder in _folders(root / "rollouts", _STAGE):
+        for number, folder in _folders(stage_folder, _STEP):
+            stamps = dict(_stamps(folder))
+            step = StepFiles(stage=stage, step=int(number), folder=folder, stamps=stamps)
+            if "rollouts" in stamps:
+                steps.append(step)
+            elif "rewards" in stamps or "teacher" in stamps:
+                missing.append(DamagedFile(path=step.path("rollouts"), problem="is missing"))
+    return sorted(steps, key=lambda step: step.key), missing
+
+
+def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
+    """Those of `columns` that the file has, after its bytes were compared with its manifest, if it has one.
+
+    Raises:
+        DamagedArtifactError: it is damaged, of another place or another schema version, or has no ids.
+    """
+    path = step.path(part)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _damaged(f"cannot be read: {error.strerror}") from error
+    _verify(path, content)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        _require_readable(file.schema_arrow)
+        return file.read(columns=[name for name in columns if name in file.schema_arrow.names])
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(f"cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def bulky_columns(step: StepFiles, part: str) -> list[str]:
+    """The columns of the record that this file has, of those that are not in the index."""
+    names = pq.read_schema(step.path(part)).names
+    return [name for name in PARTS[part] if name in names]
+
+
+def _verify(path: Path, content: bytes) -> None:
+    if not file_manifest_path(path).is_file():
+        return  # just renamed, or not of kdrl
+    manifest = manifest_of(path)
+    if len(content) != manifest.size or hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise _damaged(f"is damaged: {len(content)} bytes are not the {manifest.size} that were published")
+
+
+def _require_readable(schema: pa.Schema) -> None:
+    version = (schema.metadata or {}).get(_VERSION_KEY, SCHEMA_VERSION.encode()).decode(errors="replace")
+    if version != SCHEMA_VERSION:
+        raise _damaged(
+            f"has schema version {version}, and this kdrl reads version {SCHEMA_VERSION}; "
+            "install the kdrl that wrote it, or read it with DuckDB or pandas"
+        )
+    if lacking := [name for name in ("prompt_id", "sample") if name not in schema.names]:
+        raise _damaged(f"has no column {' and '.join(lacking)}")
+
+
+def _damaged(problem: str) -> DamagedArtifactError:
+    return DamagedArtifactError(problem, "kdrl check RUN says what mends it")
+
+
+def _folders(parent: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, Path]]:
+    try:
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                if (match := pattern.fullmatch(entry.name)) and entry.is_dir():
+                    yield match[1], Path(entry.path)
+    except OSError:
+        return
+
+
+def _stamps(folder: Path) -> Iterator[tuple[str, Stamp]]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                part, dot, suffix = entry.name.partition(".")
+                if part in PARTS and dot and suffix == "parquet" and entry.is_file():
+                    status = entry.stat()
+                    yield part, (status.st_size, status.st_mtime_ns)
+    except OSError:
+        return

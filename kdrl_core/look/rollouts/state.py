@@ -1,0 +1,116 @@
+"""What some runs had on disk at one time, and the database over it. It never changes: a refresh makes another one."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from kdrl_core.errors import DataError
+from kdrl_core.look.rollouts.database import Database
+from kdrl_core.look.rollouts.filters import RolloutFilter
+from kdrl_core.look.rollouts.index_rows import IndexedStep
+from kdrl_core.look.rollouts.sources import StepFiles
+from kdrl_core.look.rollouts.steps import metrics_stamps, step_rows, steps_table
+from kdrl_core.look.rollouts.views import IndexedRun, files_sql
+
+Key = tuple[str, str, int]
+"""Run, stage and step."""
+_KEPT_SEARCHES = 8
+
+
+class State:
+    """The steps of some runs, by run, stage and step."""
+
+    def __init__(self, runs: Sequence[IndexedRun]) -> None:
+        self.runs = [IndexedRun(run.name, run.index.snapshot()) for run in runs]
+        self.metrics_stamps = metrics_stamps(self.runs)
+        """Of the files that the numbers are from, beside the index."""
+        self.steps = step_rows(self.runs)
+        """Every step in numbers."""
+        self._metrics: dict[Key, dict[str, Any]] = {
+            (row["run"], row["stage"], row["step"]): row["metrics"] for row in self.steps
+        }
+        self.database = Database(self.runs, partial(steps_table, self.steps))
+        self._indexed = {(run.name, *step.key): step for run in self.runs for step in run.index.steps}
+        self._searches: OrderedDict[tuple[Any, ...], pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_rollouts(self) -> int:
+        """Rows of the index."""
+        return sum(step.num_rows for step in self._indexed.values())
+
+    def files(self, key: Key) -> tuple[StepFiles, IndexedStep]:
+        """The files of a step and what the index knows of them. Raises DataError if there is no such step."""
+        run, stage, step = key
+        indexed = self._indexed.get(key)
+        if indexed is None:
+            raise DataError(f"run {run} has no rollouts of {stage} step {step}; {self._there_are(run, stage)}")
+        return StepFiles(stage=stage, step=step, folder=self.root(run) / indexed.folder, stamps=indexed.stamps), indexed
+
+    def root(self, run: str) -> Path:
+        """The folder of a run that is open."""
+        return next(one.index.root for one in self.runs if one.name == run)
+
+    def metrics(self, key: Key) -> dict[str, Any]:
+        """Metrics and timings of a step."""
+        return self._metrics.get(key, {})
+
+    def source(self, cursor: duckdb.DuckDBPyConnection, where: RolloutFilter) -> str:
+        """What to select from for `where`: the index, less the rows that do not have its text."""
+        if not where.text:
+            return "indexed"
+        cursor.register("hits", self._search(where))
+        return "indexed join hits using (run, stage, step, row)"
+
+    def _search(self, where: RolloutFilter) -> pa.Table:
+        """Run, stage, step and row of the rollouts whose prompt or response has the text. Only those steps are read in
+        which a rollout meets the other conditions; the latest answers are kept, for the next page of them."""
+        condition, parameters = where.conditions()
+        assert where.text
+        with self.database.cursor() as cursor:
+            steps: list[Key] = cursor.execute(
+                f"select distinct run, stage, step from indexed where {condition} order by all", parameters
+            ).fetchall()
+        asked = (where.text.lower(), tuple(steps))
+        with self._lock:
+            if asked in self._searches:
+                self._searches.move_to_end(asked)
+                return self._searches[asked]
+        with self.database.cursor() as cursor:
+            hits = cursor.sql(self._search_sql(set(steps)), params={"text": where.text}).to_arrow_table()
+        with self._lock:
+            self._searches[asked] = hits
+            while len(self._searches) > _KEPT_SEARCHES:
+                self._searches.popitem(last=False)
+        return hits
+
+    def _search_sql(self, steps: set[Key]) -> str:
+        scans = [f"select * from {_NO_TEXTS}"]
+        for run in self.runs:
+            found = [step for step in run.index.steps if (run.name, *step.key) in steps]
+            files = [run.index.path(step, "rollouts") for step in found if "rollouts" in step.bulky]
+            if files:
+                scans.append(files_sql(run.name, "rollouts", ("prompt", "response"), files))
+        return " union all ".join(
+            f"select run, stage, step, row from ({scan}) "
+            "where contains(lower(response), lower($text)) or contains(lower(prompt), lower($text))"
+            for scan in scans
+        )
+
+    def _there_are(self, run: str, stage: str) -> str:
+        """What could have been meant instead of a step that there is not."""
+        if run not in {one.name for one in self.runs}:
+            return f"runs that are open: {', '.join(one.name for one in self.runs)}"
+        if steps := [key[2] for key in self._indexed if key[:2] == (run, stage)]:
+            return f"it has steps {min(steps)} to {max(steps)}"
+        stages = sorted({key[1] for key in self._indexed if key[0] == run})
+        return f"stages with rollouts: {', '.join(stages) or 'none'}"
+
+
+_NO_TEXTS = "(select '' as run, '' as stage, 0 as step, 0 as row, '' as prompt, '' as response) where false"

@@ -1,0 +1,226 @@
+"""The figures of a sweep: accuracies with intervals, training dynamics (Figures 2–5, 7), Figure 6, time by phase.
+
+One small figure each, so that they stand side by side on a desk and one below the other on a phone. Every trace of a
+variant has its name as legend group; the page has one legend for all.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+
+from kdrl_core.look.reporting.figures import ema
+from kdrl_core.look.sweeps.dynamics import SweepDynamics, VariantDynamics
+from kdrl_core.look.sweeps.results import SweepResults, Watched
+from kdrl_core.look.sweeps.table import AVERAGE, SweepTable
+
+COLORS = ("#3b82d6", "#d9622b", "#2a9d74", "#8e6bc9", "#b8891b", "#cf5a94", "#1f9bb3", "#7d8797")
+"""Told apart on white and on black, and by most who see few colours; the ninth variant begins anew, with a dash."""
+_DASHES = ("solid", "dot", "dash")
+_LABEL_WIDTH = 18
+_PANELS = {
+    "reward/mean": "training reward",
+    "response/length_mean": "response length, tokens",
+    "response/clip_ratio": "clip ratio",
+    "response/repetition_overlong": "repetition rate in overlong responses",
+    "kd/kl_sampled": "KL to the teacher, all tokens (mean of −R)",
+    "kd/kl_unmasked": "KL term on unmasked tokens, each by its own estimator",
+    "entropy": "entropy, nats",
+    "optim/grad_norm": "gradient norm",
+    "loss/sft": "SFT loss, nats a token",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One figure of the page."""
+
+    key: str
+    title: str
+    figure: go.Figure
+    is_wide: bool = False
+
+
+def color_of(position: int) -> str:
+    """Of a variant by its position."""
+    return COLORS[position % len(COLORS)]
+
+
+def dash_of(position: int) -> str:
+    """Of a variant's lines by its position."""
+    return _DASHES[position // len(COLORS) % len(_DASHES)]
+
+
+def panels_of(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> list[Panel]:
+    """The figures that have something to show."""
+    found = [_accuracies(table)]
+    found += [
+        panel for name, title in _PANELS.items() if (panel := _metric(name, title, dynamics.variants)) is not None
+    ]
+    found += _watched(results, [variant.label for variant in dynamics.variants])
+    found.append(_phases(dynamics.variants))
+    return [panel for panel in found if panel is not None]
+
+
+def _accuracies(table: SweepTable) -> Panel | None:
+    """A dot and its interval for each row; models for reference are open circles."""
+    name = AVERAGE if len(table.averaged) > 1 else next(iter([*table.averaged, *table.benchmarks]), "")
+    rows = [row for row in table.rows if name in row.scores]
+    if not rows:
+        return None
+    figure = go.Figure()
+    variants = [row.label for row in table.rows if not row.is_reference]
+    for row in reversed(rows):
+        score = row.scores[name]
+        color = COLORS[-1] if row.is_reference else color_of(variants.index(row.label))
+        figure.add_trace(
+            go.Scatter(
+                x=[100 * score.mean],
+                y=[row.label],
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [100 * (score.high - score.mean)],
+                    "arrayminus": [100 * (score.mean - score.low)],
+                    "thickness": 2,
+                },
+                mode="markers",
+                marker={"color": color, "size": 10, "symbol": "circle-open" if row.is_reference else "circle"},
+                name=row.label,
+                legendgroup=row.label,
+            )
+        )
+    what = f"mean of {', '.join(table.averaged)}" if name == AVERAGE else name
+    title = f"accuracy, {what}, % with 95 % interval"
+    _style(figure, height=110 + 30 * len(rows), x_title="")
+    _name_rows(figure, [row.label for row in rows])
+    return Panel(key="accuracy", title=title, figure=figure, is_wide=True)
+
+
+def _metric(name: str, title: str, variants: Sequence[VariantDynamics]) -> Panel | None:
+    """The mean over seeds, faint, and its moving average."""
+    figure = go.Figure()
+    for position, variant in enumerate(variants):
+        if name in variant.metrics:
+            steps, values = variant.metrics[name]
+            _line(figure, position, variant.label, steps, values, opacity=0.25)
+            _line(figure, position, variant.label, steps, ema(values))
+    if not figure.data:
+        return None
+    _style(figure, x_title="step of the last stage")
+    return Panel(key=name.replace("/", "-"), title=title, figure=figure)
+
+
+def _watched(results: SweepResults, labels: Sequence[str]) -> list[Panel]:
+    """Periodic accuracy against steps, and as in Figure 6 against output length and training time: of a variant's
+    finished cells, or while there are none, of those that have begun."""
+    axes = {
+        "accuracy-steps": ("periodic accuracy, %, by step", "step of the last stage"),
+        "accuracy-length": ("periodic accuracy, %, by output length (Figure 6)", "tokens"),
+        "accuracy-time": ("periodic accuracy, %, by training time (Figure 6)", "seconds of the last stage"),
+    }
+    figures = {key: go.Figure() for key in axes}
+    for position, label in enumerate(labels):
+        cells = [cell for cell in results.cells if cell.variant == label]
+        begun = [cell for cell in results.begun if cell.variant == label and cell.watched]
+        points = _points([cell.watched for cell in cells] or [cell.watched for cell in begun])
+        for key, axis in zip(axes, ("step", "length", "seconds"), strict=True):
+            if points:
+                xs, ys = [point[axis] for point in points], [100 * point["accuracy"] for point in points]
+                _line(figures[key], position, label, xs, ys, markers=True)
+    found = []
+    for key, (title, x_title) in axes.items():
+        if figures[key].data:
+            _style(figures[key], x_title=x_title)
+            found.append(Panel(key=key, title=title, figure=figures[key]))
+    return found
+
+
+def _points(seeds: Sequence[Sequence[Watched]]) -> list[dict[str, float]]:
+    """Means over the seeds, at the steps that all of them have evaluated."""
+    common = sorted(set.intersection(*({w.step for w in seed} for seed in seeds))) if seeds else []
+    found = []
+    for step in common:
+        watched = [w for seed in seeds for w in seed if w.step == step]
+        accuracies = [np.mean([np.mean(list(s.values())) for s in w.model.scores.values()]) for w in watched]
+        found.append(
+            {
+                "step": float(step),
+                "length": float(np.mean([w.model.length_mean for w in watched])),
+                "seconds": float(np.mean([w.seconds for w in watched])),
+                "accuracy": float(np.mean(accuracies)),
+            }
+        )
+    return found
+
+
+def _phases(variants: Sequence[VariantDynamics]) -> Panel | None:
+    """Seconds of the last stage, a bar a variant, a colour a phase."""
+    names = sorted(
+        {name for variant in variants for name in variant.phases},
+        key=lambda name: -sum(variant.phases.get(name, 0.0) for variant in variants),
+    )
+    if not names:
+        return None
+    shown = [variant for variant in reversed(variants) if variant.phases]
+    figure = go.Figure()
+    for position, name in enumerate(names):
+        figure.add_trace(
+            go.Bar(
+                x=[variant.phases.get(name, 0.0) for variant in shown],
+                y=[variant.label for variant in shown],
+                orientation="h",
+                name=name,
+                marker={"color": COLORS[position % len(COLORS)], "line": {"width": 0}},
+            )
+        )
+    _style(figure, height=150 + 30 * len(shown), x_title="seconds of the last stage, mean over seeds")
+    figure.update_layout(barmode="stack", showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+    _name_rows(figure, [variant.label for variant in shown])
+    return Panel(key="phases", title="time by phase", figure=figure, is_wide=True)
+
+
+def _name_rows(figure: go.Figure, labels: Sequence[str]) -> None:
+    """Labels as what they are, not as dates or numbers, on several lines where one would leave a phone no figure."""
+    texts = ["<br>".join(textwrap.wrap(label, _LABEL_WIDTH)) for label in labels]
+    figure.update_yaxes(type="category", tickmode="array", tickvals=list(labels), ticktext=texts, automargin=True)
+    figure.update_layout(margin={"l": 8})
+
+
+def _line(
+    figure: go.Figure,
+    position: int,
+    label: str,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    *,
+    opacity: float = 1.0,
+    markers: bool = False,
+) -> None:
+    figure.add_trace(
+        go.Scatter(
+            x=list(xs),
+            y=list(ys),
+            mode="lines+markers" if markers else "lines",
+            line={"color": color_of(position), "width": 2 if opacity == 1.0 else 1, "dash": dash_of(position)},
+            opacity=opacity,
+            name=label,
+            legendgroup=label,
+            hoverinfo="skip" if opacity < 1.0 else None,
+        )
+    )
+
+
+def _style(figure: go.Figure, *, x_title: str, height: int = 280) -> None:
+    figure.update_layout(
+        height=height,
+        margin={"l": 48, "r": 12, "t": 8, "b": 40},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(128,128,128,0.06)",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        showlegend=False,
+        xaxis={"title": {"text": x_title}},
+        hovermode="closest",
+    )

@@ -1,0 +1,284 @@
+"""What the cells of a sweep have come to, read from their runs: finished cells, and others as far as they are."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+
+import pyarrow as pa
+
+from kdrl_core.boxes.sharing import parts_of
+from kdrl_core.config import Recipe
+from kdrl_core.errors import KdrlError
+from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
+from kdrl_core.ledger.labels import reference_labels
+from kdrl_core.look.reporting.summary import MODEL_NAMES, StageRow, is_spent, summarize
+from kdrl_core.look.sweeps.spec import Claim
+from kdrl_core.look.sweeps.state import CellState, CellStatus
+from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.schemas import read_table
+
+_OF_SOME = {"response/repetition_overlong": "response/clip_ratio", "kd/kl_unmasked": "kd/active_frac"}
+"""Means over some responses or tokens → the share of those: where there are none the mean is 0, which says nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelScores:
+    """One evaluated model: benchmark → problem → share of right samples; and its mean output."""
+
+    scores: dict[str, dict[str, float]]
+    length_mean: float
+    """Over the responses to all benchmarks, tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watched:
+    """A periodic evaluation of the stage that is compared."""
+
+    step: int
+    seconds: float
+    """That the stage had trained until then."""
+    model: ModelScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellResult:
+    """A cell whose last stage is evaluated."""
+
+    variant: str
+    seed: int
+    run: str
+    steps: int
+    train_s: float
+    """Of the last stage, evaluations left out."""
+    model: ModelScores
+    watched: list[Watched] = field(default_factory=list)
+    late: dict[str, float] = field(default_factory=dict)
+    """Every metric's mean over the last fifth of the last stage's steps, without those in which it is of nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BegunCell:
+    """A cell that is not finished, as far as it is."""
+
+    variant: str
+    seed: int
+    watched: list[Watched]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceResult:
+    """A model that variants have in common: the student before, after an earlier stage, the teacher."""
+
+    name: str
+    group: str
+    """Equal for all seeds of the same model."""
+    first_variant: str
+    seed: int
+    model: ModelScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepResults:
+    """All of a sweep."""
+
+    name: str
+    description: str
+    recipe: str
+    statuses: list[CellStatus]
+    cells: list[CellResult]
+    references: list[ReferenceResult]
+    begun: list[BegunCell] = field(default_factory=list)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    """Variant → recipe of its first cell, as planned: also of variants of which nothing has begun."""
+    claims: list[Claim] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[CellStatus]:
+        """Cells that are not finished."""
+        return [status for status in self.statuses if status.state is not CellState.FINISHED]
+
+
+def read_results_of(
+    name: str,
+    description: str,
+    recipe: str,
+    statuses: Sequence[CellStatus],
+    *,
+    claims: Sequence[Claim] = (),
+    recipes: Mapping[str, Recipe] | None = None,
+) -> SweepResults:
+    """Read the evaluations and timings of every cell that has them.
+
+    Args:
+        recipes: variant → recipe of its first cell; default: those of the runs that have begun.
+    """
+    results = SweepResults(
+        name=name,
+        description=description,
+        recipe=recipe,
+        statuses=[],
+        cells=[],
+        references=[],
+        claims=list(claims),
+        recipes=dict(recipes or {}),
+    )
+    seen: set[tuple[str, int]] = set()
+    for status in statuses:
+        try:
+            told = status if status.state is CellState.PENDING else _read(results, status, seen)
+        except KdrlError as error:  # what cannot be read is missing, and its status says why
+            damaged = status.state is CellState.FINISHED
+            told = replace(status, state=CellState.FAILED, detail=str(error)) if damaged else status
+        results.statuses.append(told)
+    return results
+
+
+def _read(results: SweepResults, status: CellStatus, seen: set[tuple[str, int]]) -> CellStatus:
+    """Add what a cell that has begun has come to; returns its status, with how far it is."""
+    run = open_run(status.run)
+    results.recipes.setdefault(status.variant, run.recipe)
+    for reference in _references(run, status.variant):
+        if (key := (reference.group, reference.seed)) not in seen:
+            seen.add(key)
+            results.references.append(reference)
+    if status.state is CellState.FINISHED:
+        results.cells.append(_cell(run, status))
+        return status
+    stage = run.recipe.stages[-1]
+    watched = list(_watched(run, stage, before_s=_before_s(_row(run, stage))))
+    results.begun.append(BegunCell(variant=status.variant, seed=status.seed, watched=watched))
+    return replace(status, detail="; ".join(filter(None, [_progress(run), status.detail])))
+
+
+def _progress(run: Run) -> str:
+    """`57 of 80 steps of stage2`; empty before the first step."""
+    for stage in reversed(run.recipe.stages):
+        if done := len(load_metrics(run, stage)):
+            is_last = stage == run.recipe.stages[-1] and done == run.recipe.stage(stage).steps
+            return f"{done} of {run.recipe.stage(stage).steps} steps of {stage}{', not evaluated' if is_last else ''}"
+    return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceGroup:
+    """A model for reference over its seeds."""
+
+    models: dict[int, ModelScores]
+    """By seed."""
+    planned: set[int]
+    """Seeds for which there is to be one."""
+
+
+def by_label(results: SweepResults) -> dict[str, ReferenceGroup]:
+    """Models for reference under the names that tables and claims give them.
+
+    Where variants differ in one, as in a teacher, the first variant's has its plain name, and the others are called
+    `teacher of VARIANT`, whichever of them there is already.
+    """
+    owners = _owners(results)
+    models: dict[str, dict[int, ModelScores]] = {}
+    for reference in results.references:
+        models.setdefault(reference.group, {})[reference.seed] = reference.model
+    found: dict[str, ReferenceGroup] = {}
+    names: set[str] = set()
+    for group, (name, variants) in owners.items():
+        label = name if name not in names else f"{name} of {variants[0]}"
+        names.add(name)
+        if group in models:
+            planned = {status.seed for status in results.statuses if status.variant in variants}
+            found[label] = ReferenceGroup(models=models[group], planned=planned)
+    return found
+
+
+def _owners(results: SweepResults) -> dict[str, tuple[str, list[str]]]:
+    """Group → its model's name, and the variants that have it, in their order."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for variant, recipe in results.recipes.items():
+        for name, group in reference_groups(recipe).items():
+            found.setdefault(group, (name, []))[1].append(variant)
+    for reference in results.references:
+        found.setdefault(reference.group, (reference.name, [reference.first_variant]))
+    return found
+
+
+def reference_groups(recipe: Recipe) -> dict[str, str]:
+    """Name of each model for reference of a recipe → what is equal for all recipes and seeds that have the same."""
+    groups = {part.name: part.key for part in parts_of(recipe.model_copy(update={"seed": 0}))}
+    return {MODEL_NAMES[label]: groups[f"evaluation of {label}"] for label in reference_labels(recipe)}
+
+
+def _cell(run: Run, status: CellStatus) -> CellResult:
+    stage = run.recipe.stages[-1]
+    row = _row(run, stage)
+    assert row is not None  # it is finished
+    return CellResult(
+        variant=status.variant,
+        seed=status.seed,
+        run=run.name,
+        steps=row.steps,
+        train_s=row.seconds,
+        model=_model(run.paths.evaluation(stage)),
+        watched=list(_watched(run, stage, before_s=_before_s(row))),
+        late=_late(load_metrics(run, stage)),
+    )
+
+
+def _late(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    last = rows[-max(1, len(rows) // 5) :]
+    names = set.intersection(*(set(row) for row in last)) - {"step"} if last else set()
+    found = {name: [row[name] for row in last if says_something(row, name)] for name in sorted(names)}
+    return {name: fmean(values) for name, values in found.items() if values}
+
+
+def says_something(row: Mapping[str, float], metric: str) -> bool:
+    """Whether a step's metric is of anything: the repetition rate of cut responses is not where none was cut."""
+    return metric not in _OF_SOME or row.get(_OF_SOME[metric]) != 0.0
+
+
+def _references(run: Run, variant: str) -> Iterator[ReferenceResult]:
+    groups = reference_groups(run.recipe)
+    for label in reference_labels(run.recipe):
+        path, name = run.paths.evaluation(label), MODEL_NAMES[label]
+        if is_published(path):
+            yield ReferenceResult(
+                name=name, group=groups[name], first_variant=variant, seed=run.recipe.seed, model=_model(path)
+            )
+
+
+def _row(run: Run, stage: str) -> StageRow | None:
+    """None before the first step."""
+    return next((row for row in summarize(run).stages if row.stage == stage), None)
+
+
+def _before_s(row: StageRow | None) -> float:
+    """What an SFT stage spent before its first step, sampling its teacher."""
+    return 0.0 if row is None or row.samples is None else row.samples["sample_s"] + row.samples["verify_s"]
+
+
+def _watched(run: Run, stage: str, *, before_s: float) -> Iterator[Watched]:
+    seconds = _cumulative(load_metrics(run, stage), before_s)
+    for step in sorted(seconds):
+        path = run.paths.evaluation(checkpoint_label(stage, step))
+        if is_published(path):
+            yield Watched(step=step, seconds=seconds[step], model=_model(path))
+
+
+def _cumulative(rows: Iterable[Mapping[str, float]], total: float) -> dict[int, float]:
+    """Updates → seconds of all steps until then."""
+    found = {}
+    for row in rows:
+        total += sum(value for name, value in row.items() if is_spent(name))
+        found[int(row["step"]) + 1] = total
+    return found
+
+
+def _model(path: Path) -> ModelScores:
+    verify_published(path)
+    table = read_table(path / "responses.parquet").select(["benchmark", "prompt_id", "accuracy_reward", "length"])
+    means = table.group_by(["benchmark", "prompt_id"], use_threads=False).aggregate([("accuracy_reward", "mean")])
+    scores: dict[str, dict[str, float]] = {}
+    for row in means.to_pylist():
+        scores.setdefault(row["benchmark"], {})[row["prompt_id"]] = row["accuracy_reward_mean"]
+    lengths: pa.ChunkedArray = table["length"]
+    return ModelScores(scores=scores, length_mean=float(lengths.to_numpy().mean()))

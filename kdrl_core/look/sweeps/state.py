@@ -1,0 +1,208 @@
+"""A sweep's folder: what was asked for, which runs are its cells, and why one failed. What is done, the runs say.
+
+artifacts/sweeps/<sweep>/
+  sweep.json          the sweep as it was last started: its file's content, recipe, --set, and its cells
+  cells/<run>.yaml    the recipe of each cell, every field written out
+  logs/<run>.log      what the cell's process wrote
+  failures/<run>.json why it failed, until it is started again
+  report/             of what there is: sweep.html, sweep.md, sweep.csv, sweep.json
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from kdrl_core.boxes.completion import is_finished
+from kdrl_core.config import dump_recipe
+from kdrl_core.config.paths import artifacts_root, validate_run_name
+from kdrl_core.errors import KdrlError, RunError
+from kdrl_core.ledger import RunPaths, lock_holder, open_run, replace_file
+from kdrl_core.look.sweeps.cells import Cell
+from kdrl_core.look.sweeps.spec import SweepSpec, validate_sweep
+
+
+class CellState(StrEnum):
+    """How far a cell is."""
+
+    FINISHED = "finished"
+    RUNNING = "running"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    PENDING = "pending"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellRecord:
+    """A cell, as a sweep's record names it."""
+
+    run: str
+    variant: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a sweep was made of."""
+
+    source: str | None = None
+    """Name of a shipped sweep or of a file, or `--vary`; None for what an older version has started."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """recipe, seeds and vary (field → values), as far as they were given beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRecord:
+    """A sweep as it was last started."""
+
+    spec: SweepSpec
+    overrides: tuple[str, ...]
+    share_with: tuple[str, ...]
+    """Other sweeps, whose cells may be shared as well."""
+    cells: tuple[CellRecord, ...]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPaths:
+    """The files of one sweep, all below `root`."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, name: str, artifacts: Path | None = None) -> "SweepPaths":
+        """Paths of a sweep by name. Raises RunError for a name that is not one plain folder name."""
+        return cls((artifacts or artifacts_root()) / "sweeps" / validate_run_name(name))
+
+    @property
+    def record(self) -> Path:
+        """What was asked for."""
+        return self.root / "sweep.json"
+
+    @property
+    def lock(self) -> Path:
+        """The file that a working process holds."""
+        return self.root / "sweep.lock"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the tables."""
+        return self.root / "report"
+
+    def recipe(self, run: str) -> Path:
+        """The recipe of a cell."""
+        return self.root / "cells" / f"{run}.yaml"
+
+    def log(self, run: str) -> Path:
+        """What a cell's process wrote."""
+        return self.root / "logs" / f"{run}.log"
+
+    def failure(self, run: str) -> Path:
+        """Why a cell failed."""
+        return self.root / "failures" / f"{run}.json"
+
+
+def list_started(artifacts: Path | None = None) -> list[str]:
+    """Names of the sweeps that were started."""
+    folder = (artifacts or artifacts_root()) / "sweeps"
+    return sorted(path.parent.name for path in folder.glob("*/sweep.json"))
+
+
+def write_record(
+    spec: SweepSpec, overrides: Sequence[str], share_with: Sequence[str], cells: Sequence[Cell], origin: Origin
+) -> SweepPaths:
+    """Write what is to be run: the record, and the recipe of each cell."""
+    paths = SweepPaths.of(spec.name)
+    for cell in cells:
+        replace_file(paths.recipe(cell.run), dump_recipe(cell.recipe).encode())
+    content = {
+        "spec": spec.model_dump(mode="json"),
+        "overrides": list(overrides),
+        "share_with": list(share_with),
+        "origin": asdict(origin),
+        "cells": [{"run": cell.run, "variant": cell.variant, "seed": cell.seed} for cell in cells],
+    }
+    replace_file(paths.record, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    return paths
+
+
+def read_record(name: str) -> SweepRecord:
+    """A sweep that was started. Raises RunError if there is none of that name, or its record cannot be read."""
+    path = SweepPaths.of(name).record
+    if not path.is_file():
+        known = ", ".join(list_started()) or "none yet"
+        raise RunError(f"no sweep '{name}' was started here (started: {known}); start it with: kdrl sweep run {name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return SweepRecord(
+            spec=validate_sweep(content["spec"], origin=str(path)),
+            overrides=tuple(content["overrides"]),
+            share_with=tuple(content["share_with"]),
+            cells=tuple(CellRecord(**cell) for cell in content["cells"]),
+            origin=Origin(**content.get("origin", {})),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); have it written anew: kdrl sweep run, with the options it had"
+        ) from error
+
+
+def note_failure(paths: SweepPaths, run: str, reason: str) -> None:
+    """Keep why a cell failed."""
+    content = {"reason": reason, "at": datetime.now(UTC).isoformat("T", "seconds")}
+    replace_file(paths.failure(run), (json.dumps(content, ensure_ascii=False) + "\n").encode())
+
+
+def failure_of(paths: SweepPaths, run: str) -> str | None:
+    """Why a cell failed when it was last started; None if it did not."""
+    try:
+        return str(json.loads(paths.failure(run).read_text(encoding="utf-8"))["reason"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellStatus:
+    """Where a cell stands."""
+
+    run: str
+    variant: str
+    seed: int
+    state: CellState
+    detail: str = ""
+    """Of one that runs: by whom; of one that failed: why; of one that stopped: how to go on."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def cell_status(paths: SweepPaths, cell: CellRecord | Cell) -> CellStatus:
+    """Where a cell stands, read from its run's files; one that cannot be opened has failed."""
+    state, detail = state_of(cell.run, failure=failure_of(paths, cell.run))
+    return CellStatus(run=cell.run, variant=cell.variant, seed=cell.seed, state=state, detail=detail)
+
+
+def state_of(run_name: str, *, failure: str | None = None) -> tuple[CellState, str]:
+    """State of a run and what is to be said of it.
+
+    Args:
+        failure: why it failed when it was last started, if that is known.
+    """
+    files = RunPaths.of(run_name)
+    if holder := lock_holder(files.lock):
+        return CellState.RUNNING, holder
+    if not files.root.is_dir():
+        return (CellState.PENDING, "") if failure is None else (CellState.FAILED, failure)
+    try:
+        finished = is_finished(open_run(run_name))
+    except KdrlError as error:
+        return CellState.FAILED, str(error)
+    if finished:
+        return CellState.FINISHED, ""
+    if failure is not None:
+        return CellState.FAILED, failure
+    return CellState.STOPPED, f"kdrl resume {run_name}"

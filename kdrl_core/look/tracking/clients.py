@@ -1,0 +1,174 @@
+"""TensorBoard, MLflow and W&B. Each is opened for a run, new or known, and imported only then."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from kdrl_core.config import dump_recipe
+from kdrl_core.config.changes import leaf_fields
+from kdrl_core.config.paths import artifacts_root
+from kdrl_core.config.recipe import TrackerName
+from kdrl_core.ledger import Run
+from kdrl_core.look.tracking.protocols import Point, Sent, Tracker
+
+_MAX_PARAM_CHARS = 6_000
+"""Of an MLflow parameter."""
+
+
+class TensorBoardTracker:
+    """Event files in `tracking/tensorboard/<group>/` of the run: `tensorboard --logdir artifacts/runs`."""
+
+    def __init__(self, run: Run, steps: Mapping[str, int]) -> None:
+        self._run = run
+        self._steps = dict(steps)
+        self._writers: dict[str, Any] = {}
+
+    def log(self, point: Point) -> None:
+        writer = self._writers.get(point.group) or self._open(point.group)
+        for name, value in point.values.items():
+            writer.add_scalar(name, value, point.step, walltime=point.time_ms / 1000.0)
+
+    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
+        self.log(Point(group="summary", step=0, global_step=0, time_ms=time_ms, values=values))
+
+    def flush(self) -> bool:
+        for writer in self._writers.values():
+            writer.flush()
+        return True
+
+    def close(self, *, complete: bool) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def _open(self, group: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder, first = self._run.paths.tracking / "tensorboard" / group, self._steps.get(group, 0)
+        is_stage = group in self._run.recipe.stages
+        # What a killed process had written from the first step on that is to come is void, and written again.
+        writer = SummaryWriter(str(folder), purge_step=first if is_stage and folder.is_dir() else None)
+        if is_stage and first == 0:
+            writer.add_text("recipe", f"```yaml\n{dump_recipe(self._run.recipe)}```", 0)
+        self._writers[group] = writer
+        return writer
+
+
+class MLflowTracker:
+    """A run of an MLflow experiment. Points have the time of their publication, so that one sent twice is one."""
+
+    def __init__(self, run: Run, run_id: str | None) -> None:
+        from mlflow import MlflowClient
+
+        config = run.recipe.tracking
+        default = artifacts_root() / "tracking" / "mlflow.db"
+        if config.mlflow_uri is None:
+            default.parent.mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(tracking_uri=config.mlflow_uri or f"sqlite:///{default}")
+        self.run_id = run_id or self._create(run, config.project)
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def log(self, point: Point) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(f"{point.group}/{name}", value, point.time_ms, point.step) for name, value in point.values.items()
+        ]
+        self._client.log_batch(self.run_id, metrics=metrics)
+
+    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
+        self.log(Point(group="summary", step=0, global_step=0, time_ms=time_ms, values=values))
+
+    def flush(self) -> bool:
+        """Every batch is written when it is logged."""
+        return True
+
+    def close(self, *, complete: bool) -> None:
+        self._client.set_terminated(self.run_id, status="FINISHED" if complete else "KILLED")
+
+    def _create(self, run: Run, project: str) -> str:
+        from mlflow.entities import Param
+
+        found = self._client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found is not None else self._client.create_experiment(project)
+        # One that a fault came between its making and its noting is found again.
+        identity = _identity(run)
+        begun = self._client.search_runs([experiment], filter_string=f"tags.`kdrl.id` = '{identity}'", max_results=1)
+        if begun:
+            run_id = str(begun[0].info.run_id)
+        else:
+            made = self._client.create_run(experiment, run_name=run.name, tags={"kdrl.id": identity})
+            run_id = str(made.info.run_id)
+        fields = leaf_fields(run.recipe)
+        params = [Param(name, str(value)[:_MAX_PARAM_CHARS]) for name, value in fields.items()]
+        self._client.log_batch(run_id, params=params)
+        return run_id
+
+
+class WandbTracker:
+    """A W&B run in offline mode, in `tracking/wandb/` of the run: `wandb sync` sends it. Nothing is sent from here."""
+
+    def __init__(self, run: Run, run_id: str | None) -> None:
+        import wandb
+
+        self.run_id = run_id or _identity(run)
+        folder = run.paths.tracking
+        folder.mkdir(parents=True, exist_ok=True)
+        # Its folders are named by the second: one of the same second would be written over.
+        while (folder / "wandb" / f"offline-run-{datetime.now():%Y%m%d_%H%M%S}-{self.run_id}").exists():  # noqa: DTZ005
+            time.sleep(0.1)
+        self._run = wandb.init(
+            project=run.recipe.tracking.project,
+            name=run.name,
+            id=self.run_id,
+            resume="allow",
+            mode="offline",
+            dir=str(folder),
+            config=leaf_fields(run.recipe),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+        )
+
+    def log(self, point: Point) -> None:
+        values = {f"{point.group}/{name}": value for name, value in point.values.items()}
+        self._run.log({**values, f"{point.group}/step": point.step}, step=point.global_step)
+
+    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
+        self._run.summary.update({f"summary/{name}": value for name, value in values.items()})
+
+    def flush(self) -> bool:
+        """Its service writes when it likes, and when the run is closed."""
+        return False
+
+    def close(self, *, complete: bool) -> None:
+        self._run.finish(exit_code=0 if complete else 1)
+
+
+def _identity(run: Run) -> str:
+    """The same for every process that works on a run, and another for one that was started anew under its name."""
+    return hashlib.sha256(f"{run.name} {run.started_at}".encode()).hexdigest()[:12]
+
+
+def _open_tensorboard(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
+    return TensorBoardTracker(run, sent.steps), None
+
+
+def _open_mlflow(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
+    tracker = MLflowTracker(run, sent.identity)
+    return tracker, tracker.run_id
+
+
+def _open_wandb(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
+    tracker = WandbTracker(run, sent.identity)
+    return tracker, tracker.run_id
+
+
+OpenTracker = Callable[[Run, Sent], tuple[Tracker, str | None]]
+"""The run, and what the tracker has of it → the tracker, and what the run is called there."""
+
+CLIENTS: dict[TrackerName, OpenTracker] = {
+    "tensorboard": _open_tensorboard,
+    "mlflow": _open_mlflow,
+    "wandb": _open_wandb,
+}

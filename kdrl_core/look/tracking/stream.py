@@ -1,0 +1,164 @@
+"""What a run has published and its trackers have not: found in its files, sent in order, noted in the run's
+`tracking/<name>.json`."""
+
+import atexit
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from kdrl_core.config.recipe import TrackerName
+from kdrl_core.errors import KdrlError
+from kdrl_core.evaluation.results import read_results
+from kdrl_core.ledger import Run, checkpoint_step, is_published, manifest_of, replace_file
+from kdrl_core.ledger.labels import final_labels
+from kdrl_core.look.tracking.clients import CLIENTS
+from kdrl_core.look.tracking.protocols import Point, Sent, Tracker
+from kdrl_core.tables.metrics import load_metrics
+
+_logger = logging.getLogger("kdrl")
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One tracker of one run, opened with its first point."""
+
+    run: Run
+    name: TrackerName
+    sent: Sent
+    tracker: Tracker | None = None
+    has_failed: bool = False
+
+    def catch_up(self) -> None:
+        points, finals = list(_points(self.run, self.sent)), _finals(self.run, self.sent)
+        if not points and not finals:
+            return
+        if self.tracker is None:
+            self.tracker, self.sent.identity = CLIENTS[self.name](self.run, self.sent)
+            self._note()
+        for point, note in points:
+            self.tracker.log(point)
+            note(self.sent)
+        for label in finals:
+            self.tracker.summarize(_summary(self.run, label), _moment(self.run.paths.evaluation(label)))
+            self.sent.evaluations.append(label)
+        if self.tracker.flush():
+            self._note()
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close(complete=set(final_labels(self.run)) <= set(self.sent.evaluations))
+            self.tracker = None
+            self._note()
+
+    def give_up(self) -> None:
+        """After a fault: what is sent next goes through a client that is opened anew."""
+        tracker, self.tracker, self.sent = self.tracker, None, _read(self.run, self.name)
+        if tracker is not None:
+            with suppress(Exception):
+                tracker.close(complete=False)
+
+    def _note(self) -> None:
+        replace_file(_cursor(self.run, self.name), (json.dumps(asdict(self.sent), indent=1) + "\n").encode())
+
+
+# Of this process; closed at its end where no flow has done so.
+_streams: dict[tuple[Path, TrackerName], _Stream] = {}
+
+
+def track(run: Run) -> None:
+    """Send what the run has published since to the trackers of its recipe.
+
+    A tracker that fails is a warning, once; what it did not get is sent when it works again.
+    """
+    for name in run.recipe.tracking.trackers:
+        key = run.paths.root, name
+        stream = _streams.get(key) or _streams.setdefault(key, _Stream(run, name, _read(run, name)))
+        try:
+            stream.catch_up()
+            stream.has_failed = False
+        except Exception as error:  # whatever a foreign client raises: training goes on
+            if not stream.has_failed:
+                _logger.warning(
+                    "%s: %s (%s); training goes on, and what is missing is sent when it works again",
+                    name,
+                    " ".join(str(error).split())[:300] or "failed",
+                    type(error).__name__,
+                )
+            stream.has_failed = True
+            stream.give_up()
+
+
+def close_tracking() -> None:
+    """Close every tracker of this process; a run that goes on opens its own again."""
+    while _streams:
+        _, stream = _streams.popitem()
+        try:
+            stream.close()
+        except Exception as error:
+            _logger.warning("%s: %s (%s) at its end", stream.name, " ".join(str(error).split()), type(error).__name__)
+
+
+atexit.register(close_tracking)
+
+
+def _cursor(run: Run, name: str) -> Path:
+    return run.paths.tracking / f"{name}.json"
+
+
+def _read(run: Run, name: str) -> Sent:
+    with suppress(OSError, ValueError, TypeError):
+        return Sent(**json.loads(_cursor(run, name).read_text(encoding="utf-8")))
+    return Sent()
+
+
+def _points(run: Run, sent: Sent) -> Iterator[tuple[Point, Callable[[Sent], None]]]:
+    """What is published and not sent, in the order of steps, with what is to be noted once it is."""
+    before = 0
+    for stage in run.recipe.stages:
+        found = [*_steps(run, stage, sent), *_periodic(run, stage, sent)]
+        for step, values, note in sorted(found, key=lambda one: one[0]):  # stable: an evaluation follows its step
+            moment = _moment(run.paths.update(stage, step))
+            yield Point(group=stage, step=step, global_step=before + step, time_ms=moment, values=values), note
+        before += run.recipe.stage(stage).steps
+
+
+_Found = tuple[int, dict[str, float], Callable[[Sent], None]]
+
+
+def _steps(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
+    first = sent.steps.get(stage, 0)
+    for row in load_metrics(run, stage) if first < run.recipe.stage(stage).steps else ():
+        step = int(row["step"])
+        if step >= first:
+            values = {n: float(v) for n, v in row.items() if n != "step" and isinstance(v, int | float)}
+            yield step, values, lambda noted, step=step: noted.steps.update({stage: step + 1})  # type: ignore[misc]
+
+
+def _periodic(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
+    """Evaluations while the stage trained, at the step whose update made the model."""
+    for path in sorted(run.paths.evaluation(stage).parent.glob(f"{stage}-step-*")):  # also of an earlier evaluate_every
+        label, step = path.name, checkpoint_step(path.name, stage)
+        if step is not None and label not in sent.evaluations and is_published(path):
+            values = {f"evaluation/{n}": float(one["accuracy"]) for n, one in read_results(path)["benchmarks"].items()}
+            yield step - 1, values, lambda noted, label=label: noted.evaluations.append(label)  # type: ignore[misc]
+
+
+def _finals(run: Run, sent: Sent) -> list[str]:
+    labels = [label for label in final_labels(run) if label not in sent.evaluations]
+    return [label for label in labels if is_published(run.paths.evaluation(label))]
+
+
+def _summary(run: Run, label: str) -> dict[str, float]:
+    benchmarks = read_results(run.paths.evaluation(label))["benchmarks"]
+    return {f"{label}/{name}": float(one["accuracy"]) for name, one in benchmarks.items()}
+
+
+def _moment(artifact: Path) -> int:
+    """When it was published, ms since the epoch; 0 if its manifest is lost."""
+    with suppress(KdrlError, ValueError):
+        return int(datetime.fromisoformat(manifest_of(artifact).created_at).timestamp() * 1000)
+    return 0

@@ -1,0 +1,1 @@
+"""Models and tokenizers on disk: found, checked, prepared, loaded."""

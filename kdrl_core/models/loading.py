@@ -1,0 +1,319 @@
+"""Model directories: found, checked and compared before anything expensive begins, then loaded through transformers.
+
+The checks read JSON only, so that a wrong path or a foreign teacher is reported in a second, not after minutes.
+
+Weights are read from safetensors files of the directory itself and nothing else: `*.bin` and `*.pt` are pickles, which
+run code when they are loaded, and an adapter names another model to fetch. Code that comes with a model is run only
+where the recipe says `trust_remote_code: true`.
+"""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrl_core.config import ModelConfig, resolve_path
+from kdrl_core.errors import ModelError
+from kdrl_core.models.tokenizer import read_tokenizer, trust_hint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ADAPTER = "adapter_config.json"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
+    """The parsed config.json of a model directory, or of a GGUF model an empty dict, after a look at its files.
+
+    Args:
+        role: `student` or `teacher`, named in errors.
+
+    Raises:
+        ModelError: the directory, its config.json, its weights or its tokenizer is missing or unreadable.
+    """
+    path = resolve_path(config.path)
+    where = f"{role}.path={config.path}"
+    if not path.is_dir():
+        if config.path.startswith("run:"):
+            name = config.path.removeprefix("run:")
+            raise ModelError(
+                f"{where}: run {name} has no finished student ({path}); run it first: kdrl run --recipe … --name {name}"
+            )
+        raise ModelError(f"{where}: no such directory {path}; give a local Hugging Face model directory")
+    if config.gguf_file is not None:
+        if not (path / config.gguf_file).is_file():
+            raise ModelError(f"{where}: no file {config.gguf_file} in {path}; correct {role}.gguf_file")
+        return {}
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{where}: {path} is not a model directory, it has no config.json; "
+            f"give the folder that save_pretrained wrote"
+        ) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelError(
+            f"{where}: {path / 'config.json'} cannot be read ({error}); download the model again"
+        ) from error
+    if (path / _ADAPTER).is_file():
+        raise ModelError(
+            f"{where}: {path} is an adapter to another model ({_ADAPTER}); merge it into that model, save the result "
+            "with save_pretrained and give its folder"
+        )
+    if not any((path / name).is_file() for name in _WEIGHTS):
+        raise ModelError(
+            f"{where}: {path} has no {_WEIGHTS[0]}; only safetensors weights are loaded, convert them first"
+        )
+    if missing := [name for name in _shards(path) if not (path / name).is_file()]:
+        raise ModelError(f"{where}: {path} lacks {missing[0]}, which its weight index names; download the model again")
+    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+        raise ModelError(f"{where}: {path} has no tokenizer files; copy the model's tokenizer.json beside its weights")
+    if not isinstance(values, dict):
+        raise ModelError(f"{where}: {path / 'config.json'} is not a JSON object; download the model again")
+    _check_weight_files(path)
+    if not config.trust_remote_code and (_needs_own_code(values) or _tokenizer_needs_own_code(path)):
+        raise ModelError(
+            f"{where}: {path} comes with code of its own (auto_map), which is not run unasked; "
+            f"read that code, and set {role}.trust_remote_code=true if you trust it"
+        )
+    return values
+
+
+def _check_weight_files(path: Path) -> None:
+    """Raise ModelError if transformers could come to read other weights than safetensors files of this directory."""
+    _shards(path)  # a file that an index names would be opened as a pickle unless it is called safetensors
+    values: Any = {}
+    with suppress(OSError, ValueError, RecursionError):  # told where the file is read
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if isinstance(values, dict) and values.get("transformers_weights") is not None:
+        raise ModelError(
+            f"{path / 'config.json'} names weights of its own choice (transformers_weights); "
+            f"remove that entry: weights are read from {_WEIGHTS[0]}, or the files of its index"
+        )
+
+
+def _needs_own_code(values: dict[str, Any]) -> bool:
+    """Whether transformers knows no class of its own for a config.json that names one in the model's directory."""
+    if "auto_map" not in values:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # costs a second: rarely asked
+
+    return values.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _tokenizer_needs_own_code(path: Path) -> bool:
+    if (path / "tokenizer.json").is_file():  # read as it is
+        return False
+    return "auto_map" in _tokenizer_config(path)
+
+
+def _shards(path: Path) -> list[str]:
+    """Files that the weight index of a sharded model names; none if there is no index, or one file with all weights,
+    which goes first in transformers as well.
+
+    Raises:
+        ModelError: the index cannot be read, or names what is no safetensors file of this directory.
+    """
+    if (path / _WEIGHTS[0]).is_file():
+        return []
+    try:
+        names = sorted(set(json.loads((path / _WEIGHTS[1]).read_text(encoding="utf-8"))["weight_map"].values()))
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ModelError(f"{path / _WEIGHTS[1]} cannot be read ({error}); download the model again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{path / _WEIGHTS[1]} names {name!r}, which is no safetensors file beside it; "
+                "convert the weights, or download the model again"
+            )
+    return names
+
+
+def context_limit(config: dict[str, Any]) -> int | None:
+    """Most tokens (prompt + response) that a model with this config.json takes, if it says so."""
+    text = config.get("text_config")  # of a model that sees as well
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions"):  # GPT-2 has the latter
+            if isinstance(limit := part.get(name), int):
+                return limit
+    return None
+
+
+def compare_tokenizers(student: Path, teacher: Path) -> None:
+    """Refuse a teacher whose tokens mean something else than the student's.
+
+    Compared are the token → id maps with the special tokens, and the token that ends a response, not vocabulary sizes:
+    Qwen pads its embedding differently per model size while the tokenizers are the same. Compared is
+    what both sides say: a directory without tokenizer.json, or without eos_token, is taken at its word.
+
+    Raises:
+        ModelError: names the first token that differs, or both ends.
+    """
+    ours, theirs = _vocabulary(student), _vocabulary(teacher)
+    if ours is not None and theirs is not None and ours != theirs:
+        ids = {**theirs, **ours}
+        token = min((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: ids[t])
+        raise ModelError(
+            f"student and teacher tokenizers differ: token {token!r} is {ours.get(token, 'unknown')} for the student "
+            f"and {theirs.get(token, 'unknown')} for the teacher; "
+            "distillation needs a teacher with the student's tokenizer"
+        )
+    our_end, their_end = _eos_token(student), _eos_token(teacher)
+    if our_end is not None and their_end is not None and our_end != their_end:
+        raise ModelError(
+            f"student and teacher tokenizers differ: the student ends with {our_end!r}, the teacher with "
+            f"{their_end!r}; it would unteach stopping, so give a teacher with the student's eos_token "
+            "(tokenizer_config.json)"
+        )
+
+
+def _vocabulary(path: Path) -> dict[str, int] | None:
+    """token → id with added tokens, or None where the tokenizer is not kept as tokenizer.json."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = values["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
+            vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+        return {**vocabulary, **{added["content"]: added["id"] for added in values.get("added_tokens", [])}}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty without one."""
+    file = path / "tokenizer_config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
+
+
+def _eos_token(path: Path) -> str | None:
+    eos = _tokenizer_config(path).get("eos_token")
+    if isinstance(eos, dict):  # an AddedToken, written out
+        eos = eos.get("content")
+    return eos if isinstance(eos, str) else None
+
+
+def load_tokenizer(path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a directory; `chat_template` replaces its own. Raises ModelError if it cannot be loaded."""
+    tokenizer: PreTrainedTokenizerBase = read_tokenizer(path, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_model(
+    path: Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """The causal language model of a directory, in eval mode. Raises ModelError if it cannot be loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    _check_weight_files(path)
+    # transformers imports DeepSpeed where it is installed, which tells standard output what it takes the device for.
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    disable_progress_bar()  # a bar per load and save would bury the run's own progress
+    model: PreTrainedModel
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # each file that is not as it should be fails in its own way
+        raise ModelError(f"no model can be loaded from {path}: {_first_line(error)}{trust_hint(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"{path} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}; "
+            "download the model again, or correct its config.json"
+        )
+    return model.to(device).eval()
+
+
+def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
+    """Copy the safetensors weights of `checkpoint_dir` into `model`, tied weights staying tied.
+
+    Raises:
+        ModelError: a weight is missing, unknown, or of another shape, or a file cannot be read.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights: dict[str, torch.Tensor] = {}
+    for name in _shards(checkpoint_dir) or [_WEIGHTS[0]]:
+        try:
+            weights.update(load_file(checkpoint_dir / name))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{checkpoint_dir / name} cannot be read ({_first_line(error)}); write or copy the checkpoint again"
+            ) from error
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for name, source in tied.items():
+        if name in weights and source in weights and not torch.equal(weights[name], weights[source]):
+            raise ModelError(
+                f"{checkpoint_dir} does not fit the model: {name} differs from {source}, which the model ties to it; "
+                "set tie_word_embeddings in its config.json"
+            )
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{checkpoint_dir} does not fit the model: {reason}") from error
+    if unexpected or set(missing) - set(tied):
+        raise ModelError(
+            f"{checkpoint_dir} does not fit the model: missing {sorted(set(missing) - set(tied))}, unknown {unexpected}"
+        )
+
+
+def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response: the generation config's, of a model or of its directory, and the tokenizer's.
+
+    Raises:
+        ModelError: there are none.
+    """
+    if isinstance(model, Path):
+        configured = _configured_eos(model)
+    else:
+        configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: no end-of-sequence token; set eos_token in its tokenizer_config.json"
+        )
+    return tuple(sorted(ids))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory that was checked by `check_model_dir`."""
+    values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return values
+
+
+def _configured_eos(path: Path) -> int | list[int] | None:
+    """As transformers has it: of generation_config.json, or without that file of config.json."""
+    file = path / "generation_config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_config(path)
+    configured: int | list[int] | None = values.get("eos_token_id")
+    return configured
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,1 @@
+"""Sampling: requests → engine → verifier → published responses."""

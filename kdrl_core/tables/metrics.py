@@ -1,0 +1,117 @@
+"""metrics.parquet, timings.parquet, alarms.parquet: derived from the manifests of the steps' updates.
+
+Metrics and timings have one row per step; they are apart because the first is reproduced bit by bit by a rerun and the
+second cannot be. Alarms have a row for each that a step raised, and no file if there were none. All can be rebuilt at
+any time, so they have no manifest of their own; they are replaced atomically.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kdrl_core.errors import DamagedArtifactError, RunError
+from kdrl_core.ledger import Run, manifest_of, replace_file
+from kdrl_core.tables.schemas import ALARMS, read_table, write_table
+
+_logger = logging.getLogger("kdrl")
+
+
+def append_metrics(run: Run, stage: str, step: int) -> None:
+    """Put the rows of a published step into the stage's metrics, timings and alarms."""
+    for kind, path in _files(run, stage).items():
+        found = _rows(path)
+        rows = _rows_of_step(run, stage, step, kind)
+        if [row for row in found if row["step"] == step] != rows:
+            before, after = ([r for r in found if r["step"] < step], [r for r in found if r["step"] > step])
+            _write(path, kind, [*before, *rows, *after])
+
+
+def rebuild_metrics(run: Run, stage: str, *, num_steps: int) -> None:
+    """Write metrics, timings and alarms anew where they do not hold what the manifests of the steps' updates say.
+
+    A row whose manifest is lost is kept as it is, up to the last step that left anything; `num_steps` at least are
+    behind the stage. If the row is lost as well, the log says so, and the run goes on without.
+    """
+    for kind, path, rows in _differing(run, stage, num_steps):
+        _write(path, kind, rows)
+
+
+def differing_metrics(run: Run, stage: str, *, num_steps: int) -> list[Path]:
+    """The files that `rebuild_metrics` would write anew."""
+    return [path for _, path, _ in _differing(run, stage, num_steps)]
+
+
+def load_metrics(run: Run, stage: str) -> list[dict[str, Any]]:
+    """Rows of a stage with metrics and timings joined, ascending by step; empty if nothing was trained yet."""
+    metrics, timings = (_rows(path) for path in (run.paths.metrics(stage), run.paths.timings(stage)))
+    by_step = {row["step"]: row for row in timings}
+    return [{**row, **by_step.get(row["step"], {})} for row in metrics]
+
+
+def load_alarm_rows(run: Run, stage: str) -> list[dict[str, Any]]:
+    """Rows of a stage's alarms.parquet (ALARMS), ascending by step; empty if nothing was raised."""
+    return _rows(run.paths.alarms(stage))
+
+
+def _files(run: Run, stage: str) -> dict[str, Path]:
+    """What update manifests call it → the file that has it."""
+    paths = run.paths
+    return {"metrics": paths.metrics(stage), "timings": paths.timings(stage), "alarms": paths.alarms(stage)}
+
+
+def _differing(run: Run, stage: str, num_steps: int) -> Iterator[tuple[str, Path, list[dict[str, Any]]]]:
+    """Kind and path of files that cannot be read or do not hold what the manifests say, with what belongs in them."""
+    updated = [step for step in run.paths.begun_steps(stage) if run.paths.update(stage, step).is_file()]
+    for kind, path in _files(run, stage).items():
+        is_damaged = False
+        try:
+            found = _rows(path)
+        except DamagedArtifactError as error:
+            _logger.warning("%s", error.problem)
+            found, is_damaged = [], True
+        rows: list[dict[str, Any]] = []
+        for step in range(max([num_steps, *(step + 1 for step in updated)])):
+            known = _rows_or_none(run, stage, step, kind)
+            here = [row for row in found if row["step"] == step] if known is None else known
+            rows += here
+            if not here and known is None and step < num_steps and kind != "alarms":
+                _logger.warning("%s step %d: its %s are lost, with the manifest of its update", stage, step, kind)
+        if is_damaged or found != rows:
+            yield kind, path, rows
+
+
+def _rows_or_none(run: Run, stage: str, step: int, kind: str) -> list[dict[str, Any]] | None:
+    with suppress(RunError):
+        return _rows_of_step(run, stage, step, kind)
+    return None
+
+
+def _write(path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
+    if kind == "alarms" and not rows:
+        path.unlink(missing_ok=True)
+        return
+    sink = pa.BufferOutputStream()
+    write_table(pa.Table.from_pylist(rows, schema=ALARMS if kind == "alarms" else None), sink)
+    replace_file(path, sink.getvalue().to_pybytes())
+
+
+def _rows_of_step(run: Run, stage: str, step: int, kind: str) -> list[dict[str, Any]]:
+    """One row of metrics or timings, or one for each alarm, of which updates of earlier versions say nothing."""
+    metadata = manifest_of(run.paths.update(stage, step)).metadata
+    if kind == "alarms":
+        return [{"step": step, **alarm} for alarm in metadata.get("alarms", [])]
+    return [{"step": step, **metadata[kind]}]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    table = read_table(path)
+    if "step" not in table.column_names:
+        raise DamagedArtifactError(f"{path} has no column step", "kdrl resume writes it anew")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
