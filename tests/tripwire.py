@@ -3,14 +3,15 @@
     python tests/tripwire.py diff CHECKOUT_A CHECKOUT_B              # on one machine, with this Python's packages
     python tests/tripwire.py record CHECKOUT --output a.json         # or in two steps
     python tests/tripwire.py compare a.json b.json
+    python tests/tripwire.py since [COMMIT]                          # the working tree against a commit
 
 The runs (`_RUNS`, `_COMMANDS`) cover every objective, estimator and masking, the reference penalty, both aggregations,
 SFT, evaluation, retention of checkpoints, a stopped run that is resumed, `kdrl label`, `kdrl evaluate`, `kdrl filter`.
 Only the command line is used, so the script works with any checkout; it imports nothing of kdrl itself.
 
 Every file below the artifacts folder counts, except those of `LEFT_OUT`. JSON and the report's Markdown are compared
-without times and absolute paths (`VOLATILE`). Exit status of `compare` and `diff`: 0 if the
-records are equal, 1 if they differ, 2 if a checkout could not be recorded.
+without times and absolute paths (`VOLATILE`). Exit status: 0 if the records are equal, 1 if they differ, 2 if a
+checkout could not be recorded. Where a change of bytes is meant, `--meant PATTERN` lets it pass.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +56,8 @@ VOLATILE = {
 """JSON fields of which only the kind of value counts: times, versions of packages, checksums over these."""
 
 _SHOWN = 20
+_PRODUCT = ("kdrl_core", "tasks", "flows")
+_MAX_COMMITS = 50
 
 # --- what is run -----------------------------------------------------------------------------------------------------
 
@@ -403,20 +407,27 @@ def _volatile_by_content(path: Path, artifacts: Path, files: Mapping[str, str]) 
 # --- what is compared ------------------------------------------------------------------------------------------------
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], meant: Sequence[str] = ()) -> list[str]:
     """One line for each difference of two records, the earliest cause first.
 
-    Files that come first in a run's order are named first: a rollout before the update that was made from it.
+    Files that come first in a run's order are named first: a rollout before the update that was made from it. Paths
+    that match a pattern of `meant` may differ.
     """
     found: list[tuple[tuple[Any, ...], str]] = []
-    for name in {**ours["files"], **theirs["files"]}:
+    names = {**ours["files"], **theirs["files"], **ours["manifests"], **theirs["manifests"]}
+    compared = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in meant)]
+    for name in compared:
         before, after = ours["files"].get(name), theirs["files"].get(name)
+        if before == after:
+            continue
         if before is None or after is None:
             found.append((_order(name), f"{'new' if before is None else 'missing'}: {name}"))
-        elif before != after:
+        else:
             found.append((_order(name), f"bytes differ: {name} ({before[:12]} → {after[:12]})"))
-    for name in ours["manifests"].keys() & theirs["manifests"].keys():
-        before, after = ours["manifests"][name], theirs["manifests"][name]
+    for name in compared:
+        before, after = (record["manifests"].get(name) for record in (ours, theirs))
+        if before is None or after is None:
+            continue  # of a file that is new or missing
         for key in sorted(before.keys() | after.keys()):
             old, new = before.get(key), after.get(key)
             if old != new:
@@ -451,12 +462,12 @@ def _order(name: str) -> tuple[Any, ...]:
     return run_order, run, room, "/".join(parts[:-1]), position, name
 
 
-def told(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> int:
+def told(ours: Mapping[str, Any], theirs: Mapping[str, Any], meant: Sequence[str] = ()) -> int:
     """Print the differences, or that there are none. Returns the exit status."""
     if ours["commands"] != theirs["commands"]:
         print("the records were made with other commands: record both checkouts with the same tripwire.py")
         return 2
-    lines = differences(ours, theirs)
+    lines = differences(ours, theirs, meant)
     for line in lines[:_SHOWN]:
         print(line)
     if len(lines) > _SHOWN:
@@ -464,6 +475,56 @@ def told(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> int:
     counts = f"{len(ours['files'])} files and {len(ours['manifests'])} manifests of {len(ours['commands'])} commands"
     print(f"{len(lines)} differences: {counts}" if lines else f"no differences: {counts} are equal")
     return 1 if lines else 0
+
+
+# --- against a commit ------------------------------------------------------------------------------------------------
+
+
+class NoBaseError(Exception):
+    """There is no commit to compare with."""
+
+
+def base_commit(root: Path) -> str:
+    """The commit to compare the working tree in `root` with.
+
+    On a branch it is the one where the branch left main; on main, or where nothing has changed since, the newest one
+    whose product code differs from the working tree.
+
+    Raises:
+        NoBaseError: no git, no repository, or no such commit in a shallow clone.
+    """
+    merged = [_git(root, "merge-base", "HEAD", main) for main in ("origin/main", "main") if _has(root, main)]
+    recent = _git(root, "rev-list", "--first-parent", f"--max-count={_MAX_COMMITS}", "HEAD").split()
+    for commit in [*merged, *recent]:
+        if _git(root, "diff", "--name-only", commit, "--", *_PRODUCT):
+            return commit
+    raise NoBaseError(f"the last {len(recent)} commits have the product code of the working tree")
+
+
+def unpack(root: Path, commit: str, folder: Path) -> Path:
+    """Write the product code of a commit into `folder`; the repository stays as it is. Returns the folder.
+
+    Raises NoBaseError if there is no such commit.
+    """
+    _git(root, "archive", f"--output={folder}.tar", commit, "--", *_PRODUCT)
+    shutil.unpack_archive(f"{folder}.tar", folder, filter="data")
+    return folder
+
+
+def _has(root: Path, name: str) -> bool:
+    try:
+        return bool(_git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"))
+    except NoBaseError:
+        return False
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise NoBaseError(f"git {arguments[0]}: {said}") from error
+    return done.stdout.strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -478,22 +539,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparer.add_argument("records", type=Path, nargs=2, metavar="RECORD")
     differ = commands.add_parser("diff", help="record two checkouts and compare them")
     differ.add_argument("checkouts", type=Path, nargs=2, metavar="CHECKOUT")
+    since = commands.add_parser("since", help="compare the working tree with a commit")
+    since.add_argument("commit", nargs="?", help="default: where the branch left main, or the last other product code")
+    for each in (comparer, differ, since):
+        each.add_argument("--meant", action="append", default=[], metavar="PATTERN", help="paths that may differ")
     asked = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is going on ends with this process
     try:
         if asked.command == "compare":
-            return told(*(json.loads(path.read_text()) for path in asked.records))
+            return told(*(json.loads(path.read_text()) for path in asked.records), asked.meant)
         if asked.command == "diff":
-            return told(*(record(checkout) for checkout in asked.checkouts))
+            return told(*(record(checkout) for checkout in asked.checkouts), asked.meant)
+        if asked.command == "since":
+            return compare_with(asked.commit, asked.meant)
         if asked.keep is not None and asked.keep.exists():
             raise RecordError(f"{asked.keep} exists; --keep takes a new folder")
         made = record(asked.checkout, keep=asked.keep)
-    except RecordError as error:
+    except (RecordError, NoBaseError) as error:
         print(error, file=sys.stderr)
         return 2
     asked.output.write_text(json.dumps(made, indent=1) + "\n")
     print(f"{asked.output}: {len(made['files'])} files, {len(made['manifests'])} manifests, {made['seconds']} s")
     return 0
+
+
+def compare_with(commit: str | None = None, meant: Sequence[str] = ()) -> int:
+    """Compare the working tree that holds this script with a commit; prints and returns what `told` does.
+
+    Args:
+        commit: default: that of `base_commit`.
+        meant: patterns of paths that may differ.
+
+    Raises:
+        NoBaseError: there is no such commit.
+        RecordError: one of both did not run to its end.
+    """
+    root = Path(__file__).resolve().parent.parent
+    commit = commit or base_commit(root)
+    with tempfile.TemporaryDirectory(prefix="kdrl-tripwire-") as folder:
+        base = unpack(root, commit, Path(folder, "base"))
+        print(f"comparing with {_git(root, 'log', '-1', '--format=%h %s', commit)}", flush=True)
+        return told(record(base), record(root), meant)
 
 
 if __name__ == "__main__":
