@@ -111,8 +111,6 @@ def probe():
     sys.setprofile(profile)
 
 
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 sys.addaudithook(audit)
 if is_probed:
     probe()

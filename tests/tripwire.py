@@ -11,7 +11,8 @@ Only the command line is used, so the script works with any checkout; it imports
 
 Every file below the artifacts folder counts, except those of `LEFT_OUT`. JSON and the report's Markdown are compared
 without times and absolute paths (`VOLATILE`). Exit status: 0 if the records are equal, 1 if they differ, 2 if a
-checkout could not be recorded. Where a change of bytes is meant, `--meant PATTERN` lets it pass.
+checkout could not be recorded. Where a change of bytes is meant, `--meant PATTERN` lets it pass. `--only RUN` makes one
+run, in half a minute; its record can be compared with a whole one.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,11 @@ _RUNS: dict[str, dict[str, Any]] = {
         "stage1": {**_KD, "objective": "kd_rkl", "kl_estimator": "k1", "tis_cap": 1.0, "entropy_coef": 0.001},
         "stage2": {**_KD, "kd_masking": "response", "aggregation": "group_mean", "ref_beta": 0.01},
     },
+    "ranks": {  # the objective goes over the ranks' messages, in every field
+        "stage1": {**_KD, "kl_estimator": "k3_k2grad", "kd_masking": "group", "ref_beta": 0.01, "tis_cap": 1.0},
+        "stage2": {**_KD, "kl_estimator": "topk", "topk": {"k": 4}, "aggregation": "group_mean", "entropy_coef": 0.01},
+        "trainer": {"engine": "deepspeed", "ranks": 2, "zero_stage": 2},
+    },
     "stopped": {
         "stage2": {**_KD, "objective": "kd_rkl", "kl_estimator": "k3", "steps": 3, "checkpoint": {"every": 3}},
         "alarms": {"clip_ratio": {"above": 0.0, "patience": 2, "stop": True}},
@@ -167,10 +174,13 @@ def _recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
+_LACKING = () if find_spec("deepspeed") else ("ranks",)
+"""Runs that need what is not installed here."""
+
 _LABEL = "label -r {work}/whole.yaml -i builtin:miniature/stage2.parquet --model builtin:miniature/student --label tiny"
 
 _COMMANDS = [
-    *(f"run --recipe {{work}}/{name}.yaml --name {name}" for name in _RUNS if name != "stopped"),
+    *(f"run --recipe {{work}}/{name}.yaml --name {name}" for name in _RUNS if name not in ("stopped", *_LACKING)),
     "fails run --recipe {work}/stopped.yaml --name stopped",
     "damage runs/stopped/rollouts/stage=stage2/step=000000/rewards.parquet",
     "resume stopped --set alarms.clip_ratio.stop=false --set stage2.steps=4",
@@ -190,8 +200,6 @@ byte of a published file, which the resume has to mend.
 _DRIVER = """
 import json, os, sys, time, traceback
 from pathlib import Path
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 import kdrl_core
 from flows.cli import main
 checkout = Path(sys.argv[1])
@@ -227,12 +235,13 @@ class RecordError(Exception):
     """A checkout's runs did not come to their end."""
 
 
-def record(checkout: Path, *, keep: Path | None = None) -> dict[str, Any]:
+def record(checkout: Path, *, keep: Path | None = None, only: Sequence[str] = ()) -> dict[str, Any]:
     """Make all runs with the code of `checkout` and describe what they left.
 
     Args:
         checkout: folder with kdrl_core/, tasks/ and flows/.
         keep: artifacts folder to use and to leave behind; default: a temporary one.
+        only: names of the runs to make; default: all, and the other commands.
 
     Raises:
         RecordError: a command did not end as expected; the message has the end of its output.
@@ -245,18 +254,27 @@ def record(checkout: Path, *, keep: Path | None = None) -> dict[str, Any]:
         artifacts = keep.resolve() if keep is not None else work / "artifacts"
         for name in _RUNS:
             (work / f"{name}.yaml").write_text(json.dumps(_recipe(name), indent=1))
+        commands = [command for command in _COMMANDS if not only or _run_of(command) in only]
+        if not commands:
+            raise RecordError(f"there is no run {' or '.join(only)}; there are {', '.join(_RUNS)}, more")
         began = time.perf_counter()
-        _run_commands(checkout, work, artifacts)
+        _run_commands(commands, checkout, work, artifacts)
         return {
             "checkout": str(checkout),
-            "commands": _COMMANDS,
+            "commands": commands,
             "seconds": round(time.perf_counter() - began, 1),
             **describe(artifacts, {str(checkout): "CHECKOUT", str(artifacts): "ARTIFACTS", temporary: "WORK"}),
         }
 
 
-def _run_commands(checkout: Path, work: Path, artifacts: Path) -> None:
-    filled = [[part.format(work=work, artifacts=artifacts) for part in command.split()] for command in _COMMANDS]
+def _run_of(command: str) -> str | None:
+    """The run that a command makes or goes on with."""
+    found = re.search(r"--name (\S+)|^resume (\S+)|^damage runs/([^/]+)/", command)
+    return next(filter(None, found.groups())) if found else None
+
+
+def _run_commands(commands: Sequence[str], checkout: Path, work: Path, artifacts: Path) -> None:
+    filled = [[part.format(work=work, artifacts=artifacts) for part in command.split()] for command in commands]
     (work / "commands.json").write_text(json.dumps(filled))
     (work / "driver.py").write_text(_DRIVER)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "KDRL_"))}
@@ -464,9 +482,12 @@ def _order(name: str) -> tuple[Any, ...]:
 
 def told(ours: Mapping[str, Any], theirs: Mapping[str, Any], meant: Sequence[str] = ()) -> int:
     """Print the differences, or that there are none. Returns the exit status."""
-    if ours["commands"] != theirs["commands"]:
+    both = [command for command in ours["commands"] if command in theirs["commands"]]
+    if both not in (ours["commands"], theirs["commands"]) or not both:
         print("the records were made with other commands: record both checkouts with the same tripwire.py")
         return 2
+    if ours["commands"] != theirs["commands"]:
+        ours, theirs = _limited(ours, both), _limited(theirs, both)
     lines = differences(ours, theirs, meant)
     for line in lines[:_SHOWN]:
         print(line)
@@ -475,6 +496,16 @@ def told(ours: Mapping[str, Any], theirs: Mapping[str, Any], meant: Sequence[str
     counts = f"{len(ours['files'])} files and {len(ours['manifests'])} manifests of {len(ours['commands'])} commands"
     print(f"{len(lines)} differences: {counts}" if lines else f"no differences: {counts} are equal")
     return 1 if lines else 0
+
+
+def _limited(record: Mapping[str, Any], commands: list[str]) -> dict[str, Any]:
+    """The part of a record that is about the runs of these commands."""
+    places = tuple(f"runs/{_run_of(command)}/" for command in commands)
+    kept = {
+        kind: {name: value for name, value in record[kind].items() if name.startswith(places)}
+        for kind in ("files", "manifests")
+    }
+    return {"commands": commands, **kept}
 
 
 # --- against a commit ------------------------------------------------------------------------------------------------
@@ -541,6 +572,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     differ.add_argument("checkouts", type=Path, nargs=2, metavar="CHECKOUT")
     since = commands.add_parser("since", help="compare the working tree with a commit")
     since.add_argument("commit", nargs="?", help="default: where the branch left main, or the last other product code")
+    for each in (recorder, differ, since):
+        each.add_argument("--only", action="append", default=[], metavar="RUN", help="one run in place of all")
     for each in (comparer, differ, since):
         each.add_argument("--meant", action="append", default=[], metavar="PATTERN", help="paths that may differ")
     asked = parser.parse_args(arguments)
@@ -549,12 +582,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.command == "compare":
             return told(*(json.loads(path.read_text()) for path in asked.records), asked.meant)
         if asked.command == "diff":
-            return told(*(record(checkout) for checkout in asked.checkouts), asked.meant)
+            return told(*(record(checkout, only=asked.only) for checkout in asked.checkouts), asked.meant)
         if asked.command == "since":
-            return compare_with(asked.commit, asked.meant)
+            return compare_with(asked.commit, asked.meant, only=asked.only)
         if asked.keep is not None and asked.keep.exists():
             raise RecordError(f"{asked.keep} exists; --keep takes a new folder")
-        made = record(asked.checkout, keep=asked.keep)
+        made = record(asked.checkout, keep=asked.keep, only=asked.only)
     except (RecordError, NoBaseError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -563,12 +596,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare_with(commit: str | None = None, meant: Sequence[str] = ()) -> int:
+def compare_with(commit: str | None = None, meant: Sequence[str] = (), *, only: Sequence[str] = ()) -> int:
     """Compare the working tree that holds this script with a commit; prints and returns what `told` does.
 
     Args:
         commit: default: that of `base_commit`.
         meant: patterns of paths that may differ.
+        only: as `record` takes it.
 
     Raises:
         NoBaseError: there is no such commit.
@@ -579,7 +613,7 @@ def compare_with(commit: str | None = None, meant: Sequence[str] = ()) -> int:
     with tempfile.TemporaryDirectory(prefix="kdrl-tripwire-") as folder:
         base = unpack(root, commit, Path(folder, "base"))
         print(f"comparing with {_git(root, 'log', '-1', '--format=%h %s', commit)}", flush=True)
-        return told(record(base), record(root), meant)
+        return told(record(base, only=only), record(root, only=only), meant)
 
 
 if __name__ == "__main__":

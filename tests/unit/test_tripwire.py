@@ -142,6 +142,25 @@ def test_records_of_other_commands_are_not_compared(before: dict[str, Any], caps
     assert "same tripwire.py" in capsys.readouterr().out
 
 
+def test_a_record_of_one_run_is_compared_with_a_whole_one(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "before", 1.0)
+    write(tmp_path / "before" / "runs" / "other" / "recipe.yaml", b"recipe")
+    whole = {**describe(tmp_path / "before"), "commands": ["run --name whole", "run --name other"]}
+    one = {**describe(tmp_path / "after"), "commands": ["run --name whole"]}
+    assert tripwire.told(whole, one) == 0
+    write(run / REWARDS, b"other")
+    assert tripwire.told(whole, {**describe(tmp_path / "after"), "commands": ["run --name whole"]}) == 1
+    assert f"bytes differ: runs/whole/{REWARDS}" in capsys.readouterr().out
+
+
+def test_a_run_that_there_is_not_cannot_be_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kdrl_core").mkdir()
+    assert tripwire.main(["record", str(tmp_path), "--output", str(tmp_path / "a.json"), "--only", "none"]) == 2
+    assert capsys.readouterr().err.startswith("there is no run none; there are whole, ")
+
+
 def test_a_folder_without_kdrl_cannot_be_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tripwire.main(["record", str(tmp_path), "--output", str(tmp_path / "a.json")]) == 2
     assert "is not a checkout of kdrl" in capsys.readouterr().err
