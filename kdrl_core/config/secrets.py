@@ -8,6 +8,10 @@ from collections.abc import Callable
 
 from kdrl_core.errors import SecretError
 
+_MAY_HOLD_KEY = ("server", "api_key", "mlflow_uri")
+"""Fields in which somebody may write a key by mistake. Their values are never shown."""
+_MAX_SHOWN_CHARS = 200
+
 SecretSource = Callable[[str], str]
 """Gives the secret of a name; raises SecretError if there is none."""
 
@@ -42,6 +46,19 @@ def register_secret_source(scheme: str, source: SecretSource) -> None:
 def is_known(reference: str) -> bool:
     """Whether the reference's scheme is one that this process can follow."""
     return reference.partition(":")[0] in _sources
+
+
+def may_hold_key(text: str) -> bool:
+    """Whether a text names a field in which somebody may have written a key."""
+    return any(name in text for name in _MAY_HOLD_KEY)
+
+
+def shown(text: str) -> str:
+    """As much of a user's text as a message needs. Of `FIELD=VALUE` that may hold a key, the field alone."""
+    if may_hold_key(text):
+        name, equals, _ = text.partition("=")
+        return name if equals else "(not shown, as it may hold a key)"
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 
 def _from_environment(name: str) -> str:
