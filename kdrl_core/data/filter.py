@@ -33,10 +33,10 @@ import pyarrow.compute as pc
 
 from kdrl_core.config import DataConfig, Recipe
 from kdrl_core.data.decontamination import Decontaminator
+from kdrl_core.data.filter_report import FilterReport
 from kdrl_core.data.normalize import Format, detect_format, normalize_batch
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import MALFORMED_KEY, count_faults, malformed_rows
-from kdrl_core.data.report import FilterReport
 from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA
 from kdrl_core.data.sieve import Rows, Sieve, text_codes
 from kdrl_core.data.text import normalize_questions, question_digests

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import DataConfig, resolve_path
+from kdrl_core.data.chunk import RowFault
 from kdrl_core.data.normalize import (
     Format,
     Normalized,
-    RowFault,
     check_columns,
     detect_format,
     normalize_batch,

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from kdrl_core.config import StageConfig, VerificationConfig
 from kdrl_core.data.answers import unparsable_answers
 from kdrl_core.data.decontamination import Overlap
-from kdrl_core.data.report import RuleCount
+from kdrl_core.data.filter_report import RuleCount
 from kdrl_core.errors import DataError
 
 _MISSING = -1

@@ -27,9 +27,9 @@ import pyarrow.parquet as pq
 from kdrl_core.config import DataConfig, Recipe
 from kdrl_core.data.decontamination import Decontaminator, Overlap
 from kdrl_core.data.filter import check_ids, check_stage, finished_report
+from kdrl_core.data.filter_report import FilterReport
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import iter_problems
-from kdrl_core.data.report import FilterReport
 from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.data.sieve import Labels, Rows, Sieve, label_column, label_names
 from kdrl_core.data.text import question_digests
@@ -80,32 +80,22 @@ def filter_files(
     measure = _LengthRule(recipe, tokenizer or load_tokenizer(recipe.student), config.max_prompt_tokens)
     decontaminator = None if config.data.decontamination is None else Decontaminator(config.data.decontamination)
 
-    # Temporary files have no name, so that a killed filter leaves none behind.
+    # Temporary files have no name, so a killed filter leaves none behind.
     with storage_errors(output), ExitStack() as stack:
         output.parent.mkdir(parents=True, exist_ok=True)
         spool = stack.enter_context(tempfile.TemporaryFile(dir=output.parent))
         rows = _Rows.read(config.data, spool, report_progress)
         sieve = Sieve(
-            stage=stage,
-            config=config,
-            problems=rows.slim,
-            keys=rows.keys,
-            digests=rows.digests,
-            labels=rows.labels,
+            stage=stage, config=config, problems=rows.slim, keys=rows.keys, digests=rows.digests, labels=rows.labels
         )
         sieve.note("malformed", rows.malformed, "rows that cannot be read (data.on_error=drop)")
         sieve.drop_duplicates()
         check_ids(rows.slim, sieve.alive)
         sieve.apply_label_rules()
 
-        is_short = np.zeros(len(sieve.alive), dtype=bool)
-        overlaps: list[Overlap | None] = []
-        for places, problems in rows.batches(sieve.alive, report_progress, "checking prompts"):
-            fits = is_short[places] = measure.fits(problems["question"])
-            if decontaminator is not None:
-                overlaps += decontaminator.find_all(problems["question"].filter(pa.array(fits)).to_pylist())
+        is_short, overlaps = _check_questions(rows, sieve.alive, measure, decontaminator, report_progress)
         sieve.drop_long_prompts(is_short)
-        sieve.drop_contaminated(overlaps if decontaminator is not None else None)
+        sieve.drop_contaminated(overlaps)
         sieve.drop_unparsable(recipe.verification)
         sieve.sample(recipe.seed)
         report = finished_report(sieve, rows.slim.num_rows + rows.malformed)
@@ -182,6 +172,23 @@ class _Rows:
         ordered = places.to_numpy()
         chunks = [chunk for _, table in self.batches(ordered) for chunk in question_digests(table["question"]).chunks]
         return pa.chunked_array(chunks, pa.binary(16))
+
+
+def _check_questions(
+    rows: _Rows,
+    alive: Rows,
+    measure: "_LengthRule",
+    decontaminator: Decontaminator | None,
+    report_progress: Progress,
+) -> tuple[npt.NDArray[np.bool_], list[Overlap | None] | None]:
+    """Whether each row alive has a short enough prompt, and the overlaps of those that have (None: not looked for)."""
+    is_short = np.zeros(len(alive), dtype=bool)
+    overlaps: list[Overlap | None] | None = None if decontaminator is None else []
+    for places, problems in rows.batches(alive, report_progress, "checking prompts"):
+        fits = is_short[places] = measure.fits(problems["question"])
+        if decontaminator is not None and overlaps is not None:
+            overlaps += decontaminator.find_all(problems["question"].filter(pa.array(fits)).to_pylist())
+    return is_short, overlaps
 
 
 def _write_sorted(path: Path, schema: pa.Schema, rows: _Rows, sieve: Sieve, report_progress: Progress) -> None:

@@ -4,10 +4,7 @@ What does not pass within `retry_for_s`, and what never passes, is an EngineErro
 of its call.
 """
 
-import json
 import logging
-import queue
-import resource
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,35 +14,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import httpx
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    wait_exponential_jitter,
-)
-
 from kdrl_core.config.recipe import ServersConfig
 from kdrl_core.config.secrets import resolve_secret
+from kdrl_core.engines.retrying import DaemonThreads, retry_transient
 from kdrl_core.engines.served_answers import TransientError
+from kdrl_core.engines.server_client import ServerClient
 from kdrl_core.errors import EngineError
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Of a vLLM server: sample from all of softmax(logits / T). What is not sent it takes from the model's own
 generation_config.json."""
-_TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
-_MAX_BODY_SHOWN = 200
-_MIN_KEY_CHARS = 8
-"""Of a key that is cut out of answers: one such as `EMPTY`, which stands for none, may be a word of theirs."""
-_MAX_RETRY_AFTER_S = 60.0
 _MAX_OUT_S = 60.0
 _MAX_DOUBLINGS = 16
 _CONTROL_S = 600.0
-"""Of what is no response: loading weights, falling asleep."""
+"""Limit of a request that generates nothing: loading weights, falling asleep."""
 _LAST_S = 10.0
-_KEEP_ALIVE_S = 2.0
-"""Servers hang up on idle connections, vLLM after 5 s, and a request that meets that fails."""
 _TOLD = {
     "kdrl_load": "load weights",
     "kdrl_state": "say which weights they have",
@@ -108,46 +91,6 @@ def served_model(config: ServersConfig) -> ServedModel:
     return ServedModel(**{**config.model_dump(include=set(ServersConfig.model_fields)), "api_key": key})
 
 
-class _Workers:
-    """Threads that nobody waits for, neither here nor at the end of the program, where those of a ThreadPoolExecutor
-    would be: a request in flight ends by itself, in minutes perhaps."""
-
-    def __init__(self, count: int, name: str) -> None:
-        self._count, self._name = count, name
-        self._threads = 0
-        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._over = threading.Event()
-
-    def submit(self, call: Callable[..., _Result], *arguments: Any) -> "Future[_Result]":
-        """Begin as soon as a thread is free."""
-        future: Future[_Result] = Future()
-
-        def work() -> None:
-            if self._over.is_set():
-                future.cancel()
-            elif future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call(*arguments))
-                except BaseException as error:  # it is raised to who asks for the result
-                    future.set_exception(error)
-
-        self._waiting.put(work)
-        if self._threads < self._count:
-            self._threads += 1
-            threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
-        return future
-
-    def stop(self) -> None:
-        """Cancel what has not begun."""
-        self._over.set()
-        for _ in range(self._threads):
-            self._waiting.put(None)
-
-    def _run(self) -> None:
-        while (work := self._waiting.get()) is not None:
-            work()
-
-
 class ServerPool:
     """The servers of one model.
 
@@ -176,25 +119,23 @@ class ServerPool:
         self.servers = [Server(url.rstrip("/"), is_asleep=served.sleep) for url in served.urls]  # kdrl serve --asleep
         self._served = served
         self._role = role
-        self._field = field
         self._options = {
             **{name: f"{field}.{name}" for name in ("model", "api_key", "retry_for_s")},
             "remedy": "Start the server, then resume the run: nothing is lost",
             **(options or {}),
         }
         self._lock = threading.Lock()
-        _allow_connections(served.concurrency)
-        headers = {"Authorization": f"Bearer {served.api_key}"} if served.api_key else {}
-        self._client = httpx.Client(
-            headers=headers,
-            follow_redirects=False,  # the key is for these servers alone
-            trust_env=False,
-            limits=httpx.Limits(max_connections=served.concurrency, keepalive_expiry=_KEEP_ALIVE_S),
+        self._client = ServerClient(
+            api_key=served.api_key,
+            connections=served.concurrency,
+            timeout_s=served.timeout_s,
+            field=field,
+            key_field=self._options["api_key"],
         )
         self.are_vllm = True
         """Whether all servers that were reached say so."""
         self._over = threading.Event()
-        self._ahead = _Workers(served.concurrency, f"kdrl-{role}-ahead")
+        self._ahead = DaemonThreads(served.concurrency, f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
         """Name under which they serve it."""
 
@@ -210,7 +151,7 @@ class ServerPool:
 
     def begin(self, what: str, attempt: Attempt[_Result]) -> "Future[_Result]":
         """Begin with an attempt and return at once; its result, or the EngineError, is in the future."""
-        return self._ahead.submit(self._with_retries, what, attempt, self._over)
+        return self._ahead.submit(self._asked, what, attempt, self._over)
 
     def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
         """The results of attempts with their names, in order, `concurrency` at a time, each at the server that is next.
@@ -219,9 +160,9 @@ class ServerPool:
             EngineError: the first that failed; the others are left.
         """
         over = threading.Event()
-        workers = _Workers(self._served.concurrency, f"kdrl-{self._role}")
+        workers = DaemonThreads(self._served.concurrency, f"kdrl-{self._role}")
         try:
-            pending = [workers.submit(self._with_retries, what, attempt, over) for what, attempt in attempts]
+            pending = [workers.submit(self._asked, what, attempt, over) for what, attempt in attempts]
             for future in wait(pending, return_when=FIRST_EXCEPTION).done:
                 future.result()  # the first that failed, whichever it is, and not the first in the order of requests
             return [future.result() for future in pending]
@@ -241,7 +182,7 @@ class ServerPool:
             first.append(server)
             return result
 
-        result = self._with_retries(what, remembered, threading.Event())
+        result = self._asked(what, remembered, threading.Event())
         results = {first[0].url: result}
         for server in self.servers:
             if server is first[0]:
@@ -319,71 +260,19 @@ class ServerPool:
         Raises:
             TransientError, EngineError: the fault, which never holds the key.
         """
-        where = self.where(server)
-        limit_s = min(timeout_s or self._served.timeout_s, self._served.timeout_s)
         base = server.url.removesuffix("/v1") if path.startswith("/../") else server.url
-        try:
-            response, content = self._exchange(method, base + path.removeprefix("/.."), body, limit_s)
-        except httpx.TimeoutException:
-            raise TransientError(f"{where} did not answer within {limit_s:g} s") from None
-        except httpx.TransportError as error:
-            raise TransientError(f"{where} cannot be reached ({type(error).__name__})") from None
-        except httpx.DecodingError:
-            raise TransientError(f"{where} sent an answer that cannot be decoded") from None
-        status = response.status_code
-        said = self._without_key(" ".join(content.decode(errors="replace").split()))[:_MAX_BODY_SHOWN]
-        if status in _TRANSIENT_STATUS:
-            raise TransientError(f"{where} answered {status} ({said})", retry_after_s=_retry_after_s(response))
-        if status in (401, 403):
-            raise EngineError(
-                f"{where} refuses the key ({status}: {said}); correct what {self._options['api_key']} names"
-            )
-        if not response.is_success:
-            raise EngineError(f"{where} answered {status}: {said}; look at its log and at {self._field}")
-        try:
-            answer = json.loads(content) if content else None
-            return self._scrubbed(answer) if self._holds_key(content) else answer
-        except (ValueError, RecursionError):
-            raise TransientError(f"{where} sent what is no JSON ({said[:60]!r})") from None
+        return self._client.answer(self.where(server), method, base + path.removeprefix("/.."), body, timeout_s)
 
-    def _with_retries(self, what: str, attempt: Attempt[_Result], over: threading.Event) -> _Result:
-        served = self._served
-        started = time.monotonic()
-        pauses = wait_exponential_jitter(initial=served.first_pause_s, max=30.0, jitter=served.first_pause_s)
-
-        first: list[float] = []
-
-        def since_first_fault(state: RetryCallState) -> float:
-            if not first:
-                first.append(time.monotonic())
-            return time.monotonic() - first[0]
-
-        def pause(state: RetryCallState) -> float:
-            fault = state.outcome.exception() if state.outcome else None
-            asked = fault.retry_after_s if isinstance(fault, TransientError) else 0.0
-            left = served.retry_for_s - since_first_fault(state)
-            return max(0.0, min(max(min(asked, _MAX_RETRY_AFTER_S), pauses(state)), left))
-
-        def tell(state: RetryCallState) -> None:
-            fault = state.outcome.exception() if state.outcome else None
-            _logger.warning("%s: %s; tried again in %.1f s", what, fault, state.upcoming_sleep)
-
-        retrying = Retrying(
-            stop=lambda state: since_first_fault(state) >= served.retry_for_s or over.is_set(),
-            sleep=sleep_using_event(over),
-            wait=pause,
-            retry=retry_if_exception_type(TransientError),
-            before_sleep=tell,
-            reraise=True,
+    def _asked(self, what: str, attempt: Attempt[_Result], over: threading.Event) -> _Result:
+        """The result of an attempt at the server that is next, tried again as `retry_transient` does."""
+        return retry_transient(
+            what,
+            partial(self._at_a_server, attempt),
+            retry_for_s=self._served.retry_for_s,
+            first_pause_s=self._served.first_pause_s,
+            over=over,
+            advice=f"({self._options['retry_for_s']}). {self._options['remedy']}",
         )
-        try:
-            return retrying(self._at_a_server, attempt)
-        except TransientError as fault:
-            tries = retrying.statistics.get("attempt_number", 1)
-            raise EngineError(
-                f"{what}: {fault}; given up after {tries} tries in {time.monotonic() - started:.0f} s "
-                f"({self._options['retry_for_s']}). {self._options['remedy']}"
-            ) from None
 
     def _at_a_server(self, attempt: Attempt[_Result]) -> _Result:
         with self._lock:
@@ -412,38 +301,6 @@ class ServerPool:
             pause = 2.0 ** min(server.faults, _MAX_DOUBLINGS) * self._served.first_pause_s
             server.out_until = now + min(pause, _MAX_OUT_S)
 
-    def _exchange(
-        self, method: str, url: str, body: dict[str, Any] | None, limit_s: float
-    ) -> tuple[httpx.Response, bytes]:
-        """An answer and its body. httpx limits the wait for each piece, the deadline the whole of a body in pieces."""
-        deadline = time.monotonic() + limit_s
-        content = bytearray()
-        with self._client.stream(method, url, json=body, timeout=limit_s) as response:
-            for piece in response.iter_bytes():
-                content += piece
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the body takes too long")
-        return response, bytes(content)
-
-    def _without_key(self, text: str) -> str:
-        key = self._served.api_key
-        return text.replace(key, "[the key]") if key else text
-
-    def _holds_key(self, content: bytes) -> bool:
-        """Whether a server has sent the key back, so that its answer has to be gone through."""
-        key = self._served.api_key or ""
-        return len(key) >= _MIN_KEY_CHARS and any(form in content for form in _written(key))
-
-    def _scrubbed(self, answer: Any) -> Any:
-        """An answer without the key in its texts."""
-        if isinstance(answer, str):
-            return self._without_key(answer)
-        if isinstance(answer, list):
-            return [self._scrubbed(each) for each in answer]
-        if isinstance(answer, dict):
-            return {self._without_key(name): self._scrubbed(each) for name, each in answer.items()}
-        return answer
-
     def _check_servers(self, max_tokens: int | None) -> str:
         """The served model's name, the same at every server that can be reached."""
 
@@ -451,7 +308,7 @@ class ServerPool:
             answer = self.answer(server, "GET", "/models", timeout_s=_CONTROL_S)
             where = self.where(server)
             try:
-                models = {self._without_key(str(model["id"])): dict(model) for model in answer["data"]}
+                models = {self._client.without_key(str(model["id"])): dict(model) for model in answer["data"]}
             except (KeyError, TypeError, ValueError):
                 raise TransientError(f"{where} does not say which models it serves") from None
             name = self._served.model or (next(iter(models)) if len(models) == 1 else None)
@@ -473,25 +330,3 @@ class ServerPool:
         if len(names) > 1:
             raise EngineError(f"the {self._role} servers serve different models: {', '.join(names)}")
         return names[0]
-
-
-def _allow_connections(count: int) -> None:
-    """Raise this process's limit of open files, often 1,024, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    try:
-        return max(0.0, float(response.headers.get("Retry-After", 0)))
-    except ValueError:  # a date
-        return 0.0
-
-
-def _written(key: str) -> list[bytes]:
-    """How JSON may write a key."""
-    text = json.dumps(key)[1:-1]
-    return [key.encode(), text.encode(), text.replace("/", "\\/").encode()]
