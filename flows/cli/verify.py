@@ -55,28 +55,29 @@ def verify_command(
         bool, typer.Option("--think-opened", help="The prompts end with <think>: responses begin inside the thought.")
     ] = False,
     box: Annotated[
-        bool, typer.Option("--box", help=r"Bare answers: what is not in a \boxed{} is put into one as a whole.")
+        bool, typer.Option("--box", help=r"Bare answers: an answer without a \boxed{} is put into one as a whole.")
     ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes that compare answers; default: one per CPU.")
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Limit of one comparison; beyond it: timeout.")
+        float,
+        typer.Option("--timeout", metavar="SECONDS", help="Limit of one comparison; beyond it the verdict is timeout."),
     ] = 10.0,
     memory_limit_mb: Annotated[
-        int, typer.Option("--memory-limit", metavar="MB", help="Limit of one worker; beyond it: error.")
+        int, typer.Option("--memory-limit", metavar="MB", help="Limit of one worker; beyond it the verdict is error.")
     ] = 2_048,
     on_error: Annotated[OnError, typer.Option(help="Malformed rows: stop, or drop and count.")] = OnError.FAIL,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing output, and verdicts that FILE has already.")
+        bool, typer.Option("--force", help="Replace an existing output, and verdicts that FILE already has.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Verify the responses in a file: correct, wrong, malformed, no_answer, timeout or error, and why.
 
-    Prints a summary; with --output also writes every row, as it was, with the columns reward, format_reward,
-    accuracy_reward, verdict, extracted and reason behind its own. Files may be larger than memory. No answer, however
-    hostile, costs more than --timeout. Examples:
+    Prints a summary. With --output it also writes every row unchanged, followed by the columns reward, format_reward,
+    accuracy_reward, verdict, extracted and reason. Files may be larger than memory. No answer, however hostile, costs
+    more than --timeout. Examples:
 
     kdrl verify samples.jsonl --no-format --output verified.jsonl
 
@@ -129,7 +130,7 @@ def verify_command(
 
 
 def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "Verifier":
-    """Not started yet. Raises DataError if a limit is out of bounds."""
+    """A verifier that is not started yet. Raises DataError if a limit is out of bounds."""
     from kdrl_core.verify.pool import MIN_MEMORY_LIMIT_MB, Verifier
 
     if not 0 < timeout_s <= _MAX_TIMEOUT_S:
@@ -143,7 +144,7 @@ def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "V
 
 
 def _warn(tally: "FileTally", console: Console) -> None:
-    """Say what the numbers hide: rows left out, answers about which nothing is known."""
+    """Warn of rows that were left out and of answers about which nothing is known."""
     kinds, lines = tally.total.kinds, []
     if tally.num_dropped:
         lines.append(f"dropped {_count(tally.num_dropped, 'malformed row')}; the first: {tally.first_dropped}")
@@ -186,7 +187,7 @@ def _print_summary(tally: "FileTally", workers: int, console: Console) -> None:
 
 
 def _by_lines(grades: "FileTally") -> list[str]:
-    """Aligned by hand, values last: they may be long, and a table would cut numbers to fit the terminal."""
+    """The summary by group, aligned by hand: values may be long, and a table would cut numbers to fit the terminal."""
     kinds = [kind for kind in VerdictKind if grades.total.kinds[kind]]  # the others are zero in every line
     rows = [["rows", *(kind.value for kind in kinds), "reward"]]
     rows[0] += ["agreement", "false +", "false −"] if grades.columns.expected is not None else []

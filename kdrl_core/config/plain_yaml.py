@@ -1,4 +1,4 @@
-"""YAML texts as plain values, read so that a hostile text costs little time and memory."""
+"""YAML texts as plain values. A hostile text costs little time and memory."""
 
 import re
 from collections.abc import Hashable

@@ -1,4 +1,4 @@
-"""API keys: named in a recipe, never written in it. A reference says where the key is; only its holder sees the key.
+"""API keys: a recipe names the place of a key and never holds the key itself.
 
 `env:NAME` is an environment variable. Outer rings add schemes of their own (`block:NAME`, a Prefect Secret block).
 """
@@ -13,14 +13,14 @@ _MAY_HOLD_KEY = ("server", "api_key", "mlflow_uri")
 _MAX_SHOWN_CHARS = 200
 
 SecretSource = Callable[[str], str]
-"""Gives the secret of a name; raises SecretError if there is none."""
+"""Name → secret. Raises SecretError if there is none."""
 
 
 def resolve_secret(reference: str) -> str:
-    """The secret that `reference` (scheme:NAME) leads to.
+    """The secret at `reference` (scheme:NAME).
 
     Raises:
-        SecretError: no such scheme, or nothing there. The message never holds a secret.
+        SecretError: the scheme is unknown, or there is no secret. The message never holds a secret.
     """
     scheme, _, name = reference.partition(":")
     source = _sources.get(scheme)
@@ -39,12 +39,12 @@ def resolve_secret(reference: str) -> str:
 
 
 def register_secret_source(scheme: str, source: SecretSource) -> None:
-    """Let `scheme:NAME` lead to what `source` gives."""
+    """From now on `scheme:NAME` is looked up in `source`."""
     _sources[scheme] = source
 
 
 def is_known(reference: str) -> bool:
-    """Whether the reference's scheme is one that this process can follow."""
+    """Whether this process can look up references of this scheme."""
     return reference.partition(":")[0] in _sources
 
 

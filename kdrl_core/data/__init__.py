@@ -1,5 +1,6 @@
-"""Problems: read from files, filtered by the paper's rules, rendered as prompts. Torch and transformers stay unloaded
-until a tokenizer is."""
+"""Problems: read from files, filtered by the paper's rules, rendered as prompts.
+
+Torch and transformers are not imported before a tokenizer is loaded."""
 
 from kdrl_core.data.filter import filter_problems
 from kdrl_core.data.filter_report import FilterReport, RuleCount

@@ -1,4 +1,4 @@
-"""Columns of some consecutive rows while they are read, and what is wrong with their rows."""
+"""Consecutive rows while they are read: their columns, and the fault of each row that cannot be used."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,28 +29,31 @@ class RowFault:
 
 @dataclass(slots=True)
 class Chunk:
-    """Columns of some consecutive rows, and what is wrong with them (the first fault of each row)."""
+    """Columns of consecutive rows, and the first fault of each malformed row."""
 
     origin: str
     row_numbers: Sequence[int]
     columns: dict[str, pa.Array] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    """Column → the field's name in the file."""
+    """Column → name of the field in the file."""
     labels: dict[str, pa.Array] = field(default_factory=dict)
     label_prefix: str = "failures"
     faults: dict[int, RowFault] = field(default_factory=dict)
 
     def reject(self, position: int, name: str, problem: str) -> None:
+        """Note a fault of the row at `position`, unless it has one already."""
         if position not in self.faults:
             row = self.row_numbers[position]
             self.faults[position] = RowFault(origin=self.origin, row=row, field=name, problem=problem)
 
     def reject_where(self, mask: pa.Array, name: str, problem: str | Callable[[int], str]) -> None:
+        """Note a fault of every row where `mask` is true; `problem` may depend on the position."""
         for position in pc.indices_nonzero(pc.fill_null(mask, False)).to_pylist():
             self.reject(position, name, problem if isinstance(problem, str) else problem(position))
 
 
 def as_text(chunk: Chunk, column: pa.Array, name: str, *, integers: bool = False) -> pa.Array:
+    """A column of text, or of whole numbers if `integers`, as strings. Raises DataError for any other type."""
     arrow_type = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     is_text = (
         pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type)
@@ -75,7 +78,7 @@ def arrow_labels(chunk: Chunk, labels: pa.Array) -> dict[str, pa.Array]:
 
 
 def _whole_numbers(chunk: Chunk, column: pa.Array, name: str) -> pa.Array:
-    """int64; floats are let through where they are whole, since pandas turns integers with gaps into floats."""
+    """The column as int64. Whole floats are allowed, since pandas turns integers with gaps into floats."""
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), None, column.cast(pa.float64()))
         is_whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**31))
@@ -87,6 +90,7 @@ def _whole_numbers(chunk: Chunk, column: pa.Array, name: str) -> pa.Array:
 
 
 def wrong_type(chunk: Chunk, name: str, column: pa.Array, expected: str) -> DataError:
+    """The error for a column from which no row can be read."""
     return DataError(
         f"{chunk.origin}: column '{name}' has type {column.type}, {expected} is expected; "
         "convert the column or set <stage>.data.format"
@@ -94,6 +98,7 @@ def wrong_type(chunk: Chunk, name: str, column: pa.Array, expected: str) -> Data
 
 
 def kind_of(value: Any) -> str:
+    """Type and value as messages name them."""
     if value is None:
         return "null"
     kinds = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
@@ -102,4 +107,5 @@ def kind_of(value: Any) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
+    """The names in order, for messages."""
     return ", ".join(sorted(names)) or "none"

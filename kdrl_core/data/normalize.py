@@ -1,7 +1,7 @@
 """Raw rows → PROBLEM_SCHEMA, column-wise, with one fault per malformed row.
 
-A fault names row, field and remedy; rows count from 1. Columns that a format cannot do without, or that have an
-impossible type, stop at once: no row of such a file could be used.
+A fault names row, field and remedy; rows count from 1. A needed column that is missing or has an impossible type is an
+error at once, since no row of such a file could be used.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +26,14 @@ _ID_NAMES = ("problem_id", "id")
 
 
 class Normalized(NamedTuple):
-    """Some consecutive rows, read."""
+    """Consecutive rows that have been read."""
 
     problems: pa.Table
     """The usable rows, in PROBLEM_SCHEMA."""
     hashes: npt.NDArray[np.uint64]
-    """[usable rows] of each question's normal form: equal for duplicates."""
+    """[usable rows] hash of each question's normal form: equal for duplicates."""
     faults: list[RowFault]
-    """One for each of the other rows, by row."""
+    """One fault for each of the other rows, in their order."""
 
     @classmethod
     def nothing(cls) -> "Normalized":
@@ -41,7 +41,7 @@ class Normalized(NamedTuple):
 
 
 def detect_format(names: Iterable[str], *, origin: str) -> Format:
-    """The format whose columns `names` are. Raises DataError if there is none."""
+    """The format that has columns of these names. Raises DataError if there is none."""
     found = set(names)
     if {"prompt", "reward_model"} <= found:
         return "skywork"
@@ -61,12 +61,12 @@ def normalize_batch(
 
     Args:
         origin: names the file in errors.
-        source: stands in the column `source` where the rows have none.
+        source: value of the column `source` for rows without one.
         first_row: number of the batch's first row, counted from 1.
         num_samples: labels must lie in 0..num_samples.
 
     Raises:
-        DataError: a needed column is missing or has a type that no row can be read from.
+        DataError: a needed column is missing or has an impossible type.
     """
     chunk = Chunk(origin, range(first_row, first_row + batch.num_rows))
     if data_format == "skywork":
@@ -79,7 +79,7 @@ def normalize_batch(
 def normalize_rows(
     rows: Sequence[Any], row_numbers: Sequence[int], data_format: Format, *, origin: str, source: str, num_samples: int
 ) -> Normalized:
-    """Normalise rows read from JSON; as `normalize_batch`. A row that is no object is a fault of its own."""
+    """Normalise rows read from JSON, as `normalize_batch` does. A row that is not an object is a fault."""
     if data_format == "skywork":
         raise DataError(f"{origin}: format skywork is read from Parquet; save the set with .to_parquet()")
     chunk = Chunk(origin, row_numbers)
@@ -87,7 +87,7 @@ def normalize_rows(
         if not isinstance(row, dict):
             chunk.reject(position, "row", f"an object is expected, found {kind_of(row)}")
     objects = [row if isinstance(row, dict) else {} for row in rows]
-    # Row by row: what its neighbours are called must not matter to a row.
+    # Row by row: the field names of other rows must not matter to a row.
     chunk.columns["question"] = _json_text(chunk, objects, _QUESTION_NAMES, is_needed=True)
     chunk.columns["answer"] = _json_text(chunk, objects, ("answer",), is_needed=True, integers=True)
     chunk.columns["problem_id"] = _json_text(chunk, objects, _ID_NAMES, integers=True)
@@ -98,7 +98,7 @@ def normalize_rows(
 
 
 def check_columns(found: set[str], data_format: Format, *, origin: str) -> None:
-    """Raise DataError if a file of these columns cannot be of the format."""
+    """Raise DataError if a file with these columns cannot have the format."""
     if data_format != "skywork":
         _plain_names(found, data_format, origin=origin)
 
@@ -132,7 +132,7 @@ def _plain_columns(chunk: Chunk, batch: pa.RecordBatch, data_format: Format) -> 
 def _json_text(
     chunk: Chunk, rows: list[dict[str, Any]], names: Sequence[str], *, is_needed: bool = False, integers: bool = False
 ) -> pa.Array:
-    """Of each row the text under the first of the names that it has."""
+    """Of each row the text of the first of these fields that it has."""
     texts: list[str | None] = []
     for position, row in enumerate(rows):
         name = next((name for name in names if row.get(name) is not None), None)
@@ -208,7 +208,7 @@ def _filled(column: pa.Array | None, default: Callable[[], pa.Array]) -> pa.Arra
 
 
 def _label_map(labels: dict[str, pa.Array], num_rows: int) -> pa.Array:
-    """Columns of labels as one map a row; missing labels have no entry, rows without any are null."""
+    """Columns of labels as one map a row. A missing label has no entry; a row without labels is null."""
     names = sorted(labels)
     map_type = PROBLEM_SCHEMA.field("failures").type
     if not names or num_rows == 0:
@@ -216,7 +216,7 @@ def _label_map(labels: dict[str, pa.Array], num_rows: int) -> pa.Array:
     is_there = np.stack([labels[name].is_valid().to_numpy(zero_copy_only=False) for name in names], axis=1)
     counts = np.stack([pc.fill_null(labels[name], 0).to_numpy() for name in names], axis=1)
     ends = np.cumsum(is_there.sum(axis=1)).astype(np.int32)
-    # A null offset marks a row without labels as null, which an empty map is not.
+    # A null offset makes a row without labels null; an empty map would not be.
     offsets = pa.array(np.concatenate([[0], ends]).astype(np.int32), mask=np.append(~is_there.any(axis=1), False))
     keys = pa.DictionaryArray.from_arrays(np.nonzero(is_there)[1].astype(np.int32), names).cast(pa.string())
     return pa.MapArray.from_arrays(offsets, keys, pa.array(counts[is_there].astype(np.int32)))

@@ -14,13 +14,14 @@ _INSTRUCTION = (
     r"\s*(Let's think step by step and output the final answer within"
     r"|Please reason step by step, and put your final answer within) \\boxed\{\}\.\s*$"
 )
-"""The paper's two instructions: kdrl adds its own template, so one that a file carries already is cut off."""
+"""The paper's two instructions. They are cut off, since kdrl adds the instruction of its own template."""
 
 _PLAIN_LIST = r'^\["[^"\\\x00-\x1f]*"\]$'
-"""A JSON list of one string without escapes: most answers, decoded without a JSON parser."""
+"""A JSON list of one string without escapes. Most answers are; they are decoded without a JSON parser."""
 
 
 def skywork_columns(chunk: Chunk, batch: pa.RecordBatch) -> None:
+    """Read the columns of a batch into `chunk`. Raises DataError if one is missing or has an impossible type."""
     found = set(batch.schema.names)
     if missing := sorted({"prompt", "reward_model"} - found):
         raise DataError(
@@ -44,7 +45,7 @@ def skywork_columns(chunk: Chunk, batch: pa.RecordBatch) -> None:
 
 
 def _only_message(chunk: Chunk, prompt: pa.Array) -> pa.Array:
-    """Content of each row's one message, null where the row is refused."""
+    """Content of each row's only message; null where the row is rejected."""
     is_list = pa.types.is_list(prompt.type) or pa.types.is_large_list(prompt.type)
     if not is_list or not pa.types.is_struct(prompt.type.value_type):
         raise wrong_type(chunk, "prompt", prompt, "a list of {content, role}")
@@ -70,7 +71,7 @@ def _member(chunk: Chunk, struct: pa.Array, name: str, member: str) -> pa.Array:
 
 
 def _ground_truths(chunk: Chunk, encoded: pa.Array) -> pa.Array:
-    """Skywork's answers: JSON-encoded lists that hold one string."""
+    """Answers out of JSON-encoded lists of one string."""
     name = chunk.names["answer"]
     texts = as_text(chunk, encoded, name)
     is_plain = pc.fill_null(pc.match_substring_regex(texts, _PLAIN_LIST), False)
@@ -94,10 +95,10 @@ def _is_list_of_one_string(value: Any) -> bool:
 
 
 def _json_values(texts: list[str]) -> list[Any]:
-    """Each text's JSON value, None where it is not JSON."""
+    """The JSON value of each text; None where it is not JSON."""
     try:
-        # All at once, which is much faster. Were a value to span two texts, the comma and line break between them would
-        # stand in a string, which JSON forbids, or between two elements, of which none of these lists has two.
+        # All at once, which is much faster. No value can span two texts: the line break between them may not stand in
+        # a JSON string, and the comma would part two elements, but each of these lists must have one.
         values: list[Any] = json.loads("[" + ",\n".join(texts) + "]")
         if len(values) == len(texts) and all(_is_list_of_one_string(value) for value in values):
             return values

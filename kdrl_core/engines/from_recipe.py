@@ -1,4 +1,4 @@
-"""The engine that a recipe asks for: what samples responses, and what scores them where no server does."""
+"""The engines that a recipe asks for: one that samples responses, and scorers in this process."""
 
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,7 @@
-"""Servers of one model that share its work: the least busy is asked, faults that may pass are tried again.
+"""Servers of one model that share its work: each request goes to the least busy one and is tried again after a fault.
 
-What does not pass within `retry_for_s`, and what never passes, is an EngineError. The first one ends all other requests
-of its call.
+A fault that cannot pass, or has not passed within `retry_for_s`, is an EngineError. The first one ends all other
+requests of its call.
 """
 
 import logging
@@ -22,8 +22,8 @@ from kdrl_core.engines.server_client import ServerClient
 from kdrl_core.errors import EngineError
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Of a vLLM server: sample from all of softmax(logits / T). What is not sent it takes from the model's own
-generation_config.json."""
+"""Sampling parameters of vLLM: sample from all of softmax(logits / T). A vLLM server takes parameters that are not sent
+from the model's generation_config.json."""
 _MAX_OUT_S = 60.0
 _MAX_DOUBLINGS = 16
 _CONTROL_S = 600.0
@@ -41,31 +41,31 @@ _Result = TypeVar("_Result")
 
 @dataclass(slots=True, eq=False)
 class Server:
-    """One server and how it does."""
+    """One server and its state."""
 
     url: str
     """Up to and with `/v1`."""
     in_flight: int = 0
     asked: int = 0
-    """Requests so far; of servers with as much to do the one with the fewest is next, so that a probe meets each."""
+    """Requests so far. Among equally busy servers the one with the fewest is next, so that a probe reaches each."""
     faults: int = 0
-    """In a row; of requests that were in flight together, one."""
+    """Faults in a row; those of requests that were in flight together count once."""
     out_until: float = 0.0
     is_asleep: bool = False
     wakes: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def is_out(self, now: float) -> bool:
-        """Whether others go first: after a fault for a while, then while one request tries whether it is back."""
+        """Whether other servers go first: for a while after a fault, then while one request tests if it is back."""
         return self.out_until > now or (self.faults > 0 and self.in_flight > 0)
 
 
 Attempt = Callable[[Server], _Result]
-"""What is asked of a server; TransientError if it may be otherwise the next time."""
+"""A request to a server. Raises TransientError for a fault that may pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """How the servers of a model are reached. Durations in seconds."""
+    """How to reach the servers of a model. Durations in seconds."""
 
     urls: Sequence[str]
     """Up to and with `/v1`."""
@@ -75,18 +75,17 @@ class ServedModel:
     timeout_s: float = 600.0
     """Of one request."""
     retry_for_s: float = 600.0
-    """From a request's first fault to the beginning of its last try; one that took longer than this is tried once more.
-    """
+    """From a request's first fault to the beginning of its last try. Even a slower request is tried twice."""
     first_pause_s: float = 1.0
     """Doubled with each try, up to 30 s, with jitter."""
     concurrency: int = 32
     """Requests in flight, over all servers."""
     sleep: bool = False
-    """They give their memory back while others need their GPUs."""
+    """The servers free their memory while others need their GPUs."""
 
 
 def served_model(config: ServersConfig) -> ServedModel:
-    """What a recipe says of servers, with the key that it names. Raises SecretError without that."""
+    """The servers of a recipe, with the key that it names. Raises SecretError if there is no such key."""
     key = None if config.api_key is None else resolve_secret(config.api_key)
     return ServedModel(**{**config.model_dump(include=set(ServersConfig.model_fields)), "api_key": key})
 
@@ -96,11 +95,11 @@ class ServerPool:
 
     Args:
         served: the servers.
-        role: what they are called in messages, `teacher` or `rollout`.
-        field: of the recipe, which says all this.
-        max_tokens: prompt and response tokens of the longest request to come, compared with the servers' context.
-        options: how messages name `model`, `api_key` and `retry_for_s` where they are no fields of the recipe, and the
-            `remedy` of what was given up.
+        role: the name of the servers in messages, `teacher` or `rollout`.
+        field: of the recipe that describes the servers.
+        max_tokens: prompt and response tokens of the longest request to come, checked against the servers' context.
+        options: the names in messages of `model`, `api_key` and `retry_for_s` if they are not fields of the recipe, and
+            the `remedy` when a request is given up.
 
     Raises:
         EngineError: no server can be reached within `retry_for_s`, or one serves another model or too short a context,
@@ -133,14 +132,14 @@ class ServerPool:
             key_field=self._options["api_key"],
         )
         self.are_vllm = True
-        """Whether all servers that were reached say so."""
+        """Whether all servers that were reached call themselves vLLM."""
         self._over = threading.Event()
         self._ahead = DaemonThreads(served.concurrency, f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
         """Name under which they serve it."""
 
     def close(self) -> None:
-        """Let go of the connections, and of what was begun. Servers that share their GPUs are left asleep, if they
+        """Close the connections and drop requests in flight. Servers that share their GPUs are put to sleep, if they
         answer now."""
         self._over.set()
         for server in self.servers if self.sleeps else []:
@@ -150,30 +149,30 @@ class ServerPool:
         self._client.close()
 
     def begin(self, what: str, attempt: Attempt[_Result]) -> "Future[_Result]":
-        """Begin with an attempt and return at once; its result, or the EngineError, is in the future."""
+        """Begin an attempt and return at once. The future gives its result, or raises EngineError."""
         return self._ahead.submit(self._asked, what, attempt, self._over)
 
     def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
-        """The results of attempts with their names, in order, `concurrency` at a time, each at the server that is next.
+        """The results of named attempts, in order, at most `concurrency` at a time, each at the server that is next.
 
         Raises:
-            EngineError: the first that failed; the others are left.
+            EngineError: that of the first attempt that failed; the others are dropped.
         """
         over = threading.Event()
         workers = DaemonThreads(self._served.concurrency, f"kdrl-{self._role}")
         try:
             pending = [workers.submit(self._asked, what, attempt, over) for what, attempt in attempts]
             for future in wait(pending, return_when=FIRST_EXCEPTION).done:
-                future.result()  # the first that failed, whichever it is, and not the first in the order of requests
+                future.result()  # raises the error that came first in time
             return [future.result() for future in pending]
         finally:
             over.set()
             workers.stop()
 
     def each(self, what: str, attempt: Attempt[_Result]) -> dict[str, _Result]:
-        """URL → result, of every server that answers now; at least one has to, within `retry_for_s`.
+        """URL → result of every server that answers now. At least one must answer within `retry_for_s`.
 
-        The others are left out for a while, and the log says so.
+        The others are not used for a while, and the log says so.
         """
         first: list[Server] = []
 
@@ -201,16 +200,16 @@ class ServerPool:
         return self._served.sleep
 
     def sleep(self) -> None:
-        """Have every server that answers give its memory back, if they are to.
+        """Have every server that answers free its memory, if the recipe says so.
 
         Raises:
             EngineError: none answers within `retry_for_s`, or one cannot sleep.
         """
-        if self.sleeps:  # also those that are known to: an evaluation may have woken them
+        if self.sleeps:  # also those known to be asleep: an evaluation may have woken them
             self.each("sleep", partial(self.ask_workers, method="kdrl_sleep"))
 
     def wake(self, server: Server) -> None:
-        """Before it is asked for anything. Raises TransientError, EngineError as `answer`."""
+        """Wake a server before a request. Raises TransientError, EngineError as `answer`."""
         with server.wakes:
             if server.is_asleep:
                 self.ask_workers(server, "kdrl_wake")
@@ -218,8 +217,9 @@ class ServerPool:
     def ask_workers(
         self, server: Server, method: str, arguments: Sequence[str] = (), *, timeout_s: float = _CONTROL_S
     ) -> dict[str, str]:
-        """What `KdrlWorker.method` answers, the same from every worker of the server: its weights and incarnation.
-        The server is then known to be asleep, or awake, as the method leaves it.
+        """Call a method of `KdrlWorker` in every worker of the server. Returns their weights and incarnations.
+
+        Afterwards the server is known to be asleep or awake.
 
         Raises:
             TransientError, EngineError: as `answer`.
@@ -252,13 +252,13 @@ class ServerPool:
         *,
         timeout_s: float | None = None,
     ) -> Any:
-        """The JSON of an answer; `path` starts below `/v1`, or with `/..` beside it.
+        """The JSON of an answer. `path` is below `/v1`, or with `/..` beside it.
 
         Args:
-            timeout_s: less than the servers' own, which is that of a response.
+            timeout_s: a limit below `ServedModel.timeout_s`.
 
         Raises:
-            TransientError, EngineError: the fault, which never holds the key.
+            TransientError, EngineError: the fault. Its text never holds the key.
         """
         base = server.url.removesuffix("/v1") if path.startswith("/../") else server.url
         return self._client.answer(self.where(server), method, base + path.removeprefix("/.."), body, timeout_s)
@@ -296,13 +296,13 @@ class ServerPool:
 
     def _leave_out(self, server: Server) -> None:
         now = time.monotonic()
-        if now >= server.out_until:  # else it is out already, by a request that was in flight together with this one
+        if now >= server.out_until:  # else a request that was in flight together with this one has put it out
             server.faults += 1
             pause = 2.0 ** min(server.faults, _MAX_DOUBLINGS) * self._served.first_pause_s
             server.out_until = now + min(pause, _MAX_OUT_S)
 
     def _check_servers(self, max_tokens: int | None) -> str:
-        """The served model's name, the same at every server that can be reached."""
+        """The name of the served model, which must be the same at every server that can be reached."""
 
         def attempt(server: Server) -> str:
             answer = self.answer(server, "GET", "/models", timeout_s=_CONTROL_S)

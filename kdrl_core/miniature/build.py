@@ -2,16 +2,16 @@
 
     student/ teacher/       Hugging Face model directories
     student-vllm/           a student whose attention heads are wide enough for vLLM on a CPU
-    teacher-weak/           another teacher, between the two; also the base model of the R1-Zero path's teacher
-    teacher-broad/          a teacher that works chains in two ways of which the students know one; in half precision
+    teacher-weak/           a teacher of middling strength; also the base model of the R1-Zero path's teacher
+    teacher-broad/          a teacher that works chains in two ways, where the students know one; in half precision
     stage1.json             problems in DeepScaleR's shape
     stage2.parquet          problems in Skywork-OR1-RL-Data's shape, with *measured* labels: failures out of 16
-    benchmarks/*.jsonl      validation, test, hard (longer chains than any trained on), ood (in brackets, which no model
-                            has ever seen)
+    benchmarks/*.jsonl      validation, test, hard (longer chains than in training), ood (with brackets, which no model
+                            has seen)
 
-The student is small and kept uncertain by label smoothing: sampled, it solves two chains in five, though its most
-likely tokens are mostly right, much as a pretrained model before RL. The teacher is larger, nearly
-right, and a little smoothed as well: a perfectly confident one makes R² of a few tokens dominate k2.
+The student is small, and label smoothing keeps it uncertain. Like a pretrained model before RL, it solves two chains in
+five when it is sampled, although its likeliest tokens are mostly right. The teacher is larger, nearly always right, and
+a little smoothed as well: with a perfectly confident teacher, R² of a few tokens dominates k2.
 """
 
 import argparse
@@ -54,7 +54,7 @@ BROAD_TEACHER = MiniatureModel(
     label_smoothing=0.01,
     result_first_share=0.25,
 )
-"""Broader than what the student can carry, as a large model's answers are: it works one chain in four result first."""
+"""A teacher that, like a large model, has answers beyond the student: it works one chain in four result first."""
 VLLM_STUDENT = MiniatureModel(
     hidden_size=64,
     num_heads=2,
@@ -64,7 +64,7 @@ VLLM_STUDENT = MiniatureModel(
     learning_rate=3e-3,
     label_smoothing=0.04,
 )
-"""Its heads have 32 numbers, the fewest that vLLM's attention on a CPU knows."""
+"""Its attention heads have size 32, the smallest that vLLM on a CPU supports."""
 NUM_LABEL_SAMPLES = 16
 MAX_RESPONSE_TOKENS = 64
 STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
@@ -72,8 +72,8 @@ STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
     "DeepSeek-R1-Distill-Qwen-7B",
     "DeepSeek-R1-Distill-Qwen-32B",
 )
-"""The published schema fixes these names. Here the first label was measured with the miniature student, the other two
-with the miniature teacher, at temperatures 1 and 0.6."""
+"""The published schema fixes these names. Here the first label is measured with the miniature student, the other two
+with the miniature teacher at temperatures 1 and 0.6."""
 
 
 def build(

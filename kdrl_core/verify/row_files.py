@@ -1,6 +1,6 @@
-"""JSON Lines and Parquet files on their way through a verifier: read in batches, checked, written back whole.
+"""Files of rows, JSON Lines or Parquet: read in batches, checked, and written again with their verdicts.
 
-Everything that a file has is kept: lines of JSON byte for byte, columns of Parquet with their types and metadata.
+Everything in a file is kept: lines of JSON byte for byte, columns of Parquet with their types and metadata.
 Verdicts are appended under the names and types of a step's rewards.parquet
 (:data:`kdrl_core.tables.schemas.REWARDS`).
 """
@@ -32,19 +32,19 @@ class RowFile(Protocol):
     origin: str
     """Its path as errors name it."""
     unit: str
-    """What its rows are counted in: row or line."""
+    """What the file calls its rows in messages: row or line."""
     names: list[str]
-    """Its columns; of JSON Lines those of the first batch and any verdict column that `batches` has come across."""
+    """Its columns. For JSON Lines: those of the first batch, and any verdict column that `batches` has met since."""
 
     def batches(self, columns: Columns, *, with_rows: bool) -> Iterator[Batch]:
-        """All rows, in order; `with_rows` keeps in a batch what `write` needs. DataError: the file cannot be read."""
+        """All rows, in order; `with_rows` keeps them in each batch for `write`. Raises DataError if a read fails."""
 
     def write(self, path: Path, judged: Iterable[tuple[Batch, Sequence[Verdict]]]) -> None:
         """Write the rows of the batches with their verdicts to `path`, in the format of this file."""
 
 
 def open_rows(path: Path) -> RowFile:
-    """The file at `path`. Raises DataError if there is none, if its kind is unknown, or if it has no rows."""
+    """The file at `path`. Raises DataError if it does not exist, if its kind is unknown, or if it has no rows."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a file in it")
     if not path.is_file():
@@ -62,7 +62,7 @@ def suffixes_like(path: Path) -> tuple[str, ...]:
 
 
 class JsonLines:
-    """One object a line; blank lines count as lines but are no rows, and are not written again."""
+    """One object a line. Blank lines are counted, but they are not rows and are not written again."""
 
     unit = "line"
 
@@ -107,9 +107,9 @@ class JsonLines:
                     file.write(line[:-1].rstrip() + b", " + fields[1:] + b"\n")  # "{…" and "…}" become one object
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number and content of the lines that are not blank."""
+        """Number and content of each line that is not blank."""
         try:
-            with self._path.open("rb") as file:  # by b"\n" alone: U+2028 and its like may stand inside a JSON string
+            with self._path.open("rb") as file:  # split at b"\n" alone: a JSON string may hold U+2028 and its like
                 for number, line in enumerate(file, start=1):
                     content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
                     if content:
@@ -124,7 +124,7 @@ class JsonLines:
 
 
 class Parquet:
-    """A Parquet file; of any size and number of row groups."""
+    """A Parquet file of any size and with any number of row groups."""
 
     unit = "row"
 
@@ -171,7 +171,7 @@ class Parquet:
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
     def _record_batches(self, columns: list[str] | None) -> Iterator[Any]:
-        # In buffers: otherwise a row group, which may be the whole file, is read in one piece.
+        # Buffered: otherwise a row group, which may be the whole file, is read in one piece.
         with _parquet_errors(self.origin), pq.ParquetFile(self._path, buffer_size=2**20, pre_buffer=False) as file:
             yield from file.iter_batches(batch_size=BATCH_ROWS, columns=columns)
 
@@ -223,7 +223,7 @@ def _python_value(value: Any) -> object:
     try:
         return value.as_py()
     except UnicodeDecodeError:
-        return b""  # told as "found bytes" by whoever needs text
+        return b""  # where text is needed, the error says "found bytes"
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Rows with responses: which columns play which part, and what is read of each row.
+"""Rows with responses: which columns are read, and how each row is checked.
 
-:mod:`kdrl_core.verify.row_files` has the files that the rows stand in.
+:mod:`kdrl_core.verify.row_files` reads and writes the files.
 """
 
 import json
@@ -19,7 +19,7 @@ _MISSING = object()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Which columns are read. `expected` says whether a response is right; `by` groups the summary."""
+    """Names of the columns to read. `expected` says whether a response is right; `by` groups the summary."""
 
     response: str
     truth: str
@@ -28,7 +28,7 @@ class Columns:
 
     @property
     def used(self) -> list[str]:
-        """The columns, each once."""
+        """The columns, each of them once."""
         return list(dict.fromkeys(name for name in (self.response, self.truth, self.expected, self.by) if name))
 
 
@@ -41,9 +41,9 @@ def choose_columns(
     expected: str | None = None,
     by: str | None = None,
 ) -> Columns:
-    """The columns to read: those that are given, else the one whose name is usual for it.
+    """The columns to read: the given ones, and for responses and truths otherwise the one with a usual name.
 
-    Raises DataError if a given column is missing, or if none or several have a usual name.
+    Raises DataError if a given column is missing, or if no column or several have a usual name.
     """
     for option, name in (("response", response), ("truth", truth), ("expected", expected), ("by", by)):
         if name is not None and name not in names:
@@ -68,34 +68,34 @@ def _the_one(names: Sequence[str], usual: Sequence[str], option: str, *, origin:
 
 
 class RowError(Exception):
-    """Why a row cannot be judged: the problem, and the field that has it."""
+    """Why a row cannot be judged: the problem and its field."""
 
     def __init__(self, problem: str, name: str | None = None) -> None:
         super().__init__(problem)
         self._field = name
 
     def at(self, where: str) -> str:
-        """Place and problem in one line."""
+        """Place, field and problem in one line."""
         return f"{where}: {self}" if self._field is None else f"{where}, field '{self._field}': {self}"
 
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
-    """Some consecutive rows. The lists have one entry for each row that can be judged."""
+    """Consecutive rows. Each list but `faults` has one entry for each row that can be judged."""
 
     rows: Any = None
-    """Those rows as the file has them, for `RowFile.write`."""
+    """These rows as they are in the file, for `RowFile.write`."""
     items: list[tuple[str, str]] = field(default_factory=list)
     """(response, ground truth)."""
     numbers: list[int] = field(default_factory=list)
-    """Of the row in the file, from 1; lines of JSON Lines."""
+    """Number of the row in the file, from 1; for JSON Lines, of the line."""
     expected: list[bool | None] = field(default_factory=list)
     groups: list[str | None] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    """One line for each of the other rows: where and what."""
+    """Place and problem of each row that cannot be judged."""
 
     def add(self, row: Mapping[str, object], number: int, columns: Columns) -> None:
-        """Append a row. Raises RowError, and appends nothing, if it cannot be judged."""
+        """Append a row. If it cannot be judged, raises RowError and appends nothing."""
         item = (_text(row, columns.response), _text(row, columns.truth, integers=True))
         if not item[1].strip():
             raise RowError("empty", columns.truth)
@@ -128,7 +128,7 @@ def _flag(row: Mapping[str, object], name: str) -> bool:
 
 
 def _group(value: object) -> str:
-    """The value as a line of the summary names it; null also where the row lacks it."""
+    """The value as the summary shows it; `null` also if the row lacks the column."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return "".join(char if char.isprintable() else "\ufffd" for char in text)  # it goes to a terminal
 

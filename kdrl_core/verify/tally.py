@@ -10,7 +10,7 @@ from kdrl_core.verify.rows import Batch, Columns
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of verdicts, and of their agreement with what was expected."""
+    """Counts of verdicts and of their agreement with the expected ones."""
 
     kinds: Counter[VerdictKind] = field(default_factory=Counter)
     reward_sum: float = 0.0
@@ -18,12 +18,12 @@ class Tally:
     accuracy_sum: float = 0.0
     num_expected: int = 0
     false_positives: int = 0
-    """Correct, though a wrong answer was expected."""
+    """Found correct, although the answer is wrong."""
     false_negatives: int = 0
-    """Not correct, whatever the reason, though a right answer was expected."""
+    """Not found correct, for whatever reason, although the answer is right."""
 
     def add(self, verdict: Verdict, expected: bool | None) -> None:
-        """Count one verdict; `expected` is whether the response is right, None if that is not known."""
+        """Count one verdict. `expected`: whether the response is right; None if that is not known."""
         self.kinds[verdict.kind] += 1
         self.reward_sum += verdict.reward
         self.format_sum += verdict.format_reward
@@ -40,7 +40,7 @@ class Tally:
 
     @property
     def num_failed(self) -> int:
-        """Timeouts and errors: reward 0, but nothing is known about the answer."""
+        """Timeouts and errors: the reward is 0, but nothing is known about the answer."""
         return self.kinds[VerdictKind.TIMEOUT] + self.kinds[VerdictKind.ERROR]
 
     @property
@@ -58,13 +58,13 @@ class Tally:
 
     @property
     def agreement(self) -> float | None:
-        """Share of verdicts that are as expected; None if nothing was."""
+        """Share of verdicts that are as expected; None without expectations."""
         if not self.num_expected:
             return None
         return (self.num_expected - self.false_positives - self.false_negatives) / self.num_expected
 
     def share(self, kind: VerdictKind) -> float:
-        """Share of the verdicts that are of this kind."""
+        """Share of the verdicts of this kind."""
         return self._share(self.kinds[kind])
 
     def to_json(self) -> dict[str, Any]:
