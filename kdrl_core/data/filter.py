@@ -24,15 +24,17 @@ The result depends on the seed and not on the order of the input: rows are ranke
 problem_id), ties among duplicates are broken by content, and the result is sorted by problem_id.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import DataConfig, Recipe
-from kdrl_core.data.decontamination import Decontaminator
+from kdrl_core.data.decontamination import Decontaminator, Overlap
 from kdrl_core.data.filter_report import FilterReport
 from kdrl_core.data.normalize import Format, detect_format, normalize_batch
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
@@ -43,6 +45,9 @@ from kdrl_core.data.text import normalize_questions, question_digests
 from kdrl_core.errors import DataError, RecipeError
 
 _BATCH_ROWS = 32_768
+
+QuestionCheck = tuple[npt.NDArray[np.bool_], list[Overlap | None] | None]
+"""Of each row, whether its prompt is short enough; of each such row, its overlap (None: not looked for)."""
 
 _REMEDIES = {
     "malformed": "correct the files",
@@ -65,7 +70,6 @@ def filter_problems(
     *,
     stage: str | None = None,
     tokenizer: ChatTokenizer | None = None,
-    malformed: int | None = None,
 ) -> tuple[pa.Table, FilterReport]:
     """Apply the rules of one stage's `data` section, and render the prompts of the problems that are left.
 
@@ -73,7 +77,6 @@ def filter_problems(
         table: PROBLEM_SCHEMA, or the raw columns of a known format.
         stage: the stage whose rules apply; default: the recipe's last.
         tokenizer: measures and renders prompts; default: the student's.
-        malformed: rows dropped before the table was made; default: the number that `read_problems` recorded in it.
 
     Returns:
         the pool in POOL_SCHEMA, sorted by problem_id, and the report, whose counts add up.
@@ -86,8 +89,6 @@ def filter_problems(
     """
     stage = check_stage(recipe, stage)
     config = recipe.stage(stage)
-    lost = malformed_rows(table) if malformed is None else malformed
-    rows_in = table.num_rows + lost
     problems, faults = _normalized(table, config.data)
     questions = problems["question"]
     sieve = Sieve(
@@ -97,21 +98,47 @@ def filter_problems(
         keys=text_codes(normalize_questions(questions)),
         digests=lambda rows: question_digests(questions.take(rows)),
     )
-    sieve.note("malformed", lost + faults, "rows that cannot be read (data.on_error=drop)")
+    rendered: list[Prompts] = []
+
+    def check_questions(alive: Rows) -> QuestionCheck:
+        prompts = Prompts.render(questions, alive, recipe, tokenizer=tokenizer, limit=config.max_prompt_tokens)
+        rendered.append(prompts)
+        is_short = prompts.position[alive] >= 0
+        if config.data.decontamination is None:
+            return is_short, None
+        kept = questions.take(pa.array(alive[is_short]))
+        return is_short, Decontaminator(config.data.decontamination).find_all(kept.to_pylist())
+
+    report = apply_rules(sieve, recipe, malformed_rows(table) + faults, check_questions)
+    return _pool(sieve, rendered[0]), report
+
+
+def apply_rules(
+    sieve: Sieve, recipe: Recipe, malformed: int, check_questions: Callable[[Rows], QuestionCheck]
+) -> FilterReport:
+    """Apply all rules in their order.
+
+    Args:
+        malformed: rows that could not be read.
+        check_questions: rows → whether the prompt of each is short enough, and the overlaps of those that are short.
+
+    Raises:
+        DataError: nothing is left, or a rule refuses the data.
+    """
+    sieve.note("malformed", malformed, "rows that cannot be read (data.on_error=drop)")
     sieve.drop_duplicates()
-    check_ids(problems, sieve.alive)
+    _check_ids(sieve.problems, sieve.alive)
     sieve.apply_label_rules()
-    prompts = Prompts.render(questions, sieve.alive, recipe, tokenizer=tokenizer, limit=config.max_prompt_tokens)
-    sieve.drop_long_prompts(prompts.position[sieve.alive] >= 0)
-    overlaps = None
-    if config.data.decontamination is not None:
-        decontaminator = Decontaminator(config.data.decontamination)
-        overlaps = decontaminator.find_all(questions.take(pa.array(sieve.alive)).to_pylist())
+    is_short, overlaps = check_questions(sieve.alive)
+    sieve.drop_long_prompts(is_short)
     sieve.drop_contaminated(overlaps)
     sieve.drop_unparsable(recipe.verification)
     sieve.sample(recipe.seed)
-    report = finished_report(sieve, rows_in)
-    return _pool(sieve, prompts), report
+    rows_in = sieve.problems.num_rows + malformed
+    report = FilterReport(stage=sieve.stage, rows_in=rows_in, rules=tuple(sieve.counts), rows_out=len(sieve.alive))
+    if report.rows_out == 0:
+        raise _empty(report)
+    return report
 
 
 def check_stage(recipe: Recipe, stage: str | None) -> str:
@@ -151,14 +178,6 @@ class Prompts:
             position[batch[fits]] = np.arange(num_kept, num_kept + fits.sum())
             num_kept += int(fits.sum())
         return cls(position, pa.chunked_array(texts, pa.string()), pa.chunked_array(token_ids, pa.list_(pa.int32())))
-
-
-def finished_report(sieve: Sieve, rows_in: int) -> FilterReport:
-    """The report of a sieve, once all rules are applied. Raises DataError if nothing is left."""
-    report = FilterReport(stage=sieve.stage, rows_in=rows_in, rules=tuple(sieve.counts), rows_out=len(sieve.alive))
-    if report.rows_out == 0:
-        raise _empty(report)
-    return report
 
 
 def _pool(sieve: Sieve, prompts: Prompts) -> pa.Table:
@@ -213,7 +232,7 @@ def _is_normalized(table: pa.Table, data: DataConfig) -> bool:
     return most <= data.difficulty.num_samples and not has_gaps
 
 
-def check_ids(problems: pa.Table, alive: Rows) -> None:
+def _check_ids(problems: pa.Table, alive: Rows) -> None:
     """Raise DataError if two different questions share a problem_id, since seeds and files are named by it."""
     problem_ids = problems["problem_id"]
     codes = text_codes(problem_ids.take(pa.array(alive)))

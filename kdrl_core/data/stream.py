@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from kdrl_core.config import DataConfig, Recipe
 from kdrl_core.data.decontamination import Decontaminator, Overlap
-from kdrl_core.data.filter import check_ids, check_stage, finished_report
+from kdrl_core.data.filter import QuestionCheck, apply_rules, check_stage
 from kdrl_core.data.filter_report import FilterReport
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import iter_problems
@@ -88,18 +88,17 @@ def filter_files(
         sieve = Sieve(
             stage=stage, config=config, problems=rows.slim, keys=rows.keys, digests=rows.digests, labels=rows.labels
         )
-        sieve.note("malformed", rows.malformed, "rows that cannot be read (data.on_error=drop)")
-        sieve.drop_duplicates()
-        check_ids(rows.slim, sieve.alive)
-        sieve.apply_label_rules()
 
-        is_short, overlaps = _check_questions(rows, sieve.alive, measure, decontaminator, report_progress)
-        sieve.drop_long_prompts(is_short)
-        sieve.drop_contaminated(overlaps)
-        sieve.drop_unparsable(recipe.verification)
-        sieve.sample(recipe.seed)
-        report = finished_report(sieve, rows.slim.num_rows + rows.malformed)
+        def check_questions(alive: Rows) -> QuestionCheck:
+            is_short = np.zeros(len(alive), dtype=bool)
+            overlaps: list[Overlap | None] = []
+            for places, problems in rows.batches(alive, report_progress, "checking prompts"):
+                fits = is_short[places] = measure.fits(problems["question"])
+                if decontaminator is not None:
+                    overlaps += decontaminator.find_all(problems["question"].filter(pa.array(fits)).to_pylist())
+            return is_short, overlaps if decontaminator is not None else None
 
+        report = apply_rules(sieve, recipe, rows.malformed, check_questions)
         schema = PROBLEM_SCHEMA.with_metadata({REPORT_KEY: json.dumps(report.to_json()).encode()})
         replace_file(output, lambda path: _write_sorted(path, schema, rows, sieve, report_progress))
     return report
@@ -172,23 +171,6 @@ class _Rows:
         ordered = places.to_numpy()
         chunks = [chunk for _, table in self.batches(ordered) for chunk in question_digests(table["question"]).chunks]
         return pa.chunked_array(chunks, pa.binary(16))
-
-
-def _check_questions(
-    rows: _Rows,
-    alive: Rows,
-    measure: "_LengthRule",
-    decontaminator: Decontaminator | None,
-    report_progress: Progress,
-) -> tuple[npt.NDArray[np.bool_], list[Overlap | None] | None]:
-    """Whether each row alive has a short enough prompt, and the overlaps of those that have (None: not looked for)."""
-    is_short = np.zeros(len(alive), dtype=bool)
-    overlaps: list[Overlap | None] | None = None if decontaminator is None else []
-    for places, problems in rows.batches(alive, report_progress, "checking prompts"):
-        fits = is_short[places] = measure.fits(problems["question"])
-        if decontaminator is not None and overlaps is not None:
-            overlaps += decontaminator.find_all(problems["question"].filter(pa.array(fits)).to_pylist())
-    return is_short, overlaps
 
 
 def _write_sorted(path: Path, schema: pa.Schema, rows: _Rows, sieve: Sieve, report_progress: Progress) -> None:

@@ -17,10 +17,11 @@ a little smoothed as well: with a perfectly confident teacher, R² of a few toke
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -32,10 +33,6 @@ from kdrl_core.miniature.world import BRACKETED_LENGTHS, HARD_LENGTHS, LENGTHS, 
 from kdrl_core.types import FinishReason, RolloutRequest
 
 SEED = 7
-STUDENT_SEED = 1
-TEACHER_SEED = 8
-WEAK_TEACHER_SEED = 9
-BROAD_TEACHER_SEED = 8
 STUDENT = MiniatureModel(
     hidden_size=48, num_layers=2, tie_word_embeddings=True, sft_steps=550, learning_rate=3e-3, label_smoothing=0.04
 )
@@ -65,6 +62,14 @@ VLLM_STUDENT = MiniatureModel(
     label_smoothing=0.04,
 )
 """Its attention heads have size 32, the smallest that vLLM on a CPU supports."""
+MODELS = {
+    "student": (STUDENT, 1),
+    "teacher": (TEACHER, 8),
+    "teacher-weak": (WEAK_TEACHER, 9),
+    "teacher-broad": (BROAD_TEACHER, 8),
+    "student-vllm": (VLLM_STUDENT, 1),
+}
+"""Folder → model and seed."""
 NUM_LABEL_SAMPLES = 16
 MAX_RESPONSE_TOKENS = 64
 STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
@@ -76,16 +81,7 @@ STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
 with the miniature teacher at temperatures 1 and 0.6."""
 
 
-def build(
-    output: Path,
-    *,
-    student: MiniatureModel = STUDENT,
-    teacher: MiniatureModel = TEACHER,
-    weak_teacher: MiniatureModel = WEAK_TEACHER,
-    broad_teacher: MiniatureModel = BROAD_TEACHER,
-    vllm_student: MiniatureModel = VLLM_STUDENT,
-    scale: float = 1.0,
-) -> None:
+def build(output: Path, *, models: Mapping[str, tuple[MiniatureModel, int]] = MODELS, scale: float = 1.0) -> None:
     """Build every asset below `output`. `scale` shrinks the number of problems, for tests."""
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
@@ -106,22 +102,19 @@ def build(
     _write_benchmarks(output / "benchmarks", {"ood": draw(128, BRACKETED_LENGTHS)}, notation=bracket)
 
     tokenizer = build_tokenizer()
-    models = {
-        "student": train_model(student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
-        "teacher": train_model(teacher, tokenizer, seed=TEACHER_SEED, exclude=held_out),
-        "teacher-weak": train_model(weak_teacher, tokenizer, seed=WEAK_TEACHER_SEED, exclude=held_out),
-        "teacher-broad": train_model(broad_teacher, tokenizer, seed=BROAD_TEACHER_SEED, exclude=held_out).half(),
-        "student-vllm": train_model(vllm_student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
-    }
-    for name, model in models.items():
-        save_model(model, tokenizer, output / name)
+    trained: dict[str, Any] = {}
+    for name, (spec, seed) in models.items():
+        trained[name] = train_model(spec, tokenizer, seed=seed, exclude=held_out)
+        if name == "teacher-broad":
+            trained[name].half()
+        save_model(trained[name], tokenizer, output / name)
 
     rows = [{"problem": q, "answer": solve(q)[1], "solution": solve(q)[0]} for q in stage1]
     (output / "stage1.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
     labels = {
-        STUDENT_LABEL: _failures(models["student"], tokenizer, stage2, temperature=1.0),
-        TEACHER_LABEL: _failures(models["teacher"], tokenizer, stage2, temperature=1.0),
-        STRONG_LABEL: _failures(models["teacher"], tokenizer, stage2, temperature=0.6),
+        STUDENT_LABEL: _failures(trained["student"], tokenizer, stage2, temperature=1.0),
+        TEACHER_LABEL: _failures(trained["teacher"], tokenizer, stage2, temperature=1.0),
+        STRONG_LABEL: _failures(trained["teacher"], tokenizer, stage2, temperature=0.6),
     }
     _write_skywork(output / "stage2.parquet", stage2, labels)
 
@@ -166,8 +159,6 @@ def _failures(model: Any, tokenizer: Any, questions: list[str], *, temperature: 
 
 
 def _write_skywork(path: Path, questions: list[str], labels: dict[str, list[int]]) -> None:
-    import pyarrow as pa
-
     rows = [
         {
             "data_source": "kdrl-miniature",
