@@ -2,6 +2,7 @@
 
 from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
+from kdrl_core.config.engine_names import EngineName, LocalEngine
 from kdrl_core.config.faults import did_you_mean
 from kdrl_core.config.load import (
     config_hash,
@@ -31,8 +32,10 @@ __all__ = [
     "BetaConfig",
     "DataConfig",
     "DecontaminationConfig",
+    "EngineName",
     "EvaluationConfig",
     "FieldChange",
+    "LocalEngine",
     "ModelConfig",
     "Recipe",
     "StageConfig",
