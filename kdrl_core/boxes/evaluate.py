@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from kdrl_core.boxes.session import initial_policy, rest_sessions
-from kdrl_core.config import ModelConfig, Recipe
+from kdrl_core.config import EngineName, ModelConfig, Recipe
 from kdrl_core.data.benchmarks import select_benchmarks
-from kdrl_core.engines.from_recipe import EngineName, rollout_engine
+from kdrl_core.engines.from_recipe import rollout_engine
 from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.asked import ask_benchmark, response_limit
 from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
