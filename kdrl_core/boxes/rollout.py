@@ -1,66 +1,35 @@
 """prompts ─▶ rollout ─▶ rollouts.parquet: G responses to each prompt of a step, from the current policy."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import pyarrow as pa
 
+from kdrl_core.boxes.make import Product, box, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import (
-    derive_seed,
-    find_own,
-    is_published,
-    manifest_of,
-    prompts_of_step,
-    publish_file,
-    required_sha256,
-)
+from kdrl_core.ledger import derive_seed, prompts_of_step
+from kdrl_core.ledger.graph import ROLLOUTS
 from kdrl_core.ledger.progress import report_progress
+from kdrl_core.tables import schemas
 from kdrl_core.tables.responses import repetition_rate
-from kdrl_core.tables.schemas import ROLLOUTS, write_table
 from kdrl_core.types import Rollout, RolloutRequest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepArtifact:
-    """A published file of a step, as tasks hand it on: a path and whether it was there already."""
-
-    path: Path
-    reused: bool
-    seconds: float
-
-
-def rollout_step(session: StageSession, step: int) -> StepArtifact:
-    """Sample the responses of a step and publish them, or find them published.
+@box(ROLLOUTS, is_kept=True)
+def rollout(session: StageSession, at: int) -> Product:
+    """Sample the responses of step `at`.
 
     Raises:
         DataError: the pool is smaller than a step.
         EngineError: the engine's logits are not finite.
-        DamagedArtifactError: a damaged file was made again and came out otherwise, or is of another step.
     """
-    started = time.perf_counter()
-    run, stage = session.run, session.stage
-    path = run.paths.rollouts(stage, step)
-    if find_own(run, path):
-        return StepArtifact(path=path, reused=True, seconds=0.0)
-    requests = _requests(session, step)
-    engine = session.engine_at(step, requests)
-    rollouts = engine.generate(requests, on_finished=Finished(session, step, "rollout", len(requests)))
-    table = rollouts_table(session, requests, rollouts, policy_version=step, engine=run.recipe.rollout.engine)
-    sync = {} if session.last_sync is None else {"sync": asdict(session.last_sync)}
-    inputs = _inputs(session, step)
-    seconds = time.perf_counter() - started
-    publish_file(
-        path,
-        lambda file: write_table(table, file),
-        inputs=inputs,
-        metadata={"seconds": seconds, **sync},
-        expected=required_sha256(run, path),
-    )
-    return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
+    requests = _requests(session, at)
+    sampler = session.sampler_at(at, requests)
+    rollouts = sampler.engine.generate(requests, on_finished=Finished(session, at, "rollout", len(requests)))
+    engine = session.run.recipe.rollout.engine
+    table = rollouts_table(session, requests, rollouts, policy_version=at, engine=engine)
+    return Product(content=table, facts=timed(**({} if sampler.sync is None else {"sync": asdict(sampler.sync)})))
 
 
 class Finished:
@@ -70,16 +39,16 @@ class Finished:
     Verdicts and scores do not depend on it, only how long their tasks take.
     """
 
-    def __init__(self, session: StageSession, step: int, phase: str, total: int) -> None:
+    def __init__(self, session: StageSession, at: int, phase: str, total: int) -> None:
         self._session = session
-        self._step, self._phase = step, phase
+        self._at, self._phase = at, phase
         self._done, self._total = 0, total
 
     def __call__(self, rollouts: Sequence[Rollout]) -> None:
         session = self._session
         self._done += len(rollouts)
         report_progress(
-            session.run, stage=session.stage, step=self._step, phase=self._phase, done=self._done, total=self._total
+            session.run, stage=session.stage, at=self._at, phase=self._phase, done=self._done, total=self._total
         )
         session.work_ahead(rollouts)
 
@@ -111,7 +80,7 @@ def rollouts_table(
             "policy_version": [policy_version] * len(rollouts),
             "engine": [engine] * len(rollouts),
         },
-        schema=ROLLOUTS,
+        schema=schemas.ROLLOUTS,
     )
 
 
@@ -136,14 +105,3 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
         for problem_id in problem_ids
         for sample in range(config.group_size)
     ]
-
-
-def _inputs(session: StageSession, step: int) -> dict[str, str]:
-    """The pool and what the sampling policy is, by the hashes in their manifests: its checkpoint, or, where none is
-    published, the update that made it. An initial policy from outside the run has none."""
-    run, stage = session.run, session.stage
-    policy = run.paths.checkpoint(stage, step) if step > 0 else session.initial_policy
-    if step > 0 and not is_published(policy):
-        policy = run.paths.update(stage, step - 1)
-    sources = [path for path in (run.paths.pool, policy) if path.is_relative_to(run.paths.root)]
-    return {run.relative(source): manifest_of(source).sha256 for source in sources}

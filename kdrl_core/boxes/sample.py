@@ -5,38 +5,30 @@ limit; those with reward 1 are kept. A response's seed is that of (seed, stage, 
 shards nor the other problems matter to it.
 """
 
-import time
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdrl_core.boxes.rollout import Finished, StepArtifact, rollouts_table
+from kdrl_core.boxes.make import Product, box, timed
+from kdrl_core.boxes.rollout import Finished, rollouts_table
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.shards import num_shards, shard_problem_ids
-from kdrl_core.boxes.verify import verify_file
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import derive_seed, find_intact, find_own, manifest_of, publish_file, required_sha256
+from kdrl_core.ledger import Manifest, derive_seed
+from kdrl_core.ledger.graph import SAMPLE_REWARDS, SAMPLE_ROLLOUTS, SFT_DATASET, Node
 from kdrl_core.ledger.progress import report_progress
-from kdrl_core.tables.schemas import SFT_DATASET, read_table, write_table
+from kdrl_core.tables import schemas
 from kdrl_core.types import RolloutRequest
 
 TEACHER_VERSION = -1
 """`policy_version` of samples that no student made."""
 
 
-def sample_shard(session: StageSession, shard: int) -> StepArtifact:
-    """Sample the teacher on a shard's problems and publish the responses, or find them published.
-
-    Raises:
-        EngineError: the teacher's logits are not finite.
-        DamagedArtifactError: a damaged file was made again and came out otherwise.
-    """
-    started = time.perf_counter()
+@box(SAMPLE_ROLLOUTS, is_kept=True)
+def teacher_sample(session: StageSession, at: int) -> Product:
+    """Sample the teacher on the problems of shard `at`. Raises EngineError if its logits are not finite."""
     run, stage, samples = session.run, session.stage, session.config.sft.samples
-    path = run.paths.sample_rollouts(stage, shard)
-    if find_intact(path):
-        return StepArtifact(path=path, reused=True, seconds=0.0)
-    inputs = run.inputs(run.paths.pool)
     requests = [
         RolloutRequest(
             prompt_id=problem_id,
@@ -44,61 +36,47 @@ def sample_shard(session: StageSession, shard: int) -> StepArtifact:
             prompt_token_ids=session.pool[problem_id]["prompt_token_ids"],
             seed=derive_seed(run.recipe.seed, stage, "sft", problem_id, sample),
         )
-        for problem_id in shard_problem_ids(run, stage, shard)
+        for problem_id in shard_problem_ids(run, stage, at)
         for sample in range(samples)
     ]
-    phase = f"sampling shard {shard + 1}/{num_shards(run, stage)}"
-    report_progress(run, stage=stage, step=shard, phase=phase, done=0, total=len(requests))
+    phase = f"sampling shard {at + 1}/{num_shards(run, stage)}"
+    report_progress(run, stage=stage, at=at, phase=phase, done=0, total=len(requests))
     teacher = run.recipe.teacher
     assert teacher is not None  # the recipe was validated
-    finished = Finished(session, shard, phase, len(requests))
-    rollouts = session.teacher_engine.generate(requests, on_finished=finished)
+    rollouts = session.teacher_engine.generate(requests, on_finished=Finished(session, at, phase, len(requests)))
     table = rollouts_table(session, requests, rollouts, policy_version=TEACHER_VERSION, engine=teacher.engine)
-    seconds = time.perf_counter() - started
-    publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
-    return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
+    return Product(content=table, facts=timed())
 
 
-def verify_shard(session: StageSession, shard: int) -> StepArtifact:
-    """Verify a shard's responses and publish the verdicts, or find them published. Raises as `verify_step`."""
-    paths, stage = session.run.paths, session.stage
-    return verify_file(
-        session,
-        paths.sample_rollouts(stage, shard),
-        paths.sample_rewards(stage, shard),
-        where=f"{stage} sample shard {shard}",
-    )
+@box(
+    SFT_DATASET,
+    is_kept=True,
+    phase="select",
+    sample_rollouts=[name for name in schemas.SFT_DATASET.names if name != "shard"],
+    sample_rewards=["reward"],
+)
+def select(
+    session: StageSession,
+    sample_rollouts: Iterator[pa.Table],
+    sample_rewards: Iterator[pa.Table],
+    manifests: Mapping[Node, Manifest],
+) -> Product:
+    """Keep the responses with reward 1 of all shards.
 
-
-def select_samples(session: StageSession) -> StepArtifact:
-    """Publish the responses with reward 1 as the stage's dataset, or find it published.
-
-    The counts are in its manifest: `sampled`, `kept`, `problems`, `problems_covered`, and seconds of what came before.
+    The manifest counts: `sampled`, `kept`, `problems`, `problems_covered`, and the seconds of what came before.
 
     Raises:
         DataError: fewer responses are right than one step takes.
-        DamagedArtifactError: a shard was altered.
     """
-    started = time.perf_counter()
-    run, stage, config = session.run, session.stage, session.config
-    path = run.paths.sft_dataset(stage)
-    if find_own(run, path):
-        return StepArtifact(path=path, reused=True, seconds=0.0)
-    report_progress(run, stage=stage, phase="select")
-    inputs: dict[str, str] = {}
+    stage, config = session.stage, session.config
     tables: list[pa.Table] = []
-    sampled, problems, sample_s, verify_s = 0, 0, 0.0, 0.0
-    for shard in range(num_shards(run, stage)):
-        sources = run.paths.sample_rollouts(stage, shard), run.paths.sample_rewards(stage, shard)
-        inputs |= run.inputs(*sources)
-        rollouts, rewards = (read_table(source) for source in sources)
+    sampled, problems = 0, 0
+    for shard, (rollouts, rewards) in enumerate(zip(sample_rollouts, sample_rewards, strict=True)):
         kept = rollouts.filter(pc.equal(rewards["reward"], 1.0))
         kept = kept.append_column("shard", pa.array([shard] * len(kept), pa.int32()))
-        tables.append(kept.select(SFT_DATASET.names).cast(SFT_DATASET))
+        tables.append(kept.select(schemas.SFT_DATASET.names).cast(schemas.SFT_DATASET))
         sampled += len(rollouts)
         problems += len(pc.unique(rollouts["prompt_id"]))
-        sample_s += manifest_of(sources[0]).metadata["seconds"]
-        verify_s += manifest_of(sources[1]).metadata["seconds"]
     dataset = pa.concat_tables(tables)
     if len(dataset) < config.sft.batch_size:
         raise DataError(
@@ -106,19 +84,16 @@ def select_samples(session: StageSession) -> StepArtifact:
             f"{stage}.sft.batch_size={config.sft.batch_size}; start a new run with a smaller batch_size, more "
             f"{stage}.sft.samples, a better teacher, or a higher {stage}.max_response_tokens if samples are cut"
         )
-    metadata = {
+    facts = {
         "sampled": sampled,
         "kept": len(dataset),
         "problems": problems,
         "problems_covered": len(pc.unique(dataset["prompt_id"])),
-        "sample_s": sample_s,
-        "verify_s": verify_s,
+        "sample_s": _seconds(manifests, SAMPLE_ROLLOUTS.name),
+        "verify_s": _seconds(manifests, SAMPLE_REWARDS.name),
     }
-    publish_file(
-        path,
-        lambda file: write_table(dataset, file),
-        inputs=inputs,
-        metadata=metadata,
-        expected=required_sha256(run, path),
-    )
-    return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
+    return Product(content=dataset, facts=lambda _: facts)
+
+
+def _seconds(manifests: Mapping[Node, Manifest], row: str) -> float:
+    return sum((manifest.metadata["seconds"] for node, manifest in manifests.items() if node.name == row), 0.0)

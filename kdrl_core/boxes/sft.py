@@ -5,17 +5,17 @@ kept responses after another. A pass is ordered by hashes of (seed, stage, epoch
 depend on the order or the shards in which the samples were made.
 """
 
-import time
+from typing import Any
 
 import pyarrow as pa
 
+from kdrl_core.boxes.make import Product, box
 from kdrl_core.boxes.session import StageSession
-from kdrl_core.boxes.step_end import StepRecord, StepSummary, end_step
-from kdrl_core.config import StageConfig
-from kdrl_core.ledger import manifest_of, prompts_of_step
-from kdrl_core.ledger.progress import report_progress
+from kdrl_core.boxes.step_end import StepSummary, check_replay, end_step, step_facts
+from kdrl_core.ledger import prompts_of_step
+from kdrl_core.ledger.graph import UPDATE
+from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import score_requests
-from kdrl_core.tables.schemas import UPDATE
 from kdrl_core.training.protocols import StepStats, UpdateBatch
 
 
@@ -33,59 +33,49 @@ def batch_of_step(dataset: pa.Table, *, seed: int, stage: str, step: int, batch_
 
 
 def sft_step(session: StageSession, step: int) -> StepSummary:
-    """One step of maximum likelihood on kept teacher responses; replayed where its update.parquet is published.
+    """Train on a step's responses and publish what was done. Raises as `sft_update` and `make` do."""
+    return end_step(session, sft_update, step)
+
+
+@box(UPDATE, is_kept=True, replay=check_replay, phase="update")
+def sft_update(session: StageSession, at: int) -> Product:
+    """Step `at` of maximum likelihood on kept teacher responses; replayed where its update.parquet is published.
 
     Raises:
         EngineError: loss or gradients are not finite.
-        DamagedArtifactError: the dataset, or the step's published update, was altered.
+        DamagedArtifactError: the dataset was altered, or the replay gives other metrics than are recorded.
     """
-    started = time.perf_counter()
-    run, stage, config = session.run, session.stage, session.config
-    dataset = session.sft_dataset
-    path = run.paths.sft_dataset(stage)
-    report_progress(run, stage=stage, step=step, phase="update")
-    rows = batch_of_step(dataset, seed=run.recipe.seed, stage=stage, step=step, batch_size=config.sft.batch_size)
+    run, stage, config, dataset = session.run, session.stage, session.config, session.sft_dataset
+    rows = batch_of_step(dataset, seed=run.recipe.seed, stage=stage, step=at, batch_size=config.sft.batch_size)
     zeros = [0.0] * len(rows)
-    stats = session.trainer_at(step).update(
-        UpdateBatch(
-            sequences=score_requests(rows),
-            advantages=zeros,
-            kd_weights=zeros,
-            loss="sft",
-        )
-    )
-    seconds = time.perf_counter() - started
-    return end_step(
-        session,
-        step,
-        _record(rows, stats, config, step, len(dataset), seconds),
-        inputs={run.relative(path): manifest_of(path).sha256},
-    )
-
-
-def _record(
-    rows: pa.Table, stats: StepStats, config: StageConfig, step: int, num_kept: int, seconds: float
-) -> StepRecord:
+    batch = UpdateBatch(sequences=score_requests(rows), advantages=zeros, kd_weights=zeros, loss="sft")
+    stats = session.trainer_at(at).update(batch)
     lengths = rows["length"].to_numpy()
-    names = ("advantage", "kd_weight", "kl_sum", "kl_mean", "log_ratio_sum")
-    columns = dict.fromkeys(names, pa.nulls(len(rows), pa.float32()))
-    table = pa.Table.from_pydict(
+    metrics = {
+        **stats.metrics,
+        "sft/epoch": (at + 1) * config.sft.batch_size / len(dataset),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": float(lengths.max()),
+    }
+
+    def facts(seconds: float) -> dict[str, Any]:
+        throughput = float(lengths.sum()) / max(seconds, 1e-9)
+        return step_facts(
+            session, at, metrics, {"time/update_s": seconds, "throughput/update_tokens_per_s": throughput}
+        )
+
+    return Product(content=_update_table(rows, stats), facts=facts)
+
+
+def _update_table(rows: pa.Table, stats: StepStats) -> pa.Table:
+    unknown = ("advantage", "kd_weight", "kl_sum", "kl_mean", "log_ratio_sum")
+    return pa.Table.from_pydict(
         {
-            **columns,
+            **dict.fromkeys(unknown, pa.nulls(len(rows), pa.float32())),
             "prompt_id": rows["prompt_id"],
             "sample": rows["sample"],
             "logprobs": pa.array(stats.logprobs, pa.list_(pa.float32())),
             "entropies": pa.nulls(len(rows), pa.list_(pa.float32())),
         },
-        schema=UPDATE,
-    )
-    return StepRecord(
-        table=table,
-        metrics={
-            **stats.metrics,
-            "sft/epoch": (step + 1) * config.sft.batch_size / num_kept,
-            "response/length_mean": float(lengths.mean()),
-            "response/length_max": float(lengths.max()),
-        },
-        timings={"time/update_s": seconds, "throughput/update_tokens_per_s": float(lengths.sum()) / max(seconds, 1e-9)},
+        schema=schemas.UPDATE,
     )

@@ -1,0 +1,91 @@
+"""The boxes of the DAG as Prefect tasks, from one factory: plain values in, plain values out.
+
+What a task run is called is a template over the task's parameters: `stage`, and `at`, its step or shard.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from prefect import Task, task
+
+from kdrl_core.boxes import finish, sample, score, sft
+from kdrl_core.boxes import rollout as rollouts
+from kdrl_core.boxes import update as updates
+from kdrl_core.boxes import verify as verdicts
+from kdrl_core.boxes.evaluate import evaluate_model
+from kdrl_core.boxes.filter import filter_run
+from kdrl_core.boxes.make import Box, make
+from kdrl_core.boxes.session import StageSession, stage_session
+from kdrl_core.ledger import Run, open_run_dir
+from kdrl_core.look.reporting.report import report as report_box
+from tasks.options import STEP_OPTIONS
+
+R = TypeVar("R")
+
+
+def stage_task(
+    name: str, work: Callable[[StageSession, Any], R], *, run_name: str, retries: int = STEP_OPTIONS["retries"]
+) -> Task[..., R]:
+    """A task `(run_dir, stage, at)` that does `work` with the stage's session."""
+
+    def body(run_dir: str, stage: str, at: int | None = None) -> R:
+        return work(stage_session(run_dir, stage), at)
+
+    return _task(body, name, run_name, retries=retries)
+
+
+def run_task(name: str, work: Callable[[Run], R]) -> Task[..., R]:
+    """A task `(run_dir)` that does `work` with the run."""
+
+    def body(run_dir: str) -> R:
+        return work(open_run_dir(run_dir))
+
+    return _task(body, name, name)
+
+
+def making(box: Box) -> Callable[..., str]:
+    """Work that makes a box's artifact. Returns its path."""
+
+    def work(session: StageSession | Run, at: int | None = None) -> str:
+        return str(make(session, box, at).path)
+
+    return work
+
+
+def _task(body: Callable[..., R], name: str, run_name: str, **options: Any) -> Task[..., R]:
+    body.__qualname__ = body.__name__ = name  # by which Prefect tells tasks of one file apart
+    return task(name=name, task_run_name=run_name, **{**STEP_OPTIONS, **options})(body)
+
+
+def _scored(session: StageSession, step: int) -> list[str]:
+    return [str(made.path) for made in score.score_step(session, step)]
+
+
+def _filtered(run: Run) -> dict[str, str]:
+    return {stage: report.to_text() for stage, report in filter_run(run).items()}
+
+
+filter_problems = run_task("filter", _filtered)
+"""Filter the problems of every stage. Returns the filter's table per stage; empty if the pool is there."""
+
+rollout = stage_task("rollout", making(rollouts.rollout), run_name="{stage}-{at:06d}-rollout")
+teacher_score = stage_task("teacher-score", _scored, run_name="{stage}-{at:06d}-teacher-score")
+verify = stage_task("verify", making(verdicts.verify), run_name="{stage}-{at:06d}-verify")
+update = stage_task("update", updates.update_step, run_name="{stage}-{at:06d}-update", retries=0)
+"""One optimiser step from the files of a step. It is not tried again: the trainer in memory may have made it."""
+
+teacher_sample = stage_task(
+    "teacher-sample", making(sample.teacher_sample), run_name="{stage}-shard-{at:06d}-teacher-sample"
+)
+verify_samples = stage_task("verify-samples", making(verdicts.verify_samples), run_name="{stage}-shard-{at:06d}-verify")
+select = stage_task("select", making(sample.select), run_name="{stage}-select")
+sft_update = stage_task("sft-update", sft.sft_step, run_name="{stage}-{at:06d}-sft-update", retries=0)
+
+export = run_task("export-student", making(finish.student))
+report = run_task("report", making(report_box))
+
+
+@task(name="evaluate", task_run_name="evaluate-{label}", **STEP_OPTIONS)
+def evaluate(run_dir: str, label: str, benchmarks: list[str] | None = None) -> dict[str, Any]:
+    """Evaluate `base`, `teacher`, a stage's result or a checkpoint. Returns its results."""
+    return evaluate_model(open_run_dir(run_dir), label, benchmarks)
