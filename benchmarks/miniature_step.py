@@ -55,11 +55,9 @@ def _plain_loop(run: Run) -> tuple[float, dict[str, float]]:
     """Median seconds of a step by plain calls, scoring and verification one after the other, and of its phases."""
     from kdrl_core.boxes.filter import filter_run
     from kdrl_core.boxes.make import make
-    from kdrl_core.boxes.rollout import rollout
-    from kdrl_core.boxes.score import score_step
     from kdrl_core.boxes.session import close_sessions, stage_session
+    from kdrl_core.boxes.step import rollout, score_step, verify
     from kdrl_core.boxes.update import update_step
-    from kdrl_core.boxes.verify import verify
 
     filter_run(run)
     session = stage_session(run.paths.root, "stage2")

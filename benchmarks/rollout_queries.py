@@ -158,11 +158,9 @@ def cost_of_writing(steps: int) -> None:
     """What publishing a step's rollouts (write, hash, fsync, manifest) costs a real miniature step."""
     from kdrl_core.boxes import make
     from kdrl_core.boxes.filter import filter_run
-    from kdrl_core.boxes.rollout import rollout
-    from kdrl_core.boxes.score import score_step
     from kdrl_core.boxes.session import close_sessions, stage_session
+    from kdrl_core.boxes.step import rollout, score_step, verify
     from kdrl_core.boxes.update import update_step
-    from kdrl_core.boxes.verify import verify
 
     spent: list[float] = []
     publish = make.publish_file

@@ -8,14 +8,12 @@ from typing import Any, TypeVar
 
 from prefect import Task, task
 
-from kdrl_core.boxes import finish, sample, score, sft
-from kdrl_core.boxes import rollout as rollouts
-from kdrl_core.boxes import update as updates
-from kdrl_core.boxes import verify as verdicts
+from kdrl_core.boxes import finish, sft, step
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import Box, make
 from kdrl_core.boxes.session import StageSession, stage_session
+from kdrl_core.boxes.update import update_step
 from kdrl_core.ledger import Run, open_run_dir
 from kdrl_core.look.reporting.report import report as report_box
 from tasks.options import STEP_OPTIONS
@@ -57,8 +55,8 @@ def _task(body: Callable[..., R], name: str, run_name: str, **options: Any) -> T
     return task(name=name, task_run_name=run_name, **{**STEP_OPTIONS, **options})(body)
 
 
-def _scored(session: StageSession, step: int) -> list[str]:
-    return [str(made.path) for made in score.score_step(session, step)]
+def _scored(session: StageSession, at: int) -> list[str]:
+    return [str(made.path) for made in step.score_step(session, at)]
 
 
 def _filtered(run: Run) -> dict[str, str]:
@@ -68,17 +66,17 @@ def _filtered(run: Run) -> dict[str, str]:
 filter_problems = run_task("filter", _filtered)
 """Filter the problems of every stage. Returns the filter's table per stage; empty if the pool is there."""
 
-rollout = stage_task("rollout", making(rollouts.rollout), run_name="{stage}-{at:06d}-rollout")
+rollout = stage_task("rollout", making(step.rollout), run_name="{stage}-{at:06d}-rollout")
 teacher_score = stage_task("teacher-score", _scored, run_name="{stage}-{at:06d}-teacher-score")
-verify = stage_task("verify", making(verdicts.verify), run_name="{stage}-{at:06d}-verify")
-update = stage_task("update", updates.update_step, run_name="{stage}-{at:06d}-update", retries=0)
+verify = stage_task("verify", making(step.verify), run_name="{stage}-{at:06d}-verify")
+update = stage_task("update", update_step, run_name="{stage}-{at:06d}-update", retries=0)
 """One optimiser step from the files of a step. It is not tried again: the trainer in memory may have made it."""
 
 teacher_sample = stage_task(
-    "teacher-sample", making(sample.teacher_sample), run_name="{stage}-shard-{at:06d}-teacher-sample"
+    "teacher-sample", making(sft.teacher_sample), run_name="{stage}-shard-{at:06d}-teacher-sample"
 )
-verify_samples = stage_task("verify-samples", making(verdicts.verify_samples), run_name="{stage}-shard-{at:06d}-verify")
-select = stage_task("select", making(sample.select), run_name="{stage}-select")
+verify_samples = stage_task("verify-samples", making(sft.verify_samples), run_name="{stage}-shard-{at:06d}-verify")
+select = stage_task("select", making(sft.select), run_name="{stage}-select")
 sft_update = stage_task("sft-update", sft.sft_step, run_name="{stage}-{at:06d}-sft-update", retries=0)
 
 export = run_task("export-student", making(finish.student))

@@ -117,9 +117,8 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
         RunLockedError: another process works on the run.
     """
     from kdrl_core.boxes.make import make
-    from kdrl_core.boxes.score import score_step
     from kdrl_core.boxes.session import close_sessions, stage_session
-    from kdrl_core.boxes.verify import verify
+    from kdrl_core.boxes.step import score_step, verify
 
     repaired, refused = [], []
     with run_lock(run.paths.lock):

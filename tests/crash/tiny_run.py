@@ -11,11 +11,9 @@ from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.finish import student
 from kdrl_core.boxes.make import make
-from kdrl_core.boxes.rollout import rollout
-from kdrl_core.boxes.score import score_step
 from kdrl_core.boxes.session import close_sessions, stage_session
+from kdrl_core.boxes.step import rollout, score_step, verify
 from kdrl_core.boxes.update import update_step
-from kdrl_core.boxes.verify import verify
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.ledger.labels import final_labels

@@ -12,7 +12,7 @@ from crash.tiny_run import open_tiny, train
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
-from kdrl_core.boxes.verify import verify
+from kdrl_core.boxes.step import verify
 from kdrl_core.errors import DataError, VerificationError
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.tables.metrics import load_metrics

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrl_core.boxes import make as make_module
-from kdrl_core.boxes import sample, step_end, verify
+from kdrl_core.boxes import step_end
 from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
-from kdrl_core.boxes.sft import batch_of_step, sft_step
+from kdrl_core.boxes.sft import batch_of_step, select, sft_step, teacher_sample, verify_samples
 from kdrl_core.boxes.shards import num_shards, open_shards
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DataError
@@ -54,9 +54,9 @@ def train_sft(run: Run, *, until: int | None = None) -> None:
         steps = open_stage(run, "stage2")
         session = stage_session(run.paths.root, "stage2")
         for shard in open_shards(run, "stage2"):
-            make(session, sample.teacher_sample, shard)
-            make(session, verify.verify_samples, shard)
-        make(session, sample.select)
+            make(session, teacher_sample, shard)
+            make(session, verify_samples, shard)
+        make(session, select)
         for step in steps:
             if step == until:
                 break

@@ -13,9 +13,8 @@ from kdrl_core.boxes import evaluate
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import make
-from kdrl_core.boxes.rollout import rollout
 from kdrl_core.boxes.session import stage_session
-from kdrl_core.boxes.verify import verify
+from kdrl_core.boxes.step import rollout, verify
 from kdrl_core.verify import Verifier
 
 OPENING = "'<|user|>{{ messages[0].content }}<|assistant|><think>'"

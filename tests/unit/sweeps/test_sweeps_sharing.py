@@ -139,7 +139,7 @@ def test_what_one_run_mends_does_not_touch_the_other(donor: Run) -> None:
     before = run.paths.rewards("stage1", 0).read_bytes()
     path.unlink()
     from kdrl_core.boxes.session import close_sessions, stage_session
-    from kdrl_core.boxes.verify import verify
+    from kdrl_core.boxes.step import verify
 
     make(stage_session(donor.paths.root, "stage1"), verify, 0)
     close_sessions()
