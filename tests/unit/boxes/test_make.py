@@ -137,7 +137,7 @@ def test_a_folder_a_default_and_facts_of_its_own(session: Session, monkeypatch: 
 
 def test_the_factory_makes_a_task_of_it(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.boxes.stage_session", lambda run_dir, stage: session)
-    task = stage_task("count-words", making(count_words), run_name="{stage}-{at:06d}-count-words", retries=1)
+    task = stage_task("count-words", making(count_words), retries=1)
     assert (task.name, task.task_run_name, task.retries) == ("count-words", "{stage}-{at:06d}-count-words", 1)
     path = session.run.paths.step("stage2", 1) / "words.parquet"
     assert task.fn(str(session.run.paths.root), "stage2", 1) == str(path)
