@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.boxes.session import initial_policy, rest_sessions
+from kdrl_core.boxes.builders import initial_policy
+from kdrl_core.boxes.session import rest_sessions
 from kdrl_core.config import EngineName, ModelConfig, Recipe
 from kdrl_core.data.benchmarks import select_benchmarks
 from kdrl_core.engines.from_recipe import rollout_engine

@@ -7,11 +7,11 @@ from typing import Any
 import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from kdrl_core.boxes.make import Product, box
 from kdrl_core.config import dump_recipe
 from kdrl_core.data import FilterReport
-from kdrl_core.ledger import Run, find_intact, inputs_of, is_published, publish_directory, verify_published
+from kdrl_core.ledger import Run, is_published
 from kdrl_core.ledger.graph import REPORT
-from kdrl_core.ledger.labels import final_labels
 from kdrl_core.look.reporting.figures import dynamics_figure
 from kdrl_core.look.reporting.summary import summarize
 from kdrl_core.look.reporting.tables import tables_of
@@ -20,13 +20,10 @@ from kdrl_core.tables.schemas import read_table
 _NUM_SAMPLES = 3
 
 
-def write_report(run: Run) -> Path:
-    """Publish the report of a run whose models are all evaluated."""
-    for label in final_labels(run):
-        verify_published(run.paths.evaluation(label))
-    find_intact(run.paths.report, is_exact=False)
-    publish_directory(run.paths.report, lambda folder: render_report(run, folder), inputs=inputs_of(run, REPORT.node()))
-    return run.paths.report
+@box(REPORT)
+def report(run: Run) -> Product:
+    """The report of a run whose models are all evaluated."""
+    return Product(content=lambda folder: render_report(run, folder))
 
 
 def render_report(run: Run, folder: Path) -> None:
