@@ -88,11 +88,9 @@ def label(
         from kdrl_core.data import find_files
 
         check_output(output, find_files(DataConfig(files=inputs)), what="labels", force=force)
-        from kdrl_core.labelling import label_problems, plan_labels
+        from kdrl_core.labelling import LabelOptions, label_problems, plan_labels
 
-        plan = plan_labels(
-            loaded,
-            inputs,
+        options = LabelOptions(
             stage=stage,
             model=model,
             label=name,
@@ -101,6 +99,7 @@ def label(
             max_problems=max_problems,
             on_error=None if on_error is None else on_error.value,
         )
+        plan = plan_labels(loaded, inputs, options)
         require_writable(output.absolute().parent, free_mb=64)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

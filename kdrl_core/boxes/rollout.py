@@ -1,16 +1,13 @@
 """prompts ─▶ rollout ─▶ rollouts.parquet: G responses to each prompt of a step, from the current policy."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-
-import pyarrow as pa
 
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import (
-    derive_seed,
     find_own,
     is_published,
     manifest_of,
@@ -19,9 +16,10 @@ from kdrl_core.ledger import (
     required_sha256,
 )
 from kdrl_core.ledger.progress import report_progress
-from kdrl_core.tables.responses import repetition_rate
-from kdrl_core.tables.schemas import ROLLOUTS, write_table
-from kdrl_core.types import Rollout, RolloutRequest
+from kdrl_core.sampling.requests import requests_for
+from kdrl_core.sampling.rollouts import generate, rollouts_table
+from kdrl_core.tables.schemas import write_table
+from kdrl_core.types import RolloutRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +46,14 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
         return StepArtifact(path=path, reused=True, seconds=0.0)
     requests = _requests(session, step)
     engine = session.engine_at(step, requests)
-    rollouts = engine.generate(requests, on_finished=Finished(session, step, "rollout", len(requests)))
-    table = rollouts_table(session, requests, rollouts, policy_version=step, engine=run.recipe.rollout.engine)
+    report = partial(report_progress, run, stage=stage, step=step, phase="rollout")
+    rollouts = generate(
+        engine,
+        requests,
+        on_finished=session.work_ahead,
+        on_progress=lambda done, total: report(done=done, total=total),
+    )
+    table = rollouts_table(requests, rollouts, session.pool, policy_version=step, engine=run.recipe.rollout.engine)
     sync = {} if session.last_sync is None else {"sync": asdict(session.last_sync)}
     inputs = _inputs(session, step)
     seconds = time.perf_counter() - started
@@ -63,58 +67,6 @@ def rollout_step(session: StageSession, step: int) -> StepArtifact:
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)
 
 
-class Finished:
-    """What happens to responses while others are still being generated: they are counted, their verification begins,
-    and servers of the teacher begin to score them.
-
-    Verdicts and scores do not depend on it, only how long their tasks take.
-    """
-
-    def __init__(self, session: StageSession, step: int, phase: str, total: int) -> None:
-        self._session = session
-        self._step, self._phase = step, phase
-        self._done, self._total = 0, total
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> None:
-        session = self._session
-        self._done += len(rollouts)
-        report_progress(
-            session.run, stage=session.stage, step=self._step, phase=self._phase, done=self._done, total=self._total
-        )
-        session.work_ahead(rollouts)
-
-
-def rollouts_table(
-    session: StageSession,
-    requests: Sequence[RolloutRequest],
-    rollouts: Sequence[Rollout],
-    *,
-    policy_version: int,
-    engine: str,
-) -> pa.Table:
-    """Responses to problems of the stage's pool as ROLLOUTS."""
-    problems = [session.pool[rollout.prompt_id] for rollout in rollouts]
-    return pa.Table.from_pydict(
-        {
-            "prompt_id": [r.prompt_id for r in rollouts],
-            "sample": [r.sample for r in rollouts],
-            "prompt": [p["prompt"] for p in problems],
-            "response": [r.text for r in rollouts],
-            "ground_truth": [p["answer"] for p in problems],
-            "prompt_token_ids": [r.prompt_token_ids for r in rollouts],
-            "token_ids": [r.token_ids for r in rollouts],
-            "rollout_logprobs": [r.logprobs for r in rollouts],
-            "length": [len(r.token_ids) for r in rollouts],
-            "finish_reason": [r.finish_reason.value for r in rollouts],
-            "repetition_rate": [repetition_rate(r.token_ids) for r in rollouts],
-            "seed": [request.seed for request in requests],
-            "policy_version": [policy_version] * len(rollouts),
-            "engine": [engine] * len(rollouts),
-        },
-        schema=ROLLOUTS,
-    )
-
-
 def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
     run, stage, config = session.run, session.stage, session.config
     if len(session.pool) < config.prompts_per_step:
@@ -126,16 +78,8 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
     problem_ids = prompts_of_step(
         list(session.pool), seed=run.recipe.seed, stage=stage, step=step, prompts_per_step=config.prompts_per_step
     )
-    return [
-        RolloutRequest(
-            prompt_id=problem_id,
-            sample=sample,
-            prompt_token_ids=session.pool[problem_id]["prompt_token_ids"],
-            seed=derive_seed(run.recipe.seed, stage, step, problem_id, sample),
-        )
-        for problem_id in problem_ids
-        for sample in range(config.group_size)
-    ]
+    prompts = [(problem_id, session.pool[problem_id]["prompt_token_ids"]) for problem_id in problem_ids]
+    return requests_for(prompts, config.group_size, run.recipe.seed, stage, step)
 
 
 def _inputs(session: StageSession, step: int) -> dict[str, str]:

@@ -6,19 +6,21 @@ shards nor the other problems matter to it.
 """
 
 import time
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdrl_core.boxes.rollout import Finished, StepArtifact, rollouts_table
+from kdrl_core.boxes.rollout import StepArtifact
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.shards import num_shards, shard_problem_ids
 from kdrl_core.boxes.verify import verify_file
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import derive_seed, find_intact, find_own, manifest_of, publish_file, required_sha256
+from kdrl_core.ledger import find_intact, find_own, manifest_of, publish_file, required_sha256
 from kdrl_core.ledger.progress import report_progress
+from kdrl_core.sampling.requests import requests_for
+from kdrl_core.sampling.rollouts import generate, rollouts_table
 from kdrl_core.tables.schemas import SFT_DATASET, read_table, write_table
-from kdrl_core.types import RolloutRequest
 
 TEACHER_VERSION = -1
 """`policy_version` of samples that no student made."""
@@ -32,28 +34,26 @@ def sample_shard(session: StageSession, shard: int) -> StepArtifact:
         DamagedArtifactError: a damaged file was made again and came out otherwise.
     """
     started = time.perf_counter()
-    run, stage, samples = session.run, session.stage, session.config.sft.samples
+    run, stage = session.run, session.stage
     path = run.paths.sample_rollouts(stage, shard)
     if find_intact(path):
         return StepArtifact(path=path, reused=True, seconds=0.0)
     inputs = run.inputs(run.paths.pool)
-    requests = [
-        RolloutRequest(
-            prompt_id=problem_id,
-            sample=sample,
-            prompt_token_ids=session.pool[problem_id]["prompt_token_ids"],
-            seed=derive_seed(run.recipe.seed, stage, "sft", problem_id, sample),
-        )
-        for problem_id in shard_problem_ids(run, stage, shard)
-        for sample in range(samples)
-    ]
+    ids = shard_problem_ids(run, stage, shard)
+    prompts = [(problem_id, session.pool[problem_id]["prompt_token_ids"]) for problem_id in ids]
+    requests = requests_for(prompts, session.config.sft.samples, run.recipe.seed, stage, "sft")
     phase = f"sampling shard {shard + 1}/{num_shards(run, stage)}"
-    report_progress(run, stage=stage, step=shard, phase=phase, done=0, total=len(requests))
+    report = partial(report_progress, run, stage=stage, step=shard, phase=phase)
+    report(done=0, total=len(requests))
     teacher = run.recipe.teacher
     assert teacher is not None  # the recipe was validated
-    finished = Finished(session, shard, phase, len(requests))
-    rollouts = session.teacher_engine.generate(requests, on_finished=finished)
-    table = rollouts_table(session, requests, rollouts, policy_version=TEACHER_VERSION, engine=teacher.engine)
+    rollouts = generate(
+        session.teacher_engine,
+        requests,
+        on_finished=session.work_ahead,
+        on_progress=lambda done, total: report(done=done, total=total),
+    )
+    table = rollouts_table(requests, rollouts, session.pool, policy_version=TEACHER_VERSION, engine=teacher.engine)
     seconds = time.perf_counter() - started
     publish_file(path, lambda file: write_table(table, file), inputs=inputs, metadata={"seconds": seconds})
     return StepArtifact(path=path, reused=False, seconds=time.perf_counter() - started)

@@ -7,58 +7,23 @@ A shard is a function of the settings, so a labelling that was killed goes on be
 labels of one that was not.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from kdrl_core.errors import RunError, RunLockedError
-from kdrl_core.ledger import lock_holder, replace_file, run_lock, sweep_temporaries
+from kdrl_core.errors import RunError
+from kdrl_core.ledger import replace_file
+from kdrl_core.sampling.work import hold_work
 
 SETTINGS = "label.json"
-
-
-def _field(name: str, kind: pa.DataType, text: str, *, nullable: bool = False) -> pa.Field:
-    return pa.field(name, kind, nullable=nullable, metadata={"description": text})
-
-
-SHARD: pa.Schema = pa.schema(
-    [
-        _field("problem_id", pa.string(), "of the problem"),
-        _field("sample", pa.int32(), "number of the response, from 0"),
-        _field("prompt", pa.string(), "the rendered prompt"),
-        _field("response", pa.string(), "decoded response, special tokens left out"),
-        _field("ground_truth", pa.string(), "the problem's answer"),
-        _field("length", pa.int32(), "response tokens, EOS included"),
-        _field("finish_reason", pa.string(), "stop | length (cut at the response limit)"),
-        _field("verdict", pa.string(), "correct | wrong | no_answer | timeout | error; all but correct are failures"),
-        _field("accuracy_reward", pa.float32(), "1 if the answer equals the ground truth; what the label counts"),
-        _field("format_reward", pa.float32(), "1 if the response has the expected structure; not part of the label"),
-        _field("extracted", pa.string(), "the answer found in the response", nullable=True),
-        _field("reason", pa.string(), "the verdict in words"),
-        _field("seed", pa.uint64(), "of the response, from (seed, 'label', problem_id, sample)"),
-    ]
-)
-"""A row is one response; the responses of a problem stand together."""
+SHARDS = "shards"
 
 
 def work_folder(output: Path) -> Path:
     """Where the labelling that writes `output` works."""
     return output.with_name(f"{output.name}.work")
-
-
-def shard_path(work: Path, index: int) -> Path:
-    """Where a shard is published."""
-    return work / "shards" / f"shard-{index:05d}.parquet"
-
-
-def settings_hash(settings: dict[str, Any]) -> str:
-    """sha256 over the settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -69,16 +34,7 @@ def open_work(work: Path, settings: dict[str, Any]) -> Iterator[None]:
         RunLockedError: another process works in it.
         RunError: it was begun with other settings; each difference is named.
     """
-    lock = work / "label.lock"
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(run_lock(lock))
-        except RunLockedError as error:
-            holder = lock_holder(lock) or "another process"
-            raise RunLockedError(
-                f"{work} is in use by {holder}; wait for it, stop it, or give another output"
-            ) from error
-        sweep_temporaries(work)
+    with hold_work(work, "label.lock", remedy="; wait for it, stop it, or give another output"):
         _bind(work, settings)
         yield
 

@@ -7,7 +7,7 @@ that a label depends neither on shards nor on the other problems.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -18,29 +18,23 @@ import pyarrow as pa
 from kdrl_core.data import PROBLEM_SCHEMA, render_prompts, think_opened
 from kdrl_core.engines.from_recipe import rollout_engine
 from kdrl_core.engines.protocols import RolloutEngine
-from kdrl_core.labelling.plan import ORIGIN_KEY, LabelPlan
-from kdrl_core.labelling.summary import LabelSummary, summarize_labels
-from kdrl_core.labelling.work import SETTINGS, SHARD, open_work, settings_hash, shard_path, work_folder
-from kdrl_core.ledger import (
-    RunPaths,
-    derive_seed,
-    is_published,
-    model_identity,
-    publish_file,
-    replace_file,
-    verify_published,
-)
+from kdrl_core.labelling.label_plan import ORIGIN_KEY, LabelPlan
+from kdrl_core.labelling.label_summary import LabelSummary, summarize_labels
+from kdrl_core.labelling.work import SETTINGS, SHARDS, open_work, work_folder
+from kdrl_core.ledger import RunPaths, model_identity, replace_file
 from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.models.prepare import prepared_model
-from kdrl_core.sampling.verified import generate_and_verify
+from kdrl_core.sampling.job import Progress, Sampler, SamplingJob
+from kdrl_core.sampling.requests import requests_for
+from kdrl_core.sampling.responses import EngineSource, Response, response_columns
+from kdrl_core.sampling.work import settings_hash
 from kdrl_core.tables.columns import verdict_columns
-from kdrl_core.tables.schemas import read_table, write_table
-from kdrl_core.types import Rollout, RolloutRequest, Verdict
+from kdrl_core.tables.schemas import LABELS, read_table, write_table
+from kdrl_core.types import Verdict
 from kdrl_core.verify import Verifier
-from kdrl_core.verify.failures import refuse_failures
 
 _ENGINE = "transformers"
-Progress = Callable[[int, int], None]
+_COUNTED = ["problem_id", "sample", "verdict", "accuracy_reward", "finish_reason", "length"]
 MakeEngine = Callable[[LabelPlan, Path, Any], RolloutEngine]
 Problem = dict[str, Any]
 """problem_id, answer, prompt and prompt_token_ids."""
@@ -75,30 +69,26 @@ def label_problems(
     tokenizer = load_tokenizer(path, chat_template=student.chat_template, trust_remote_code=student.trust_remote_code)
     problems, num_too_long = _rendered(plan, tokenizer)
     settings = _settings(plan, path, problems, shard_problems)
-    inputs = {SETTINGS: settings_hash(settings)}
-    parts = [problems[start : start + shard_problems] for start in range(0, len(problems), shard_problems)]
     with ExitStack() as stack:
         stack.enter_context(open_work(work, settings))
-        engine: RolloutEngine | None = None
-        verifier: Verifier | None = None
-        shards: list[pa.Table] = []
-        done, total = 0, len(problems) * plan.num_samples
-        for index, part in enumerate(parts):
-            target = shard_path(work, index)
-            if is_published(target):
-                verify_published(target)
-            else:
-                if engine is None or verifier is None:
-                    verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
-                    engine = stack.enter_context(closing((make_engine or recipe_engine)(plan, path, tokenizer)))
-                table = _sample(plan, part, engine, verifier, _shifted(on_progress, done, total))
-                publish_file(target, partial(write_table, table), inputs=inputs)
-            shards.append(
-                read_table(target, ["problem_id", "sample", "verdict", "accuracy_reward", "finish_reason", "length"])
-            )
-            done += len(part) * plan.num_samples
-            if on_progress is not None:
-                on_progress(done, total)
+
+        def load() -> Sampler:
+            verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
+            engine = stack.enter_context(closing((make_engine or recipe_engine)(plan, path, tokenizer)))
+            return _sampler(plan, problems, engine, verifier)
+
+        job = SamplingJob(
+            folder=work / SHARDS,
+            inputs={SETTINGS: settings_hash(settings)},
+            prompt_ids=[problem["problem_id"] for problem in problems],
+            samples=plan.num_samples,
+            shard_prompts=shard_problems,
+            name=lambda ids: f"problems {ids[0]} to {ids[-1]}",
+            max_failed_share=plan.recipe.verification.max_failed_share,
+            to_table=partial(_table, {problem["problem_id"]: problem for problem in problems}),
+            load=load,
+        )
+        shards = [read_table(shard, _COUNTED) for shard in job.run(on_progress)]
         failures = _write(plan, output, shards, settings)
         if not keep_work:
             shutil.rmtree(work)
@@ -162,65 +152,30 @@ def _settings(plan: LabelPlan, path: Path, problems: Sequence[Problem], shard_pr
     }
 
 
-def _sample(
-    plan: LabelPlan,
-    problems: Sequence[Problem],
-    engine: RolloutEngine,
-    verifier: Verifier,
-    on_progress: Callable[[int], None] | None,
-) -> pa.Table:
-    """Responses and verdicts of some problems, in SHARD."""
-    requests = [
-        RolloutRequest(
-            prompt_id=problem["problem_id"],
-            sample=sample,
-            prompt_token_ids=problem["prompt_token_ids"],
-            seed=derive_seed(plan.recipe.seed, "label", problem["problem_id"], sample),
-        )
-        for problem in problems
-        for sample in range(plan.num_samples)
-    ]
-    asked = {problem["problem_id"]: problem for problem in problems}
-    done = 0
-
-    def finished(rollouts: Sequence[Rollout]) -> None:
-        nonlocal done
-        done += len(rollouts)
-        if on_progress is not None:
-            on_progress(done)
-
-    rollouts, verdicts = generate_and_verify(
-        engine,
-        requests,
-        verifier,
-        {problem_id: problem["answer"] for problem_id, problem in asked.items()},
+def _sampler(plan: LabelPlan, problems: Sequence[Problem], engine: RolloutEngine, verifier: Verifier) -> Sampler:
+    prompts = [(problem["problem_id"], problem["prompt_token_ids"]) for problem in problems]
+    return Sampler(
+        source=EngineSource(engine=engine),
+        verifier=verifier,
+        requests=requests_for(prompts, plan.num_samples, plan.recipe.seed, "label"),
+        ground_truths={problem["problem_id"]: problem["answer"] for problem in problems},
         think_opened=think_opened(problems[0]["prompt"], plan.recipe),
-        on_finished=finished,
     )
-    where = f"problems {problems[0]['problem_id']} to {problems[-1]['problem_id']}"
-    refuse_failures(verdicts, where, plan.recipe.verification.max_failed_share)
-    return _table(requests, rollouts, verdicts, asked)
 
 
-def _table(
-    requests: Sequence[RolloutRequest],
-    rollouts: Sequence[Rollout],
-    verdicts: Sequence[Verdict],
-    problems: dict[str, Problem],
-) -> pa.Table:
+def _table(problems: Mapping[str, Problem], responses: Sequence[Response], verdicts: Sequence[Verdict]) -> pa.Table:
+    """LABELS, a row per response, in order."""
+    asked = [problems[response.prompt_id] for response in responses]
+    truths = {problem["problem_id"]: problem["answer"] for problem in asked}
+    columns = response_columns(responses, truths)
     return pa.Table.from_pydict(
         {
-            "problem_id": [r.prompt_id for r in rollouts],
-            "sample": [r.sample for r in rollouts],
-            "prompt": [problems[r.prompt_id]["prompt"] for r in rollouts],
-            "response": [r.text for r in rollouts],
-            "ground_truth": [problems[r.prompt_id]["answer"] for r in rollouts],
-            "length": [len(r.token_ids) for r in rollouts],
-            "finish_reason": [r.finish_reason.value for r in rollouts],
+            **columns,
             **verdict_columns(verdicts),
-            "seed": [request.seed for request in requests],
+            "problem_id": columns["prompt_id"],
+            "prompt": [problem["prompt"] for problem in asked],
         },
-        schema=SHARD,
+        schema=LABELS,
     )
 
 
@@ -251,7 +206,3 @@ def _write(plan: LabelPlan, output: Path, shards: Sequence[pa.Table], settings: 
         metadata[f"{ORIGIN_KEY}{plan.label}".encode()] = json.dumps(settings, sort_keys=True).encode()
     replace_file(output, partial(write_table, table.replace_schema_metadata(metadata)))
     return [counts.get(plan.label) for counts in labels]
-
-
-def _shifted(on_progress: Progress | None, done: int, total: int) -> Callable[[int], None] | None:
-    return None if on_progress is None else lambda more: on_progress(done + more, total)
