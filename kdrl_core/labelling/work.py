@@ -3,8 +3,8 @@
     labels.parquet.work/label.json                  the settings
     labels.parquet.work/shards/shard-00000.parquet  responses and verdicts of some problems, published (docs/labels.md)
 
-A shard is a function of the settings, so a labelling that was killed goes on behind its last shard and ends with the
-labels of one that was not.
+A response is a function of the settings, so a labelling that was killed goes on behind its last response and ends with
+the labels of one that was not.
 """
 
 import json
