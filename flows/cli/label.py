@@ -80,7 +80,6 @@ def label(
     data.files and `kdrl filter` read.
     """
     from kdrl_core.config import DataConfig, load_recipe
-    from kdrl_core.labelling.work import work_folder
     from kdrl_core.ledger import require_writable
 
     with errors():
@@ -88,7 +87,7 @@ def label(
         from kdrl_core.data import find_files
 
         check_output(output, find_files(DataConfig(files=inputs)), what="labels", force=force)
-        from kdrl_core.labelling import LabelOptions, label_problems, plan_labels
+        from kdrl_core.labelling import LabelOptions, label_problems, plan_labels, work_folder
 
         options = LabelOptions(
             stage=stage,

@@ -82,7 +82,7 @@ def _sample(
     job = benchmark_job(plan, benchmark, loaded, work / f"{benchmark.name}-{settings[:10]}", {"settings": settings})
     whole = replace(
         job,
-        shard_prompts=len(job.prompt_ids),
+        shard_prompts=len(job.ground_truths),
         name=lambda _: f"evaluation of {plan.name}, {benchmark.name}",
         heals=True,
     )

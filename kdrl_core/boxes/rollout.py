@@ -16,7 +16,7 @@ from kdrl_core.ledger import (
     required_sha256,
 )
 from kdrl_core.ledger.progress import report_progress
-from kdrl_core.sampling.requests import requests_for
+from kdrl_core.sampling.responses import requests_for
 from kdrl_core.sampling.rollouts import generate, rollouts_table
 from kdrl_core.tables.schemas import write_table
 from kdrl_core.types import RolloutRequest
@@ -78,7 +78,7 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
     problem_ids = prompts_of_step(
         list(session.pool), seed=run.recipe.seed, stage=stage, step=step, prompts_per_step=config.prompts_per_step
     )
-    prompts = [(problem_id, session.pool[problem_id]["prompt_token_ids"]) for problem_id in problem_ids]
+    prompts = {problem_id: session.pool[problem_id]["prompt_token_ids"] for problem_id in problem_ids}
     return requests_for(prompts, config.group_size, run.recipe.seed, stage, step)
 
 

@@ -18,7 +18,7 @@ from kdrl_core.boxes.verify import verify_file
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import find_intact, find_own, manifest_of, publish_file, required_sha256
 from kdrl_core.ledger.progress import report_progress
-from kdrl_core.sampling.requests import requests_for
+from kdrl_core.sampling.responses import requests_for
 from kdrl_core.sampling.rollouts import generate, rollouts_table
 from kdrl_core.tables.schemas import SFT_DATASET, read_table, write_table
 
@@ -40,7 +40,7 @@ def sample_shard(session: StageSession, shard: int) -> StepArtifact:
         return StepArtifact(path=path, reused=True, seconds=0.0)
     inputs = run.inputs(run.paths.pool)
     ids = shard_problem_ids(run, stage, shard)
-    prompts = [(problem_id, session.pool[problem_id]["prompt_token_ids"]) for problem_id in ids]
+    prompts = {problem_id: session.pool[problem_id]["prompt_token_ids"] for problem_id in ids}
     requests = requests_for(prompts, session.config.sft.samples, run.recipe.seed, stage, "sft")
     phase = f"sampling shard {shard + 1}/{num_shards(run, stage)}"
     report = partial(report_progress, run, stage=stage, step=shard, phase=phase)

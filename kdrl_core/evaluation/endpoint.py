@@ -6,7 +6,7 @@ comes back is judged, its length is what the server counts. So its figures are t
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,12 +61,12 @@ class ChatEndpoint:
     def respond(
         self,
         requests: Sequence[RolloutRequest],
-        messages: dict[str, str],
-        *,
-        max_response_tokens: int,
         on_finished: OnResponses,
+        *,
+        messages: Mapping[str, str],
+        max_response_tokens: int,
     ) -> list[Response]:
-        """One response per request, in order; `on_finished` hears each once it is there, one at a time.
+        """One response per request, in order, as `Source`; `on_finished` hears one at a time.
 
         Args:
             requests: their prompt_token_ids are not used.

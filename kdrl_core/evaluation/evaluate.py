@@ -27,13 +27,14 @@ from kdrl_core.evaluation.evaluation_plan import (
     settings_of,
 )
 from kdrl_core.evaluation.lm_eval import lm_eval_results
-from kdrl_core.evaluation.outcome import publish_outcome, responses_table
+from kdrl_core.evaluation.outcome import publish_outcome
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import RunPaths, find_intact, is_published, verify_published
 from kdrl_core.models.loading import read_config
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.sampling.job import SamplingJob
 from kdrl_core.sampling.work import hold_work, settings_hash
+from kdrl_core.tables.schemas import EVALUATION
 
 Progress = Callable[[str, int, int], None]
 """Hears the benchmark, the responses done and those in all."""
@@ -102,16 +103,21 @@ def benchmark_job(
     plan: EvaluationPlan, benchmark: BenchmarkConfig, loaded: LoadedLater, folder: Path, inputs: Mapping[str, str]
 ) -> SamplingJob:
     """The sampling of one benchmark into shards in `folder`, whose manifests name `inputs`."""
-    problems = plan.problems[benchmark.name]
+    problems = {problem.problem_id: problem for problem in plan.problems[benchmark.name]}
     return SamplingJob(
         folder=folder,
         inputs=inputs,
-        prompt_ids=[problem.problem_id for problem in problems],
+        ground_truths={problem_id: problem.answer for problem_id, problem in problems.items()},
         samples=benchmark.samples,
+        seed_names=(plan.recipe.seed, "evaluation", benchmark.name),  # a response depends on nothing else that is asked
         shard_prompts=plan.shard_problems(benchmark),
         name=lambda ids: f"{benchmark.name}, problems {ids[0]} to {ids[-1]}",
         max_failed_share=plan.recipe.verification.max_failed_share,
-        to_table=partial(responses_table, benchmark.name, problems),
+        schema=EVALUATION,
+        more_columns=lambda ids: {
+            "benchmark": [benchmark.name] * len(ids),
+            "question": [problems[problem_id].question for problem_id in ids],
+        },
         load=partial(loaded.sampler, benchmark),
     )
 

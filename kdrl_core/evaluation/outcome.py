@@ -9,16 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.data.benchmarks import BenchmarkProblem
 from kdrl_core.evaluation.evaluation_plan import EvaluationPlan
 from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
 from kdrl_core.evaluation.results import RESULTS
 from kdrl_core.evaluation.statistics import accuracy, majority, pass_at_k, powers_of_two, standard_error
 from kdrl_core.ledger import manifest_of, publish_directory
-from kdrl_core.sampling.responses import Response, response_columns
-from kdrl_core.tables.columns import verdict_columns
-from kdrl_core.tables.schemas import EVALUATION, read_table, write_table
-from kdrl_core.types import FinishReason, Verdict, VerdictKind
+from kdrl_core.tables.schemas import read_table, write_table
+from kdrl_core.types import FinishReason, VerdictKind
 
 RESPONSES = "responses.parquet"
 
@@ -68,23 +65,6 @@ def publish_outcome(
 
     publish_directory(target, write, inputs=inputs)
     return content
-
-
-def responses_table(
-    benchmark: str, problems: Sequence[BenchmarkProblem], responses: Sequence[Response], verdicts: Sequence[Verdict]
-) -> pa.Table:
-    """EVALUATION, a row per response, in order."""
-    questions = {problem.problem_id: problem.question for problem in problems}
-    truths = {problem.problem_id: problem.answer for problem in problems}
-    return pa.Table.from_pydict(
-        {
-            **response_columns(responses, truths),
-            **verdict_columns(verdicts),
-            "benchmark": [benchmark] * len(responses),
-            "question": [questions[response.prompt_id] for response in responses],
-        },
-        schema=EVALUATION,
-    )
 
 
 def benchmark_result(table: pa.Table, samples: int, *, seed: int) -> dict[str, Any]:

@@ -1,14 +1,19 @@
 """problems ─▶ label ─▶ problems with `failures`: sample, verify, count, in shards that survive a kill.
 
-Responses come from any `RolloutEngine`. The seed of a response is `derive_seed(seed, "label", problem_id, sample)`, so
-that a label depends neither on shards nor on the other problems.
+    labels.parquet.work/label.json                  the settings
+    labels.parquet.work/shards/shard-00000.parquet  responses and verdicts of some problems, published (docs/labels.md)
+
+A response is a function of the settings, so a labelling that was killed goes on behind its last response and ends with
+the labels of one that was not. Its seed is `derive_seed(seed, "label", problem_id, sample)`: a label depends neither on
+shards nor on the other problems.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,21 +23,19 @@ import pyarrow as pa
 from kdrl_core.data import PROBLEM_SCHEMA, render_prompts, think_opened
 from kdrl_core.engines.from_recipe import rollout_engine
 from kdrl_core.engines.protocols import RolloutEngine
+from kdrl_core.errors import RunError
 from kdrl_core.labelling.label_plan import ORIGIN_KEY, LabelPlan
 from kdrl_core.labelling.label_summary import LabelSummary, summarize_labels
-from kdrl_core.labelling.work import SETTINGS, SHARDS, open_work, work_folder
 from kdrl_core.ledger import RunPaths, model_identity, replace_file
 from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.sampling.job import Progress, Sampler, SamplingJob
-from kdrl_core.sampling.requests import requests_for
-from kdrl_core.sampling.responses import EngineSource, Response, response_columns
-from kdrl_core.sampling.work import settings_hash
-from kdrl_core.tables.columns import verdict_columns
+from kdrl_core.sampling.responses import engine_source
+from kdrl_core.sampling.work import hold_work, settings_hash
 from kdrl_core.tables.schemas import LABELS, read_table, write_table
-from kdrl_core.types import Verdict
 from kdrl_core.verify import Verifier
 
+SETTINGS = "label.json"
 _ENGINE = "transformers"
 _COUNTED = ["problem_id", "sample", "verdict", "accuracy_reward", "finish_reason", "length"]
 MakeEngine = Callable[[LabelPlan, Path, Any], RolloutEngine]
@@ -67,38 +70,41 @@ def label_problems(
     student = plan.recipe.student
     path = prepared_model(student, RunPaths.of("label").root)
     tokenizer = load_tokenizer(path, chat_template=student.chat_template, trust_remote_code=student.trust_remote_code)
-    problems, num_too_long = _rendered(plan, tokenizer)
-    settings = _settings(plan, path, problems, shard_problems)
+    problems = _rendered(plan, tokenizer)
+    settings = _settings(plan, path, problems.values(), shard_problems)
     with ExitStack() as stack:
         stack.enter_context(open_work(work, settings))
 
         def load() -> Sampler:
             verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
             engine = stack.enter_context(closing((make_engine or recipe_engine)(plan, path, tokenizer)))
-            return _sampler(plan, problems, engine, verifier)
+            return Sampler(
+                source=engine_source(engine),
+                verifier=verifier,
+                prompts={problem_id: problem["prompt_token_ids"] for problem_id, problem in problems.items()},
+                think_opened=think_opened(next(iter(problems.values()))["prompt"], plan.recipe),
+            )
 
         job = SamplingJob(
-            folder=work / SHARDS,
+            folder=work / "shards",
             inputs={SETTINGS: settings_hash(settings)},
-            prompt_ids=[problem["problem_id"] for problem in problems],
+            ground_truths={problem_id: problem["answer"] for problem_id, problem in problems.items()},
             samples=plan.num_samples,
+            seed_names=(plan.recipe.seed, "label"),
             shard_prompts=shard_problems,
             name=lambda ids: f"problems {ids[0]} to {ids[-1]}",
             max_failed_share=plan.recipe.verification.max_failed_share,
-            to_table=partial(_table, {problem["problem_id"]: problem for problem in problems}),
+            schema=LABELS,
+            more_columns=lambda ids: {"problem_id": ids, "prompt": [problems[each]["prompt"] for each in ids]},
             load=load,
         )
         shards = [read_table(shard, _COUNTED) for shard in job.run(on_progress)]
-        failures = _write(plan, output, shards, settings)
+        samples = pa.concat_tables(shards) if shards else LABELS.empty_table()
+        failures = _write(plan, output, samples, settings)
         if not keep_work:
             shutil.rmtree(work)
-    return summarize_labels(
-        label=plan.label,
-        num_samples=plan.num_samples,
-        failures=failures,
-        samples=shards,
-        num_too_long=num_too_long,
-    )
+    num_too_long = len(plan.todo) - len(problems)
+    return summarize_labels(plan.label, plan.num_samples, failures, samples, num_too_long=num_too_long)
 
 
 def recipe_engine(plan: LabelPlan, path: Path, tokenizer: Any) -> RolloutEngine:
@@ -117,21 +123,20 @@ def recipe_engine(plan: LabelPlan, path: Path, tokenizer: Any) -> RolloutEngine:
     )
 
 
-def _rendered(plan: LabelPlan, tokenizer: Any) -> tuple[list[Problem], int]:
-    """The problems to sample, with their prompts, and how many are left out since theirs is too long."""
+def _rendered(plan: LabelPlan, tokenizer: Any) -> dict[str, Problem]:
+    """The problems to sample by id, with their prompts; those whose prompt is too long are left out."""
     chosen = (
         plan.problems.take(pa.array(plan.todo, pa.int64())).select(["problem_id", "question", "answer"]).to_pylist()
     )
     prompts = render_prompts([problem["question"] for problem in chosen], tokenizer, plan.recipe)
-    rendered = [
-        {**problem, "prompt": prompt, "prompt_token_ids": token_ids}
+    return {
+        problem["problem_id"]: {**problem, "prompt": prompt, "prompt_token_ids": token_ids}
         for problem, (prompt, token_ids) in zip(chosen, prompts, strict=True)
         if len(token_ids) <= plan.config.max_prompt_tokens
-    ]
-    return rendered, len(chosen) - len(rendered)
+    }
 
 
-def _settings(plan: LabelPlan, path: Path, problems: Sequence[Problem], shard_problems: int) -> dict[str, Any]:
+def _settings(plan: LabelPlan, path: Path, problems: Collection[Problem], shard_problems: int) -> dict[str, Any]:
     """Everything that a response or a label depends on."""
     content = hashlib.sha256()
     for problem in problems:
@@ -152,57 +157,59 @@ def _settings(plan: LabelPlan, path: Path, problems: Sequence[Problem], shard_pr
     }
 
 
-def _sampler(plan: LabelPlan, problems: Sequence[Problem], engine: RolloutEngine, verifier: Verifier) -> Sampler:
-    prompts = [(problem["problem_id"], problem["prompt_token_ids"]) for problem in problems]
-    return Sampler(
-        source=EngineSource(engine=engine),
-        verifier=verifier,
-        requests=requests_for(prompts, plan.num_samples, plan.recipe.seed, "label"),
-        ground_truths={problem["problem_id"]: problem["answer"] for problem in problems},
-        think_opened=think_opened(problems[0]["prompt"], plan.recipe),
-    )
-
-
-def _table(problems: Mapping[str, Problem], responses: Sequence[Response], verdicts: Sequence[Verdict]) -> pa.Table:
-    """LABELS, a row per response, in order."""
-    asked = [problems[response.prompt_id] for response in responses]
-    truths = {problem["problem_id"]: problem["answer"] for problem in asked}
-    columns = response_columns(responses, truths)
-    return pa.Table.from_pydict(
-        {
-            **columns,
-            **verdict_columns(verdicts),
-            "problem_id": columns["prompt_id"],
-            "prompt": [problem["prompt"] for problem in asked],
-        },
-        schema=LABELS,
-    )
-
-
-def _write(plan: LabelPlan, output: Path, shards: Sequence[pa.Table], settings: dict[str, Any]) -> list[int | None]:
+def _write(plan: LabelPlan, output: Path, samples: pa.Table, settings: dict[str, Any]) -> list[int | None]:
     """Write the output atomically; the failures of each of its rows."""
-    measured: dict[str, int] = {}
-    for shard in shards:
-        for problem_id, reward in zip(
-            shard["problem_id"].to_pylist(), shard["accuracy_reward"].to_pylist(), strict=True
-        ):
-            measured[problem_id] = measured.get(problem_id, 0) + (reward == 0.0)
+    measured: Counter[str] = Counter()
+    for problem_id, reward in zip(
+        samples["problem_id"].to_pylist(), samples["accuracy_reward"].to_pylist(), strict=True
+    ):
+        measured[problem_id] += reward == 0.0
     labels: list[dict[str, int]] = []
     for problem_id, known in zip(
         plan.problems["problem_id"].to_pylist(), plan.problems["failures"].to_pylist(), strict=True
     ):
-        counts = dict(known or [])
-        if problem_id in measured:
-            counts[plan.label] = measured[problem_id]
-        labels.append(counts)
-    column = pa.array(
-        [sorted(counts.items()) if counts else None for counts in labels], PROBLEM_SCHEMA.field("failures").type
-    )
-    table = plan.problems.set_column(
-        PROBLEM_SCHEMA.get_field_index("failures"), PROBLEM_SCHEMA.field("failures"), column
-    )
+        labels.append(dict(known or []) | ({plan.label: measured[problem_id]} if problem_id in measured else {}))
+    field = PROBLEM_SCHEMA.field("failures")
+    column = pa.array([sorted(counts.items()) if counts else None for counts in labels], field.type)
+    table = plan.problems.set_column(PROBLEM_SCHEMA.get_field_index("failures"), field, column)
     metadata = dict(plan.origins)
-    if shards:
+    if len(samples):
         metadata[f"{ORIGIN_KEY}{plan.label}".encode()] = json.dumps(settings, sort_keys=True).encode()
     replace_file(output, partial(write_table, table.replace_schema_metadata(metadata)))
     return [counts.get(plan.label) for counts in labels]
+
+
+def work_folder(output: Path) -> Path:
+    """Where the labelling that writes `output` works."""
+    return output.with_name(f"{output.name}.work")
+
+
+@contextmanager
+def open_work(work: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Hold the folder, which is new or was begun with the same settings.
+
+    Raises:
+        RunLockedError: another process works in it.
+        RunError: it was begun with other settings; each difference is named.
+    """
+    with hold_work(work, "label.lock", remedy="; wait for it, stop it, or give another output"):
+        _bind(work, settings)
+        yield
+
+
+def _bind(work: Path, settings: dict[str, Any]) -> None:
+    file = work / SETTINGS
+    remedy = "give another --output, or delete the folder to begin again"
+    if not file.is_file():
+        replace_file(file, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{file} cannot be read ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{file} holds no settings; {remedy}")
+    names = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))
+    if names:
+        shown = ", ".join(f"{name}: {found.get(name)} → {settings.get(name)}" for name in names)
+        raise RunError(f"{work} was begun with other settings ({shown}); set them back, {remedy}")

@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from kdrl_core.ledger import find_intact, is_published, manifest_of, publish_file, verify_published
 from kdrl_core.ledger.manifest import file_manifest_path
 from kdrl_core.sampling.journal import Journal
-from kdrl_core.sampling.responses import Response, Source
+from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
+from kdrl_core.tables.columns import verdict_columns
 from kdrl_core.tables.schemas import write_table
-from kdrl_core.types import RolloutRequest, Verdict
+from kdrl_core.types import Verdict
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.failures import refuse_failures
 
@@ -36,35 +38,36 @@ class Sampler:
 
     source: Source
     verifier: Verifier
-    requests: Sequence[RolloutRequest]
-    ground_truths: Mapping[str, str]
-    """By prompt_id."""
+    prompts: Mapping[str, Sequence[int]]
+    """Token ids by prompt_id."""
     think_opened: bool
     """Whether the prompts have opened `<think>` already."""
     mend: Callable[[Sequence[Response]], Sequence[Response]] = list
-    """What is judged and published of a shard's responses; its argument are all that there are."""
+    """What is judged and published of the responses; its argument are all of a shard that there are."""
 
-    def sample(self, journal: Journal, on_progress: Callable[[int], None]) -> tuple[list[Response], list[Verdict]]:
+    def sample(
+        self, journal: Journal, ground_truths: Mapping[str, str], on_progress: Callable[[int], None]
+    ) -> tuple[list[Response], list[Verdict]]:
         """All responses of the journal, after those that it lacks were asked for, and their verdicts.
 
         The first responses are judged while the last are still to come. `on_progress` hears how many there are.
         """
 
+        def items(responses: Sequence[Response]) -> list[tuple[str, str]]:
+            return [(response.text, ground_truths[response.prompt_id]) for response in responses]
+
         def finished(responses: Sequence[Response]) -> None:
             journal.keep(responses)
-            items = self._items(self.mend(responses))
-            self.verifier.verify_ahead(items, require_format=False, think_opened=self.think_opened)
+            mended = self.mend(responses)
+            self.verifier.verify_ahead(items(mended), require_format=False, think_opened=self.think_opened)
             on_progress(len(journal))
 
         on_progress(len(journal))
         if missing := journal.missing:
-            journal.keep(self.source.answer(missing, finished))
+            journal.keep(self.source(missing, finished))
         responses = list(self.mend(journal.responses))
-        items = self._items(responses)
-        return responses, self.verifier.verify_batch(items, require_format=False, think_opened=self.think_opened)
-
-    def _items(self, responses: Sequence[Response]) -> list[tuple[str, str]]:
-        return [(response.text, self.ground_truths[response.prompt_id]) for response in responses]
+        verdicts = self.verifier.verify_batch(items(responses), require_format=False, think_opened=self.think_opened)
+        return responses, verdicts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +77,21 @@ class SamplingJob:
     folder: Path
     inputs: Mapping[str, str]
     """Of the shards' manifests: the hash of all that a response or a verdict depends on."""
-    prompt_ids: Sequence[str]
+    ground_truths: Mapping[str, str]
+    """By prompt_id: what is sampled, in order."""
     samples: int
     """Responses per prompt."""
+    seed_names: tuple[object, ...]
+    """As `requests_for` takes them."""
     shard_prompts: int
     """Prompts sampled and published together."""
     name: Callable[[Sequence[str]], str]
     """What errors call a shard with these prompts."""
     max_failed_share: float
-    to_table: Callable[[Sequence[Response], Sequence[Verdict]], pa.Table]
+    schema: pa.Schema
+    """Of a shard."""
+    more_columns: Callable[[list[str]], dict[str, Any]]
+    """Columns beside those of responses and verdicts, by the rows' prompt_ids."""
     load: Callable[[], Sampler]
     """Called once, when a shard is to be sampled: where all are there, nothing is loaded."""
     heals: bool = False
@@ -96,16 +105,16 @@ class SamplingJob:
             DamagedArtifactError: a shard was altered.
             StorageError: no space, or the folder cannot be written.
         """
-        total = len(self.prompt_ids) * self.samples
+        ids = list(self.ground_truths)
 
         def tell(before: int, more: int) -> None:
             if on_progress is not None:
-                on_progress(before + more, total)
+                on_progress(before + more, len(ids) * self.samples)
 
         sampler: Sampler | None = None
         paths: list[Path] = []
-        for start in range(0, len(self.prompt_ids), self.shard_prompts):
-            part = self.prompt_ids[start : start + self.shard_prompts]
+        for start in range(0, len(ids), self.shard_prompts):
+            part = ids[start : start + self.shard_prompts]
             path = self.folder / f"shard-{len(paths):05d}.parquet"
             if not self._is_there(path):
                 started = time.perf_counter()
@@ -131,11 +140,13 @@ class SamplingJob:
     def _make(
         self, path: Path, part: Sequence[str], sampler: Sampler, on_progress: Callable[[int], None], started: float
     ) -> None:
-        wanted = set(part)
-        requests = [request for request in sampler.requests if request.prompt_id in wanted]
+        prompts = {prompt_id: sampler.prompts[prompt_id] for prompt_id in part}
+        requests = requests_for(prompts, self.samples, *self.seed_names)
         journal = Journal(path.with_suffix(".jsonl"), requests, settings=" ".join(self.inputs.values()))
-        responses, verdicts = sampler.sample(journal, on_progress)
+        responses, verdicts = sampler.sample(journal, self.ground_truths, on_progress)
         refuse_failures(verdicts, self.name(part), self.max_failed_share)
-        table = self.to_table(responses, verdicts)
+        columns = response_columns(responses, self.ground_truths) | verdict_columns(verdicts)
+        columns |= self.more_columns(columns["prompt_id"])
+        table = pa.Table.from_pydict(columns, schema=self.schema)
         seconds = time.perf_counter() - started + journal.seconds
         publish_file(path, partial(write_table, table), inputs=self.inputs, metadata={"seconds": seconds})

@@ -1,10 +1,11 @@
-"""Responses without their tokens, the columns that every table of responses has, and what a job wants of a model."""
+"""What is asked, what answers, and the responses with the columns that every table of responses has."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from kdrl_core.engines.protocols import RolloutEngine
+from kdrl_core.ledger import derive_seed
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
 
@@ -25,36 +26,52 @@ OnResponses = Callable[[Sequence[Response]], None]
 """Called with responses that have just been finished, in any order, while others are still to come."""
 
 
-class Source(Protocol):
-    """Answers requests: an engine in this process, or an endpoint."""
-
-    def answer(self, requests: Sequence[RolloutRequest], on_finished: OnResponses) -> list[Response]:
-        """One response per request, in order. `on_finished` hears each once it is finished; what is returned counts."""
-        ...
+Source = Callable[[Sequence[RolloutRequest], OnResponses], list[Response]]
+"""Answers requests: an engine in this process, or an endpoint. It tells of each response once it is finished, and returns
+all in the order of the requests; what it returns counts."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSource:
-    """A rollout engine as `Source`."""
+def requests_for(prompts: Mapping[str, Sequence[int]], samples: int, *seed_names: object) -> list[RolloutRequest]:
+    """`samples` requests per prompt, those of a prompt together.
 
-    engine: RolloutEngine
-    max_response_tokens: int | None = None
-    """Fewer than the engine's own limit; None: that one."""
+    Args:
+        prompts: prompt_id → prompt_token_ids, in order.
+        seed_names: a response's seed is `derive_seed(*seed_names, prompt_id, sample)`. So it depends neither on the
+            other prompts nor on the shard.
+    """
+    return [
+        RolloutRequest(
+            prompt_id=prompt_id,
+            sample=sample,
+            prompt_token_ids=token_ids,
+            seed=derive_seed(*seed_names, prompt_id, sample),
+        )
+        for prompt_id, token_ids in prompts.items()
+        for sample in range(samples)
+    ]
 
-    def answer(self, requests: Sequence[RolloutRequest], on_finished: OnResponses) -> list[Response]:
-        """As `Source.answer`. Raises EngineError as the engine does."""
+
+def engine_source(engine: RolloutEngine, max_response_tokens: int | None = None) -> Source:
+    """A rollout engine as `Source`.
+
+    Args:
+        max_response_tokens: fewer than the engine's own limit; None: that one.
+    """
+
+    def answer(requests: Sequence[RolloutRequest], on_finished: OnResponses) -> list[Response]:
         seeds = {(request.prompt_id, request.sample): request.seed for request in requests}
 
         def responses(rollouts: Sequence[Rollout]) -> list[Response]:
             return responses_of(rollouts, [seeds[rollout.prompt_id, rollout.sample] for rollout in rollouts])
 
-        return responses(
-            self.engine.generate(
-                requests,
-                on_finished=lambda rollouts: on_finished(responses(rollouts)),
-                max_response_tokens=self.max_response_tokens,
-            )
+        rollouts = engine.generate(
+            requests,
+            on_finished=lambda finished: on_finished(responses(finished)),
+            max_response_tokens=max_response_tokens,
         )
+        return responses(rollouts)
+
+    return answer
 
 
 def responses_of(rollouts: Sequence[Rollout], seeds: Sequence[int]) -> list[Response]:

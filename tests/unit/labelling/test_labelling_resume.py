@@ -10,7 +10,7 @@ from unit.labelling.conftest import ROWS, SAMPLES, Scripted, scripted, write
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.labelling import LabelPlan, plan_labels, work_folder
-from kdrl_core.labelling.work import open_work
+from kdrl_core.labelling.label import open_work
 from kdrl_core.types import Rollout, RolloutRequest
 
 

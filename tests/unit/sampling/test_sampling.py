@@ -5,8 +5,7 @@ from typing import Any, cast
 
 from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.ledger import derive_seed
-from kdrl_core.sampling.requests import requests_for
-from kdrl_core.sampling.responses import EngineSource, Response
+from kdrl_core.sampling.responses import Response, engine_source, requests_for
 from kdrl_core.sampling.rollouts import generate, rollouts_table
 from kdrl_core.tables.schemas import ROLLOUTS
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
@@ -34,7 +33,7 @@ class Backwards:
 
 
 ENGINE = cast("RolloutEngine", Backwards())
-REQUESTS = requests_for([("b", [5]), ("a", [6, 7])], 2, 3, "stage1", 12)
+REQUESTS = requests_for({"b": [5], "a": [6, 7]}, 2, 3, "stage1", 12)
 
 
 def test_requests_are_grouped_and_have_seeds_of_their_own() -> None:
@@ -47,7 +46,7 @@ def test_requests_are_grouped_and_have_seeds_of_their_own() -> None:
     assert [r.seed for r in REQUESTS] == [
         derive_seed(3, "stage1", 12, prompt_id, sample) for prompt_id in ("b", "a") for sample in (0, 1)
     ]
-    assert requests_for([("a", [6, 7])], 1, 3, "stage1", 12) == REQUESTS[2:3]
+    assert requests_for({"a": [6, 7]}, 1, 3, "stage1", 12) == REQUESTS[2:3]
 
 
 def test_finished_rollouts_are_handed_on_and_counted() -> None:
@@ -66,7 +65,7 @@ def test_finished_rollouts_are_handed_on_and_counted() -> None:
 
 def test_rollouts_and_responses_keep_their_seeds() -> None:
     heard: list[Response] = []
-    responses = EngineSource(engine=ENGINE).answer(REQUESTS, heard.extend)
+    responses = engine_source(ENGINE)(REQUESTS, heard.extend)
     assert [response.seed for response in responses] == [request.seed for request in REQUESTS]
     assert heard == responses[::-1]
     problems = {name: {"problem_id": name, "answer": f"{name}!", "prompt": f"{name}?"} for name in ("a", "b")}

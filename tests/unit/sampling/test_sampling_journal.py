@@ -9,11 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdrl_core.sampling.journal import Journal
-from kdrl_core.sampling.requests import requests_for
-from kdrl_core.sampling.responses import Response
+from kdrl_core.sampling.responses import Response, requests_for
 from kdrl_core.types import FinishReason, RolloutRequest
 
-REQUESTS = requests_for([("p", ()), ("q", ()), ("ü", ())], 2, 7, "evaluation", "test")
+REQUESTS = requests_for({"p": (), "q": (), "ü": ()}, 2, 7, "evaluation", "test")
 TEXTS = ["\\boxed{4}", "<think>1\n2</think>\\boxed{5}", "", "Ω 𝕏 \u2028", 'say "no"\\', "\r\n\x0b\x1c"]
 
 
@@ -124,7 +123,7 @@ def test_lines_of_other_settings_or_seeds_do_not_count(tmp_path: Path, whole: by
     path = tmp_path / "j.jsonl"
     path.write_bytes(whole)
     assert journal(path, bound_to="other").responses == []
-    others = requests_for([("p", ())], 2, 8, "evaluation", "test")
+    others = requests_for({"p": ()}, 2, 8, "evaluation", "test")
     assert Journal(path, others, settings="s").missing == others
 
 
