@@ -5,10 +5,10 @@ evaluation/.scratch-<label>/    what is sampled of it so far: a shard per benchm
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from kdrl_core.config import BenchmarkConfig, ModelConfig
 from kdrl_core.data.benchmarks import load_benchmark, select_benchmarks
 from kdrl_core.engines.from_recipe import EngineName
 from kdrl_core.errors import ModelError
-from kdrl_core.evaluation.answering import LoadedLater
+from kdrl_core.evaluation.answering import SamplerOf, sampler_of_directory
 from kdrl_core.evaluation.evaluate import benchmark_job
 from kdrl_core.evaluation.evaluation_plan import EvaluationPlan, settings_of
 from kdrl_core.evaluation.outcome import publish_outcome
@@ -25,7 +25,7 @@ from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, find_intact, is_published, model_identity, verify_own, verify_published
 from kdrl_core.ledger.progress import report_progress
 from kdrl_core.models.prepare import prepared_model
-from kdrl_core.sampling.work import settings_hash
+from kdrl_core.sampling.job import settings_hash
 
 
 def model_of(run: Run, label: str) -> tuple[Path, ModelConfig]:
@@ -66,20 +66,25 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
         rest_sessions()
         plan = _plan(run, label, config, wanted)
         with ExitStack() as stack:
-            loaded = LoadedLater(plan, stack, lambda: path, lambda _: label)
+            load = cache(partial(sampler_of_directory, plan, path, lambda _: label, stack))
             identity = inputs or {"model": model_identity(path)}
-            shards = {each.name: _sample(run, plan, each, loaded, work, identity) for each in wanted}
+            shards = {each.name: _sample(run, plan, each, load, work, identity) for each in wanted}
         content = publish_outcome(plan, target, shards, label=label, model=path.name, inputs=inputs)
     shutil.rmtree(work, ignore_errors=True)
     return content
 
 
 def _sample(
-    run: Run, plan: EvaluationPlan, benchmark: BenchmarkConfig, loaded: LoadedLater, work: Path, model: dict[str, str]
+    run: Run,
+    plan: EvaluationPlan,
+    benchmark: BenchmarkConfig,
+    load: Callable[[], SamplerOf],
+    work: Path,
+    model: dict[str, str],
 ) -> list[Path]:
     """The only shard of a benchmark."""
     settings = settings_hash({"model": model, **settings_of(plan, benchmark)})
-    job = benchmark_job(plan, benchmark, loaded, work / f"{benchmark.name}-{settings[:10]}", {"settings": settings})
+    job = benchmark_job(plan, benchmark, load, work / f"{benchmark.name}-{settings[:10]}", {"settings": settings})
     whole = replace(
         job,
         shard_prompts=len(job.ground_truths),

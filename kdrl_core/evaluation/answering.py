@@ -21,60 +21,25 @@ from kdrl_core.verify import Verifier
 
 _MESSAGE_OVERHEAD_TOKENS = 64
 """What a chat template adds to a message, at most."""
-_SamplerOf = Callable[[BenchmarkConfig, Verifier], Sampler]
+SamplerOf = Callable[[BenchmarkConfig], Sampler]
+"""What answers a benchmark."""
 
 
-class LoadedLater:
-    """The model of a plan and the verifier, loaded when a shard first needs them: a second evaluation loads nothing.
+def sampler_of_directory(
+    plan: EvaluationPlan, path: Path, describe: Callable[[BenchmarkConfig], str], stack: ExitStack
+) -> SamplerOf:
+    """Load a model directory.
 
     Args:
-        stack: closes them.
-        path: gives the model's directory, when it is to be loaded; None: it is at an endpoint.
         describe: what errors call the evaluation of a benchmark.
+        stack: closes engine and verifier.
+
+    Raises:
+        RecipeError: the recipe's device is not there.
+        ModelError: model or tokenizer cannot be loaded, or a prompt leaves no room for a response.
+        EngineError: the engine cannot be started.
     """
-
-    def __init__(
-        self,
-        plan: EvaluationPlan,
-        stack: ExitStack,
-        path: Callable[[], Path] | None,
-        describe: Callable[[BenchmarkConfig], str],
-    ) -> None:
-        self._plan, self._stack, self._path, self._describe = plan, stack, path, describe
-        self._endpoint: ChatEndpoint | None = None
-        self._loaded: tuple[_SamplerOf, Verifier] | None = None
-
-    @property
-    def endpoint(self) -> ChatEndpoint:
-        """Where the model is served. Raises EngineError, SecretError as `ChatEndpoint` does."""
-        if self._endpoint is None:
-            assert self._plan.endpoint is not None
-            evaluation = self._plan.recipe.evaluation
-            self._endpoint = ChatEndpoint(
-                self._plan.endpoint,
-                temperature=evaluation.temperature,
-                max_context_tokens=evaluation.max_context_tokens,
-            )
-            self._stack.callback(self._endpoint.close)
-        return self._endpoint
-
-    def sampler(self, benchmark: BenchmarkConfig) -> Sampler:
-        """What answers this benchmark. Raises as loading the model does."""
-        if self._loaded is None:
-            if self._path is None:
-                loaded = _served(self._plan, self.endpoint)
-            else:
-                check_device(self._plan.recipe)
-                loaded = _local(self._plan, self._path(), self._describe, self._stack)
-            self._loaded = loaded, self._stack.enter_context(Verifier(**self._plan.recipe.verification.pool_options))
-        sampler_of, verifier = self._loaded
-        return sampler_of(benchmark, verifier)
-
-
-def _local(
-    plan: EvaluationPlan, path: Path, describe: Callable[[BenchmarkConfig], str], stack: ExitStack
-) -> _SamplerOf:
-    """A model directory, loaded until `stack` ends."""
+    check_device(plan.recipe)
     recipe, model = plan.recipe, plan.model
     tokenizer = load_tokenizer(path, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
     asked = recipe.evaluation.max_context_tokens
@@ -101,8 +66,9 @@ def _local(
         engine=plan.engine,
     )
     stack.callback(engine.close)
+    verifier = stack.enter_context(Verifier(**recipe.verification.pool_options))
 
-    def sampler_of(benchmark: BenchmarkConfig, verifier: Verifier) -> Sampler:
+    def sampler_of(benchmark: BenchmarkConfig) -> Sampler:
         rendered = prompts[benchmark.name]
         ids = [problem.problem_id for problem in plan.problems[benchmark.name]]
         return Sampler(
@@ -126,17 +92,29 @@ def _response_limit(context: int, prompts: Sequence[tuple[str, Sequence[int]]], 
     return context - longest
 
 
-def _served(plan: EvaluationPlan, endpoint: ChatEndpoint) -> _SamplerOf:
-    """An endpoint."""
-    template = plan.recipe.prompt.template
+def connect(plan: EvaluationPlan, stack: ExitStack) -> ChatEndpoint:
+    """The plan's endpoint, until `stack` ends. Raises as `ChatEndpoint` does."""
+    assert plan.endpoint is not None
+    evaluation = plan.recipe.evaluation
+    endpoint = ChatEndpoint(
+        plan.endpoint, temperature=evaluation.temperature, max_context_tokens=evaluation.max_context_tokens
+    )
+    stack.callback(endpoint.close)
+    return endpoint
+
+
+def sampler_of_endpoint(plan: EvaluationPlan, connected: Callable[[], ChatEndpoint], stack: ExitStack) -> SamplerOf:
+    """Prepare the messages. Raises ModelError if a question leaves no room for a response."""
+    endpoint, template = connected(), plan.recipe.prompt.template
     messages = {
         name: {problem.problem_id: template.replace("{question}", problem.question) for problem in problems}
         for name, problems in plan.problems.items()
     }
     context = plan.recipe.evaluation.max_context_tokens
     limits = {name: _message_limit(context, name, asked.values()) for name, asked in messages.items()}
+    verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
 
-    def sampler_of(benchmark: BenchmarkConfig, verifier: Verifier) -> Sampler:
+    def sampler_of(benchmark: BenchmarkConfig) -> Sampler:
         asked, limit = messages[benchmark.name], limits[benchmark.name]
         return Sampler(
             source=partial(endpoint.respond, messages=asked, max_response_tokens=limit),

@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from kdrl_core.config import BenchmarkConfig
 from kdrl_core.errors import DamagedArtifactError
-from kdrl_core.evaluation.answering import LoadedLater
+from kdrl_core.evaluation.answering import SamplerOf, connect, sampler_of_directory, sampler_of_endpoint
 from kdrl_core.evaluation.evaluation_plan import (
     EvaluationPlan,
     identity_of,
@@ -32,8 +32,7 @@ from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import RunPaths, find_intact, is_published, verify_published
 from kdrl_core.models.loading import read_config
 from kdrl_core.models.prepare import prepared_model
-from kdrl_core.sampling.job import SamplingJob
-from kdrl_core.sampling.work import hold_work, settings_hash
+from kdrl_core.sampling.job import SamplingJob, hold_work, settings_hash
 from kdrl_core.tables.schemas import EVALUATION
 
 Progress = Callable[[str, int, int], None]
@@ -71,17 +70,20 @@ def evaluate_plan(plan: EvaluationPlan, root: Path, *, on_progress: Progress | N
     """
     with ExitStack() as stack:
         path = served = None
+        load: Callable[[], SamplerOf]
         if plan.endpoint is None:
             path = prepared_model(plan.model, RunPaths.of("evaluate").root)
             refuse_short_context(plan.recipe, read_config(path), plan.model.path)
-        whole = None if path is None else partial(_whole, path)
-        loaded = LoadedLater(plan, stack, whole, lambda benchmark: f"{plan.name}, {benchmark.name}")
-        if plan.endpoint is not None:  # one whose name is given need not be there for what was evaluated before
-            served = plan.endpoint.model or loaded.endpoint.model
+            load = partial(_directory, plan, path, stack)
+        else:  # one whose name is given need not be there for what was evaluated before
+            endpoint = cache(partial(connect, plan, stack))
+            served = plan.endpoint.model or endpoint().model
+            load = partial(sampler_of_endpoint, plan, endpoint, stack)
+        load = cache(load)
         identity = identity_of(plan, path, served)
         name = plan.name if served is None else plain_name(served.rpartition("/")[2])
         folder = root / "evaluations" / f"{name}-{_short(identity)}"
-        return [_one(plan, benchmark, identity, folder, loaded, on_progress) for benchmark in plan.benchmarks]
+        return [_one(plan, benchmark, identity, folder, load, on_progress) for benchmark in plan.benchmarks]
 
 
 def combined_lm_eval(found: Sequence[EvaluatedBenchmark]) -> bytes:
@@ -100,9 +102,17 @@ def combined_lm_eval(found: Sequence[EvaluatedBenchmark]) -> bytes:
 
 
 def benchmark_job(
-    plan: EvaluationPlan, benchmark: BenchmarkConfig, loaded: LoadedLater, folder: Path, inputs: Mapping[str, str]
+    plan: EvaluationPlan,
+    benchmark: BenchmarkConfig,
+    load: Callable[[], SamplerOf],
+    folder: Path,
+    inputs: Mapping[str, str],
 ) -> SamplingJob:
-    """The sampling of one benchmark into shards in `folder`, whose manifests name `inputs`."""
+    """The sampling of one benchmark into shards in `folder`, whose manifests name `inputs`.
+
+    Args:
+        load: called when a shard is to be sampled.
+    """
     problems = {problem.problem_id: problem for problem in plan.problems[benchmark.name]}
     return SamplingJob(
         folder=folder,
@@ -118,7 +128,7 @@ def benchmark_job(
             "benchmark": [benchmark.name] * len(ids),
             "question": [problems[problem_id].question for problem_id in ids],
         },
-        load=partial(loaded.sampler, benchmark),
+        load=lambda: load()(benchmark),
     )
 
 
@@ -127,7 +137,7 @@ def _one(
     benchmark: BenchmarkConfig,
     identity: dict[str, str],
     folder: Path,
-    loaded: LoadedLater,
+    load: Callable[[], SamplerOf],
     on_progress: Progress | None,
 ) -> EvaluatedBenchmark:
     settings = {"model": identity, **settings_of(plan, benchmark)}
@@ -138,9 +148,17 @@ def _one(
     work = target.with_name(f"{target.name}.work")
     with hold_work(work, "evaluate.lock", remedy=", which evaluates the same; wait for it"):
         if not find_intact(target, inputs, is_exact=False):  # else made while we waited
-            job = benchmark_job(plan, benchmark, loaded, work, inputs)
+            job = benchmark_job(plan, benchmark, load, work, inputs)
             shards = job.run(on_progress and partial(on_progress, benchmark.name))
-            _publish(plan, benchmark, target, shards, settings)
+            publish_outcome(
+                plan,
+                target,
+                {benchmark.name: shards},
+                label=folder.name.rpartition("-")[0],
+                model=folder.name,
+                inputs=inputs,
+                settings=settings,
+            )
         shutil.rmtree(work, ignore_errors=True)  # whoever waited for it does the same
     return _read(benchmark.name, target, is_new=True)
 
@@ -153,25 +171,11 @@ def _is_intact(target: Path, inputs: dict[str, str]) -> bool:
         return False
 
 
-def _publish(
-    plan: EvaluationPlan, benchmark: BenchmarkConfig, target: Path, shards: Sequence[Path], settings: dict[str, Any]
-) -> None:
-    publish_outcome(
-        plan,
-        target,
-        {benchmark.name: shards},
-        label=target.parent.name.rpartition("-")[0],
-        model=target.parent.name,
-        inputs={"settings": settings_hash(settings)},
-        settings=settings,
-    )
-
-
-def _whole(path: Path) -> Path:
-    """A model directory that is about to be loaded. Raises DamagedArtifactError if kdrl published it otherwise."""
+def _directory(plan: EvaluationPlan, path: Path, stack: ExitStack) -> SamplerOf:
+    """Raises DamagedArtifactError if kdrl published the model, and it was altered since."""
     if is_published(path):
         verify_published(path)
-    return path
+    return sampler_of_directory(plan, path, lambda benchmark: f"{plan.name}, {benchmark.name}", stack)
 
 
 def _read(name: str, target: Path, *, is_new: bool) -> EvaluatedBenchmark:

@@ -29,9 +29,8 @@ from kdrl_core.labelling.label_summary import LabelSummary, summarize_labels
 from kdrl_core.ledger import RunPaths, model_identity, replace_file
 from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.models.prepare import prepared_model
-from kdrl_core.sampling.job import Progress, Sampler, SamplingJob
+from kdrl_core.sampling.job import Progress, Sampler, SamplingJob, hold_work, settings_hash
 from kdrl_core.sampling.responses import engine_source
-from kdrl_core.sampling.work import hold_work, settings_hash
 from kdrl_core.tables.schemas import LABELS, read_table, write_table
 from kdrl_core.verify import Verifier
 

@@ -6,9 +6,12 @@
 A job that was stopped goes on behind its last response. Shards of other settings do not count.
 """
 
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.ledger import find_intact, is_published, manifest_of, publish_file, verify_published
+from kdrl_core.errors import RunLockedError
+from kdrl_core.ledger import (
+    find_intact,
+    is_published,
+    lock_holder,
+    manifest_of,
+    publish_file,
+    run_lock,
+    sweep_temporaries,
+    verify_published,
+)
 from kdrl_core.ledger.manifest import file_manifest_path
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
@@ -150,3 +163,29 @@ class SamplingJob:
         table = pa.Table.from_pydict(columns, schema=self.schema)
         seconds = time.perf_counter() - started + journal.seconds
         publish_file(path, partial(write_table, table), inputs=self.inputs, metadata={"seconds": seconds})
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """sha256 over the settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def hold_work(work: Path, lock_name: str, *, remedy: str) -> Iterator[None]:
+    """Hold the folder `work` alone, and sweep what a kill has left in it.
+
+    Args:
+        remedy: end of the error's sentence, behind who holds it.
+
+    Raises:
+        RunLockedError: another process works in it.
+    """
+    lock = work / lock_name
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock(lock))
+        except RunLockedError as error:
+            holder = lock_holder(lock) or "another process"
+            raise RunLockedError(f"{work} is in use by {holder}{remedy}") from error
+        sweep_temporaries(work)
+        yield

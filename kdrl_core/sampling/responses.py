@@ -27,8 +27,8 @@ OnResponses = Callable[[Sequence[Response]], None]
 
 
 Source = Callable[[Sequence[RolloutRequest], OnResponses], list[Response]]
-"""Answers requests: an engine in this process, or an endpoint. It tells of each response once it is finished, and returns
-all in the order of the requests; what it returns counts."""
+"""Answers requests: an engine in this process, or an endpoint. It tells of each response once it is finished, and
+returns all in the order of the requests; what it returns counts."""
 
 
 def requests_for(prompts: Mapping[str, Sequence[int]], samples: int, *seed_names: object) -> list[RolloutRequest]:

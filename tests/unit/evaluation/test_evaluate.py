@@ -28,7 +28,7 @@ from kdrl_core.evaluation.endpoint import with_thought_tags
 from kdrl_core.evaluation.evaluate import EvaluatedBenchmark, combined_lm_eval, evaluate_plan
 from kdrl_core.evaluation.evaluation_plan import EvaluationOptions, plain_name, plan_evaluation
 from kdrl_core.ledger import model_identity, publish_directory, run_lock
-from kdrl_core.sampling import work as work_module
+from kdrl_core.sampling import job as job_module
 from kdrl_core.sampling.job import Sampler
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.tables.schemas import read_table
@@ -216,7 +216,7 @@ def test_a_stopped_evaluation_goes_on_behind_its_last_shard(
 
 @pytest.mark.usefixtures("in_shards")
 def test_a_damaged_shard_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module, "publish_outcome", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluated(recipe, tmp_path, benchmarks=["test"])
     monkeypatch.undo()
@@ -234,7 +234,7 @@ def test_two_at_once_do_not_sample_the_same(recipe: Recipe, tmp_path: Path, monk
     (done,) = evaluated(recipe, tmp_path, benchmarks=["test"])
     shutil.rmtree(done.folder)
     with run_lock(done.folder.with_name(f"{done.folder.name}.work") / "evaluate.lock"):
-        monkeypatch.setattr(work_module, "run_lock", held)
+        monkeypatch.setattr(job_module, "run_lock", held)
         with pytest.raises(RunLockedError, match=r"\.work is in use by .*evaluates the same; wait for it"):
             evaluated(recipe, tmp_path, benchmarks=["test"])
 
