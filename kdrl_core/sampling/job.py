@@ -56,7 +56,7 @@ class Sampler:
     think_opened: bool
     """Whether the prompts have opened `<think>` already."""
     mend: Callable[[Sequence[Response]], Sequence[Response]] = list
-    """What is judged and published of the responses; its argument are all of a shard that there are."""
+    """Applied to the responses of a shard before they are judged and published."""
 
     def sample(
         self, journal: Journal, ground_truths: Mapping[str, str], on_progress: Callable[[int], None]
