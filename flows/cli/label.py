@@ -1,6 +1,7 @@
 """`kdrl label`: measure the difficulty labels that a filter needs (B.1.1). The work is in kdrl_core.labelling."""
 
 import signal
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -114,7 +115,7 @@ def label(
             err.print(f"interrupted; the same command goes on from {work_folder(output)}", highlight=False)
             raise SystemExit(130) from None
         if as_json:
-            out.print_json(data={"output": str(output), **summary.to_json()})
+            out.print_json(data={"output": str(output), **asdict(summary)})
         else:
             _print_summary(summary, output, plan.stage, out)
 

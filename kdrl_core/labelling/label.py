@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -73,17 +73,6 @@ def label_problems(
     settings = _settings(plan, path, problems.values(), shard_problems)
     with ExitStack() as stack:
         stack.enter_context(open_work(work, settings))
-
-        def load() -> Sampler:
-            verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
-            engine = stack.enter_context(closing((make_engine or recipe_engine)(plan, path, tokenizer)))
-            return Sampler(
-                source=engine_source(engine),
-                verifier=verifier,
-                prompts={problem_id: problem["prompt_token_ids"] for problem_id, problem in problems.items()},
-                think_opened=think_opened(next(iter(problems.values()))["prompt"], plan.recipe),
-            )
-
         job = SamplingJob(
             folder=work / "shards",
             inputs={SETTINGS: settings_hash(settings)},
@@ -95,15 +84,16 @@ def label_problems(
             max_failed_share=plan.recipe.verification.max_failed_share,
             schema=LABELS,
             more_columns=lambda ids: {"problem_id": ids, "prompt": [problems[each]["prompt"] for each in ids]},
-            load=load,
+            load=partial(_load, plan, problems, partial(make_engine or recipe_engine, plan, path, tokenizer), stack),
         )
         shards = [read_table(shard, _COUNTED) for shard in job.run(on_progress)]
         samples = pa.concat_tables(shards) if shards else LABELS.empty_table()
         failures = _write(plan, output, samples, settings)
         if not keep_work:
             shutil.rmtree(work)
-    num_too_long = len(plan.todo) - len(problems)
-    return summarize_labels(plan.label, plan.num_samples, failures, samples, num_too_long=num_too_long)
+    return summarize_labels(
+        plan.label, plan.num_samples, failures, samples, num_too_long=len(plan.todo) - len(problems)
+    )
 
 
 def recipe_engine(plan: LabelPlan, path: Path, tokenizer: Any) -> RolloutEngine:
@@ -119,6 +109,18 @@ def recipe_engine(plan: LabelPlan, path: Path, tokenizer: Any) -> RolloutEngine:
         temperature=plan.config.temperature,
         max_prompt_tokens=plan.config.max_prompt_tokens,
         max_response_tokens=plan.config.max_response_tokens,
+    )
+
+
+def _load(
+    plan: LabelPlan, problems: Mapping[str, Problem], make_engine: Callable[[], RolloutEngine], stack: ExitStack
+) -> Sampler:
+    verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
+    return Sampler(
+        source=engine_source(stack.enter_context(closing(make_engine()))),
+        verifier=verifier,
+        prompts={problem_id: problem["prompt_token_ids"] for problem_id, problem in problems.items()},
+        think_opened=think_opened(next(iter(problems.values()))["prompt"], plan.recipe),
     )
 
 

@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import comb
-from typing import Any
 
 import pyarrow as pa
 
@@ -34,14 +33,6 @@ class LabelSummary:
     """Of the sampled responses: verdicts that broke (memory, ground truth) and count as wrong."""
     clip_ratio: float
     length_mean: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; the keys of `pass_at` become text."""
-        return {
-            **asdict(self),
-            "histogram": list(self.histogram),
-            "pass_at": {str(k): v for k, v in self.pass_at.items()},
-        }
 
 
 def pass_at_k(failures: int, num_samples: int, k: int) -> float:
