@@ -7,7 +7,6 @@ evaluation/.scratch-<label>/    what is sampled of it so far: a shard per benchm
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -84,15 +83,11 @@ def _sample(
 ) -> list[Path]:
     """The only shard of a benchmark."""
     settings = settings_hash({"model": model, **settings_of(plan, benchmark)})
-    job = benchmark_job(plan, benchmark, load, work / f"{benchmark.name}-{settings[:10]}", {"settings": settings})
-    whole = replace(
-        job,
-        shard_prompts=len(job.ground_truths),
-        name=lambda _: f"evaluation of {plan.name}, {benchmark.name}",
-        heals=True,
-    )
+    folder, inputs = work / f"{benchmark.name}-{settings[:10]}", {"settings": settings}
+    whole = f"evaluation of {plan.name}, {benchmark.name}"
     report = partial(report_progress, run, stage=f"evaluate {plan.name}", phase=benchmark.name)
-    return whole.run(lambda done, total: report(done=done, total=total))
+    job = benchmark_job(plan, benchmark, load, folder, inputs, whole=whole)
+    return job.run(lambda done, total: report(done=done, total=total))
 
 
 def _plan(run: Run, label: str, config: ModelConfig, benchmarks: Sequence[BenchmarkConfig]) -> EvaluationPlan:

@@ -19,17 +19,11 @@ from typing import Any
 from kdrl_core.config import BenchmarkConfig
 from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.evaluation.answering import SamplerOf, connect, sampler_of_directory, sampler_of_endpoint
-from kdrl_core.evaluation.evaluation_plan import (
-    EvaluationPlan,
-    identity_of,
-    plain_name,
-    refuse_short_context,
-    settings_of,
-)
+from kdrl_core.evaluation.evaluation_plan import EvaluationPlan, plain_name, refuse_short_context, settings_of
 from kdrl_core.evaluation.lm_eval import lm_eval_results
 from kdrl_core.evaluation.outcome import publish_outcome
 from kdrl_core.evaluation.results import read_results
-from kdrl_core.ledger import RunPaths, find_intact, is_published, verify_published
+from kdrl_core.ledger import RunPaths, find_intact, is_published, model_identity, verify_published
 from kdrl_core.models.loading import read_config
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.sampling.job import SamplingJob, hold_work, settings_hash
@@ -69,19 +63,17 @@ def evaluate_plan(plan: EvaluationPlan, root: Path, *, on_progress: Progress | N
         VerificationError: too many verdicts of a shard are timeouts or errors.
     """
     with ExitStack() as stack:
-        path = served = None
         load: Callable[[], SamplerOf]
         if plan.endpoint is None:
             path = prepared_model(plan.model, RunPaths.of("evaluate").root)
             refuse_short_context(plan.recipe, read_config(path), plan.model.path)
-            load = partial(_directory, plan, path, stack)
+            load = cache(partial(_directory, plan, path, stack))
+            name, identity = plan.name, {"sha256": model_identity(path).rpartition(" ")[2]}
         else:  # one whose name is given need not be there for what was evaluated before
             endpoint = cache(partial(connect, plan, stack))
-            served = plan.endpoint.model or endpoint().model
-            load = partial(sampler_of_endpoint, plan, endpoint, stack)
-        load = cache(load)
-        identity = identity_of(plan, path, served)
-        name = plan.name if served is None else plain_name(served.rpartition("/")[2])
+            load = cache(partial(sampler_of_endpoint, plan, endpoint, stack))
+            served, urls = plan.endpoint.model or endpoint().model, [url.rstrip("/") for url in plan.endpoint.urls]
+            name, identity = plain_name(served.rpartition("/")[2]), {"urls": " ".join(urls), "served_as": served}
         folder = root / "evaluations" / f"{name}-{_short(identity)}"
         return [_one(plan, benchmark, identity, folder, load, on_progress) for benchmark in plan.benchmarks]
 
@@ -107,11 +99,14 @@ def benchmark_job(
     load: Callable[[], SamplerOf],
     folder: Path,
     inputs: Mapping[str, str],
+    *,
+    whole: str | None = None,
 ) -> SamplingJob:
     """The sampling of one benchmark into shards in `folder`, whose manifests name `inputs`.
 
     Args:
         load: called when a shard is to be sampled.
+        whole: the benchmark is one shard, which errors call so, and which is sampled again where it is damaged.
     """
     problems = {problem.problem_id: problem for problem in plan.problems[benchmark.name]}
     return SamplingJob(
@@ -120,8 +115,8 @@ def benchmark_job(
         ground_truths={problem_id: problem.answer for problem_id, problem in problems.items()},
         samples=benchmark.samples,
         seed_names=(plan.recipe.seed, "evaluation", benchmark.name),  # a response depends on nothing else that is asked
-        shard_prompts=plan.shard_problems(benchmark),
-        name=lambda ids: f"{benchmark.name}, problems {ids[0]} to {ids[-1]}",
+        shard_prompts=len(problems) if whole else plan.shard_problems(benchmark),
+        name=lambda ids: whole or f"{benchmark.name}, problems {ids[0]} to {ids[-1]}",
         max_failed_share=plan.recipe.verification.max_failed_share,
         schema=EVALUATION,
         more_columns=lambda ids: {
@@ -129,6 +124,7 @@ def benchmark_job(
             "question": [problems[problem_id].question for problem_id in ids],
         },
         load=lambda: load()(benchmark),
+        heals=whole is not None,
     )
 
 

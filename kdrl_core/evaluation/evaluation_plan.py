@@ -15,7 +15,6 @@ from kdrl_core.config.recipe import ServersConfig
 from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
 from kdrl_core.engines.from_recipe import EngineName
 from kdrl_core.errors import DataError, ModelError, RecipeError
-from kdrl_core.ledger import model_identity
 from kdrl_core.models.loading import check_model_dir, context_limit
 from kdrl_core.verify import verifier_version
 
@@ -112,14 +111,6 @@ def plan_evaluation(recipe: Recipe, model: str, options: EvaluationOptions | Non
 def plain_name(name: str) -> str:
     """As part of a folder's name: a server may call its model anything."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
-
-
-def identity_of(plan: EvaluationPlan, path: Path | None, served: str | None) -> dict[str, str]:
-    """What tells the model from every other: the sha256 of its directory, or URL and name of what is served."""
-    if path is not None:
-        return {"sha256": model_identity(path).rpartition(" ")[2]}
-    assert plan.endpoint is not None
-    return {"urls": " ".join(url.rstrip("/") for url in plan.endpoint.urls), "served_as": served or ""}
 
 
 def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, Any]:
