@@ -20,16 +20,17 @@ import pyarrow.compute as pc
 from kdrl_core.boxes.make import Product, box, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.shards import num_shards, shard_problem_ids
-from kdrl_core.boxes.step import TO_VERIFY, Finished, rollouts_table, verdicts_of
+from kdrl_core.boxes.step import TO_VERIFY, generate_for, verdicts_of
 from kdrl_core.boxes.step_end import StepSummary, check_replay, end_step, step_facts
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import Manifest, derive_seed, prompts_of_step
+from kdrl_core.ledger import Manifest, prompts_of_step
 from kdrl_core.ledger.graph import SAMPLE_REWARDS, SAMPLE_ROLLOUTS, SFT_DATASET, UPDATE, Node
 from kdrl_core.ledger.progress import report_progress
+from kdrl_core.sampling.responses import requests_for
+from kdrl_core.sampling.rollouts import rollouts_table
 from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import score_requests
 from kdrl_core.training.protocols import StepStats, UpdateBatch
-from kdrl_core.types import RolloutRequest
 
 TEACHER_VERSION = -1
 """`policy_version` of samples that no student made."""
@@ -38,23 +39,16 @@ TEACHER_VERSION = -1
 @box(SAMPLE_ROLLOUTS, is_kept=True)
 def teacher_sample(session: StageSession, at: int) -> Product:
     """Sample the teacher on the problems of shard `at`. Raises EngineError if its logits are not finite."""
-    run, stage, samples = session.run, session.stage, session.config.sft.samples
-    requests = [
-        RolloutRequest(
-            prompt_id=problem_id,
-            sample=sample,
-            prompt_token_ids=session.pool[problem_id]["prompt_token_ids"],
-            seed=derive_seed(run.recipe.seed, stage, "sft", problem_id, sample),
-        )
-        for problem_id in shard_problem_ids(run, stage, at)
-        for sample in range(samples)
-    ]
+    run, stage = session.run, session.stage
+    ids = shard_problem_ids(run, stage, at)
+    prompts = {problem_id: session.pool[problem_id]["prompt_token_ids"] for problem_id in ids}
+    requests = requests_for(prompts, session.config.sft.samples, run.recipe.seed, stage, "sft")
     phase = f"sampling shard {at + 1}/{num_shards(run, stage)}"
     report_progress(run, stage=stage, at=at, phase=phase, done=0, total=len(requests))
     teacher = run.recipe.teacher
     assert teacher is not None  # the recipe was validated
-    rollouts = session.teacher_engine.generate(requests, on_finished=Finished(session, at, phase, len(requests)))
-    table = rollouts_table(session, requests, rollouts, policy_version=TEACHER_VERSION, engine=teacher.engine)
+    rollouts = generate_for(session, session.teacher_engine, requests, at=at, phase=phase)
+    table = rollouts_table(requests, rollouts, session.pool, policy_version=TEACHER_VERSION, engine=teacher.engine)
     return Product(content=table, facts=timed())
 
 

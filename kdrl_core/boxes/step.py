@@ -6,19 +6,22 @@ prompts ─▶ rollout ─▶ rollouts.parquet ─┬▶ teacher-score ─▶ te
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 import pyarrow as pa
 
 from kdrl_core.boxes.make import Made, Product, box, make, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.engines.http_scorer import HTTPScorer
+from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import derive_seed, prompts_of_step
+from kdrl_core.ledger import prompts_of_step
 from kdrl_core.ledger.graph import REFERENCE, REWARDS, ROLLOUTS, TEACHER
 from kdrl_core.ledger.progress import report_progress
+from kdrl_core.sampling.responses import requests_for
+from kdrl_core.sampling.rollouts import generate, rollouts_table
 from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import from_matrices, score_requests, verdict_columns
-from kdrl_core.tables.responses import repetition_rate
 from kdrl_core.types import Rollout, RolloutRequest
 from kdrl_core.verify.failures import refuse_failures
 
@@ -37,9 +40,9 @@ def rollout(session: StageSession, at: int) -> Product:
     """
     requests = _requests(session, at)
     sampler = session.sampler_at(at, requests)
-    rollouts = sampler.engine.generate(requests, on_finished=Finished(session, at, "rollout", len(requests)))
+    rollouts = generate_for(session, sampler.engine, requests, at=at, phase="rollout")
     engine = session.run.recipe.rollout.engine
-    table = rollouts_table(session, requests, rollouts, policy_version=at, engine=engine)
+    table = rollouts_table(requests, rollouts, session.pool, policy_version=at, engine=engine)
     return Product(content=table, facts=timed(**({} if sampler.sync is None else {"sync": asdict(sampler.sync)})))
 
 
@@ -92,58 +95,6 @@ def verdicts_of(session: StageSession, rollouts: pa.Table, *, where: str) -> Pro
     return Product(content=table, facts=timed(hidden_seconds=hidden_s))
 
 
-class Finished:
-    """What happens to responses while others are still being generated: they are counted, their verification begins,
-    and servers of the teacher begin to score them.
-
-    Verdicts and scores do not depend on it, only how long their tasks take.
-    """
-
-    def __init__(self, session: StageSession, at: int, phase: str, total: int) -> None:
-        self._session = session
-        self._at, self._phase = at, phase
-        self._done, self._total = 0, total
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> None:
-        session = self._session
-        self._done += len(rollouts)
-        report_progress(
-            session.run, stage=session.stage, at=self._at, phase=self._phase, done=self._done, total=self._total
-        )
-        session.work_ahead(rollouts)
-
-
-def rollouts_table(
-    session: StageSession,
-    requests: Sequence[RolloutRequest],
-    rollouts: Sequence[Rollout],
-    *,
-    policy_version: int,
-    engine: str,
-) -> pa.Table:
-    """Responses to problems of the stage's pool as ROLLOUTS."""
-    problems = [session.pool[rollout.prompt_id] for rollout in rollouts]
-    return pa.Table.from_pydict(
-        {
-            "prompt_id": [r.prompt_id for r in rollouts],
-            "sample": [r.sample for r in rollouts],
-            "prompt": [p["prompt"] for p in problems],
-            "response": [r.text for r in rollouts],
-            "ground_truth": [p["answer"] for p in problems],
-            "prompt_token_ids": [r.prompt_token_ids for r in rollouts],
-            "token_ids": [r.token_ids for r in rollouts],
-            "rollout_logprobs": [r.logprobs for r in rollouts],
-            "length": [len(r.token_ids) for r in rollouts],
-            "finish_reason": [r.finish_reason.value for r in rollouts],
-            "repetition_rate": [repetition_rate(r.token_ids) for r in rollouts],
-            "seed": [request.seed for request in requests],
-            "policy_version": [policy_version] * len(rollouts),
-            "engine": [engine] * len(rollouts),
-        },
-        schema=schemas.ROLLOUTS,
-    )
-
-
 def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
     run, stage, config = session.run, session.stage, session.config
     if len(session.pool) < config.prompts_per_step:
@@ -155,13 +106,18 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
     problem_ids = prompts_of_step(
         list(session.pool), seed=run.recipe.seed, stage=stage, step=step, prompts_per_step=config.prompts_per_step
     )
-    return [
-        RolloutRequest(
-            prompt_id=problem_id,
-            sample=sample,
-            prompt_token_ids=session.pool[problem_id]["prompt_token_ids"],
-            seed=derive_seed(run.recipe.seed, stage, step, problem_id, sample),
-        )
-        for problem_id in problem_ids
-        for sample in range(config.group_size)
-    ]
+    prompts = {problem_id: session.pool[problem_id]["prompt_token_ids"] for problem_id in problem_ids}
+    return requests_for(prompts, config.group_size, run.recipe.seed, stage, step)
+
+
+def generate_for(
+    session: StageSession, engine: RolloutEngine, requests: Sequence[RolloutRequest], *, at: int, phase: str
+) -> list[Rollout]:
+    """Responses to problems of the pool. Meanwhile finished ones are counted, verified and, by servers, scored."""
+    report = partial(report_progress, session.run, stage=session.stage, at=at, phase=phase)
+    return generate(
+        engine,
+        requests,
+        on_finished=session.work_ahead,
+        on_progress=lambda done, total: report(done=done, total=total),
+    )

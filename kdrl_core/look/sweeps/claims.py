@@ -1,9 +1,9 @@
 """Claims of a sweep, judged by its runs: does what the paper finds hold here, does it not, or cannot one tell?
 
 A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (and,
-for accuracy, by problem), with the 95 % interval of kdrl_core.evaluation.seeds: above zero the claim holds, below zero
-it does not, and around zero it is unclear. Nothing is corrected for the number of claims: of twenty that are really
-ties, one at most comes out as holding or not by chance, on average.
+for accuracy, by problem), with the 95 % interval of kdrl_core.evaluation.over_seeds: above zero the claim holds, below
+zero it does not, and around zero it is unclear. Nothing is corrected for the number of claims: of twenty that are
+really ties, one at most comes out as holding or not by chance, on average.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from kdrl_core.evaluation.seeds import paired_difference
+from kdrl_core.evaluation.over_seeds import paired_difference
 from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 from kdrl_core.look.sweeps.spec import ACCURACY, LENGTH, Claim

@@ -1,7 +1,7 @@
 """The results of a sweep as tables: one row a variant, mean over its seeds with 95 % interval; shows what is missing.
 
 Pure: from `SweepResults` to `SweepTable`, which prints, serialises, and is what a report draws. How the intervals come
-about says kdrl_core.evaluation.seeds.
+about says kdrl_core.evaluation.over_seeds.
 """
 
 import csv
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kdrl_core.evaluation.seeds import Scores, over_seeds, paired_difference
+from kdrl_core.evaluation.over_seeds import Scores, over_seeds, paired_difference
 from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.look.reporting.tables import Table
 from kdrl_core.look.sweeps.claims import JudgedClaim, judge

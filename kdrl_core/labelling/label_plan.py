@@ -46,29 +46,31 @@ class LabelPlan:
         return self.config.data.difficulty.num_samples
 
 
-def plan_labels(
-    recipe: Recipe,
-    files: Sequence[str],
-    *,
-    stage: str | None = None,
-    model: str | None = None,
-    label: str | None = None,
-    samples: int | None = None,
-    only_missing: bool = True,
-    max_problems: int | None = None,
-    on_error: Literal["fail", "drop"] | None = None,
-) -> LabelPlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelOptions:
+    """What may be asked for beside recipe and files."""
+
+    stage: str | None = None
+    """Default: the recipe's last."""
+    model: str | None = None
+    """Directory of the model to sample in place of the recipe's student, whose other fields stay; needs `label`."""
+    label: str | None = None
+    """Default: the stage's data.difficulty.student."""
+    samples: int | None = None
+    """Default, and if given necessarily, the stage's data.difficulty.num_samples."""
+    only_missing: bool = True
+    """Leave problems alone that have the label."""
+    max_problems: int | None = None
+    """The first problems only; the others are not in the output either."""
+    on_error: Literal["fail", "drop"] | None = None
+    """Malformed rows; default: the stage's data.on_error."""
+
+
+def plan_labels(recipe: Recipe, files: Sequence[str], options: LabelOptions | None = None) -> LabelPlan:
     """Read the problems and settle what to sample.
 
     Args:
         files: problems in any known format; paths, globs or `builtin:…`.
-        stage: default: the recipe's last.
-        model: directory of the model to sample in place of the recipe's student, whose other fields stay.
-        label: default: the stage's data.difficulty.student; needed with `model`, which is another one.
-        samples: default, and if given necessarily, the stage's data.difficulty.num_samples.
-        only_missing: leave problems alone that have the label.
-        max_problems: the first problems only; the others are not in the output either.
-        on_error: malformed rows; default: the stage's data.on_error.
 
     Raises:
         RecipeError: no such stage, another number of samples, a model without a label's name, limits beyond the
@@ -76,36 +78,42 @@ def plan_labels(
         DataError: files, rows, or two questions or answers under one id.
         ModelError: the model's directory is missing or incomplete.
     """
-    stage = recipe.stages[-1] if stage is None else stage
+    options = options or LabelOptions()
+    stage = recipe.stages[-1] if options.stage is None else options.stage
     if stage not in recipe.stages:
         raise RecipeError(f"recipe {recipe.name} has no stage '{stage}'; set --stage to {' or '.join(recipe.stages)}")
-    config = recipe.stage(stage)
-    if samples is not None and samples != config.data.difficulty.num_samples:
+    recipe, name = _model_and_label(recipe, stage, options)
+    config = recipe.stage(stage).data
+    data = config.model_copy(
+        update={"files": list(files), "format": "auto", "on_error": options.on_error or config.on_error}
+    )
+    problems = read_problems(data).slice(0, options.max_problems)
+    if not len(problems):
+        raise DataError(f"--input {' '.join(files)}: no problems in it; give files with rows")
+    todo = _select(problems, name, only_missing=options.only_missing)
+    origins = _origins(find_files(data))
+    return LabelPlan(recipe=recipe, stage=stage, label=name, problems=problems, todo=todo, origins=origins)
+
+
+def _model_and_label(recipe: Recipe, stage: str, options: LabelOptions) -> tuple[Recipe, str]:
+    """The recipe with the model that is sampled as its student, checked, and the label's name."""
+    difficulty, model = recipe.stage(stage).data.difficulty, options.model
+    if options.samples is not None and options.samples != difficulty.num_samples:
         raise RecipeError(
-            f"--samples {samples} differs from {stage}.data.difficulty.num_samples="
-            f"{config.data.difficulty.num_samples}, out of which labels are counted; leave --samples out, or add "
-            f"--set {stage}.data.difficulty.num_samples={samples} here and where the labels are used"
+            f"--samples {options.samples} differs from {stage}.data.difficulty.num_samples={difficulty.num_samples}, "
+            f"out of which labels are counted; leave --samples out, or add "
+            f"--set {stage}.data.difficulty.num_samples={options.samples} here and where the labels are used"
         )
-    student_label = config.data.difficulty.student
-    if model is not None and not label:
+    if model is not None and not options.label:
         raise RecipeError(
-            f"--model {model}: its label needs a name of its own, since '{student_label}' is the student's; "
+            f"--model {model}: its label needs a name of its own, since '{difficulty.student}' is the student's; "
             "add --label NAME"
         )
     if model is not None:
         student = recipe.student.model_copy(update={"path": model, "gguf_file": None})
         recipe = recipe.model_copy(update={"student": student})
     _check_model(recipe, stage, model=model)
-    data = config.data.model_copy(
-        update={"files": list(files), "format": "auto", "on_error": on_error or config.data.on_error}
-    )
-    problems = read_problems(data).slice(0, max_problems)
-    if not len(problems):
-        raise DataError(f"--input {' '.join(files)}: no problems in it; give files with rows")
-    name = label or student_label
-    todo = _select(problems, name, only_missing=only_missing)
-    origins = _origins(find_files(data))
-    return LabelPlan(recipe=recipe, stage=stage, label=name, problems=problems, todo=todo, origins=origins)
+    return recipe, options.label or difficulty.student
 
 
 def _check_model(recipe: Recipe, stage: str, *, model: str | None) -> None:

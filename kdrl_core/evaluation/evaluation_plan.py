@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from kdrl_core.config import BenchmarkConfig, ModelConfig, Recipe, resolve_path
 from kdrl_core.config.recipe import ServersConfig
 from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
+from kdrl_core.engines.from_recipe import EngineName
 from kdrl_core.errors import DataError, ModelError, RecipeError
-from kdrl_core.ledger import model_identity
 from kdrl_core.models.loading import check_model_dir, context_limit
 from kdrl_core.verify import verifier_version
 
@@ -23,93 +23,85 @@ SHARD_RESPONSES = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """What may be asked for beside recipe and model. Raises RecipeError where a number is below 1."""
+
+    benchmarks: Sequence[str] = ()
+    """Names of the recipe's, or `NAME=FILE` for one's own; none: all of the recipe's."""
+    samples: int | None = None
+    """Responses per problem, in place of each benchmark's own."""
+    max_problems: int | None = None
+    """The first problems of each benchmark only."""
+    gguf_file: str | None = None
+    """In the model's directory."""
+    served_as: str | None = None
+    """Name of the model at the endpoint; default: the only one there."""
+    api_key: str | None = None
+    """`env:NAME` or `block:NAME`."""
+    concurrency: int = 32
+    """Requests in flight at the endpoint."""
+    timeout_s: float = 3600.0
+    """Of one request at the endpoint; 32K tokens take a while."""
+    retry_for_s: float = 120.0
+    """Faults that may pass are tried again for so long from a request's first fault on."""
+
+    def __post_init__(self) -> None:
+        for option in ("samples", "max_problems", "concurrency"):
+            number = getattr(self, option)
+            if number is not None and number < 1:
+                raise RecipeError(f"{option}: {number} is none; give 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationPlan:
     """A model, benchmarks and settings, all checked."""
 
     recipe: Recipe
-    """Its `evaluation`, `prompt`, `verification`, `runtime` and `rollout` sections apply; its student is the model."""
+    """Its `evaluation`, `prompt`, `verification` and `runtime` sections apply, and `rollout` but for its engine."""
     endpoint: ServersConfig | None
     """Where the model is served; None: it is in a directory."""
+    model: ModelConfig
+    """The model in a directory."""
+    engine: EngineName
+    """What samples from a directory."""
     name: str
     """Of the model, for folders and tables; an endpoint tells its own."""
     benchmarks: tuple[BenchmarkConfig, ...]
     problems: dict[str, list[BenchmarkProblem]]
     """By benchmark."""
 
-    @property
-    def model(self) -> ModelConfig:
-        """The model in a directory."""
-        return self.recipe.student
-
     def shard_problems(self, benchmark: BenchmarkConfig) -> int:
         """Problems of one shard."""
         return max(1, SHARD_RESPONSES // benchmark.samples)
 
 
-def plan_evaluation(
-    recipe: Recipe,
-    model: str,
-    *,
-    benchmarks: Sequence[str] = (),
-    samples: int | None = None,
-    max_problems: int | None = None,
-    gguf_file: str | None = None,
-    served_as: str | None = None,
-    api_key: str | None = None,
-    concurrency: int = 32,
-    timeout_s: float = 3600.0,
-    retry_for_s: float = 120.0,
-) -> EvaluationPlan:
+def plan_evaluation(recipe: Recipe, model: str, options: EvaluationOptions | None = None) -> EvaluationPlan:
     """Settle what is evaluated.
 
     Args:
         model: directory, `run:NAME`, `builtin:…` or `package:…`; or the URL of an OpenAI-compatible API, up to and with
             `/v1`.
-        benchmarks: names of the recipe's, or `NAME=FILE` for one's own; default: all of the recipe's.
-        samples: responses per problem, in place of each benchmark's own.
-        max_problems: the first problems of each benchmark only.
-        gguf_file: in the directory.
-        served_as: name of the model at the endpoint; default: the only one there.
-        api_key: `env:NAME` or `block:NAME`.
-        concurrency: requests in flight at the endpoint.
-        timeout_s: of one request at the endpoint; 32K tokens take a while.
-        retry_for_s: from a request's first fault on, what may pass is tried again for so long.
 
     Raises:
         DataError: an unknown benchmark, or a fault in its file, with row and field.
         ModelError: the directory is missing or incomplete.
         RecipeError: options that contradict each other, or a context shorter than is asked for.
     """
-    for option, number in (("samples", samples), ("max_problems", max_problems), ("concurrency", concurrency)):
-        if number is not None and number < 1:
-            raise RecipeError(f"{option}: {number} is none; give 1 or more")
-    chosen = [
-        benchmark.model_copy(
-            update={"samples": samples or benchmark.samples, "max_problems": max_problems or benchmark.max_problems}
-        )
-        for benchmark in _chosen(recipe, benchmarks)
-    ]
+    options = options or EvaluationOptions()
+    chosen = _chosen(recipe, options)
     endpoint = None
     if re.match(r"https?://", model):
-        if gguf_file is not None:
-            raise RecipeError(f"--gguf-file {gguf_file} is of a directory, but {model} is a URL; leave one of them out")
-        endpoint = _endpoint(
-            model,
-            model=served_as,
-            api_key=api_key,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-            retry_for_s=retry_for_s,
-        )
-        name = served_as or ""
+        endpoint, name = _endpoint(model, options), options.served_as or ""
     else:
-        for option, value in (("--served-as", served_as), ("--api-key", api_key)):
+        for option, value in (("--served-as", options.served_as), ("--api-key", options.api_key)):
             if value is not None:
                 raise RecipeError(f"{option} is of an endpoint, but {model} is no URL; give http://HOST:PORT/v1")
-        recipe, name = _of_directory(recipe, model, gguf_file)
+        recipe, name = _of_directory(recipe, model, options.gguf_file)
     return EvaluationPlan(
         recipe=recipe,
         endpoint=endpoint,
+        model=recipe.student,
+        engine=recipe.rollout.engine,
         name=plain_name(name),
         benchmarks=tuple(chosen),
         problems={benchmark.name: load_benchmark(benchmark) for benchmark in chosen},
@@ -119,14 +111,6 @@ def plan_evaluation(
 def plain_name(name: str) -> str:
     """As part of a folder's name: a server may call its model anything."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
-
-
-def identity_of(plan: EvaluationPlan, path: Path | None, served: str | None) -> dict[str, str]:
-    """What tells the model from every other: the sha256 of its directory, or URL and name of what is served."""
-    if path is not None:
-        return {"sha256": model_identity(path).rpartition(" ")[2]}
-    assert plan.endpoint is not None
-    return {"urls": " ".join(url.rstrip("/") for url in plan.endpoint.urls), "served_as": served or ""}
 
 
 def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, Any]:
@@ -149,17 +133,28 @@ def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, A
     }
     if plan.endpoint is None:
         found |= {
-            "engine": recipe.rollout.engine,
+            "engine": plan.engine,
             "runtime.dtype": recipe.runtime.dtype,
             "chat_template": plan.model.chat_template,
         }
     return found
 
 
-def _chosen(recipe: Recipe, names: Sequence[str]) -> list[BenchmarkConfig]:
+def refuse_short_context(recipe: Recipe, config: dict[str, Any], model: str) -> None:
+    """Raise RecipeError if the model's config.json tells of a shorter context than the evaluation asks for: its figures
+    would be of another setting than those that they are compared with."""
+    limit, asked = context_limit(config), recipe.evaluation.max_context_tokens
+    if limit is not None and limit < asked:
+        raise RecipeError(
+            f"evaluation.max_context_tokens: {asked} tokens are beyond the context of {model} of {limit}; "
+            f"add --set evaluation.max_context_tokens={limit}, for every model that is compared"
+        )
+
+
+def _chosen(recipe: Recipe, options: EvaluationOptions) -> list[BenchmarkConfig]:
     known = list(recipe.evaluation.benchmarks)
     wanted: list[str] = []
-    for given in names:
+    for given in options.benchmarks:
         name, is_file, file = given.partition("=")
         if is_file:
             if name in [benchmark.name for benchmark in known]:
@@ -170,12 +165,31 @@ def _chosen(recipe: Recipe, names: Sequence[str]) -> list[BenchmarkConfig]:
                 said = error.errors()[0]["msg"]
                 raise DataError(f"--benchmark {given}: {said}; give NAME=FILE, a name of letters and digits") from error
         wanted.append(name)
-    return select_benchmarks(known, wanted or None)
+    return [
+        benchmark.model_copy(
+            update={
+                "samples": options.samples or benchmark.samples,
+                "max_problems": options.max_problems or benchmark.max_problems,
+            }
+        )
+        for benchmark in select_benchmarks(known, wanted or None)
+    ]
 
 
-def _endpoint(url: str, **options: Any) -> ServersConfig:
+def _endpoint(url: str, options: EvaluationOptions) -> ServersConfig:
+    if options.gguf_file is not None:
+        raise RecipeError(
+            f"--gguf-file {options.gguf_file} is of a directory, but {url} is a URL; leave one of them out"
+        )
     try:
-        return ServersConfig(urls=[url], **options)
+        return ServersConfig(
+            urls=[url],
+            model=options.served_as,
+            api_key=options.api_key,
+            concurrency=options.concurrency,
+            timeout_s=options.timeout_s,
+            retry_for_s=options.retry_for_s,
+        )
     except ValidationError as error:
         said = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())  # never the input
         raise RecipeError(f"MODEL or --api-key: {said}") from None
@@ -194,14 +208,3 @@ def _of_directory(recipe: Recipe, model: str, gguf_file: str | None) -> tuple[Re
     if gguf_file is not None:
         return recipe, Path(gguf_file).stem
     return recipe, model.removeprefix("run:") if model.startswith("run:") else resolve_path(model).name
-
-
-def refuse_short_context(recipe: Recipe, config: dict[str, Any], model: str) -> None:
-    """Raise RecipeError if the model's config.json tells of a shorter context than the evaluation asks for: its figures
-    would be of another setting than those that they are compared with."""
-    limit, asked = context_limit(config), recipe.evaluation.max_context_tokens
-    if limit is not None and limit < asked:
-        raise RecipeError(
-            f"evaluation.max_context_tokens: {asked} tokens are beyond the context of {model} of {limit}; "
-            f"add --set evaluation.max_context_tokens={limit}, for every model that is compared"
-        )

@@ -1,10 +1,9 @@
 """What a labelling found: the histogram of failures, pass@k, and how far its verdicts are to be trusted."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
-from typing import Any
 
 import pyarrow as pa
 
@@ -35,14 +34,6 @@ class LabelSummary:
     clip_ratio: float
     length_mean: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; the keys of `pass_at` become text."""
-        return {
-            **asdict(self),
-            "histogram": list(self.histogram),
-            "pass_at": {str(k): v for k, v in self.pass_at.items()},
-        }
-
 
 def pass_at_k(failures: int, num_samples: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples is right: 1 − C(failures, k) / C(num_samples, k).
@@ -55,37 +46,30 @@ def pass_at_k(failures: int, num_samples: int, k: int) -> float:
 
 
 def summarize_labels(
-    *, label: str, num_samples: int, failures: Sequence[int | None], samples: Iterable[pa.Table], num_too_long: int
+    label: str, num_samples: int, failures: Sequence[int | None], samples: pa.Table, *, num_too_long: int
 ) -> LabelSummary:
     """Sum up.
 
     Args:
         failures: of every problem of the output; None without the label.
-        samples: the shards, with columns sample, verdict, finish_reason and length.
+        samples: the responses, with columns sample, verdict, finish_reason and length.
     """
     known = [count for count in failures if count is not None]
     counts = Counter(known)
     ks = sorted({1, num_samples, *(2**i for i in range(1, num_samples.bit_length()) if 2**i <= num_samples)})
-    kinds: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    tokens = num_sampled = 0
-    for table in samples:
-        kinds.update(table["verdict"].to_pylist())
-        reasons.update(table["finish_reason"].to_pylist())
-        tokens += sum(table["length"].to_pylist())
-        num_sampled += table["sample"].to_pylist().count(0)
-    total = max(1, kinds.total())
+    kinds = Counter(samples["verdict"].to_pylist())
+    total = max(1, len(samples))
     return LabelSummary(
         label=label,
         num_samples=num_samples,
         num_problems=len(failures),
         num_labelled=len(known),
-        num_sampled=num_sampled,
+        num_sampled=samples["sample"].to_pylist().count(0),
         num_too_long=num_too_long,
         histogram=tuple(counts[count] for count in range(num_samples + 1)),
         pass_at={k: sum(pass_at_k(count, num_samples, k) for count in known) / max(1, len(known)) for k in ks},
         timeout_share=kinds[VerdictKind.TIMEOUT.value] / total,
         error_share=kinds[VerdictKind.ERROR.value] / total,
-        clip_ratio=reasons[FinishReason.LENGTH.value] / total,
-        length_mean=tokens / total,
+        clip_ratio=samples["finish_reason"].to_pylist().count(FinishReason.LENGTH.value) / total,
+        length_mean=sum(samples["length"].to_pylist()) / total,
     )
