@@ -20,7 +20,7 @@ from flows.cli.shared import err
 from kdrl_core.boxes.checkpoints import remaining_steps
 from kdrl_core.boxes.step_end import StepSummary
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
-from kdrl_core.look.reporting.summary import summarize
+from kdrl_core.look.reporting.run_summary import summarize
 from kdrl_core.look.reporting.tables import accuracy_table, tables_of
 from kdrl_core.look.sweeps.state import SweepPaths
 from kdrl_core.look.sweeps.table import SweepTable

@@ -13,13 +13,13 @@ from typing import Any
 from prefect import flow, runtime
 
 from flows import shown
-from flows.cells import DeployedCell, LocalCell, RunningCell
 from flows.guard import guard_children
+from flows.running_cells import DeployedCell, LocalCell, RunningCell
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import RunPaths, lock_holder, run_lock
 from kdrl_core.ledger.progress import read_progress
 from kdrl_core.look.sweeps import Cell, is_finished_part, parts_of
-from kdrl_core.look.sweeps.report import write_sweep_report
+from kdrl_core.look.sweeps.comparison import write_sweep_report
 from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request
 from kdrl_core.look.sweeps.schedule import next_cell
 from kdrl_core.look.sweeps.state import CellState, CellStatus, SweepPaths, cell_status, note_failure, write_record
@@ -65,7 +65,7 @@ def sweep(
         RunError: a cell is not finished; the others are.
     """
     request = make_request(
-        source, name=name, recipe=recipe, seeds=seeds, vary=vary or [], overrides=overrides, share_with=share_with
+        source, name=name, recipe=recipe, seeds=seeds, vary=vary, overrides=overrides, share_with=share_with
     )
     check_request(request)
     paths = SweepPaths.of(request.spec.name)

@@ -4,7 +4,7 @@ from prefect import task
 
 from kdrl_core.boxes.finish import export_student
 from kdrl_core.ledger import open_run_dir
-from kdrl_core.look.reporting.report import write_report
+from kdrl_core.look.reporting.run_report import publish_report
 from tasks.options import STEP_OPTIONS
 
 
@@ -17,4 +17,4 @@ def export(run_dir: str) -> str:
 @task(name="report", task_run_name="report", **STEP_OPTIONS)
 def report(run_dir: str) -> str:
     """Publish the report. Returns its folder."""
-    return str(write_report(open_run_dir(run_dir)))
+    return str(publish_report(open_run_dir(run_dir)))

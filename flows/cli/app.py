@@ -16,13 +16,13 @@ from flows.cli.evaluate import evaluate
 from flows.cli.filter import filter_command
 from flows.cli.label import label
 from flows.cli.plan import plan
+from flows.cli.printed_tables import fitted
 from flows.cli.recover import recover
 from flows.cli.report import report
 from flows.cli.rollouts import app as rollouts_app
 from flows.cli.serve import serve
 from flows.cli.shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli.sweep import app as sweep_app
-from flows.cli.tables import fitted
 from flows.cli.ui import ui
 from flows.cli.verify import verify_command
 from kdrl_core.errors import RunError
@@ -123,14 +123,14 @@ def status(
             _print_rows(rows, _STATUS_COLUMNS)
             return
         opened = open_run(run_name)
-        from flows.cli.run_status import run_status
+        from kdrl_core.look.reporting.run_status import run_status
 
         if watch:
             from flows.cli.watch import follow
 
             follow(opened.paths, out)
         if as_json:
-            from kdrl_core.look.reporting.summary import summarize
+            from kdrl_core.look.reporting.run_summary import summarize
 
             out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
@@ -181,14 +181,14 @@ app.add_typer(rollouts_app, name="rollouts")
 
 
 def _status_of(name: str) -> dict[str, Any]:
-    from flows.cli.run_status import named_status  # costs seconds: only where there is a run
+    from kdrl_core.look.reporting.run_status import named_status  # costs seconds: only where there is a run
 
     return named_status(name)
 
 
 def print_summary(opened: Any, console: Console = out) -> None:
     """Print a run's accuracy and phase tables, and where its files lie."""
-    from kdrl_core.look.reporting.summary import summarize
+    from kdrl_core.look.reporting.run_summary import summarize
     from kdrl_core.look.reporting.tables import tables_of
 
     summary = summarize(opened)

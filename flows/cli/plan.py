@@ -14,7 +14,7 @@ from kdrl_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from kdrl_core.look.planning import ModelShape, Rates, StagePlan
-    from kdrl_core.look.planning.plan import Candidate
+    from kdrl_core.look.planning.candidates import Candidate
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _MAX_OTHERS = 3
@@ -190,7 +190,7 @@ def _rates(rates: "Rates") -> str:
 
 def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None:
     from kdrl_core.look.planning.placement import host_bytes
-    from kdrl_core.look.planning.plan import kv_note
+    from kdrl_core.look.planning.stage_plan import kv_note
 
     chosen, work, cluster = plan.candidates[0], plan.work, plan.cluster
     teacher = f", teacher {_model(work.teacher)}" if work.teacher else ""

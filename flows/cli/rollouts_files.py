@@ -3,28 +3,16 @@
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.rollouts_shared import (
-    FinishOption,
-    KLOption,
-    LengthOption,
-    PromptOption,
-    RewardOption,
-    RunsArgument,
-    SampleOption,
-    StageOption,
-    StepsOption,
-    TextOption,
-    VerdictOption,
-    make_filter,
-    open_store,
-    print_json,
-)
+from flows.cli.rollouts_shared import RunsArgument, open_store, print_json, with_filter
 from flows.cli.shared import ForceOption, JsonOption, check_output, counted_progress, err, errors, out
 from kdrl_core.errors import DataError
+
+if TYPE_CHECKING:
+    from kdrl_core.look.rollouts.filters import RolloutFilter
 
 
 class Dump(StrEnum):
@@ -34,23 +22,16 @@ class Dump(StrEnum):
     TRL = "trl"
 
 
+@with_filter
 def export(
     runs: RunsArgument,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .parquet, .jsonl or .csv.")],
     columns: Annotated[
         str | None,
         typer.Option(metavar="A,B,C", help="Columns of the record; default: all (kdrl rollouts sql --help)."),
     ] = None,
-    stage: StageOption = None,
-    steps: StepsOption = None,
-    prompt_id: PromptOption = None,
-    sample: SampleOption = None,
-    verdicts: VerdictOption = None,
-    finish: FinishOption = None,
-    reward: RewardOption = None,
-    length: LengthOption = None,
-    kl: KLOption = None,
-    text: TextOption = None,
+    where: "RolloutFilter",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rollouts.")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
@@ -68,18 +49,6 @@ def export(
 
     with errors():
         check_output(output, [], what="rollouts", force=force, written_as="Parquet, JSON or CSV", suffixes=SUFFIXES)
-        where = make_filter(
-            stage=stage,
-            steps=steps,
-            prompt_id=prompt_id,
-            sample=sample,
-            verdicts=verdicts,
-            finish=finish,
-            reward=reward,
-            length=length,
-            kl=kl,
-            text=text,
-        )
         names = [name.strip() for name in columns.split(",")] if columns else None
         with open_store(runs) as store, counted_progress(err, "rollouts") as progress:
             total = store.page(where, limit=0).total

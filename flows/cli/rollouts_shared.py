@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.shared import counted_progress, err
+from flows.cli.shared import counted_progress, err, with_options
 from kdrl_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,20 +24,26 @@ StepsOption = Annotated[
     str | None, typer.Option("--step", metavar="STEP", help="Of one step, 143, or several: 140-150, 140-, -20.")
 ]
 PromptOption = Annotated[str | None, typer.Option("--prompt", metavar="ID", help="Of one prompt, by its prompt_id.")]
-SampleOption = Annotated[int | None, typer.Option(min=0, help="Number of the response in its group, from 0.")]
-VerdictOption = Annotated[
-    list[str] | None,
-    typer.Option("--verdict", help="correct, wrong, malformed, no_answer, timeout or error. Repeatable."),
-]
-FinishOption = Annotated[str | None, typer.Option("--finish", help="stop, or length: cut at the limit.")]
-RewardOption = Annotated[str | None, typer.Option("--reward", metavar="RANGE", help="E.g. 1, 0.5-, -0.5, 0..1.")]
-LengthOption = Annotated[str | None, typer.Option("--length", metavar="RANGE", help="Tokens, e.g. 512-, 10-20.")]
-KLOption = Annotated[
-    str | None, typer.Option("--kl", metavar="RANGE", help="Mean KL to the teacher over its tokens, e.g. 0.5-.")
-]
-TextOption = Annotated[
-    str | None, typer.Option("--text", metavar="TEXT", help="Part of the prompt or the response, in any case.")
-]
+FILTER_OPTIONS: dict[str, Any] = {
+    "stage": StageOption,
+    "step": StepsOption,
+    "prompt_id": PromptOption,
+    "sample": Annotated[int | None, typer.Option(min=0, help="Number of the response in its group, from 0.")],
+    "verdicts": Annotated[
+        list[str] | None,
+        typer.Option("--verdict", help="correct, wrong, malformed, no_answer, timeout or error. Repeatable."),
+    ],
+    "finish_reason": Annotated[str | None, typer.Option("--finish", help="stop, or length: cut at the limit.")],
+    "reward": Annotated[str | None, typer.Option(metavar="RANGE", help="E.g. 1, 0.5-, -0.5, 0..1.")],
+    "length": Annotated[str | None, typer.Option(metavar="RANGE", help="Tokens, e.g. 512-, 10-20.")],
+    "kl": Annotated[
+        str | None, typer.Option(metavar="RANGE", help="Mean KL to the teacher over its tokens, e.g. 0.5-.")
+    ],
+    "text": Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Part of the prompt or the response, in any case.")
+    ],
+}
+"""Options by the field of RolloutFilter that they fill. A range fills two: `<name>_min` and `<name>_max`."""
 
 
 @contextmanager
@@ -77,46 +83,6 @@ def counted_progress_when_needed() -> Iterator[Callable[[int, int], None]]:
             display.__exit__(None, None, None)
 
 
-def make_filter(
-    *,
-    run: str | None = None,
-    stage: str | None,
-    steps: str | None,
-    prompt_id: str | None,
-    sample: int | None,
-    verdicts: list[str] | None,
-    finish: str | None,
-    reward: str | None,
-    length: str | None,
-    kl: str | None,
-    text: str | None,
-) -> "RolloutFilter":
-    """The filter that the options describe. Raises DataError for a range that is none."""
-    from kdrl_core.look.rollouts.query import RolloutFilter
-
-    step_min, step_max = whole_range("--step", steps)
-    reward_min, reward_max = number_range("--reward", reward)
-    length_min, length_max = number_range("--length", length)
-    kl_min, kl_max = number_range("--kl", kl)
-    return RolloutFilter(
-        run=run,
-        stage=stage,
-        step_min=step_min,
-        step_max=step_max,
-        prompt_id=prompt_id,
-        sample=sample,
-        verdicts=tuple(verdicts) if verdicts else None,
-        finish_reason=finish,
-        reward_min=reward_min,
-        reward_max=reward_max,
-        length_min=length_min,
-        length_max=length_max,
-        kl_min=kl_min,
-        kl_max=kl_max,
-        text=text or None,
-    )
-
-
 def whole_range(option: str, text: str | None) -> tuple[int | None, int | None]:
     """As `number_range`, of whole numbers."""
     low, high = number_range(option, text)
@@ -145,6 +111,27 @@ def number_range(option: str, text: str | None) -> tuple[float | None, float | N
     if ends == (None, None):
         raise DataError(f"{option} {text}: give a number or a range, such as 5, 5-8, 5-, -8 or 0..1")
     return ends if separator else (ends[0], ends[0])
+
+
+_RANGES: dict[str, Callable[[str, str | None], tuple[Any, Any]]] = {
+    "step": whole_range,
+    "reward": number_range,
+    "length": number_range,
+    "kl": number_range,
+}
+
+
+def make_filter(*, verdicts: list[str] | None, **given: Any) -> "RolloutFilter":
+    """The filter that the values of FILTER_OPTIONS describe. Raises DataError for an invalid range or word."""
+    from kdrl_core.look.rollouts.filters import RolloutFilter
+
+    for name, parse in _RANGES.items():
+        given[f"{name}_min"], given[f"{name}_max"] = parse(f"--{name}", given.pop(name))
+    return RolloutFilter(verdicts=tuple(verdicts) if verdicts else None, **given)
+
+
+with_filter = with_options("where", FILTER_OPTIONS, make_filter)
+"""Give a command the options of a filter; its parameter `where` gets the RolloutFilter."""
 
 
 def print_json(data: Any) -> None:

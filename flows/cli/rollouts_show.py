@@ -5,45 +5,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from flows.cli.rollouts_shared import (
-    FinishOption,
-    KLOption,
-    LengthOption,
-    PromptOption,
-    RewardOption,
-    RunsArgument,
-    SampleOption,
-    StageOption,
-    StepsOption,
-    TextOption,
-    VerdictOption,
-    make_filter,
-    open_store,
-    print_json,
-    why_nothing,
-)
+from flows.cli.rollouts_shared import RunsArgument, open_store, print_json, why_nothing, with_filter
 from flows.cli.rollouts_shown import legend, log_ratios, number, one_line, paged, plain, table, token_text, verdict
 from flows.cli.shared import JsonOption, PlainConsole, errors
 from kdrl_core.errors import DataError
 
 if TYPE_CHECKING:
-    from kdrl_core.look.rollouts.query import RolloutStore
+    from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 _UNLIKELIEST = 8
 
 
+@with_filter
 def show(
     runs: RunsArgument,
-    stage: StageOption = None,
-    steps: StepsOption = None,
-    prompt_id: PromptOption = None,
-    sample: SampleOption = None,
-    verdicts: VerdictOption = None,
-    finish: FinishOption = None,
-    reward: RewardOption = None,
-    length: LengthOption = None,
-    kl: KLOption = None,
-    text: TextOption = None,
+    where: "RolloutFilter",
     sort: Annotated[
         str, typer.Option(help="Column to sort by, e.g. reward, length, kl_mean, repetition_rate.")
     ] = "step",
@@ -68,19 +44,7 @@ def show(
     likelier. Without colours, or to be sure, the unlikeliest tokens are listed below.
     """
     with errors():
-        where = make_filter(
-            stage=stage,
-            steps=steps,
-            prompt_id=prompt_id,
-            sample=sample,
-            verdicts=verdicts,
-            finish=finish,
-            reward=reward,
-            length=length,
-            kl=kl,
-            text=text,
-        )
-        full = full or sample is not None
+        full = full or where.sample is not None
         with open_store(runs) as store:
             page = store.page(
                 where, sort=sort, descending=descending, limit=limit or (1 if full else 20), offset=offset

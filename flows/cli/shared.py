@@ -1,9 +1,11 @@
 """What the commands of `kdrl` have in common: consoles, options, errors, checks of an output, progress in a log."""
 
+import functools
+import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -73,6 +75,33 @@ def errors() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def with_options(
+    parameter: str, options: Mapping[str, Any], fill: Callable[..., Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command: it has `options` in place of its `parameter`, which gets what `fill` makes of their values.
+
+    Args:
+        options: name → annotated type. All of them default to None.
+        fill: takes the values by name. Its KdrlError ends the program as any other.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def call(**given: Any) -> None:
+            with errors():
+                filled = fill(**{name: given.pop(name) for name in options})
+            command(**given, **{parameter: filled})
+
+        signature, kind = inspect.signature(command), inspect.Parameter.KEYWORD_ONLY
+        added = [inspect.Parameter(name, kind, default=None, annotation=one) for name, one in options.items()]
+        parameters: list[inspect.Parameter] = []
+        for own in signature.parameters.values():
+            parameters += added if own.name == parameter else [own.replace(kind=kind)]
+        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return functools.update_wrapper(call, command, assigned=("__module__", "__name__", "__doc__"))
+
+    return decorate
 
 
 def check_output(

@@ -21,7 +21,7 @@ from kdrl_core.boxes.verify import verify_step
 from kdrl_core.errors import StorageError
 from kdrl_core.ledger import Run, is_published, open_run, run_lock, verify_published
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import write_report
+from kdrl_core.look.reporting.run_report import publish_report
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -107,7 +107,7 @@ def test_a_disk_that_is_full_in_any_phase(disk: Path, tmp_path: Path) -> None:
         evaluate_model(run, label)
     fill(disk, leave=50_000)
     with pytest.raises(StorageError, match=r"report: no disk space"):
-        write_report(run)
+        publish_report(run)
     assert not run.paths.report.exists()
     (disk / "ballast").unlink()
     finish(run)

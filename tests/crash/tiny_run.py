@@ -18,7 +18,7 @@ from kdrl_core.boxes.verify import verify_step
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import write_report
+from kdrl_core.look.reporting.run_report import publish_report
 
 TINY = [
     "stage1.steps=2",
@@ -76,7 +76,7 @@ def finish(run: Run) -> None:
     for label in final_labels(run):
         evaluate_model(run, label)
     export_student(run)
-    write_report(run)
+    publish_report(run)
 
 
 def results(run: Run) -> dict[str, str]:

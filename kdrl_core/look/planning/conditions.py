@@ -6,10 +6,11 @@ from dataclasses import replace
 from math import floor
 
 from kdrl_core.config import Recipe
+from kdrl_core.look.planning.candidates import Candidate
 from kdrl_core.look.planning.cluster import Role
 from kdrl_core.look.planning.cost import StepTime, rollout_s, score_s
 from kdrl_core.look.planning.placement import KV_CACHE, in_flight, replicas, sequence_bytes
-from kdrl_core.look.planning.plan import Candidate, StagePlan
+from kdrl_core.look.planning.stage_plan import StagePlan
 
 _URLS = "urls=['http://127.0.0.1:8000/v1',…]"
 NOTICED = 0.05

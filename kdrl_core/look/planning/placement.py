@@ -77,12 +77,8 @@ class PhaseMemory:
         return self.total - self.beside if self.beside is not None else 0.0
 
 
-def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> list[PhaseMemory]:
+def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> Iterator[PhaseMemory]:
     """What lies on a GPU in each phase. The KV cache takes what it can use of what is left, one sequence at least."""
-    return list(_phases(work, engines, cluster, placement))
-
-
-def _phases(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> Iterator[PhaseMemory]:
     student = work.student
     gpus = "student GPUs" if placement.is_split or placement.rollout_gpus else "every GPU"
     training = engines.training(placement.student_gpus)
@@ -99,9 +95,8 @@ def _phases(work: Work, engines: Engines, cluster: Cluster, placement: Placement
         workspace = decode_workspace(student, sequences=sequences, width=engines.width, tensor_parallel=split)
         own = {**weights, "workspace": workspace, **(sync_buffer if placement.rollout_gpus else {})}
         where, others = ("rollout GPUs", {}) if placement.rollout_gpus else (gpus, between)
-        return _with_kv_cache(
-            phase, where, others, own, "rollout", student, engines, cluster, context=context, sequences=sequences
-        )
+        running = _Running(role="rollout", shape=student, own=own, context=context, sequences=sequences)
+        return _with_kv_cache(phase, where, others, running, engines, cluster)
 
     yield generating("rollout", work.context, work.responses)
     if work.teacher is not None:
@@ -200,9 +195,8 @@ def _scoring(
     if not is_vllm:
         return PhaseMemory(phase=phase, gpus=gpus, components={**others, **own})
     sequences = max(1, min(16, work.responses))  # more do not make a pass over a few thousand tokens faster
-    return _with_kv_cache(
-        phase, gpus, others, own, role, shape, engines, cluster, context=work.context, sequences=sequences
-    )
+    running = _Running(role=role, shape=shape, own=own, context=work.context, sequences=sequences)
+    return _with_kv_cache(phase, gpus, others, running, engines, cluster)
 
 
 def sequence_bytes(role: Role, shape: ModelShape, engines: Engines, *, context: int) -> float:
@@ -210,25 +204,28 @@ def sequence_bytes(role: Role, shape: ModelShape, engines: Engines, *, context: 
     return context * kv_bytes(shape, width=engines.width, tensor_parallel=engines.split(role))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    """An engine that generates or scores up to `sequences` of `context` tokens at a time."""
+
+    role: Role
+    shape: ModelShape
+    own: Components
+    """Its weights and workspace."""
+    context: int
+    sequences: int
+
+
 def _with_kv_cache(
-    phase: str,
-    gpus: str,
-    others: Components,
-    own: Components,
-    role: Role,
-    shape: ModelShape,
-    engines: Engines,
-    cluster: Cluster,
-    *,
-    context: int,
-    sequences: int,
+    phase: str, gpus: str, others: Components, running: _Running, engines: Engines, cluster: Cluster
 ) -> PhaseMemory:
-    """The phase of an engine with `own` weights and workspace, beside `others`."""
-    per_sequence = sequence_bytes(role, shape, engines, context=context)
+    """The phase of an engine beside `others`, with a KV cache in what they leave."""
+    role, own, sequences = running.role, running.own, running.sequences
+    per_sequence = sequence_bytes(role, running.shape, engines, context=running.context)
     engine = "server" if gpus == _TEACHER_GPUS else engines.engine(role)
     components = {**others, **own}
     if engine == "transformers":  # one tensor per layer, which is copied when it grows
-        held = sequences * per_sequence * (1 + 2 / shape.layers)
+        held = sequences * per_sequence * (1 + 2 / running.shape.layers)
     elif engine == "vllm" and engines.kv_cache_bytes is not None:
         held = engines.kv_cache_bytes
     else:

@@ -42,11 +42,6 @@ class RolloutFilter:
                 if word not in known:
                     raise DataError(f"no {name} {word!r}{did_you_mean(word, known)}; there are {', '.join(known)}")
 
-    @property
-    def is_everything(self) -> bool:
-        """Whether no condition is given."""
-        return all(getattr(self, field.name) is None for field in fields(self))
-
     def conditions(self) -> tuple[str, list[Any]]:
         """SQL over the index's columns and its parameters; without `text`, which is not in the index."""
         parts, parameters = ["true"], []

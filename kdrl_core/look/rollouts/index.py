@@ -36,7 +36,7 @@ from kdrl_core.look.rollouts.index_files import (
 )
 from kdrl_core.look.rollouts.index_rows import IndexedStep, index_step
 from kdrl_core.look.rollouts.sources import DamagedFile, StepFiles, scan
-from kdrl_core.look.rollouts.summary import summarize_steps
+from kdrl_core.look.rollouts.step_summary import summarize_steps
 
 _STEPS_AT_ONCE = 64
 """Steps that are read before they are written: what a build that is interrupted loses."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from kdrl_core.look.rollouts.filters import RolloutFilter, order_by
 from kdrl_core.look.rollouts.index_rows import INDEX
-from kdrl_core.look.rollouts.summary import finite
+from kdrl_core.look.rollouts.step_summary import finite
 from kdrl_core.look.rollouts.views import identifier
 
 _COLUMNS = ("run", *INDEX.names)

@@ -25,8 +25,8 @@ from kdrl_core.look.rollouts.record import RECORD
 from kdrl_core.look.rollouts.sources import DamagedFile, find_run
 from kdrl_core.look.rollouts.state import Key, State
 from kdrl_core.look.rollouts.step_records import as_records, step_table
+from kdrl_core.look.rollouts.step_summary import finite
 from kdrl_core.look.rollouts.steps import metrics_stamps
-from kdrl_core.look.rollouts.summary import finite
 from kdrl_core.look.rollouts.tokens import TokenReader
 from kdrl_core.look.rollouts.views import IndexedRun
 

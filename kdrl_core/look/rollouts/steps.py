@@ -10,7 +10,7 @@ import pyarrow as pa
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import RunPaths
 from kdrl_core.look.rollouts.record import TIMINGS
-from kdrl_core.look.rollouts.summary import SUMMARY, finite
+from kdrl_core.look.rollouts.step_summary import SUMMARY, finite
 from kdrl_core.look.rollouts.views import IndexedRun
 from kdrl_core.tables.schemas import read_table
 

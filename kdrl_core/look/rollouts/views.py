@@ -8,7 +8,7 @@ from pathlib import Path
 from kdrl_core.look.rollouts.index import RunIndex
 from kdrl_core.look.rollouts.index_rows import INDEX
 from kdrl_core.look.rollouts.record import BULKY, PARTS, RECORD, TIMINGS
-from kdrl_core.look.rollouts.summary import SUMMARY
+from kdrl_core.look.rollouts.step_summary import SUMMARY
 
 _SQL_TYPES = {
     "string": "VARCHAR",

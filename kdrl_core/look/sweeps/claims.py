@@ -18,7 +18,7 @@ from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults,
 from kdrl_core.look.sweeps.spec import ACCURACY, LENGTH, Claim
 
 
-class Verdict(StrEnum):
+class ClaimVerdict(StrEnum):
     """What the runs say of a claim."""
 
     HOLDS = "holds"
@@ -37,7 +37,7 @@ class JudgedClaim:
     """The comparison in short: `KDRL > GRPO, accuracy on test`."""
     expected: str
     """What the source says."""
-    verdict: Verdict
+    verdict: ClaimVerdict
     difference: Accuracy | None
     """More − less, in the quantity's own unit; None if a variant is missing."""
     num_seeds: int
@@ -45,7 +45,7 @@ class JudgedClaim:
     """Whether the quantity is an accuracy, shown in points."""
 
 
-def judge(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
+def judge_claims(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
     """Every claim over the seeds that both of its sides have."""
     cells: dict[str, dict[int, CellResult]] = {}
     for cell in results.cells:
@@ -86,14 +86,14 @@ def _judge(
     )
 
 
-def _verdict(difference: Accuracy | None, *, can_tell: bool) -> Verdict:
+def _verdict(difference: Accuracy | None, *, can_tell: bool) -> ClaimVerdict:
     if difference is None:
-        return Verdict.MISSING
+        return ClaimVerdict.MISSING
     if not can_tell:  # one seed, one number: its interval says nothing
-        return Verdict.UNCLEAR
+        return ClaimVerdict.UNCLEAR
     if difference.low > 0.0:
-        return Verdict.HOLDS
-    return Verdict.DOES_NOT if difference.high < 0.0 else Verdict.UNCLEAR
+        return ClaimVerdict.HOLDS
+    return ClaimVerdict.DOES_NOT if difference.high < 0.0 else ClaimVerdict.UNCLEAR
 
 
 def _answers(models: Mapping[int, ModelScores], benchmark: str) -> dict[int, Mapping[str, float]]:

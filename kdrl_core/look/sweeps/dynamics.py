@@ -14,7 +14,7 @@ from kdrl_core.config import Recipe, diff_recipes
 from kdrl_core.data import FilterReport
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, adopted, is_published, open_run
-from kdrl_core.look.reporting.summary import is_spent, summarize
+from kdrl_core.look.reporting.run_summary import is_spent, summarize
 from kdrl_core.look.sweeps.results import SweepResults, says_something
 from kdrl_core.look.sweeps.state import CellState
 from kdrl_core.tables.metrics import load_metrics

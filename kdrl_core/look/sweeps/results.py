@@ -12,7 +12,7 @@ from kdrl_core.config import Recipe
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
 from kdrl_core.ledger.labels import reference_labels
-from kdrl_core.look.reporting.summary import MODEL_NAMES, StageRow, is_spent, summarize
+from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, summarize
 from kdrl_core.look.sweeps.spec import Claim
 from kdrl_core.look.sweeps.state import CellState, CellStatus
 from kdrl_core.tables.metrics import load_metrics

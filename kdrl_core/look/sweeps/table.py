@@ -1,22 +1,15 @@
-"""The results of a sweep as tables: one row a variant, mean over its seeds with 95 % interval; shows what is missing.
+"""The tables of a sweep: one row a variant, mean over its seeds with 95 % interval; what is missing is shown.
 
-Pure: from `SweepResults` to `SweepTable`, which prints, serialises, and is what a report draws. How the intervals come
-about says kdrl_core.evaluation.seeds.
+`SweepTable` holds the numbers, and gives them as tables of text, Markdown, CSV and JSON. aggregate.py computes them.
 """
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from kdrl_core.evaluation.seeds import Scores, over_seeds, paired_difference
-from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.look.reporting.tables import Table
-from kdrl_core.look.sweeps.claims import JudgedClaim, judge
-from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
+from kdrl_core.look.sweeps.claims import JudgedClaim
 
 AVERAGE = "avg"
 """Mean of the benchmarks that every row has, but for `VALIDATION`."""
@@ -195,167 +188,6 @@ NOTE = (
     "and seeds, which are crossed (docs/sweeps.md); `avg`: of the benchmarks that all rows have, without validation. "
     "`tokens`: mean length of the responses. `time`: training in the last stage, longer where cells ran side by side."
 )
-
-
-def build_table(results: SweepResults) -> SweepTable:
-    """Aggregate over seeds."""
-    variants = list(dict.fromkeys(status.variant for status in results.statuses))
-    by_variant = {variant: {c.seed: c for c in results.cells if c.variant == variant} for variant in variants}
-    models = [cell.model for cell in results.cells] + [reference.model for reference in results.references]
-    benchmarks = list(dict.fromkeys(name for model in models for name in model.scores))
-    planned = {v: sum(status.variant == v for status in results.statuses) for v in variants}
-    averaged = [name for name in benchmarks if name != VALIDATION and all(name in model.scores for model in models)]
-    rows = [_variant_row(v, by_variant[v], planned[v], averaged) for v in variants]
-    rows = _with_differences(_ranked(rows), by_variant, variants)
-    equal_time_s, timed = _equal_time(by_variant)
-    return SweepTable(
-        name=results.name,
-        description=results.description,
-        recipe=results.recipe,
-        benchmarks=benchmarks,
-        averaged=averaged,
-        rows=[*_reference_rows(results, averaged), *rows],
-        equal_time_s=equal_time_s,
-        timed=timed,
-        cells=[_cell_record(cell) for cell in results.cells],
-        missing=[status.to_json() for status in results.missing],
-        claims=judge(results.claims, results),
-    )
-
-
-def _cell_record(cell: CellResult) -> dict[str, Any]:
-    means = {name: float(np.mean(list(found.values()))) for name, found in cell.model.scores.items()}
-    return {
-        "run": cell.run,
-        "variant": cell.variant,
-        "seed": cell.seed,
-        "steps": cell.steps,
-        "train_s": cell.train_s,
-        "scores": means,
-    }
-
-
-def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int, averaged: Sequence[str]) -> Row:
-    found = [cells[seed] for seed in sorted(cells)]
-    return Row(
-        label=label,
-        is_reference=False,
-        seeds=sorted(cells),
-        num_planned=num_planned,
-        scores=_scores([cell.model for cell in found], averaged),
-        length_mean=_mean([cell.model.length_mean for cell in found]),
-        steps=_mean([cell.steps for cell in found]),
-        train_s=_mean([cell.train_s for cell in found]),
-    )
-
-
-def _reference_rows(results: SweepResults, averaged: Sequence[str]) -> list[Row]:
-    rows = []
-    for label, group in by_label(results).items():
-        models = list(group.models.values())
-        rows.append(
-            Row(
-                label=label,
-                is_reference=True,
-                seeds=sorted(group.models),
-                num_planned=len(group.models.keys() | group.planned),
-                scores=_scores(models, averaged),
-                length_mean=_mean([model.length_mean for model in models]),
-            )
-        )
-    return rows
-
-
-def _scores(models: Sequence[ModelScores], averaged: Sequence[str] = ()) -> dict[str, Score]:
-    """By benchmark, and the mean of those that are `averaged`."""
-    arrays = _arrays(models)
-    found = {name: over_seeds({name: array}) for name, array in arrays.items()}
-    if len(averaged) > 1 and all(name in arrays for name in averaged):
-        found[AVERAGE] = over_seeds({name: arrays[name] for name in averaged})
-    return {name: _score(accuracy) for name, accuracy in found.items()}
-
-
-def _arrays(models: Sequence[ModelScores], problems: dict[str, list[str]] | None = None) -> dict[str, Scores]:
-    """Benchmark → [seeds, problems], of the problems that all models have."""
-    problems = _common(models) if problems is None else problems
-    return {
-        name: np.array([[model.scores[name][problem] for problem in ids] for model in models])
-        for name, ids in problems.items()
-    }
-
-
-def _common(models: Sequence[ModelScores]) -> dict[str, list[str]]:
-    """Benchmark → the problems that all models have, in one order."""
-    if not models:
-        return {}
-    found = {
-        name: sorted(set.intersection(*(set(model.scores.get(name, {})) for model in models)))
-        for name in models[0].scores
-    }
-    return {name: ids for name, ids in found.items() if ids}
-
-
-def _ranked(rows: list[Row]) -> list[Row]:
-    ranks: dict[tuple[str, str], int] = {}
-    for name in dict.fromkeys(name for row in rows for name in row.scores):
-        means = sorted({row.scores[name].mean for row in rows if name in row.scores}, reverse=True)
-        for row in rows:
-            if len(means) > 1 and name in row.scores and row.scores[name].mean in means[:2]:
-                ranks[row.label, name] = 1 + means.index(row.scores[name].mean)
-    return [
-        replace(row, scores={n: replace(s, rank=ranks.get((row.label, n))) for n, s in row.scores.items()})
-        for row in rows
-    ]
-
-
-def _with_differences(
-    rows: list[Row], by_variant: dict[str, dict[int, CellResult]], variants: Sequence[str]
-) -> list[Row]:
-    first = by_variant[variants[0]] if variants else {}
-    found = []
-    for row in rows:
-        cells = by_variant[row.label]
-        seeds = sorted(cells.keys() & first.keys())
-        if row.label != variants[0] and seeds:
-            ours, theirs = [cells[s].model for s in seeds], [first[s].model for s in seeds]
-            problems = _common([*ours, *theirs])
-            left, right = _arrays(ours, problems), _arrays(theirs, problems)
-            differences = {n: _score(paired_difference({n: left[n]}, {n: right[n]})) for n in problems}
-            row = replace(row, differences=differences)
-        found.append(row)
-    return found
-
-
-def _equal_time(by_variant: dict[str, dict[int, CellResult]]) -> tuple[float | None, list[TimedRow]]:
-    """Every variant at its last periodic evaluation within the time that the fastest took to its end: times are means
-    over seeds, so that all seeds of a variant are looked at after equally many steps."""
-    paces = {variant: _pace(list(cells.values())) for variant, cells in by_variant.items()}
-    paces = {variant: pace for variant, pace in paces.items() if pace}
-    if len(paces) < 2:
-        return None, []
-    limit = min(max(pace.values()) for pace in paces.values())
-    rows = []
-    for variant, pace in paces.items():
-        cells = by_variant[variant]
-        step = max((step for step, seconds in pace.items() if seconds <= limit), default=None)
-        models = [w.model for seed in sorted(cells) for w in cells[seed].watched if w.step == step]
-        seeds = sorted(cells) if models else []
-        rows.append(TimedRow(label=variant, seeds=seeds, step=step, scores=_scores(models)))
-    return limit, rows
-
-
-def _pace(cells: Sequence[CellResult]) -> dict[int, float]:
-    """Step that every seed has evaluated → seconds until then, mean over seeds."""
-    steps = set.intersection(*({w.step for w in cell.watched} for cell in cells)) if cells else set()
-    return {step: float(np.mean([w.seconds for c in cells for w in c.watched if w.step == step])) for step in steps}
-
-
-def _score(accuracy: Accuracy) -> Score:
-    return Score(mean=accuracy.mean, low=accuracy.low, high=accuracy.high)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def _cell(score: Score | None, *, marked: bool = False) -> str:

@@ -15,7 +15,7 @@ from kdrl_core.boxes.finish import export_student
 from kdrl_core.errors import DamagedArtifactError, ModelError, RunError
 from kdrl_core.ledger import Run, RunPaths, is_published
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import write_report
+from kdrl_core.look.reporting.run_report import publish_report
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_report_of_an_altered_evaluation_is_refused(copied: Run) -> None:
     """Evaluating comes before reporting, and makes it again: no report is written from it in between."""
     (copied.paths.evaluation("stage2") / "results.json").write_text("{}")
     with pytest.raises(DamagedArtifactError, match=r"results\.json is damaged"):
-        write_report(copied)
+        publish_report(copied)
 
 
 def test_lost_evaluation_is_made_again(copied: Run, finished: Run) -> None:
@@ -122,5 +122,5 @@ def test_report_needs_the_evaluations(copied: Run) -> None:
     shutil.rmtree(copied.paths.evaluation("stage1"))
     shutil.rmtree(copied.paths.report)
     with pytest.raises(RunError, match="stage1 is not published"):
-        write_report(copied)
+        publish_report(copied)
     assert not copied.paths.report.exists()

@@ -13,14 +13,14 @@ from kdrl_core.data import FilterReport
 from kdrl_core.ledger import Run, find_intact, is_published, publish_directory, verify_published
 from kdrl_core.ledger.labels import final_labels
 from kdrl_core.look.reporting.figures import dynamics_figure
-from kdrl_core.look.reporting.summary import summarize
+from kdrl_core.look.reporting.run_summary import summarize
 from kdrl_core.look.reporting.tables import tables_of
 from kdrl_core.tables.schemas import read_table
 
 _NUM_SAMPLES = 3
 
 
-def write_report(run: Run) -> Path:
+def publish_report(run: Run) -> Path:
     """Publish the report of a run whose models are all evaluated."""
     for label in final_labels(run):
         verify_published(run.paths.evaluation(label))

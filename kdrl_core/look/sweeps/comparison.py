@@ -8,11 +8,12 @@ from pathlib import Path
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.errors import RecipeError
 from kdrl_core.ledger import replace_file
+from kdrl_core.look.sweeps.aggregate import build_table
 from kdrl_core.look.sweeps.dynamics import read_dynamics
 from kdrl_core.look.sweeps.page import render_markdown, render_page
 from kdrl_core.look.sweeps.results import SweepResults, read_results_of
 from kdrl_core.look.sweeps.state import SweepPaths, cell_status, read_record
-from kdrl_core.look.sweeps.table import SweepTable, build_table
+from kdrl_core.look.sweeps.table import SweepTable
 
 
 def read_sweep(name: str) -> SweepResults:
@@ -30,10 +31,10 @@ def read_sweep(name: str) -> SweepResults:
 
 def write_sweep_report(name: str) -> SweepTable:
     """Write the report of a started sweep to its folder and return its tables."""
-    return write_report(read_sweep(name), SweepPaths.of(name).report, stem="sweep")
+    return write_comparison(read_sweep(name), SweepPaths.of(name).report, stem="sweep")
 
 
-def write_report(results: SweepResults, folder: Path, *, stem: str) -> SweepTable:
+def write_comparison(results: SweepResults, folder: Path, *, stem: str) -> SweepTable:
     """Write `<stem>.html`, `.md`, `.csv` and `.json` and return the tables; what is there is replaced.
 
     Raises:

@@ -38,7 +38,7 @@ class StageRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class RunSummary:
     """What a run has come to so far."""
 
     run: str
@@ -53,7 +53,7 @@ class Summary:
         return asdict(self)
 
 
-def summarize(run: Run) -> Summary:
+def summarize(run: Run) -> RunSummary:
     """Summarize a run, finished or not."""
     models = []
     for label in final_labels(run):
@@ -62,7 +62,7 @@ def summarize(run: Run) -> Summary:
             models.append(ModelRow(label=label, name=_model_name(run, label), benchmarks=results))
     stages = [row for stage in run.recipe.stages if (row := _stage_row(run, stage)) is not None]
     paths = {"run": run.paths.root, "student": run.paths.student, "report": run.paths.report / "report.html"}
-    return Summary(
+    return RunSummary(
         run=run.name,
         recipe=run.recipe.name,
         models=models,

@@ -56,7 +56,7 @@ class LocalCell:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cells", str(self._flow_run.id)],
+                [sys.executable, "-m", "flows.running_cells", str(self._flow_run.id)],
                 env={**os.environ, "PREFECT_API_URL": api.rstrip("/"), "PREFECT_LOGGING_LEVEL": "INFO"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
