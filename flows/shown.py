@@ -16,7 +16,6 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import MissingContextError
 
-from flows.cli.shared import err
 from kdrl_core.boxes.checkpoints import remaining_steps
 from kdrl_core.boxes.step_end import StepSummary
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
@@ -41,7 +40,7 @@ def artifact_key(run: Run, *parts: str) -> str:
 
 
 class _CoreLog(logging.Handler):
-    """Shows what `kdrl_core` logs (what was reused, damaged, tried again) in the flow or task run that it is from."""
+    """Shows what `kdrl_core` logs (files reused or damaged, work tried again) in the flow or task run of the caller."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -49,8 +48,6 @@ class _CoreLog(logging.Handler):
         except MissingContextError:
             logger = logging.getLogger("prefect")
         logger.log(record.levelno, record.getMessage())
-        if record.levelno >= logging.WARNING and not logger.isEnabledFor(record.levelno):  # kdrl run quiets Prefect
-            err.print(f"{record.levelname.lower()}: {record.getMessage()}", soft_wrap=True, highlight=False)
 
 
 _core = logging.getLogger("kdrl")

@@ -3,10 +3,12 @@
 Imports no Prefect itself: its settings are read from the environment when it is first imported.
 """
 
+import logging
 import os
 import socket
 from pathlib import Path
 
+from flows.cli.shared import err
 from flows.guard import guard_children
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import artifacts_root
@@ -28,11 +30,23 @@ class PortError(KdrlError, OSError):
     """A port is taken."""
 
 
+class _Warnings(logging.Handler):
+    """Prints kdrl's warnings where Prefect's log is off."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger("prefect.flow_runs").isEnabledFor(record.levelno):
+            err.print(f"{record.levelname.lower()}: {record.getMessage()}", soft_wrap=True, highlight=False)
+
+
+_warnings = _Warnings(logging.WARNING)
+
+
 def use_private_prefect(*, log_level: str, home: Path | None = None) -> None:
     """Set the environment so that Prefect, imported afterwards, needs nothing set up.
 
     With PREFECT_API_URL set, flows are shown on that server; otherwise Prefect starts a temporary one on loopback.
     """
+    logging.getLogger("kdrl").addHandler(_warnings)
     os.environ.update(_QUIET)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
     if "PREFECT_API_URL" not in os.environ:

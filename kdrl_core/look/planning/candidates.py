@@ -83,7 +83,7 @@ def _placements(work: Work, engines: Engines, cluster: Cluster) -> Iterator[Plac
                 yield Placement(student_gpus=student, teacher_gpus=teacher, rollout_gpus=rollout)
 
 
-def check_engines(work: Work, engines: Engines, cluster: Cluster) -> None:
+def check_gpus(work: Work, engines: Engines, cluster: Cluster) -> None:
     """Raise RecipeError if the engines cannot use these GPUs at all."""
     split = engines.tensor_parallel
     scores_alone = work.teacher is None or engines.teacher == "transformers"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kdrl_core.look.planning.candidates import Candidate, candidates_of, check_engines
+from kdrl_core.look.planning.candidates import Candidate, candidates_of, check_gpus
 from kdrl_core.look.planning.cluster import Cluster, Engines, Work
 from kdrl_core.look.planning.cost import Rates, gradient_traffic, rollout_s, sync_traffic
 from kdrl_core.look.planning.placement import host_bytes
@@ -126,7 +126,7 @@ def plan_stage(work: Work, engines: Engines, cluster: Cluster, rates: Rates | No
     Raises:
         RecipeError: the engines cannot use these GPUs at all.
     """
-    check_engines(work, engines, cluster)
+    check_gpus(work, engines, cluster)
     rates = rates or Rates()
     candidates = candidates_of(work, engines, cluster, rates)
     remedies = () if candidates[0].fits else tuple(remedies_of(work, engines, cluster, rates))

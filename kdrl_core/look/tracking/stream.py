@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from kdrl_core.config.recipe import TrackerName
 from kdrl_core.errors import KdrlError
@@ -21,6 +23,9 @@ from kdrl_core.tables.metrics import load_metrics
 
 _logger = logging.getLogger("kdrl")
 
+Metrics = Callable[[str], list[dict[str, Any]]]
+"""Stage → its metrics, which are read when they are asked for."""
+
 
 @dataclass(slots=True)
 class _Stream:
@@ -32,8 +37,8 @@ class _Stream:
     tracker: Tracker | None = None
     has_failed: bool = False
 
-    def catch_up(self) -> None:
-        points, finals = list(_points(self.run, self.sent)), _finals(self.run, self.sent)
+    def catch_up(self, metrics: Metrics) -> None:
+        points, finals = list(_points(self.run, self.sent, metrics)), _finals(self.run, self.sent)
         if not points and not finals:
             return
         if self.tracker is None:
@@ -74,11 +79,12 @@ def track(run: Run) -> None:
 
     A tracker that fails is a warning, once; what it did not get is sent when it works again.
     """
+    metrics = cache(partial(load_metrics, run))  # once for all trackers
     for name in run.recipe.tracking.trackers:
         key = run.paths.root, name
         stream = _streams.get(key) or _streams.setdefault(key, _Stream(run, name, _read(run, name)))
         try:
-            stream.catch_up()
+            stream.catch_up(metrics)
             stream.has_failed = False
         except Exception as error:  # whatever a foreign client raises: training goes on
             if not stream.has_failed:
@@ -115,11 +121,11 @@ def _read(run: Run, name: str) -> Sent:
     return Sent()
 
 
-def _points(run: Run, sent: Sent) -> Iterator[tuple[Point, Callable[[Sent], None]]]:
+def _points(run: Run, sent: Sent, metrics: Metrics) -> Iterator[tuple[Point, Callable[[Sent], None]]]:
     """What is published and not sent, in the order of steps, with what is to be noted once it is."""
     before = 0
     for stage in run.recipe.stages:
-        found = [*_steps(run, stage, sent), *_periodic(run, stage, sent)]
+        found = [*_steps(run, stage, sent, metrics), *_periodic(run, stage, sent)]
         for step, values, note in sorted(found, key=lambda one: one[0]):  # stable: an evaluation follows its step
             moment = _moment(run.paths.update(stage, step))
             yield Point(group=stage, step=step, global_step=before + step, time_ms=moment, values=values), note
@@ -129,9 +135,9 @@ def _points(run: Run, sent: Sent) -> Iterator[tuple[Point, Callable[[Sent], None
 _Found = tuple[int, dict[str, float], Callable[[Sent], None]]
 
 
-def _steps(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
+def _steps(run: Run, stage: str, sent: Sent, metrics: Metrics) -> Iterator[_Found]:
     first = sent.steps.get(stage, 0)
-    for row in load_metrics(run, stage) if first < run.recipe.stage(stage).steps else ():
+    for row in metrics(stage) if first < run.recipe.stage(stage).steps else ():
         step = int(row["step"])
         if step >= first:
             values = {n: float(v) for n, v in row.items() if n != "step" and isinstance(v, int | float)}
