@@ -1,4 +1,4 @@
-"""What a run shows in Prefect: log lines, a progress artifact per stage, tables, the result, links to its files."""
+"""What Prefect shows of a run: log lines, a progress artifact per stage, tables, the result, links to its files."""
 
 import logging
 import re
@@ -62,7 +62,7 @@ def run_opened(run: Run) -> None:
 
 
 def nothing_to_do(run: Run) -> None:
-    """Say that a run is finished, also to trackers that it has got since."""
+    """Say that a run is finished. Trackers that were added to the recipe since get its metrics."""
     track(run)
     close_tracking()
     get_run_logger().info("nothing to do: run %s is finished, %s", run.name, run.paths.report / "report.html")

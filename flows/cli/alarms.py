@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
-from flows.cli.shared import out
+from flows.cli.shared import PlainConsole, out
 
 if TYPE_CHECKING:
     from kdrl_core.alarms import Alarm
@@ -13,22 +12,20 @@ if TYPE_CHECKING:
 _SHOWN_ALARMS = 10
 
 
-def print_alarms(opened: Any, console: Console = out, *, are_told: bool = False) -> None:
+def print_alarms(opened: Any, console: PlainConsole = out, *, are_told: bool = False) -> None:
     """Print a line for each alarm that the run has raised, newest last, and the command that shows the newest.
 
     Args:
-        are_told: the lines were printed already.
+        are_told: the lines of the alarms were printed before.
     """
     from kdrl_core.alarms import alarms_of
 
     raised = alarms_of(opened)
     for alarm in [] if are_told else raised[-_SHOWN_ALARMS:]:
-        console.print(alarm_line(alarm), soft_wrap=True, highlight=False)
+        console.say(alarm_line(alarm))
     if raised:
         earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""
-        console.print(
-            f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}", soft_wrap=True, highlight=False
-        )
+        console.say(f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}")
         console.print()
 
 

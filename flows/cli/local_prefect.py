@@ -35,7 +35,7 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger("prefect.flow_runs").isEnabledFor(record.levelno):
-            err.print(f"{record.levelname.lower()}: {record.getMessage()}", soft_wrap=True, highlight=False)
+            err.say(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 _warnings = _Warnings(logging.WARNING)

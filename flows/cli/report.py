@@ -19,15 +19,15 @@ def report(
     ],
     label: Annotated[
         list[str] | None,
-        typer.Option("--label", metavar="RUN=TEXT", help="What the run's variant is called. Repeatable."),
+        typer.Option("--label", metavar="RUN=TEXT", help="Name of the run's variant in the report. Repeatable."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs: report.html (one page, no network), report.md, report.csv and report.json in a folder.
 
-    Runs of one recipe that differ in their seed alone are one variant, with intervals over problems and seeds; every
-    other run is a variant of its own. The first run's variant is what the others are compared with. A run that is not
-    finished is shown as far as it is, and listed as missing.
+    Runs that differ only in their seed are one variant, with intervals over problems and seeds; every other run is a
+    variant of its own. The others are compared with the first run's variant. A run that is not finished is shown with
+    what it has, and listed as missing.
 
     \b
     kdrl report mine --output report

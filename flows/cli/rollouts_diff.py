@@ -45,7 +45,7 @@ def diff(
     kdrl rollouts diff grpo kdrl --step 143           two runs at the same step
     kdrl rollouts diff first 0-39 240-279 --prompt q-1f…   one problem: the responses themselves
 
-    A step draws a part of the pool, so two steps share a problem once the pool has been gone through in between.
+    Each step draws a part of the pool: two steps share problems only if the pool was used up between them.
     """
     from kdrl_core.look.rollouts.diff import compare
 
@@ -114,7 +114,7 @@ def _label(where: "RolloutFilter") -> str:
 
 
 def _hint(store: "RolloutStore", before: "RolloutFilter", after: "RolloutFilter") -> str:
-    """Where the problems of `before` are drawn again."""
+    """Names the steps that draw the problems of `before` again."""
     from dataclasses import replace
 
     rows = store.aggregate(before, "select distinct prompt_id from rows")
@@ -134,18 +134,16 @@ def _print(found: "Difference", console: PlainConsole, limit: int, hint: str) ->
     console.print()
     for side in (found.before, found.after):
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in side.verdicts.items())
-        console.print(f"{side.label}: {shares or 'no verdicts'}", highlight=False, soft_wrap=True)
+        console.say(f"{side.label}: {shares or 'no verdicts'}")
     console.print()
     counts = found.counts
     if not counts["common"]:
-        console.print(f"no problem is on both sides; {hint}", soft_wrap=True, highlight=False)
+        console.say(f"no problem is on both sides; {hint}")
         return
-    console.print(
+    console.say(
         f"{counts['common']:,} common problems: {counts['better']:,} better, {counts['worse']:,} worse, "
         f"{counts['same']:,} the same; {counts['newly_solved']:,} newly solved, "
-        f"{counts['no_longer_solved']:,} no longer, {counts['other_verdict']:,} with another usual verdict",
-        soft_wrap=True,
-        highlight=False,
+        f"{counts['no_longer_solved']:,} no longer, {counts['other_verdict']:,} with another usual verdict"
     )
     console.print()
     shown = found.prompts[: limit or None]
@@ -165,7 +163,7 @@ def _print(found: "Difference", console: PlainConsole, limit: int, hint: str) ->
     names = ["prompt_id", "Δ reward", "reward", "correct", "usual verdict", "length", "KL", "true answer"]
     console.print(table(names, rows, left=["prompt_id", "usual verdict", "true answer"]))
     if len(shown) < len(found.prompts):
-        console.print(f"{len(shown)} of {len(found.prompts):,}; --limit 0 lists all", style="dim", highlight=False)
+        console.print(f"{len(shown)} of {len(found.prompts):,}; --limit 0 lists all", style="dim")
 
 
 _SIDE_COLUMNS = ["rollouts", "problems", "reward", "length", "clip ratio", "KL"]
@@ -203,7 +201,7 @@ def _responses(
         return
     with paged() as console:
         for label, page in zip(labels, pages, strict=True):
-            console.print(f"{label}: {page.total} responses", style="bold", highlight=False)
+            console.print(f"{label}: {page.total} responses", style="bold")
             rows = [
                 [
                     row["step"],

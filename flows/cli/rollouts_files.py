@@ -32,7 +32,7 @@ def export(
         typer.Option(metavar="A,B,C", help="Columns of the record; default: all (kdrl rollouts sql --help)."),
     ] = None,
     where: "RolloutFilter",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rollouts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rollouts to write.")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,7 +43,7 @@ def export(
     kdrl rollouts export first -o wrong.jsonl --step 143 --verdict wrong
     kdrl rollouts export a b -o rewards.csv --columns run,stage,step,prompt_id,sample,reward,length
 
-    The file appears when it is complete. In CSV lists are written as JSON.
+    The file appears only once it is complete. In CSV, lists are written as JSON.
     """
     from kdrl_core.look.rollouts.export import SUFFIXES, export_rollouts
 
@@ -62,7 +62,7 @@ def export(
             print_json({"path": str(output), "rollouts": written, "bytes": output.stat().st_size})
         else:
             size = output.stat().st_size / 2**20
-            out.print(f"{written:,} rollouts, {size:,.1f} MiB: {output}", highlight=False, soft_wrap=True)
+            out.say(f"{written:,} rollouts, {size:,.1f} MiB: {output}")
 
 
 def import_command(
@@ -74,15 +74,15 @@ def import_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a run of another trainer's dump, for all of kdrl rollouts and kdrl ui.
+    """Make a run from another trainer's dump, for kdrl rollouts and kdrl ui.
 
     \b
     kdrl rollouts import verl-dump/ --from verl --output theirs           trainer.rollout_data_dir=verl-dump
     kdrl rollouts import out/completions --from trl --output theirs       log_completions=True
     kdrl rollouts stats theirs
 
-    What a dump does not hold stays empty: verl and TRL write no tokens and no logprobs. TRL's reward is the sum of its
-    reward functions' columns.
+    Columns that the dump lacks stay empty: verl and TRL write no tokens and no logprobs. TRL's reward is the sum of the
+    columns of its reward functions.
     """
     from kdrl_core.ledger import RunPaths
     from kdrl_core.look.rollouts.imports import import_dump
@@ -107,9 +107,5 @@ def import_command(
             )
             return
         reward = " + ".join(made.reward_columns) or "none"
-        out.print(
-            f"{made.num_rollouts:,} rollouts of {made.num_steps:,} steps; reward: {reward}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        out.print(f"kdrl rollouts stats {output}", highlight=False, soft_wrap=True)
+        out.say(f"{made.num_rollouts:,} rollouts of {made.num_steps:,} steps; reward: {reward}")
+        out.say(f"kdrl rollouts stats {output}")

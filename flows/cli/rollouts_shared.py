@@ -1,8 +1,8 @@
-"""What the commands of `kdrl rollouts` have in common: options, filters, opening runs, naming damaged files."""
+"""Shared by the commands of `kdrl rollouts`: options, filters, opening runs, naming damaged files."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 _TOLD_DAMAGED = 5
+_QUICK_STEPS = 50
+"""Steps that are indexed without a progress bar."""
 
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="RUN…", help="Names of runs (see: kdrl status), or folders of runs.")
@@ -48,39 +50,27 @@ FILTER_OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def open_store(runs: Sequence[str]) -> Iterator["RolloutStore"]:
-    """The runs' rollouts, with a progress bar while an index is made, and a line for damaged files at the end."""
+    """The runs' rollouts. Shows a progress bar while a large index is made, and damaged files at the end."""
     from kdrl_core.look.rollouts.query import RolloutStore
 
-    with counted_progress_when_needed() as progress:
+    with ExitStack() as stack:
+        shown: Callable[[str, int, int | None], None] | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown
+            if shown is None and total > _QUICK_STEPS:
+                shown = stack.enter_context(counted_progress(err, "steps"))
+            if shown is not None:
+                shown("indexing", done, total)
+
         store = RolloutStore.open(runs, progress=progress)
     with store:
         yield store
         damaged = store.damaged
         for file in damaged[:_TOLD_DAMAGED]:
-            err.print(f"left out: {file.path} {file.problem}", style="yellow", highlight=False, soft_wrap=True)
+            err.say(f"left out: {file.path} {file.problem}", style="yellow")
         if len(damaged) > _TOLD_DAMAGED:
             err.print(f"… and {len(damaged) - _TOLD_DAMAGED} more damaged files: kdrl check RUN", style="yellow")
-
-
-@contextmanager
-def counted_progress_when_needed() -> Iterator[Callable[[int, int], None]]:
-    """A progress display that appears with its first call, if it is for more than a few steps."""
-    display: Any = None
-    shown: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal display, shown
-        if display is None and total > 50:
-            display = counted_progress(err, "steps")
-            shown = display.__enter__()
-        if shown is not None:
-            shown("indexing", done, total)
-
-    try:
-        yield progress
-    finally:
-        if display is not None:
-            display.__exit__(None, None, None)
 
 
 def whole_range(option: str, text: str | None) -> tuple[int | None, int | None]:
@@ -95,7 +85,7 @@ def whole_range(option: str, text: str | None) -> tuple[int | None, int | None]:
 def number_range(option: str, text: str | None) -> tuple[float | None, float | None]:
     """`5` is 5 alone, `5-8` or `5..8` from 5 to 8, `5-` or `5..` at least 5, `-8` or `..8` at most 8.
 
-    A dash at the front is "at most", since rewards and lengths below 0 are rare: `..-1` is at most −1.
+    A leading dash means "at most", since rewards and lengths below 0 are rare. `..-1` is at most −1.
     """
     if text is None:
         return None, None

@@ -15,17 +15,24 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.text import Text
 
 from kdrl_core.errors import DataError, KdrlError, visible
 
 
 class PlainConsole(Console):
-    """Shows text as it is: models, data and files of others write what kdrl prints, so that neither markup nor emoji
-    codes mean anything in it, and control characters, with which a text could rewrite what stands on the terminal, are
-    spelled out."""
+    """Shows text as it is, since models, data and files of others write what kdrl prints.
+
+    Markup and emoji codes mean nothing, numbers get no colour, and control characters, which could rewrite what stands
+    on the terminal, are spelled out.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, **options)
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def say(self, text: str | Text, style: str | None = None) -> None:
+        """Print a text whole, however long its lines are."""
+        self.print(text, style=style, soft_wrap=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -68,9 +75,7 @@ def errors() -> Iterator[None]:
     try:
         yield
     except KdrlError as error:
-        err.print(
-            f"error: {' '.join(str(error).splitlines())}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        err.say(f"error: {' '.join(str(error).splitlines())}", style="red")
         raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -138,7 +143,7 @@ class LogLines:
         """Print the line if it is time for one, or the last."""
         if line != self._shown and (is_last or time.monotonic() - self._last > _LINE_EVERY_S):
             self._last, self._shown = time.monotonic(), line
-            self._console.print(line, highlight=False)
+            self._console.print(line)
 
 
 @contextmanager

@@ -40,7 +40,9 @@ ASKED: dict[str, Any] = {
     "share_with": Annotated[
         list[str] | None,
         typer.Option(
-            "--share-with", metavar="SWEEP", help="Take over the same work from this sweep as well. Repeatable."
+            "--share-with",
+            metavar="SWEEP",
+            help="Take finished work that is the same from this sweep as well. Repeatable.",
         ),
     ],
 }
@@ -68,9 +70,9 @@ def vary_only(
     workers: WorkersOption = 1,
     verbose: VerboseOption = False,
 ) -> None:
-    """Compare variants over seeds: runs that share what they have in common, then one table.
+    """Compare variants over seeds: runs that share common work, then one table.
 
-    Without a command: run every combination of the values that --vary gives, e.g.
+    Without a command, run every combination of the values of --vary, e.g.
     kdrl sweep --recipe miniature --vary stage2.beta.decay=0.0,0.005 --seeds 3
     """
     if context.invoked_subcommand is not None:
@@ -111,11 +113,11 @@ def show(
     sweep: SweepArgument,
     asked: dict[str, Any],
     as_yaml: Annotated[
-        bool, typer.Option("--yaml", help="Print the sweep's file, to be changed and given back.")
+        bool, typer.Option("--yaml", help="Print the sweep's file, which you may change and run.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a sweep's cells, what they share, and how many steps there are to train; validates every cell."""
+    """Validate every cell of a sweep, and show the cells, the work they share, and the number of steps to train."""
     from kdrl_core.look.sweeps import dump_sweep
     from kdrl_core.look.sweeps.request import make_request
     from kdrl_core.look.sweeps.schedule import estimate
@@ -136,18 +138,14 @@ def show(
             out.print_json(data={"sweep": request.spec.name, "cells": cells, "shared": shared, "steps": steps})
             return
         first = request.cells[0].seed
-        out.print(f"{request.spec.name}: {request.spec.description}", soft_wrap=True, highlight=False)
+        out.say(f"{request.spec.name}: {request.spec.description}")
         rows = [[c.variant, ", ".join(c.overrides[:-1]) or "–"] for c in request.cells if c.seed == first]
         print_rows(["variant", "fields"], rows, num_text=3)
         seeds_told = ", ".join(str(seed) for seed in request.spec.seed_list)
-        out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}", highlight=False)
+        out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}")
         rows = [[part, str(have), str(made)] for part, (have, made) in work.by_part.items()]
         print_rows(["shared", "cells", "times done"], rows)
-        out.print(
-            f"{work.to_train:,} steps to train; {work.alone:,} if the cells shared nothing",
-            highlight=False,
-            soft_wrap=True,
-        )
+        out.say(f"{work.to_train:,} steps to train; {work.alone:,} if the cells shared nothing")
 
 
 @app.command()
@@ -159,17 +157,17 @@ def run(
     deployment: DeploymentOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run a sweep, or go on with what is unfinished of it; then print its table. Exit code 0 if all cells are finished.
+    """Run a sweep, or continue its unfinished cells; then print its table. Exit code 0 if all cells are finished.
 
-    Every cell is validated before the first one starts. A cell that fails is reported, and the others go on. Options
-    that are left out are those that the sweep was started with.
+    Every cell is validated before the first one starts. If a cell fails, it is reported, and the others go on. Options
+    that you leave out keep the values that the sweep was started with.
     """
     _run(sweep, asked, workers, deployment, verbose)
 
 
 @app.command()
 def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
-    """Show where the cells of a sweep stand. Each is a run of its own: kdrl status, resume, check CELL."""
+    """Show the state of a sweep's cells. Each cell is a run: kdrl status, resume and check work on it."""
     from kdrl_core.look.sweeps.state import SweepPaths, cell_status, read_record
 
     with errors():
@@ -183,7 +181,7 @@ def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
         counts = {
             state: sum(one.state is state for one in statuses) for state in dict.fromkeys(s.state for s in statuses)
         }
-        out.print(", ".join(f"{count} {state.value}" for state, count in counts.items()), highlight=False)
+        out.print(", ".join(f"{count} {state.value}" for state, count in counts.items()))
 
 
 @app.command()
@@ -211,14 +209,14 @@ def _run(sweep: str | None, asked: dict[str, Any], workers: int, deployment: str
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the cells stopped
         use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
         started = request.spec.name
-        err.print(f"sweep {started}: starting …", highlight=False)
+        err.print(f"sweep {started}: starting …")
         from flows.sweep import sweep as sweep_flow
 
         _tell_events()
         try:
             sweep_flow(source=sweep, **asked, workers=workers, deployment=deployment)
         except KeyboardInterrupt:
-            err.print(f"interrupted; go on with: kdrl sweep run {started}", highlight=False)
+            err.print(f"interrupted; go on with: kdrl sweep run {started}")
             raise SystemExit(130) from None
         except RunError:
             _print_if_there(started)
@@ -237,10 +235,10 @@ def _seeds(text: str | None) -> int | list[int] | None:
 
 
 def _tell_events() -> None:
-    """Print what the sweep logs of its cells; warnings are shown as all of kdrl's are."""
+    """Print what the sweep logs about its cells. `use_private_prefect` has warnings printed."""
     handler = logging.Handler(logging.INFO)
     handler.addFilter(lambda record: record.levelno < logging.WARNING)
-    handler.emit = lambda record: err.print(record.getMessage(), highlight=False, soft_wrap=True)  # type: ignore[method-assign]
+    handler.emit = lambda record: err.say(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("kdrl.sweep").addHandler(handler)
 
 

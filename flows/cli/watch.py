@@ -1,4 +1,4 @@
-"""A live display of a run, read from its files: so it serves the process that runs and any other that looks on."""
+"""A live display of a run, read from its files: for the process that runs, and for any other."""
 
 import threading
 import time
@@ -7,13 +7,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from flows.cli.alarms import alarm_line
+from flows.cli.shared import PlainConsole
 from kdrl_core.alarms import Alarm, load_alarms
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, RunPaths, lock_holder, open_run_dir
@@ -32,7 +33,7 @@ class Watcher:
         with_alarms: print lines for alarms as well; not in the process that runs, whose log has them.
     """
 
-    def __init__(self, paths: RunPaths, console: Console, *, with_alarms: bool = False) -> None:
+    def __init__(self, paths: RunPaths, console: PlainConsole, *, with_alarms: bool = False) -> None:
         self._paths = paths
         self._console = console
         self._with_alarms = with_alarms
@@ -65,14 +66,14 @@ class Watcher:
                     return
 
     def _print_lines(self) -> None:
-        lines = self._view.new_lines()
-        alarms = self._view.new_alarms() if self._with_alarms else []
-        for line in (*lines, *map(alarm_line, alarms)):
-            self._console.print(line, highlight=False, soft_wrap=True)
+        for line in self._view.new_lines():
+            self._console.say(line)
+        for alarm in self._view.new_alarms() if self._with_alarms else ():
+            self._console.say(alarm_line(alarm))
 
 
 class RunView:
-    """What there is to see of a run; reads its metrics only when they have changed."""
+    """The state of a run as text. Reads its metrics only when they have changed."""
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
@@ -93,7 +94,7 @@ class RunView:
                 self._run = open_run_dir(self._paths.root)
             except KdrlError:
                 return
-            for stage in self._run.recipe.stages:  # what was there before is no news
+            for stage in self._run.recipe.stages:  # steps from before are not reported one by one
                 self._printed[stage] = len(self._load(load_metrics, stage, []))
         for stage in self._run.recipe.stages:
             stamp = _changed(self._paths.metrics(stage)), _changed(self._paths.alarms(stage))
@@ -130,7 +131,7 @@ class RunView:
         return lines
 
     def new_alarms(self) -> list[Alarm]:
-        """What was raised since the last call, or ever before the first, as of the last look at the files."""
+        """Alarms raised since the last call (on the first call: all), as of the last refresh."""
         found = [alarm for stage, raised in self._alarms.items() for alarm in raised[self._told.get(stage, 0) :]]
         self._told.update({stage: len(raised) for stage, raised in self._alarms.items()})
         return found
@@ -190,7 +191,7 @@ class RunView:
 
 
 def _tokens_per_s(row: dict[str, Any]) -> float:
-    """Of sampling; of an SFT step, which samples nothing, of the update."""
+    """Of sampling; of the update in an SFT step, which samples nothing."""
     return float(row.get("throughput/rollout_tokens_per_s", row.get("throughput/update_tokens_per_s", 0.0)))
 
 
@@ -199,8 +200,8 @@ def _changed(path: Path) -> int:
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-def follow(paths: RunPaths, console: Console) -> None:
-    """Show a run that another process works on until it is finished or nobody works on it any more."""
+def follow(paths: RunPaths, console: PlainConsole) -> None:
+    """Show a run of another process until no process works on it."""
     with Watcher(paths, console, with_alarms=True):
         while lock_holder(paths.lock) is not None:
             time.sleep(_INTERVAL_S)

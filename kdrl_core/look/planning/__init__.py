@@ -1,5 +1,5 @@
-"""Whether a recipe fits the GPUs at hand, and how long it takes, before any of them is used. Reads neither weights nor
-data; imports neither torch nor Prefect."""
+"""Whether a recipe fits the GPUs, and how long it takes, before any GPU is used. Reads neither weights nor data, and
+imports neither torch nor Prefect."""
 
 from kdrl_core.look.planning.cluster import Cluster, Engines, Work, default_gpus, engines_of, work_of
 from kdrl_core.look.planning.conditions import conditions, ranks_note

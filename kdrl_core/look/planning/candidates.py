@@ -22,7 +22,7 @@ class Candidate:
     time: StepTime
     usable: float
     share: float
-    """Bytes that a vLLM engine in process may take of a GPU (vllm.gpu_memory_utilization)."""
+    """Bytes of a GPU that a vLLM engine in process may take (vllm.gpu_memory_utilization)."""
 
     @property
     def worst(self) -> PhaseMemory:
@@ -31,12 +31,12 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase does."""
+        """Whether every phase fits."""
         return self.cramped is None and self.worst.total <= self.usable * (1 + 1e-9)
 
     @property
     def cramped(self) -> PhaseMemory | None:
-        """A phase whose engine needs more than its share."""
+        """A phase whose engine needs more than its share; None without one."""
         return next((phase for phase in self.memory if phase.taken > self.share * (1 + 1e-9)), None)
 
     @property

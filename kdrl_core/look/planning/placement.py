@@ -1,4 +1,4 @@
-"""Where models go: colocated (every GPU does every phase in turn), split (some GPUs hold the teacher alone), or with
+"""Where models go: colocated (every GPU does every phase in turn), split (some GPUs hold only the teacher), or with
 replicas that generate on GPUs of their own."""
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from kdrl_core.look.planning.shapes import ModelShape
 
 KV_CACHE = "KV cache"
 _TEACHER_GPUS = "teacher GPUs"
-"""Where it is served: what a recipe says of engines in process does not hold there."""
+"""Here the teacher is served, so the recipe's settings for engines in process do not apply."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """GPUs of the student, of the teacher alone, of replicas that generate; 0: none of their own."""
+    """GPUs of the student, of the teacher, and of replicas that generate; 0: the student's GPUs."""
 
     student_gpus: int
     teacher_gpus: int = 0
@@ -62,9 +62,9 @@ class PhaseMemory:
     """`every GPU`, or `student GPUs`, `rollout GPUs`, `teacher GPUs`."""
     components: Components
     sequences: int | None = None
-    """Of the longest kind that the KV cache holds, where there is one."""
+    """Longest sequences that the KV cache holds; None without a cache."""
     beside: float | None = None
-    """What others keep on a GPU on which a vLLM engine of this process takes its share."""
+    """Bytes of others on a GPU where a vLLM engine of this process takes its share; None elsewhere."""
 
     @property
     def total(self) -> float:
@@ -73,12 +73,12 @@ class PhaseMemory:
 
     @property
     def taken(self) -> float:
-        """Bytes of the engine that takes a share; 0 where none does."""
+        """Bytes of the engine that takes a share; 0 without one."""
         return self.total - self.beside if self.beside is not None else 0.0
 
 
 def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> Iterator[PhaseMemory]:
-    """What lies on a GPU in each phase. The KV cache takes what it can use of what is left, one sequence at least."""
+    """The memory of a GPU in each phase. The KV cache takes what it can use of the rest, at least one sequence."""
     student = work.student
     gpus = "student GPUs" if placement.is_split or placement.rollout_gpus else "every GPU"
     training = engines.training(placement.student_gpus)
@@ -120,7 +120,7 @@ def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Pl
 
 
 def replicas(engines: Engines, role: Role, gpus: int) -> int:
-    """Engines of a role on so many GPUs; `transformers` is one."""
+    """Engines of a role on `gpus` GPUs; `transformers` is always one."""
     return 1 if engines.engine(role) == "transformers" else max(1, gpus // engines.tensor_parallel)
 
 
@@ -136,7 +136,7 @@ def in_flight(work: Work, engines: Engines, gpus: int, responses: int) -> int:
 
 
 def host_bytes(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> float:
-    """Memory of one node's host that sleeping models and offloaded optimiser states take."""
+    """Host memory per node for sleeping models and offloaded optimiser states."""
     gpus = min(placement.student_gpus, cluster.gpus_per_node)
     training = engines.training(placement.student_gpus)
     offloaded = optimizer_bytes(work.student, training) if engines.offloads_optimizer else 0.0
@@ -144,7 +144,7 @@ def host_bytes(work: Work, engines: Engines, cluster: Cluster, placement: Placem
 
 
 def sleeping_models(work: Work, engines: Engines, placement: Placement) -> dict[Role, float]:
-    """Bytes of weights that a GPU of the student gives back while others use it, by role."""
+    """Bytes of weights by role that leave a GPU of the student while others use it."""
     return {
         role: _weights(role, shape, engines)
         for role, shape in _models(work, placement).items()
@@ -153,7 +153,7 @@ def sleeping_models(work: Work, engines: Engines, placement: Placement) -> dict[
 
 
 def _resident(work: Work, engines: Engines, placement: Placement) -> Components:
-    """Weights that engines in process keep in memory all the time."""
+    """Weights that engines in process always keep in memory."""
     return {
         f"{role} weights": _weights(role, shape, engines)
         for role, shape in _models(work, placement).items()
@@ -162,7 +162,7 @@ def _resident(work: Work, engines: Engines, placement: Placement) -> Components:
 
 
 def _models(work: Work, placement: Placement) -> dict[Role, ModelShape]:
-    """What generates and scores on the GPUs of the student."""
+    """Models that generate and score on the GPUs of the student."""
     found: dict[Role, ModelShape] = {}
     if not placement.rollout_gpus:
         found["rollout"] = work.student

@@ -12,7 +12,7 @@ _LARGER_GPUS = (24 * GB, 40 * GB, 48 * GB, 80 * GB, 96 * GB, 141 * GB, 192 * GB,
 
 
 def remedies_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> Iterator[str]:
-    """Single changes that make it fit; where none does, the first few of them together that do."""
+    """Single changes that make the stage fit. If no change does, the first few of them that do so together."""
 
     def fits(work: Work, engines: Engines, cluster: Cluster = cluster) -> bool:
         return candidates_of(work, engines, cluster, rates)[0].fits
@@ -44,7 +44,7 @@ _Change = Callable[[Work, Engines], tuple[Work, Engines]]
 
 
 def _changes(work: Work, engines: Engines, cluster: Cluster) -> Iterator[tuple[str, _Change]]:
-    """What can be set in place of what was, from the cheapest to what changes the method."""
+    """Changes of settings, from the cheapest to those that change the method."""
     if not engines.is_checkpointed:
         yield "--set trainer.activation_checkpointing=true", lambda w, e: (w, replace(e, is_checkpointed=True))
     most = Engines().memory_share

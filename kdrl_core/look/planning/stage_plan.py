@@ -1,4 +1,4 @@
-"""From a stage's work and a cluster to the placement that fits and is fastest, or to why none fits and what would."""
+"""The plan of a stage on a cluster: the fastest placement that fits; or why none fits, and what would."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +26,7 @@ class StagePlan:
     rates: Rates
     candidates: tuple[Candidate, ...]
     remedies: tuple[str, ...]
-    """Where nothing fits: changes that make it fit."""
+    """If nothing fits: changes that make it fit."""
 
     @property
     def best(self) -> Candidate | None:
@@ -40,7 +40,7 @@ class StagePlan:
 
     @property
     def reported_step_s(self) -> float | None:
-        """Seconds of a step in the paper, for the setting that it reports (B.2), on GPUs that we do not know of."""
+        """Seconds of a step in the paper, for the setting that it reports (B.2). It does not name its GPUs."""
         is_reported = self.work.student.name == _REPORTED_STUDENT and self.work.max_response == _REPORTED_RESPONSE
         steps = _REPORTED_STEPS.get(self.work.objective) if is_reported else None
         return _REPORTED_S / steps if steps else None
@@ -62,7 +62,7 @@ class StagePlan:
 
     @property
     def hours(self) -> float | None:
-        """Of all steps of the stage, periodic evaluations included."""
+        """Hours of all steps of the stage, with periodic evaluations."""
         return (self.step_s * self.work.steps + self.evaluation_s) / 3600 if self.step_s is not None else None
 
     def to_json(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def plan_stage(work: Work, engines: Engines, cluster: Cluster, rates: Rates | No
 
 
 def kv_note(plan: StagePlan, candidate: Candidate) -> str:
-    """What the rollout's KV cache holds, in words."""
+    """The capacity of the rollout's KV cache, in words."""
     phase = next(each for each in candidate.memory if each.phase == "rollout")
     held = phase.sequences or 0
     if plan.engines.rollout == "transformers":
@@ -149,6 +149,6 @@ def kv_note(plan: StagePlan, candidate: Candidate) -> str:
 
 
 def total_hours(plans: Sequence[StagePlan]) -> float | None:
-    """Of all stages; None if one does not fit."""
+    """Hours of all stages; None if one does not fit."""
     hours = [plan.hours for plan in plans]
     return None if None in hours else sum(hour for hour in hours if hour is not None)

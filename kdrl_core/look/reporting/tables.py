@@ -66,7 +66,7 @@ def sft_table(summary: RunSummary) -> Table:
 
 
 def tables_of(summary: RunSummary) -> list[Table]:
-    """The tables that have something to say, in the order in which they are shown."""
+    """The tables that have rows, in the order in which they are shown."""
     return [table for table in (accuracy_table(summary), phase_table(summary), sft_table(summary)) if table.rows]
 
 

@@ -3,28 +3,20 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+import duckdb
+import pyarrow as pa
 
 from kdrl_core.look.rollouts.index import RunIndex
 from kdrl_core.look.rollouts.index_rows import INDEX
 from kdrl_core.look.rollouts.record import BULKY, PARTS, RECORD, TIMINGS
 from kdrl_core.look.rollouts.step_summary import SUMMARY
 
-_SQL_TYPES = {
-    "string": "VARCHAR",
-    "int32": "INTEGER",
-    "uint64": "UBIGINT",
-    "float": "FLOAT",
-    "double": "DOUBLE",
-    "list<item: int32>": "INTEGER[]",
-    "list<item: float>": "FLOAT[]",
-    "list<element: int32>": "INTEGER[]",
-    "list<element: float>": "FLOAT[]",
-}
 BULKY_PARTS = tuple(part for part, names in PARTS.items() if names)
 TIMES = "times"
-"""What the views take from `steps`, as if it were a file of each step."""
-_KEYS = ("run", "stage", "step", "row")
+"""The timings in `steps`, which the views treat like a file of each step."""
 
 PROMPTS: dict[str, str] = {
     "run": "name of the run",
@@ -48,21 +40,23 @@ STEPS: dict[str, str] = {
     "step": "step of the stage, from 0",
     **SUMMARY,
 }
-"""Columns of the views and what they are; `steps` also has every metric and timing of the stage by its name."""
+"""Columns of the views, described. `steps` also has every metric and timing of the stage by its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedRun:
-    """A run under the name that the views give it."""
+    """A run, and its name in the views."""
 
     name: str
     index: RunIndex
 
 
+@cache
 def sql_type(name: str) -> str:
     """DuckDB's type of a column of the record or the index."""
-    schema = RECORD if name in RECORD.names else INDEX
-    return _SQL_TYPES[str(schema.field(name).type)]
+    schema = pa.schema([RECORD.field(name) if name in RECORD.names else INDEX.field(name)])
+    with duckdb.connect(":memory:") as connection:
+        return str(connection.from_arrow(schema.empty_table()).types[0])
 
 
 def quoted(text: str | Path) -> str:
@@ -76,10 +70,10 @@ def identifier(name: str) -> str:
 
 
 def user_views(parts: Collection[str]) -> list[str]:
-    """Statements that define the views, with the bulky columns of `parts`; those of others are null.
+    """Statements that define the views, with the bulky columns of `parts`; the others are null.
 
-    There have to be the views `indexed` and `<part>_part`, and the tables `step_rows` and `times_part`. Each join that
-    a query does without makes it faster by much.
+    They need the views `indexed` and `<part>_part`, and the tables `step_rows` and `times_part`. A query is much faster
+    without joins that it does not need.
     """
     home = {name: part for part, names in PARTS.items() for name in names}
     columns = []
@@ -128,7 +122,7 @@ def index_sql(runs: Sequence[IndexedRun]) -> str:
 
 
 def part_sql(runs: Sequence[IndexedRun], part: str) -> str:
-    """The bulky columns of one part, of every step that has it. Files of like columns are read together."""
+    """The bulky columns of one part, for every step that has it. Files with the same columns are read together."""
     found = []
     for run in runs:
         alike: dict[tuple[str, ...], list[Path]] = defaultdict(list)

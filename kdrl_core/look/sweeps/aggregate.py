@@ -146,8 +146,8 @@ def _with_differences(
 
 
 def _equal_time(by_variant: dict[str, dict[int, CellResult]]) -> tuple[float | None, list[TimedRow]]:
-    """Every variant at its last periodic evaluation within the time that the fastest took to its end: times are means
-    over seeds, so that all seeds of a variant are looked at after equally many steps."""
+    """Every variant at its last periodic evaluation within the total time of the fastest variant. Times are means over
+    seeds, so that all seeds of a variant are compared at the same step."""
     paces = {variant: _pace(list(cells.values())) for variant, cells in by_variant.items()}
     paces = {variant: pace for variant, pace in paces.items() if pace}
     if len(paces) < 2:
@@ -164,7 +164,7 @@ def _equal_time(by_variant: dict[str, dict[int, CellResult]]) -> tuple[float | N
 
 
 def _pace(cells: Sequence[CellResult]) -> dict[int, float]:
-    """Step that every seed has evaluated → seconds until then, mean over seeds."""
+    """Step that every seed has evaluated → mean seconds until then."""
     steps = set.intersection(*({w.step for w in cell.watched} for cell in cells)) if cells else set()
     return {step: float(np.mean([w.seconds for c in cells for w in c.watched if w.step == step])) for step in steps}
 

@@ -1,9 +1,9 @@
-"""Claims of a sweep, judged by its runs: does what the paper finds hold here, does it not, or cannot one tell?
+"""Claims of a sweep, judged by its runs: does a finding of the paper hold here, does it not, or is it unclear?
 
-A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (and,
-for accuracy, by problem), with the 95 % interval of kdrl_core.evaluation.seeds: above zero the claim holds, below zero
-it does not, and around zero it is unclear. Nothing is corrected for the number of claims: of twenty that are really
-ties, one at most comes out as holding or not by chance, on average.
+A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (for
+accuracy also by problem), with the 95 % interval of kdrl_core.evaluation.seeds. If the interval lies above zero, the
+claim holds; below zero, it does not; around zero, it is unclear. There is no correction for the number of claims: of
+twenty real ties, about one is judged to hold, or not to hold, by chance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from kdrl_core.look.sweeps.spec import ACCURACY, LENGTH, Claim
 
 
 class ClaimVerdict(StrEnum):
-    """What the runs say of a claim."""
+    """What the runs say about a claim."""
 
     HOLDS = "holds"
     DOES_NOT = "does not hold"

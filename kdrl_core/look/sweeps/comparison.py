@@ -1,5 +1,6 @@
-"""The report of a sweep, or of any runs, as files: an HTML page, Markdown, CSV and JSON. Made anew at any time, also
-while it runs."""
+"""The comparison of a sweep's cells, or of any runs, as files: an HTML page, Markdown, CSV and JSON.
+
+It can be written at any time, also while the runs go on."""
 
 import json
 from contextlib import suppress
@@ -17,13 +18,13 @@ from kdrl_core.look.sweeps.table import SweepTable
 
 
 def read_sweep(name: str) -> SweepResults:
-    """What a started sweep has come to so far. Raises RunError if it was not started."""
+    """The results of a started sweep so far. Raises RunError if it was not started."""
     record, paths = read_record(name), SweepPaths.of(name)
     statuses = [cell_status(paths, cell) for cell in record.cells]
     recipes: dict[str, Recipe] = {}
     for cell in record.cells:
         if cell.variant not in recipes:
-            with suppress(RecipeError):  # lost or edited: the run has it as well, once it has begun
+            with suppress(RecipeError):  # lost or edited: a run that has begun has its own copy
                 recipes[cell.variant] = load_recipe(paths.recipe(cell.run))
     spec = record.spec
     return read_results_of(name, spec.description, spec.recipe, statuses, claims=spec.claims, recipes=recipes)
@@ -35,7 +36,7 @@ def write_sweep_report(name: str) -> SweepTable:
 
 
 def write_comparison(results: SweepResults, folder: Path, *, stem: str) -> SweepTable:
-    """Write `<stem>.html`, `.md`, `.csv` and `.json` and return the tables; what is there is replaced.
+    """Write `<stem>.html`, `.md`, `.csv` and `.json`, replacing existing ones, and return the tables.
 
     Raises:
         StorageError: the folder cannot be written.

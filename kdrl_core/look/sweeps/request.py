@@ -1,4 +1,4 @@
-"""What a command asks for → a sweep and its cells, all of them validated before anything runs."""
+"""From the options of a command to a sweep and its cells. All of them are validated before anything runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ from kdrl_core.look.sweeps.state import Origin, SweepPaths, SweepRecord, read_re
 
 _MAX_NAME = 60
 _VARY = "--vary"
-"""What a sweep without a file is made of."""
+"""Source of a sweep without a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A sweep as it is to run."""
+    """A sweep that is ready to run."""
 
     spec: SweepSpec
     overrides: tuple[str, ...]
@@ -102,10 +102,10 @@ def _before(source: str | None, name: str | None) -> tuple[dict[str, Any], Sweep
 
 
 def check_request(request: Request) -> None:
-    """Look at the inputs of every cell, and at the runs that there are already, before anything runs.
+    """Check the inputs of every cell, and the runs that exist already, before anything runs.
 
     Raises:
-        KdrlError: as `check_inputs` and `require_same_recipe`, with the cell named.
+        KdrlError: as `check_inputs` and `require_same_recipe`; the message names the cell.
     """
     seen: set[str] = set()
     for cell in request.cells:
@@ -119,7 +119,7 @@ def check_request(request: Request) -> None:
 
 
 def donors_of(request: Request) -> list[str]:
-    """Every run with which the cells of a sweep may share: its own cells, and those of `share_with`."""
+    """Every run from which a cell may take over finished work: the sweep's own cells, and those of `share_with`."""
     others = [cell.run for sweep in request.share_with for cell in read_record(sweep).cells]
     return [*(cell.run for cell in request.cells), *others]
 

@@ -12,9 +12,9 @@ from kdrl_core.look.reporting.tables import Table
 from kdrl_core.look.sweeps.claims import JudgedClaim
 
 AVERAGE = "avg"
-"""Mean of the benchmarks that every row has, but for `VALIDATION`."""
+"""Mean of the benchmarks that every row has, without `VALIDATION`."""
 VALIDATION = "validation"
-"""The benchmark by which learning rates and checkpoints are chosen, by its name; no choice may lift an average."""
+"""Name of the benchmark that chooses learning rates and checkpoints; it is left out of averages for that reason."""
 _MISSING = "–"
 
 
@@ -30,15 +30,15 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One variant, or a model for reference."""
+    """One variant, or one reference model."""
 
     label: str
     is_reference: bool
     seeds: list[int]
-    """That are in its numbers."""
+    """Seeds in its numbers."""
     num_planned: int
     scores: dict[str, Score]
-    """By benchmark, and their mean as `avg` where there is one; empty if no seed is finished."""
+    """By benchmark; `avg` is their mean, if there is one. Empty if no seed is finished."""
     differences: dict[str, Score] = field(default_factory=dict)
     """To the first variant, over the seeds that both have: paired by problem and seed."""
     length_mean: float | None = None
@@ -49,29 +49,29 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedRow:
-    """A variant when each has trained for as long as the fastest did in all."""
+    """A variant after the training time that the fastest variant took in all."""
 
     label: str
     seeds: list[int]
     step: int | None
-    """Of the last evaluation in that time."""
+    """Step of its last evaluation within that time."""
     scores: dict[str, Score]
     """Empty if there was none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepTable:
-    """What a sweep has come to."""
+    """The result of a sweep."""
 
     name: str
     description: str
     recipe: str
     benchmarks: list[str]
     averaged: list[str]
-    """What `avg` is the mean of; with fewer than two there is none."""
+    """Benchmarks in `avg`, which needs two at least."""
     rows: list[Row]
     equal_time_s: float | None
-    """What every variant with periodic evaluations has trained for, in `timed`."""
+    """Training time of every row of `timed`."""
     timed: list[TimedRow]
     cells: list[dict[str, Any]]
     """Finished cells: run, variant, seed, steps, train_s, scores (means)."""
@@ -142,12 +142,12 @@ class SweepTable:
         )
 
     def missing_table(self) -> Table:
-        """What is not finished, and why."""
+        """The cells that are not finished, and why."""
         rows = [[one["run"], one["state"], one["detail"]] for one in self.missing]
         return Table(title="Not finished", header=["run", "state", "detail"], rows=rows, num_text=3)
 
     def tables(self, *, marked: bool = False) -> list[Table]:
-        """The tables that have something to say."""
+        """The tables that have rows."""
         found = (
             self.accuracy_table(marked=marked),
             self.cost_table(),
@@ -195,7 +195,7 @@ def _cell(score: Score | None, *, marked: bool = False) -> str:
         return _MISSING
     mean = f"{100 * score.mean:.1f}"
     if score.rank is not None:
-        # Plain text says it with signs, where Markdown has its own.
+        # Plain text has signs for this, Markdown has bold and italics.
         mean = {1: f"**{mean}**", 2: f"*{mean}*"}[score.rank] if marked else {1: f"▲{mean}", 2: f"△{mean}"}[score.rank]
     return f"{mean} ({100 * score.low:.1f}–{100 * score.high:.1f})"
 
@@ -221,7 +221,7 @@ def _number(value: float | None) -> str:
 
 
 def _escaped(table: Table) -> Table:
-    """Without what would end a cell of a Markdown table, or be HTML: reasons quote what others wrote."""
+    """Escaped for Markdown, since reasons quote foreign text: no cell ends early, no HTML gets through."""
     return replace(table, rows=[[_plain(cell) for cell in row] for row in table.rows])
 
 

@@ -28,7 +28,7 @@ class _QueryFilter(RolloutFilter):
 
 
 def api_of(store: RolloutStore, *, look_every_s: float = EVERY_S) -> APIRouter:
-    """The routes over `store`, which looks for new steps so often at most."""
+    """The routes over `store`. They look for new steps every `look_every_s` seconds at most."""
     api, live = APIRouter(prefix="/api"), Live(store, every_s=look_every_s)
 
     @api.get("/runs")
@@ -77,7 +77,7 @@ def api_of(store: RolloutStore, *, look_every_s: float = EVERY_S) -> APIRouter:
 
 
 def _without_tokens(record: dict[str, Any]) -> dict[str, Any]:
-    """A response without what it has per token, its text cut where it is very long."""
+    """A response without its per-token values; a very long text is cut."""
     kept = {name: plain(value) for name, value in record.items() if isinstance(value, _SMALL)}
     text = kept.get("response") or ""
     return kept | {"response": text[:GROUP_CHARACTERS], "is_cut": len(text) > GROUP_CHARACTERS}
