@@ -101,40 +101,22 @@ class StageProgress:
 
     def step(self, summary: StepSummary) -> None:
         """A step is done."""
-        metrics, timings = summary.metrics, summary.timings
+        metrics = summary.metrics
+        length = f"length {metrics['response/length_mean']:.1f}"
         if "loss/sft" in metrics:
-            self._logger.info(
-                "%s step %d/%d  loss %.4f  length %.1f  epoch %.2f  %.0f tokens/s%s",
-                self._stage,
-                summary.step,
-                self._steps,
-                metrics["loss/sft"],
-                metrics["response/length_mean"],
-                metrics["sft/epoch"],
-                timings["throughput/update_tokens_per_s"],
-                "  (replayed)" if summary.replayed else "",
-            )
+            phase, facts = "update", f"loss {metrics['loss/sft']:.4f}  {length}  epoch {metrics['sft/epoch']:.2f}"
         else:
-            self._log_on_policy(summary)
+            phase, kl = "rollout", f"{metrics['kd/kl_unmasked']:.3f}" if "kd/kl_unmasked" in metrics else "–"
+            facts = f"reward {metrics['reward/mean']:.3f}  {length}  clip {metrics['response/clip_ratio']:.3f}"
+            facts += f"  kl {kl}  beta {metrics['beta']:.2g}"
+        speed = summary.timings[f"throughput/{phase}_tokens_per_s"]
+        replayed = "  (replayed)" if summary.replayed else ""
+        self._logger.info(
+            "%s step %d/%d  %s  %.0f tokens/s%s", self._stage, summary.step, self._steps, facts, speed, replayed
+        )
         if time.monotonic() - self._last > _MIN_INTERVAL_S:
             self._last = time.monotonic()
             self._set_progress(100.0 * (summary.step + 1) / self._steps)
-
-    def _log_on_policy(self, summary: StepSummary) -> None:
-        metrics, timings = summary.metrics, summary.timings
-        self._logger.info(
-            "%s step %d/%d  reward %.3f  length %.1f  clip %.3f  kl %s  beta %.2g  %.0f tokens/s%s",
-            self._stage,
-            summary.step,
-            self._steps,
-            metrics["reward/mean"],
-            metrics["response/length_mean"],
-            metrics["response/clip_ratio"],
-            f"{metrics['kd/kl_unmasked']:.3f}" if "kd/kl_unmasked" in metrics else "–",
-            metrics["beta"],
-            timings["throughput/rollout_tokens_per_s"],
-            "  (replayed)" if summary.replayed else "",
-        )
 
     def sampled(self, shards: int, total: int) -> None:
         """`shards` of `total` shards of teacher samples are there, with their verdicts."""

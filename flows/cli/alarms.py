@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from flows.cli.shared import PlainConsole, out
+from flows.cli.shared import out
 
 if TYPE_CHECKING:
     from kdrl_core.alarms import Alarm
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _SHOWN_ALARMS = 10
 
 
-def print_alarms(opened: Any, console: PlainConsole = out, *, are_told: bool = False) -> None:
+def print_alarms(opened: Any, *, are_told: bool) -> None:
     """Print a line for each alarm that the run has raised, newest last, and the command that shows the newest.
 
     Args:
@@ -22,11 +22,11 @@ def print_alarms(opened: Any, console: PlainConsole = out, *, are_told: bool = F
 
     raised = alarms_of(opened)
     for alarm in [] if are_told else raised[-_SHOWN_ALARMS:]:
-        console.say(alarm_line(alarm))
+        out.say(alarm_line(alarm))
     if raised:
         earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""
-        console.say(f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}")
-        console.print()
+        out.say(f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}")
+        out.print()
 
 
 def alarm_line(alarm: "Alarm") -> Text:

@@ -204,7 +204,7 @@ def print_summary(opened: Any, console: PlainConsole = out) -> None:
 def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose: bool) -> None:
     """Run the flow here, with the progress display beside it; KdrlError if it fails."""
     from flows.cli.local_prefect import use_private_prefect
-    from flows.cli.watch import Watcher
+    from flows.cli.watch import watching
     from kdrl_core.ledger import RunPaths, open_run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the temporary server stopped
@@ -217,7 +217,7 @@ def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose
         if verbose:
             full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
         else:
-            with Watcher(RunPaths.of(run_name), err):
+            with watching(RunPaths.of(run_name), err):
                 full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
     except KeyboardInterrupt:
         err.print(f"interrupted; go on with: kdrl resume {run_name}")

@@ -23,7 +23,7 @@ import typer
 from flows.cli.app import print_summary
 from flows.cli.local_prefect import free_port, prefect_home, server_environment
 from flows.cli.shared import PlainConsole
-from flows.cli.watch import Watcher
+from flows.cli.watch import watching
 from flows.guard import guard_children
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import RunPaths, open_run
@@ -153,7 +153,7 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
         command += ["-p", f"run_name={run_name}", "-p", f"overrides={_json(overrides)}"]
         _console.say(f"flow run         prefect deployment run kdrl/full-pipeline --watch -p run_name={run_name}")
         flow_run = processes.start("flow-run", command)
-        with Watcher(paths, _console):
+        with watching(paths, _console):
             exit_code = flow_run.wait()
     if exit_code != 0:
         # The failure hook says cause and remedy in one line of the worker's log.

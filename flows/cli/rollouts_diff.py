@@ -19,7 +19,7 @@ from flows.cli.shared import JsonOption, PlainConsole, errors
 from kdrl_core.errors import DataError
 
 if TYPE_CHECKING:
-    from kdrl_core.look.rollouts.diff import Difference, Side
+    from kdrl_core.look.rollouts.diff import Difference
     from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 _STEPS = re.compile(r"(?:(?P<stage>[A-Za-z][\w.-]*):)?(?P<steps>\d+(?:-\d*)?|-\d+)")
@@ -130,7 +130,11 @@ def _hint(store: "RolloutStore", before: "RolloutFilter", after: "RolloutFilter"
 
 
 def _print(found: "Difference", console: PlainConsole, limit: int, hint: str) -> None:
-    console.print(table(["", *_SIDE_COLUMNS], [_side_row(found.before), _side_row(found.after)], left=[""]))
+    rows: list[list[Any]] = [
+        [side.label, *(number(getattr(side, name), digits) for name, digits in _SIDE_COLUMNS.values())]
+        for side in (found.before, found.after)
+    ]
+    console.print(table(["", *_SIDE_COLUMNS], rows, left=[""]))
     console.print()
     for side in (found.before, found.after):
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in side.verdicts.items())
@@ -166,19 +170,15 @@ def _print(found: "Difference", console: PlainConsole, limit: int, hint: str) ->
         console.print(f"{len(shown)} of {len(found.prompts):,}; --limit 0 lists all", style="dim")
 
 
-_SIDE_COLUMNS = ["rollouts", "problems", "reward", "length", "clip ratio", "KL"]
-
-
-def _side_row(side: "Side") -> list[str]:
-    return [
-        side.label,
-        number(side.num_rollouts),
-        number(side.num_prompts),
-        number(side.reward_mean),
-        number(side.length_mean, 1),
-        number(side.clip_ratio),
-        number(side.kl_mean),
-    ]
+_SIDE_COLUMNS = {
+    "rollouts": ("num_rollouts", 0),
+    "problems": ("num_prompts", 0),
+    "reward": ("reward_mean", 3),
+    "length": ("length_mean", 1),
+    "clip ratio": ("clip_ratio", 3),
+    "KL": ("kl_mean", 3),
+}
+"""Columns, their fields of `Side`, and digits."""
 
 
 def _arrow(pair: tuple[float | None, float | None], digits: int) -> str:

@@ -2,9 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Group, RenderableType
@@ -26,50 +26,40 @@ _RECENT_STEPS = 10
 _Loaded = TypeVar("_Loaded")
 
 
-class Watcher:
-    """Shows a run while the context is open: a live table on a terminal, a line per step elsewhere.
+@contextmanager
+def watching(paths: RunPaths, console: PlainConsole, *, with_alarms: bool = False) -> Iterator[None]:
+    """Show a run while the context is open: a live table on a terminal, a line per step elsewhere.
 
     Args:
-        with_alarms: print lines for alarms as well; not in the process that runs, whose log has them.
+        with_alarms: print lines for alarms too. Not in the process that runs, whose log has them.
     """
+    stop = threading.Event()
+    show = _show_table if console.is_terminal else _show_lines
+    thread = threading.Thread(target=show, args=(RunView(paths), console, stop, with_alarms), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
-    def __init__(self, paths: RunPaths, console: PlainConsole, *, with_alarms: bool = False) -> None:
-        self._paths = paths
-        self._console = console
-        self._with_alarms = with_alarms
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._view = RunView(paths)
-        self._started = time.monotonic()
 
-    def __enter__(self) -> "Watcher":
-        self._thread.start()
-        return self
+def _show_table(view: "RunView", console: PlainConsole, stop: threading.Event, _: bool) -> None:
+    started, is_last = time.monotonic(), False
+    with Live(console=console, auto_refresh=False) as live:
+        while not is_last:
+            is_last = stop.wait(_INTERVAL_S)
+            live.update(view.render(time.monotonic() - started), refresh=True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
 
-    def _loop(self) -> None:
-        if not self._console.is_terminal:
-            while not self._stop.wait(_INTERVAL_S):
-                self._print_lines()
-            self._print_lines()
-            return
-        with Live(console=self._console, auto_refresh=False) as live:
-            while True:
-                stopped = self._stop.wait(_INTERVAL_S)
-                live.update(self._view.render(time.monotonic() - self._started), refresh=True)
-                if stopped:
-                    return
-
-    def _print_lines(self) -> None:
-        for line in self._view.new_lines():
-            self._console.say(line)
-        for alarm in self._view.new_alarms() if self._with_alarms else ():
-            self._console.say(alarm_line(alarm))
+def _show_lines(view: "RunView", console: PlainConsole, stop: threading.Event, with_alarms: bool) -> None:
+    is_last = False
+    while not is_last:
+        is_last = stop.wait(_INTERVAL_S)
+        for line in view.new_lines():
+            console.say(line)
+        for alarm in view.new_alarms() if with_alarms else ():
+            console.say(alarm_line(alarm))
 
 
 class RunView:
@@ -202,6 +192,6 @@ def _changed(path: Path) -> int:
 
 def follow(paths: RunPaths, console: PlainConsole) -> None:
     """Show a run of another process until no process works on it."""
-    with Watcher(paths, console, with_alarms=True):
+    with watching(paths, console, with_alarms=True):
         while lock_holder(paths.lock) is not None:
             time.sleep(_INTERVAL_S)

@@ -77,7 +77,7 @@ def compare(store: RolloutStore, before: RolloutFilter, after: RolloutFilter, la
     Raises:
         DataError: no rollout meets one of them.
     """
-    sides = [_by_prompt(store, where) for where in (before, after)]
+    sides = [store.aggregate(where, _SQL) for where in (before, after)]
     for rows, label in zip(sides, labels, strict=True):
         if not rows:
             raise DataError(f"there are no rollouts of {label}; kdrl rollouts stats shows which steps there are")
@@ -96,10 +96,6 @@ _SQL = """
         list(verdict order by verdict) filter (verdict is not null) as verdicts
     from rows group by prompt_id order by prompt_id
 """
-
-
-def _by_prompt(store: RolloutStore, where: RolloutFilter) -> list[dict[str, Any]]:
-    return store.aggregate(where, _SQL)
 
 
 def _side(label: str, rows: Sequence[dict[str, Any]]) -> Side:

@@ -8,7 +8,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,15 +89,11 @@ def _write_jsonl(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> N
 
 def _write_csv(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        _write_rows(file, schema, tables)
-
-
-def _write_rows(file: TextIO, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
-    writer = csv.writer(file)
-    writer.writerow(schema.names)
-    for table in tables:
-        for row in table.to_pylist():
-            writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
+        writer = csv.writer(file)
+        writer.writerow(schema.names)
+        for table in tables:
+            for row in table.to_pylist():
+                writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
 
 
 _WRITERS: dict[str, Callable[[Path, pa.Schema, Iterator[pa.Table]], Any]] = {

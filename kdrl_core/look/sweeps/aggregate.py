@@ -26,6 +26,10 @@ def build_table(results: SweepResults) -> SweepTable:
     averaged = [name for name in benchmarks if name != VALIDATION and all(name in model.scores for model in models)]
     rows = [_variant_row(v, by_variant[v], planned[v], averaged) for v in variants]
     rows = _with_differences(_ranked(rows), by_variant, variants)
+    references = [
+        _row(label, group.models, len(group.models.keys() | group.planned), averaged, is_reference=True)
+        for label, group in by_label(results).items()
+    ]
     equal_time_s, timed = _equal_time(by_variant)
     return SweepTable(
         name=results.name,
@@ -33,7 +37,7 @@ def build_table(results: SweepResults) -> SweepTable:
         recipe=results.recipe,
         benchmarks=benchmarks,
         averaged=averaged,
-        rows=[*_reference_rows(results, averaged), *rows],
+        rows=[*references, *rows],
         equal_time_s=equal_time_s,
         timed=timed,
         cells=[_cell_record(cell) for cell in results.cells],
@@ -55,34 +59,25 @@ def _cell_record(cell: CellResult) -> dict[str, Any]:
 
 
 def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int, averaged: Sequence[str]) -> Row:
-    found = [cells[seed] for seed in sorted(cells)]
-    return Row(
-        label=label,
-        is_reference=False,
-        seeds=sorted(cells),
-        num_planned=num_planned,
-        scores=_scores([cell.model for cell in found], averaged),
-        length_mean=_mean([cell.model.length_mean for cell in found]),
-        steps=_mean([cell.steps for cell in found]),
-        train_s=_mean([cell.train_s for cell in found]),
+    models = {seed: cells[seed].model for seed in sorted(cells)}
+    return replace(
+        _row(label, models, num_planned, averaged, is_reference=False),
+        steps=_mean([cells[seed].steps for seed in models]),
+        train_s=_mean([cells[seed].train_s for seed in models]),
     )
 
 
-def _reference_rows(results: SweepResults, averaged: Sequence[str]) -> list[Row]:
-    rows = []
-    for label, group in by_label(results).items():
-        models = list(group.models.values())
-        rows.append(
-            Row(
-                label=label,
-                is_reference=True,
-                seeds=sorted(group.models),
-                num_planned=len(group.models.keys() | group.planned),
-                scores=_scores(models, averaged),
-                length_mean=_mean([model.length_mean for model in models]),
-            )
-        )
-    return rows
+def _row(
+    label: str, models: dict[int, ModelScores], num_planned: int, averaged: Sequence[str], *, is_reference: bool
+) -> Row:
+    return Row(
+        label=label,
+        is_reference=is_reference,
+        seeds=sorted(models),
+        num_planned=num_planned,
+        scores=_scores([*models.values()], averaged),
+        length_mean=_mean([model.length_mean for model in models.values()]),
+    )
 
 
 def _scores(models: Sequence[ModelScores], averaged: Sequence[str] = ()) -> dict[str, Score]:
