@@ -44,7 +44,7 @@ def filter_command(
     stage: Annotated[str | None, typer.Option(help="Stage whose rules apply; default: the recipe's last.")] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Tokenizer that measures prompts, where the student's is not at hand."),
+        typer.Option(metavar="DIR", help="Tokenizer that measures prompts, if the student's is not on this machine."),
     ] = None,
     overrides: SetOption = None,
     on_error: OnErrorOption = None,
@@ -53,8 +53,8 @@ def filter_command(
 ) -> None:
     """Filter problems by a stage's rules, and say what each rule dropped.
 
-    Files are streamed: they may be larger than memory. The output is what a stage's data.files reads, and the same
-    whatever the order of the rows. Example:
+    Files may be larger than memory. The output can be an entry of a stage's data.files, and it does not depend on the
+    order of the rows. Example:
 
     kdrl filter --recipe paper-1.5b --input 'data/skywork-or1-math/*.parquet' --output data/pool.parquet
     """
@@ -90,7 +90,7 @@ def filter_command(
 
 
 def print_report(report: "FilterReport", console: Console) -> None:
-    """The report as a table: rule, rows dropped, rows left, what the rule says."""
+    """Print the report as a table: rule, rows dropped, rows left, description."""
     table = RichTable(box=SIMPLE_HEAD, show_edge=False)
     for column, justify in (("rule", "left"), ("dropped", "right"), ("left", "right"), ("description", "left")):
         table.add_column(column, justify=justify, no_wrap=column != "description")  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def _tokenizer(recipe: Any, path: str | None) -> Any:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, int], None]]:
-    """Rows by pass: a live line on a terminal, else a line every few seconds."""
+    """Show pass and rows: a live line on a terminal, else a line every few seconds."""
     if console.is_terminal:
         with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
             task = bar.add_task("reading", total=None)

@@ -9,15 +9,15 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.boxes.checkpoints import latest_checkpoint
-from kdrl_core.config import ModelConfig, StageConfig
+from kdrl_core.config import EngineName, LocalEngine, ModelConfig, StageConfig
 from kdrl_core.data import think_opened
-from kdrl_core.engines.from_recipe import EngineName, local_scorer, rollout_engine
+from kdrl_core.engines.from_recipe import local_scorer, rollout_engine
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.server_pool import served_model
@@ -181,7 +181,7 @@ class StageSession:
         recipe = self.run.recipe
         limits = {"max_tokens": self._max_tokens, "num_tokens": len(self.tokenizer)}
         if role == "reference":
-            engine: Literal["transformers", "vllm"] = "vllm" if recipe.rollout.engine == "vllm" else "transformers"
+            engine: LocalEngine = "vllm" if recipe.rollout.engine == "vllm" else "transformers"
             return local_scorer(
                 recipe,
                 self.initial_policy,

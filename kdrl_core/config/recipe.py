@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from kdrl_core.config.alarms import AlarmsConfig
+from kdrl_core.config.engine_names import EngineName, LocalEngine
 from kdrl_core.config.section import Positive, Section, Share
 
 Objective = Literal["grpo", "kdrl", "kd_rkl", "reward_shaping", "sft"]
@@ -95,7 +96,7 @@ class ServerConfig(ServersConfig):
 class TeacherConfig(ModelConfig):
     """The teacher: a model directory, which is loaded here unless servers score in its place."""
 
-    engine: Literal["transformers", "vllm"] = Field("transformers", description="what scores where it is loaded here")
+    engine: LocalEngine = Field("transformers", description="what scores where it is loaded here")
     server: ServerConfig | None = Field(None, description="servers of its weights; path then gives its tokenizer")
 
 
@@ -341,7 +342,7 @@ class EvaluationConfig(Section):
 class RolloutConfig(Section):
     """What samples responses."""
 
-    engine: Literal["transformers", "vllm", "server"] = Field(
+    engine: EngineName = Field(
         "transformers", description="in this process: transformers, vllm; replicas of vLLM that `server` lists: server"
     )
     server: ReplicasConfig | None = Field(None, description="replicas that see the run's folder (kdrl serve)")

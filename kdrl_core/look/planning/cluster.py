@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from kdrl_core.config import Recipe, StageConfig
+from kdrl_core.config import EngineName, LocalEngine, Recipe, StageConfig
 from kdrl_core.config.recipe import ServersConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.look.planning.memory import Precision, TrainerSettings
 from kdrl_core.look.planning.shapes import ModelShape, shape_of
 
 Role = Literal["rollout", "teacher", "reference"]
-EngineName = Literal["vllm", "server", "transformers"]
 
 MEAN_RESPONSE_SHARE = 0.4
 """Assumed mean response length, as a share of the longest, if none is given."""
@@ -63,7 +62,7 @@ class Engines:
     Replicas that sleep are `vllm` and are listed in `served`."""
 
     rollout: EngineName = "vllm"
-    teacher: Literal["vllm", "transformers"] = "vllm"
+    teacher: LocalEngine = "vllm"
     trainer: Literal["deepspeed", "torch"] = "deepspeed"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: int = 2

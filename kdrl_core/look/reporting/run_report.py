@@ -6,10 +6,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from kdrl_core.boxes.completion import report_inputs
 from kdrl_core.config import dump_recipe
 from kdrl_core.data import FilterReport
-from kdrl_core.ledger import Run, find_intact, publish_directory, verify_published
+from kdrl_core.ledger import Run, find_intact, inputs_of, publish_directory, verify_published
+from kdrl_core.ledger.graph import REPORT
 from kdrl_core.ledger.labels import final_labels
 from kdrl_core.look.reporting.figures import dynamics_figure
 from kdrl_core.look.reporting.run_summary import sample_responses, summarize
@@ -23,7 +23,7 @@ def publish_report(run: Run) -> Path:
     for label in final_labels(run):
         verify_published(run.paths.evaluation(label))
     find_intact(run.paths.report, is_exact=False)
-    publish_directory(run.paths.report, lambda folder: render_report(run, folder), inputs=report_inputs(run))
+    publish_directory(run.paths.report, lambda folder: render_report(run, folder), inputs=inputs_of(run, REPORT.node()))
     return run.paths.report
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.config.load import did_you_mean
+from kdrl_core.config import did_you_mean
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import replace_file
 from kdrl_core.look.rollouts.filters import RolloutFilter

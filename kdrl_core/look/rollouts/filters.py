@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kdrl_core.config.load import did_you_mean
+from kdrl_core.config import did_you_mean
 from kdrl_core.errors import DataError
 from kdrl_core.look.rollouts.index_rows import INDEX
 from kdrl_core.look.rollouts.record import RECORD

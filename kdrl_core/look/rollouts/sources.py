@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.config.load import did_you_mean
+from kdrl_core.config import did_you_mean
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import artifacts_root, manifest_of, validate_run_name
 from kdrl_core.ledger.manifest import file_manifest_path

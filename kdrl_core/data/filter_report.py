@@ -1,4 +1,4 @@
-"""What the filter did, rule by rule, in numbers that add up."""
+"""The report of the data filter: how many rows each rule dropped. Its numbers add up."""
 
 import itertools
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleCount:
-    """Rows that one rule dropped of those that the rules before it had left."""
+    """How many rows a rule dropped of those that earlier rules had left."""
 
     rule: str
     dropped: int
@@ -17,9 +17,9 @@ class RuleCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilterReport:
-    """One stage's filter: `rows_in − Σ dropped = rows_out`, rules in the order in which they were applied.
+    """The filter of one stage: `rows_in − Σ dropped = rows_out`. Rules are in the order in which they were applied.
 
-    Rules that the recipe does not set are listed as off, with 0 dropped, so that two reports compare line by line.
+    A rule that the recipe does not set is listed as off, with 0 dropped, so that two reports compare line by line.
     """
 
     stage: str
@@ -48,12 +48,12 @@ class FilterReport:
         return cls(stage=values["stage"], rows_in=values["rows_in"], rules=rules, rows_out=values["rows_out"])
 
     def lines(self) -> list[tuple[RuleCount, int]]:
-        """Each rule with the rows that it left."""
+        """Each rule with the number of rows that it left."""
         left = itertools.accumulate((-rule.dropped for rule in self.rules), initial=self.rows_in)
         return list(zip(self.rules, itertools.islice(left, 1, None), strict=True))
 
     def to_text(self) -> str:
-        """A table for terminals: rule, rows dropped, rows left, what the rule says."""
+        """A table for terminals: rule, rows dropped, rows left, description."""
         rows = [("rule", "dropped", "left", "description"), ("rows in", "", str(self.rows_in), "")]
         rows += [(rule.rule, str(rule.dropped), str(left), rule.description) for rule, left in self.lines()]
         rows.append(("rows out", "", str(self.rows_out), ""))

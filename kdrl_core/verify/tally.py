@@ -1,16 +1,16 @@
-"""What the verdicts on a file amount to."""
+"""Counts of verdicts: how many of each kind, and how many agree with what was expected."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from kdrl_core.types import Verdict, VerdictKind
-from kdrl_core.verify.rows import Columns
+from kdrl_core.verify.rows import Batch, Columns
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of verdicts, and of their agreement with what was expected."""
+    """Counts of verdicts and of their agreement with the expected ones."""
 
     kinds: Counter[VerdictKind] = field(default_factory=Counter)
     reward_sum: float = 0.0
@@ -18,12 +18,12 @@ class Tally:
     accuracy_sum: float = 0.0
     num_expected: int = 0
     false_positives: int = 0
-    """Correct, though a wrong answer was expected."""
+    """Found correct, although the answer is wrong."""
     false_negatives: int = 0
-    """Not correct, whatever the reason, though a right answer was expected."""
+    """Not found correct, for whatever reason, although the answer is right."""
 
     def add(self, verdict: Verdict, expected: bool | None) -> None:
-        """Count one verdict; `expected` is whether the response is right, None if that is not known."""
+        """Count one verdict. `expected`: whether the response is right; None if that is not known."""
         self.kinds[verdict.kind] += 1
         self.reward_sum += verdict.reward
         self.format_sum += verdict.format_reward
@@ -40,7 +40,7 @@ class Tally:
 
     @property
     def num_failed(self) -> int:
-        """Timeouts and errors: reward 0, but nothing is known about the answer."""
+        """Timeouts and errors: the reward is 0, but nothing is known about the answer."""
         return self.kinds[VerdictKind.TIMEOUT] + self.kinds[VerdictKind.ERROR]
 
     @property
@@ -58,13 +58,13 @@ class Tally:
 
     @property
     def agreement(self) -> float | None:
-        """Share of verdicts that are as expected; None if nothing was."""
+        """Share of verdicts that are as expected; None without expectations."""
         if not self.num_expected:
             return None
         return (self.num_expected - self.false_positives - self.false_negatives) / self.num_expected
 
     def share(self, kind: VerdictKind) -> float:
-        """Share of the verdicts that are of this kind."""
+        """Share of the verdicts of this kind."""
         return self._share(self.kinds[kind])
 
     def to_json(self) -> dict[str, Any]:
@@ -88,23 +88,33 @@ class Tally:
         return amount / self.num_rows if self.num_rows else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileSummary:
-    """The verdicts on one file."""
+@dataclass(slots=True, kw_only=True)
+class FileTally:
+    """Counts of the verdicts on one file, in all and by group."""
 
     columns: Columns
-    total: Tally
-    groups: dict[str, Tally]
-    """By value of the column `by`, in the order of their first rows; empty without one."""
-    num_dropped: int
-    """Malformed rows that are not judged and not written."""
-    first_dropped: str | None
-    first_failed: str | None
+    total: Tally = field(default_factory=Tally)
+    groups: dict[str, Tally] = field(default_factory=dict)
+    """By value of the column `by`, in the order of their first rows; empty without that column."""
+    num_dropped: int = 0
+    """Malformed rows, which are neither judged nor written."""
+    first_dropped: str | None = None
+    first_failed: str | None = None
     """Row and reason of the first timeout or error."""
-    num_computed: int
-    """Comparisons that workers were asked for: different (answer, truth) pairs that rules could not settle."""
-    seconds: float
+    num_computed: int = 0
+    """Comparisons that workers made: different (answer, truth) pairs that rules could not settle."""
+    seconds: float = 0.0
     """From the start of the workers to the last verdict."""
+
+    def add(self, batch: Batch, verdicts: list[Verdict], *, unit: str) -> None:
+        """Count the verdicts on a batch; `unit` is what the file calls its rows."""
+        rows = zip(verdicts, batch.expected, batch.groups, batch.numbers, strict=True)
+        for verdict, expected, group, number in rows:
+            self.total.add(verdict, expected)
+            if group is not None:
+                self.groups.setdefault(group, Tally()).add(verdict, expected)
+            if self.first_failed is None and verdict.kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR):
+                self.first_failed = f"{unit} {number}: {verdict.reason}"
 
     @property
     def rows_per_s(self) -> float:
