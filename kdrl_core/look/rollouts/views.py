@@ -51,12 +51,17 @@ class IndexedRun:
     index: RunIndex
 
 
-@cache
 def sql_type(name: str) -> str:
     """DuckDB's type of a column of the record or the index."""
-    schema = pa.schema([RECORD.field(name) if name in RECORD.names else INDEX.field(name)])
+    return _sql_types()[name]
+
+
+@cache
+def _sql_types() -> dict[str, str]:
+    columns = pa.schema([*RECORD, *(field for field in INDEX if field.name not in RECORD.names)])
     with duckdb.connect(":memory:") as connection:
-        return str(connection.from_arrow(schema.empty_table()).types[0])
+        found = connection.from_arrow(columns.empty_table())
+        return dict(zip(found.columns, map(str, found.types), strict=True))
 
 
 def quoted(text: str | Path) -> str:
