@@ -28,7 +28,7 @@ from kdrl_core.models.loading import load_model, load_tokenizer
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.tables.schemas import read_table
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
-from kdrl_core.training.protocols import Trainer
+from kdrl_core.training.protocols import OptimizerSettings, Trainer
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 from kdrl_core.verify import VerdictOptions, Verifier
@@ -294,26 +294,16 @@ class StageSession:
     def _make_trainer(self) -> Trainer:
         recipe, config = self.run.recipe, self.config
         runtime, student = recipe.runtime, recipe.student
-        options: dict[str, Any] = {
-            "temperature": config.temperature,
-            "learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "warmup_steps": config.warmup_steps,
-            "max_grad_norm": config.max_grad_norm,
-            "micro_batch_tokens": config.micro_batch_tokens,
-            "seed": recipe.seed,
-        }
+        settings = OptimizerSettings.of(config, seed=recipe.seed)
         if recipe.trainer.engine == "deepspeed":
             return DeepSpeedTrainer(
                 self.initial_policy,
                 self.tokenizer,
+                settings,
                 config=recipe.trainer,
                 folder=self.run.paths.scratch / f"ranks-{self.stage}",
-                dtype=runtime.dtype,
-                device=runtime.device,
-                num_threads=runtime.num_threads,
+                runtime=runtime,
                 trust_remote_code=student.trust_remote_code,
-                **options,
             )
         import torch
 
@@ -321,9 +311,9 @@ class StageSession:
         return TorchTrainer(
             model,
             self.tokenizer,
+            settings,
             autocast_dtype=torch.bfloat16 if runtime.dtype == "bfloat16" else None,
             activation_checkpointing=recipe.trainer.activation_checkpointing,
-            **options,
         )
 
     def _weights_at(self, step: int) -> Path:

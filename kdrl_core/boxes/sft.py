@@ -49,9 +49,9 @@ def sft_step(session: StageSession, step: int) -> StepSummary:
     stats = session.trainer_at(step).update(
         UpdateBatch(
             sequences=score_requests(rows),
+            objective=config.objective_at(step),
             advantages=zeros,
             kd_weights=zeros,
-            loss="sft",
         )
     )
     seconds = time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
+from kdrl_core.config.data import DataConfig, DecontaminationConfig
 from kdrl_core.config.load import (
     config_hash,
     did_you_mean,
@@ -11,19 +12,11 @@ from kdrl_core.config.load import (
     parse_value,
     read_fields,
 )
+from kdrl_core.config.models import ModelConfig, ServersConfig
 from kdrl_core.config.paths import resolve_path
-from kdrl_core.config.recipe import (
-    BenchmarkConfig,
-    BetaConfig,
-    DataConfig,
-    DecontaminationConfig,
-    EvaluationConfig,
-    ModelConfig,
-    Recipe,
-    StageConfig,
-    TrainerConfig,
-    VerificationConfig,
-)
+from kdrl_core.config.recipe import BenchmarkConfig, EvaluationConfig, Recipe, VerificationConfig
+from kdrl_core.config.runtime import RuntimeConfig, TrackerName, TrackingConfig, TrainerConfig
+from kdrl_core.config.stage import BetaConfig, StageConfig
 
 __all__ = [
     "AlarmsConfig",
@@ -35,7 +28,11 @@ __all__ = [
     "FieldChange",
     "ModelConfig",
     "Recipe",
+    "RuntimeConfig",
+    "ServersConfig",
     "StageConfig",
+    "TrackerName",
+    "TrackingConfig",
     "TrainerConfig",
     "VerificationConfig",
     "config_hash",

@@ -26,7 +26,7 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.config import ServersConfig
 from kdrl_core.config.secrets import resolve_secret
 from kdrl_core.engines.served_answers import TransientError
 from kdrl_core.errors import EngineError
