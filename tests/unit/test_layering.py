@@ -59,7 +59,12 @@ def test_no_module_of_the_core_imports_prefect_tasks_or_flows() -> None:
 
 
 def test_objectives_import_torch_alone() -> None:
-    assert imported_by("kdrl_core.objectives") & HEAVY == {"torch"}
+    assert imported_by(*modules_of("kdrl_core/objectives")) & HEAVY == {"torch"}
+
+
+@pytest.mark.parametrize("module", ["kinds", "inputs", "plugins", "schedule"])
+def test_what_recipes_need_of_the_objectives_imports_nothing_heavy(module: str) -> None:
+    assert not imported_by(f"kdrl_core.objectives.{module}") & HEAVY
 
 
 @pytest.mark.parametrize("module", ["kdrl_core.types", "kdrl_core.errors", "kdrl_core.config", "kdrl_core.ledger"])
@@ -94,7 +99,8 @@ def imports_in(file: Path) -> set[str]:
 
 STOREYS = (
     {"errors", "types"},
-    {"config", "objectives"},
+    {"objectives"},
+    {"config"},
     {"ledger"},
     {"tables"},
     {"verify", "models", "logprobs"},

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from kdrl_core.config import EngineName, LocalEngine, Recipe, StageConfig
-from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.config import EngineName, LocalEngine, Recipe, ServersConfig, StageConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.look.planning.memory import Precision, TrainerSettings
 from kdrl_core.look.planning.shapes import ModelShape, shape_of

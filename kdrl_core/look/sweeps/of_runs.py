@@ -3,9 +3,8 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from kdrl_core.config import config_hash
+from kdrl_core.config import TrackingConfig, config_hash
 from kdrl_core.config.alarms import AlarmsConfig
-from kdrl_core.config.recipe import TrackingConfig
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, open_run
 from kdrl_core.look.sweeps.results import SweepResults, read_results_of

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from kdrl_core.config import dump_recipe
+from kdrl_core.config import TrackerName, dump_recipe
 from kdrl_core.config.changes import leaf_fields
 from kdrl_core.config.paths import artifacts_root
-from kdrl_core.config.recipe import TrackerName
 from kdrl_core.ledger import Run
 from kdrl_core.look.tracking.protocols import Point, Sent, Tracker
 
