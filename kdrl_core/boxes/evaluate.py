@@ -19,6 +19,7 @@ from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
 from kdrl_core.evaluation.outcome import Response, benchmark_result, responses_table
 from kdrl_core.evaluation.results import RESULTS, read_results
 from kdrl_core.ledger import Run, find_intact, is_published, publish_directory, verify_own, verify_published
+from kdrl_core.ledger.graph import model_node
 from kdrl_core.ledger.progress import report_progress
 from kdrl_core.models.loading import context_limit, load_tokenizer, read_config
 from kdrl_core.models.prepare import prepared_model
@@ -40,8 +41,10 @@ def model_of(run: Run, label: str) -> tuple[Path, ModelConfig]:
         return prepared_model(recipe.teacher, run.paths.root), recipe.teacher
     if label == "base":
         return initial_policy(run, recipe.stages[0]), recipe.student
-    stage, _, step = label.partition("-step-")
-    return run.paths.checkpoint(stage, int(step) if step else recipe.stage(stage).steps), recipe.student
+    node = model_node(recipe, label)
+    if node is None:
+        raise ModelError(f"no model of run {run.name} is called {label}")
+    return run.paths.root / node.place, recipe.student
 
 
 def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 import shutil
 from pathlib import Path
 
-from kdrl_core.boxes.completion import final_checkpoint
 from kdrl_core.ledger import Run, publish_directory, verify_own
+from kdrl_core.ledger.graph import final_checkpoint
 from kdrl_core.training.protocols import STATE_DIR
 
 
 def export_student(run: Run) -> Path:
     """Publish the last stage's result without trainer state: transformers loads it by its path."""
-    checkpoint = final_checkpoint(run)
+    checkpoint = run.paths.root / final_checkpoint(run.recipe).place
     sha256 = verify_own(run, checkpoint).sha256
 
     def write(folder: Path) -> None:

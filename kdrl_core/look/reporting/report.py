@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from kdrl_core.boxes.completion import report_inputs
 from kdrl_core.config import dump_recipe
 from kdrl_core.data import FilterReport
-from kdrl_core.ledger import Run, find_intact, is_published, publish_directory, verify_published
+from kdrl_core.ledger import Run, find_intact, inputs_of, is_published, publish_directory, verify_published
+from kdrl_core.ledger.graph import REPORT
 from kdrl_core.ledger.labels import final_labels
 from kdrl_core.look.reporting.figures import dynamics_figure
 from kdrl_core.look.reporting.summary import summarize
@@ -25,7 +25,7 @@ def write_report(run: Run) -> Path:
     for label in final_labels(run):
         verify_published(run.paths.evaluation(label))
     find_intact(run.paths.report, is_exact=False)
-    publish_directory(run.paths.report, lambda folder: render_report(run, folder), inputs=report_inputs(run))
+    publish_directory(run.paths.report, lambda folder: render_report(run, folder), inputs=inputs_of(run, REPORT.node()))
     return run.paths.report
 
 
