@@ -10,9 +10,10 @@ from kdrl_core.engines.from_recipe import local_scorer, rollout_engine
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.server_pool import served_model
-from kdrl_core.engines.sync import PROBE_RESPONSES
+from kdrl_core.engines.sync import PROBE_RESPONSES, SyncReport
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, is_published, verify_own, verify_published
+from kdrl_core.ledger.graph import initial_checkpoint
 from kdrl_core.models.loading import load_model
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
@@ -20,19 +21,28 @@ from kdrl_core.training.protocols import OptimizerSettings, Trainer
 from kdrl_core.training.torch_trainer import TorchTrainer
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """The student's rollout engine, with the weights of one policy."""
+
+    engine: RolloutEngine
+    version: int
+    """Updates behind its weights; -1: it has not been given any."""
+    sync: SyncReport | None = None
+    """What the weight sync showed; None of an engine that reads them from the trainer's files."""
+
+
 def initial_policy(run: Run, stage: str) -> Path:
     """Model directory that `stage` starts from. Raises RunError if the stage before it is not finished."""
-    stages = run.recipe.stages
-    position = list(stages).index(stage)  # type: ignore[arg-type]
-    if position == 0:
+    node = initial_checkpoint(run.recipe, stage)
+    if node is None:
         return prepared_model(run.recipe.student, run.paths.root)
-    before = stages[position - 1]
-    final = run.paths.checkpoint(before, run.recipe.stage(before).steps)
-    if not is_published(final):
+    policy = run.paths.root / node.place
+    if not is_published(policy):
         raise RunError(
-            f"{stage} starts from the result of {before}, which is not finished; run or resume {before} first"
+            f"{stage} starts from the result of {node.stage}, which is not finished; run or resume {node.stage} first"
         )
-    return final
+    return policy
 
 
 def intact_initial_policy(run: Run, stage: str) -> Path:
@@ -80,9 +90,10 @@ class Builders:
         server = self.run.recipe.rollout.server
         return max(PROBE_RESPONSES, len(server.urls) if server is not None else 0)
 
-    def student_engine(self) -> RolloutEngine:
-        """The student as a sampler, with the stage's initial policy."""
-        return self._rollout_engine(self.policy, self.run.recipe.student)
+    def sampler(self) -> Sampler:
+        """The student's rollout engine, with the stage's initial policy, or before its first weight sync."""
+        engine = self._rollout_engine(self.policy, self.run.recipe.student)
+        return Sampler(engine=engine, version=0 if self.run.recipe.rollout.engine == "transformers" else -1)
 
     def teacher_engine(self) -> RolloutEngine:
         """The teacher as a sampler, at the stage's temperature and response limit."""

@@ -150,7 +150,7 @@ def make(work: Work | Run, made_by: Box, at: At = None) -> Made:
     if found is not None and made_by.replay is not None:
         made_by.replay(run, path, found, facts)
         return Made(path=path, manifest=found, reused=True)
-    expected = required_sha256(run, path) if row.is_exact else None
+    expected = required_sha256(run, path)
     manifest = _publish(path, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
     return Made(path=path, manifest=manifest, reused=False)
 

@@ -8,19 +8,18 @@ their published rollouts.
 import shutil
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdrl_core.boxes.builders import Builders, intact_initial_policy
+from kdrl_core.boxes.builders import Builders, Sampler, intact_initial_policy
 from kdrl_core.config import StageConfig
 from kdrl_core.data import think_opened
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
-from kdrl_core.engines.sync import RebuildableEngine, SyncReport, sync_weights
+from kdrl_core.engines.sync import RebuildableEngine, sync_weights
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, is_published, open_run_dir, verify_published
 from kdrl_core.models.loading import load_tokenizer
@@ -28,17 +27,6 @@ from kdrl_core.tables.schemas import read_table
 from kdrl_core.training.protocols import Trainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 from kdrl_core.verify import VerdictOptions, Verifier
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampler:
-    """The student's rollout engine, with the weights of one policy."""
-
-    engine: RolloutEngine
-    version: int
-    """Updates behind its weights; -1: it has not been given any."""
-    sync: SyncReport | None = None
-    """What the weight sync showed; None of an engine that shares the trainer's weights by their files."""
 
 
 class StageSession:
@@ -105,14 +93,13 @@ class StageSession:
         with self._lock:
             if self._sampler is None:
                 self._check_servers()
-            self.rest(but=self._student_engine)
-            shares_files = self.run.recipe.rollout.engine == "transformers"
-            if self._sampler is None:
-                self._sampler = Sampler(engine=self._builders.student_engine(), version=0 if shares_files else -1)
+                self.rest()
+                self._sampler = self._builders.sampler()
+            engine, sync = self._sampler.engine, None
+            self.rest(but=engine)
             if self._sampler.version != step:
-                engine, sync = self._sampler.engine, None
                 weights = self._weights_at(step)
-                if shares_files:
+                if self.run.recipe.rollout.engine == "transformers":
                     engine.load_weights(weights)
                 else:
                     sync = sync_weights(
@@ -136,13 +123,14 @@ class StageSession:
     def rest(self, *, but: RolloutEngine | TeacherScorer | None = None) -> None:
         """Have all engines but one give back what memory they can: what works next may need it."""
         with self._lock:
-            for engine in (self._student_engine, self._teacher_engine, *self._scorers.values()):
-                if engine is not None and engine is not but:
+            for engine in self._engines():
+                if engine is not but:
                     engine.sleep()
 
-    @property
-    def _student_engine(self) -> RolloutEngine | None:
-        return None if self._sampler is None else self._sampler.engine
+    def _engines(self) -> list[RolloutEngine | TeacherScorer]:
+        student = None if self._sampler is None else self._sampler.engine
+        engines = (student, self._teacher_engine, *self._scorers.values())
+        return [engine for engine in engines if engine is not None]
 
     def _check_servers(self) -> None:
         """Raise EngineError if a served teacher cannot score: before responses are sampled for it."""
@@ -206,9 +194,10 @@ class StageSession:
         with self._lock:
             if self._verifier is not None:
                 self._verifier.close()
-            for engine in (self._trainer, self._student_engine, self._teacher_engine, *self._scorers.values()):
-                if engine is not None:
-                    engine.close()
+            if self._trainer is not None:
+                self._trainer.close()
+            for engine in self._engines():
+                engine.close()
             self._verifier = self._trainer = self._sampler = self._teacher_engine = self._dataset = None
             self._scorers.clear()
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
