@@ -11,10 +11,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.boxes.session import initial_policy, rest_sessions
-from kdrl_core.config import BenchmarkConfig, ModelConfig
+from kdrl_core.boxes.builders import initial_policy
+from kdrl_core.boxes.session import rest_sessions
+from kdrl_core.config import BenchmarkConfig, EngineName, ModelConfig
 from kdrl_core.data.benchmarks import load_benchmark, select_benchmarks
-from kdrl_core.engines.from_recipe import EngineName
 from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.answering import SamplerOf, sampler_of_directory
 from kdrl_core.evaluation.evaluate import benchmark_job
@@ -22,6 +22,7 @@ from kdrl_core.evaluation.evaluation_plan import EvaluationPlan, settings_of
 from kdrl_core.evaluation.outcome import publish_outcome
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, find_intact, is_published, model_identity, verify_own, verify_published
+from kdrl_core.ledger.graph import model_node
 from kdrl_core.ledger.progress import report_progress
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.sampling.job import settings_hash
@@ -39,8 +40,10 @@ def model_of(run: Run, label: str) -> tuple[Path, ModelConfig]:
         return prepared_model(recipe.teacher, run.paths.root), recipe.teacher
     if label == "base":
         return initial_policy(run, recipe.stages[0]), recipe.student
-    stage, _, step = label.partition("-step-")
-    return run.paths.checkpoint(stage, int(step) if step else recipe.stage(stage).steps), recipe.student
+    node = model_node(recipe, label)
+    if node is None:
+        raise ModelError(f"no model of run {run.name} is called {label}")
+    return run.paths.root / node.place, recipe.student
 
 
 def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None) -> dict[str, Any]:

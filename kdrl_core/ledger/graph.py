@@ -1,91 +1,35 @@
 """The artifacts of a run, each declared once: where it lies, what it is made from, when a recipe has it.
 
-    rollouts    rollouts/stage={stage}/step={at:06d}/rollouts.parquet  from pool; checkpoint `at` or update `at − 1`
-    rewards     …/rewards.parquet                                      from rollouts
-    teacher     …/teacher.parquet       if the stage scores one        from rollouts
-    update      …/update.parquet                                       from rollouts, rewards, teacher, reference
-    checkpoint  checkpoints/{stage}/step-{at:06d}                      from update `at − 1`
+    rollouts    rollouts/stage={stage}/step={step:06d}/rollouts.parquet  from pool; checkpoint k or update k − 1
+    rewards     …/rewards.parquet                                        from rollouts
+    teacher     …/teacher.parquet       if the stage scores one          from rollouts
+    update      …/update.parquet                                         from rollouts, rewards, teacher, reference
+    checkpoint  checkpoints/{stage}/step-{step:06d}                      from update k − 1
 
 A *node* is one artifact of one run: a row of the table with its stage, and with its step, its shard or its label.
-Everything else is derived from the rows: the path of a node, the node of a path, what a node was made from, and what
-may have been made from it.
+Everything else is derived from the rows: the path of a node and the node of a path, what a node was made from and what
+may have been made from it, what a finished run has, and what two runs may share.
 """
 
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 
 from kdrl_core.config import Recipe, StageConfig
-
-EVERY = "*"
-"""In place of the number of a shard: every one that there is."""
-
-At = int | str | None
-"""Step or shard, label of an evaluated model, or None for what a run or stage has once."""
+from kdrl_core.ledger.artifact import ARTIFACTS, DERIVED, EVERY, Artifact, At, Choice, Node
+from kdrl_core.ledger.labels import checkpoint_label, evaluated_labels, labelled_checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One artifact of one run."""
-
-    name: str
-    """Its row: `rollouts`, `checkpoint`, …"""
-    stage: str | None = None
-    at: At = None
-
-    @property
-    def row(self) -> "Artifact":
-        """Its row of the table."""
-        return ARTIFACTS[self.name]
-
-    @property
-    def place(self) -> str:
-        """Path relative to the run."""
-        return self.row.pattern.format(stage=self.stage, at=self.at)
+def model_node(recipe: Recipe, label: str) -> Node | None:
+    """The checkpoint behind an evaluation's label; None for a model that lies outside of the run."""
+    if label in recipe.stages:
+        return final_checkpoint(recipe, label)
+    found = labelled_checkpoint(label)
+    return CHECKPOINT.node(*found) if found is not None and found[0] in recipe.stages else None
 
 
-Choice = tuple[Node, ...]
-"""Something that a node is made from: the first of these nodes that is published."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """A row of the table."""
-
-    name: str
-    pattern: str
-    """Place in the run, with `{stage}` and `{at}`; `{at:06d}` is a number."""
-    needs: Callable[[Recipe, Node], tuple[Choice, ...]] = lambda recipe, node: ()
-    """What a node of the row is made from. Models outside of the run are no nodes."""
-    when: Callable[[StageConfig], bool] = lambda config: True
-    """Whether a stage has it."""
-    schema: str | None = None
-    """Name of its schema in `kdrl_core.tables.schemas`; None: a folder, or JSON."""
-    is_exact: bool = True
-    """Whether it has the same bytes when it is made again. What holds times has not."""
-
-    def node(self, stage: str | None = None, at: At = None) -> Node:
-        """The row's artifact of a stage, step, shard or label."""
-        return Node(self.name, stage, at)
-
-    @cached_property
-    def _regex(self) -> re.Pattern[str]:
-        text = re.escape(self.pattern).replace(r"\{stage\}", r"(?P<stage>[^/]+)")
-        text = text.replace(r"\{at:06d\}", r"(?P<number>\d{6,})").replace(r"\{at\}", r"(?P<label>[^/]+)")
-        return re.compile(text)
-
-    def find(self, place: str) -> Node | None:
-        """The node that lies at `place`; None if that is no place of this row."""
-        if (match := self._regex.fullmatch(place)) is None:
-            return None
-        found = match.groupdict()
-        number = found.get("number")
-        return self.node(found.get("stage"), int(number) if number is not None else found.get("label"))
-
-
-def final_step(recipe: Recipe, stage: str) -> Node:
-    """The checkpoint that ends a stage."""
+def final_checkpoint(recipe: Recipe, stage: str | None = None) -> Node:
+    """The checkpoint that ends a stage (default: the last stage)."""
+    stage = stage or recipe.stages[-1]
     return CHECKPOINT.node(stage, recipe.stage(stage).steps)
 
 
@@ -93,20 +37,7 @@ def initial_checkpoint(recipe: Recipe, stage: str) -> Node | None:
     """The checkpoint that a stage starts from; None for the first stage, which starts from the recipe's student."""
     stages = list[str](recipe.stages)
     position = stages.index(stage)
-    return final_step(recipe, stages[position - 1]) if position else None
-
-
-def model_node(recipe: Recipe, label: str) -> Node | None:
-    """The checkpoint behind an evaluation's label; None for a model that lies outside of the run."""
-    stage, _, step = label.partition("-step-")
-    if stage not in recipe.stages:
-        return None
-    return CHECKPOINT.node(stage, int(step) if step else recipe.stage(stage).steps)
-
-
-def evaluated_labels(recipe: Recipe) -> list[str]:
-    """Labels of the final evaluation: the student before, after each stage, and the teacher."""
-    return ["base", *recipe.stages, *(["teacher"] if recipe.teacher is not None else [])]
+    return final_checkpoint(recipe, stages[position - 1]) if position else None
 
 
 def _alone(*nodes: Node) -> tuple[Choice, ...]:
@@ -160,7 +91,7 @@ def _of_model(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
 
 
 def _of_last_stage(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
-    return _alone(final_step(recipe, recipe.stages[-1]))
+    return _alone(final_checkpoint(recipe))
 
 
 def _of_evaluations(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
@@ -175,55 +106,134 @@ def _rolls_out(config: StageConfig) -> bool:
     return config.objective != "sft"
 
 
-_STEP = "rollouts/stage={stage}/step={at:06d}"
-_SHARD = "samples/stage={stage}/shard={at:06d}"
+_TEACHER = ("teacher", "teacher.*")
+_ENGINES = ("rollout.*", "vllm.*", "trainer", "trainer.*")
+CLAIMED = ("stage?.*", "evaluation.*", *_TEACHER, *_ENGINES)
+"""Fields of a recipe that count for those artifacts alone that say so. All others count for every artifact, and so does
+a section that is new to recipes."""
 
-POOL = Artifact(name="pool", pattern="data/pool.parquet", schema="POOL")
-FILTER_REPORT = Artifact(name="filter_report", pattern="data/filter.json", needs=_of_pool)
+
+def _read_by_teacher(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    return *_TEACHER, *_ENGINES
+
+
+def _read_by_samples(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    names = ("objective", "temperature", "max_response_tokens", "sft.*", "prompts_per_step")
+    return *_TEACHER, *_ENGINES, *(f"{node.stage}.{name}" for name in names)
+
+
+def _read_by_stage(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    """All of the stage's fields but those that its objective does not read."""
+    assert node.stage is not None
+    config = recipe.stage(node.stage)
+    is_read = {
+        "sft.*": _samples(config),
+        "beta": _rolls_out(config),  # plain GRPO tells it among its metrics
+        "beta.*": _rolls_out(config),
+        "kl_estimator": config.scores_teacher,
+        "topk.*": config.needs_topk,
+        "ref_kl_estimator": config.ref_beta > 0.0,
+    }
+    return *_ENGINES, f"{node.stage}.*", *(f"!{node.stage}.{name}" for name, read in is_read.items() if not read)
+
+
+def _read_by_evaluation(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    return "evaluation.*", *_ENGINES, *(_TEACHER if node.at == "teacher" else ())
+
+
+STEP = Artifact(name="step", pattern="rollouts/stage={stage}/step={step:06d}")
+"""The folder of a step's files. It is no artifact itself."""
+_SHARD = "samples/stage={stage}/shard={shard:06d}"
+_METRICS = "metrics/stage={stage}"
+
+POOL = Artifact(
+    name="pool",
+    pattern="data/pool.parquet",
+    reads=lambda recipe, node: ("stage?.data.*", "stage?.max_prompt_tokens"),
+    shared_as="data",
+)
+FILTER_REPORT = Artifact(name="filter_report", pattern="data/filter.json", needs=_of_pool, shared_as="data")
 SAMPLE_ROLLOUTS = Artifact(
-    name="sample_rollouts", pattern=f"{_SHARD}/rollouts.parquet", needs=_of_pool, when=_samples, schema="ROLLOUTS"
+    name="sample_rollouts",
+    pattern=f"{_SHARD}/rollouts.parquet",
+    needs=_of_pool,
+    when=_samples,
+    schemas=("ROLLOUTS",),
+    reads=_read_by_samples,
+    shared_as="samples of {stage}",
 )
 SAMPLE_REWARDS = Artifact(
-    name="sample_rewards", pattern=f"{_SHARD}/rewards.parquet", needs=_of_samples, when=_samples, schema="REWARDS"
+    name="sample_rewards",
+    pattern=f"{_SHARD}/rewards.parquet",
+    needs=_of_samples,
+    when=_samples,
+    schemas=("REWARDS",),
+    shared_as="samples of {stage}",
+    follows=True,
 )
 SFT_DATASET = Artifact(
     name="sft_dataset",
     pattern="samples/stage={stage}/dataset.parquet",
     needs=_of_shards,
     when=_samples,
-    schema="SFT_DATASET",
+    schemas=("SFT_DATASET",),
+    shared_as="samples of {stage}",
 )
 ROLLOUTS = Artifact(
     name="rollouts",
-    pattern=f"{_STEP}/rollouts.parquet",
+    pattern=f"{STEP.pattern}/rollouts.parquet",
     needs=_of_pool_and_policy,
     when=_rolls_out,
-    schema="ROLLOUTS",
+    schemas=("ROLLOUTS",),
+    reads=_read_by_stage,
 )
 REWARDS = Artifact(
-    name="rewards", pattern=f"{_STEP}/rewards.parquet", needs=_of_rollouts, when=_rolls_out, schema="REWARDS"
+    name="rewards",
+    pattern=f"{STEP.pattern}/rewards.parquet",
+    needs=_of_rollouts,
+    when=_rolls_out,
+    schemas=("REWARDS",),
+    follows=True,
 )
 TEACHER = Artifact(
     name="teacher",
-    pattern=f"{_STEP}/teacher.parquet",
+    pattern=f"{STEP.pattern}/teacher.parquet",
     needs=_of_rollouts,
     when=lambda config: config.scores_teacher,
-    schema="TEACHER",
+    schemas=("TEACHER", "TEACHER_TOPK"),
+    reads=_read_by_teacher,
+    follows=True,
 )
 REFERENCE = Artifact(
     name="reference",
-    pattern=f"{_STEP}/reference.parquet",
+    pattern=f"{STEP.pattern}/reference.parquet",
     needs=_of_rollouts,
     when=lambda config: _rolls_out(config) and config.ref_beta > 0.0,
-    schema="REFERENCE",
+    schemas=("REFERENCE",),
+    follows=True,
 )
-UPDATE = Artifact(name="update", pattern=f"{_STEP}/update.parquet", needs=_of_step, schema="UPDATE")
-CHECKPOINT = Artifact(name="checkpoint", pattern="checkpoints/{stage}/step-{at:06d}", needs=_of_update)
-EVALUATION = Artifact(name="evaluation", pattern="evaluation/{at}", needs=_of_model, is_exact=False)
-STUDENT = Artifact(name="student", pattern="student", needs=_of_last_stage)
-REPORT = Artifact(name="report", pattern="report", needs=_of_evaluations, is_exact=False)
+UPDATE = Artifact(
+    name="update", pattern=f"{STEP.pattern}/update.parquet", needs=_of_step, schemas=("UPDATE",), reads=_read_by_stage
+)
+CHECKPOINT = Artifact(
+    name="checkpoint", pattern="checkpoints/{stage}/step-{step:06d}", needs=_of_update, is_pruned=True
+)
+EVALUATION = Artifact(
+    name="evaluation",
+    pattern="evaluation/{label}",
+    needs=_of_model,
+    reads=_read_by_evaluation,
+    shared_as="evaluation of {label}",
+    is_exact=False,
+)
+STUDENT = Artifact(name="student", pattern="student", needs=_of_last_stage, shared_as=None)
+REPORT = Artifact(name="report", pattern="report", needs=_of_evaluations, shared_as=None, is_exact=False)
 
-ARTIFACTS: dict[str, Artifact] = {
+METRICS = Artifact(name="metrics", pattern=f"{_METRICS}/metrics.parquet")
+TIMINGS = Artifact(name="timings", pattern=f"{_METRICS}/timings.parquet", is_exact=False)
+ALARMS = Artifact(name="alarms", pattern=f"{_METRICS}/alarms.parquet", schemas=("ALARMS",))
+
+ARTIFACTS |= {
     row.name: row
     for row in (
         *(POOL, FILTER_REPORT, SAMPLE_ROLLOUTS, SAMPLE_REWARDS, SFT_DATASET),
@@ -231,12 +241,18 @@ ARTIFACTS: dict[str, Artifact] = {
         *(EVALUATION, STUDENT, REPORT),
     )
 }
-"""Every row, in the order in which a run makes them."""
+DERIVED |= {row.name: row for row in (METRICS, TIMINGS, ALARMS)}
 
 
 def node_at(place: str) -> Node | None:
     """The node that lies at `place`, a path relative to the run; None if no artifact lies there."""
-    return next((node for row in ARTIFACTS.values() if (node := row.find(place)) is not None), None)
+    rows = (*ARTIFACTS.values(), *DERIVED.values())
+    return next((node for row in rows if (node := row.find(place)) is not None), None)
+
+
+def folders() -> set[str]:
+    """Names of the folders of a run that hold its artifacts."""
+    return {row.pattern.split("/")[0] for row in (*ARTIFACTS.values(), *DERIVED.values())}
 
 
 def needs(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
@@ -245,29 +261,90 @@ def needs(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
 
 
 def consumers(recipe: Recipe, node: Node) -> Iterator[Node]:
-    """Every node that may have been made from `node`: those near it that need it, in the order of the table."""
+    """Every node that may have been made from `node`, in the order of the table.
+
+    That is the inverse of `needs`, under this recipe and under the shorter one that the run may have had before its
+    last stage got more steps.
+    """
+    yield from _inverse(recipe, node)
+    last = recipe.stages[-1]
+    config = recipe.stage(last)
+    if node.name == CHECKPOINT.name and node.stage == last and isinstance(node.at, int) and 0 < node.at < config.steps:
+        shorter = recipe.model_copy(update={last: config.model_copy(update={"steps": node.at})})
+        yield from (each for each in _inverse(shorter, node) if not each.row.is_of_stage)
+
+
+def _inverse(recipe: Recipe, node: Node) -> Iterator[Node]:
     wanted = {node, Node(node.name, node.stage, EVERY)}
-    for candidate in _near(recipe, node):
-        if any(wanted.intersection(choice) for choice in needs(recipe, candidate)):
+    for candidate in nodes(recipe, near=node):
+        if not all(wanted.isdisjoint(choice) for choice in needs(recipe, candidate)):
             yield candidate
 
 
-def _near(recipe: Recipe, node: Node) -> Iterator[Node]:
-    """What can be made from a node: of its stage the same step and its neighbours, of others the first, and labels."""
-    stages = [stage for stage in recipe.stages if node.stage in (None, stage)]
-    if node.name == CHECKPOINT.name and isinstance(node.at, int):
-        stages = list(recipe.stages)
-    numbers = sorted(
-        {0, *(node.at + by for by in (-1, 0, 1) if node.at + by >= 0)} if isinstance(node.at, int) else {0}
-    )
-    labels = [*evaluated_labels(recipe)]
-    if node.name == CHECKPOINT.name:
-        labels.append(f"{node.stage}-step-{node.at:06d}")
+def nodes(recipe: Recipe, *, near: Node | None = None) -> Iterator[Node]:
+    """Every node that a run of `recipe` may have; with `near` only those that can be made from that one."""
     for row in ARTIFACTS.values():
-        if "{stage}" not in row.pattern:
-            yield from (row.node(at=label) for label in labels) if "{at}" in row.pattern else [row.node()]
-            continue
-        for stage in stages:
-            if row.when(recipe.stage(stage)):
-                ats = numbers if "{at" in row.pattern else [None]
-                yield from (row.node(stage, at) for at in ats)
+        for stage in recipe.stages if row.is_of_stage else (None,):
+            if stage is None or row.when(recipe.stage(stage)):
+                yield from (row.node(stage, at) for at in _numbers(recipe, row, stage, near))
+
+
+def _numbers(recipe: Recipe, row: Artifact, stage: str | None, near: Node | None) -> Iterable[At]:
+    """Steps, shards or labels of a row's nodes. Near a step are those beside it, and the first of other stages."""
+    if row.per == "label":
+        return _labels(recipe, near)
+    if row.per is None or stage is None:
+        return (None,)
+    number = near.at if near is not None and isinstance(near.at, int) else None
+    if row.per == "shard":
+        return (number if number is not None and near is not None and near.stage == stage else EVERY,)
+    steps = range(1, recipe.stage(stage).steps + 1) if row.is_pruned else range(recipe.stage(stage).steps)
+    if near is None or number is None:
+        return steps
+    around = range(number - 1, number + 2) if near.stage == stage else range(2)
+    return (step for step in around if step in steps)
+
+
+def _labels(recipe: Recipe, near: Node | None) -> Iterator[str]:
+    yield from evaluated_labels(recipe)
+    if near is not None and near.name == CHECKPOINT.name:
+        yield checkpoint_label(str(near.stage), int(str(near.at)))
+    elif near is None:
+        yield from (checkpoint_label(s, step) for s in recipe.stages for step in range(1, recipe.stage(s).steps + 1))
+
+
+def results(recipe: Recipe) -> Iterator[Node]:
+    """What a finished run has to have. Its steps and their checkpoints may be of the past, but for the last ones."""
+    for row in ARTIFACTS.values():
+        for stage in recipe.stages if row.is_of_stage else (None,):
+            if stage is not None and not row.when(recipe.stage(stage)):
+                continue
+            if row.per is None:
+                yield row.node(stage)
+            elif row.per == "label":
+                yield from (row.node(at=label) for label in evaluated_labels(recipe))
+            elif row.is_pruned:
+                yield final_checkpoint(recipe, stage)
+
+
+def required(recipe: Recipe, stage: str, steps: int) -> Iterator[Node]:
+    """What has to be there once a stage has done `steps` steps: what the table has before steps, and the steps' files.
+    Shards, which only the dataset needs, and checkpoints may be gone."""
+    config = recipe.stage(stage)
+    rows = [row for row in ARTIFACTS.values() if not row.is_of_stage or row.when(config)]
+    if steps:
+        before = takewhile(lambda row: row.per != "step", rows)
+        yield from (row.node(stage if row.is_of_stage else None) for row in before if row.per is None)
+    for step in range(steps):
+        yield from (row.node(stage, step) for row in rows if row.per == "step" and not row.is_pruned)
+
+
+def part_of(recipe: Recipe, node: Node) -> str | None:
+    """Name of the part that a node belongs to when runs share their work; None for what every run makes itself.
+
+    The evaluations that a stage makes while it trains belong to the stage.
+    """
+    if node.name == EVALUATION.name and (made := labelled_checkpoint(str(node.at))) is not None:
+        stage, step = made
+        return stage if stage in recipe.stages and recipe.stage(stage).is_evaluation_due(step) else None
+    return node.row.shared_as and node.row.shared_as.format(stage=node.stage, label=node.at)
