@@ -12,17 +12,17 @@ from enum import StrEnum
 from pathlib import Path
 
 from kdrl_core.boxes.checkpoints import latest_checkpoint
-from kdrl_core.boxes.completion import final_checkpoint
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
 from kdrl_core.ledger import Run, is_published, lock_holder, manifest_of, run_lock, verify_own
+from kdrl_core.ledger.artifact import ARTIFACTS, Node
+from kdrl_core.ledger.graph import REWARDS, ROLLOUTS, STEP, final_checkpoint, node_at, required
 from kdrl_core.ledger.heal import ASIDE_PREFIX
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.labels import evaluated_labels
 from kdrl_core.ledger.layout import stage_and_step
 from kdrl_core.ledger.manifest import artifact_stem, published_below
 from kdrl_core.tables.metrics import differing_metrics
 
 _SETTLE_S = 1.0
-_REPAIRABLE = ("teacher", "reference", "rewards")
 
 OnChecked = Callable[[int, int], None]
 """Called with how many artifacts have been compared, and of how many."""
@@ -116,9 +116,9 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
     Raises:
         RunLockedError: another process works on the run.
     """
-    from kdrl_core.boxes.score import score_step
+    from kdrl_core.boxes.make import make
     from kdrl_core.boxes.session import close_sessions, stage_session
-    from kdrl_core.boxes.verify import verify_step
+    from kdrl_core.boxes.step import score_step, verify
 
     repaired, refused = [], []
     with run_lock(run.paths.lock):
@@ -127,8 +127,8 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
                 continue
             try:
                 session = stage_session(run.paths.root, finding.stage)
-                if finding.path.endswith("/rewards.parquet"):
-                    verify_step(session, finding.step)
+                if REWARDS.find(finding.path):
+                    make(session, verify, finding.step)
                 else:
                     score_step(session, finding.step)
             except KdrlError as error:
@@ -148,45 +148,30 @@ def _set_aside(run: Run) -> Iterator[Path]:
 
 
 def _required(run: Run) -> Iterator[Path]:
-    """The files that every step has to have which is behind a checkpoint or has an update."""
-    paths = run.paths
+    """The files that every stage has to have, of every step which is behind a checkpoint or has an update."""
     for stage in run.recipe.stages:
-        config = run.recipe.stage(stage)
         steps = latest_checkpoint(run, stage)
-        while is_published(paths.update(stage, steps)):
+        while is_published(run.paths.update(stage, steps)):
             steps += 1
-        if steps:
-            yield from (paths.pool, paths.filter_report)
-        for step in range(steps):
-            yield paths.update(stage, step)
-            if config.objective == "sft":
-                continue
-            yield from (paths.rollouts(stage, step), paths.rewards(stage, step))
-            if config.scores_teacher:
-                yield paths.teacher(stage, step)
-            if config.ref_beta > 0.0:
-                yield paths.reference(stage, step)
-        if steps and config.objective == "sft":
-            yield paths.sft_dataset(stage)
+        yield from (run.paths.root / node.place for node in required(run.recipe, stage, steps))
 
 
 def _present(run: Run) -> Iterator[Path]:
-    """The files and folders that have to be published, if they are there."""
-    paths = run.paths
-    yield from sorted(paths.root.glob("rollouts/*/*/[!._]*.parquet"))
-    yield from sorted(paths.root.glob("checkpoints/*/step-*"))
-    yield from sorted(paths.root.glob("evaluation/[!.]*"))
-    yield from (path for path in (paths.student, paths.report) if path.exists())
+    """The files and folders that have to be published, if they are there: whoever reads rollouts as one dataset reads
+    every Parquet file that lies among them."""
+    names = {row.glob: None for row in ARTIFACTS.values()} | {f"{STEP.glob}/*{Path(ROLLOUTS.file).suffix}": None}
+    for name in names:
+        yield from (path for path in sorted(run.paths.root.glob(name)) if path.name[0] not in "._")
 
 
 def _named_inputs(run: Run, artifacts: list[Path]) -> Iterator[Path]:
-    """What published artifacts were made from, less the checkpoints that the retention may delete."""
-    kept = {final_checkpoint(run, stage) for stage in run.recipe.stages}
+    """What published artifacts were made from, less what the retention may delete."""
+    kept = {final_checkpoint(run.recipe, stage) for stage in run.recipe.stages}
     for artifact in artifacts:
         with suppress(RunError):  # named on its own account
             for name in manifest_of(artifact).inputs:
-                path = run.paths.root / name
-                if path.is_relative_to(run.paths.root) and (not name.startswith("checkpoints/") or path in kept):
+                node, path = node_at(name), run.paths.root / name
+                if path.is_relative_to(run.paths.root) and (node is None or not node.row.is_pruned or node in kept):
                     yield path
 
 
@@ -194,24 +179,27 @@ def _finding(run: Run, path: Path, problem: str, remedy: Remedy | None) -> Findi
     name = run.relative(path)
     stage, step = stage_and_step(name)
     problem = problem.replace(f"{run.paths.root}/", "").removeprefix(f"{name}/").removeprefix(f"{name} ")
-    remedy = remedy or _remedy(run, path, stage, step)
-    return Finding(path=name, problem=problem, remedy=remedy, stage=stage, step=step)
+    return Finding(path=name, problem=problem, remedy=remedy or _remedy(run, name, step), stage=stage, step=step)
 
 
-def _remedy(run: Run, path: Path, stage: str | None, step: int | None) -> Remedy:
-    name = run.relative(path)
-    if name.startswith("rollouts/") and stage is not None and step is not None:
-        if path.stem not in (*_REPAIRABLE, "rollouts", "update"):
-            return Remedy.OWNER
-        if step >= latest_checkpoint(run, stage):
-            return Remedy.RESUME
-        return Remedy.REPAIR if path.stem in _REPAIRABLE else Remedy.BACKUP
-    if name.startswith("checkpoints/") and stage is not None:
-        is_past = step is not None and step < latest_checkpoint(run, stage) and path != final_checkpoint(run, stage)
-        return Remedy.BACKUP if is_past else Remedy.RESUME
-    if name.startswith("evaluation/"):
-        return Remedy.RESUME if path.name in final_labels(run) else Remedy.BACKUP
-    if name.startswith("samples/") and stage is not None:
-        dataset = run.paths.sft_dataset(stage)
-        return Remedy.BACKUP if path != dataset and is_published(dataset) else Remedy.RESUME
-    return Remedy.RESUME
+def _remedy(run: Run, name: str, step: int | None) -> Remedy:
+    node = node_at(name)
+    if node is None:
+        return Remedy.RESUME if step is None else Remedy.OWNER
+    if not _is_past(run, node):
+        return Remedy.RESUME
+    return Remedy.REPAIR if node.row.per == "step" and node.row.follows else Remedy.BACKUP
+
+
+def _is_past(run: Run, node: Node) -> bool:
+    """Whether a run goes on without it: what it was for has been made."""
+    if node.row.per == "label":
+        return node.at not in evaluated_labels(run.recipe)
+    if node.stage is None or node.row.per is None:
+        return False
+    if node.stage not in run.recipe.stages:
+        return True
+    if node.row.per == "shard":
+        return is_published(run.paths.sft_dataset(node.stage))
+    is_before = isinstance(node.at, int) and node.at < latest_checkpoint(run, node.stage)
+    return is_before and node != final_checkpoint(run.recipe, node.stage)

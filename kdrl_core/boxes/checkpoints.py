@@ -1,14 +1,14 @@
 """Which checkpoints a stage has, where it goes on, and which are kept."""
 
-import re
 from pathlib import Path
 
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, find_intact, find_own, is_published, retract
+from kdrl_core.ledger.graph import CHECKPOINT
 from kdrl_core.ledger.heal import ASIDE_PREFIX, forget
 from kdrl_core.tables.metrics import rebuild_metrics
 
-_NAME = re.compile(r"step-(\d{6,})")
+_NAMES = CHECKPOINT.glob.rpartition("/")[2]
 
 
 def open_stage(run: Run, stage: str) -> range:
@@ -78,15 +78,18 @@ def prune_checkpoints(run: Run, stage: str) -> list[int]:
 
 def _folders(run: Run, stage: str, *, prefix: str = "") -> dict[int, Path]:
     """Step → what lies in the place of its checkpoint, published or not; with `prefix`, what was set aside."""
-    paths = run.paths.checkpoint(stage, 0).parent.glob(f"{prefix}step-*")
-    found = {int(match[1]): path for path in paths if (match := _NAME.fullmatch(path.name.removeprefix(prefix)))}
+    found = {}
+    for path in run.paths.checkpoint(stage, 0).parent.glob(f"{prefix}{_NAMES}"):
+        node = CHECKPOINT.find(run.relative(path.with_name(path.name.removeprefix(prefix))))
+        if node is not None and isinstance(node.at, int):
+            found[node.at] = path
     return dict(sorted(found.items()))
 
 
 def _refuse_links(run: Run, folder: Path) -> None:
     """Raise RunError if checkpoints lead out of the run: deleting them would delete what is not ours."""
     root = run.paths.root.resolve()
-    for path in (folder, *folder.glob("step-*")):
+    for path in (folder, *folder.glob(_NAMES)):
         if not path.resolve().is_relative_to(root):
             raise RunError(
                 f"{path} leads out of the run, to {path.resolve()}; checkpoints are deleted there by the retention, so "

@@ -1,11 +1,11 @@
 """What two runs have in common: parts of a run that are the same work, and how one run takes over another's.
 
 A *part* is a piece of a run (its pool, a stage, the samples of an SFT stage, the evaluation of one model) with the hash
-of every recipe field that may change a byte of it. A field counts unless it is listed here as of no account, so a
-field that is new to recipes counts. Two runs with equal hashes do the same work; the one takes the other's artifacts,
-each compared with its manifest first, under the very manifests that they have: these name places and inputs relative to
-a run, and what an artifact was made from comes along with it. So `kdrl check` and resuming find what they would find
-had the run done the work itself. manifest.json of the run names the run that did it.
+of every recipe field that may change a byte of it. Which fields these are, and what belongs to a part, the table of
+artifacts says; a section that is new to recipes counts for every part. Two runs with equal hashes do the same work; the
+one takes the other's artifacts, each compared with its manifest first, under the very manifests that they have: these
+name places and inputs relative to a run, and what an artifact was made from comes along with it. So `kdrl check` and
+resuming find what they would find had the run done the work itself. manifest.json of the run names the run that did it.
 """
 
 import fnmatch
@@ -31,15 +31,13 @@ from kdrl_core.ledger import (
     required_sha256,
     verify_own,
 )
+from kdrl_core.ledger.artifact import ARTIFACTS, Node
+from kdrl_core.ledger.graph import CLAIMED, EVALUATION, needs, node_at, part_of, results
+from kdrl_core.ledger.labels import checkpoint_label
 from kdrl_core.tables.metrics import rebuild_metrics
 
 _NO_ACCOUNT = ("name", "description", "alarms.*", "tracking.*")
-_OF_POOL = ("stage?.data.*", "stage?.max_prompt_tokens")
-"""What the pool depends on in the stages, all of which it holds: its hash is in whatever is made from it."""
-_OF_SAMPLES = ("objective", "temperature", "max_response_tokens", "sft.*", "prompts_per_step")
-"""What an SFT stage's teacher samples depend on besides the pool."""
-_ENGINES = ("evaluation.*", "rollout.*", "vllm.*", "trainer.*", "trainer")
-_TEACHER = ("teacher", "teacher.*")
+"""Fields that change no byte of any artifact."""
 _logger = logging.getLogger("kdrl")
 
 
@@ -51,8 +49,6 @@ class Part:
     """`data`, `samples of stage2`, `stage1`, `evaluation of teacher`."""
     key: str
     """Hash of the recipe's fields that it depends on: equal keys, equal bytes."""
-    places: tuple[str, ...]
-    """Patterns of the places that belong to it, in the order in which they come to be."""
     results: tuple[str, ...]
     """Places that are published exactly when it is finished."""
     is_waited_for: bool = True
@@ -61,43 +57,20 @@ class Part:
 
 def parts_of(recipe: Recipe) -> list[Part]:
     """The parts of a run of `recipe`, in the order in which they come to be."""
+    ends: dict[str, list[Node]] = {}
+    for node in results(recipe):
+        if (name := part_of(recipe, node)) is not None:
+            ends.setdefault(name, []).append(node)
     fields = leaf_fields(recipe)
-    stages = list(recipe.stages)
-
-    def part(
-        name: str, places: Sequence[str], results: Sequence[str], *, waits: bool = True, **of: Sequence[str]
-    ) -> Part:
-        return Part(
+    return [
+        Part(
             name=name,
-            key=_key(name, fields, **of),
-            places=tuple(places),
-            results=tuple(results),
-            is_waited_for=waits,
+            key=_key(recipe, name, nodes, fields),
+            results=tuple(node.place for node in nodes),
+            is_waited_for=all(node.row.per != "label" for node in nodes),
         )
-
-    def evaluation(label: str, **of: Sequence[str]) -> Part:
-        place = f"evaluation/{label}"
-        return part(f"evaluation of {label}", [place], [place], waits=False, **of)
-
-    data = ("data/pool.parquet", "data/filter.json")
-    parts = [part("data", data, data, ignored=("stage?.*", *_TEACHER, *_ENGINES), kept=_OF_POOL)]
-    for position, stage in enumerate(stages):
-        if recipe.stage(stage).objective == "sft":
-            dataset = f"samples/stage={stage}/dataset.parquet"
-            kept = (*_OF_POOL, *(f"{stage}.{field}" for field in _OF_SAMPLES))
-            places = [f"samples/stage={stage}/shard=*", dataset]
-            parts.append(part(f"samples of {stage}", places, [dataset], ignored=("stage?.*",), kept=kept))
-        places = [f"samples/stage={stage}/*", f"rollouts/stage={stage}/*", f"checkpoints/{stage}/*"]
-        places.append(f"evaluation/{stage}-step-*")
-        final = f"checkpoints/{stage}/step-{recipe.stage(stage).steps:06d}"
-        taught = any(recipe.stage(before).uses_teacher for before in stages[: position + 1])
-        ignored = [*(f"{later}.*" for later in stages[position + 1 :]), *(() if taught else _TEACHER)]
-        parts.append(part(stage, places, [final], ignored=ignored, kept=_OF_POOL))
-        parts.append(evaluation(stage, ignored=ignored, kept=_OF_POOL))
-    parts.append(evaluation("base", ignored=("stage?.*", *_TEACHER), kept=()))
-    if recipe.teacher is not None:
-        parts.append(evaluation("teacher", ignored=("stage?.*",), kept=()))
-    return parts
+        for name, nodes in sorted(ends.items(), key=lambda end: _position(recipe, end[1][0]))
+    ]
 
 
 def is_finished_part(root: Path, part: Part) -> bool:
@@ -140,7 +113,8 @@ def _open(run: Run, donors: Iterable[str]) -> list[tuple[Run, set[str]]]:
 
 def _adopt(run: Run, donor: Run, part: Part) -> bool:
     sources = {donor.relative(path): path for path in published_below(donor.paths.root)}
-    order = {place: rank for place in sources if (rank := _rank(place, part)) is not None}
+    rows = list(ARTIFACTS)
+    order = {place: rows.index(node.name) for place in sources if (node := _in(run.recipe, part, place)) is not None}
     try:
         ordered = sorted(order, key=lambda place: (order[place], place))
         wanted = {place: verify_own(donor, sources[place]) for place in ordered}
@@ -162,8 +136,10 @@ def _adopt(run: Run, donor: Run, part: Part) -> bool:
     return True
 
 
-def _rank(place: str, part: Part) -> int | None:
-    return next((rank for rank, pattern in enumerate(part.places) if fnmatch.fnmatchcase(place, pattern)), None)
+def _in(recipe: Recipe, part: Part, place: str) -> Node | None:
+    """The node at `place`, if it belongs to the part."""
+    node = node_at(place)
+    return node if node is not None and part_of(recipe, node) == part.name else None
 
 
 def _misfit(run: Run, part: Part, wanted: Mapping[str, Manifest]) -> str | None:
@@ -178,7 +154,7 @@ def _misfit(run: Run, part: Part, wanted: Mapping[str, Manifest]) -> str | None:
         if required_sha256(run, path) not in (None, manifest.sha256):
             return f"something here was made from another {place}"
         for name, sha256 in manifest.inputs.items():
-            if Path(name).is_absolute() or _rank(name, part) is not None:
+            if Path(name).is_absolute() or _in(run.recipe, part, name) is not None:
                 continue
             source = run.paths.root / name
             if not is_published(source) or manifest_of(source).sha256 != sha256:
@@ -186,13 +162,50 @@ def _misfit(run: Run, part: Part, wanted: Mapping[str, Manifest]) -> str | None:
     return None
 
 
-def _key(name: str, fields: Mapping[str, object], *, ignored: Sequence[str] = (), kept: Sequence[str] = ()) -> str:
+def _position(recipe: Recipe, node: Node) -> int:
+    """Data come first, then each stage with its evaluation, then the models that lie outside of the run."""
+    stages: list[object] = [None, *recipe.stages]
+    about = node.stage or node.at
+    return stages.index(about) if about in stages else len(stages)
+
+
+def _key(recipe: Recipe, name: str, ends: Sequence[Node], fields: Mapping[str, object]) -> str:
+    """Hash of the fields that the part depends on: those that its artifacts read, or what they were made from."""
+    readers = {node.row.reads(recipe, node) for node in _made_for(recipe, [*ends, *_watched(recipe, name)])}
     counted = {
         field: value
         for field, value in fields.items()
-        if not _matches(field, _NO_ACCOUNT) and (_matches(field, kept) or not _matches(field, ignored))
+        if not _matches(field, _NO_ACCOUNT)
+        and (not _matches(field, CLAIMED) or any(_reads(patterns, field) for patterns in readers))
     }
     return hashlib.sha256(json.dumps([name, counted], sort_keys=True).encode()).hexdigest()
+
+
+def _watched(recipe: Recipe, name: str) -> list[Node]:
+    """The first evaluation that a stage makes while it trains, if it makes any: the others read the same fields."""
+    every = recipe.stage(name).evaluate_every if name in recipe.stages and recipe.evaluation.periodic else None
+    return [] if every is None else [EVALUATION.node(at=checkpoint_label(name, every))]
+
+
+def _made_for(recipe: Recipe, ends: Sequence[Node]) -> set[Node]:
+    """These nodes and all that they are made from; of many steps, the last and the first, which read what all do."""
+    found: set[Node] = set()
+    seen: set[tuple[str, str | None, bool]] = set()
+    left = list(ends)
+    while left:
+        node = left.pop()
+        first = [node.row.node(node.stage, 0)] if node.row.per == "step" and not node.row.is_pruned else []
+        for each in (node, *first):
+            if node.row.per == "label" or (each.name, each.stage, each.at == 0) not in seen:
+                seen.add((each.name, each.stage, each.at == 0))
+                found.add(each)
+                left += [other for choice in needs(recipe, each) for other in choice]
+    return found
+
+
+def _reads(patterns: tuple[str, ...], field: str) -> bool:
+    out = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    return _matches(field, patterns) and not _matches(field, out)
 
 
 def _matches(field: str, patterns: Sequence[str]) -> bool:

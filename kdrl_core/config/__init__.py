@@ -3,9 +3,10 @@
 from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
 from kdrl_core.config.data import DataConfig, DecontaminationConfig
+from kdrl_core.config.engine_names import EngineName, LocalEngine
+from kdrl_core.config.faults import did_you_mean
 from kdrl_core.config.load import (
     config_hash,
-    did_you_mean,
     dump_recipe,
     list_recipes,
     load_recipe,
@@ -24,8 +25,10 @@ __all__ = [
     "BetaConfig",
     "DataConfig",
     "DecontaminationConfig",
+    "EngineName",
     "EvaluationConfig",
     "FieldChange",
+    "LocalEngine",
     "ModelConfig",
     "Recipe",
     "RuntimeConfig",

@@ -1,11 +1,11 @@
 """Where models come from, and the servers that can share their work."""
 
 import re
-from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from kdrl_core.config.engine_names import LocalEngine
 from kdrl_core.config.section import Positive, Section
 
 
@@ -81,5 +81,5 @@ class ServerConfig(ServersConfig):
 class TeacherConfig(ModelConfig):
     """The teacher: a model directory, which is loaded here unless servers score in its place."""
 
-    engine: Literal["transformers", "vllm"] = Field("transformers", description="what scores where it is loaded here")
+    engine: LocalEngine = Field("transformers", description="what scores where it is loaded here")
     server: ServerConfig | None = Field(None, description="servers of its weights; path then gives its tokenizer")

@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from kdrl_core.config.engine_names import EngineName
 from kdrl_core.config.models import ReplicasConfig
 from kdrl_core.config.section import Positive, Section
 
@@ -14,7 +15,7 @@ TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 class RolloutConfig(Section):
     """What samples responses."""
 
-    engine: Literal["transformers", "vllm", "server"] = Field(
+    engine: EngineName = Field(
         "transformers", description="in this process: transformers, vllm; replicas of vLLM that `server` lists: server"
     )
     server: ReplicasConfig | None = Field(None, description="replicas that see the run's folder (kdrl serve)")

@@ -3,8 +3,9 @@
 from kdrl_core.config.paths import artifacts_root, validate_run_name
 from kdrl_core.ledger.heal import find_intact
 from kdrl_core.ledger.identity import model_identity
-from kdrl_core.ledger.layout import RunPaths, checkpoint_label, checkpoint_step
-from kdrl_core.ledger.lineage import find_own, required_sha256, verify_own
+from kdrl_core.ledger.labels import checkpoint_label, checkpoint_step
+from kdrl_core.ledger.layout import RunPaths
+from kdrl_core.ledger.lineage import find_own, inputs_of, required_sha256, verify_own
 from kdrl_core.ledger.lock import lock_holder, run_lock
 from kdrl_core.ledger.manifest import (
     Manifest,
@@ -52,6 +53,7 @@ __all__ = [
     "digest",
     "find_intact",
     "find_own",
+    "inputs_of",
     "is_current",
     "is_published",
     "list_runs",

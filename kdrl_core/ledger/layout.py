@@ -4,27 +4,16 @@ A *step* k counts from 0. It starts from the policy after k updates, which is ch
 checkpoint `step-<k+1>`. So the rollouts of `step=000012` were sampled from `checkpoints/<stage>/step-000012`.
 """
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kdrl_core.config.paths import artifacts_root, validate_run_name
-
-
-def checkpoint_label(stage: str, step: int) -> str:
-    """Name of a checkpoint's evaluation."""
-    return f"{stage}-step-{step:06d}"
-
-
-def checkpoint_step(label: str, stage: str) -> int | None:
-    """The step of `checkpoint_label`; None for any other name."""
-    head, _, digits = label.rpartition("-step-")
-    return int(digits) if head == stage and digits.isdecimal() else None
-
+from kdrl_core.ledger import graph
+from kdrl_core.ledger.artifact import EVERY, Artifact
 
 _RUNS = "runs"
 _OF_A_RUN = ("recipe.yaml", "manifest.json", "run.lock")
-_STEP = re.compile(r"step=(\d{6,})")
 
 
 def place_of(path: Path) -> str | None:
@@ -38,15 +27,20 @@ def place_of(path: Path) -> str | None:
 
 def stage_and_step(place: str) -> tuple[str | None, int | None]:
     """Stage and step that a path in a run belongs to, or None for what belongs to none."""
-    parts = place.split("/")
-    if parts[0] == "checkpoints" and len(parts) > 2:
-        return parts[1], _number(parts[2].removeprefix("step-"))
-    named = dict(part.split("=", 1) for part in parts if "=" in part)
-    return named.get("stage"), _number(named.get("step", ""))
+    for path in (PurePosixPath(place), *PurePosixPath(place).parents):
+        if (node := graph.node_at(str(path))) is not None:
+            return node.stage, node.at if node.row.per == "step" and isinstance(node.at, int) else None
+        if (step := graph.STEP.find(str(path))) is not None and isinstance(step.at, int):
+            return step.stage, step.at
+    return None, None
 
 
-def _number(text: str) -> int | None:
-    return int(text) if text.isdecimal() else None
+def _of_step(row: Artifact) -> Callable[["RunPaths", str, int], Path]:
+    return lambda paths, stage, step: paths.root / row.place(stage, step)
+
+
+def _of_stage(row: Artifact) -> Callable[["RunPaths", str], Path]:
+    return lambda paths, stage: paths.root / row.place(stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,91 +77,64 @@ class RunPaths:
     @property
     def pool(self) -> Path:
         """The problems that remain after filtering, of every stage."""
-        return self.root / "data" / "pool.parquet"
+        return self.root / graph.POOL.place()
 
     @property
     def filter_report(self) -> Path:
         """What the filter kept and dropped, by rule and stage."""
-        return self.root / "data" / "filter.json"
-
-    def step(self, stage: str, step: int) -> Path:
-        """The hive partition of one step."""
-        return self.root / "rollouts" / f"stage={stage}" / f"step={step:06d}"
+        return self.root / graph.FILTER_REPORT.place()
 
     def begun_steps(self, stage: str) -> list[int]:
         """Steps that have a folder, ascending."""
-        found = (_STEP.fullmatch(path.name) for path in self.step(stage, 0).parent.glob("step=*"))
-        return sorted(int(match[1]) for match in found if match)
+        folders = self.root.glob(graph.STEP.place(stage, EVERY))
+        found = (graph.STEP.find(path.relative_to(self.root).as_posix()) for path in folders)
+        return sorted(node.at for node in found if node is not None and isinstance(node.at, int))
 
-    def rollouts(self, stage: str, step: int) -> Path:
-        """Responses of a step."""
-        return self.step(stage, step) / "rollouts.parquet"
-
-    def teacher(self, stage: str, step: int) -> Path:
-        """The teacher's logprobs of a step's responses."""
-        return self.step(stage, step) / "teacher.parquet"
-
-    def reference(self, stage: str, step: int) -> Path:
-        """The frozen initial policy's logprobs of a step's responses."""
-        return self.step(stage, step) / "reference.parquet"
-
-    def rewards(self, stage: str, step: int) -> Path:
-        """Verdicts of a step."""
-        return self.step(stage, step) / "rewards.parquet"
-
-    def update(self, stage: str, step: int) -> Path:
-        """Per response: advantage, KL, KD mask, as the update used them. Its manifest ends the step."""
-        return self.step(stage, step) / "update.parquet"
-
-    def sample_rollouts(self, stage: str, shard: int) -> Path:
-        """The teacher's responses to one shard of the pool, for SFT."""
-        return self._samples(stage) / f"shard={shard:06d}" / "rollouts.parquet"
-
-    def sample_rewards(self, stage: str, shard: int) -> Path:
-        """Verdicts of one shard's responses."""
-        return self._samples(stage) / f"shard={shard:06d}" / "rewards.parquet"
-
-    def sft_dataset(self, stage: str) -> Path:
-        """The teacher's right responses: what SFT trains on."""
-        return self._samples(stage) / "dataset.parquet"
-
-    def _samples(self, stage: str) -> Path:
-        return self.root / "samples" / f"stage={stage}"
-
-    def metrics(self, stage: str) -> Path:
-        """One row per step: everything that a rerun reproduces bit by bit."""
-        return self.root / "metrics" / f"stage={stage}" / "metrics.parquet"
-
-    def timings(self, stage: str) -> Path:
-        """One row per step: seconds by phase, tokens per second."""
-        return self.root / "metrics" / f"stage={stage}" / "timings.parquet"
-
-    def alarms(self, stage: str) -> Path:
-        """One row per alarm that the stage's steps raised; not there if there were none."""
-        return self.root / "metrics" / f"stage={stage}" / "alarms.parquet"
-
-    def checkpoint(self, stage: str, step: int) -> Path:
-        """The policy after `step` updates, with optimiser and scheduler."""
-        return self.root / "checkpoints" / stage / f"step-{step:06d}"
+    step = _of_step(graph.STEP)
+    """The hive partition of one step."""
+    rollouts = _of_step(graph.ROLLOUTS)
+    """Responses of a step."""
+    teacher = _of_step(graph.TEACHER)
+    """The teacher's logprobs of a step's responses."""
+    reference = _of_step(graph.REFERENCE)
+    """The frozen initial policy's logprobs of a step's responses."""
+    rewards = _of_step(graph.REWARDS)
+    """Verdicts of a step."""
+    update = _of_step(graph.UPDATE)
+    """Per response: advantage, KL, KD mask, as the update used them. Its manifest ends the step."""
+    checkpoint = _of_step(graph.CHECKPOINT)
+    """The policy after `step` updates, with optimiser and scheduler."""
+    sample_rollouts = _of_step(graph.SAMPLE_ROLLOUTS)
+    """The teacher's responses to one shard of the pool, for SFT."""
+    sample_rewards = _of_step(graph.SAMPLE_REWARDS)
+    """Verdicts of one shard's responses."""
+    sft_dataset = _of_stage(graph.SFT_DATASET)
+    """The teacher's right responses: what SFT trains on."""
+    metrics = _of_stage(graph.METRICS)
+    """One row per step: everything that a rerun reproduces bit by bit."""
+    timings = _of_stage(graph.TIMINGS)
+    """One row per step: seconds by phase, tokens per second."""
+    alarms = _of_stage(graph.ALARMS)
+    """One row per alarm that the stage's steps raised; not there if there were none."""
 
     def evaluation(self, label: str) -> Path:
         """Results and responses of one evaluated model."""
-        return self.root / "evaluation" / label
+        return self.root / graph.EVALUATION.place(at=label)
+
+    @property
+    def report(self) -> Path:
+        """The final report."""
+        return self.root / graph.REPORT.place()
+
+    @property
+    def student(self) -> Path:
+        """The finished student: an ordinary Hugging Face model directory."""
+        return self.root / graph.STUDENT.place()
 
     @property
     def tracking(self) -> Path:
         """What was sent to trackers, and the files of those that keep theirs here."""
         return self.root / "tracking"
-
-    @property
-    def report(self) -> Path:
-        """The final report."""
-        return self.root / "report"
-
-    @property
-    def student(self) -> Path:
-        """The finished student: an ordinary Hugging Face model directory."""
-        return self.root / "student"
 
     @property
     def scratch(self) -> Path:

@@ -1,14 +1,28 @@
 """Who was made from what in a run: an artifact is right if it is what later ones were made from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError
+from kdrl_core.ledger.artifact import EVERY, Node
+from kdrl_core.ledger.graph import consumers, needs, node_at
 from kdrl_core.ledger.heal import find_intact
-from kdrl_core.ledger.layout import checkpoint_label, stage_and_step
 from kdrl_core.ledger.manifest import Manifest, is_published, manifest_of, verify_published
 from kdrl_core.ledger.run import Run
+
+
+def inputs_of(run: Run, node: Node) -> dict[str, str]:
+    """What `node` is made from now, by the hashes in the manifests: place → sha256.
+
+    Raises:
+        RunError: nothing of what it needs is published.
+    """
+    found: dict[str, str] = {}
+    for choice in needs(run.recipe, node):
+        paths = next((paths for each in choice if (paths := published(run, each))), [run.paths.root / choice[0].place])
+        found |= {run.relative(path): manifest_of(path).sha256 for path in paths}
+    return found
 
 
 def required_sha256(run: Run, path: Path) -> str | None:
@@ -68,37 +82,25 @@ def _require_own(run: Run, path: Path, found: Manifest) -> None:
 
 
 def _use(run: Run, path: Path) -> tuple[Path, str] | None:
-    """The first published artifact that names `path` among its inputs, and the sha256 that it names."""
+    """The first published artifact that names `path` among its inputs, and the sha256 that it names.
+
+    What has other bytes whenever it is made is held to none of them; what follows its inputs does not hold them to any.
+    """
     name = run.relative(path)
-    for consumer in _consumers(run, path):
-        with suppress(DamagedArtifactError):
-            if is_published(consumer) and (sha256 := manifest_of(consumer).inputs.get(name)) is not None:
-                return consumer, sha256
+    node = node_at(name)
+    if node is None or not node.row.is_exact:
+        return None
+    for consumer in consumers(run.recipe, node):
+        if consumer.row.follows:
+            continue
+        for other in published(run, consumer):
+            with suppress(DamagedArtifactError):
+                if (sha256 := manifest_of(other).inputs.get(name)) is not None:
+                    return other, sha256
     return None
 
 
-def _consumers(run: Run, path: Path) -> Iterator[Path]:
-    """What may have been made from the artifact at `path`, by the layout of a run."""
-    paths, stages = run.paths, list[str](run.recipe.stages)
-    place = run.relative(path)
-    stage, step = stage_and_step(place)
-    if path == paths.pool:
-        yield from _first_artifacts(run, stages[0])
-    elif stage not in stages:
-        return
-    elif place.startswith("checkpoints/") and step is not None:
-        yield paths.rollouts(stage, step)
-        for following in stages[stages.index(stage) + 1 :][:1]:
-            yield from _first_artifacts(run, following)
-        yield from (paths.student, paths.evaluation(stage), paths.evaluation(checkpoint_label(stage, step)))
-    elif path == paths.sft_dataset(stage):
-        yield paths.update(stage, 0)
-    elif step is not None and path.stem == "update":
-        yield from (paths.checkpoint(stage, step + 1), paths.rollouts(stage, step + 1))
-    elif step is not None:
-        yield paths.update(stage, step)
-
-
-def _first_artifacts(run: Run, stage: str) -> tuple[Path, Path]:
-    """Of an on-policy stage, and of one that samples its teacher first."""
-    return run.paths.rollouts(stage, 0), run.paths.sample_rollouts(stage, 0)
+def published(run: Run, node: Node) -> list[Path]:
+    """The path of a node if it is published; of all shards, the paths of those that are."""
+    paths = sorted(run.paths.root.glob(node.place)) if node.at == EVERY else [run.paths.root / node.place]
+    return [path for path in paths if is_published(path)]

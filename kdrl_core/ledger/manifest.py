@@ -14,11 +14,13 @@ from typing import Any
 
 import kdrl_core
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, RunError
+from kdrl_core.ledger.graph import FILTER_REPORT, POOL, node_at
 from kdrl_core.ledger.layout import place_of
 
 DIRECTORY_MANIFEST = "manifest.json"
 _FILE_MANIFEST = ".manifest.json"
 _CHECKSUM = "manifest_sha256"
+_SUFFIXES = (Path(POOL.file).suffix, Path(FILTER_REPORT.file).suffix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +73,8 @@ def published_below(root: Path) -> Iterator[Path]:
         if where.name == DIRECTORY_MANIFEST:
             yield where.parent
         elif (stem := artifact_stem(where)) is not None:
-            suffix = ".json" if where.parent == root / "data" and stem == "filter" else ".parquet"
-            yield where.with_name(stem + suffix)
+            files = [where.with_name(stem + suffix) for suffix in _SUFFIXES]
+            yield next((file for file in files if node_at(file.relative_to(root).as_posix())), files[0])
 
 
 def is_published(path: Path) -> bool:

@@ -17,6 +17,7 @@ from kdrl_core.config import Recipe, config_hash, diff_recipes, dump_recipe, loa
 from kdrl_core.config.changes import SAFE_FIELDS
 from kdrl_core.config.paths import artifacts_root
 from kdrl_core.errors import RecipeError, RunError
+from kdrl_core.ledger.graph import folders
 from kdrl_core.ledger.layout import RunPaths
 from kdrl_core.ledger.lock import run_lock
 from kdrl_core.ledger.manifest import verify_published
@@ -24,7 +25,6 @@ from kdrl_core.ledger.publish import replace_file, require_writable
 
 _VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
 _MIN_FREE_MB = 64
-_ARTIFACT_FOLDERS = ("data", "samples", "rollouts", "metrics", "checkpoints", "evaluation", "student", "report")
 _REWRITE = "restore it from a backup, or have it written anew: kdrl run --recipe RECIPE"
 _logger = logging.getLogger("kdrl")
 
@@ -173,7 +173,7 @@ def list_runs(artifacts: Path | None = None) -> list[str]:
 
 
 def _is_begun(paths: RunPaths) -> bool:
-    return paths.manifest.is_file() or any((paths.root / folder).exists() for folder in _ARTIFACT_FOLDERS)
+    return paths.manifest.is_file() or any((paths.root / folder).exists() for folder in folders())
 
 
 def _identify(paths: RunPaths, recipe: Recipe) -> tuple[Recipe | None, Mapping[str, Any] | None]:

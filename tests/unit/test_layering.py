@@ -162,6 +162,26 @@ def test_no_file_imports_what_its_package_must_not(package: str) -> None:
         assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
+def test_the_dag_imports_nothing_of_the_command_line() -> None:
+    for file in (ROOT / "flows").glob("*.py"):
+        assert not {name for name in imports_in(file) if name.startswith("flows.cli")}, file.name
+
+
+ALIKE = {"main", "best_tokens", "kind_of", "load_tokenizer", "pass_at_k", "ragged", "refuse_not_finite"}
+"""Names that stand twice: they do the same to different inputs. Do not add to them without need."""
+
+
+def test_one_name_means_one_thing() -> None:
+    """Public functions and classes of the core that have one name: a reader who knows one must not be misled."""
+    places: dict[str, list[str]] = {}
+    for file in (ROOT / "kdrl_core").rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body if "assets" not in file.parts else ():
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    several = {name: found for name, found in places.items() if len(found) > 1}
+    assert not {name: found for name, found in several.items() if name not in ALIKE}
+
+
 def test_the_core_does_not_know_where_the_outer_rings_lie() -> None:
     for file in (ROOT / "kdrl_core").rglob("*.py"):
         names = {node.value for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if is_text(node)}

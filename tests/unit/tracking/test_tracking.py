@@ -270,6 +270,8 @@ def test_mlflow_has_the_recipe_and_says_how_the_run_ended(artifacts_of: Path, tr
 class Faulty:
     """A tracker whose second point fails until it is mended."""
 
+    run_id = "x"
+
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []
         self.is_broken = True
@@ -293,7 +295,7 @@ def test_a_tracker_that_fails_is_one_warning_and_catches_up(
     artifacts_of: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     faulty = Faulty()
-    monkeypatch.setitem(clients.CLIENTS, "mlflow", lambda run, sent: (faulty, "x"))
+    monkeypatch.setitem(clients.CLIENTS, "mlflow", lambda run, sent: faulty)
     run = _tracked(artifacts_of, "mlflow")
     with caplog.at_level(logging.WARNING, "kdrl"):
         for _ in range(3):

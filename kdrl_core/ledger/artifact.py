@@ -1,0 +1,112 @@
+"""What an artifact of a run is: a row of the table in `kdrl_core.ledger.graph`, and a node of a run's graph."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from kdrl_core.config import Recipe, StageConfig
+
+EVERY = "*"
+"""In place of the number of a shard: all shards. Only the pool tells how many there are."""
+
+At = int | str | None
+"""Step or shard, label of an evaluated model, or None for what a run or a stage has once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One artifact of one run."""
+
+    name: str
+    """Its row: `rollouts`, `checkpoint`, …"""
+    stage: str | None = None
+    at: At = None
+
+    @property
+    def row(self) -> "Artifact":
+        """Its row of the table."""
+        return ARTIFACTS[self.name] if self.name in ARTIFACTS else DERIVED[self.name]
+
+    @property
+    def place(self) -> str:
+        """Path relative to the run; of every shard, a pattern for glob."""
+        return self.row.place(self.stage, self.at)
+
+
+Choice = tuple[Node, ...]
+"""Something that a node is made from: the first of these nodes that is published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A row of the table."""
+
+    name: str
+    pattern: str
+    """Place in the run, with `{stage}`, and `{step:06d}`, `{shard:06d}` or `{label}` where a stage or run has many."""
+    needs: Callable[[Recipe, Node], tuple[Choice, ...]] = lambda recipe, node: ()
+    """What a node of the row is made from. Models outside of the run are no nodes."""
+    when: Callable[[StageConfig], bool] = lambda config: True
+    """Whether a stage has it."""
+    schemas: tuple[str, ...] = ()
+    """Names in `kdrl_core.tables.schemas`, of which a file has one; none for a folder or JSON."""
+    reads: Callable[[Recipe, Node], tuple[str, ...]] = lambda recipe, node: ()
+    """Those of the `CLAIMED` fields that it depends on, besides those of what it needs. `!` takes fields out again."""
+    shared_as: str | None = "{stage}"
+    """The part of a run that it belongs to when runs share their work; None: every run makes its own."""
+    is_exact: bool = True
+    """Whether it has the same bytes when it is made again. What holds times has not."""
+    follows: bool = False
+    """Whether it is made again when what it was made from was: so it does not hold that to its bytes."""
+    is_pruned: bool = False
+    """Whether the retention may delete it."""
+
+    def node(self, stage: str | None = None, at: At = None) -> Node:
+        """The row's artifact of a stage, step, shard or label."""
+        return Node(self.name, stage, at)
+
+    def place(self, stage: str | None = None, at: At = None) -> str:
+        """Path of such a node relative to the run."""
+        pattern = self.pattern if isinstance(at, int) else self.pattern.replace(":06d", "")
+        return pattern.format(stage=stage, step=at, shard=at, label=at)
+
+    def find(self, place: str) -> Node | None:
+        """The node that lies at `place`; None if that is no place of this row."""
+        if (match := self._regex.fullmatch(place)) is None:
+            return None
+        found = match.groupdict()
+        number = found.get("step") or found.get("shard")
+        return self.node(found.get("stage"), int(number) if number is not None else found.get("label"))
+
+    @cached_property
+    def per(self) -> str | None:
+        """What a stage or run has many of it for: `step`, `shard` or `label`; None if it has one."""
+        return next((name for name in ("step", "shard", "label") if f"{{{name}" in self.pattern), None)
+
+    @cached_property
+    def is_of_stage(self) -> bool:
+        """Whether each stage has its own."""
+        return "{stage}" in self.pattern
+
+    @cached_property
+    def glob(self) -> str:
+        """The places of all its nodes."""
+        return re.sub(r"\{.*?\}", "*", self.pattern)
+
+    @property
+    def file(self) -> str:
+        """Last part of its pattern: of a file, its name."""
+        return self.pattern.rpartition("/")[2]
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        text = re.sub(r"\\\{(\w+):06d\\\}", r"(?P<\1>\\d{6,})", re.escape(self.pattern))
+        return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", text))
+
+
+ARTIFACTS: dict[str, Artifact] = {}
+"""Every row by its name, in the order in which a run makes them."""
+
+DERIVED: dict[str, Artifact] = {}
+"""Files that are rebuilt from the manifests of updates. They have no manifests of their own, and nothing needs them."""

@@ -1,0 +1,350 @@
+"""The artifacts of a run, each declared once: where it lies, what it is made from, when a recipe has it.
+
+    rollouts    rollouts/stage={stage}/step={step:06d}/rollouts.parquet  from pool; checkpoint k or update k − 1
+    rewards     …/rewards.parquet                                        from rollouts
+    teacher     …/teacher.parquet       if the stage scores one          from rollouts
+    update      …/update.parquet                                         from rollouts, rewards, teacher, reference
+    checkpoint  checkpoints/{stage}/step-{step:06d}                      from update k − 1
+
+A *node* is one artifact of one run: a row of the table with its stage, and with its step, its shard or its label.
+Everything else is derived from the rows: the path of a node and the node of a path, what a node was made from and what
+may have been made from it, what a finished run has, and what two runs may share.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
+
+from kdrl_core.config import Recipe, StageConfig
+from kdrl_core.ledger.artifact import ARTIFACTS, DERIVED, EVERY, Artifact, At, Choice, Node
+from kdrl_core.ledger.labels import checkpoint_label, evaluated_labels, labelled_checkpoint
+
+
+def model_node(recipe: Recipe, label: str) -> Node | None:
+    """The checkpoint behind an evaluation's label; None for a model that lies outside of the run."""
+    if label in recipe.stages:
+        return final_checkpoint(recipe, label)
+    found = labelled_checkpoint(label)
+    return CHECKPOINT.node(*found) if found is not None and found[0] in recipe.stages else None
+
+
+def final_checkpoint(recipe: Recipe, stage: str | None = None) -> Node:
+    """The checkpoint that ends a stage (default: the last stage)."""
+    stage = stage or recipe.stages[-1]
+    return CHECKPOINT.node(stage, recipe.stage(stage).steps)
+
+
+def initial_checkpoint(recipe: Recipe, stage: str) -> Node | None:
+    """The checkpoint that a stage starts from; None for the first stage, which starts from the recipe's student."""
+    stages = list[str](recipe.stages)
+    position = stages.index(stage)
+    return final_checkpoint(recipe, stages[position - 1]) if position else None
+
+
+def _alone(*nodes: Node) -> tuple[Choice, ...]:
+    return tuple((node,) for node in nodes)
+
+
+def _of_pool(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    return _alone(POOL.node())
+
+
+def _of_rollouts(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    return _alone(ROLLOUTS.node(node.stage, node.at))
+
+
+def _of_samples(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    return _alone(SAMPLE_ROLLOUTS.node(node.stage, node.at))
+
+
+def _of_shards(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    return _alone(SAMPLE_ROLLOUTS.node(node.stage, EVERY), SAMPLE_REWARDS.node(node.stage, EVERY))
+
+
+def _of_pool_and_policy(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    """A step's policy is its checkpoint or, where none is kept, the update that made it."""
+    assert node.stage is not None
+    assert isinstance(node.at, int)
+    pool = (POOL.node(),)
+    if node.at > 0:
+        return pool, (CHECKPOINT.node(node.stage, node.at), UPDATE.node(node.stage, node.at - 1))
+    policy = initial_checkpoint(recipe, node.stage)
+    return (pool,) if policy is None else (pool, (policy,))
+
+
+def _of_step(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    assert node.stage is not None
+    config = recipe.stage(node.stage)
+    if config.objective == "sft":
+        return _alone(SFT_DATASET.node(node.stage))
+    rows = (ROLLOUTS, REWARDS, TEACHER, REFERENCE)
+    return _alone(*(row.node(node.stage, node.at) for row in rows if row.when(config)))
+
+
+def _of_update(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    assert isinstance(node.at, int)
+    return _alone(UPDATE.node(node.stage, node.at - 1)) if node.at > 0 else ()
+
+
+def _of_model(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    model = model_node(recipe, str(node.at))
+    return () if model is None else _alone(model)
+
+
+def _of_last_stage(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    return _alone(final_checkpoint(recipe))
+
+
+def _of_evaluations(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    return _alone(*(EVALUATION.node(at=label) for label in evaluated_labels(recipe)))
+
+
+def _samples(config: StageConfig) -> bool:
+    return config.objective == "sft"
+
+
+def _rolls_out(config: StageConfig) -> bool:
+    return config.objective != "sft"
+
+
+_TEACHER = ("teacher", "teacher.*")
+_ENGINES = ("rollout.*", "vllm.*", "trainer", "trainer.*")
+CLAIMED = ("stage?.*", "evaluation.*", *_TEACHER, *_ENGINES)
+"""Fields of a recipe that count for those artifacts alone that say so. All others count for every artifact, and so does
+a section that is new to recipes."""
+
+
+def _read_by_teacher(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    return *_TEACHER, *_ENGINES
+
+
+def _read_by_samples(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    names = ("objective", "temperature", "max_response_tokens", "sft.*", "prompts_per_step")
+    return *_TEACHER, *_ENGINES, *(f"{node.stage}.{name}" for name in names)
+
+
+def _read_by_stage(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    """All of the stage's fields but those that its objective does not read."""
+    assert node.stage is not None
+    config = recipe.stage(node.stage)
+    is_read = {
+        "sft.*": _samples(config),
+        "beta": _rolls_out(config),  # plain GRPO tells it among its metrics
+        "beta.*": _rolls_out(config),
+        "kl_estimator": config.scores_teacher,
+        "topk.*": config.needs_topk,
+        "ref_kl_estimator": config.ref_beta > 0.0,
+    }
+    return *_ENGINES, f"{node.stage}.*", *(f"!{node.stage}.{name}" for name, read in is_read.items() if not read)
+
+
+def _read_by_evaluation(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    return "evaluation.*", *_ENGINES, *(_TEACHER if node.at == "teacher" else ())
+
+
+STEP = Artifact(name="step", pattern="rollouts/stage={stage}/step={step:06d}")
+"""The folder of a step's files. It is no artifact itself."""
+_SHARD = "samples/stage={stage}/shard={shard:06d}"
+_METRICS = "metrics/stage={stage}"
+
+POOL = Artifact(
+    name="pool",
+    pattern="data/pool.parquet",
+    reads=lambda recipe, node: ("stage?.data.*", "stage?.max_prompt_tokens"),
+    shared_as="data",
+)
+FILTER_REPORT = Artifact(name="filter_report", pattern="data/filter.json", needs=_of_pool, shared_as="data")
+SAMPLE_ROLLOUTS = Artifact(
+    name="sample_rollouts",
+    pattern=f"{_SHARD}/rollouts.parquet",
+    needs=_of_pool,
+    when=_samples,
+    schemas=("ROLLOUTS",),
+    reads=_read_by_samples,
+    shared_as="samples of {stage}",
+)
+SAMPLE_REWARDS = Artifact(
+    name="sample_rewards",
+    pattern=f"{_SHARD}/rewards.parquet",
+    needs=_of_samples,
+    when=_samples,
+    schemas=("REWARDS",),
+    shared_as="samples of {stage}",
+    follows=True,
+)
+SFT_DATASET = Artifact(
+    name="sft_dataset",
+    pattern="samples/stage={stage}/dataset.parquet",
+    needs=_of_shards,
+    when=_samples,
+    schemas=("SFT_DATASET",),
+    shared_as="samples of {stage}",
+)
+ROLLOUTS = Artifact(
+    name="rollouts",
+    pattern=f"{STEP.pattern}/rollouts.parquet",
+    needs=_of_pool_and_policy,
+    when=_rolls_out,
+    schemas=("ROLLOUTS",),
+    reads=_read_by_stage,
+)
+REWARDS = Artifact(
+    name="rewards",
+    pattern=f"{STEP.pattern}/rewards.parquet",
+    needs=_of_rollouts,
+    when=_rolls_out,
+    schemas=("REWARDS",),
+    follows=True,
+)
+TEACHER = Artifact(
+    name="teacher",
+    pattern=f"{STEP.pattern}/teacher.parquet",
+    needs=_of_rollouts,
+    when=lambda config: config.scores_teacher,
+    schemas=("TEACHER", "TEACHER_TOPK"),
+    reads=_read_by_teacher,
+    follows=True,
+)
+REFERENCE = Artifact(
+    name="reference",
+    pattern=f"{STEP.pattern}/reference.parquet",
+    needs=_of_rollouts,
+    when=lambda config: _rolls_out(config) and config.ref_beta > 0.0,
+    schemas=("REFERENCE",),
+    follows=True,
+)
+UPDATE = Artifact(
+    name="update", pattern=f"{STEP.pattern}/update.parquet", needs=_of_step, schemas=("UPDATE",), reads=_read_by_stage
+)
+CHECKPOINT = Artifact(
+    name="checkpoint", pattern="checkpoints/{stage}/step-{step:06d}", needs=_of_update, is_pruned=True
+)
+EVALUATION = Artifact(
+    name="evaluation",
+    pattern="evaluation/{label}",
+    needs=_of_model,
+    reads=_read_by_evaluation,
+    shared_as="evaluation of {label}",
+    is_exact=False,
+)
+STUDENT = Artifact(name="student", pattern="student", needs=_of_last_stage, shared_as=None)
+REPORT = Artifact(name="report", pattern="report", needs=_of_evaluations, shared_as=None, is_exact=False)
+
+METRICS = Artifact(name="metrics", pattern=f"{_METRICS}/metrics.parquet")
+TIMINGS = Artifact(name="timings", pattern=f"{_METRICS}/timings.parquet", is_exact=False)
+ALARMS = Artifact(name="alarms", pattern=f"{_METRICS}/alarms.parquet", schemas=("ALARMS",))
+
+ARTIFACTS |= {
+    row.name: row
+    for row in (
+        *(POOL, FILTER_REPORT, SAMPLE_ROLLOUTS, SAMPLE_REWARDS, SFT_DATASET),
+        *(ROLLOUTS, REWARDS, TEACHER, REFERENCE, UPDATE, CHECKPOINT),
+        *(EVALUATION, STUDENT, REPORT),
+    )
+}
+DERIVED |= {row.name: row for row in (METRICS, TIMINGS, ALARMS)}
+
+
+def node_at(place: str) -> Node | None:
+    """The node that lies at `place`, a path relative to the run; None if no artifact lies there."""
+    rows = (*ARTIFACTS.values(), *DERIVED.values())
+    return next((node for row in rows if (node := row.find(place)) is not None), None)
+
+
+def folders() -> set[str]:
+    """Names of the folders of a run that hold its artifacts."""
+    return {row.pattern.split("/")[0] for row in (*ARTIFACTS.values(), *DERIVED.values())}
+
+
+def needs(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
+    """What a node is made from; in each choice the first that is published."""
+    return node.row.needs(recipe, node)
+
+
+def consumers(recipe: Recipe, node: Node) -> Iterator[Node]:
+    """Every node that may have been made from `node`, in the order of the table.
+
+    That is the inverse of `needs`, under this recipe and under the shorter one that the run may have had before its
+    last stage got more steps.
+    """
+    yield from _inverse(recipe, node)
+    last = recipe.stages[-1]
+    config = recipe.stage(last)
+    if node.name == CHECKPOINT.name and node.stage == last and isinstance(node.at, int) and 0 < node.at < config.steps:
+        shorter = recipe.model_copy(update={last: config.model_copy(update={"steps": node.at})})
+        yield from (each for each in _inverse(shorter, node) if not each.row.is_of_stage)
+
+
+def _inverse(recipe: Recipe, node: Node) -> Iterator[Node]:
+    wanted = {node, Node(node.name, node.stage, EVERY)}
+    for candidate in nodes(recipe, near=node):
+        if not all(wanted.isdisjoint(choice) for choice in needs(recipe, candidate)):
+            yield candidate
+
+
+def nodes(recipe: Recipe, *, near: Node | None = None) -> Iterator[Node]:
+    """Every node that a run of `recipe` may have; with `near` only those that can be made from that one."""
+    for row in ARTIFACTS.values():
+        for stage in recipe.stages if row.is_of_stage else (None,):
+            if stage is None or row.when(recipe.stage(stage)):
+                yield from (row.node(stage, at) for at in _numbers(recipe, row, stage, near))
+
+
+def _numbers(recipe: Recipe, row: Artifact, stage: str | None, near: Node | None) -> Iterable[At]:
+    """Steps, shards or labels of a row's nodes. Near a step are those beside it, and the first of other stages."""
+    if row.per == "label":
+        return _labels(recipe, near)
+    if row.per is None or stage is None:
+        return (None,)
+    number = near.at if near is not None and isinstance(near.at, int) else None
+    if row.per == "shard":
+        return (number if number is not None and near is not None and near.stage == stage else EVERY,)
+    steps = range(1, recipe.stage(stage).steps + 1) if row.is_pruned else range(recipe.stage(stage).steps)
+    if near is None or number is None:
+        return steps
+    around = range(number - 1, number + 2) if near.stage == stage else range(2)
+    return (step for step in around if step in steps)
+
+
+def _labels(recipe: Recipe, near: Node | None) -> Iterator[str]:
+    yield from evaluated_labels(recipe)
+    if near is not None and near.name == CHECKPOINT.name:
+        yield checkpoint_label(str(near.stage), int(str(near.at)))
+    elif near is None:
+        yield from (checkpoint_label(s, step) for s in recipe.stages for step in range(1, recipe.stage(s).steps + 1))
+
+
+def results(recipe: Recipe) -> Iterator[Node]:
+    """What a finished run has to have. Its steps and their checkpoints may be of the past, but for the last ones."""
+    for row in ARTIFACTS.values():
+        for stage in recipe.stages if row.is_of_stage else (None,):
+            if stage is not None and not row.when(recipe.stage(stage)):
+                continue
+            if row.per is None:
+                yield row.node(stage)
+            elif row.per == "label":
+                yield from (row.node(at=label) for label in evaluated_labels(recipe))
+            elif row.is_pruned:
+                yield final_checkpoint(recipe, stage)
+
+
+def required(recipe: Recipe, stage: str, steps: int) -> Iterator[Node]:
+    """What has to be there once a stage has done `steps` steps: what the table has before steps, and the steps' files.
+    Shards, which only the dataset needs, and checkpoints may be gone."""
+    config = recipe.stage(stage)
+    rows = [row for row in ARTIFACTS.values() if not row.is_of_stage or row.when(config)]
+    if steps:
+        before = takewhile(lambda row: row.per != "step", rows)
+        yield from (row.node(stage if row.is_of_stage else None) for row in before if row.per is None)
+    for step in range(steps):
+        yield from (row.node(stage, step) for row in rows if row.per == "step" and not row.is_pruned)
+
+
+def part_of(recipe: Recipe, node: Node) -> str | None:
+    """Name of the part that a node belongs to when runs share their work; None for what every run makes itself.
+
+    The evaluations that a stage makes while it trains belong to the stage.
+    """
+    if node.name == EVALUATION.name and (made := labelled_checkpoint(str(node.at))) is not None:
+        stage, step = made
+        return stage if stage in recipe.stages and recipe.stage(stage).is_evaluation_due(step) else None
+    return node.row.shared_as and node.row.shared_as.format(stage=node.stage, label=node.at)
