@@ -1,6 +1,6 @@
 """Estimators of one's own: registered under a name, or named in a recipe as file.py:name or package.module:name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -166,7 +166,7 @@ def test_a_reference_that_cannot_be_loaded_is_told(tmp_path: Path, code: str, fu
         kl_estimate(STUDENT, TEACHER, f"{tmp_path / 'mine.py'}:{function}")
 
 
-@pytest.mark.parametrize("reference", ["/nowhere/mine.py:f", "no_such_package.module:f", "__main__.x:f"])
+@pytest.mark.parametrize("reference", ["/nowhere/mine.py:f", "no_such_package.module:f"])
 def test_a_missing_file_or_package_is_told(reference: str) -> None:
     with pytest.raises(RecipeError, match=r"does not exist|is not installed"):
         kl_estimate(STUDENT, TEACHER, reference)
@@ -179,10 +179,10 @@ def test_a_missing_file_or_package_is_told(reference: str) -> None:
         ("kl_estimator", ESTIMATORS),
         ("kd_masking", MASKINGS),
         ("aggregation", AGGREGATIONS),
-        ("ref_kl_estimator", {name for name, row in ESTIMATORS.items() if row.is_for_reference}),
+        ("ref_kl_estimator", [name for name, row in ESTIMATORS.items() if row.is_for_reference]),
     ],
 )
-def test_the_recipes_legal_values_are_the_tables(field: str, table: dict[str, object]) -> None:
+def test_the_recipes_legal_values_are_the_tables(field: str, table: Iterable[str]) -> None:
     for name in table:
         assert getattr(load_recipe("miniature", [f"stage2.{field}={name}"]).stage("stage2"), field) == name
     with pytest.raises(RecipeError) as caught:
