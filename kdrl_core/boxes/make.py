@@ -35,8 +35,8 @@ from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
 from kdrl_core.ledger.progress import report_progress
 from kdrl_core.tables.schemas import read_table, write_table
 
-Write = Callable[[Path], None]
-"""Writes a file to the path that it is given, or fills the folder there."""
+Write = Callable[[Path], Any]
+"""Writes a file to the path that it is given, or fills the folder there, as `publish_directory` asks for."""
 Facts = Callable[[float], Mapping[str, Any]]
 """What a manifest says besides hashes, given the seconds that the box took."""
 

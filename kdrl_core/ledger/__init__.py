@@ -8,6 +8,7 @@ from kdrl_core.ledger.layout import RunPaths
 from kdrl_core.ledger.lineage import find_own, inputs_of, required_sha256, verify_own
 from kdrl_core.ledger.lock import lock_holder, run_lock
 from kdrl_core.ledger.manifest import (
+    Listing,
     Manifest,
     digest,
     is_current,
@@ -17,6 +18,7 @@ from kdrl_core.ledger.manifest import (
     verify_published,
 )
 from kdrl_core.ledger.publish import (
+    ConstantFiles,
     adopt_published,
     publish_directory,
     publish_file,
@@ -40,6 +42,8 @@ from kdrl_core.ledger.run import (
 from kdrl_core.ledger.seeds import derive_seed, prompts_of_step, uniforms
 
 __all__ = [
+    "ConstantFiles",
+    "Listing",
     "Manifest",
     "Run",
     "RunPaths",

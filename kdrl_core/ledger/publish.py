@@ -20,6 +20,7 @@ from kdrl_core.ledger import heal, memory
 from kdrl_core.ledger.layout import place_of
 from kdrl_core.ledger.manifest import (
     DIRECTORY_MANIFEST,
+    Listing,
     Manifest,
     digest,
     digest_of_listing,
@@ -81,13 +82,14 @@ def publish_file(
 
 def publish_directory(
     path: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], Listing | None],
     *,
     inputs: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     expected: str | None = None,
 ) -> Manifest:
-    """Publish the directory that `write` fills; like `publish_file`, in one rename.
+    """Publish the directory that `write` fills; like `publish_file`, in one rename. `write` may return what it knows of
+    the files that it has put on the disk from memory (`ConstantFiles`): these are not read again.
 
     A directory that is published already from the same inputs is kept, and its manifest returned; one from other inputs
     gives way to the new one once that is complete.
@@ -98,8 +100,7 @@ def publish_directory(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as temporary:
             temporary.mkdir()
-            write(temporary)
-            files = listing(temporary, durable=True)
+            files = listing(temporary, durable=True, known=write(temporary))
             made = Manifest(
                 artifact=place_of(path) or path.name,
                 size=sum(f["size"] for f in files.values()),
@@ -120,6 +121,33 @@ def publish_directory(
                 _fsync(path.parent)
         heal.forget(path)
     return manifest
+
+
+class ConstantFiles:
+    """Small files that every published folder of a kind holds with the same bytes. They are made and hashed once, kept
+    in memory, and written from there.
+
+    Args:
+        save: writes them into the folder that it is given; called at the first use.
+    """
+
+    def __init__(self, save: Callable[[Path], object]) -> None:
+        self._save = save
+        self._contents: dict[str, bytes] = {}
+        self._listing: Listing = {}
+
+    def write(self, folder: Path) -> Listing:
+        """Write them into `folder`, durably, and return their sizes and hashes."""
+        if not self._contents:
+            with _temporary(folder / "constant") as made:
+                made.mkdir()
+                self._save(made)
+                self._listing = listing(made)
+                self._contents = {name: (made / name).read_bytes() for name in self._listing}
+        for name, content in self._contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(folder / name, content)
+        return self._listing
 
 
 def adopt_published(source: Path, path: Path) -> None:
