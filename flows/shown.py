@@ -17,7 +17,7 @@ from prefect.artifacts import (
 from prefect.exceptions import MissingContextError
 
 from kdrl_core.boxes.checkpoints import remaining_steps
-from kdrl_core.boxes.step_end import StepSummary
+from kdrl_core.boxes.update import StepSummary
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
 from kdrl_core.look.reporting.run_summary import summarize
 from kdrl_core.look.reporting.tables import accuracy_table, tables_of

@@ -32,7 +32,7 @@ from kdrl_core.ledger import (
     verify_published,
 )
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
-from kdrl_core.ledger.progress import report_progress
+from kdrl_core.ledger.run import report_progress
 from kdrl_core.tables.schemas import read_table, write_table
 
 Write = Callable[[Path], Any]

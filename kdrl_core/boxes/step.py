@@ -17,7 +17,7 @@ from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import prompts_of_step
 from kdrl_core.ledger.graph import REFERENCE, REWARDS, ROLLOUTS, TEACHER
-from kdrl_core.ledger.progress import report_progress
+from kdrl_core.ledger.run import report_progress
 from kdrl_core.sampling.responses import requests_for
 from kdrl_core.sampling.rollouts import generate, rollouts_table
 from kdrl_core.tables import schemas

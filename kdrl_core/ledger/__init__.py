@@ -1,11 +1,9 @@
 """The ledger: where a run's files lie, how they are published, and what randomness they are made from."""
 
 from kdrl_core.config.paths import artifacts_root, validate_run_name
-from kdrl_core.ledger.heal import find_intact
-from kdrl_core.ledger.identity import model_identity
-from kdrl_core.ledger.labels import checkpoint_label, checkpoint_step
+from kdrl_core.ledger.graph import checkpoint_label, checkpoint_step
+from kdrl_core.ledger.heal import find_intact, find_own, inputs_of, required_sha256, verify_own
 from kdrl_core.ledger.layout import RunPaths
-from kdrl_core.ledger.lineage import find_own, inputs_of, required_sha256, verify_own
 from kdrl_core.ledger.lock import lock_holder, run_lock
 from kdrl_core.ledger.manifest import (
     Listing,
@@ -14,6 +12,7 @@ from kdrl_core.ledger.manifest import (
     is_current,
     is_published,
     manifest_of,
+    model_identity,
     published_below,
     verify_published,
 )

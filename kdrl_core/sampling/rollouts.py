@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from kdrl_core.engines.protocols import OnFinished, RolloutEngine
 from kdrl_core.sampling.responses import response_columns, responses_of
-from kdrl_core.tables.responses import repetition_rate
+from kdrl_core.tables.columns import repetition_rate
 from kdrl_core.tables.schemas import ROLLOUTS
 from kdrl_core.types import Rollout, RolloutRequest
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from kdrl_core.alarms import Alarm, alarms_of
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, is_published, manifest_of
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.tables.metrics import load_metrics
 from kdrl_core.tables.schemas import read_table
 
@@ -59,7 +59,7 @@ class RunSummary:
 def summarize(run: Run) -> RunSummary:
     """Summarize a run, finished or not."""
     models = []
-    for label in final_labels(run):
+    for label in evaluated_labels(run.recipe):
         if is_published(path := run.paths.evaluation(label)):
             results = read_results(path)["benchmarks"]
             models.append(ModelRow(label=label, name=_model_name(run, label), benchmarks=results))

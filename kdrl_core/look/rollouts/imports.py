@@ -28,7 +28,7 @@ from kdrl_core.data.unicode import as_unicode
 from kdrl_core.errors import DataError, ModelError
 from kdrl_core.ledger import RunPaths, publish_file, storage_errors
 from kdrl_core.look.rollouts.record import RECORD, TIMINGS
-from kdrl_core.tables.responses import repetition_rate
+from kdrl_core.tables.columns import repetition_rate
 from kdrl_core.tables.schemas import write_table
 from kdrl_core.types import VerdictKind
 

@@ -10,7 +10,7 @@ from typing import Any
 from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
-from kdrl_core.ledger.labels import reference_labels
+from kdrl_core.ledger.graph import reference_labels
 from kdrl_core.look.reporting.run_summary import MODEL_NAMES
 from kdrl_core.look.sweeps.spec import ACCURACY, CLAIM_METRICS, LENGTH, SweepSpec
 

@@ -48,6 +48,7 @@ from kdrl_core.ledger.graph import (
     SAMPLE_ROLLOUTS,
     STUDENT,
     UPDATE,
+    checkpoint_label,
     consumers,
     final_checkpoint,
     needs,
@@ -57,7 +58,6 @@ from kdrl_core.ledger.graph import (
     required,
     results,
 )
-from kdrl_core.ledger.labels import checkpoint_label
 from kdrl_core.ledger.layout import stage_and_step
 from kdrl_core.tables.schemas import SCHEMAS, schema_of
 
