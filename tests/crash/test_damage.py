@@ -121,7 +121,7 @@ def test_damaged_results_are_made_again(damage: Damage, whole: Run, tmp_path: Pa
 
 def sample_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an engine whose sampling cannot be repeated."""
-    monkeypatch.setattr("kdrl_core.boxes.step.derive_seed", lambda *names: hash(names) % 2**63)
+    monkeypatch.setattr("kdrl_core.sampling.responses.derive_seed", lambda *names: hash(names) % 2**63)
 
 
 @pytest.mark.parametrize("damage", [flip, lose_manifest])
