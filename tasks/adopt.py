@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from prefect import task
 
+from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.ledger import open_run_dir
-from kdrl_core.look.sweeps import adopt_parts
 from tasks.boxes import STEP_OPTIONS
 
 

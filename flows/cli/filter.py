@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
@@ -80,16 +79,16 @@ def filter_command(
             raise DataError(str(error).replace("data.files:", "--input") if inputs else f"{name}.{error}") from error
         check_output(output, files, what="problems", force=force)
         measure = _tokenizer(loaded, tokenizer)
-        with _progress(err) as progress:
+        with _progress() as progress:
             report = filter_files(loaded, output.absolute(), stage=name, tokenizer=measure, on_progress=progress)
         if as_json:
             out.print_json(data={"output": str(output), **report.to_json()})
         else:
-            print_report(report, out)
-            out.print(f"output    {output}", highlight=False, soft_wrap=True, markup=False)
+            _print_report(report)
+            out.print(f"output    {output}", highlight=False, soft_wrap=True)
 
 
-def print_report(report: "FilterReport", console: Console) -> None:
+def _print_report(report: "FilterReport") -> None:
     """Print the report as a table: rule, rows dropped, rows left, description."""
     table = RichTable(box=SIMPLE_HEAD, show_edge=False)
     for column, justify in (("rule", "left"), ("dropped", "right"), ("left", "right"), ("description", "left")):
@@ -98,7 +97,7 @@ def print_report(report: "FilterReport", console: Console) -> None:
     for rule, left in report.lines():
         table.add_row(rule.rule, f"{rule.dropped:,}", f"{left:,}", rule.description)
     table.add_row("rows out", "", f"{report.rows_out:,}", "")
-    console.print(table, markup=False)
+    out.print(table)
 
 
 def _tokenizer(recipe: Any, path: str | None) -> Any:
@@ -118,12 +117,12 @@ def _tokenizer(recipe: Any, path: str | None) -> Any:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int], None]]:
+def _progress() -> Iterator[Callable[[str, int], None]]:
     """Show pass and rows: a live line on a terminal, else a line every few seconds."""
-    if console.is_terminal:
-        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+    if err.is_terminal:
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as bar:
             task = bar.add_task("reading", total=None)
             yield lambda name, rows: bar.update(task, description=f"{name}: {rows:,} rows")
         return
-    lines = LogLines(console)
+    lines = LogLines(err)
     yield lambda name, rows: lines.show(f"{name}: {rows:,} rows")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from flows.cli.shared import JsonOption, OnError, check_output, counted_progress, err, errors, out
@@ -119,14 +118,14 @@ def verify_command(
         except KeyboardInterrupt:
             err.print("interrupted; no output was written", highlight=False)
             raise SystemExit(130) from None
-        _warn(tally, err)
+        _warn(tally)
         if as_json:
             where = {"file": str(file), "output": None if output is None else str(output)}
             out.print_json(data={**where, "workers": verifier.workers, **tally.to_json()})
         else:
-            _print_summary(tally, verifier.workers, out)
+            _print_summary(tally, verifier.workers)
             if output is not None:
-                out.print(f"output    {output}", highlight=False, soft_wrap=True, markup=False)
+                out.print(f"output    {output}", highlight=False, soft_wrap=True)
 
 
 def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "Verifier":
@@ -143,7 +142,7 @@ def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "V
     return Verifier(workers=workers or cpus, timeout_s=timeout_s, memory_limit_mb=memory_limit_mb)
 
 
-def _warn(tally: "FileTally", console: Console) -> None:
+def _warn(tally: "FileTally") -> None:
     """Warn of rows that were left out and of answers about which nothing is known."""
     kinds, lines = tally.total.kinds, []
     if tally.num_dropped:
@@ -154,21 +153,21 @@ def _warn(tally: "FileTally", console: Console) -> None:
         advice = "; --timeout allows more time" if timeouts else ""
         lines.append(f"{' and '.join(counts)}: reward 0, but not found wrong; the first: {tally.first_failed}{advice}")
     for line in lines:
-        console.print(f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"warning: {line}", style="yellow", highlight=False, soft_wrap=True)
 
 
-def _print_summary(tally: "FileTally", workers: int, console: Console) -> None:
+def _print_summary(tally: "FileTally", workers: int) -> None:
     total = tally.total
     table = RichTable(box=SIMPLE_HEAD, show_edge=False)
     for position, column in enumerate(("verdict", "rows", "share")):
         table.add_column(column, justify="right" if position else "left")
     for kind in VerdictKind:
         table.add_row(kind.value, f"{total.kinds[kind]:,}", _percent(total.share(kind)))
-    console.print(table)
+    out.print(table)
     if tally.groups:
         lines = _by_lines(tally)
         for line in ["", lines[0], "─" * len(lines[0]), *lines[1:], ""]:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            out.print(line, highlight=False, soft_wrap=True)
     columns = tally.columns
     dropped = f", {_count(tally.num_dropped, 'malformed row')} dropped" if tally.num_dropped else ""
     lines = [
@@ -183,7 +182,7 @@ def _print_summary(tally: "FileTally", workers: int, console: Console) -> None:
         f"{_count(tally.num_computed, 'comparison')} by {_count(workers, 'worker')}"
     )
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 def _by_lines(grades: "FileTally") -> list[str]:

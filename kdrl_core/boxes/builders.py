@@ -17,7 +17,7 @@ from kdrl_core.ledger.graph import initial_checkpoint
 from kdrl_core.models.loading import load_model
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
-from kdrl_core.training.protocols import Trainer
+from kdrl_core.training.protocols import OptimizerSettings, Trainer
 from kdrl_core.training.torch_trainer import TorchTrainer
 
 
@@ -146,26 +146,16 @@ class Builders:
     def _new_trainer(self) -> Trainer:
         recipe, config = self.run.recipe, self._config
         runtime, student = recipe.runtime, recipe.student
-        options: dict[str, Any] = {
-            "temperature": config.temperature,
-            "learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "warmup_steps": config.warmup_steps,
-            "max_grad_norm": config.max_grad_norm,
-            "micro_batch_tokens": config.micro_batch_tokens,
-            "seed": recipe.seed,
-        }
+        settings = OptimizerSettings.of(config, seed=recipe.seed)
         if recipe.trainer.engine == "deepspeed":
             return DeepSpeedTrainer(
                 self.policy,
                 self.tokenizer,
+                settings,
                 config=recipe.trainer,
                 folder=self.run.paths.scratch / f"ranks-{self.stage}",
-                dtype=runtime.dtype,
-                device=runtime.device,
-                num_threads=runtime.num_threads,
+                runtime=runtime,
                 trust_remote_code=student.trust_remote_code,
-                **options,
             )
         import torch
 
@@ -173,7 +163,7 @@ class Builders:
         return TorchTrainer(
             model,
             self.tokenizer,
+            settings,
             autocast_dtype=torch.bfloat16 if runtime.dtype == "bfloat16" else None,
             activation_checkpointing=recipe.trainer.activation_checkpointing,
-            **options,
         )

@@ -138,7 +138,8 @@ def sft_update(session: StageSession, at: int) -> Product:
     run, stage, config, dataset = session.run, session.stage, session.config, session.sft_dataset
     rows = batch_of_step(dataset, seed=run.recipe.seed, stage=stage, step=at, batch_size=config.sft.batch_size)
     zeros = [0.0] * len(rows)
-    batch = UpdateBatch(sequences=score_requests(rows), advantages=zeros, kd_weights=zeros, loss="sft")
+    objective = config.objective_at(at)
+    batch = UpdateBatch(sequences=score_requests(rows), objective=objective, advantages=zeros, kd_weights=zeros)
     stats = session.trainer_at(at).update(batch)
     lengths = rows["length"].to_numpy()
     metrics = {

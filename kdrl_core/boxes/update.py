@@ -1,7 +1,7 @@
 """{rollouts, teacher, reference, rewards}.parquet ─▶ update ─▶ update.parquet, metrics, checkpoint.
 
-The objective of the stage is put together here from its parts: rewards or shaped rewards (Sec. 3.1) become advantages
-(2), rewards become KD weights (Sec. 3.4), the step number becomes β (Sec. 3.3). The trainer does the rest.
+The step number gives the `Objective` with its β (Sec. 3.3). With it, rewards become advantages (2) and KD weights
+(Sec. 3.4). The trainer does the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,13 @@ import torch
 from kdrl_core.boxes.make import Product, box
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.step_end import StepSummary, check_replay, end_step, step_facts
-from kdrl_core.config import StageConfig
 from kdrl_core.ledger import Manifest
 from kdrl_core.ledger.graph import UPDATE, Node
-from kdrl_core.objectives import BetaSchedule, group_advantages, kd_mask, kl_estimate, shape_rewards
+from kdrl_core.objectives import Objective, recorded_kl, training_signals
 from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import matrices, ragged, score_requests
 from kdrl_core.tables.responses import response_metrics
-from kdrl_core.training.protocols import Float32s, StepStats, TopKTeacher, UpdateBatch
-
-_RECORDED_AS = {"k3_k2grad": "k3", "topk": "k2"}
-"""update.parquet holds estimates from the sampled tokens: of estimators that differ in their gradient, or that need the
-vocabulary, the nearest that does not."""
+from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
 
 
 def update_step(session: StageSession, step: int) -> StepSummary:
@@ -50,9 +45,7 @@ def update(
         EngineError: loss or gradients are not finite.
         DamagedArtifactError: the replay gives other metrics than are recorded.
     """
-    config = session.config
-    beta = BetaSchedule(config.beta.init, config.beta.decay, config.beta.minimum)(at) if config.beta else 0.0
-    batch = _update_batch(session, rollouts, rewards, teacher, reference, beta)
+    batch = _update_batch(session.config.objective_at(at), rollouts, rewards, teacher, reference)
     trainer = session.trainer_at(at)
     session.rest()
     stats = trainer.update(batch)
@@ -60,72 +53,48 @@ def update(
     metrics = {
         **response_metrics(rollouts, rewards),
         **stats.metrics,
-        "beta": beta,
+        "beta": batch.objective.beta,
         **_gap(rollouts, stats),
         **_sync(told),
     }
     tokens = int(sum(rollouts["length"].to_pylist()))
     return Product(
-        content=_update_table(rollouts, batch, stats, config),
+        content=_update_table(rollouts, batch, stats),
         facts=lambda seconds: step_facts(session, at, metrics, _timings(told, seconds, tokens)),
     )
 
 
 def _update_batch(
-    session: StageSession,
+    objective: Objective,
     rollouts: pa.Table,
     rewards: pa.Table,
-    scored: pa.Table | None,
+    teacher: pa.Table | None,
     reference: pa.Table | None,
-    beta: float,
 ) -> UpdateBatch:
-    config = session.config
-    reward = torch.tensor(rewards["reward"].to_numpy())
-    teacher = topk = ref = None
-    if scored is not None:
-        teacher = ragged(scored["teacher_logprobs"])
-        if config.needs_topk:
-            topk = TopKTeacher(
-                token_ids=matrices(scored["topk_ids"]),
-                logprobs=matrices(scored["topk_logprobs"]),
-                floor=config.topk.floor,
-            )
-    if reference is not None:
-        ref = ragged(reference["ref_logprobs"])
-    kd_weights = torch.zeros_like(reward)
-    if config.objective == "kd_rkl":
-        advantages = torch.zeros_like(reward)
-        kd_weights = torch.ones_like(reward)
-    elif config.objective == "reward_shaping":
-        assert teacher is not None  # scores_teacher
-        student, mask = _padded(ragged(rollouts["rollout_logprobs"]))
-        shaped = shape_rewards(reward, student, _padded(teacher)[0], mask, beta)
-        advantages = group_advantages(shaped, config.group_size, normalize_std=config.normalize_std)
-    else:
-        advantages = group_advantages(reward, config.group_size, normalize_std=config.normalize_std)
-        if config.objective == "kdrl":
-            kd_weights = kd_mask(reward, config.group_size, config.kd_masking)
-    distils = config.objective in ("kdrl", "kd_rkl")
+    """What the trainer needs of a step, from the tables of its files. A table is None where no such model scores."""
+    teacher_logprobs = None if teacher is None else ragged(teacher["teacher_logprobs"])
+    shaping: dict[str, torch.Tensor] = {}
+    if objective.variant.advantages == "shaped rewards":
+        assert teacher_logprobs is not None  # the recipe has a teacher that scores
+        shaping["student_logprobs"], shaping["response_mask"] = _padded(ragged(rollouts["rollout_logprobs"]))
+        shaping["teacher_logprobs"] = _padded(teacher_logprobs)[0]
+    advantages, kd_weights = training_signals(objective, torch.tensor(rewards["reward"].to_numpy()), **shaping)
+    topk: dict[str, Any] = {}
+    if teacher is not None and objective.needs_topk:
+        topk = {name: matrices(teacher[name]) for name in ("topk_ids", "topk_logprobs")}
     return UpdateBatch(
         sequences=score_requests(rollouts),
+        objective=objective,
         advantages=advantages.tolist(),
         kd_weights=kd_weights.tolist(),
-        teacher_logprobs=teacher,
-        topk=topk,
-        ref_logprobs=ref,
-        rollout_logprobs=None if config.tis_cap is None else ragged(rollouts["rollout_logprobs"]),
-        tis_cap=config.tis_cap,
-        beta=beta if distils else 0.0,
-        kl_estimator=config.kl_estimator if distils else "k2",
-        ref_beta=config.ref_beta,
-        ref_kl_estimator=config.ref_kl_estimator,
-        entropy_coef=config.entropy_coef,
-        aggregation=config.aggregation,
-        group_size=config.group_size,
+        teacher_logprobs=teacher_logprobs,
+        ref_logprobs=None if reference is None else ragged(reference["ref_logprobs"]),
+        rollout_logprobs=None if objective.tis_cap is None else ragged(rollouts["rollout_logprobs"]),
+        **topk,
     )
 
 
-def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, config: StageConfig) -> pa.Table:
+def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats) -> pa.Table:
     kind = pa.list_(pa.float32())
     columns: dict[str, Any] = {
         "prompt_id": rollouts["prompt_id"],
@@ -139,8 +108,7 @@ def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, conf
         columns |= dict.fromkeys(("kl_sum", "kl_mean", "log_ratio_sum"), pa.nulls(len(rollouts), pa.float32()))
     else:
         (student, mask), (teacher, _) = _padded(stats.logprobs), _padded(batch.teacher_logprobs)
-        estimator = _RECORDED_AS.get(config.kl_estimator, config.kl_estimator)
-        kl_sum = (kl_estimate(student, teacher, estimator) * mask).sum(1)
+        kl_sum = (recorded_kl(student, teacher, batch.objective.kl_estimator) * mask).sum(1)
         columns["kl_sum"] = kl_sum.numpy()
         columns["kl_mean"] = (kl_sum / mask.sum(1)).numpy()
         columns["log_ratio_sum"] = (teacher - student).sum(1).numpy()

@@ -36,7 +36,7 @@ def logprob_of(position: dict[str, Any], token: int, url: str) -> float:
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         raise TransientError(f"teacher server {url} gave logprob {value} to token {token}")
     if not isinstance(value, int | float):  # not shown: it may be anything, even a key that was sent back
-        raise TransientError(f"teacher server {url} gave token {token} a logprob that is no number")
+        raise TransientError(f"teacher server {url} gave token {token} a logprob that is not a number")
     return float(value)
 
 
@@ -64,5 +64,5 @@ def completion_of(answer: Any, url: str) -> tuple[list[int], list[float], str]:
     if not fine or not isinstance(values, list) or len(values) != len(token_ids):
         raise TransientError(f"rollout server {url} sent a response without tokens, or without a logprob for each")
     if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
-        raise TransientError(f"rollout server {url} sent a logprob that is no finite number")
+        raise TransientError(f"rollout server {url} sent a logprob that is not a finite number")
     return token_ids, [float(value) for value in values], reason

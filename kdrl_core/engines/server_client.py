@@ -79,7 +79,7 @@ class ServerClient:
             answer = json.loads(content) if content else None
             return self._scrubbed(answer) if self._holds_key(content) else answer
         except (ValueError, RecursionError):
-            raise TransientError(f"{where} sent what is no JSON ({said[:60]!r})") from None
+            raise TransientError(f"{where} sent an answer that is not JSON ({said[:60]!r})") from None
 
     def without_key(self, text: str) -> str:
         """A text with the key cut out."""

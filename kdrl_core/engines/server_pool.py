@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.config import ServersConfig
 from kdrl_core.config.secrets import resolve_secret
 from kdrl_core.engines.retrying import DaemonThreads, retry_transient
 from kdrl_core.engines.served_answers import TransientError

@@ -10,8 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kdrl_core.config import BenchmarkConfig, ModelConfig, Recipe, resolve_path
-from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.config import BenchmarkConfig, ModelConfig, Recipe, ServersConfig, resolve_path
 from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
 from kdrl_core.engines.from_recipe import EngineName
 from kdrl_core.errors import DataError, ModelError, RecipeError

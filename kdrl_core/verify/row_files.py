@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,45 +26,13 @@ VERDICT_NAMES = frozenset(verdict_columns([]))
 BATCH_ROWS = 1_024
 
 
-class RowFile(Protocol):
-    """A file of rows."""
-
-    origin: str
-    """Its path as errors name it."""
-    unit: str
-    """What the file calls its rows in messages: row or line."""
-    names: list[str]
-    """Its columns. For JSON Lines: those of the first batch, and any verdict column that `batches` has met since."""
-
-    def batches(self, columns: Columns, *, with_rows: bool) -> Iterator[Batch]:
-        """All rows, in order; `with_rows` keeps them in each batch for `write`. Raises DataError if a read fails."""
-
-    def write(self, path: Path, judged: Iterable[tuple[Batch, Sequence[Verdict]]]) -> None:
-        """Write the rows of the batches with their verdicts to `path`, in the format of this file."""
-
-
-def open_rows(path: Path) -> RowFile:
-    """The file at `path`. Raises DataError if it does not exist, if its kind is unknown, or if it has no rows."""
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; name a file in it")
-    if not path.is_file():
-        raise DataError(f"{path} does not exist or is no file; check the path")
-    kind = _KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(f"{path}: unknown kind of file; give JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)")
-    return kind(path)
-
-
-def suffixes_like(path: Path) -> tuple[str, ...]:
-    """The suffixes that a file of the same format may have."""
-    kind = _KINDS.get(path.suffix.lower())
-    return tuple(suffix for suffix, other in _KINDS.items() if other is kind)
-
-
 class JsonLines:
     """One object a line. Blank lines are counted, but they are not rows and are not written again."""
 
     unit = "line"
+    """What the file calls its rows in messages."""
+    names: list[str]
+    """The columns of the first batch, and any verdict column that `batches` has met since."""
 
     def __init__(self, path: Path) -> None:
         self.origin, self._path = str(path), path
@@ -80,6 +48,7 @@ class JsonLines:
             raise DataError(f"{self.origin} has no rows; give a file with at least one")
 
     def batches(self, columns: Columns, *, with_rows: bool) -> Iterator[Batch]:
+        """All rows, in order; `with_rows` keeps them in each batch for `write`. Raises DataError if a read fails."""
         batch = Batch(rows=[])
         for number, line in self._lines():
             try:
@@ -99,6 +68,7 @@ class JsonLines:
             yield batch
 
     def write(self, path: Path, judged: Iterable[tuple[Batch, Sequence[Verdict]]]) -> None:
+        """Write the rows of the batches with their verdicts to `path`."""
         with path.open("wb") as file:
             for batch, verdicts in judged:
                 columns = verdict_columns(verdicts)
@@ -124,7 +94,7 @@ class JsonLines:
 
 
 class Parquet:
-    """A Parquet file of any size and with any number of row groups."""
+    """A Parquet file of any size and with any number of row groups; used as `JsonLines`."""
 
     unit = "row"
 
@@ -176,11 +146,27 @@ class Parquet:
             yield from file.iter_batches(batch_size=BATCH_ROWS, columns=columns)
 
 
-_KINDS: dict[str, type[JsonLines] | type[Parquet]] = {
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
-    ".parquet": Parquet,
-}
+RowFile = JsonLines | Parquet
+
+_KINDS: dict[str, type[RowFile]] = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet}
+
+
+def open_rows(path: Path) -> RowFile:
+    """The file at `path`. Raises DataError if it does not exist, if its kind is unknown, or if it has no rows."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file; check the path")
+    kind = _KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(f"{path}: unknown kind of file; give JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)")
+    return kind(path)
+
+
+def suffixes_like(path: Path) -> tuple[str, ...]:
+    """The suffixes that a file of the same format may have."""
+    kind = _KINDS.get(path.suffix.lower())
+    return tuple(suffix for suffix, other in _KINDS.items() if other is kind)
 
 
 def _object(line: bytes) -> dict[str, object]:

@@ -20,7 +20,7 @@ from kdrl_core.boxes.update import update_step
 from kdrl_core.errors import StorageError
 from kdrl_core.ledger import Run, is_published, open_run, run_lock, verify_published
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import report
+from kdrl_core.look.reporting.run_report import report
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 

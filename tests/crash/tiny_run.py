@@ -17,7 +17,7 @@ from kdrl_core.boxes.update import update_step
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import report
+from kdrl_core.look.reporting.run_report import report
 
 TINY = [
     "stage1.steps=2",

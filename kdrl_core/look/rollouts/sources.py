@@ -1,6 +1,7 @@
-"""What a run has on disk of its rollouts: which steps, which files of each, and whether they are whole.
+"""The rollout files of a run on disk: which steps there are, which files each has, and whether they are intact.
 
-Reads only, and needs neither recipe nor lock: the run may be going on, be of another version, or be an imported dump.
+Reads only, and needs neither recipe nor lock. So the run may be going on, come from another version, or be an imported
+dump.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DamagedFile:
-    """A file that is left out, and why."""
+    """A file that is left out, and its problem."""
 
     path: Path
     problem: str
@@ -38,7 +39,7 @@ class DamagedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFiles:
-    """The files of one step that are there."""
+    """The files that one step has."""
 
     stage: str
     step: int
@@ -52,7 +53,7 @@ class StepFiles:
         return self.stage, self.step
 
     def path(self, part: str) -> Path:
-        """Where a part lies, whether it is there or not."""
+        """Path of a part, whether it exists or not."""
         return self.folder / f"{part}.parquet"
 
 
@@ -60,7 +61,7 @@ def find_run(run: str | Path) -> Path:
     """The folder of a run: by name below artifacts/runs, or a folder anywhere that holds `rollouts/`.
 
     Raises:
-        RunError: there is none; the nearest names are given.
+        RunError: there is no such run; the message gives the nearest names.
     """
     folder = Path(run)
     if (isinstance(run, Path) or os.sep in run or run in (".", "..")) and not folder.is_dir():
@@ -89,7 +90,7 @@ def known_runs() -> list[str]:
 
 
 def scan(root: Path) -> tuple[list[StepFiles], list[DamagedFile]]:
-    """The steps of a run that have rollouts, by stage and step; and rollouts that are missing below other files."""
+    """The steps of a run that have rollouts, by stage and step; and missing rollouts of steps with other files."""
     steps: list[StepFiles] = []
     missing: list[DamagedFile] = []
     for stage, stage_folder in _folders(root / "rollouts", _STAGE):
@@ -104,10 +105,10 @@ def scan(root: Path) -> tuple[list[StepFiles], list[DamagedFile]]:
 
 
 def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
-    """Those of `columns` that the file has, after its bytes were compared with its manifest, if it has one.
+    """The `columns` that the file has, after its bytes were compared with its manifest, if there is one.
 
     Raises:
-        DamagedArtifactError: it is damaged, of another place or another schema version, or has no ids.
+        DamagedArtifactError: it is damaged, belongs elsewhere, has another schema version, or has no ids.
     """
     path = step.path(part)
     try:
@@ -124,7 +125,7 @@ def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
 
 
 def bulky_columns(step: StepFiles, part: str) -> list[str]:
-    """The columns of the record that this file has, of those that are not in the index."""
+    """The columns of the record that this file has and the index has not."""
     names = pq.read_schema(step.path(part)).names
     return [name for name in PARTS[part] if name in names]
 

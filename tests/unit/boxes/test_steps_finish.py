@@ -16,7 +16,7 @@ from kdrl_core.boxes.make import make
 from kdrl_core.errors import DamagedArtifactError, ModelError, RunError
 from kdrl_core.ledger import Run, RunPaths, is_published
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import report
+from kdrl_core.look.reporting.run_report import report
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from crash.tiny_run import differing, finish, open_tiny, train
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.make import make
+from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.ledger import Run, adopted, manifest_of, publish
 from kdrl_core.ledger.manifest import file_manifest_path
-from kdrl_core.look.sweeps import adopt_parts
 
 GRPO = ["stage2.objective=grpo"]
 ALL_OF_STAGE1 = ["data", "stage1", "evaluation of stage1", "evaluation of base", "evaluation of teacher"]

@@ -279,7 +279,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, verifier: Verifier) -> None:
             judge(path, verifier, chosen=chosen)
         return str(error.value)
 
-    assert told(tmp_path / "no.jsonl") == f"{tmp_path / 'no.jsonl'} does not exist or is no file; check the path"
+    assert told(tmp_path / "no.jsonl") == f"{tmp_path / 'no.jsonl'} does not exist or is not a file; check the path"
     assert told(tmp_path) == f"{tmp_path} is a folder; name a file in it"
     other = write_lines(tmp_path / "a.json", "[]")
     wanted = "unknown kind of file; give JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)"

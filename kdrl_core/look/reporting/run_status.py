@@ -1,4 +1,4 @@
-"""Where a run stands, read from its files."""
+"""The state of a run, read from its files."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,7 @@ from kdrl_core.tables.metrics import load_metrics
 
 
 def named_status(name: str) -> dict[str, Any]:
-    """`run_status` of a run by name, as a row of a list: one that cannot be opened says why and hides no other."""
+    """`run_status` of a run by name. If the run cannot be opened, its state says why."""
     try:
         return run_status(open_run(name))
     except KdrlError as error:

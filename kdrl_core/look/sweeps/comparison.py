@@ -1,5 +1,6 @@
-"""The report of a sweep, or of any runs, as files: an HTML page, Markdown, CSV and JSON. Made anew at any time, also
-while it runs."""
+"""The comparison of a sweep's cells, or of any runs, as files: an HTML page, Markdown, CSV and JSON.
+
+It can be written at any time, also while the runs go on."""
 
 import json
 from contextlib import suppress
@@ -8,21 +9,22 @@ from pathlib import Path
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.errors import RecipeError
 from kdrl_core.ledger import replace_file
+from kdrl_core.look.sweeps.aggregate import build_table
 from kdrl_core.look.sweeps.dynamics import read_dynamics
 from kdrl_core.look.sweeps.page import render_markdown, render_page
 from kdrl_core.look.sweeps.results import SweepResults, read_results_of
 from kdrl_core.look.sweeps.state import SweepPaths, cell_status, read_record
-from kdrl_core.look.sweeps.table import SweepTable, build_table
+from kdrl_core.look.sweeps.table import SweepTable
 
 
 def read_sweep(name: str) -> SweepResults:
-    """What a started sweep has come to so far. Raises RunError if it was not started."""
+    """The results of a started sweep so far. Raises RunError if it was not started."""
     record, paths = read_record(name), SweepPaths.of(name)
     statuses = [cell_status(paths, cell) for cell in record.cells]
     recipes: dict[str, Recipe] = {}
     for cell in record.cells:
         if cell.variant not in recipes:
-            with suppress(RecipeError):  # lost or edited: the run has it as well, once it has begun
+            with suppress(RecipeError):  # lost or edited: a run that has begun has its own copy
                 recipes[cell.variant] = load_recipe(paths.recipe(cell.run))
     spec = record.spec
     return read_results_of(name, spec.description, spec.recipe, statuses, claims=spec.claims, recipes=recipes)
@@ -30,11 +32,11 @@ def read_sweep(name: str) -> SweepResults:
 
 def write_sweep_report(name: str) -> SweepTable:
     """Write the report of a started sweep to its folder and return its tables."""
-    return write_report(read_sweep(name), SweepPaths.of(name).report, stem="sweep")
+    return write_comparison(read_sweep(name), SweepPaths.of(name).report, stem="sweep")
 
 
-def write_report(results: SweepResults, folder: Path, *, stem: str) -> SweepTable:
-    """Write `<stem>.html`, `.md`, `.csv` and `.json` and return the tables; what is there is replaced.
+def write_comparison(results: SweepResults, folder: Path, *, stem: str) -> SweepTable:
+    """Write `<stem>.html`, `.md`, `.csv` and `.json`, replacing existing ones, and return the tables.
 
     Raises:
         StorageError: the folder cannot be written.

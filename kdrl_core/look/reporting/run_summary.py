@@ -1,13 +1,16 @@
-"""A run in numbers: accuracy of every model, start and end of each stage, where things lie. Read from the ledger."""
+"""A run in numbers: accuracy of every model, start and end of each stage, paths of its files. Read from the ledger."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import pyarrow.compute as pc
 
 from kdrl_core.alarms import Alarm, alarms_of
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, is_published, manifest_of
 from kdrl_core.ledger.labels import final_labels
 from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.schemas import read_table
 
 MODEL_NAMES = {"base": "student before", "stage1": "after stage 1", "stage2": "after stage 2", "teacher": "teacher"}
 _ENDS_SHARE = 0.2
@@ -38,8 +41,8 @@ class StageRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """What a run has come to so far."""
+class RunSummary:
+    """The results of a run so far."""
 
     run: str
     recipe: str
@@ -53,7 +56,7 @@ class Summary:
         return asdict(self)
 
 
-def summarize(run: Run) -> Summary:
+def summarize(run: Run) -> RunSummary:
     """Summarize a run, finished or not."""
     models = []
     for label in final_labels(run):
@@ -62,7 +65,7 @@ def summarize(run: Run) -> Summary:
             models.append(ModelRow(label=label, name=_model_name(run, label), benchmarks=results))
     stages = [row for stage in run.recipe.stages if (row := _stage_row(run, stage)) is not None]
     paths = {"run": run.paths.root, "student": run.paths.student, "report": run.paths.report / "report.html"}
-    return Summary(
+    return RunSummary(
         run=run.name,
         recipe=run.recipe.name,
         models=models,
@@ -104,8 +107,21 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
     )
 
 
+def sample_responses(run: Run, count: int) -> list[dict[str, Any]]:
+    """Rows of EVALUATION of the finished student: the first `count` right ones, then the first wrong ones."""
+    path = run.paths.evaluation(run.recipe.stages[-1])
+    if not is_published(path):
+        return []
+    table = read_table(path / "responses.parquet")
+    return [
+        row
+        for right in (1.0, 0.0)
+        for row in table.filter(pc.equal(table["accuracy_reward"], right)).slice(0, count).to_pylist()
+    ]
+
+
 def is_spent(name: str) -> bool:
-    """Whether a timing is time that the step took, not work beside it."""
+    """Whether a timing is part of the step's time, and not hidden behind other work."""
     return name.startswith("time/") and not name.endswith("_hidden_s")
 
 

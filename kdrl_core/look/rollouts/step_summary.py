@@ -1,4 +1,4 @@
-"""A step in numbers, from the index's rows of it: what `kdrl rollouts stats` and the view `steps` begin with."""
+"""A step in numbers, from its rows in the index: for `kdrl rollouts stats` and the view `steps`."""
 
 import math
 from typing import Any
@@ -66,7 +66,7 @@ SUMMARY: dict[str, str] = {
 
 
 def summarize_steps(rows: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
-    """The summary of every step in `rows` (columns of the index), by stage and step; numbers that are none are None."""
+    """The summary of every step in `rows` (columns of the index), by stage and step. NaN and infinity become None."""
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:
         connection.register("rows", rows)
         found = connection.sql(SUMMARY_SQL).to_arrow_table().to_pylist()
@@ -74,5 +74,5 @@ def summarize_steps(rows: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """`value`, or None for a float that JSON has no number for."""
+    """`value`, or None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

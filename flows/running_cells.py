@@ -1,4 +1,4 @@
-"""Cells of a sweep while they run: subflows of it in processes of their own, or of a deployment's workers."""
+"""Cells of a sweep while they run: subflows in processes of their own, or in the workers of a deployment."""
 
 import os
 import signal
@@ -29,19 +29,19 @@ class RunningCell(Protocol):
     """A cell that was started."""
 
     def is_over(self) -> bool:
-        """Whether it has come to its end, good or bad."""
+        """Whether it has ended, whatever the result."""
         ...
 
     def reason(self) -> str | None:
-        """Why it failed, in one line, if it said so."""
+        """Why it failed, in one line; None if it did not say."""
         ...
 
     def interrupt(self) -> None:
-        """Have it come to its end, which takes seconds."""
+        """Ask it to end, which takes seconds."""
         ...
 
     def stop(self) -> None:
-        """See to it that it has, with whatever it started."""
+        """Wait for its end, then force it, with its children."""
         ...
 
 
@@ -56,7 +56,7 @@ class LocalCell:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cells", str(self._flow_run.id)],
+                [sys.executable, "-m", "flows.running_cells", str(self._flow_run.id)],
                 env={**os.environ, "PREFECT_API_URL": api.rstrip("/"), "PREFECT_LOGGING_LEVEL": "INFO"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -67,7 +67,7 @@ class LocalCell:
     def is_over(self) -> bool:
         if self._process.poll() is None:
             return False
-        if self._process.returncode < 0:  # nobody was left to tell Prefect, or to end what it had started
+        if self._process.returncode < 0:  # killed: it told Prefect nothing, and left its children behind
             kill_group(self._process.pid)
             _force(self._flow_run.id, Crashed(message=self.reason()))
         return True
@@ -124,11 +124,11 @@ class DeployedCell:
         _force(self._id, Cancelling())
 
     def stop(self) -> None:
-        """Its worker sees to it."""
+        """Its worker ends it."""
 
 
 def _create_subflow(client: SyncPrefectClient, run: str, parameters: dict[str, Any]) -> FlowRun:
-    """A flow run of the full pipeline that Prefect shows below the flow run that this is called in."""
+    """A flow run of the full pipeline, which Prefect shows below the current flow run."""
     parent = FlowRunContext.get()
     assert parent is not None
     assert parent.flow_run is not None
@@ -140,7 +140,7 @@ def _create_subflow(client: SyncPrefectClient, run: str, parameters: dict[str, A
 
 
 def _stand_in() -> None:
-    """What Prefect has in place of a task where a flow run stands below another."""
+    """The task that Prefect wants between a flow run and the flow run below it."""
 
 
 def _force(flow_run_id: UUID, state: State[Any]) -> None:

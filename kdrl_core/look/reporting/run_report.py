@@ -4,18 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from kdrl_core.boxes.make import Product, box
 from kdrl_core.config import dump_recipe
 from kdrl_core.data import FilterReport
-from kdrl_core.ledger import Run, is_published
+from kdrl_core.ledger import Run
 from kdrl_core.ledger.graph import REPORT
 from kdrl_core.look.reporting.figures import dynamics_figure
-from kdrl_core.look.reporting.summary import summarize
+from kdrl_core.look.reporting.run_summary import sample_responses, summarize
 from kdrl_core.look.reporting.tables import tables_of
-from kdrl_core.tables.schemas import read_table
 
 _NUM_SAMPLES = 3
 
@@ -36,7 +34,7 @@ def render_report(run: Run, folder: Path) -> None:
         "summary": summary,
         "tables": tables_of(summary),
         "filters": _filter_reports(run),
-        "samples": _samples(run),
+        "samples": sample_responses(run, _NUM_SAMPLES),
         "recipe_yaml": dump_recipe(run.recipe),
         "manifest": json.loads(run.paths.manifest.read_text(encoding="utf-8")),
     }
@@ -53,15 +51,3 @@ def render_report(run: Run, folder: Path) -> None:
 def _filter_reports(run: Run) -> dict[str, FilterReport]:
     content = json.loads(run.paths.filter_report.read_text(encoding="utf-8"))
     return {stage: FilterReport.from_json(values) for stage, values in content.items()}
-
-
-def _samples(run: Run) -> list[dict[str, Any]]:
-    """A few responses of the finished student: the first right and the first wrong ones."""
-    path = run.paths.evaluation(run.recipe.stages[-1])
-    if not is_published(path):
-        return []
-    table = read_table(path / "responses.parquet")
-    rows: list[dict[str, Any]] = []
-    for right in (1.0, 0.0):
-        rows += table.filter(pc.equal(table["accuracy_reward"], right)).slice(0, _NUM_SAMPLES).to_pylist()
-    return rows

@@ -20,12 +20,12 @@ def print_comparison(table: "SweepTable", report: Path) -> None:
     """Print the tables of a sweep or of runs, and where their report lies."""
     for one in table.tables():
         _print_table(one)
-    out.print("▲ best, △ second best of the variants; – is missing", highlight=False)
-    out.print(f"report  {report}", highlight=False, soft_wrap=True)
+    out.print("▲ best, △ second best of the variants; – is missing")
+    out.say(f"report  {report}")
 
 
 def fitted(table: "Table", width: int) -> list[list[str]]:
-    """The rows of a table, with intervals on a line of their own where they would not fit side by side."""
+    """The rows of a table. If they are wider than `width`, intervals stand on a line of their own."""
     columns = zip(table.header, *table.rows, strict=True)
     needed = sum(max(map(len, column)) + 3 for column in columns)
     return table.rows if needed <= width else _broken(table)
@@ -47,8 +47,8 @@ def print_rows(header: list[str], rows: list[list[str]], *, num_text: int = 1) -
 
 
 def _print_table(table: "Table") -> None:
-    """Intervals on a line of their own: a row of six benchmarks would be too wide."""
-    out.print(table.title, style="bold", highlight=False)
+    """With intervals on a line of their own: otherwise a row of six benchmarks would be too wide."""
+    out.print(table.title, style="bold")
     print_rows(table.header, _broken(table), num_text=table.num_text)
     out.print()
 
