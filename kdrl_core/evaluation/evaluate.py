@@ -124,6 +124,7 @@ def benchmark_job(
             "question": [problems[problem_id].question for problem_id in ids],
         },
         load=lambda: load()(benchmark),
+        is_timed=True,
         heals=whole is not None,
     )
 

@@ -13,14 +13,10 @@ from kdrl_core.ledger.run import Run
 
 
 def inputs_of(run: Run, node: Node) -> dict[str, str]:
-    """What `node` is made from now, by the hashes in the manifests: place → sha256.
-
-    Raises:
-        RunError: nothing of what it needs is published.
-    """
+    """What `node` is made from now, by the hashes in the manifests: place → sha256. What is not there is left out."""
     found: dict[str, str] = {}
     for choice in needs(run.recipe, node):
-        paths = next((paths for each in choice if (paths := published(run, each))), [run.paths.root / choice[0].place])
+        paths = next((paths for each in choice if (paths := published(run, each))), [])
         found |= {run.relative(path): manifest_of(path).sha256 for path in paths}
     return found
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kdrl_core.errors import RunLockedError
+from kdrl_core.ledger import memory
 from kdrl_core.ledger.publish import replace_file, storage_errors
 
 _PATIENCE_S = 0.2
@@ -37,6 +38,7 @@ def run_lock(path: Path) -> Iterator[None]:
         ) from error
     try:
         if lock.lock_counter == 1:
+            memory.begin(path.parent)
             holder = {
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
@@ -45,6 +47,8 @@ def run_lock(path: Path) -> Iterator[None]:
             replace_file(holder_file, json.dumps(holder).encode())
         yield
     finally:
+        if lock.lock_counter == 1:
+            memory.end(path.parent)
         lock.release()
 
 

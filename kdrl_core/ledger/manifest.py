@@ -7,13 +7,15 @@ artifact's place in its run: it vouches for nothing if it was altered, and not f
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import kdrl_core
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, RunError
+from kdrl_core.ledger import memory
 from kdrl_core.ledger.graph import FILTER_REPORT, POOL, node_at
 from kdrl_core.ledger.layout import place_of
 
@@ -42,9 +44,13 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """As it is written."""
-        content = json.loads(json.dumps(asdict(self)))  # as it is read: keys are text
+        content = asdict(self.as_read())
         content[_CHECKSUM] = _checksum(content)
         return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+    def as_read(self) -> "Manifest":
+        """As it is when it has been written and read: keys are text, and tuples are lists."""
+        return Manifest(**json.loads(json.dumps(asdict(self))))
 
 
 def manifest_path(path: Path) -> Path:
@@ -93,6 +99,9 @@ def manifest_of(path: Path) -> Manifest:
     where = manifest_path(path)
     if not where.is_file():
         raise RunError(f"{path} is not published: it has no manifest {where.name}")
+    stamp = memory.stamp(where)
+    if (known := memory.recall(memory.MANIFEST, path, stamp)) is not None:
+        return cast(Manifest, known)
     manifest = read_manifest(where)
     place = place_of(path)
     if place not in (None, manifest.artifact):
@@ -100,6 +109,7 @@ def manifest_of(path: Path) -> Manifest:
             f"{path} belongs elsewhere: it was published as {manifest.artifact}",
             f"move it back there, or delete it{'' if path.is_dir() else f' and {where.name}'} to have it made again",
         )
+    memory.keep(memory.MANIFEST, path, stamp, manifest)
     return manifest
 
 
@@ -136,7 +146,10 @@ def verify_published(path: Path) -> Manifest:
     """
     manifest = manifest_of(path)
     if manifest.files is None:
-        _compare(path, manifest.size, manifest.sha256)
+        stamp = memory.stamp(path)
+        if memory.recall(memory.BYTES, path, stamp) != manifest.sha256:
+            _compare(path, manifest.size, manifest.sha256)
+            memory.keep(memory.BYTES, path, stamp, manifest.sha256)
         return manifest
     for name, expected in manifest.files.items():
         _compare(path / name, expected["size"], expected["sha256"])
@@ -148,18 +161,20 @@ def verify_published(path: Path) -> Manifest:
     return manifest
 
 
-def digest(path: Path) -> tuple[int, str]:
-    """Bytes and sha256 of a file."""
+def digest(path: Path, *, durable: bool = False) -> tuple[int, str]:
+    """Bytes and sha256 of a file; with `durable` they are on the disk when this returns."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256")
+        if durable:
+            os.fsync(file.fileno())
         return file.tell(), found.hexdigest()
 
 
-def listing(folder: Path) -> dict[str, dict[str, Any]]:
-    """`Manifest.files` of a directory, its manifest left out."""
+def listing(folder: Path, *, durable: bool = False) -> dict[str, dict[str, Any]]:
+    """`Manifest.files` of a directory, its manifest left out. `durable` as in `digest`."""
     files: dict[str, dict[str, Any]] = {}
     for file in _files_of(folder):
-        size, sha256 = digest(file)
+        size, sha256 = digest(file, durable=durable)
         files[_name(file, folder)] = {"size": size, "sha256": sha256}
     return files
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.errors import DamagedArtifactError, KdrlError, RunError, StorageError
-from kdrl_core.ledger import heal
+from kdrl_core.ledger import heal, memory
 from kdrl_core.ledger.layout import place_of
 from kdrl_core.ledger.manifest import (
     DIRECTORY_MANIFEST,
@@ -27,7 +27,6 @@ from kdrl_core.ledger.manifest import (
     is_published,
     listing,
     manifest_of,
-    read_manifest,
 )
 
 _TEMPORARY_PREFIX = ".tmp-"
@@ -61,7 +60,8 @@ def publish_file(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as temporary:
             write(temporary)
-            size, sha256 = digest(temporary)
+            size, sha256 = digest(temporary, durable=True)
+            hashed = memory.stamp(temporary)
             made = Manifest(
                 artifact=place_of(path) or path.name,
                 size=size,
@@ -70,12 +70,13 @@ def publish_file(
                 metadata=dict(metadata or {}),
                 created_at=_now(),
             )
-            manifest = heal.settled(path, made, expected)
-            _fsync(temporary)
+            manifest = heal.settled(path, made, expected).as_read()
             temporary.replace(path)
         replace_file(file_manifest_path(path), manifest.to_bytes())
         heal.forget(path)
-    return read_manifest(file_manifest_path(path))
+    memory.keep(memory.MANIFEST, path, memory.stamp(file_manifest_path(path)), manifest)
+    memory.keep(memory.BYTES, path, memory.renamed(hashed, path), sha256)
+    return manifest
 
 
 def publish_directory(
@@ -98,9 +99,7 @@ def publish_directory(
         with _temporary(path) as temporary:
             temporary.mkdir()
             write(temporary)
-            files = listing(temporary)
-            for name in files:
-                _fsync(temporary / name)
+            files = listing(temporary, durable=True)
             made = Manifest(
                 artifact=place_of(path) or path.name,
                 size=sum(f["size"] for f in files.values()),
@@ -110,9 +109,8 @@ def publish_directory(
                 files=files,
                 created_at=_now(),
             )
-            manifest = heal.settled(path, made, expected)
-            (temporary / DIRECTORY_MANIFEST).write_bytes(manifest.to_bytes())
-            _fsync(temporary / DIRECTORY_MANIFEST)
+            manifest = heal.settled(path, made, expected).as_read()
+            _write(temporary / DIRECTORY_MANIFEST, manifest.to_bytes())
             for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                 _fsync(folder)
             with _temporary(path) as superseded:
@@ -121,7 +119,7 @@ def publish_directory(
                 temporary.rename(path)
                 _fsync(path.parent)
         heal.forget(path)
-    return read_manifest(path / DIRECTORY_MANIFEST)
+    return manifest
 
 
 def adopt_published(source: Path, path: Path) -> None:
@@ -147,8 +145,7 @@ def adopt_published(source: Path, path: Path) -> None:
                 for name, file in manifest.files.items():
                     (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     _link(source / name, temporary / name, file["sha256"])
-                (temporary / DIRECTORY_MANIFEST).write_bytes(manifest.to_bytes())
-                _fsync(temporary / DIRECTORY_MANIFEST)
+                _write(temporary / DIRECTORY_MANIFEST, manifest.to_bytes())
                 for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                     _fsync(folder)
                 temporary.rename(path)
@@ -181,9 +178,9 @@ def replace_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
         with _temporary(path) as temporary:
             if callable(content):
                 content(temporary)
+                _fsync(temporary)
             else:
-                temporary.write_bytes(content)
-            _fsync(temporary)
+                _write(temporary, content)
             temporary.replace(path)
             _fsync(path.parent)
 
@@ -216,6 +213,13 @@ def _free_bytes(folder: Path) -> int:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _fsync(path: Path) -> None:

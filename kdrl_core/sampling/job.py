@@ -107,6 +107,8 @@ class SamplingJob:
     """Columns beside those of responses and verdicts, by the rows' prompt_ids."""
     load: Callable[[], Sampler]
     """Called once, when a shard is to be sampled: where all are there, nothing is loaded."""
+    is_timed: bool = False
+    """The shards' manifests tell how many seconds they took, over all calls."""
     heals: bool = False
     """A damaged shard is named in the log and sampled again; else it is refused."""
 
@@ -161,8 +163,8 @@ class SamplingJob:
         columns = response_columns(responses, self.ground_truths) | verdict_columns(verdicts)
         columns |= self.more_columns(columns["prompt_id"])
         table = pa.Table.from_pydict(columns, schema=self.schema)
-        seconds = time.perf_counter() - started + journal.seconds
-        publish_file(path, partial(write_table, table), inputs=self.inputs, metadata={"seconds": seconds})
+        seconds = {"seconds": time.perf_counter() - started + journal.seconds} if self.is_timed else {}
+        publish_file(path, partial(write_table, table), inputs=self.inputs, metadata=seconds)
 
 
 def settings_hash(settings: dict[str, Any]) -> str:

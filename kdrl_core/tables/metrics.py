@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from kdrl_core.errors import DamagedArtifactError, RunError
-from kdrl_core.ledger import Run, manifest_of, replace_file
+from kdrl_core.ledger import Run, manifest_of, memory, replace_file
 from kdrl_core.tables.schemas import ALARMS, read_table, write_table
 
 _logger = logging.getLogger("kdrl")
@@ -94,9 +94,11 @@ def _write(path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
     if kind == "alarms" and not rows:
         path.unlink(missing_ok=True)
         return
+    table = pa.Table.from_pylist(rows, schema=ALARMS if kind == "alarms" else None)
     sink = pa.BufferOutputStream()
-    write_table(pa.Table.from_pylist(rows, schema=ALARMS if kind == "alarms" else None), sink)
+    write_table(table, sink)
     replace_file(path, sink.getvalue().to_pybytes())
+    memory.keep(memory.DERIVED, path, memory.stamp(path), table.to_pylist())
 
 
 def _rows_of_step(run: Run, stage: str, step: int, kind: str) -> list[dict[str, Any]]:
@@ -108,10 +110,14 @@ def _rows_of_step(run: Run, stage: str, step: int, kind: str) -> list[dict[str, 
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
+    """The rows of a file. Of a run whose lock this process holds they are read once, and again if the file changed."""
+    if (stamp := memory.stamp(path)) is None:
         return []
-    table = read_table(path)
-    if "step" not in table.column_names:
-        raise DamagedArtifactError(f"{path} has no column step", "kdrl resume writes it anew")
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    rows: list[dict[str, Any]] | None = memory.recall(memory.DERIVED, path, stamp)
+    if rows is None:
+        table = read_table(path)
+        if "step" not in table.column_names:
+            raise DamagedArtifactError(f"{path} has no column step", "kdrl resume writes it anew")
+        rows = table.to_pylist()
+        memory.keep(memory.DERIVED, path, stamp, rows)
+    return [dict(row) for row in rows]

@@ -11,7 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kdrl_core.config import StageConfig
 from kdrl_core.errors import DamagedArtifactError
+from kdrl_core.ledger.artifact import Artifact
 
 SCHEMA_VERSION = "1"
 
@@ -153,6 +155,25 @@ LABELS = pa.schema(
     ]
 )
 """A shard of `kdrl label`; the responses of a problem stand together."""
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "ROLLOUTS": ROLLOUTS,
+    "TEACHER": TEACHER,
+    "TEACHER_TOPK": TEACHER_TOPK,
+    "REFERENCE": REFERENCE,
+    "REWARDS": REWARDS,
+    "UPDATE": UPDATE,
+    "ALARMS": ALARMS,
+    "SFT_DATASET": SFT_DATASET,
+    "EVALUATION": EVALUATION,
+}
+"""By the names that the table of artifacts has for them."""
+
+
+def schema_of(row: Artifact, config: StageConfig) -> pa.Schema:
+    """The schema of an artifact's file in a stage: the teacher's has two more columns where the loss is Top-K (A.3)."""
+    return SCHEMAS[row.schemas[-1 if config.needs_topk else 0]]
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from kdrl_core.data.unicode import as_unicode
 from kdrl_core.errors import DataError, ModelError
-from kdrl_core.ledger import publish_file, storage_errors
+from kdrl_core.ledger import RunPaths, publish_file, storage_errors
 from kdrl_core.look.rollouts.record import RECORD, TIMINGS
 from kdrl_core.tables.responses import repetition_rate
 from kdrl_core.tables.schemas import write_table
@@ -226,7 +226,7 @@ def _write(root: Path, stage: str, step: int, rows: Sequence[Row], tokenize: Cal
             row["repetition_rate"] = repetition_rate(row["token_ids"])
     rows = sorted(rows, key=lambda row: row["prompt_id"])  # the responses to a prompt together; verl mixes them
     clean = [{name: _encodable(value) for name, value in row.items()} for row in rows]
-    path = root / "rollouts" / f"stage={stage}" / f"step={step:06d}" / "rollouts.parquet"
+    path = RunPaths(root).rollouts(stage, step)
     table = pa.Table.from_pylist(clean, schema=IMPORTED)
     publish_file(path, lambda file: write_table(table, file))
     return len(rows)

@@ -35,7 +35,7 @@ from kdrl_core.look.rollouts.index_files import (
     write_segment,
 )
 from kdrl_core.look.rollouts.index_rows import IndexedStep, index_step
-from kdrl_core.look.rollouts.sources import DamagedFile, StepFiles, scan
+from kdrl_core.look.rollouts.sources import DamagedFile, StepFiles, file_name, scan
 from kdrl_core.look.rollouts.step_summary import summarize_steps
 
 _STEPS_AT_ONCE = 64
@@ -79,7 +79,7 @@ class RunIndex:
 
     def path(self, step: IndexedStep, part: str) -> Path:
         """The file of a step."""
-        return self.root / step.folder / f"{part}.parquet"
+        return self.root / step.folder / file_name(part)
 
     def snapshot(self) -> "RunIndex":
         """A copy of the index that a later refresh does not change."""

@@ -7,6 +7,7 @@ GRPO no teacher, a dump of another trainer no tokens.
 
 import pyarrow as pa
 
+from kdrl_core.ledger.graph import REFERENCE, REWARDS, ROLLOUTS, TEACHER, UPDATE
 from kdrl_core.tables import schemas as schema
 
 RECORD_VERSION = "1"
@@ -65,14 +66,14 @@ TIMINGS = {
 """Column → its name in timings.parquet."""
 
 PARTS: dict[str, tuple[str, ...]] = {
-    "rollouts": ("prompt", "response", "prompt_token_ids", "token_ids", "rollout_logprobs"),
-    "update": ("logprobs", "entropies"),
-    "teacher": ("teacher_logprobs",),
-    "reference": ("ref_logprobs",),
-    "rewards": (),
+    ROLLOUTS.name: ("prompt", "response", "prompt_token_ids", "token_ids", "rollout_logprobs"),
+    UPDATE.name: ("logprobs", "entropies"),
+    TEACHER.name: ("teacher_logprobs",),
+    REFERENCE.name: ("ref_logprobs",),
+    REWARDS.name: (),
 }
-"""File of a step → the columns of the record that only this file has: texts and values per token, which are read when
-they are asked for. All the others are single values, and lie in the index as well."""
+"""Artifact of a step → the columns of the record that only its file has: texts and values per token, which are read
+when they are asked for. All the others are single values, and lie in the index as well."""
 
 BULKY = tuple(name for names in PARTS.values() for name in names)
 

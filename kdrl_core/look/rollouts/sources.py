@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from kdrl_core.config import did_you_mean
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import artifacts_root, manifest_of, validate_run_name
+from kdrl_core.ledger.artifact import ARTIFACTS
 from kdrl_core.ledger.manifest import file_manifest_path
 from kdrl_core.look.rollouts.record import PARTS
 from kdrl_core.tables.schemas import SCHEMA_VERSION
@@ -24,6 +25,8 @@ from kdrl_core.tables.schemas import SCHEMA_VERSION
 _STAGE = re.compile(r"stage=([A-Za-z0-9][A-Za-z0-9._-]*)")
 _STEP = re.compile(r"step=(\d{6,9})")
 _VERSION_KEY = b"kdrl.schema_version"
+
+_PART_OF = {ARTIFACTS[part].file: part for part in PARTS}
 
 Stamp = tuple[int, int]
 """Size and mtime in ns of a file: published files never change, so another stamp is another file."""
@@ -54,7 +57,12 @@ class StepFiles:
 
     def path(self, part: str) -> Path:
         """Path of a part, whether it exists or not."""
-        return self.folder / f"{part}.parquet"
+        return self.folder / file_name(part)
+
+
+def file_name(part: str) -> str:
+    """Name of a part's file in the folder of its step."""
+    return ARTIFACTS[part].file
 
 
 def find_run(run: str | Path) -> Path:
@@ -167,8 +175,7 @@ def _stamps(folder: Path) -> Iterator[tuple[str, Stamp]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                part, dot, suffix = entry.name.partition(".")
-                if part in PARTS and dot and suffix == "parquet" and entry.is_file():
+                if (part := _PART_OF.get(entry.name)) is not None and entry.is_file():
                     status = entry.stat()
                     yield part, (status.st_size, status.st_mtime_ns)
     except OSError:

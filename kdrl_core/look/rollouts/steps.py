@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import RunPaths
+from kdrl_core.ledger.artifact import DERIVED
 from kdrl_core.look.rollouts.record import TIMINGS
 from kdrl_core.look.rollouts.step_summary import SUMMARY, finite
 from kdrl_core.look.rollouts.views import IndexedRun
@@ -27,7 +28,7 @@ def metrics_stamps(runs: Sequence[IndexedRun]) -> dict[Path, tuple[int, int]]:
     """Size and mtime of the files with the metrics and timings of runs."""
     stamps = {}
     for run in runs:
-        for path in run.index.root.glob("metrics/stage=*/*.parquet"):
+        for path in (path for row in DERIVED.values() for path in run.index.root.glob(row.glob)):
             with suppress(OSError):
                 status = path.stat()
                 stamps[path] = (status.st_size, status.st_mtime_ns)

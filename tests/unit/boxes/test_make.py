@@ -119,7 +119,7 @@ def test_each_input_is_parsed_once(session: Session, monkeypatch: pytest.MonkeyP
 
 
 def test_a_folder_a_default_and_facts_of_its_own(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Artifact(name="notes", pattern="notes/{stage}/{at:06d}", needs=WORDS.needs)
+    folder = Artifact(name="notes", pattern="notes/{stage}/{step:06d}", needs=WORDS.needs)
     monkeypatch.setitem(ARTIFACTS, folder.name, folder)
 
     @box(folder, phase="note")
