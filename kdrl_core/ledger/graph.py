@@ -271,7 +271,8 @@ def consumers(recipe: Recipe, node: Node) -> Iterator[Node]:
     config = recipe.stage(last)
     if node.name == CHECKPOINT.name and node.stage == last and isinstance(node.at, int) and 0 < node.at < config.steps:
         shorter = recipe.model_copy(update={last: config.model_copy(update={"steps": node.at})})
-        yield from (each for each in _inverse(shorter, node) if not each.row.is_of_stage)
+        known = {*_inverse(recipe, node)}
+        yield from (each for each in _inverse(shorter, node) if not each.row.is_of_stage and each not in known)
 
 
 def _inverse(recipe: Recipe, node: Node) -> Iterator[Node]:
