@@ -12,7 +12,7 @@ VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import cur
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-roads crash-test lint format bench bench-filter bench-verify bench-logprobs bench-rollouts bench-rollout-queries assets clean
+.PHONY: help setup demo test test-slow test-roads crash-test tripwire lint format bench bench-filter bench-verify bench-logprobs bench-rollouts bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -67,6 +67,11 @@ KILLS ?= 50
 
 crash-test: setup  ## kill a tiny run KILLS=50 times at its fault points, resume it, compare every byte
 	@PYTHONPATH=tests $(BIN)/python tests/crash/campaign.py --kills $(KILLS)
+
+BASE ?=
+
+tripwire: setup  ## compare what a tiny run publishes with that of a commit, byte by byte (BASE=<commit>)
+	@$(BIN)/python tests/tripwire.py since $(BASE)
 
 lint: setup  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kdrl_core.logprobs.chunked import CHUNK_BYTES, token_statistics
+from kdrl_core.logprobs.chunked import CHUNK_BYTES, OutputLayer, TopKTeacher, token_statistics
 from kdrl_core.objectives import topk_kl
 
 TEMPERATURE, K, FLOOR = 0.6, 20, -20.0
@@ -173,16 +173,13 @@ def _full(inputs: dict[str, Any], terms: str, _: argparse.Namespace) -> list[tor
 
 
 def _chunks(inputs: dict[str, Any], terms: str, arguments: argparse.Namespace) -> list[torch.Tensor]:
-    topk = {name: inputs[name] for name in ("topk_ids", "topk_logits")} if terms == "topk" else {}
     found = token_statistics(
         inputs["hidden"],
-        inputs["weight"],
+        OutputLayer(inputs["weight"], None, TEMPERATURE),
         inputs["target_ids"],
-        temperature=TEMPERATURE,
         with_entropy=terms != "logprobs",
-        floor=FLOOR,
+        topk=TopKTeacher(inputs["topk_ids"], inputs["topk_logits"], FLOOR) if terms == "topk" else None,
         chunk_bytes=int(arguments.chunk_mib * 2**20),
-        **topk,
     )
     return [values for values in found if values is not None]
 

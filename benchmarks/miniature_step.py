@@ -10,6 +10,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -53,20 +54,19 @@ def main() -> None:
 def _plain_loop(run: Run) -> tuple[float, dict[str, float]]:
     """Median seconds of a step by plain calls, scoring and verification one after the other, and of its phases."""
     from kdrl_core.boxes.filter import filter_run
-    from kdrl_core.boxes.rollout import rollout_step
-    from kdrl_core.boxes.score import score_step
+    from kdrl_core.boxes.make import make
     from kdrl_core.boxes.session import close_sessions, stage_session
+    from kdrl_core.boxes.step import rollout, score_step, verify
     from kdrl_core.boxes.update import update_step
-    from kdrl_core.boxes.verify import verify_step
 
     filter_run(run)
     session = stage_session(run.paths.root, "stage2")
     seconds, phases = [], []
     for step in range(run.recipe.stage("stage2").steps):
         started = time.perf_counter()
-        rollout_step(session, step)
+        make(session, rollout, step)
         score_step(session, step)
-        verify_step(session, step)
+        make(session, verify, step)
         phases.append(update_step(session, step).timings)
         seconds.append(time.perf_counter() - started)
     close_sessions()
@@ -75,40 +75,33 @@ def _plain_loop(run: Run) -> tuple[float, dict[str, float]]:
 
 def _flow_loop(run: Run) -> tuple[float, float]:
     """Median seconds of a step of the Prefect flow, and of its part inside the tasks' bodies."""
-    import tasks.rollout
-    import tasks.teacher_score
-    import tasks.update
-    import tasks.verify
     from flows.filtering import filtering
     from flows.training_stage import training_stage
+    from tasks.boxes import rollout, teacher_score, update, verify
 
-    bodies = {
-        "rollout_step": tasks.rollout,
-        "score_step": tasks.teacher_score,
-        "verify_step": tasks.verify,
-        "update_step": tasks.update,
-    }
-    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in bodies}
+    tasks = (rollout, teacher_score, verify, update)
+    spans: dict[str, list[tuple[float, float]]] = {task.name: [] for task in tasks}
 
     def timed(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        @wraps(body)
+        def call(*arguments: Any, **named: Any) -> Any:
             started = time.perf_counter()
-            result = body(*arguments)
+            result = body(*arguments, **named)
             spans[name].append((started, time.perf_counter()))
             return result
 
         return call
 
-    for name, module in bodies.items():
-        setattr(module, name, timed(name, getattr(module, name)))
+    for task in tasks:
+        task.fn = timed(task.name, task.fn)
     filtering(str(run.paths.root))
     training_stage(str(run.paths.root), "stage2")
-    ends = [end for _, end in spans["update_step"]]
+    ends = [end for _, end in spans["update"]]
     loops = [later - earlier for earlier, later in pairwise(ends)]
     seconds = {name: [end - start for start, end in found][1:] for name, found in spans.items()}
     inside = [
         rollout + max(score, verify) + update
-        for rollout, score, verify, update in zip(*(seconds[name] for name in bodies), strict=True)
+        for rollout, score, verify, update in zip(*(seconds[name] for name in spans), strict=True)
     ]
     return median(loops[_WARM_UP:]), median(inside[_WARM_UP:])
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -156,23 +156,23 @@ def index(run: Path) -> None:
 
 def cost_of_writing(steps: int) -> None:
     """What publishing a step's rollouts (write, hash, fsync, manifest) costs a real miniature step."""
-    from kdrl_core.boxes import rollout
+    from kdrl_core.boxes import make
     from kdrl_core.boxes.filter import filter_run
-    from kdrl_core.boxes.score import score_step
     from kdrl_core.boxes.session import close_sessions, stage_session
+    from kdrl_core.boxes.step import rollout, score_step, verify
     from kdrl_core.boxes.update import update_step
-    from kdrl_core.boxes.verify import verify_step
 
     spent: list[float] = []
-    publish = rollout.publish_file
+    publish = make.publish_file
 
-    def timed(*arguments: Any, **options: Any) -> Any:
+    def timed(path: Path, *arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()
-        made = publish(*arguments, **options)
-        spent.append(time.perf_counter() - started)
+        made = publish(path, *arguments, **options)
+        if path.stem == "rollouts":
+            spent.append(time.perf_counter() - started)
         return made
 
-    setattr(rollout, "publish_file", timed)  # noqa: B010 - not a name that the module exports
+    setattr(make, "publish_file", timed)  # noqa: B010 - not a name that the module exports
     recipe = load_recipe("miniature", ["stage1=null", f"stage2.steps={steps}", "stage2.evaluate_every=null"])
     taken = []
     with tempfile.TemporaryDirectory() as folder:
@@ -181,9 +181,10 @@ def cost_of_writing(steps: int) -> None:
         session = stage_session(run.paths.root, "stage2")
         for step in range(steps):
             started = time.perf_counter()
-            parts: list[Callable[..., Any]] = [rollout.rollout_step, score_step, verify_step, update_step]
-            for part in parts:
-                part(session, step)
+            make.make(session, rollout, step)
+            score_step(session, step)
+            make.make(session, verify, step)
+            update_step(session, step)
             taken.append(time.perf_counter() - started)
         close_sessions()
     write, step_s = median(spent[3:]), median(taken[3:])

@@ -1,12 +1,13 @@
 """Raised alarms in Prefect: an event that automations can wait for, a Markdown artifact, a line in the log.
 
-An alarm's event has an id of its own, a function of run, step and rule. A stage that is opened tells the alarms of its
-last step again, since a crash may have come between that step and its telling: the server keeps one event of an id.
+When a stage is opened, the alarms of its last step are sent again, because a crash may have kept them from being sent.
+The id of an event is a function of run, step and rule, and the server keeps one event per id.
 """
 
 import logging
 import uuid
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
@@ -19,7 +20,7 @@ from kdrl_core.ledger import Run
 from kdrl_core.tables.metrics import load_metrics
 
 EVENT_PREFIX = "kdrl.alarm."
-"""Events are `kdrl.alarm.<rule>`; an automation that expects `kdrl.alarm.*` hears all."""
+"""Events are `kdrl.alarm.<rule>`; an automation that expects `kdrl.alarm.*` gets all."""
 
 _NAMESPACE = uuid.UUID("0f2a7f0e-52a3-5b0e-9a3b-6d1f8c1e7a55")
 _SHOWN_STEPS = 12
@@ -27,7 +28,7 @@ _logger = logging.getLogger("kdrl")
 
 
 def stage_opened(run: Run, stage: str, steps: range) -> None:
-    """Before the first of the stage's remaining `steps`.
+    """Call before the first of the stage's remaining `steps`.
 
     Raises:
         StoppedByAlarmError: an alarm has stopped the stage, and nobody has acknowledged it.
@@ -39,10 +40,10 @@ def stage_opened(run: Run, stage: str, steps: range) -> None:
 
 
 def step_ended(run: Run, stage: str, alarms: Iterable[Alarm]) -> None:
-    """Tell what a step raised, once it is published.
+    """Send the alarms of a published step.
 
     Raises:
-        StoppedByAlarmError: a rule with `stop: true` is among it.
+        StoppedByAlarmError: one of their rules has `stop: true`.
     """
     if raised := list(alarms):
         _tell(run, raised)
@@ -54,7 +55,7 @@ def step_ended(run: Run, stage: str, alarms: Iterable[Alarm]) -> None:
 
 
 def event_id(run: Run, alarm: Alarm) -> uuid.UUID:
-    """The same for every telling of an alarm."""
+    """The same each time the alarm is sent."""
     return uuid.uuid5(_NAMESPACE, f"{run.name}\x1f{run.started_at}\x1f{alarm.stage}\x1f{alarm.step}\x1f{alarm.rule}")
 
 
@@ -73,16 +74,8 @@ def _tell(run: Run, alarms: Iterable[Alarm]) -> None:
             payload={
                 "run": run.name,
                 "recipe": run.recipe.name,
-                "stage": alarm.stage,
-                "step": alarm.step,
-                "rule": alarm.rule,
-                "severity": alarm.severity,
+                **asdict(alarm),
                 "stops": _stops(run, alarm),
-                "metric": alarm.metric,
-                "value": alarm.value,
-                "threshold": alarm.threshold,
-                "since": alarm.since,
-                "text": alarm.text,
                 "look_at": alarm.commands(run.name),
             },
             id=event_id(run, alarm),

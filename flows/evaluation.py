@@ -7,7 +7,7 @@ from flows.run_dir import open_own_run
 from kdrl_core.ledger import run_lock
 from kdrl_core.ledger.labels import final_labels
 from kdrl_core.look.tracking import close_tracking, track
-from tasks.evaluate import evaluate
+from tasks.boxes import evaluate
 
 
 @flow(name="kdrl-evaluation", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])

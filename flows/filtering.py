@@ -5,7 +5,7 @@ from prefect import flow
 from flows import hooks, shown
 from flows.run_dir import open_own_run
 from kdrl_core.ledger import run_lock
-from tasks.filter_problems import filter_problems
+from tasks.boxes import filter_problems
 
 
 @flow(name="kdrl-filtering", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])

@@ -1,8 +1,8 @@
-"""Ends what a program has started if the program is killed (SIGKILL): a temporary Prefect server would outlive it.
+"""Ends the children of a program that is killed (SIGKILL), which could not end them itself: a Prefect server, say.
 
-A guard is a small process that reads from a pipe to which the program holds the other end. The pipe closes with the
-program, however that ends; then whatever still carries the program's mark in its environment is terminated. After an
-orderly end there is nothing left to terminate.
+A guard is a small process that reads from a pipe; the program holds the other end. When the program ends, the pipe
+closes, and the guard terminates every process that still has the program's mark in its environment. After an orderly
+end there is none.
 """
 
 import os
@@ -15,7 +15,7 @@ _GRACE_S = 5.0
 
 
 def guard_children() -> None:
-    """Have everything that this process starts from now on ended, should this process be killed."""
+    """From now on, have the children of this process ended if this process is killed."""
     mark = secrets.token_hex(8)
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
     guard = subprocess.Popen(
@@ -24,7 +24,7 @@ def guard_children() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C and SIGHUP are not for it
+        start_new_session=True,  # so that Ctrl-C and SIGHUP do not end it
     )
     _pipes.append(guard)  # never closed by us: the end of this process closes it
     os.environ[_MARK] = mark

@@ -1,4 +1,4 @@
-"""Names of flow runs, and what is said when one fails: stage, step, cause, and the command that goes on."""
+"""Names of flow runs, and the message when one fails: stage, step, cause, and the command that continues it."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def flow_run_name() -> str:
 
 
 def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Log where the run stands and how to go on, and keep it as a Markdown artifact."""
+    """Log where the run stands and how to continue it; keep the same text as a Markdown artifact."""
     root = run_root(flow_run)
     if root is None:
         return
@@ -51,7 +51,7 @@ def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
 
 
 def _way_on(root: Path) -> str:
-    """The command that goes on with the run, past an alarm that has stopped it."""
+    """The command that continues the run, past an alarm that has stopped it."""
     try:
         return resume_command(open_run_dir(root))
     except KdrlError:  # the run may be what failed
@@ -59,7 +59,7 @@ def _way_on(root: Path) -> str:
 
 
 def run_root(flow_run: FlowRun) -> Path | None:
-    """The run's folder, if it came to have one."""
+    """The run's folder; None if it has none yet."""
     if run_dir := flow_run.parameters.get("run_dir"):
         return Path(run_dir)
     try:

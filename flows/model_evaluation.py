@@ -5,7 +5,7 @@ from prefect.artifacts import create_table_artifact
 
 from kdrl_core.config import load_recipe
 from kdrl_core.evaluation.evaluate import evaluate_plan
-from kdrl_core.evaluation.plan import plan_evaluation
+from kdrl_core.evaluation.evaluation_plan import EvaluationOptions, plan_evaluation
 from kdrl_core.ledger import artifacts_root
 from tasks.secrets import register_blocks
 
@@ -39,9 +39,7 @@ def model_evaluation(
     """
     register_blocks()
     loaded = load_recipe(recipe, overrides or [])
-    plan = plan_evaluation(
-        loaded,
-        model,
+    options = EvaluationOptions(
         benchmarks=benchmarks or (),
         samples=samples,
         max_problems=max_problems,
@@ -50,6 +48,7 @@ def model_evaluation(
         api_key=api_key,
         concurrency=concurrency,
     )
+    plan = plan_evaluation(loaded, model, options)
     found = evaluate_plan(plan, artifacts_root())
     rows = [
         {

@@ -2,7 +2,7 @@
 
 from flows import shown
 from kdrl_core.ledger import Run, checkpoint_label
-from tasks.evaluate import evaluate
+from tasks.boxes import evaluate
 
 
 def evaluate_if_due(run: Run, stage: str, step: int, progress: shown.StageProgress) -> None:

@@ -1,4 +1,4 @@
-"""`run_dir`, the parameter of the stage flows: whoever may start a deployment gives it, so it may not lead anywhere."""
+"""`run_dir`, the parameter of the stage flows. Anyone who may start a deployment sets it, so it must be checked."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from tasks.secrets import register_blocks
 
 
 def open_own_run(run_dir: str | Path) -> Run:
-    """Open a run by its folder, which has to be one of this worker's artifacts; its recipe may name Prefect blocks.
+    """Open a run by its folder, which must lie in this worker's artifacts. Its recipe may name Prefect blocks.
 
     Raises:
-        RunError: it lies elsewhere, or as `open_run` does. Nothing was written.
+        RunError: the folder lies elsewhere, or `open_run` refuses it. Nothing was written.
     """
     register_blocks()
     runs = artifacts_root() / "runs"

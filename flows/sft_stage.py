@@ -15,7 +15,7 @@ from kdrl_core.boxes.shards import num_shards, open_shards
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import run_lock
 from kdrl_core.look.tracking import track
-from tasks.sft import select, sft_update, teacher_sample, verify_samples
+from tasks.boxes import select, sft_update, teacher_sample, verify_samples
 
 
 @flow(name="kdrl-sft-stage", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])

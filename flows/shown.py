@@ -1,4 +1,4 @@
-"""What a run shows in Prefect: log lines, a progress artifact per stage, tables, the result, links to its files."""
+"""What Prefect shows of a run: log lines, a progress artifact per stage, tables, the result, links to its files."""
 
 import logging
 import re
@@ -16,11 +16,10 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import MissingContextError
 
-from flows.cli.shared import err
 from kdrl_core.boxes.checkpoints import remaining_steps
 from kdrl_core.boxes.step_end import StepSummary
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
-from kdrl_core.look.reporting.summary import summarize
+from kdrl_core.look.reporting.run_summary import summarize
 from kdrl_core.look.reporting.tables import accuracy_table, tables_of
 from kdrl_core.look.sweeps.state import SweepPaths
 from kdrl_core.look.sweeps.table import SweepTable
@@ -41,7 +40,7 @@ def artifact_key(run: Run, *parts: str) -> str:
 
 
 class _CoreLog(logging.Handler):
-    """Shows what `kdrl_core` logs (what was reused, damaged, tried again) in the flow or task run that it is from."""
+    """Shows what `kdrl_core` logs (files reused or damaged, work tried again) in the flow or task run of the caller."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -49,8 +48,6 @@ class _CoreLog(logging.Handler):
         except MissingContextError:
             logger = logging.getLogger("prefect")
         logger.log(record.levelno, record.getMessage())
-        if record.levelno >= logging.WARNING and not logger.isEnabledFor(record.levelno):  # kdrl run quiets Prefect
-            err.print(f"{record.levelname.lower()}: {record.getMessage()}", soft_wrap=True, highlight=False)
 
 
 _core = logging.getLogger("kdrl")
@@ -65,7 +62,7 @@ def run_opened(run: Run) -> None:
 
 
 def nothing_to_do(run: Run) -> None:
-    """Say that a run is finished, also to trackers that it has got since."""
+    """Say that a run is finished. Trackers that were added to the recipe since get its metrics."""
     track(run)
     close_tracking()
     get_run_logger().info("nothing to do: run %s is finished, %s", run.name, run.paths.report / "report.html")
@@ -104,40 +101,22 @@ class StageProgress:
 
     def step(self, summary: StepSummary) -> None:
         """A step is done."""
-        metrics, timings = summary.metrics, summary.timings
+        metrics = summary.metrics
+        length = f"length {metrics['response/length_mean']:.1f}"
         if "loss/sft" in metrics:
-            self._logger.info(
-                "%s step %d/%d  loss %.4f  length %.1f  epoch %.2f  %.0f tokens/s%s",
-                self._stage,
-                summary.step,
-                self._steps,
-                metrics["loss/sft"],
-                metrics["response/length_mean"],
-                metrics["sft/epoch"],
-                timings["throughput/update_tokens_per_s"],
-                "  (replayed)" if summary.replayed else "",
-            )
+            phase, facts = "update", f"loss {metrics['loss/sft']:.4f}  {length}  epoch {metrics['sft/epoch']:.2f}"
         else:
-            self._log_on_policy(summary)
+            phase, kl = "rollout", f"{metrics['kd/kl_unmasked']:.3f}" if "kd/kl_unmasked" in metrics else "–"
+            facts = f"reward {metrics['reward/mean']:.3f}  {length}  clip {metrics['response/clip_ratio']:.3f}"
+            facts += f"  kl {kl}  beta {metrics['beta']:.2g}"
+        speed = summary.timings[f"throughput/{phase}_tokens_per_s"]
+        replayed = "  (replayed)" if summary.replayed else ""
+        self._logger.info(
+            "%s step %d/%d  %s  %.0f tokens/s%s", self._stage, summary.step, self._steps, facts, speed, replayed
+        )
         if time.monotonic() - self._last > _MIN_INTERVAL_S:
             self._last = time.monotonic()
             self._set_progress(100.0 * (summary.step + 1) / self._steps)
-
-    def _log_on_policy(self, summary: StepSummary) -> None:
-        metrics, timings = summary.metrics, summary.timings
-        self._logger.info(
-            "%s step %d/%d  reward %.3f  length %.1f  clip %.3f  kl %s  beta %.2g  %.0f tokens/s%s",
-            self._stage,
-            summary.step,
-            self._steps,
-            metrics["reward/mean"],
-            metrics["response/length_mean"],
-            metrics["response/clip_ratio"],
-            f"{metrics['kd/kl_unmasked']:.3f}" if "kd/kl_unmasked" in metrics else "–",
-            metrics["beta"],
-            timings["throughput/rollout_tokens_per_s"],
-            "  (replayed)" if summary.replayed else "",
-        )
 
     def sampled(self, shards: int, total: int) -> None:
         """`shards` of `total` shards of teacher samples are there, with their verdicts."""

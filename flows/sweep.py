@@ -1,8 +1,8 @@
 """Variants × seeds as subflows, a few at a time: the deployment `kdrl-sweep/sweep`.
 
-Each cell is a run of `kdrl/full-pipeline` in a process of its own: torch, DeepSpeed and vLLM count on a process to
-themselves, and a cell that is killed for memory takes nobody with it. With `deployment`, workers run the cells instead.
-A cell that fails is reported, and the others go on.
+Each cell is a run of `kdrl/full-pipeline` in its own process: torch, DeepSpeed and vLLM each expect a process for
+themselves, and a cell that runs out of memory ends alone. With `deployment`, workers run the cells instead. If a cell
+fails, it is reported, and the others go on.
 """
 
 import logging
@@ -13,13 +13,14 @@ from typing import Any
 from prefect import flow, runtime
 
 from flows import shown
-from flows.cells import DeployedCell, LocalCell, RunningCell
 from flows.guard import guard_children
+from flows.running_cells import DeployedCell, LocalCell, RunningCell
+from kdrl_core.boxes.sharing import is_finished_part, parts_of
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import RunPaths, lock_holder, run_lock
 from kdrl_core.ledger.progress import read_progress
-from kdrl_core.look.sweeps import Cell, is_finished_part, parts_of
-from kdrl_core.look.sweeps.report import write_sweep_report
+from kdrl_core.look.sweeps import Cell
+from kdrl_core.look.sweeps.comparison import write_sweep_report
 from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request
 from kdrl_core.look.sweeps.schedule import next_cell
 from kdrl_core.look.sweeps.state import CellState, CellStatus, SweepPaths, cell_status, note_failure, write_record
@@ -48,11 +49,11 @@ def sweep(
     workers: int = 1,
     deployment: str | None = None,
 ) -> str:
-    """Run a sweep, or go on with what is unfinished of it. Returns the folder of its tables.
+    """Run a sweep, or continue its unfinished cells. Returns the folder of its tables.
 
     Args:
         source: name of a shipped sweep, or path of a YAML file; None: `vary` alone.
-        name: of the sweep; an existing one is gone on with.
+        name: of the sweep; an existing one is continued.
         recipe: in place of the sweep's.
         seeds: how many, or which.
         vary: `FIELD=a,b,c` each.
@@ -65,7 +66,7 @@ def sweep(
         RunError: a cell is not finished; the others are.
     """
     request = make_request(
-        source, name=name, recipe=recipe, seeds=seeds, vary=vary or [], overrides=overrides, share_with=share_with
+        source, name=name, recipe=recipe, seeds=seeds, vary=vary, overrides=overrides, share_with=share_with
     )
     check_request(request)
     paths = SweepPaths.of(request.spec.name)
@@ -90,7 +91,7 @@ def sweep(
 
 
 class Cells:
-    """The unfinished cells of a sweep: starts them, watches them, notes why one failed."""
+    """Starts the unfinished cells of a sweep, watches them, and notes why one failed."""
 
     def __init__(
         self, request: Request, paths: SweepPaths, pending: list[Cell], *, workers: int, deployment: str | None
@@ -106,8 +107,8 @@ class Cells:
         self._told = time.monotonic()
 
     def run(self) -> None:
-        """Until none is left; whatever runs is stopped if this is interrupted."""
-        guard_children()  # and if it is killed
+        """Run until no cell is left. If this is interrupted, the running cells are stopped."""
+        guard_children()  # the same if it is killed
         with ExitStack() as stack:
             stack.callback(self._stop_all)
             while self._pending or self._running:
@@ -176,7 +177,7 @@ class Cells:
 
 
 def _prepare_models(cells: list[Cell]) -> None:
-    """Convert what has to be converted once, before two cells come to it at the same time."""
+    """Convert GGUF models before two cells would do so at the same time."""
     for cell in cells:
         for model in (cell.recipe.student, cell.recipe.teacher):
             if model is not None and model.gguf_file is not None:

@@ -17,10 +17,7 @@ from kdrl_core.boxes.session import close_sessions
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import run_lock
 from kdrl_core.look.tracking import track
-from tasks.rollout import rollout
-from tasks.teacher_score import teacher_score
-from tasks.update import update
-from tasks.verify import verify
+from tasks.boxes import rollout, teacher_score, update, verify
 
 # Scoring and verification of a step run side by side. (Any: the decorator's stub wants an invariant type.)
 _SCORE_AND_VERIFY: Any = ThreadPoolTaskRunner(max_workers=2)
@@ -46,8 +43,7 @@ def training_stage(run_dir: str, stage: str) -> None:
             rollout(run_dir, stage, step)
             scored = teacher_score.submit(run_dir, stage, step)
             verdicts = verify.submit(run_dir, stage, step)
-            # Results, not futures: Prefect would ask the server for the state of each future, 15 ms a time.
-            summary = update(run_dir, stage, step, scored.result(), verdicts.result())
+            summary = update(run_dir, stage, step, wait_for=[scored.result(), verdicts.result()])
             progress.step(summary)
             track(run)
             alarms.step_ended(run, stage, summary.alarms)

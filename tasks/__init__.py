@@ -1,1 +1,1 @@
-"""One thin Prefect task per box of the DAG: plain values in, plain values out; the work is in `kdrl_core.boxes`."""
+"""The boxes of the DAG as Prefect tasks: plain values in, plain values out; the work is in `kdrl_core.boxes`."""

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from prefect import task
 
+from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.ledger import open_run_dir
-from kdrl_core.look.sweeps import adopt_parts
-from tasks.options import STEP_OPTIONS
+from tasks.boxes import STEP_OPTIONS
 
 
 def adopt(run_dir: str, donors: Sequence[str] | None) -> None:

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from flows.cli.shared import out
@@ -13,23 +12,21 @@ if TYPE_CHECKING:
 _SHOWN_ALARMS = 10
 
 
-def print_alarms(opened: Any, console: Console = out, *, are_told: bool = False) -> None:
+def print_alarms(opened: Any, *, are_told: bool) -> None:
     """Print a line for each alarm that the run has raised, newest last, and the command that shows the newest.
 
     Args:
-        are_told: the lines were printed already.
+        are_told: the lines of the alarms were printed before.
     """
     from kdrl_core.alarms import alarms_of
 
     raised = alarms_of(opened)
     for alarm in [] if are_told else raised[-_SHOWN_ALARMS:]:
-        console.print(alarm_line(alarm), soft_wrap=True, highlight=False)
+        out.say(alarm_line(alarm))
     if raised:
         earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""
-        console.print(
-            f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}", soft_wrap=True, highlight=False
-        )
-        console.print()
+        out.say(f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}")
+        out.print()
 
 
 def alarm_line(alarm: "Alarm") -> Text:

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from flows.cli.alarms import alarm_mark, print_alarms
@@ -16,13 +15,13 @@ from flows.cli.evaluate import evaluate
 from flows.cli.filter import filter_command
 from flows.cli.label import label
 from flows.cli.plan import plan
+from flows.cli.printed_tables import fitted
 from flows.cli.recover import recover
 from flows.cli.report import report
 from flows.cli.rollouts import app as rollouts_app
 from flows.cli.serve import serve
-from flows.cli.shared import JsonOption, RecipeOption, RunArgument, SetOption, err, errors, out
+from flows.cli.shared import JsonOption, PlainConsole, RecipeOption, RunArgument, SetOption, err, errors, out
 from flows.cli.sweep import app as sweep_app
-from flows.cli.tables import fitted
 from flows.cli.ui import ui
 from flows.cli.verify import verify_command
 from kdrl_core.errors import RunError
@@ -53,8 +52,8 @@ def run(
 ) -> None:
     """Run the full pipeline in this process: filter, stage 1, stage 2, evaluation, report.
 
-    Without PREFECT_API_URL a temporary Prefect API is started for the time of the run; nothing has to be set up.
-    Interrupt it whenever you like (Ctrl-C): `kdrl resume` goes on where its files end.
+    Nothing has to be set up: without PREFECT_API_URL the run starts a Prefect API of its own and ends it again.
+    You may interrupt the run at any time (Ctrl-C); `kdrl resume` continues it from its files.
     """
     from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
@@ -74,9 +73,9 @@ def resume(
     overrides: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Go on with a run where its files end; published steps are not computed again.
+    """Continue a run from its files; published steps are not computed again.
 
-    `--set` changes fields that do not touch what is published already, e.g. --set stage2.steps=400 for more steps.
+    `--set` changes fields that published files do not depend on, e.g. --set stage2.steps=400 for more steps.
     """
     from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
@@ -105,7 +104,7 @@ def status(
         bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")
     ] = False,
 ) -> None:
-    """Show where runs stand: stage, step, reward, alarms, who works on them; with RUN its metrics and results."""
+    """Show the state of all runs: stage, step, reward, alarms, the process at work. With RUN: metrics and results."""
     from kdrl_core.ledger import list_runs, open_run
 
     with errors():
@@ -116,21 +115,25 @@ def status(
             if not names and not as_json:
                 out.print("no runs yet; start one with: kdrl run --recipe miniature")
                 return
-            rows = [_status_of(name) for name in names]
+            rows = []
+            if names:
+                from kdrl_core.look.reporting.run_status import named_status  # costs seconds
+
+                rows = [named_status(name) for name in names]
             if as_json:
                 out.print_json(data=rows)
                 return
             _print_rows(rows, _STATUS_COLUMNS)
             return
         opened = open_run(run_name)
-        from flows.cli.run_status import run_status
+        from kdrl_core.look.reporting.run_status import run_status
 
         if watch:
             from flows.cli.watch import follow
 
             follow(opened.paths, out)
         if as_json:
-            from kdrl_core.look.reporting.summary import summarize
+            from kdrl_core.look.reporting.run_summary import summarize
 
             out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
@@ -180,15 +183,9 @@ app.add_typer(sweep_app, name="sweep")
 app.add_typer(rollouts_app, name="rollouts")
 
 
-def _status_of(name: str) -> dict[str, Any]:
-    from flows.cli.run_status import named_status  # costs seconds: only where there is a run
-
-    return named_status(name)
-
-
-def print_summary(opened: Any, console: Console = out) -> None:
+def print_summary(opened: Any, console: PlainConsole = out) -> None:
     """Print a run's accuracy and phase tables, and where its files lie."""
-    from kdrl_core.look.reporting.summary import summarize
+    from kdrl_core.look.reporting.run_summary import summarize
     from kdrl_core.look.reporting.tables import tables_of
 
     summary = summarize(opened)
@@ -201,18 +198,18 @@ def print_summary(opened: Any, console: Console = out) -> None:
         console.print(shown)
         console.print()
     for what, path in summary.paths.items():
-        console.print(f"{what:>8}  {path}", soft_wrap=True, highlight=False)
+        console.say(f"{what:>8}  {path}")
 
 
 def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose: bool) -> None:
     """Run the flow here, with the progress display beside it; KdrlError if it fails."""
     from flows.cli.local_prefect import use_private_prefect
-    from flows.cli.watch import Watcher
+    from flows.cli.watch import watching
     from kdrl_core.ledger import RunPaths, open_run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the temporary server stopped
     use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
-    err.print(f"run {run_name}: starting …", highlight=False)
+    err.print(f"run {run_name}: starting …")
     from flows.full_pipeline import full_pipeline
     from kdrl_core.boxes.session import close_sessions
 
@@ -220,10 +217,10 @@ def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose
         if verbose:
             full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
         else:
-            with Watcher(RunPaths.of(run_name), err):
+            with watching(RunPaths.of(run_name), err):
                 full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
     except KeyboardInterrupt:
-        err.print(f"interrupted; go on with: kdrl resume {run_name}", highlight=False)
+        err.print(f"interrupted; go on with: kdrl resume {run_name}")
         raise SystemExit(130) from None
     finally:
         close_sessions()

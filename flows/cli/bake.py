@@ -23,8 +23,8 @@ def bake_teacher(
     with errors():
         if output.exists():
             raise ModelError(f"--output {output} exists; give another folder")
-        err.print(f"baking temperature {temperature:g} into a copy of {model} …", highlight=False)
+        err.print(f"baking temperature {temperature:g} into a copy of {model} …")
         from kdrl_core.models.bake import bake_temperature
 
         manifest = bake_temperature(model.absolute(), output.absolute(), temperature)
-        out.print(f"{output}  {manifest.size / 2**20:,.1f} MiB", highlight=False, soft_wrap=True)
+        out.say(f"{output}  {manifest.size / 2**20:,.1f} MiB")

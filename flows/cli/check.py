@@ -1,4 +1,4 @@
-"""`kdrl check`: whether all that a run has published is as it was. The work is in kdrl_core.boxes.check."""
+"""`kdrl check`: compare a run's published files with their manifests. The work is in kdrl_core.boxes.check."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -13,14 +13,14 @@ from flows.cli.shared import JsonOption, RunArgument, counted_progress, err, err
 def check(
     run_name: RunArgument,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make verdicts and scores of past steps again from their rollouts.")
+        bool, typer.Option("--repair", help="Make damaged verdicts and scores of past steps again from their rollouts.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every published file of a run with its manifest: hashes, sizes, inputs, missing steps.
 
-    Reads only, and may be used while the run goes on. What a run goes on from, `kdrl resume` checks by itself and makes
-    again; this finds damage in past steps as well. Exit code 1 if anything is damaged and was not repaired.
+    It only reads, so you may use it while the run is going on. `kdrl resume` checks the files that it continues from,
+    and makes damaged ones again; this command also finds damage in past steps. Exit code 1 if damage is left.
     """
     from kdrl_core.boxes.check import check_run, repair_run
     from kdrl_core.ledger import open_run
@@ -36,9 +36,9 @@ def check(
             out.print_json(data={"run": run_name, **asdict(report), "repaired": repaired, "refused": refused})
         else:
             for path in repaired:
-                out.print(f"made again: {path}", highlight=False, soft_wrap=True)
+                out.say(f"made again: {path}")
             for reason in refused:
-                out.print(f"not made again: {reason}", highlight=False, soft_wrap=True)
+                out.say(f"not made again: {reason}")
             if report.findings:
                 table = RichTable(box=SIMPLE_HEAD, show_edge=False)
                 for column in ("artifact", "problem", "made whole by"):
@@ -48,6 +48,6 @@ def check(
                 out.print(table)
             verdict = f"{len(report.findings)} damaged" if report.findings else "all as published"
             size = report.num_bytes / 2**20
-            out.print(f"{report.num_artifacts} artifacts, {size:,.1f} MiB compared: {verdict}", highlight=False)
+            out.print(f"{report.num_artifacts} artifacts, {size:,.1f} MiB compared: {verdict}")
         if report.findings:
             raise SystemExit(1)

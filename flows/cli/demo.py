@@ -1,7 +1,7 @@
-"""`make demo`: the whole pipeline through a real Prefect server and worker, on loopback, and away again afterwards.
+"""`make demo`: the whole pipeline through a real Prefect server and worker, on loopback.
 
-Server, work pool, deployments, worker, `prefect deployment run kdrl/full-pipeline --watch`; then the result, and the
-next commands to try. Whatever was started is stopped, on success, failure and Ctrl-C alike.
+Starts server, work pool, deployments and worker, then `prefect deployment run kdrl/full-pipeline --watch`; prints the
+result, and the next commands to try. On success, failure and Ctrl-C alike, it stops all that it has started.
 """
 
 import os
@@ -23,7 +23,7 @@ import typer
 from flows.cli.app import print_summary
 from flows.cli.local_prefect import free_port, prefect_home, server_environment
 from flows.cli.shared import PlainConsole
-from flows.cli.watch import Watcher
+from flows.cli.watch import watching
 from flows.guard import guard_children
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import RunPaths, open_run
@@ -41,7 +41,7 @@ class DemoError(KdrlError, RuntimeError):
 
 
 class Processes:
-    """Programs started by the demo, in sessions of their own, all to be stopped with their children."""
+    """Programs that the demo has started, each in its own session. `stop_all` ends them with their children."""
 
     def __init__(self, environment: dict[str, str], log_dir: Path) -> None:
         self._environment = environment
@@ -78,7 +78,7 @@ class Processes:
         return found[-1] if found else None
 
     def stop_all(self) -> None:
-        """Stop every program and whatever it started, newest first; politely, then not."""
+        """Stop every program and its children, newest first: SIGTERM, then SIGKILL."""
         family: list[psutil.Process] = []
         for _, process in reversed(self._running):
             with suppress(psutil.NoSuchProcess):
@@ -120,12 +120,12 @@ def demo(
     try:
         exit_code = _demo(recipe, port, run_name, overrides or [])
     except KdrlError as error:
-        _console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _console.say(f"error: {error}", style="red")
         exit_code = 1
     except KeyboardInterrupt:
-        _console.print(f"\ninterrupted, everything stopped; go on with: kdrl resume {run_name}", highlight=False)
+        _console.print(f"\ninterrupted, everything stopped; go on with: kdrl resume {run_name}")
         exit_code = 130
-    _say(f"demo ended with exit code {exit_code} after {time.monotonic() - started:.0f} s")
+    _console.say(f"demo ended with exit code {exit_code} after {time.monotonic() - started:.0f} s")
     raise SystemExit(exit_code)
 
 
@@ -141,24 +141,24 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
     with ExitStack() as stack:
         processes = Processes(server_environment(port), prefect_home() / "logs")
         stack.callback(processes.stop_all)
-        _say(f"Prefect server   http://127.0.0.1:{port}")
+        _console.say(f"Prefect server   http://127.0.0.1:{port}")
         server = processes.start("server", [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)])
         _wait_until_healthy(server, processes, port)
-        _say("work pool        kdrl (process)")
+        _console.say("work pool        kdrl (process)")
         processes.call("work-pool", [prefect, "work-pool", "create", POOL, "--type", "process", "--overwrite"])
-        _say("deployments      prefect --no-prompt deploy --all")
+        _console.say("deployments      prefect --no-prompt deploy --all")
         processes.call("deploy", [prefect, "--no-prompt", "deploy", "--all"])
         processes.start("worker", [prefect, "worker", "start", "--pool", POOL])
         command = [prefect, "deployment", "run", "kdrl/full-pipeline", "--watch", "-p", f"recipe={recipe}"]
         command += ["-p", f"run_name={run_name}", "-p", f"overrides={_json(overrides)}"]
-        _say(f"flow run         prefect deployment run kdrl/full-pipeline --watch -p run_name={run_name}")
+        _console.say(f"flow run         prefect deployment run kdrl/full-pipeline --watch -p run_name={run_name}")
         flow_run = processes.start("flow-run", command)
-        with Watcher(paths, _console):
+        with watching(paths, _console):
             exit_code = flow_run.wait()
     if exit_code != 0:
         # The failure hook says cause and remedy in one line of the worker's log.
         cause = processes.last_line("worker", containing=f"{run_name} failed: ") or processes.tail("flow-run")
-        _say(f"error: {cause} (all of it: {processes.log('worker')})")
+        _console.say(f"error: {cause} (all of it: {processes.log('worker')})")
         return exit_code
     print_summary(open_run(run_name), _console)
     _print_next(run_name)
@@ -181,24 +181,20 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], processes: Processes, p
 
 def _print_next(run_name: str) -> None:
     kdrl = os.path.relpath(Path(sys.executable).with_name("kdrl"))
-    _say("\nNext:")
+    _console.say("\nNext:")
     more = open_run(run_name).recipe.stage("stage2").steps + 40
-    _say("  # the numbers again, for programs")
-    _say(f"  {kdrl} status {run_name} --json")
-    _say("  # forty more KDRL steps, from where it ended")
-    _say(f"  {kdrl} resume {run_name} --set stage2.steps={more}")
-    _say("  # the same without a teacher, to compare")
-    _say(f"  {kdrl} run --name grpo --set stage2.objective=grpo")
+    _console.say("  # the numbers again, for programs")
+    _console.say(f"  {kdrl} status {run_name} --json")
+    _console.say("  # forty more KDRL steps, from where it ended")
+    _console.say(f"  {kdrl} resume {run_name} --set stage2.steps={more}")
+    _console.say("  # the same without a teacher, to compare")
+    _console.say(f"  {kdrl} run --name grpo --set stage2.objective=grpo")
 
 
 def _json(values: list[str]) -> str:
     import json
 
     return json.dumps(values)
-
-
-def _say(text: str) -> None:
-    _console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -77,15 +77,13 @@ def evaluate(
 
     with errors():
         loaded = load_recipe(recipe, overrides or [])
-        from kdrl_core.evaluation.plan import plan_evaluation
+        from kdrl_core.evaluation.evaluation_plan import EvaluationOptions, plan_evaluation
 
         if (api_key or "").startswith("block:"):
             from tasks.secrets import register_blocks
 
             register_blocks()
-        plan = plan_evaluation(
-            loaded,
-            model,
+        options = EvaluationOptions(
             benchmarks=benchmarks or (),
             samples=samples,
             max_problems=max_problems,
@@ -96,6 +94,7 @@ def evaluate(
             timeout_s=timeout,
             retry_for_s=retry_for,
         )
+        plan = plan_evaluation(loaded, model, options)
         root = artifacts_root()
         require_writable(root, free_mb=64)
         if lm_eval is not None:

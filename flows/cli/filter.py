@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
@@ -44,7 +43,7 @@ def filter_command(
     stage: Annotated[str | None, typer.Option(help="Stage whose rules apply; default: the recipe's last.")] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Tokenizer that measures prompts, where the student's is not at hand."),
+        typer.Option(metavar="DIR", help="Tokenizer that measures prompts, if the student's is not on this machine."),
     ] = None,
     overrides: SetOption = None,
     on_error: OnErrorOption = None,
@@ -53,8 +52,8 @@ def filter_command(
 ) -> None:
     """Filter problems by a stage's rules, and say what each rule dropped.
 
-    Files are streamed: they may be larger than memory. The output is what a stage's data.files reads, and the same
-    whatever the order of the rows. Example:
+    Files may be larger than memory. The output can be an entry of a stage's data.files, and it does not depend on the
+    order of the rows. Example:
 
     kdrl filter --recipe paper-1.5b --input 'data/skywork-or1-math/*.parquet' --output data/pool.parquet
     """
@@ -80,17 +79,17 @@ def filter_command(
             raise DataError(str(error).replace("data.files:", "--input") if inputs else f"{name}.{error}") from error
         check_output(output, files, what="problems", force=force)
         measure = _tokenizer(loaded, tokenizer)
-        with _progress(err) as progress:
+        with _progress() as progress:
             report = filter_files(loaded, output.absolute(), stage=name, tokenizer=measure, on_progress=progress)
         if as_json:
             out.print_json(data={"output": str(output), **report.to_json()})
         else:
-            print_report(report, out)
-            out.print(f"output    {output}", highlight=False, soft_wrap=True, markup=False)
+            _print_report(report)
+            out.print(f"output    {output}", highlight=False, soft_wrap=True)
 
 
-def print_report(report: "FilterReport", console: Console) -> None:
-    """The report as a table: rule, rows dropped, rows left, what the rule says."""
+def _print_report(report: "FilterReport") -> None:
+    """Print the report as a table: rule, rows dropped, rows left, description."""
     table = RichTable(box=SIMPLE_HEAD, show_edge=False)
     for column, justify in (("rule", "left"), ("dropped", "right"), ("left", "right"), ("description", "left")):
         table.add_column(column, justify=justify, no_wrap=column != "description")  # type: ignore[arg-type]
@@ -98,7 +97,7 @@ def print_report(report: "FilterReport", console: Console) -> None:
     for rule, left in report.lines():
         table.add_row(rule.rule, f"{rule.dropped:,}", f"{left:,}", rule.description)
     table.add_row("rows out", "", f"{report.rows_out:,}", "")
-    console.print(table, markup=False)
+    out.print(table)
 
 
 def _tokenizer(recipe: Any, path: str | None) -> Any:
@@ -118,12 +117,12 @@ def _tokenizer(recipe: Any, path: str | None) -> Any:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int], None]]:
-    """Rows by pass: a live line on a terminal, else a line every few seconds."""
-    if console.is_terminal:
-        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+def _progress() -> Iterator[Callable[[str, int], None]]:
+    """Show pass and rows: a live line on a terminal, else a line every few seconds."""
+    if err.is_terminal:
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err) as bar:
             task = bar.add_task("reading", total=None)
             yield lambda name, rows: bar.update(task, description=f"{name}: {rows:,} rows")
         return
-    lines = LogLines(console)
+    lines = LogLines(err)
     yield lambda name, rows: lines.show(f"{name}: {rows:,} rows")

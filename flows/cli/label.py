@@ -1,6 +1,7 @@
 """`kdrl label`: measure the difficulty labels that a filter needs (B.1.1). The work is in kdrl_core.labelling."""
 
 import signal
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,7 +81,6 @@ def label(
     data.files and `kdrl filter` read.
     """
     from kdrl_core.config import DataConfig, load_recipe
-    from kdrl_core.labelling.work import work_folder
     from kdrl_core.ledger import require_writable
 
     with errors():
@@ -88,11 +88,9 @@ def label(
         from kdrl_core.data import find_files
 
         check_output(output, find_files(DataConfig(files=inputs)), what="labels", force=force)
-        from kdrl_core.labelling import label_problems, plan_labels
+        from kdrl_core.labelling import LabelOptions, label_problems, plan_labels, work_folder
 
-        plan = plan_labels(
-            loaded,
-            inputs,
+        options = LabelOptions(
             stage=stage,
             model=model,
             label=name,
@@ -101,6 +99,7 @@ def label(
             max_problems=max_problems,
             on_error=None if on_error is None else on_error.value,
         )
+        plan = plan_labels(loaded, inputs, options)
         require_writable(output.absolute().parent, free_mb=64)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -116,7 +115,7 @@ def label(
             err.print(f"interrupted; the same command goes on from {work_folder(output)}", highlight=False)
             raise SystemExit(130) from None
         if as_json:
-            out.print_json(data={"output": str(output), **summary.to_json()})
+            out.print_json(data={"output": str(output), **asdict(summary)})
         else:
             _print_summary(summary, output, plan.stage, out)
 

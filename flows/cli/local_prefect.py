@@ -3,10 +3,12 @@
 Imports no Prefect itself: its settings are read from the environment when it is first imported.
 """
 
+import logging
 import os
 import socket
 from pathlib import Path
 
+from flows.cli.shared import err
 from flows.guard import guard_children
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import artifacts_root
@@ -19,7 +21,7 @@ _QUIET = {
 }
 
 _OWN_ORIGIN = "http://127.0.0.1"
-"""Prefect allows every web page to use its API: one open in a browser could deploy and run code on this machine."""
+"""By default Prefect lets every web page use its API: a page in a browser could run code on this machine."""
 
 _MIN_FREE_MB = 64
 
@@ -28,16 +30,28 @@ class PortError(KdrlError, OSError):
     """A port is taken."""
 
 
-def use_private_prefect(*, log_level: str, home: Path | None = None) -> None:
-    """Set the environment so that Prefect, imported afterwards, needs nothing set up.
+class _Warnings(logging.Handler):
+    """Prints kdrl's warnings where Prefect's log is off."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger("prefect.flow_runs").isEnabledFor(record.levelno):
+            err.say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+_warnings = _Warnings(logging.WARNING)
+
+
+def use_private_prefect(*, log_level: str) -> None:
+    """Set the environment so that Prefect needs no set-up. Call it before Prefect is imported.
 
     With PREFECT_API_URL set, flows are shown on that server; otherwise Prefect starts a temporary one on loopback.
     """
+    logging.getLogger("kdrl").addHandler(_warnings)
     os.environ.update(_QUIET)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
     if "PREFECT_API_URL" not in os.environ:
         guard_children()
-        os.environ.setdefault("PREFECT_HOME", str(home or prefect_home()))
+        os.environ.setdefault("PREFECT_HOME", str(prefect_home()))
         os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
         os.environ["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = _OWN_ORIGIN
 
@@ -55,9 +69,9 @@ def server_environment(port: int) -> dict[str, str]:
 
 
 def prefect_home() -> Path:
-    """The project's own PREFECT_HOME, made if it is missing: Prefect's database needs the folder.
+    """The project's own PREFECT_HOME. It is made if it is missing, since Prefect's database needs the folder.
 
-    Raises StorageError if it cannot be written or the disk is full, on which Prefect itself would fail obscurely.
+    Raises StorageError if it cannot be written or the disk is full: Prefect's own message would not say so.
     """
     home = artifacts_root() / "prefect"
     require_writable(home, free_mb=_MIN_FREE_MB)

@@ -14,7 +14,7 @@ from kdrl_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from kdrl_core.look.planning import ModelShape, Rates, StagePlan
-    from kdrl_core.look.planning.plan import Candidate
+    from kdrl_core.look.planning.candidates import Candidate
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _MAX_OTHERS = 3
@@ -73,16 +73,16 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether a recipe fits, where its models go, and how long a step and the whole of it take.
+    """Say whether a recipe fits the GPUs, where its models go, and how long a step and all stages take.
 
     Nothing is loaded: the models' config.json suffices, and for the published models of the shipped recipes their
     names. Memory is counted per GPU for each phase (rollout, teacher-score, update, …) and each component (weights,
     gradients, optimizer, activations, KV cache, …). Placements: colocated, where every GPU does every phase in turn,
-    and split, where some GPUs hold the teacher alone; with rollout.engine=server some generate alone. The fastest that
-    fits is chosen; if none does, you are told why, and what would.
+    and split, where some GPUs hold the teacher alone; with rollout.engine=server some only generate. The fastest
+    placement that fits is chosen. If none fits, the output says why, and what to change.
 
-    Engines, ZeRO stage, activation checkpointing, tensor parallelism are the recipe's: change them with --set, as for
-    `kdrl run`. A plan counts on all GPUs that you name; what a run needs to use them is said with it.
+    The recipe sets engines, ZeRO stage, activation checkpointing and tensor parallelism: change them with --set, as for
+    `kdrl run`. A plan uses all GPUs that you name, and lists the settings that a run needs to use them.
 
     \b
     kdrl plan --recipe paper-1.5b --gpus 8 --gpu-memory 80GB
@@ -127,7 +127,7 @@ def plan(
 
             rates, measured = rates_of_run(from_run, gpus=run_gpus)
             if not as_json:
-                err.print(f"rates of {from_run}, {measured.stage}: {_rates(rates)}", highlight=False, soft_wrap=True)
+                err.say(f"rates of {from_run}, {measured.stage}: {_rates(rates)}")
         lengths = (measured.mean_prompt, measured.mean_response) if measured else None
         plans = []
         for stage in loaded.stages:
@@ -152,12 +152,12 @@ def plan(
                 _show(each, conditions(each, loaded), is_assumed=is_assumed)
             if hours is not None:
                 if note := ranks_note(plans):
-                    out.print(note, highlight=False, soft_wrap=True)
-                out.print(f"all stages: {_span(hours, total)}", highlight=False)
+                    out.say(note)
+                out.print(f"all stages: {_span(hours, total)}")
         if hours is None:
             if not as_json:
                 failed = ", ".join(each.work.stage for each in plans if each.best is None)
-                err.print(f"error: {failed} of {loaded.name} does not fit", style="red", highlight=False)
+                err.print(f"error: {failed} of {loaded.name} does not fit", style="red")
             raise SystemExit(1)
 
 
@@ -190,48 +190,41 @@ def _rates(rates: "Rates") -> str:
 
 def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None:
     from kdrl_core.look.planning.placement import host_bytes
-    from kdrl_core.look.planning.plan import kv_note
+    from kdrl_core.look.planning.stage_plan import kv_note
 
     chosen, work, cluster = plan.candidates[0], plan.work, plan.cluster
     teacher = f", teacher {_model(work.teacher)}" if work.teacher else ""
     where = f"{_many(cluster.gpus, 'GPU')} on {_many(cluster.nodes, 'node')}"
-    out.print(
+    out.say(
         f"{work.stage}: student {_model(work.student)}{teacher}; {where}, "
         f"{cluster.usable_memory / 1e9:.1f} GB usable on each",
         style="bold",
-        highlight=False,
-        soft_wrap=True,
     )
     if plan.best is None:
-        out.print(f"  {chosen.reason}", style="red", highlight=False, soft_wrap=True)
+        out.say(f"  {chosen.reason}", style="red")
         for remedy in plan.remedies:
-            out.print(f"  would fit with: {remedy}", highlight=False, soft_wrap=True)
+            out.say(f"  would fit with: {remedy}")
         if not plan.remedies:
-            out.print("  no single change that was tried makes it fit; take a smaller model", highlight=False)
+            out.print("  no single change that was tried makes it fit; take a smaller model")
     else:
-        out.print(f"  placement: {chosen.placement.name}; {kv_note(plan, chosen)}", highlight=False, soft_wrap=True)
+        out.say(f"  placement: {chosen.placement.name}; {kv_note(plan, chosen)}")
         for each in needed:
-            out.print(f"  {each}", highlight=False, soft_wrap=True)
+            out.say(f"  {each}")
     out.print(_memory_table(chosen, plan))
     if host := host_bytes(work, plan.engines, cluster, chosen.placement):
         size = f"{_number(host / 1e9)} GB" if host >= 1e9 else f"{_number(host / 1e6)} MB"
-        out.print(f"  host memory per node, for sleeping models and offload: {size}", highlight=False)
+        out.print(f"  host memory per node, for sleeping models and offload: {size}")
     out.print()
     if plan.best is None or plan.step_s is None or plan.hours is None:
         return
     out.print(_time_table(plan))
-    out.print(
+    out.say(
         f"  {_many(work.steps, 'step')} of {_number(plan.step_s)} s and {_many(work.evaluations, 'evaluation')}: "
         f"{_span(plan.hours, cluster.gpus)}; "
-        f"mean response {work.mean_response:,.0f} tokens{' (assumed)' if is_assumed else ''}\n",
-        highlight=False,
-        soft_wrap=True,
+        f"mean response {work.mean_response:,.0f} tokens{' (assumed)' if is_assumed else ''}\n"
     )
     if plan.reported_step_s is not None:
-        out.print(
-            f"  the paper: {plan.reported_step_s:,.0f} s a step (B.2: about 80 hours), on GPUs unknown to us\n",
-            highlight=False,
-        )
+        out.print(f"  the paper: {plan.reported_step_s:,.0f} s a step (B.2: about 80 hours), on GPUs unknown to us\n")
 
 
 def _memory_table(chosen: "Candidate", plan: "StagePlan") -> RichTable:

@@ -14,11 +14,11 @@ _WHY = "kdrl recover: no process holds the run's lock"
 
 
 def recover(run_name: RunArgument, as_json: JsonOption = False) -> None:
-    """Free a run whose process was killed so hard that Prefect still shows it as running.
+    """Free a run that Prefect still shows as running although its process was killed.
 
-    Flow runs of RUN that are running, pending or being cancelled on the server of PREFECT_API_URL become Crashed, which
-    also frees their concurrency slots; unfinished files are swept. Nothing that is published is touched. Refused while
-    a process holds the run's lock. Afterwards: kdrl resume RUN, or the deployment again under the same run name.
+    On the server of PREFECT_API_URL, flow runs of RUN that are running, pending or being cancelled become Crashed,
+    which also frees their concurrency slots. Unfinished files are deleted; published files stay. While a process holds
+    the run's lock, the command refuses. Then continue: kdrl resume RUN, or the deployment with the same run name.
     """
     with errors():
         from kdrl_core.ledger import lock_holder, open_run, run_lock, sweep_temporaries
@@ -43,11 +43,11 @@ def recover(run_name: RunArgument, as_json: JsonOption = False) -> None:
         lines.append(f"unfinished files swept: {swept}")
         lines.append(f"go on with: kdrl resume {run_name}")
         for line in lines:
-            out.print(line, highlight=False, soft_wrap=True, markup=False)
+            out.say(line)
 
 
 def _end_flow_runs(run: "Run") -> list[dict[str, Any]]:
-    """Force every live flow run of the run to Crashed; who they were."""
+    """Force every live flow run of the run to Crashed. Returns them as they were."""
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType

@@ -1,4 +1,4 @@
-"""Servers of a model as children of one command: started together, started anew when one ends, ended together."""
+"""Servers of a model as children of one command: they start and end together; one that ends early starts again."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ _SLEEP_S = 120.0
 _GRACE_S = 15.0
 _MAX_PAUSE_S = 60.0
 _STARTS = 3
-"""A replica that ends so often without ever having answered is not started again."""
+"""A replica that has ended this often without an answer is not started again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +35,11 @@ class Replica:
 
 
 def serve_replicas(replicas: Sequence[Replica], *, asleep: bool, say: Callable[[str], None]) -> None:
-    """Run replicas until this process is interrupted; whatever ends it, none of them outlives it.
+    """Run replicas until this process is interrupted. However it ends, no replica outlives it.
 
     Args:
         asleep: they sleep as soon as they answer.
-        say: hears when all answer, and when one ended and is started anew.
+        say: called with a text when all answer, and when one has ended and starts again.
 
     Raises:
         EngineError: one ends again and again before it answers.
@@ -99,7 +99,7 @@ class _Running:
         return subprocess.Popen(self.replica.command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def ask(self) -> None:
-        """Find out whether it answers, if that is not known, and then have it sleep if it is to."""
+        """Ask whether it answers, unless it has answered already. If `asleep`, have it sleep then."""
         if self.has_answered:
             return
         with suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=_ANSWER_S) as client:
@@ -110,7 +110,7 @@ class _Running:
                 self.has_answered = self.has_ever_answered = True
 
     def end(self, grace_s: float) -> None:
-        """Wait for its end, and force it."""
+        """Wait for its end, then force it."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
         self.kill_group()

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.printed_tables import print_comparison
 from flows.cli.shared import JsonOption, errors, out
-from flows.cli.tables import print_comparison
 from kdrl_core.errors import RunError, StorageError
 
 _STEM = "report"
@@ -19,22 +19,22 @@ def report(
     ],
     label: Annotated[
         list[str] | None,
-        typer.Option("--label", metavar="RUN=TEXT", help="What the run's variant is called. Repeatable."),
+        typer.Option("--label", metavar="RUN=TEXT", help="Name of the run's variant in the report. Repeatable."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs: report.html (one page, no network), report.md, report.csv and report.json in a folder.
 
-    Runs of one recipe that differ in their seed alone are one variant, with intervals over problems and seeds; every
-    other run is a variant of its own. The first run's variant is what the others are compared with. A run that is not
-    finished is shown as far as it is, and listed as missing.
+    Runs that differ only in their seed are one variant, with intervals over problems and seeds; every other run is a
+    variant of its own. The others are compared with the first run's variant. A run that is not finished is shown with
+    what it has, and listed as missing.
 
     \b
     kdrl report mine --output report
     kdrl report kdrl-0 kdrl-1 grpo-0 grpo-1 --label kdrl-0=KDRL --label grpo-0=GRPO -o report
     """
+    from kdrl_core.look.sweeps.comparison import write_comparison
     from kdrl_core.look.sweeps.of_runs import read_runs
-    from kdrl_core.look.sweeps.report import write_report
 
     with errors():
         if output.exists() and not output.is_dir():
@@ -46,7 +46,7 @@ def report(
             raise StorageError(
                 f"--output {output}: the folder cannot be made ({error.strerror}); name another"
             ) from None
-        table = write_report(results, output, stem=_STEM)
+        table = write_comparison(results, output, stem=_STEM)
         if as_json:
             out.print_json(data=table.to_json())
         else:

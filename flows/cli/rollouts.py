@@ -61,7 +61,10 @@ def stats(
     stage: StageOption = None,
     steps: StepsOption = None,
     every_step: Annotated[
-        bool, typer.Option("--all", help=f"A line a step; else more than {_SHOWN_STEPS} are put together.")
+        bool,
+        typer.Option(
+            "--all", help=f"One line per step; otherwise more than {_SHOWN_STEPS} steps are averaged in groups."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,7 +99,6 @@ def _print_stage(rows: list[dict[str, Any]], console: PlainConsole, every_step: 
         f"{first['run']} {first['stage']}: steps {first['step']} to {last['step']}, "
         f"{sum(row['num_rollouts'] for row in rows):,} rollouts",
         style="bold",
-        highlight=False,
     )
     ends = max(1, len(rows) // 10)
     trends = []
@@ -115,7 +117,7 @@ def _print_stage(rows: list[dict[str, Any]], console: PlainConsole, every_step: 
         for part in parts
     ]
     if len(parts) < len(rows):
-        console.print("means over several steps; --all has each alone", style="dim", highlight=False)
+        console.print("means over several steps; --all has each alone", style="dim")
     console.print(table(["step", *(label for label, _ in columns.values())], lines))
     console.print()
 

@@ -19,7 +19,7 @@ from flows.cli.shared import JsonOption, PlainConsole, errors
 from kdrl_core.errors import DataError
 
 if TYPE_CHECKING:
-    from kdrl_core.look.rollouts.diff import Difference, Side
+    from kdrl_core.look.rollouts.diff import Difference
     from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 _STEPS = re.compile(r"(?:(?P<stage>[A-Za-z][\w.-]*):)?(?P<steps>\d+(?:-\d*)?|-\d+)")
@@ -45,7 +45,7 @@ def diff(
     kdrl rollouts diff grpo kdrl --step 143           two runs at the same step
     kdrl rollouts diff first 0-39 240-279 --prompt q-1f…   one problem: the responses themselves
 
-    A step draws a part of the pool, so two steps share a problem once the pool has been gone through in between.
+    Each step draws a part of the pool: two steps share problems only if the pool was used up between them.
     """
     from kdrl_core.look.rollouts.diff import compare
 
@@ -114,7 +114,7 @@ def _label(where: "RolloutFilter") -> str:
 
 
 def _hint(store: "RolloutStore", before: "RolloutFilter", after: "RolloutFilter") -> str:
-    """Where the problems of `before` are drawn again."""
+    """Names the steps that draw the problems of `before` again."""
     from dataclasses import replace
 
     rows = store.aggregate(before, "select distinct prompt_id from rows")
@@ -130,22 +130,24 @@ def _hint(store: "RolloutStore", before: "RolloutFilter", after: "RolloutFilter"
 
 
 def _print(found: "Difference", console: PlainConsole, limit: int, hint: str) -> None:
-    console.print(table(["", *_SIDE_COLUMNS], [_side_row(found.before), _side_row(found.after)], left=[""]))
+    rows: list[list[Any]] = [
+        [side.label, *(number(getattr(side, name), digits) for name, digits in _SIDE_COLUMNS.values())]
+        for side in (found.before, found.after)
+    ]
+    console.print(table(["", *_SIDE_COLUMNS], rows, left=[""]))
     console.print()
     for side in (found.before, found.after):
         shares = ", ".join(f"{kind} {share:.1%}" for kind, share in side.verdicts.items())
-        console.print(f"{side.label}: {shares or 'no verdicts'}", highlight=False, soft_wrap=True)
+        console.say(f"{side.label}: {shares or 'no verdicts'}")
     console.print()
     counts = found.counts
     if not counts["common"]:
-        console.print(f"no problem is on both sides; {hint}", soft_wrap=True, highlight=False)
+        console.say(f"no problem is on both sides; {hint}")
         return
-    console.print(
+    console.say(
         f"{counts['common']:,} common problems: {counts['better']:,} better, {counts['worse']:,} worse, "
         f"{counts['same']:,} the same; {counts['newly_solved']:,} newly solved, "
-        f"{counts['no_longer_solved']:,} no longer, {counts['other_verdict']:,} with another usual verdict",
-        soft_wrap=True,
-        highlight=False,
+        f"{counts['no_longer_solved']:,} no longer, {counts['other_verdict']:,} with another usual verdict"
     )
     console.print()
     shown = found.prompts[: limit or None]
@@ -165,22 +167,18 @@ def _print(found: "Difference", console: PlainConsole, limit: int, hint: str) ->
     names = ["prompt_id", "Δ reward", "reward", "correct", "usual verdict", "length", "KL", "true answer"]
     console.print(table(names, rows, left=["prompt_id", "usual verdict", "true answer"]))
     if len(shown) < len(found.prompts):
-        console.print(f"{len(shown)} of {len(found.prompts):,}; --limit 0 lists all", style="dim", highlight=False)
+        console.print(f"{len(shown)} of {len(found.prompts):,}; --limit 0 lists all", style="dim")
 
 
-_SIDE_COLUMNS = ["rollouts", "problems", "reward", "length", "clip ratio", "KL"]
-
-
-def _side_row(side: "Side") -> list[str]:
-    return [
-        side.label,
-        number(side.num_rollouts),
-        number(side.num_prompts),
-        number(side.reward_mean),
-        number(side.length_mean, 1),
-        number(side.clip_ratio),
-        number(side.kl_mean),
-    ]
+_SIDE_COLUMNS = {
+    "rollouts": ("num_rollouts", 0),
+    "problems": ("num_prompts", 0),
+    "reward": ("reward_mean", 3),
+    "length": ("length_mean", 1),
+    "clip ratio": ("clip_ratio", 3),
+    "KL": ("kl_mean", 3),
+}
+"""Columns, their fields of `Side`, and digits."""
 
 
 def _arrow(pair: tuple[float | None, float | None], digits: int) -> str:
@@ -203,7 +201,7 @@ def _responses(
         return
     with paged() as console:
         for label, page in zip(labels, pages, strict=True):
-            console.print(f"{label}: {page.total} responses", style="bold", highlight=False)
+            console.print(f"{label}: {page.total} responses", style="bold")
             rows = [
                 [
                     row["step"],

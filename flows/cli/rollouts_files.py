@@ -3,28 +3,16 @@
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.rollouts_shared import (
-    FinishOption,
-    KLOption,
-    LengthOption,
-    PromptOption,
-    RewardOption,
-    RunsArgument,
-    SampleOption,
-    StageOption,
-    StepsOption,
-    TextOption,
-    VerdictOption,
-    make_filter,
-    open_store,
-    print_json,
-)
+from flows.cli.rollouts_shared import RunsArgument, open_store, print_json, with_filter
 from flows.cli.shared import ForceOption, JsonOption, check_output, counted_progress, err, errors, out
 from kdrl_core.errors import DataError
+
+if TYPE_CHECKING:
+    from kdrl_core.look.rollouts.filters import RolloutFilter
 
 
 class Dump(StrEnum):
@@ -34,24 +22,17 @@ class Dump(StrEnum):
     TRL = "trl"
 
 
+@with_filter
 def export(
     runs: RunsArgument,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .parquet, .jsonl or .csv.")],
     columns: Annotated[
         str | None,
         typer.Option(metavar="A,B,C", help="Columns of the record; default: all (kdrl rollouts sql --help)."),
     ] = None,
-    stage: StageOption = None,
-    steps: StepsOption = None,
-    prompt_id: PromptOption = None,
-    sample: SampleOption = None,
-    verdicts: VerdictOption = None,
-    finish: FinishOption = None,
-    reward: RewardOption = None,
-    length: LengthOption = None,
-    kl: KLOption = None,
-    text: TextOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rollouts.")] = None,
+    where: "RolloutFilter",
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rollouts to write.")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,24 +43,12 @@ def export(
     kdrl rollouts export first -o wrong.jsonl --step 143 --verdict wrong
     kdrl rollouts export a b -o rewards.csv --columns run,stage,step,prompt_id,sample,reward,length
 
-    The file appears when it is complete. In CSV lists are written as JSON.
+    The file appears only once it is complete. In CSV, lists are written as JSON.
     """
     from kdrl_core.look.rollouts.export import SUFFIXES, export_rollouts
 
     with errors():
         check_output(output, [], what="rollouts", force=force, written_as="Parquet, JSON or CSV", suffixes=SUFFIXES)
-        where = make_filter(
-            stage=stage,
-            steps=steps,
-            prompt_id=prompt_id,
-            sample=sample,
-            verdicts=verdicts,
-            finish=finish,
-            reward=reward,
-            length=length,
-            kl=kl,
-            text=text,
-        )
         names = [name.strip() for name in columns.split(",")] if columns else None
         with open_store(runs) as store, counted_progress(err, "rollouts") as progress:
             total = store.page(where, limit=0).total
@@ -93,7 +62,7 @@ def export(
             print_json({"path": str(output), "rollouts": written, "bytes": output.stat().st_size})
         else:
             size = output.stat().st_size / 2**20
-            out.print(f"{written:,} rollouts, {size:,.1f} MiB: {output}", highlight=False, soft_wrap=True)
+            out.say(f"{written:,} rollouts, {size:,.1f} MiB: {output}")
 
 
 def import_command(
@@ -105,15 +74,15 @@ def import_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a run of another trainer's dump, for all of kdrl rollouts and kdrl ui.
+    """Make a run from another trainer's dump, for kdrl rollouts and kdrl ui.
 
     \b
     kdrl rollouts import verl-dump/ --from verl --output theirs           trainer.rollout_data_dir=verl-dump
     kdrl rollouts import out/completions --from trl --output theirs       log_completions=True
     kdrl rollouts stats theirs
 
-    What a dump does not hold stays empty: verl and TRL write no tokens and no logprobs. TRL's reward is the sum of its
-    reward functions' columns.
+    Columns that the dump lacks stay empty: verl and TRL write no tokens and no logprobs. TRL's reward is the sum of the
+    columns of its reward functions.
     """
     from kdrl_core.ledger import RunPaths
     from kdrl_core.look.rollouts.imports import import_dump
@@ -138,9 +107,5 @@ def import_command(
             )
             return
         reward = " + ".join(made.reward_columns) or "none"
-        out.print(
-            f"{made.num_rollouts:,} rollouts of {made.num_steps:,} steps; reward: {reward}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        out.print(f"kdrl rollouts stats {output}", highlight=False, soft_wrap=True)
+        out.say(f"{made.num_rollouts:,} rollouts of {made.num_steps:,} steps; reward: {reward}")
+        out.say(f"kdrl rollouts stats {output}")

@@ -1,20 +1,22 @@
-"""What the commands of `kdrl rollouts` have in common: options, filters, opening runs, naming damaged files."""
+"""Shared by the commands of `kdrl rollouts`: options, filters, opening runs, naming damaged files."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.shared import counted_progress, err
+from flows.cli.shared import counted_progress, err, with_options
 from kdrl_core.errors import DataError
 
 if TYPE_CHECKING:
     from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 _TOLD_DAMAGED = 5
+_QUICK_STEPS = 50
+"""Steps that are indexed without a progress bar."""
 
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="RUN…", help="Names of runs (see: kdrl status), or folders of runs.")
@@ -24,97 +26,51 @@ StepsOption = Annotated[
     str | None, typer.Option("--step", metavar="STEP", help="Of one step, 143, or several: 140-150, 140-, -20.")
 ]
 PromptOption = Annotated[str | None, typer.Option("--prompt", metavar="ID", help="Of one prompt, by its prompt_id.")]
-SampleOption = Annotated[int | None, typer.Option(min=0, help="Number of the response in its group, from 0.")]
-VerdictOption = Annotated[
-    list[str] | None,
-    typer.Option("--verdict", help="correct, wrong, malformed, no_answer, timeout or error. Repeatable."),
-]
-FinishOption = Annotated[str | None, typer.Option("--finish", help="stop, or length: cut at the limit.")]
-RewardOption = Annotated[str | None, typer.Option("--reward", metavar="RANGE", help="E.g. 1, 0.5-, -0.5, 0..1.")]
-LengthOption = Annotated[str | None, typer.Option("--length", metavar="RANGE", help="Tokens, e.g. 512-, 10-20.")]
-KLOption = Annotated[
-    str | None, typer.Option("--kl", metavar="RANGE", help="Mean KL to the teacher over its tokens, e.g. 0.5-.")
-]
-TextOption = Annotated[
-    str | None, typer.Option("--text", metavar="TEXT", help="Part of the prompt or the response, in any case.")
-]
+FILTER_OPTIONS: dict[str, Any] = {
+    "stage": StageOption,
+    "step": StepsOption,
+    "prompt_id": PromptOption,
+    "sample": Annotated[int | None, typer.Option(min=0, help="Number of the response in its group, from 0.")],
+    "verdicts": Annotated[
+        list[str] | None,
+        typer.Option("--verdict", help="correct, wrong, malformed, no_answer, timeout or error. Repeatable."),
+    ],
+    "finish_reason": Annotated[str | None, typer.Option("--finish", help="stop, or length: cut at the limit.")],
+    "reward": Annotated[str | None, typer.Option(metavar="RANGE", help="E.g. 1, 0.5-, -0.5, 0..1.")],
+    "length": Annotated[str | None, typer.Option(metavar="RANGE", help="Tokens, e.g. 512-, 10-20.")],
+    "kl": Annotated[
+        str | None, typer.Option(metavar="RANGE", help="Mean KL to the teacher over its tokens, e.g. 0.5-.")
+    ],
+    "text": Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Part of the prompt or the response, in any case.")
+    ],
+}
+"""Options by the field of RolloutFilter that they fill. A range fills two: `<name>_min` and `<name>_max`."""
 
 
 @contextmanager
 def open_store(runs: Sequence[str]) -> Iterator["RolloutStore"]:
-    """The runs' rollouts, with a progress bar while an index is made, and a line for damaged files at the end."""
+    """The runs' rollouts. Shows a progress bar while a large index is made, and damaged files at the end."""
     from kdrl_core.look.rollouts.query import RolloutStore
 
-    with counted_progress_when_needed() as progress:
+    with ExitStack() as stack:
+        shown: Callable[[str, int, int | None], None] | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown
+            if shown is None and total > _QUICK_STEPS:
+                shown = stack.enter_context(counted_progress(err, "steps"))
+            if shown is not None:
+                shown("indexing", done, total)
+
         store = RolloutStore.open(runs, progress=progress)
     with store:
         yield store
         damaged = store.damaged
         for file in damaged[:_TOLD_DAMAGED]:
-            err.print(f"left out: {file.path} {file.problem}", style="yellow", highlight=False, soft_wrap=True)
+            err.say(f"left out: {file.path} {file.problem}", style="yellow")
         if len(damaged) > _TOLD_DAMAGED:
             err.print(f"… and {len(damaged) - _TOLD_DAMAGED} more damaged files: kdrl check RUN", style="yellow")
-
-
-@contextmanager
-def counted_progress_when_needed() -> Iterator[Callable[[int, int], None]]:
-    """A progress display that appears with its first call, if it is for more than a few steps."""
-    display: Any = None
-    shown: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal display, shown
-        if display is None and total > 50:
-            display = counted_progress(err, "steps")
-            shown = display.__enter__()
-        if shown is not None:
-            shown("indexing", done, total)
-
-    try:
-        yield progress
-    finally:
-        if display is not None:
-            display.__exit__(None, None, None)
-
-
-def make_filter(
-    *,
-    run: str | None = None,
-    stage: str | None,
-    steps: str | None,
-    prompt_id: str | None,
-    sample: int | None,
-    verdicts: list[str] | None,
-    finish: str | None,
-    reward: str | None,
-    length: str | None,
-    kl: str | None,
-    text: str | None,
-) -> "RolloutFilter":
-    """The filter that the options describe. Raises DataError for a range that is none."""
-    from kdrl_core.look.rollouts.query import RolloutFilter
-
-    step_min, step_max = whole_range("--step", steps)
-    reward_min, reward_max = number_range("--reward", reward)
-    length_min, length_max = number_range("--length", length)
-    kl_min, kl_max = number_range("--kl", kl)
-    return RolloutFilter(
-        run=run,
-        stage=stage,
-        step_min=step_min,
-        step_max=step_max,
-        prompt_id=prompt_id,
-        sample=sample,
-        verdicts=tuple(verdicts) if verdicts else None,
-        finish_reason=finish,
-        reward_min=reward_min,
-        reward_max=reward_max,
-        length_min=length_min,
-        length_max=length_max,
-        kl_min=kl_min,
-        kl_max=kl_max,
-        text=text or None,
-    )
 
 
 def whole_range(option: str, text: str | None) -> tuple[int | None, int | None]:
@@ -129,7 +85,7 @@ def whole_range(option: str, text: str | None) -> tuple[int | None, int | None]:
 def number_range(option: str, text: str | None) -> tuple[float | None, float | None]:
     """`5` is 5 alone, `5-8` or `5..8` from 5 to 8, `5-` or `5..` at least 5, `-8` or `..8` at most 8.
 
-    A dash at the front is "at most", since rewards and lengths below 0 are rare: `..-1` is at most −1.
+    A leading dash means "at most", since rewards and lengths below 0 are rare. `..-1` is at most −1.
     """
     if text is None:
         return None, None
@@ -145,6 +101,27 @@ def number_range(option: str, text: str | None) -> tuple[float | None, float | N
     if ends == (None, None):
         raise DataError(f"{option} {text}: give a number or a range, such as 5, 5-8, 5-, -8 or 0..1")
     return ends if separator else (ends[0], ends[0])
+
+
+_RANGES: dict[str, Callable[[str, str | None], tuple[Any, Any]]] = {
+    "step": whole_range,
+    "reward": number_range,
+    "length": number_range,
+    "kl": number_range,
+}
+
+
+def make_filter(*, verdicts: list[str] | None, **given: Any) -> "RolloutFilter":
+    """The filter that the values of FILTER_OPTIONS describe. Raises DataError for an invalid range or word."""
+    from kdrl_core.look.rollouts.filters import RolloutFilter
+
+    for name, parse in _RANGES.items():
+        given[f"{name}_min"], given[f"{name}_max"] = parse(f"--{name}", given.pop(name))
+    return RolloutFilter(verdicts=tuple(verdicts) if verdicts else None, **given)
+
+
+with_filter = with_options("where", FILTER_OPTIONS, make_filter)
+"""Give a command the options of a filter; its parameter `where` gets the RolloutFilter."""
 
 
 def print_json(data: Any) -> None:

@@ -5,53 +5,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from flows.cli.rollouts_shared import (
-    FinishOption,
-    KLOption,
-    LengthOption,
-    PromptOption,
-    RewardOption,
-    RunsArgument,
-    SampleOption,
-    StageOption,
-    StepsOption,
-    TextOption,
-    VerdictOption,
-    make_filter,
-    open_store,
-    print_json,
-    why_nothing,
-)
+from flows.cli.rollouts_shared import RunsArgument, open_store, print_json, why_nothing, with_filter
 from flows.cli.rollouts_shown import legend, log_ratios, number, one_line, paged, plain, table, token_text, verdict
 from flows.cli.shared import JsonOption, PlainConsole, errors
 from kdrl_core.errors import DataError
 
 if TYPE_CHECKING:
-    from kdrl_core.look.rollouts.query import RolloutStore
+    from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 _UNLIKELIEST = 8
 
 
+@with_filter
 def show(
     runs: RunsArgument,
-    stage: StageOption = None,
-    steps: StepsOption = None,
-    prompt_id: PromptOption = None,
-    sample: SampleOption = None,
-    verdicts: VerdictOption = None,
-    finish: FinishOption = None,
-    reward: RewardOption = None,
-    length: LengthOption = None,
-    kl: KLOption = None,
-    text: TextOption = None,
+    where: "RolloutFilter",
     sort: Annotated[
         str, typer.Option(help="Column to sort by, e.g. reward, length, kl_mean, repetition_rate.")
     ] = "step",
     descending: Annotated[bool, typer.Option("--desc", help="Greatest first.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="How many; default: 20, in full 1.")] = None,
-    offset: Annotated[int, typer.Option(min=0, help="How many to pass over.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many to show; default: 20, with --full 1.")] = None,
+    offset: Annotated[int, typer.Option(min=0, help="How many to skip.")] = 0,
     full: Annotated[
-        bool, typer.Option("--full", help="In full: every token on its teacher–student log-ratio.")
+        bool, typer.Option("--full", help="In full: every token, coloured by its teacher–student log-ratio.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,23 +40,11 @@ def show(
     kdrl rollouts show first --step 143 --prompt q-1f… --sample 3    one in full
     kdrl rollouts show first --prompt q-1f… --sort step              one problem over the whole run
 
-    In full each token stands on a colour: red where the teacher finds it unlikelier than the student does, blue where
-    likelier. Without colours, or to be sure, the unlikeliest tokens are listed below.
+    In full, each token has a background colour: red if the teacher finds it less likely than the student does, blue if
+    more likely. Below, the tokens that the teacher finds least likely are listed.
     """
     with errors():
-        where = make_filter(
-            stage=stage,
-            steps=steps,
-            prompt_id=prompt_id,
-            sample=sample,
-            verdicts=verdicts,
-            finish=finish,
-            reward=reward,
-            length=length,
-            kl=kl,
-            text=text,
-        )
-        full = full or sample is not None
+        full = full or where.sample is not None
         with open_store(runs) as store:
             page = store.page(
                 where, sort=sort, descending=descending, limit=limit or (1 if full else 20), offset=offset
@@ -99,11 +63,7 @@ def show(
                     _print_page(found, console, several=len(runs) > 1)
                 if page.total > len(found):
                     shown = f"{offset + 1}–{offset + len(found)}" if len(found) > 1 else f"{offset + 1}"
-                    console.print(
-                        f"{shown} of {page.total:,}; --limit, --offset and --sort show others",
-                        style="dim",
-                        highlight=False,
-                    )
+                    console.print(f"{shown} of {page.total:,}; --limit, --offset and --sort show others", style="dim")
 
 
 def _print_page(rows: list[dict[str, Any]], console: PlainConsole, *, several: bool) -> None:
@@ -140,12 +100,11 @@ def _print_record(record: dict[str, Any], console: PlainConsole) -> None:
         f"{record['run']} {record['stage']} step {record['step']}, prompt {record['prompt_id']}, "
         f"sample {record['sample']}",
         style="bold",
-        highlight=False,
     )
     heading = Text()
     heading.append_text(verdict(record["verdict"]))
     heading.append_text(plain(f": {record['reason']}" if record["reason"] else ""))
-    console.print(heading, soft_wrap=True)
+    console.say(heading)
     facts = [
         f"reward {number(record['reward'], 2)} (format {number(record['format_reward'], 0)}, "
         f"accuracy {number(record['accuracy_reward'], 0)})",
@@ -159,17 +118,17 @@ def _print_record(record: dict[str, Any], console: PlainConsole) -> None:
         f"policy {number(record['policy_version'])}",
         f"seed {record['seed'] if record['seed'] is not None else '–'}",
     ]
-    console.print(plain(" · ".join(facts)), soft_wrap=True)
+    console.say(plain(" · ".join(facts)))
     console.print("\nprompt", style="bold")
-    console.print(plain(record["prompt"] or ""), soft_wrap=True)
+    console.say(plain(record["prompt"] or ""))
     console.print("\nresponse", style="bold")
     tokens, ratios = record["tokens"], record["log_ratios"]
     if tokens is None or ratios is None:
-        console.print(plain(record["response"] or ""), soft_wrap=True)
+        console.say(plain(record["response"] or ""))
         lacking = "no teacher scored it" if ratios is None else "the run's tokenizer is not at hand"
         console.print(f"\nwithout colours: {lacking}", style="dim")
     else:
-        console.print(token_text(tokens, ratios), soft_wrap=True)
+        console.say(token_text(tokens, ratios))
         console.print()
         console.print(legend())
         _print_unlikeliest(record, tokens, ratios, console)

@@ -29,33 +29,33 @@ _FULL_COLOUR_AT = 3.0
 _VERDICT_STYLES = {"correct": "green", "wrong": "red", "malformed": "yellow", "no_answer": "yellow"}
 
 
-def sparkline(values: Sequence[float | None], *, width: int = _SPARK_WIDTH, zero: bool = False) -> str:
-    """Means of up to `width` stretches of the values as bars, from the least to the greatest, or from 0; a stretch
-    without any value is a space."""
+def sparkline(values: Sequence[float | None], *, width: int = _SPARK_WIDTH) -> str:
+    """Means of up to `width` stretches of the values as bars, from the least to the greatest. A stretch without any
+    value is a space."""
     means = [mean(part) for part in stretches(list(values), width)]
     known = [value for value in means if value is not None]
     if not known:
         return ""
-    low, high = 0.0 if zero else min(known), max(known)
+    low, high = min(known), max(known)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(" " if one is None else _BARS[min(len(_BARS) - 1, round((one - low) * scale))] for one in means)
 
 
 def stretches(values: list[Any], count: int) -> list[list[Any]]:
-    """`values` in at most `count` parts of like length, in order."""
+    """`values` in at most `count` parts of similar length, in order."""
     count = min(count, len(values))
     bounds = [round(number * len(values) / count) for number in range(count + 1)] if count else []
     return [values[start:end] for start, end in pairwise(bounds)]
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that there are."""
+    """Mean of the values that are not None; None without one."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number as it is shown; – if there is none."""
+    """A number as text; – for None."""
     if value is None:
         return "–"
     return f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
@@ -67,7 +67,7 @@ def table(
     """A plain table; columns of `left` are aligned to the left.
 
     Args:
-        width: of the console: the last column is cut to what the others leave of it.
+        width: of the console. The last column is cut to the room that the others leave.
     """
     if width is not None:
         room = max(_LEAST_ROOM, width - sum(widths(columns, rows)[:-1]) - _GAP * (len(columns) - 1))
@@ -87,7 +87,7 @@ def widths(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
 
 
 def fits(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> bool:
-    """Whether a table of these is no wider than the console."""
+    """Whether a table of these fits the console."""
     return sum(widths(columns, rows)) + _GAP * (len(columns) - 1) <= width
 
 
@@ -101,7 +101,7 @@ def verdict(kind: str | None) -> Text:
 
 
 def plain(text: str) -> Text:
-    """A text as it is, with control characters spelled out (of which rich would drop some)."""
+    """A text as it is, with control characters spelled out: rich would drop some of them."""
     return Text(visible(text))
 
 
@@ -111,8 +111,8 @@ def one_line(text: str | None) -> str:
 
 
 def token_text(tokens: Sequence[str], log_ratios: Sequence[float | None]) -> Text:
-    """The tokens, each on the colour of its log-ratio R = log π_T − log π_θ: red where the teacher finds it unlikelier
-    than the student, blue where likelier."""
+    """The tokens, each on the colour of its log-ratio R = log π_T − log π_θ: red if the teacher finds it less likely
+    than the student, blue if more likely."""
     shown = Text()
     for token, ratio in zip(tokens, log_ratios, strict=True):
         shown.append(visible(token), _heat(ratio))
@@ -140,8 +140,8 @@ def _heat(ratio: float | None) -> str:
 
 
 def log_ratios(record: dict[str, Any]) -> list[float | None] | None:
-    """R of each token of a response, by the trainer's logprobs, or the engine's before the update; None without
-    teacher."""
+    """R of each token of a response, from the trainer's logprobs, or before the update from the engine's. None without
+    a teacher."""
     teacher, student = record["teacher_logprobs"], record["logprobs"] or record["rollout_logprobs"]
     if teacher is None or student is None:
         return None
@@ -150,7 +150,7 @@ def log_ratios(record: dict[str, Any]) -> list[float | None] | None:
 
 @contextmanager
 def paged() -> Iterator[PlainConsole]:
-    """A console whose output goes through a pager if it is longer than the terminal, and straight out elsewhere."""
+    """A console. On a terminal, output that is longer than it goes through a pager."""
     if not out.is_terminal:
         yield PlainConsole(width=None if "COLUMNS" in os.environ else _PIPED_WIDTH)
         return

@@ -45,8 +45,8 @@ def sql(
     kdrl rollouts sql a b "select run, avg(reward) from rollouts where response ilike '%wait%' group by run"
     kdrl rollouts sql first "select reason, count(*) from rollouts where reward = 0 group by 1 order by 2 desc"
 
-    Only a SELECT is possible, and no file but those of the runs can be read. Queries that use neither texts nor values
-    per token are answered from the index, in about a second for a million rollouts.
+    A query must be one SELECT, and can read only the files of the runs. Queries without texts and per-token values
+    read only the index: about a second for a million rollouts.
     """
     with errors():
         *names, query = runs
@@ -69,13 +69,13 @@ def sql(
                 else:
                     _print_records(rows, console)
                 told = f"first {limit:,} rows; --limit 0 prints all" if is_cut else f"{len(rows):,} rows"
-                console.print(told, style="dim", highlight=False)
+                console.print(told, style="dim")
 
 
 def _print_records(rows: list[dict[str, Any]], console: PlainConsole) -> None:
     """A line a column, where a row is too wide for the console."""
     for number_, row in enumerate(rows):
-        console.print(f"row {number_}", style="bold", highlight=False)
+        console.print(f"row {number_}", style="bold")
         lines = [[name, one_line(_shown(value))] for name, value in row.items()]
         console.print(table(["column", "value"], lines, left=["column", "value"], width=console.width))
 

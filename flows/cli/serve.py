@@ -28,33 +28,43 @@ _OF_KDRL = (
 def serve(
     model: Annotated[Path, typer.Option(metavar="DIR", help="The student, or a teacher of kdrl bake-teacher.")],
     max_model_len: Annotated[
-        int, typer.Option(min=2, help="Tokens of prompt and response together (a teacher needs one more).")
+        int, typer.Option(min=2, help="Most tokens of prompt and response together (a teacher needs one more).")
     ],
-    replicas: Annotated[int, typer.Option(min=1, help="Servers, on GPUs and ports one after the other.")] = 1,
-    port: Annotated[int, typer.Option(min=1, max=65_535, help="Where the first one listens.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Number of servers, on consecutive GPUs and ports.")] = 1,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port of the first server.")] = 8000,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; whoever reaches it may load weights: loopback or a closed net.")
+        str,
+        typer.Option(
+            help="Address to listen on. Anyone who reaches it may load weights: use loopback or a closed network."
+        ),
     ] = "127.0.0.1",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; as runtime.dtype of the recipe.")] = "bfloat16",
     cpu: Annotated[bool, typer.Option("--cpu", help="vLLM's CPU build.")] = False,
     kv_cache_gb: Annotated[float | None, typer.Option(help="GiB of key-value cache; default: vLLM's choice.")] = None,
     gpu_memory_utilization: Annotated[
         float,
-        typer.Option(min=0.01, max=1.0, help="Share of the GPU, weights and cache; of all that share it, below 1."),
+        typer.Option(
+            min=0.01, max=1.0, help="Share of the GPU for weights and cache. All servers of one GPU together: below 1."
+        ),
     ] = 0.9,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs of a replica.")] = 1,
     asleep: Annotated[
-        bool, typer.Option("--asleep", help="Sleep once it answers: its GPU is needed by others before a run wakes it.")
+        bool,
+        typer.Option(
+            "--asleep", help="Sleep as soon as it answers, so that others can use its GPU until a run wakes it."
+        ),
     ] = False,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Responses in flight in a replica.")] = 256,
-    max_logprobs: Annotated[int, typer.Option(min=1, help="Likeliest tokens that may be asked for (Top-K).")] = 32,
+    max_logprobs: Annotated[
+        int, typer.Option(min=1, help="Most likeliest tokens that a request may ask for (Top-K).")
+    ] = 32,
 ) -> None:
     """Start replicas of vLLM's OpenAI-compatible server, set up as kdrl needs them; Ctrl-C ends them.
 
-    Each has the whole model, GPUs of its own (the first of those that CUDA_VISIBLE_DEVICES names, then the next) and
-    a port of its own. One that ends is started anew, and the run gives it its weights again. When all answer, the
-    settings are printed with which a run uses them; where their GPUs also train or score, start them --asleep, and add
-    rollout.server.sleep=true, or teacher.server.sleep=true.
+    Each replica holds the whole model and has its own port and GPUs, taken from CUDA_VISIBLE_DEVICES in order. A
+    replica that ends is started again, and the run loads its weights again. Once all answer, kdrl prints the settings
+    with which a run uses them. If their GPUs also train or score, start them with --asleep, and add
+    rollout.server.sleep=true or teacher.server.sleep=true to the run.
 
     \b
     kdrl serve --model models/student --max-model-len 21504 --replicas 8
@@ -89,16 +99,16 @@ def serve(
             for number in range(replicas)
         ]
         urls = ",".join(f"'{server.url}'" for server in servers)
-        _say(f'serving {model}; for a run: --set rollout.engine=server --set "rollout.server.urls=[{urls}]"')
-        _say(f'as its teacher: --set "teacher.server.urls=[{urls}]"')
+        err.say(f'serving {model}; for a run: --set rollout.engine=server --set "rollout.server.urls=[{urls}]"')
+        err.say(f'as its teacher: --set "teacher.server.urls=[{urls}]"')
         try:
-            serve_replicas(servers, asleep=asleep, say=_say)
+            serve_replicas(servers, asleep=asleep, say=err.say)
         except KeyboardInterrupt:
-            _say("ended")
+            err.say("ended")
 
 
 def _context_of(model: Path, asked: int) -> int:
-    """Tokens that the model takes, or those asked for if it does not say. Raises ModelError if that is too few."""
+    """The model's context in tokens; `asked` if its config has none. Raises ModelError if `asked` is above it."""
     from kdrl_core.models.loading import context_limit, read_config
 
     if not (model / "config.json").is_file():
@@ -112,7 +122,7 @@ def _context_of(model: Path, asked: int) -> int:
 def _require_servable(
     model: Path, device: str, dtype: str, tokens: int, kv_cache_gb: float | None, tensor_parallel: int
 ) -> None:
-    """Raise EngineError for what vLLM would refuse late, or in words of its own."""
+    """Raise EngineError for what vLLM would refuse, before it starts and with the remedy."""
     from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
     from kdrl_core.models.loading import read_config
 
@@ -129,10 +139,6 @@ def _require_servable(
     if found is not None:
         option = f"--{found[0].replace('_', '-')}: " if found[0] else f"{model} has "
         raise EngineError(f"{option}{found[1]}")
-
-
-def _say(text: str) -> None:
-    err.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _replica(

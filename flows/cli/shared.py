@@ -1,9 +1,11 @@
 """What the commands of `kdrl` have in common: consoles, options, errors, checks of an output, progress in a log."""
 
+import functools
+import inspect
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -13,17 +15,24 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.text import Text
 
 from kdrl_core.errors import DataError, KdrlError, visible
 
 
 class PlainConsole(Console):
-    """Shows text as it is: models, data and files of others write what kdrl prints, so that neither markup nor emoji
-    codes mean anything in it, and control characters, with which a text could rewrite what stands on the terminal, are
-    spelled out."""
+    """Shows text as it is, since models, data and files of others write what kdrl prints.
+
+    Markup and emoji codes mean nothing, numbers get no colour, and control characters, which could rewrite what stands
+    on the terminal, are spelled out.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, **options)
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def say(self, text: str | Text, style: str | None = None) -> None:
+        """Print a text whole, however long its lines are."""
+        self.print(text, style=style, soft_wrap=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -66,13 +75,38 @@ def errors() -> Iterator[None]:
     try:
         yield
     except KdrlError as error:
-        err.print(
-            f"error: {' '.join(str(error).splitlines())}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        err.say(f"error: {' '.join(str(error).splitlines())}", style="red")
         raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def with_options(
+    parameter: str, options: Mapping[str, Any], fill: Callable[..., Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command: it has `options` in place of its `parameter`, which gets what `fill` makes of their values.
+
+    Args:
+        options: name → annotated type. All of them default to None.
+        fill: takes the values by name. Its KdrlError ends the program as any other.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def call(**given: Any) -> None:
+            with errors():
+                filled = fill(**{name: given.pop(name) for name in options})
+            command(**given, **{parameter: filled})
+
+        signature, kind = inspect.signature(command), inspect.Parameter.KEYWORD_ONLY
+        added = [inspect.Parameter(name, kind, default=None, annotation=one) for name, one in options.items()]
+        parameters: list[inspect.Parameter] = []
+        for own in signature.parameters.values():
+            parameters += added if own.name == parameter else [own.replace(kind=kind)]
+        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return functools.update_wrapper(call, command, assigned=("__module__", "__name__", "__doc__"))
+
+    return decorate
 
 
 def check_output(
@@ -109,7 +143,7 @@ class LogLines:
         """Print the line if it is time for one, or the last."""
         if line != self._shown and (is_last or time.monotonic() - self._last > _LINE_EVERY_S):
             self._last, self._shown = time.monotonic(), line
-            self._console.print(line, highlight=False)
+            self._console.print(line)
 
 
 @contextmanager

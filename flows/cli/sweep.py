@@ -2,16 +2,13 @@
 
 import logging
 import signal
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from flows.cli.shared import JsonOption, SetOption, err, errors, out
-from flows.cli.tables import print_comparison, print_rows
+from flows.cli.printed_tables import print_comparison, print_rows
+from flows.cli.shared import JsonOption, SetOption, err, errors, out, with_options
 from kdrl_core.errors import RecipeError, RunError
-
-if TYPE_CHECKING:
-    from kdrl_core.look.sweeps.request import Request
 
 app = typer.Typer(
     no_args_is_help=False,
@@ -24,23 +21,32 @@ SweepArgument = Annotated[
     typer.Argument(metavar="SWEEP", help="A shipped sweep (kdrl sweep list), one that was started, or a YAML file."),
 ]
 StartedArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="Name of a sweep that was started.")]
-NameOption = Annotated[
-    str | None, typer.Option(help="Name of the sweep, of its folder and its runs; default: the file's.")
-]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="In place of the sweep's recipe: a shipped one, or a YAML file.")
-]
-SeedsOption = Annotated[
-    str | None, typer.Option(help="How many seeds, e.g. 5, or which, e.g. 0,3,7; default: the sweep's.")
-]
-VaryOption = Annotated[
-    list[str] | None,
-    typer.Option("--vary", metavar="FIELD=A,B,C", help="Run every value, of every variant. Repeatable."),
-]
-ShareOption = Annotated[
-    list[str] | None,
-    typer.Option("--share-with", metavar="SWEEP", help="Take over the same work from this sweep as well. Repeatable."),
-]
+ASKED: dict[str, Any] = {
+    "name": Annotated[
+        str | None, typer.Option(help="Name of the sweep, of its folder and its runs; default: the file's.")
+    ],
+    "recipe": Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="In place of the sweep's recipe: a shipped one, or a YAML file."),
+    ],
+    "seeds": Annotated[
+        str | None, typer.Option(help="How many seeds, e.g. 5, or which, e.g. 0,3,7; default: the sweep's.")
+    ],
+    "vary": Annotated[
+        list[str] | None,
+        typer.Option("--vary", metavar="FIELD=A,B,C", help="Run every value, of every variant. Repeatable."),
+    ],
+    "overrides": SetOption,
+    "share_with": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--share-with",
+            metavar="SWEEP",
+            help="Take finished work that is the same from this sweep as well. Repeatable.",
+        ),
+    ],
+}
+"""Options that say what a sweep is made of, by the parameters of `make_request`."""
 WorkersOption = Annotated[
     int, typer.Option(min=1, help="Cells at a time; each has a process and needs a core or a GPU.")
 ]
@@ -51,31 +57,33 @@ DeploymentOption = Annotated[
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")]
 
 
+def _asked(*, seeds: str | None, **given: Any) -> dict[str, Any]:
+    """The values of ASKED as `make_request` takes them."""
+    return {"seeds": _seeds(seeds), **given}
+
+
 @app.callback()
+@with_options("asked", {name: option for name, option in ASKED.items() if name != "share_with"}, _asked)
 def vary_only(
     context: typer.Context,
-    recipe: RecipeOption = None,
-    vary: VaryOption = None,
-    overrides: SetOption = None,
-    name: NameOption = None,
-    seeds: SeedsOption = None,
+    asked: dict[str, Any],
     workers: WorkersOption = 1,
     verbose: VerboseOption = False,
 ) -> None:
-    """Compare variants over seeds: runs that share what they have in common, then one table.
+    """Compare variants over seeds: runs that share common work, then one table.
 
-    Without a command: run every combination of the values that --vary gives, e.g.
+    Without a command, run every combination of the values of --vary, e.g.
     kdrl sweep --recipe miniature --vary stage2.beta.decay=0.0,0.005 --seeds 3
     """
     if context.invoked_subcommand is not None:
-        if vary or recipe or overrides or name or seeds or verbose or workers != 1:
+        if verbose or workers != 1 or any(value not in (None, []) for value in asked.values()):
             with errors():
                 raise RecipeError(f"options go behind the command: kdrl sweep {context.invoked_subcommand} … --vary …")
         return
-    if not vary:
+    if not asked["vary"]:
         typer.echo(context.get_help())
         raise SystemExit(2)
-    _run(None, name, recipe, seeds, vary, overrides, None, workers, None, verbose)
+    _run(None, asked, workers, None, verbose)
 
 
 @app.command("list")
@@ -100,25 +108,22 @@ def list_command(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+@with_options("asked", ASKED, _asked)
 def show(
     sweep: SweepArgument,
-    name: NameOption = None,
-    recipe: RecipeOption = None,
-    seeds: SeedsOption = None,
-    vary: VaryOption = None,
-    overrides: SetOption = None,
-    share_with: ShareOption = None,
+    asked: dict[str, Any],
     as_yaml: Annotated[
-        bool, typer.Option("--yaml", help="Print the sweep's file, to be changed and given back.")
+        bool, typer.Option("--yaml", help="Print the sweep's file, which you may change and run.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a sweep's cells, what they share, and how many steps there are to train; validates every cell."""
+    """Validate every cell of a sweep, and show the cells, the work they share, and the number of steps to train."""
     from kdrl_core.look.sweeps import dump_sweep
+    from kdrl_core.look.sweeps.request import make_request
     from kdrl_core.look.sweeps.schedule import estimate
 
     with errors():
-        request = _request(sweep, name, recipe, seeds, vary, overrides, share_with)
+        request = make_request(sweep, **asked)
         if as_yaml:
             typer.echo(dump_sweep(request.spec), nl=False)
             return
@@ -133,44 +138,36 @@ def show(
             out.print_json(data={"sweep": request.spec.name, "cells": cells, "shared": shared, "steps": steps})
             return
         first = request.cells[0].seed
-        out.print(f"{request.spec.name}: {request.spec.description}", soft_wrap=True, highlight=False)
+        out.say(f"{request.spec.name}: {request.spec.description}")
         rows = [[c.variant, ", ".join(c.overrides[:-1]) or "–"] for c in request.cells if c.seed == first]
         print_rows(["variant", "fields"], rows, num_text=3)
         seeds_told = ", ".join(str(seed) for seed in request.spec.seed_list)
-        out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}", highlight=False)
+        out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}")
         rows = [[part, str(have), str(made)] for part, (have, made) in work.by_part.items()]
         print_rows(["shared", "cells", "times done"], rows)
-        out.print(
-            f"{work.to_train:,} steps to train; {work.alone:,} if the cells shared nothing",
-            highlight=False,
-            soft_wrap=True,
-        )
+        out.say(f"{work.to_train:,} steps to train; {work.alone:,} if the cells shared nothing")
 
 
 @app.command()
+@with_options("asked", ASKED, _asked)
 def run(
     sweep: SweepArgument,
-    name: NameOption = None,
-    recipe: RecipeOption = None,
-    seeds: SeedsOption = None,
-    vary: VaryOption = None,
-    overrides: SetOption = None,
-    share_with: ShareOption = None,
+    asked: dict[str, Any],
     workers: WorkersOption = 1,
     deployment: DeploymentOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run a sweep, or go on with what is unfinished of it; then print its table. Exit code 0 if all cells are finished.
+    """Run a sweep, or continue its unfinished cells; then print its table. Exit code 0 if all cells are finished.
 
-    Every cell is validated before the first one starts. A cell that fails is reported, and the others go on. Options
-    that are left out are those that the sweep was started with.
+    Every cell is validated before the first one starts. If a cell fails, it is reported, and the others go on. Options
+    that you leave out keep the values that the sweep was started with.
     """
-    _run(sweep, name, recipe, seeds, vary, overrides, share_with, workers, deployment, verbose)
+    _run(sweep, asked, workers, deployment, verbose)
 
 
 @app.command()
 def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
-    """Show where the cells of a sweep stand. Each is a run of its own: kdrl status, resume, check CELL."""
+    """Show the state of a sweep's cells. Each cell is a run: kdrl status, resume and check work on it."""
     from kdrl_core.look.sweeps.state import SweepPaths, cell_status, read_record
 
     with errors():
@@ -184,13 +181,13 @@ def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
         counts = {
             state: sum(one.state is state for one in statuses) for state in dict.fromkeys(s.state for s in statuses)
         }
-        out.print(", ".join(f"{count} {state.value}" for state, count in counts.items()), highlight=False)
+        out.print(", ".join(f"{count} {state.value}" for state, count in counts.items()))
 
 
 @app.command()
 def report(sweep: StartedArgument, as_json: JsonOption = False) -> None:
     """Print the tables of a sweep, finished or not, and write the report: an HTML page, Markdown, CSV and JSON."""
-    from kdrl_core.look.sweeps.report import write_sweep_report
+    from kdrl_core.look.sweeps.comparison import write_sweep_report
     from kdrl_core.look.sweeps.state import SweepPaths
 
     with errors():
@@ -201,73 +198,30 @@ def report(sweep: StartedArgument, as_json: JsonOption = False) -> None:
             print_comparison(table, SweepPaths.of(sweep).report / "sweep.html")
 
 
-def _run(
-    sweep: str | None,
-    name: str | None,
-    recipe: str | None,
-    seeds: str | None,
-    vary: list[str] | None,
-    overrides: list[str] | None,
-    share_with: list[str] | None,
-    workers: int,
-    deployment: str | None,
-    verbose: bool,
-) -> None:
-    from kdrl_core.look.sweeps.request import check_request
+def _run(sweep: str | None, asked: dict[str, Any], workers: int, deployment: str | None, verbose: bool) -> None:
+    from kdrl_core.look.sweeps.request import check_request, make_request
 
     with errors():
-        request = _request(sweep, name, recipe, seeds, vary, overrides, share_with)
+        request = make_request(sweep, **asked)
         check_request(request)
         from flows.cli.local_prefect import use_private_prefect
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the cells stopped
         use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
         started = request.spec.name
-        err.print(f"sweep {started}: starting …", highlight=False)
+        err.print(f"sweep {started}: starting …")
         from flows.sweep import sweep as sweep_flow
 
         _tell_events()
         try:
-            sweep_flow(
-                source=sweep,
-                name=name,
-                recipe=recipe,
-                seeds=_seeds(seeds),
-                vary=vary,
-                overrides=overrides,
-                share_with=share_with,
-                workers=workers,
-                deployment=deployment,
-            )
+            sweep_flow(source=sweep, **asked, workers=workers, deployment=deployment)
         except KeyboardInterrupt:
-            err.print(f"interrupted; go on with: kdrl sweep run {started}", highlight=False)
+            err.print(f"interrupted; go on with: kdrl sweep run {started}")
             raise SystemExit(130) from None
         except RunError:
             _print_if_there(started)
             raise
         _print_if_there(started)
-
-
-def _request(
-    sweep: str | None,
-    name: str | None,
-    recipe: str | None,
-    seeds: str | None,
-    vary: list[str] | None,
-    overrides: list[str] | None,
-    share_with: list[str] | None,
-) -> "Request":
-    from kdrl_core.look.sweeps.request import make_request
-
-    return make_request(
-        sweep,
-        name=name,
-        recipe=recipe,
-        seeds=_seeds(seeds),
-        vary=vary or [],
-        overrides=overrides,
-        share_with=share_with,
-    )
 
 
 def _seeds(text: str | None) -> int | list[int] | None:
@@ -281,15 +235,15 @@ def _seeds(text: str | None) -> int | list[int] | None:
 
 
 def _tell_events() -> None:
-    """Print what the sweep logs of its cells; warnings are shown as all of kdrl's are."""
+    """Print what the sweep logs about its cells. `use_private_prefect` has warnings printed."""
     handler = logging.Handler(logging.INFO)
     handler.addFilter(lambda record: record.levelno < logging.WARNING)
-    handler.emit = lambda record: err.print(record.getMessage(), highlight=False, soft_wrap=True)  # type: ignore[method-assign]
+    handler.emit = lambda record: err.say(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("kdrl.sweep").addHandler(handler)
 
 
 def _print_if_there(sweep: str) -> None:
-    from kdrl_core.look.sweeps.report import write_sweep_report
+    from kdrl_core.look.sweeps.comparison import write_sweep_report
     from kdrl_core.look.sweeps.state import SweepPaths
 
     if SweepPaths.of(sweep).record.is_file():
@@ -297,8 +251,8 @@ def _print_if_there(sweep: str) -> None:
 
 
 def _progress(run: str) -> str:
-    from flows.cli.run_status import named_status
     from kdrl_core.ledger import RunPaths
+    from kdrl_core.look.reporting.run_status import named_status
 
     if not RunPaths.of(run).root.is_dir():
         return ""

@@ -18,8 +18,8 @@ def ui(
 ) -> None:
     """Look through runs in a web browser: trends over steps, tables of rollouts, tokens, groups, two runs side by side.
 
-    Works while a run goes on, and changes nothing but the index of its rollouts, which is made the first time. Listens
-    on loopback alone; from elsewhere, use a tunnel: ssh -L 8741:127.0.0.1:8741 HOST. Ctrl-C ends it.
+    You may use it while a run is going on. It only reads, but the first time it makes an index of the rollouts. It
+    listens on loopback alone; from elsewhere, use a tunnel: ssh -L 8741:127.0.0.1:8741 HOST. Ctrl-C ends it.
 
     \b
     kdrl ui first grpo
@@ -33,10 +33,8 @@ def ui(
             store = RolloutStore.open(runs, progress=lambda done, total: progress("reading", done, total))
         with store:
             for damaged in store.damaged:
-                err.print(
-                    f"left out: {damaged.path}: {damaged.problem}", style="yellow", highlight=False, soft_wrap=True
-                )
-            out.print(f"kdrl ui: {url_of(listening)}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+                err.say(f"left out: {damaged.path}: {damaged.problem}", style="yellow")
+            out.say(f"kdrl ui: {url_of(listening)}  (Ctrl-C ends it)")
             if open_browser:
                 webbrowser.open(url_of(listening))
             with suppress(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""`kdrl verify`: the verdicts of a run's verifier on responses in any file. The work is in kdrl_core.verify.files."""
+"""`kdrl verify`: the verdicts of a run's verifier on responses in any file. The work is in kdrl_core.verify.grading."""
 
 import os
 import signal
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from flows.cli.shared import JsonOption, OnError, check_output, counted_progress, err, errors, out
@@ -17,7 +16,7 @@ from kdrl_core.types import VerdictKind
 
 if TYPE_CHECKING:
     from kdrl_core.verify.pool import Verifier
-    from kdrl_core.verify.summary import FileSummary, Tally
+    from kdrl_core.verify.tally import FileTally, Tally
 
 _MAX_TIMEOUT_S = 3_600.0
 
@@ -55,35 +54,37 @@ def verify_command(
         bool, typer.Option("--think-opened", help="The prompts end with <think>: responses begin inside the thought.")
     ] = False,
     box: Annotated[
-        bool, typer.Option("--box", help=r"Bare answers: what is not in a \boxed{} is put into one as a whole.")
+        bool, typer.Option("--box", help=r"Bare answers: an answer without a \boxed{} is put into one as a whole.")
     ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes that compare answers; default: one per CPU.")
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Limit of one comparison; beyond it: timeout.")
+        float,
+        typer.Option("--timeout", metavar="SECONDS", help="Limit of one comparison; beyond it the verdict is timeout."),
     ] = 10.0,
     memory_limit_mb: Annotated[
-        int, typer.Option("--memory-limit", metavar="MB", help="Limit of one worker; beyond it: error.")
+        int, typer.Option("--memory-limit", metavar="MB", help="Limit of one worker; beyond it the verdict is error.")
     ] = 2_048,
     on_error: Annotated[OnError, typer.Option(help="Malformed rows: stop, or drop and count.")] = OnError.FAIL,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing output, and verdicts that FILE has already.")
+        bool, typer.Option("--force", help="Replace an existing output, and verdicts that FILE already has.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Verify the responses in a file: correct, wrong, malformed, no_answer, timeout or error, and why.
 
-    Prints a summary; with --output also writes every row, as it was, with the columns reward, format_reward,
-    accuracy_reward, verdict, extracted and reason behind its own. Files may be larger than memory. No answer, however
-    hostile, costs more than --timeout. Examples:
+    Prints a summary. With --output it also writes every row unchanged, followed by the columns reward, format_reward,
+    accuracy_reward, verdict, extracted and reason. Files may be larger than memory. No answer, however hostile, costs
+    more than --timeout. Examples:
 
     kdrl verify samples.jsonl --no-format --output verified.jsonl
 
     kdrl verify cases.jsonl --box --expected expected --by source
     """
     with errors():
-        from kdrl_core.verify.rows import choose_columns, open_rows, suffixes_like
+        from kdrl_core.verify.row_files import open_rows, suffixes_like
+        from kdrl_core.verify.rows import choose_columns
 
         rows = open_rows(file)
         if output is not None:
@@ -95,42 +96,40 @@ def verify_command(
         )
         verifier = _verifier(workers, timeout_s, memory_limit_mb)
         from kdrl_core.ledger import require_writable
-        from kdrl_core.verify.files import verify_file
+        from kdrl_core.verify.grading import GradingOptions, grade_file
         from kdrl_core.verify.pool import VerdictOptions
 
         if output is not None:
             require_writable(output.absolute().parent, free_mb=64)
+        verdicts = VerdictOptions(
+            require_format=not box if require_format is None else require_format, think_opened=think_opened
+        )
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: workers stopped, no output
         try:
             with closing(verifier), counted_progress(err, "rows") as progress:
-                summary = verify_file(
+                tally = grade_file(
                     rows,
                     columns,
                     verifier,
-                    options=VerdictOptions(
-                        require_format=not box if require_format is None else require_format, think_opened=think_opened
-                    ),
+                    options=GradingOptions(verdicts=verdicts, on_error=on_error.value, replace_columns=force, box=box),
                     output=None if output is None else output.absolute(),
-                    on_error=on_error.value,
-                    replace_columns=force,
-                    box=box,
                     on_progress=progress,
                 )
         except KeyboardInterrupt:
             err.print("interrupted; no output was written", highlight=False)
             raise SystemExit(130) from None
-        _warn(summary, err)
+        _warn(tally)
         if as_json:
             where = {"file": str(file), "output": None if output is None else str(output)}
-            out.print_json(data={**where, "workers": verifier.workers, **summary.to_json()})
+            out.print_json(data={**where, "workers": verifier.workers, **tally.to_json()})
         else:
-            _print_summary(summary, verifier.workers, out)
+            _print_summary(tally, verifier.workers)
             if output is not None:
-                out.print(f"output    {output}", highlight=False, soft_wrap=True, markup=False)
+                out.print(f"output    {output}", highlight=False, soft_wrap=True)
 
 
 def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "Verifier":
-    """Not started yet. Raises DataError if a limit is out of bounds."""
+    """A verifier that is not started yet. Raises DataError if a limit is out of bounds."""
     from kdrl_core.verify.pool import MIN_MEMORY_LIMIT_MB, Verifier
 
     if not 0 < timeout_s <= _MAX_TIMEOUT_S:
@@ -143,36 +142,34 @@ def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "V
     return Verifier(workers=workers or cpus, timeout_s=timeout_s, memory_limit_mb=memory_limit_mb)
 
 
-def _warn(summary: "FileSummary", console: Console) -> None:
-    """Say what the numbers hide: rows left out, answers about which nothing is known."""
-    kinds, lines = summary.total.kinds, []
-    if summary.num_dropped:
-        lines.append(f"dropped {_count(summary.num_dropped, 'malformed row')}; the first: {summary.first_dropped}")
-    if summary.total.num_failed:
+def _warn(tally: "FileTally") -> None:
+    """Warn of rows that were left out and of answers about which nothing is known."""
+    kinds, lines = tally.total.kinds, []
+    if tally.num_dropped:
+        lines.append(f"dropped {_count(tally.num_dropped, 'malformed row')}; the first: {tally.first_dropped}")
+    if tally.total.num_failed:
         timeouts, failures = kinds[VerdictKind.TIMEOUT], kinds[VerdictKind.ERROR]
         counts = [_count(timeouts, "timeout")] * bool(timeouts) + [_count(failures, "error")] * bool(failures)
         advice = "; --timeout allows more time" if timeouts else ""
-        lines.append(
-            f"{' and '.join(counts)}: reward 0, but not found wrong; the first: {summary.first_failed}{advice}"
-        )
+        lines.append(f"{' and '.join(counts)}: reward 0, but not found wrong; the first: {tally.first_failed}{advice}")
     for line in lines:
-        console.print(f"warning: {line}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"warning: {line}", style="yellow", highlight=False, soft_wrap=True)
 
 
-def _print_summary(summary: "FileSummary", workers: int, console: Console) -> None:
-    total = summary.total
+def _print_summary(tally: "FileTally", workers: int) -> None:
+    total = tally.total
     table = RichTable(box=SIMPLE_HEAD, show_edge=False)
     for position, column in enumerate(("verdict", "rows", "share")):
         table.add_column(column, justify="right" if position else "left")
     for kind in VerdictKind:
         table.add_row(kind.value, f"{total.kinds[kind]:,}", _percent(total.share(kind)))
-    console.print(table)
-    if summary.groups:
-        lines = _by_lines(summary)
+    out.print(table)
+    if tally.groups:
+        lines = _by_lines(tally)
         for line in ["", lines[0], "─" * len(lines[0]), *lines[1:], ""]:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
-    columns = summary.columns
-    dropped = f", {_count(summary.num_dropped, 'malformed row')} dropped" if summary.num_dropped else ""
+            out.print(line, highlight=False, soft_wrap=True)
+    columns = tally.columns
+    dropped = f", {_count(tally.num_dropped, 'malformed row')} dropped" if tally.num_dropped else ""
     lines = [
         f"rows      {total.num_rows:,}{dropped}; responses in '{columns.response}', truths in '{columns.truth}'",
         f"reward    {total.reward_mean:.3f} on average; format {_percent(total.format_share)}, "
@@ -181,25 +178,25 @@ def _print_summary(summary: "FileSummary", workers: int, console: Console) -> No
     if (agreement := _agreement(total)) is not None:
         lines.append(f"expected  {', '.join(agreement)} (by '{columns.expected}')")
     lines.append(
-        f"time      {summary.seconds:.1f} s, {summary.rows_per_s:,.0f} rows/s; "
-        f"{_count(summary.num_computed, 'comparison')} by {_count(workers, 'worker')}"
+        f"time      {tally.seconds:.1f} s, {tally.rows_per_s:,.0f} rows/s; "
+        f"{_count(tally.num_computed, 'comparison')} by {_count(workers, 'worker')}"
     )
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        out.print(line, highlight=False, soft_wrap=True)
 
 
-def _by_lines(summary: "FileSummary") -> list[str]:
-    """Aligned by hand, values last: they may be long, and a table would cut numbers to fit the terminal."""
-    kinds = [kind for kind in VerdictKind if summary.total.kinds[kind]]  # the others are zero in every line
+def _by_lines(grades: "FileTally") -> list[str]:
+    """The summary by group, aligned by hand: values may be long, and a table would cut numbers to fit the terminal."""
+    kinds = [kind for kind in VerdictKind if grades.total.kinds[kind]]  # the others are zero in every line
     rows = [["rows", *(kind.value for kind in kinds), "reward"]]
-    rows[0] += ["agreement", "false +", "false −"] if summary.columns.expected is not None else []
-    for tally in summary.groups.values():
+    rows[0] += ["agreement", "false +", "false −"] if grades.columns.expected is not None else []
+    for tally in grades.groups.values():
         rows.append([f"{tally.num_rows:,}", *(f"{tally.kinds[kind]:,}" for kind in kinds), f"{tally.reward_mean:.3f}"])
         if tally.agreement is not None:
             rows[-1] += [_percent(tally.agreement), f"{tally.false_positives:,}", f"{tally.false_negatives:,}"]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return [f" {line}  {name}" for line, name in zip(lines, [str(summary.columns.by), *summary.groups], strict=True)]
+    return [f" {line}  {name}" for line, name in zip(lines, [str(grades.columns.by), *grades.groups], strict=True)]
 
 
 def _agreement(tally: "Tally") -> tuple[str, str, str] | None:

@@ -1,19 +1,20 @@
-"""A live display of a run, read from its files: so it serves the process that runs and any other that looks on."""
+"""A live display of a run, read from its files: for the process that runs, and for any other."""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from flows.cli.alarms import alarm_line
+from flows.cli.shared import PlainConsole
 from kdrl_core.alarms import Alarm, load_alarms
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, RunPaths, lock_holder, open_run_dir
@@ -25,54 +26,44 @@ _RECENT_STEPS = 10
 _Loaded = TypeVar("_Loaded")
 
 
-class Watcher:
-    """Shows a run while the context is open: a live table on a terminal, a line per step elsewhere.
+@contextmanager
+def watching(paths: RunPaths, console: PlainConsole, *, with_alarms: bool = False) -> Iterator[None]:
+    """Show a run while the context is open: a live table on a terminal, a line per step elsewhere.
 
     Args:
-        with_alarms: print lines for alarms as well; not in the process that runs, whose log has them.
+        with_alarms: print lines for alarms too. Not in the process that runs, whose log has them.
     """
+    stop = threading.Event()
+    show = _show_table if console.is_terminal else _show_lines
+    thread = threading.Thread(target=show, args=(RunView(paths), console, stop, with_alarms), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
-    def __init__(self, paths: RunPaths, console: Console, *, with_alarms: bool = False) -> None:
-        self._paths = paths
-        self._console = console
-        self._with_alarms = with_alarms
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._view = RunView(paths)
-        self._started = time.monotonic()
 
-    def __enter__(self) -> "Watcher":
-        self._thread.start()
-        return self
+def _show_table(view: "RunView", console: PlainConsole, stop: threading.Event, _: bool) -> None:
+    started, is_last = time.monotonic(), False
+    with Live(console=console, auto_refresh=False) as live:
+        while not is_last:
+            is_last = stop.wait(_INTERVAL_S)
+            live.update(view.render(time.monotonic() - started), refresh=True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
 
-    def _loop(self) -> None:
-        if not self._console.is_terminal:
-            while not self._stop.wait(_INTERVAL_S):
-                self._print_lines()
-            self._print_lines()
-            return
-        with Live(console=self._console, auto_refresh=False) as live:
-            while True:
-                stopped = self._stop.wait(_INTERVAL_S)
-                live.update(self._view.render(time.monotonic() - self._started), refresh=True)
-                if stopped:
-                    return
-
-    def _print_lines(self) -> None:
-        lines = self._view.new_lines()
-        alarms = self._view.new_alarms() if self._with_alarms else []
-        for line in (*lines, *map(alarm_line, alarms)):
-            self._console.print(line, highlight=False, soft_wrap=True)
+def _show_lines(view: "RunView", console: PlainConsole, stop: threading.Event, with_alarms: bool) -> None:
+    is_last = False
+    while not is_last:
+        is_last = stop.wait(_INTERVAL_S)
+        for line in view.new_lines():
+            console.say(line)
+        for alarm in view.new_alarms() if with_alarms else ():
+            console.say(alarm_line(alarm))
 
 
 class RunView:
-    """What there is to see of a run; reads its metrics only when they have changed."""
+    """The state of a run as text. Reads its metrics only when they have changed."""
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
@@ -93,7 +84,7 @@ class RunView:
                 self._run = open_run_dir(self._paths.root)
             except KdrlError:
                 return
-            for stage in self._run.recipe.stages:  # what was there before is no news
+            for stage in self._run.recipe.stages:  # steps from before are not reported one by one
                 self._printed[stage] = len(self._load(load_metrics, stage, []))
         for stage in self._run.recipe.stages:
             stamp = _changed(self._paths.metrics(stage)), _changed(self._paths.alarms(stage))
@@ -130,7 +121,7 @@ class RunView:
         return lines
 
     def new_alarms(self) -> list[Alarm]:
-        """What was raised since the last call, or ever before the first, as of the last look at the files."""
+        """Alarms raised since the last call (on the first call: all), as of the last refresh."""
         found = [alarm for stage, raised in self._alarms.items() for alarm in raised[self._told.get(stage, 0) :]]
         self._told.update({stage: len(raised) for stage, raised in self._alarms.items()})
         return found
@@ -190,7 +181,7 @@ class RunView:
 
 
 def _tokens_per_s(row: dict[str, Any]) -> float:
-    """Of sampling; of an SFT step, which samples nothing, of the update."""
+    """Of sampling; of the update in an SFT step, which samples nothing."""
     return float(row.get("throughput/rollout_tokens_per_s", row.get("throughput/update_tokens_per_s", 0.0)))
 
 
@@ -199,8 +190,8 @@ def _changed(path: Path) -> int:
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-def follow(paths: RunPaths, console: Console) -> None:
-    """Show a run that another process works on until it is finished or nobody works on it any more."""
-    with Watcher(paths, console, with_alarms=True):
+def follow(paths: RunPaths, console: PlainConsole) -> None:
+    """Show a run of another process until no process works on it."""
+    with watching(paths, console, with_alarms=True):
         while lock_holder(paths.lock) is not None:
             time.sleep(_INTERVAL_S)

@@ -1,7 +1,7 @@
-"""Raised alarms: kept in the manifest of the step's update, which is written once, and put together in alarms.parquet.
+"""Raised alarms: kept in the manifest of the step's update, which is written once, and collected in alarms.parquet.
 
-So what was raised under the rules of its day stays on record when the rules are changed later. Neither holds the run's
-name, a date or a path: runs that do the same have the same bytes.
+So an alarm stays on record when the rules are changed later. Neither file holds the run's name, a date or a path: equal
+runs have equal bytes.
 """
 
 from collections.abc import Sequence
@@ -43,9 +43,9 @@ class Alarm:
     severity: str
     metric: str
     value: float
-    """What was compared: of a fall, the mean; else the metric."""
+    """The value that was compared: the mean for a fall, else the metric."""
     threshold: float
-    """What it was compared with."""
+    """The limit that it was compared with."""
     since: int
     """First of the `patience` steps that breached the rule."""
     text: str

@@ -1,15 +1,14 @@
-"""What the rules of a recipe say of a stage's metrics: pure, so that the same rows always raise the same alarms.
+"""The alarm rules of a recipe, applied to a stage's metrics. Pure: the same rows always raise the same alarms.
 
-With the values x_0 … x_i of a rule's metric, one a step, a step i breaches the rule if
+With the values x_0 … x_i of a rule's metric, one per step, step i breaches the rule if
 
     threshold   x_i > above
     fall        m_i < (1 − share) · max_{j ≤ i} m_j,  where m_j is the mean of x_{j−window+1} … x_j
     jump        x_i ≥ b + max(min_change, (factor − 1) · |b|)      upwards
                 x_i ≤ b − max(min_change, (1 − 1/factor) · |b|)    downwards, b the median of x_{i−window} … x_{i−1}
 
-The alarm is raised at the step that is the `patience`-th in a row to breach, and not again before a step in between has
-not. All of it looks backwards only: what is raised at a step does not depend on the steps after it. Steps whose metric
-is missing or not finite are passed over.
+The alarm is raised at the `patience`-th breaching step in a row, and not again until a step did not breach. Rules look
+backwards only: later steps do not change what a step raises. Steps whose metric is missing or not finite are skipped.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Alarms that stop their stage: which are still unheard, and how to go on.
+"""Alarms that stop their stage: which are not acknowledged yet, and how to continue.
 
-A stop is no state of its own: a stage is stopped while it has an alarm of a rule with `stop: true` at a step that the
+A stop has no state of its own. A stage is stopped while it has an alarm of a rule with `stop: true` at a step that the
 recipe's `alarms.acknowledged` does not cover. So a retry or a second `kdrl resume` stops again, before any work, until
-somebody has said that the alarm was seen; and that is kept with its date in the history of the run's manifest.
+somebody acknowledges the alarm. The history of the run's manifest keeps that with its date.
 """
 
 from kdrl_core.alarms.record import Alarm, load_alarms, sentence
@@ -11,7 +11,7 @@ from kdrl_core.ledger import Run
 
 
 def alarms_of(run: Run) -> list[Alarm]:
-    """Everything that was raised in a run, stage by stage, ascending by step. Raises as `load_alarms`."""
+    """All alarms of a run, stage by stage, ascending by step. Raises as `load_alarms`."""
     return [alarm for stage in run.recipe.stages for alarm in load_alarms(run, stage)]
 
 
@@ -33,7 +33,7 @@ def stopping_alarm(run: Run) -> Alarm | None:
 
 
 def resume_command(run: Run) -> str:
-    """The command that goes on with a run, past the alarm that has stopped it, if one has."""
+    """The command that continues a run, past an alarm that has stopped it."""
     alarm = stopping_alarm(run)
     if alarm is None:
         return f"kdrl resume {run.name}"

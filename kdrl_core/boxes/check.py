@@ -116,9 +116,9 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
     Raises:
         RunLockedError: another process works on the run.
     """
-    from kdrl_core.boxes.score import score_step
+    from kdrl_core.boxes.make import make
     from kdrl_core.boxes.session import close_sessions, stage_session
-    from kdrl_core.boxes.verify import verify_step
+    from kdrl_core.boxes.step import score_step, verify
 
     repaired, refused = [], []
     with run_lock(run.paths.lock):
@@ -128,7 +128,7 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
             try:
                 session = stage_session(run.paths.root, finding.stage)
                 if REWARDS.find(finding.path):
-                    verify_step(session, finding.step)
+                    make(session, verify, finding.step)
                 else:
                     score_step(session, finding.step)
             except KdrlError as error:

@@ -1,61 +1,76 @@
 """problems ─▶ filter ─▶ data/pool.parquet and data/filter.json, for every stage of the recipe (B.1.1, B.3)."""
 
 import json
-from pathlib import Path
+from functools import cached_property
 
 import pyarrow as pa
 
-from kdrl_core.boxes.session import initial_policy
+from kdrl_core.boxes.builders import initial_policy
+from kdrl_core.boxes.make import Product, box, make
 from kdrl_core.config import Recipe
 from kdrl_core.data import FilterReport, filter_problems, read_problems
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import Run, find_intact, find_own, publish_file, required_sha256
-from kdrl_core.ledger.progress import report_progress
+from kdrl_core.ledger import Run
+from kdrl_core.ledger.graph import FILTER_REPORT, POOL
 from kdrl_core.models.loading import compare_tokenizers, load_tokenizer
 from kdrl_core.models.prepare import prepared_model
-from kdrl_core.tables.schemas import write_table
+
+
+class Filtering:
+    """The filter of one run: done once, when the first of its artifacts has to be made."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @cached_property
+    def result(self) -> tuple[pa.Table, dict[str, FilterReport]]:
+        """What is left of the problems of every stage, and the reports by stage.
+
+        Raises:
+            ModelError: a model cannot be prepared, or the teacher's tokenizer is another one.
+            DataError: unreadable or malformed input, or a pool too small for one step (SFT: for one batch).
+        """
+        recipe = self.run.recipe
+        student = initial_policy(self.run, recipe.stages[0])
+        if recipe.teacher is not None:  # again: models that were GGUF files have a readable tokenizer only now
+            compare_tokenizers(student, prepared_model(recipe.teacher, self.run.paths.root))
+        tokenizer = load_tokenizer(
+            student,
+            chat_template=recipe.student.chat_template,
+            trust_remote_code=recipe.student.trust_remote_code,
+        )
+        pools: list[pa.Table] = []
+        reports: dict[str, FilterReport] = {}
+        for stage in recipe.stages:
+            problems = read_problems(recipe.stage(stage).data)
+            pool, reports[stage] = filter_problems(problems, recipe, stage=stage, tokenizer=tokenizer)
+            _check_size(recipe, stage, len(pool))
+            pools.append(pool)
+        return pa.concat_tables(pools), reports
+
+
+@box(POOL, phase="filter")
+def pool(filtering: Filtering) -> Product:
+    """The problems of every stage that remain."""
+    return Product(content=filtering.result[0])
+
+
+@box(FILTER_REPORT, phase="filter")
+def filter_report(filtering: Filtering) -> Product:
+    """What the filter kept and dropped, by rule and stage."""
+    _, reports = filtering.result
+    content = json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=1) + "\n"
+    return Product(content=lambda path: path.write_text(content, encoding="utf-8"))
 
 
 def filter_run(run: Run) -> dict[str, FilterReport]:
-    """Filter each stage's problems and publish the pool. Returns the reports by stage; empty if it was there already.
+    """Filter each stage's problems and publish pool and report. Returns the reports by stage; empty if both were there.
 
-    Raises:
-        ModelError: a model cannot be prepared, or the teacher's tokenizer is another one.
-        DataError: unreadable or malformed input, or a pool too small for one step (SFT: for one batch).
+    Raises as `Filtering.result` does.
     """
-    has_pool, has_report = find_own(run, run.paths.pool) is not None, find_intact(run.paths.filter_report) is not None
-    if has_pool and has_report:
-        return {}
-    report_progress(run, stage="filter", phase="filter")
-    recipe = run.recipe
-    student = initial_policy(run, recipe.stages[0])
-    if recipe.teacher is not None:  # again: models that were GGUF files have a readable tokenizer only now
-        compare_tokenizers(student, prepared_model(recipe.teacher, run.paths.root))
-    tokenizer = load_tokenizer(
-        student,
-        chat_template=recipe.student.chat_template,
-        trust_remote_code=recipe.student.trust_remote_code,
-    )
-    pools: list[pa.Table] = []
-    reports: dict[str, FilterReport] = {}
-    for stage in recipe.stages:
-        problems = read_problems(recipe.stage(stage).data)
-        pool, reports[stage] = filter_problems(problems, recipe, stage=stage, tokenizer=tokenizer)
-        _check_size(recipe, stage, len(pool))
-        pools.append(pool)
-    content = json.dumps({stage: report.to_json() for stage, report in reports.items()}, indent=1) + "\n"
-    if not has_pool:
-        publish_file(
-            run.paths.pool,
-            lambda path: write_table(pa.concat_tables(pools), path),
-            expected=required_sha256(run, run.paths.pool),
-        )
-
-    def write_report(path: Path) -> None:
-        path.write_text(content, encoding="utf-8")
-
-    publish_file(run.paths.filter_report, write_report, inputs=run.inputs(run.paths.pool))
-    return reports
+    filtering = Filtering(run)
+    made = [make(filtering, each) for each in (pool, filter_report)]
+    return {} if all(each.reused for each in made) else filtering.result[1]
 
 
 def _check_size(recipe: Recipe, stage: str, num_problems: int) -> None:

@@ -3,20 +3,19 @@
 import shutil
 from pathlib import Path
 
-from kdrl_core.ledger import Run, publish_directory, verify_own
-from kdrl_core.ledger.graph import final_checkpoint
+from kdrl_core.boxes.make import Product, box
+from kdrl_core.ledger import Run, verify_own
+from kdrl_core.ledger.graph import STUDENT
 from kdrl_core.training.protocols import STATE_DIR
 
 
-def export_student(run: Run) -> Path:
-    """Publish the last stage's result without trainer state: transformers loads it by its path."""
-    checkpoint = run.paths.root / final_checkpoint(run.recipe).place
-    sha256 = verify_own(run, checkpoint).sha256
+@box(STUDENT)
+def student(run: Run, checkpoint: Path) -> Product:
+    """The last stage's result without trainer state: transformers loads it by its path."""
+    verify_own(run, checkpoint)
 
     def write(folder: Path) -> None:
-        shutil.copytree(
-            checkpoint, folder, ignore=shutil.ignore_patterns(STATE_DIR, "manifest.json"), dirs_exist_ok=True
-        )
+        left_out = shutil.ignore_patterns(STATE_DIR, "manifest.json")
+        shutil.copytree(checkpoint, folder, ignore=left_out, dirs_exist_ok=True)
 
-    publish_directory(run.paths.student, write, inputs={run.relative(checkpoint): sha256})
-    return run.paths.student
+    return Product(content=write)

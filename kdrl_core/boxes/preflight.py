@@ -15,6 +15,7 @@ from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.models.device import check_device
 from kdrl_core.models.loading import check_model_dir, compare_tokenizers, context_limit
+from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -41,10 +42,22 @@ def check_inputs(recipe: Recipe) -> None:
             evaluation_problems(decontamination)
     for benchmark in recipe.evaluation.benchmarks:
         load_benchmark(benchmark)
+    check_estimators(recipe)
     check_device(recipe)
     check_trainer(recipe)
     check_engines(recipe)
     check_trackers(recipe)
+
+
+def check_estimators(recipe: Recipe) -> None:
+    """Raise RecipeError if an estimator's file or package is not there. None of it is run."""
+    for stage in recipe.stages:
+        for field in ("kl_estimator", "ref_kl_estimator"):
+            if is_reference(name := getattr(recipe.stage(stage), field)):
+                try:
+                    parse_reference(name).check()
+                except RecipeError as error:
+                    raise RecipeError(f"recipe {recipe.name}, field '{stage}.{field}': {error}") from error
 
 
 def check_trackers(recipe: Recipe) -> None:

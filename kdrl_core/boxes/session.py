@@ -1,35 +1,30 @@
 """What a stage keeps in memory between steps: pool, trainer, engines, scorers, verifier. One per process and stage.
 
 Tasks pass paths and numbers; the models they need are found here, so nothing is reloaded per step. What is in memory is
-always a function of the files: `policy_for(step)` restores the latest checkpoint, and the updates since are replayed
-from their published rollouts.
+always a function of the files: `trainer_at` restores the latest checkpoint, and the updates since are replayed from
+their published rollouts.
 """
 
 import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdrl_core.boxes.checkpoints import latest_checkpoint
-from kdrl_core.config import ModelConfig, StageConfig
+from kdrl_core.boxes.builders import Builders, Sampler, intact_initial_policy
+from kdrl_core.config import StageConfig
 from kdrl_core.data import think_opened
-from kdrl_core.engines.from_recipe import EngineName, local_scorer, rollout_engine
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
-from kdrl_core.engines.server_pool import served_model
-from kdrl_core.engines.sync import PROBE_RESPONSES, RebuildableEngine, SyncReport, sync_weights
+from kdrl_core.engines.sync import RebuildableEngine, sync_weights
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import Run, is_published, open_run_dir, verify_own, verify_published
-from kdrl_core.models.loading import load_model, load_tokenizer
-from kdrl_core.models.prepare import prepared_model
+from kdrl_core.ledger import Run, is_published, open_run_dir, verify_published
+from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.tables.schemas import read_table
-from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import Trainer
-from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 from kdrl_core.verify import VerdictOptions, Verifier
 
@@ -45,35 +40,20 @@ class StageSession:
         self.config: StageConfig = run.recipe.stage(stage)
         self._lock = threading.RLock()
         self._trainer: Trainer | None = None
-        self._engine: RolloutEngine | None = None
-        self._engine_version = -1
-        self.last_sync: SyncReport | None = None
+        self._sampler: Sampler | None = None
         self._teacher_engine: RolloutEngine | None = None
         self._dataset: pa.Table | None = None
         self._scorers: dict[str, TeacherScorer] = {}
         self._verifier: Verifier | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
         torch.set_num_threads(run.recipe.runtime.num_threads)
-        self._check_initial_policy()
+        policy = intact_initial_policy(run, stage)
         self.tokenizer = load_tokenizer(
-            self.initial_policy,
+            policy,
             chat_template=run.recipe.student.chat_template,
             trust_remote_code=run.recipe.student.trust_remote_code,
         )
-
-    @property
-    def initial_policy(self) -> Path:
-        """Model directory that the stage starts from: the recipe's student, or what stage 1 made of it."""
-        return initial_policy(self.run, self.stage)
-
-    def _check_initial_policy(self) -> None:
-        """Raise DamagedArtifactError if a published model that the stage starts from was altered, or is another than
-        the one that its first step was sampled from."""
-        path, run = self.initial_policy, self.run
-        if path.is_relative_to(run.paths.root):
-            verify_own(run, path)
-        elif is_published(path):
-            verify_published(path)
+        self._builders = Builders(run=run, stage=stage, policy=policy, tokenizer=self.tokenizer)
 
     @property
     def pool(self) -> dict[str, dict[str, Any]]:
@@ -94,7 +74,7 @@ class StageSession:
         """
         with self._lock:
             if self._trainer is None:
-                self._trainer = self._restore_trainer()
+                self._trainer = self._builders.trainer()
             if self._trainer.step != step:
                 raise RunError(
                     f"{self.stage} is at step {self._trainer.step}, but step {step} was asked for; "
@@ -102,69 +82,55 @@ class StageSession:
                 )
             return self._trainer
 
-    def engine_at(self, step: int, requests: Sequence[RolloutRequest]) -> RolloutEngine:
+    def sampler_at(self, step: int, requests: Sequence[RolloutRequest]) -> Sampler:
         """The rollout engine with the weights of the policy after `step` updates.
 
-        An engine that has weights of its own is synced and proved on the first of the step's `requests`; what that
-        showed is `last_sync`.
+        An engine that has weights of its own is synced and proved on the first of the step's `requests`.
 
         Raises:
             EngineError: it cannot be started, or does not sample with the trainer's probabilities.
         """
         with self._lock:
-            if self._engine is None:
+            if self._sampler is None:
                 self._check_servers()
-            self.rest(but=self._engine)
-            if self._engine is None:
-                self._engine = self._rollout_engine(self.initial_policy, self.run.recipe.student)
-                self._engine_version = 0 if self.run.recipe.rollout.engine == "transformers" else -1
-            if self._engine_version != step:
+                self.rest()
+                self._sampler = self._builders.sampler()
+            engine, sync = self._sampler.engine, None
+            self.rest(but=engine)
+            if self._sampler.version != step:
                 weights = self._weights_at(step)
                 if self.run.recipe.rollout.engine == "transformers":
-                    self._engine.load_weights(weights)
+                    engine.load_weights(weights)
                 else:
-                    self.last_sync = sync_weights(
-                        cast(RebuildableEngine, self._engine),
+                    sync = sync_weights(
+                        cast(RebuildableEngine, engine),
                         weights,
-                        requests[: self._num_probes],
+                        requests[: self._builders.num_probes],
                         self.trainer_at(step).score,
                         tolerance=self.run.recipe.rollout.sync_tolerance,
                     )
-                self._engine_version = step
-            return self._engine
-
-    @property
-    def _num_probes(self) -> int:
-        """Responses that prove a weight sync: one of each replica at least."""
-        server = self.run.recipe.rollout.server
-        return max(PROBE_RESPONSES, len(server.urls) if server is not None else 0)
+                self._sampler = Sampler(engine=engine, version=step, sync=sync)
+            return self._sampler
 
     def scorer(self, role: str) -> TeacherScorer:
-        """The frozen model of a role, `teacher` or `reference`, at the student's temperature.
-
-        Raises:
-            EngineError: the teacher is served, and its servers do not answer, or serve something else.
-        """
+        """The frozen model of a role, `teacher` or `reference`. Raises EngineError as `Builders.scorer` does."""
         with self._lock:
             self.rest(but=self._scorers.get(role))
             if role not in self._scorers:
-                teacher = self.run.recipe.teacher
-                if role == "teacher" and teacher is not None and teacher.server is not None:
-                    self._scorers[role] = HTTPScorer(
-                        served_model(teacher.server),
-                        num_tokens=len(self.tokenizer),
-                        max_tokens=self._max_tokens,
-                    )
-                else:
-                    self._scorers[role] = self._local_scorer(role)
+                self._scorers[role] = self._builders.scorer(role)
             return self._scorers[role]
 
     def rest(self, *, but: RolloutEngine | TeacherScorer | None = None) -> None:
         """Have all engines but one give back what memory they can: what works next may need it."""
         with self._lock:
-            for engine in (self._engine, self._teacher_engine, *self._scorers.values()):
-                if engine is not None and engine is not but:
+            for engine in self._engines():
+                if engine is not but:
                     engine.sleep()
+
+    def _engines(self) -> list[RolloutEngine | TeacherScorer]:
+        student = None if self._sampler is None else self._sampler.engine
+        engines = (student, self._teacher_engine, *self._scorers.values())
+        return [engine for engine in engines if engine is not None]
 
     def _check_servers(self) -> None:
         """Raise EngineError if a served teacher cannot score: before responses are sampled for it."""
@@ -173,43 +139,11 @@ class StageSession:
             self.scorer("teacher")
 
     @property
-    def _max_tokens(self) -> int:
-        """Of the longest prompt and response together."""
-        return self.config.max_prompt_tokens + self.config.max_response_tokens
-
-    def _local_scorer(self, role: str) -> TeacherScorer:
-        recipe = self.run.recipe
-        limits = {"max_tokens": self._max_tokens, "num_tokens": len(self.tokenizer)}
-        if role == "reference":
-            engine: Literal["transformers", "vllm"] = "vllm" if recipe.rollout.engine == "vllm" else "transformers"
-            return local_scorer(
-                recipe,
-                self.initial_policy,
-                recipe.student,
-                engine=engine,
-                temperature=self.config.temperature,
-                **limits,
-            )
-        assert recipe.teacher is not None  # the recipe was validated
-        return local_scorer(
-            recipe,
-            prepared_model(recipe.teacher, self.run.paths.root),
-            recipe.teacher,
-            engine=recipe.teacher.engine,
-            temperature=self.config.temperature,
-            max_topk=self.config.topk.k if self.config.needs_topk else 0,
-            **limits,
-        )
-
-    @property
     def teacher_engine(self) -> RolloutEngine:
-        """The teacher as a sampler, for SFT, at the stage's temperature and response limit."""
+        """The teacher as a sampler, for SFT."""
         with self._lock:
             if self._teacher_engine is None:
-                teacher = self.run.recipe.teacher
-                assert teacher is not None  # the recipe was validated
-                model = prepared_model(teacher, self.run.paths.root)
-                self._teacher_engine = self._rollout_engine(model, teacher, engine=teacher.engine)
+                self._teacher_engine = self._builders.teacher_engine()
             return self._teacher_engine
 
     @property
@@ -260,75 +194,17 @@ class StageSession:
         with self._lock:
             if self._verifier is not None:
                 self._verifier.close()
-            for engine in (self._trainer, self._engine, self._teacher_engine, *self._scorers.values()):
-                if engine is not None:
-                    engine.close()
-            self._verifier = self._trainer = self._engine = self._teacher_engine = self._dataset = None
+            if self._trainer is not None:
+                self._trainer.close()
+            for engine in self._engines():
+                engine.close()
+            self._verifier = self._trainer = self._sampler = self._teacher_engine = self._dataset = None
             self._scorers.clear()
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
 
-    def _rollout_engine(self, model: Path, config: ModelConfig, *, engine: EngineName | None = None) -> RolloutEngine:
-        return rollout_engine(
-            self.run.recipe,
-            model,
-            config,
-            self.tokenizer,
-            temperature=self.config.temperature,
-            max_prompt_tokens=self.config.max_prompt_tokens,
-            max_response_tokens=self.config.max_response_tokens,
-            engine=engine,
-        )
-
-    def _restore_trainer(self) -> Trainer:
-        trainer = self._make_trainer()
-        if (step := latest_checkpoint(self.run, self.stage)) > 0:
-            checkpoint = self.run.paths.checkpoint(self.stage, step)
-            try:
-                verify_own(self.run, checkpoint)
-                trainer.load(checkpoint)
-            except BaseException:
-                trainer.close()
-                raise
-        return trainer
-
-    def _make_trainer(self) -> Trainer:
-        recipe, config = self.run.recipe, self.config
-        runtime, student = recipe.runtime, recipe.student
-        options: dict[str, Any] = {
-            "temperature": config.temperature,
-            "learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "warmup_steps": config.warmup_steps,
-            "max_grad_norm": config.max_grad_norm,
-            "micro_batch_tokens": config.micro_batch_tokens,
-            "seed": recipe.seed,
-        }
-        if recipe.trainer.engine == "deepspeed":
-            return DeepSpeedTrainer(
-                self.initial_policy,
-                self.tokenizer,
-                config=recipe.trainer,
-                folder=self.run.paths.scratch / f"ranks-{self.stage}",
-                dtype=runtime.dtype,
-                device=runtime.device,
-                num_threads=runtime.num_threads,
-                trust_remote_code=student.trust_remote_code,
-                **options,
-            )
-        import torch
-
-        model = load_model(self.initial_policy, device=runtime.device, trust_remote_code=student.trust_remote_code)
-        return TorchTrainer(
-            model,
-            self.tokenizer,
-            autocast_dtype=torch.bfloat16 if runtime.dtype == "bfloat16" else None,
-            activation_checkpointing=recipe.trainer.activation_checkpointing,
-            **options,
-        )
-
     def _weights_at(self, step: int) -> Path:
         if step == 0:
-            return self.initial_policy
+            return self._builders.policy
         trainer = self.trainer_at(step)  # restoring it verifies the checkpoint: nothing is sampled from a damaged one
         if is_published(checkpoint := self.run.paths.checkpoint(self.stage, step)):
             return checkpoint
@@ -337,21 +213,6 @@ class StageSession:
         scratch.mkdir(parents=True)
         trainer.export_hf(scratch)
         return scratch
-
-
-def initial_policy(run: Run, stage: str) -> Path:
-    """Model directory that `stage` starts from. Raises RunError if the stage before it is not finished."""
-    stages = run.recipe.stages
-    position = list(stages).index(stage)  # type: ignore[arg-type]
-    if position == 0:
-        return prepared_model(run.recipe.student, run.paths.root)
-    before = stages[position - 1]
-    final = run.paths.checkpoint(before, run.recipe.stage(before).steps)
-    if not is_published(final):
-        raise RunError(
-            f"{stage} starts from the result of {before}, which is not finished; run or resume {before} first"
-        )
-    return final
 
 
 _sessions: dict[tuple[Path, str], StageSession] = {}

@@ -1,22 +1,112 @@
-"""dataset.parquet ─▶ SFT update ─▶ update.parquet, metrics, checkpoint (14).
+"""Supervised fine-tuning on the teacher's right responses: rejection sampling (B.2), then the likelihood (14).
 
-Step k's batch is a function of the dataset and k: `sft.batch_size` consecutive responses of one seeded pass over all
-kept responses after another. A pass is ordered by hashes of (seed, stage, epoch, problem, sample), so it does not
+    pool ─▶ teacher-sample ─▶ verify ─▶ select ─▶ dataset.parquet ─▶ sft-update ─▶ update.parquet, metrics, checkpoint
+
+Every problem of the stage's pool gets `sft.samples` responses of the teacher, at the stage's temperature and response
+limit; those with reward 1 are kept. The seed of a response is that of (seed, stage, "sft", problem, sample), so it
+depends neither on the shards nor on the other problems.
+
+The batch of step k is a function of the dataset and k: `sft.batch_size` consecutive responses of one seeded pass over
+all kept responses after another. A pass is ordered by hashes of (seed, stage, epoch, problem, sample), so it does not
 depend on the order or the shards in which the samples were made.
 """
 
-import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from kdrl_core.boxes.make import Product, box, timed
 from kdrl_core.boxes.session import StageSession
-from kdrl_core.boxes.step_end import StepRecord, StepSummary, end_step
-from kdrl_core.config import StageConfig
-from kdrl_core.ledger import manifest_of, prompts_of_step
+from kdrl_core.boxes.shards import num_shards, shard_problem_ids
+from kdrl_core.boxes.step import TO_VERIFY, generate_for, verdicts_of
+from kdrl_core.boxes.step_end import StepSummary, check_replay, end_step, step_facts
+from kdrl_core.errors import DataError
+from kdrl_core.ledger import Manifest, prompts_of_step
+from kdrl_core.ledger.graph import SAMPLE_REWARDS, SAMPLE_ROLLOUTS, SFT_DATASET, UPDATE, Node
 from kdrl_core.ledger.progress import report_progress
+from kdrl_core.sampling.responses import requests_for
+from kdrl_core.sampling.rollouts import rollouts_table
+from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import score_requests
-from kdrl_core.tables.schemas import UPDATE
 from kdrl_core.training.protocols import StepStats, UpdateBatch
+
+TEACHER_VERSION = -1
+"""`policy_version` of samples that no student made."""
+
+
+@box(SAMPLE_ROLLOUTS, is_kept=True)
+def teacher_sample(session: StageSession, at: int) -> Product:
+    """Sample the teacher on the problems of shard `at`. Raises EngineError if its logits are not finite."""
+    run, stage = session.run, session.stage
+    ids = shard_problem_ids(run, stage, at)
+    prompts = {problem_id: session.pool[problem_id]["prompt_token_ids"] for problem_id in ids}
+    requests = requests_for(prompts, session.config.sft.samples, run.recipe.seed, stage, "sft")
+    phase = f"sampling shard {at + 1}/{num_shards(run, stage)}"
+    report_progress(run, stage=stage, at=at, phase=phase, done=0, total=len(requests))
+    teacher = run.recipe.teacher
+    assert teacher is not None  # the recipe was validated
+    rollouts = generate_for(session, session.teacher_engine, requests, at=at, phase=phase)
+    table = rollouts_table(requests, rollouts, session.pool, policy_version=TEACHER_VERSION, engine=teacher.engine)
+    return Product(content=table, facts=timed())
+
+
+@box(SAMPLE_REWARDS, sample_rollouts=TO_VERIFY)
+def verify_samples(session: StageSession, at: int, sample_rollouts: pa.Table) -> Product:
+    """Verify the teacher's responses of shard `at`. Raises VerificationError as `refuse_failures` does."""
+    return verdicts_of(session, sample_rollouts, where=f"{session.stage} sample shard {at}")
+
+
+@box(
+    SFT_DATASET,
+    is_kept=True,
+    phase="select",
+    sample_rollouts=[name for name in schemas.SFT_DATASET.names if name != "shard"],
+    sample_rewards=["reward"],
+)
+def select(
+    session: StageSession,
+    sample_rollouts: Iterator[pa.Table],
+    sample_rewards: Iterator[pa.Table],
+    manifests: Mapping[Node, Manifest],
+) -> Product:
+    """Keep the responses with reward 1 of all shards.
+
+    The manifest counts: `sampled`, `kept`, `problems`, `problems_covered`, and the seconds of what came before.
+
+    Raises:
+        DataError: fewer responses are right than one step takes.
+    """
+    stage, config = session.stage, session.config
+    tables: list[pa.Table] = []
+    sampled, problems = 0, 0
+    for shard, (rollouts, rewards) in enumerate(zip(sample_rollouts, sample_rewards, strict=True)):
+        kept = rollouts.filter(pc.equal(rewards["reward"], 1.0))
+        kept = kept.append_column("shard", pa.array([shard] * len(kept), pa.int32()))
+        tables.append(kept.select(schemas.SFT_DATASET.names).cast(schemas.SFT_DATASET))
+        sampled += len(rollouts)
+        problems += len(pc.unique(rollouts["prompt_id"]))
+    dataset = pa.concat_tables(tables)
+    if len(dataset) < config.sft.batch_size:
+        raise DataError(
+            f"{stage}: {len(dataset)} of {sampled} teacher samples are right, fewer than "
+            f"{stage}.sft.batch_size={config.sft.batch_size}; start a new run with a smaller batch_size, more "
+            f"{stage}.sft.samples, a better teacher, or a higher {stage}.max_response_tokens if samples are cut"
+        )
+    facts = {
+        "sampled": sampled,
+        "kept": len(dataset),
+        "problems": problems,
+        "problems_covered": len(pc.unique(dataset["prompt_id"])),
+        "sample_s": _seconds(manifests, SAMPLE_ROLLOUTS.name),
+        "verify_s": _seconds(manifests, SAMPLE_REWARDS.name),
+    }
+    return Product(content=dataset, facts=lambda _: facts)
+
+
+def _seconds(manifests: Mapping[Node, Manifest], row: str) -> float:
+    return sum((manifest.metadata["seconds"] for node, manifest in manifests.items() if node.name == row), 0.0)
 
 
 def batch_of_step(dataset: pa.Table, *, seed: int, stage: str, step: int, batch_size: int) -> pa.Table:
@@ -33,59 +123,50 @@ def batch_of_step(dataset: pa.Table, *, seed: int, stage: str, step: int, batch_
 
 
 def sft_step(session: StageSession, step: int) -> StepSummary:
-    """One step of maximum likelihood on kept teacher responses; replayed where its update.parquet is published.
+    """Train on a step's responses and publish what was done. Raises as `sft_update` and `make` do."""
+    return end_step(session, sft_update, step)
+
+
+@box(UPDATE, is_kept=True, replay=check_replay, phase="update")
+def sft_update(session: StageSession, at: int) -> Product:
+    """Step `at` of maximum likelihood on kept teacher responses; replayed where its update.parquet is published.
 
     Raises:
         EngineError: loss or gradients are not finite.
-        DamagedArtifactError: the dataset, or the step's published update, was altered.
+        DamagedArtifactError: the dataset was altered, or the replay gives other metrics than are recorded.
     """
-    started = time.perf_counter()
-    run, stage, config = session.run, session.stage, session.config
-    dataset = session.sft_dataset
-    path = run.paths.sft_dataset(stage)
-    report_progress(run, stage=stage, step=step, phase="update")
-    rows = batch_of_step(dataset, seed=run.recipe.seed, stage=stage, step=step, batch_size=config.sft.batch_size)
+    run, stage, config, dataset = session.run, session.stage, session.config, session.sft_dataset
+    rows = batch_of_step(dataset, seed=run.recipe.seed, stage=stage, step=at, batch_size=config.sft.batch_size)
     zeros = [0.0] * len(rows)
-    stats = session.trainer_at(step).update(
-        UpdateBatch(
-            sequences=score_requests(rows),
-            advantages=zeros,
-            kd_weights=zeros,
-            loss="sft",
-        )
-    )
-    seconds = time.perf_counter() - started
-    return end_step(
-        session,
-        step,
-        _record(rows, stats, config, step, len(dataset), seconds),
-        inputs={run.relative(path): manifest_of(path).sha256},
-    )
-
-
-def _record(
-    rows: pa.Table, stats: StepStats, config: StageConfig, step: int, num_kept: int, seconds: float
-) -> StepRecord:
+    objective = config.objective_at(at)
+    batch = UpdateBatch(sequences=score_requests(rows), objective=objective, advantages=zeros, kd_weights=zeros)
+    stats = session.trainer_at(at).update(batch)
     lengths = rows["length"].to_numpy()
-    names = ("advantage", "kd_weight", "kl_sum", "kl_mean", "log_ratio_sum")
-    columns = dict.fromkeys(names, pa.nulls(len(rows), pa.float32()))
-    table = pa.Table.from_pydict(
+    metrics = {
+        **stats.metrics,
+        "sft/epoch": (at + 1) * config.sft.batch_size / len(dataset),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": float(lengths.max()),
+    }
+
+    def facts(seconds: float) -> dict[str, Any]:
+        throughput = float(lengths.sum()) / max(seconds, 1e-9)
+        return step_facts(
+            session, at, metrics, {"time/update_s": seconds, "throughput/update_tokens_per_s": throughput}
+        )
+
+    return Product(content=_update_table(rows, stats), facts=facts)
+
+
+def _update_table(rows: pa.Table, stats: StepStats) -> pa.Table:
+    unknown = ("advantage", "kd_weight", "kl_sum", "kl_mean", "log_ratio_sum")
+    return pa.Table.from_pydict(
         {
-            **columns,
+            **dict.fromkeys(unknown, pa.nulls(len(rows), pa.float32())),
             "prompt_id": rows["prompt_id"],
             "sample": rows["sample"],
             "logprobs": pa.array(stats.logprobs, pa.list_(pa.float32())),
             "entropies": pa.nulls(len(rows), pa.list_(pa.float32())),
         },
-        schema=UPDATE,
-    )
-    return StepRecord(
-        table=table,
-        metrics={
-            **stats.metrics,
-            "sft/epoch": (step + 1) * config.sft.batch_size / num_kept,
-            "response/length_mean": float(lengths.mean()),
-            "response/length_max": float(lengths.max()),
-        },
-        timings={"time/update_s": seconds, "throughput/update_tokens_per_s": float(lengths.sum()) / max(seconds, 1e-9)},
+        schema=schemas.UPDATE,
     )

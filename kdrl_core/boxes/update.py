@@ -1,123 +1,100 @@
 """{rollouts, teacher, reference, rewards}.parquet ─▶ update ─▶ update.parquet, metrics, checkpoint.
 
-The objective of the stage is put together here from its parts: rewards or shaped rewards (Sec. 3.1) become advantages
-(2), rewards become KD weights (Sec. 3.4), the step number becomes β (Sec. 3.3). The trainer does the rest.
+The step number gives the `Objective` with its β (Sec. 3.3). With it, rewards become advantages (2) and KD weights
+(Sec. 3.4). The trainer does the rest.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from kdrl_core.boxes.make import Product, box
 from kdrl_core.boxes.session import StageSession
-from kdrl_core.boxes.step_end import StepRecord, StepSummary, end_step
-from kdrl_core.config import StageConfig
-from kdrl_core.ledger import Run, is_published, manifest_of
-from kdrl_core.ledger.progress import report_progress
-from kdrl_core.objectives import BetaSchedule, group_advantages, kd_mask, kl_estimate, shape_rewards
+from kdrl_core.boxes.step_end import StepSummary, check_replay, end_step, step_facts
+from kdrl_core.ledger import Manifest
+from kdrl_core.ledger.graph import UPDATE, Node
+from kdrl_core.objectives import Objective, recorded_kl, training_signals
+from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import matrices, ragged, score_requests
 from kdrl_core.tables.responses import response_metrics
-from kdrl_core.tables.schemas import UPDATE, read_table
-from kdrl_core.training.protocols import Float32s, StepStats, TopKTeacher, UpdateBatch
-
-_RECORDED_AS = {"k3_k2grad": "k3", "topk": "k2"}
-"""update.parquet holds estimates from the sampled tokens: of estimators that differ in their gradient, or that need the
-vocabulary, the nearest that does not."""
+from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
 
 
 def update_step(session: StageSession, step: int) -> StepSummary:
-    """Train on a step's files, publish what was done, and the new policy when one is due.
+    """Train on a step's files and publish what was done. Raises as `update` and `make` do."""
+    return end_step(session, update, step)
 
-    A step whose `update.parquet` is published is replayed: the trainer makes the same update again from the same files.
+
+@box(UPDATE, is_kept=True, replay=check_replay, phase="update")
+def update(
+    session: StageSession,
+    at: int,
+    manifests: Mapping[Node, Manifest],
+    rollouts: pa.Table,
+    rewards: pa.Table,
+    teacher: pa.Table | None = None,
+    reference: pa.Table | None = None,
+) -> Product:
+    """Train on the files of step `at`. A step whose `update.parquet` is published is replayed: the trainer makes the
+    same update again from the same files.
 
     Raises:
         EngineError: loss or gradients are not finite.
-        DamagedArtifactError: one of the step's files was altered.
+        DamagedArtifactError: the replay gives other metrics than are recorded.
     """
-    started = time.perf_counter()
-    run, stage, config = session.run, session.stage, session.config
-    paths = run.paths
-    sources = [paths.rollouts(stage, step), paths.rewards(stage, step)]
-    if config.scores_teacher:
-        sources.append(paths.teacher(stage, step))
-    if config.ref_beta > 0.0:
-        sources.append(paths.reference(stage, step))
-    inputs = run.inputs(*sources)
-    report_progress(run, stage=stage, step=step, phase="update")
-    rollouts, rewards = read_table(sources[0]), read_table(sources[1])
-    beta = BetaSchedule(config.beta.init, config.beta.decay, config.beta.minimum)(step) if config.beta else 0.0
-    batch = _update_batch(session, step, rollouts, rewards, beta)
-    trainer = session.trainer_at(step)
+    batch = _update_batch(session.config.objective_at(at), rollouts, rewards, teacher, reference)
+    trainer = session.trainer_at(at)
     session.rest()
     stats = trainer.update(batch)
-
-    seconds = time.perf_counter() - started
-    made = StepRecord(
-        table=_update_table(rollouts, batch, stats, config),
-        metrics={
-            **response_metrics(rollouts, rewards),
-            **stats.metrics,
-            "beta": beta,
-            **_gap(rollouts, stats),
-            **_sync(run, stage, step),
-        },
-        timings=_timings(run, stage, step, seconds, int(sum(rollouts["length"].to_pylist()))),
+    told = {node.name: manifest.metadata for node, manifest in manifests.items()}
+    metrics = {
+        **response_metrics(rollouts, rewards),
+        **stats.metrics,
+        "beta": batch.objective.beta,
+        **_gap(rollouts, stats),
+        **_sync(told),
+    }
+    tokens = int(sum(rollouts["length"].to_pylist()))
+    return Product(
+        content=_update_table(rollouts, batch, stats),
+        facts=lambda seconds: step_facts(session, at, metrics, _timings(told, seconds, tokens)),
     )
-    return end_step(session, step, made, inputs=inputs)
 
 
-def _update_batch(session: StageSession, step: int, rollouts: pa.Table, rewards: pa.Table, beta: float) -> UpdateBatch:
-    run, stage, config = session.run, session.stage, session.config
-    reward = torch.tensor(rewards["reward"].to_numpy())
-    teacher = topk = ref = None
-    if config.scores_teacher:
-        scored = read_table(run.paths.teacher(stage, step))
-        teacher = ragged(scored["teacher_logprobs"])
-        if config.needs_topk:
-            topk = TopKTeacher(
-                token_ids=matrices(scored["topk_ids"]),
-                logprobs=matrices(scored["topk_logprobs"]),
-                floor=config.topk.floor,
-            )
-    if config.ref_beta > 0.0:
-        ref = ragged(read_table(run.paths.reference(stage, step))["ref_logprobs"])
-    kd_weights = torch.zeros_like(reward)
-    if config.objective == "kd_rkl":
-        advantages = torch.zeros_like(reward)
-        kd_weights = torch.ones_like(reward)
-    elif config.objective == "reward_shaping":
-        assert teacher is not None  # scores_teacher
-        student, mask = _padded(ragged(rollouts["rollout_logprobs"]))
-        shaped = shape_rewards(reward, student, _padded(teacher)[0], mask, beta)
-        advantages = group_advantages(shaped, config.group_size, normalize_std=config.normalize_std)
-    else:
-        advantages = group_advantages(reward, config.group_size, normalize_std=config.normalize_std)
-        if config.objective == "kdrl":
-            kd_weights = kd_mask(reward, config.group_size, config.kd_masking)
-    distils = config.objective in ("kdrl", "kd_rkl")
+def _update_batch(
+    objective: Objective,
+    rollouts: pa.Table,
+    rewards: pa.Table,
+    teacher: pa.Table | None,
+    reference: pa.Table | None,
+) -> UpdateBatch:
+    """What the trainer needs of a step, from the tables of its files. A table is None where no such model scores."""
+    teacher_logprobs = None if teacher is None else ragged(teacher["teacher_logprobs"])
+    shaping: dict[str, torch.Tensor] = {}
+    if objective.variant.advantages == "shaped rewards":
+        assert teacher_logprobs is not None  # the recipe has a teacher that scores
+        shaping["student_logprobs"], shaping["response_mask"] = _padded(ragged(rollouts["rollout_logprobs"]))
+        shaping["teacher_logprobs"] = _padded(teacher_logprobs)[0]
+    advantages, kd_weights = training_signals(objective, torch.tensor(rewards["reward"].to_numpy()), **shaping)
+    topk: dict[str, Any] = {}
+    if teacher is not None and objective.needs_topk:
+        topk = {name: matrices(teacher[name]) for name in ("topk_ids", "topk_logprobs")}
     return UpdateBatch(
         sequences=score_requests(rollouts),
+        objective=objective,
         advantages=advantages.tolist(),
         kd_weights=kd_weights.tolist(),
-        teacher_logprobs=teacher,
-        topk=topk,
-        ref_logprobs=ref,
-        rollout_logprobs=None if config.tis_cap is None else ragged(rollouts["rollout_logprobs"]),
-        tis_cap=config.tis_cap,
-        beta=beta if distils else 0.0,
-        kl_estimator=config.kl_estimator if distils else "k2",
-        ref_beta=config.ref_beta,
-        ref_kl_estimator=config.ref_kl_estimator,
-        entropy_coef=config.entropy_coef,
-        aggregation=config.aggregation,
-        group_size=config.group_size,
+        teacher_logprobs=teacher_logprobs,
+        ref_logprobs=None if reference is None else ragged(reference["ref_logprobs"]),
+        rollout_logprobs=None if objective.tis_cap is None else ragged(rollouts["rollout_logprobs"]),
+        **topk,
     )
 
 
-def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, config: StageConfig) -> pa.Table:
+def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats) -> pa.Table:
     kind = pa.list_(pa.float32())
     columns: dict[str, Any] = {
         "prompt_id": rollouts["prompt_id"],
@@ -131,12 +108,11 @@ def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats, conf
         columns |= dict.fromkeys(("kl_sum", "kl_mean", "log_ratio_sum"), pa.nulls(len(rollouts), pa.float32()))
     else:
         (student, mask), (teacher, _) = _padded(stats.logprobs), _padded(batch.teacher_logprobs)
-        estimator = _RECORDED_AS.get(config.kl_estimator, config.kl_estimator)
-        kl_sum = (kl_estimate(student, teacher, estimator) * mask).sum(1)
+        kl_sum = (recorded_kl(student, teacher, batch.objective.kl_estimator) * mask).sum(1)
         columns["kl_sum"] = kl_sum.numpy()
         columns["kl_mean"] = (kl_sum / mask.sum(1)).numpy()
         columns["log_ratio_sum"] = (teacher - student).sum(1).numpy()
-    return pa.Table.from_pydict(columns, schema=UPDATE)
+    return pa.Table.from_pydict(columns, schema=schemas.UPDATE)
 
 
 def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
@@ -146,26 +122,29 @@ def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
     return {"engine/logprob_gap_mean": float(difference.mean()), "engine/logprob_gap_max": float(difference.max())}
 
 
-def _sync(run: Run, stage: str, step: int) -> dict[str, float]:
+Told = Mapping[str, Mapping[str, Any]]
+"""What the manifests of a step's files say, by their rows."""
+
+
+def _sync(told: Told) -> dict[str, float]:
     """What the weight sync before the step's rollouts showed; nothing of an engine that has none."""
-    sync = manifest_of(run.paths.rollouts(stage, step)).metadata.get("sync")
+    sync = told["rollouts"].get("sync")
     return {f"sync/{name}": float(sync[name]) for name in ("gap_mean", "gap_max", "rebuilt")} if sync else {}
 
 
-def _timings(run: Run, stage: str, step: int, update_s: float, tokens: int) -> dict[str, float]:
-    files = {
-        "time/rollout_s": run.paths.rollouts(stage, step),
-        "time/teacher_score_s": run.paths.teacher(stage, step),
-        "time/reference_score_s": run.paths.reference(stage, step),
-        "time/verify_s": run.paths.rewards(stage, step),
+def _timings(told: Told, update_s: float, tokens: int) -> dict[str, float]:
+    rows = {
+        "time/rollout_s": "rollouts",
+        "time/teacher_score_s": "teacher",
+        "time/reference_score_s": "reference",
+        "time/verify_s": "rewards",
     }
-    facts = {name: manifest_of(path).metadata for name, path in files.items() if is_published(path)}
-    timings = {name: float(facts[name]["seconds"]) if name in facts else 0.0 for name in files}
-    timings["time/verify_hidden_s"] = float(facts["time/verify_s"].get("hidden_seconds", 0.0))
-    if scored := facts.get("time/teacher_score_s"):
+    timings = {name: float(told[row]["seconds"]) if row in told else 0.0 for name, row in rows.items()}
+    timings["time/verify_hidden_s"] = float(told["rewards"].get("hidden_seconds", 0.0))
+    if scored := told.get("teacher"):
         timings["time/teacher_score_hidden_s"] = float(scored.get("hidden_seconds", 0.0))
     timings["time/update_s"] = update_s
-    if sync := facts["time/rollout_s"].get("sync"):
+    if sync := told["rollouts"].get("sync"):
         timings["sync/seconds"] = float(sync["seconds"])
     timings["throughput/rollout_tokens_per_s"] = tokens / max(timings["time/rollout_s"], 1e-9)
     return timings

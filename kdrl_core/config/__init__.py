@@ -2,28 +2,22 @@
 
 from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
+from kdrl_core.config.data import DataConfig, DecontaminationConfig
+from kdrl_core.config.engine_names import EngineName, LocalEngine
+from kdrl_core.config.faults import did_you_mean
 from kdrl_core.config.load import (
     config_hash,
-    did_you_mean,
     dump_recipe,
     list_recipes,
     load_recipe,
     parse_value,
     read_fields,
 )
+from kdrl_core.config.models import ModelConfig, ServersConfig
 from kdrl_core.config.paths import resolve_path
-from kdrl_core.config.recipe import (
-    BenchmarkConfig,
-    BetaConfig,
-    DataConfig,
-    DecontaminationConfig,
-    EvaluationConfig,
-    ModelConfig,
-    Recipe,
-    StageConfig,
-    TrainerConfig,
-    VerificationConfig,
-)
+from kdrl_core.config.recipe import BenchmarkConfig, EvaluationConfig, Recipe, VerificationConfig
+from kdrl_core.config.runtime import RuntimeConfig, TrackerName, TrackingConfig, TrainerConfig
+from kdrl_core.config.stage import BetaConfig, StageConfig
 
 __all__ = [
     "AlarmsConfig",
@@ -31,11 +25,17 @@ __all__ = [
     "BetaConfig",
     "DataConfig",
     "DecontaminationConfig",
+    "EngineName",
     "EvaluationConfig",
     "FieldChange",
+    "LocalEngine",
     "ModelConfig",
     "Recipe",
+    "RuntimeConfig",
+    "ServersConfig",
     "StageConfig",
+    "TrackerName",
+    "TrackingConfig",
     "TrainerConfig",
     "VerificationConfig",
     "config_hash",

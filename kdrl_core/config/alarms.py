@@ -1,7 +1,7 @@
-"""Alarms of a recipe: which metric of a step, in which state and for how long, is told, and may stop the stage.
+"""Alarms of a recipe: which metric, in which state and for how many steps, warns the user and may stop the stage.
 
-Nothing here changes a published result, so every field is safe to change on resume. `kdrl_core.alarms` has the rules'
-arithmetic, docs/alarms.md the reasons for the defaults.
+Alarms change no published result, so every field may change on resume. `kdrl_core.alarms` has the arithmetic of the
+rules, docs/alarms.md the reasons for the defaults.
 """
 
 from collections.abc import Mapping
@@ -40,16 +40,16 @@ AlarmMetric = Literal[
     "ratio/tis_mean",
     "ratio/tis_capped_frac",
 ]
-"""Columns of metrics.parquet that a rule may look at. A rule is silent in stages that do not have its metric."""
+"""Columns of metrics.parquet that a rule may watch. A rule is silent in stages without its metric."""
 
 Severity = Literal["warning", "critical"]
 
 
 class AlarmRule(Section):
-    """What all rules have."""
+    """Fields of every rule."""
 
     metric: AlarmMetric = Field(description="column of metrics.parquet")
-    patience: Positive = Field(1, description="steps in a row that the condition has to hold before it is told, once")
+    patience: Positive = Field(1, description="steps in a row for which it must hold; then it is told once")
     severity: Severity = "warning"
     stop: bool = Field(False, description="stop the stage once the step is published; resumable (docs/alarms.md)")
 
@@ -57,25 +57,25 @@ class AlarmRule(Section):
 class ThresholdRule(AlarmRule):
     """The metric is above a number."""
 
-    above: float = Field(description="the metric has to be greater")
+    above: float = Field(description="the metric must be greater")
     min_clip_ratio: Share = Field(0.0, description="steps count only where this share of responses is cut")
 
 
 class FallRule(AlarmRule):
     """The mean of the last `window` steps has fallen by a share of the best such mean so far."""
 
-    share: float = Field(gt=0.0, lt=1.0, description="of the best mean so far that is lost")
-    window: Positive = Field(10, description="steps of the mean")
-    min_best: float = Field(0.05, gt=0.0, description="the best mean has to have been this high: below it is noise")
+    share: float = Field(gt=0.0, lt=1.0, description="share of the best mean so far that is lost")
+    window: Positive = Field(10, description="steps that the mean is taken over")
+    min_best: float = Field(0.05, gt=0.0, description="the best mean must have been this high: below it is noise")
 
 
 class JumpRule(AlarmRule):
-    """The metric has left the median of the `window` steps before, upwards or downwards."""
+    """The metric is far above or below the median of the last `window` steps."""
 
     factor: float = Field(gt=1.0, description="up: above factor × median; down: below median / factor")
-    min_change: float = Field(gt=0.0, description="and away from it by so much, in units of the metric")
+    min_change: float = Field(gt=0.0, description="and at least this far from it, in units of the metric")
     direction: Literal["up", "down", "both"] = "up"
-    window: int = Field(10, ge=2, description="steps before, whose median is compared with")
+    window: int = Field(10, ge=2, description="earlier steps whose median is the baseline")
 
     @model_validator(mode="after")
     def _median_stands_still(self) -> Self:
@@ -88,7 +88,7 @@ class JumpRule(AlarmRule):
 
 
 class AcknowledgedConfig(Section):
-    """Alarms that somebody has seen: those of steps up to here no longer stop their stage."""
+    """Alarms that somebody has seen: those of steps up to these no longer stop their stage."""
 
     stage1: int | None = Field(None, ge=0, description="last step whose alarms were seen")
     stage2: int | None = Field(None, ge=0, description="last step whose alarms were seen")
@@ -110,7 +110,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "logprob_gap": {"metric": "engine/logprob_gap_mean", "above": 0.05, "patience": 3, "severity": "critical"},
     "timeouts": {"metric": "verdict/timeout", "above": 0.05, "patience": 3},
 }
-"""What a recipe does not say of a rule. Every rule is on."""
+"""Defaults of the rules. Every rule is on."""
 
 
 def _default(kind: type[Any], name: str) -> Any:
@@ -118,7 +118,7 @@ def _default(kind: type[Any], name: str) -> Any:
 
 
 class AlarmsConfig(Section):
-    """The rules, each on unless it is null."""
+    """The rules; a rule that is null is off."""
 
     reward_collapse: FallRule | None = _default(FallRule, "reward_collapse")
     clip_ratio: ThresholdRule | None = _default(ThresholdRule, "clip_ratio")
@@ -140,7 +140,7 @@ class AlarmsConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """What is not said of a rule is as in DEFAULTS: `alarms.clip_ratio.stop=true` is enough."""
+        """Fill in the defaults of each rule, so that `alarms.clip_ratio.stop=true` is enough."""
         if not isinstance(values, Mapping):
             return values
         return {

@@ -1,4 +1,4 @@
-"""What differs between two recipes, and which differences a run may be resumed with."""
+"""The differences between two recipes, and which of them allow a run to be resumed."""
 
 import fnmatch
 from dataclasses import dataclass
@@ -26,13 +26,14 @@ SAFE_FIELDS = (
     "tracking.*",
     "alarms.*",
 )
-"""Fields that change no published result, so that a run goes on with their new values.
+"""Fields that change no published result, so a run may be resumed with new values of them.
 
-Those of `vllm` and `trainer` change the last bits of updates to come, by the order of sums, as new hardware does: a
-stage must be able to go on with the ranks that there are. Checkpoints are the same for every trainer."""
+Fields of `vllm` and `trainer` change the order of sums, hence the last bits of later updates, as other hardware does
+too. They are safe because a stage must be able to go on with the ranks that are left. All trainers write the same
+checkpoints."""
 
 MORE_IS_SAFE = ("stage?.steps",)
-"""Numbers that may grow (as long as no later stage has begun)."""
+"""Numbers that may grow as long as no later stage has begun."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ class FieldChange:
 
 
 def diff_recipes(old: Recipe, new: Recipe) -> list[FieldChange]:
-    """Every leaf field in which two recipes differ, in the order of the fields."""
+    """Every leaf field that differs between two recipes, in the order of the fields."""
     before, after = leaf_fields(old), leaf_fields(new)
     return [
         FieldChange(field=field, old=before.get(field), new=after.get(field))
@@ -71,7 +72,7 @@ def _is_safe(change: FieldChange, new: Recipe) -> bool:
 
 
 def leaf_fields(recipe: Recipe) -> dict[str, Any]:
-    """Every field of a recipe that has no fields itself, by its path: `stage2.beta.init`."""
+    """Every field of a recipe that is not a section, by its path: `stage2.beta.init`."""
     return _leaves(recipe.model_dump(mode="json"))
 
 

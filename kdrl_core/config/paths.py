@@ -20,7 +20,7 @@ def artifacts_root() -> Path:
 
 
 def validate_run_name(name: str) -> str:
-    """`name` if it is one plain folder name, else RunError: run names never lead out of the artifacts folder."""
+    """`name`, if it is a plain folder name, so that no path leads out of the artifacts folder; else raises RunError."""
     if not _RUN_NAME.fullmatch(name) or ".." in name:
         raise RunError(
             f"run name {name!r} is not allowed: use letters, digits, '.', '_' and '-', at most 100, "
@@ -30,12 +30,12 @@ def validate_run_name(name: str) -> str:
 
 
 def resolve_path(value: str) -> Path:
-    """The absolute path that a recipe's `value` means. It need not exist, except for the package of `package:`.
+    """The absolute path that a recipe's `value` means. It need not exist, but the package of `package:` must.
 
     Raises:
-        RecipeError: the path leaves the shipped assets or the package, or the package is not installed, or no file
-            can have this name.
-        RunError: what stands after `run:` is no run name.
+        RecipeError: the path leaves the shipped assets or the package, the package is not installed, or the path has
+            control characters.
+        RunError: the text after `run:` is not a run name.
     """
     if _CONTROL.search(value):
         raise RecipeError(f"path {value!r} has control characters; no file that kdrl reads is named like that")
@@ -47,7 +47,7 @@ def resolve_path(value: str) -> Path:
     if scheme == "package":
         package, _, inner = rest.partition("/")
         spec = None
-        if package.isidentifier():  # finding a package within a package would import, that is run, the outer one
+        if package.isidentifier():  # to find a package inside another, Python would import the other, so run its code
             with suppress(ValueError):  # a module without a spec, like __main__
                 spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""API keys: named in a recipe, never written in it. A reference says where the key is; only its holder sees the key.
+"""API keys: a recipe names the place of a key and never holds the key itself.
 
 `env:NAME` is an environment variable. Outer rings add schemes of their own (`block:NAME`, a Prefect Secret block).
 """
@@ -8,15 +8,19 @@ from collections.abc import Callable
 
 from kdrl_core.errors import SecretError
 
+_MAY_HOLD_KEY = ("server", "api_key", "mlflow_uri")
+"""Fields in which somebody may write a key by mistake. Their values are never shown."""
+_MAX_SHOWN_CHARS = 200
+
 SecretSource = Callable[[str], str]
-"""Gives the secret of a name; raises SecretError if there is none."""
+"""Name → secret. Raises SecretError if there is none."""
 
 
 def resolve_secret(reference: str) -> str:
-    """The secret that `reference` (scheme:NAME) leads to.
+    """The secret at `reference` (scheme:NAME).
 
     Raises:
-        SecretError: no such scheme, or nothing there. The message never holds a secret.
+        SecretError: the scheme is unknown, or there is no secret. The message never holds a secret.
     """
     scheme, _, name = reference.partition(":")
     source = _sources.get(scheme)
@@ -35,13 +39,26 @@ def resolve_secret(reference: str) -> str:
 
 
 def register_secret_source(scheme: str, source: SecretSource) -> None:
-    """Let `scheme:NAME` lead to what `source` gives."""
+    """From now on `scheme:NAME` is looked up in `source`."""
     _sources[scheme] = source
 
 
 def is_known(reference: str) -> bool:
-    """Whether the reference's scheme is one that this process can follow."""
+    """Whether this process can look up references of this scheme."""
     return reference.partition(":")[0] in _sources
+
+
+def may_hold_key(text: str) -> bool:
+    """Whether a text names a field in which somebody may have written a key."""
+    return any(name in text for name in _MAY_HOLD_KEY)
+
+
+def shown(text: str) -> str:
+    """As much of a user's text as a message needs. Of `FIELD=VALUE` that may hold a key, the field alone."""
+    if may_hold_key(text):
+        name, equals, _ = text.partition("=")
+        return name if equals else "(not shown, as it may hold a key)"
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 
 def _from_environment(name: str) -> str:

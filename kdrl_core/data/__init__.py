@@ -1,10 +1,11 @@
-"""Problems: read from files, filtered by the paper's rules, rendered as prompts. Torch and transformers stay unloaded
-until a tokenizer is."""
+"""Problems: read from files, filtered by the paper's rules, rendered as prompts.
+
+Torch and transformers are not imported before a tokenizer is loaded."""
 
 from kdrl_core.data.filter import filter_problems
+from kdrl_core.data.filter_report import FilterReport, RuleCount
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts, think_opened
 from kdrl_core.data.read import find_files, malformed_rows, read_problems
-from kdrl_core.data.report import FilterReport, RuleCount
 from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA, SKYWORK_SCHEMA
 from kdrl_core.data.stream import filter_files
 

@@ -1,8 +1,8 @@
-r"""Ground truths that math-verify cannot read: no response to their problem could ever be found right.
+r"""Ground truths that math-verify cannot read, so that no response to their problem could be found right.
 
-Read as the verifier reads them, by its own killable workers: each distinct truth is compared with a number, and the
-verdict tells whether the truth was mathematics. A truth that exhausts time or memory counts as unreadable. Plain
-numbers and fractions need no worker.
+The verifier's own killable workers read them: each distinct truth is compared with a number, and the verdict says
+whether the truth is mathematics. A truth that exhausts time or memory counts as unreadable. Plain numbers and
+fractions need no worker.
 """
 
 import re
@@ -15,11 +15,11 @@ from kdrl_core.verify.accuracy import UNREADABLE_TRUTH
 
 _NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/[1-9]\d{0,40})?|\\frac\{\d{1,40}\}\{[1-9]\d{0,40}\}", re.ASCII)
 _PROBE = r"\boxed{98765432123456789}"
-"""An answer that is nobody's ground truth."""
+"""An answer that is no problem's ground truth."""
 
 
 def unparsable_answers(answers: Iterable[str], limits: VerificationConfig) -> set[str]:
-    """Those of the answers that math-verify cannot parse."""
+    """The answers that math-verify cannot parse."""
     doubtful = sorted({answer for answer in answers if not _NUMBER.fullmatch(answer)})
     if not doubtful:
         return set()

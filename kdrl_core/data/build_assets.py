@@ -1,14 +1,14 @@
-"""Build the problems and benchmarks that are shipped in kdrl_core/assets from normalised JSON Lines.
+"""Build the problems and benchmarks in kdrl_core/assets from normalised JSON Lines.
 
     python -m kdrl_core.data.build_assets --source DIR [--output DIR]
 
 DIR holds `eval/<benchmark>.jsonl` and `train/{deepscaler_aime,deepscaler_math,omni_math_num}.jsonl`; their sources and
 licences are in kdrl_core/assets/README.md. The same input gives the same bytes (Parquet: with the same pyarrow).
 
-The problems are real, the **difficulty labels are made up**: a logistic model (Rasch) in which a problem has a hidden
-difficulty z (from its contest position or its level, plus noise), a model m has an ability a_m, each of 16 samples is
-right with probability σ(a_m − z + noise_m), and the label counts the wrong ones. So harder problems have more failures,
-labels correlate over models, some are 16, some 0, and a few are missing, as in the published data.
+The problems are real, but the **difficulty labels are made up** by a logistic model (Rasch). A problem has a hidden
+difficulty z (its contest position or level, plus noise), a model m has an ability a_m, and each of 16 samples is right
+with probability σ(a_m − z + noise_m). The label counts the wrong samples. As in the published data, harder problems
+have more failures, labels correlate over models, some are 16, some are 0, and a few are missing.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def synthetic_failures(problem_id: str, difficulty: float) -> dict[str, int | No
     """Made-up labels of one problem: model → failures of 16, None where a label is missing.
 
     Args:
-        difficulty: z before noise, in logits; 0 is a problem that an ability of 0 solves half the time.
+        difficulty: z before noise, in logits; an ability of 0 solves a problem of difficulty 0 half the time.
     """
     if _uniform(problem_id, "no labels") < _NO_LABELS:
         return None
@@ -81,7 +81,7 @@ def synthetic_failures(problem_id: str, difficulty: float) -> dict[str, int | No
 
 
 def _write_deepscaler(rows: list[dict[str, Any]], path: Path) -> None:
-    """A JSON array of {problem, answer, solution}; rows without a solution leave it out. One row a line."""
+    """A JSON array of {problem, answer, solution}, one row a line; `solution` is left out where a row has none."""
     fields = ("problem", "answer", "solution")
     lines = [json.dumps({name: row[name] for name in fields if name in row}, ensure_ascii=False) for row in rows]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8", newline="\n")
@@ -108,7 +108,7 @@ def _write_skywork(train: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def _difficulty(name: str, row: dict[str, Any]) -> float:
-    """z before noise, from what the sources tell: position 1–15 in an AIME, level 0–5 in MATH, 1–9.5 in Omni-MATH."""
+    """z before noise: from the position 1–15 in an AIME, the level 0–5 in MATH or 1–9.5 in Omni-MATH."""
     if name == "deepscaler_aime":
         position = int(row["id"].rsplit("-", 1)[1])
         return -0.4 + 0.28 * position
@@ -118,7 +118,7 @@ def _difficulty(name: str, row: dict[str, Any]) -> float:
 
 
 def _uniform(problem_id: str, use: str) -> float:
-    """In (0, 1), from a hash: the same on every platform and in every order."""
+    """A number in (0, 1) from a hash: the same on every platform and in every order."""
     digest = hashlib.sha256(f"{SEED}\0{use}\0{problem_id}".encode()).digest()
     return (int.from_bytes(digest[:6]) + 0.5) / 2.0**48
 

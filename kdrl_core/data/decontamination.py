@@ -3,12 +3,13 @@ r"""Training problems that overlap evaluation problems, found by shared n-grams 
     overlap(a, b) = |ngrams(a) ∩ ngrams(b)| / min(|ngrams(a)|, |ngrams(b)|)
 
 over distinct n-grams, so that a benchmark problem inside a longer text overlaps wholly. Problems shorter than n words
-have no n-gram: they overlap only if they are the same letters and digits. Words are runs of letters or digits after
-NFKC and lower-casing; LaTeX that changes only the look (`\left`, `\dfrac`, `\text`) is nothing.
+have no n-gram; they overlap only if their letters and digits are the same. Words are runs of letters or digits after
+NFKC and lower-casing. LaTeX that changes only the look (`\left`, `\dfrac`, `\text`) is left out.
 
-A share, not any n-gram in common: contest problems end in the same sentences ("where m and n are relatively prime
-positive integers. Find m + n"). Of the 3,052 shipped problems, from which overlaps were removed before, one shared
-13-gram would drop 220; half of the shorter problem's drops 4, two of which are benchmark problems in other words.
+Why a share, and not one n-gram in common: contest problems end in the same sentences ("where m and n are relatively
+prime positive integers. Find m + n"). The 3,052 shipped problems had their overlaps removed before. A rule of one
+shared 13-gram would still drop 220 of them; half of the shorter problem's n-grams drops 4, of which two are benchmark
+problems in other words.
 """
 
 import re
@@ -32,11 +33,11 @@ class Overlap:
     benchmark: str
     problem_id: str
     share: float
-    """1 where they are equal."""
+    """1 if they are equal."""
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a problem, as they are compared."""
+    """The words of a problem that are compared."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     if "\\" in text:
@@ -45,7 +46,7 @@ def words_of(text: str) -> list[str]:
 
 
 def evaluation_problems(config: DecontaminationConfig) -> dict[str, list[BenchmarkProblem]]:
-    """The problems of each file, by its path in the recipe. Raises DataError that names file, row and field."""
+    """The problems of each file, by its path in the recipe. Raises DataError with file, row and field."""
     return {file: load_benchmark(BenchmarkConfig(name=_name(file), file=file)) for file in config.files}
 
 
@@ -79,7 +80,7 @@ class Decontaminator:
             self._index[ngram].append(number)
 
     def find(self, question: str) -> Overlap | None:
-        """The overlap of at least `min_overlap` with an evaluation problem, the largest; None without one."""
+        """The largest overlap with an evaluation problem, of at least `min_overlap`; None without one."""
         words = words_of(question)
         if (number := self._equal.get("".join(words))) is not None:
             return self._overlap(number, 1.0)
@@ -107,7 +108,7 @@ class Decontaminator:
         return zip(*(words[start:] for start in range(self._ngram)), strict=False)
 
     def _known_ngrams(self, words: list[str]) -> set[tuple[str, ...]]:
-        """The distinct n-grams all of whose words some evaluation problem has: no other can be shared."""
+        """The distinct n-grams whose words all occur in evaluation problems; no other n-gram can be shared."""
         known = self._vocabulary
         found: set[tuple[str, ...]] = set()
         start = 0

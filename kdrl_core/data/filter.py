@@ -1,11 +1,11 @@
 """The data filter of B.1.1 and B.3: problems → the pool that a stage trains on.
 
-With d = failures of a label out of n = `difficulty.num_samples`, so that passes = n − d, the rules in order:
+d = failures of a label out of n = `difficulty.num_samples`; passes = n − d. The rules in order:
 
 ==================== =========================================================================================
 malformed            rows that cannot be read (data.on_error=drop)
 duplicates           the same question again, up to white space
-missing_labels       no label where one of the rules below needs it (data.missing_labels=drop)
+missing_labels       a label is missing that one of the rules below needs (data.missing_labels=drop)
 drop_passes_at_least passes of the student's label ≥ 15 of 16, that is d ≤ 1 (B.1.1 rule 1)
 drop_all_failed      d = n for every label (B.1.1 rule 2)
 min_pass_rate        passes / n below the bound (B.3)
@@ -16,33 +16,38 @@ max_unsolved_share   d = n for the student: at most 10 % **of the result** (B.1.
 max_problems         a seeded sample
 ==================== =========================================================================================
 
-Departures. The paper lists the cap before the length rule; here it comes after, because every rule that still removes
-solved problems would push the share of unsolved ones above the cap. The sample of `max_problems` keeps the cap as
-well. A problem without the student's label counts neither as solved nor as unsolved.
+Departures. The paper lists the cap before the length rule. Here the cap comes last, because a later rule that removes
+solved problems would push the share of unsolved ones above it. The sample of `max_problems` keeps the cap as well. A
+problem without the student's label counts neither as solved nor as unsolved.
 
-Deterministic in the seed whatever the order of the input: rows are ranked by sha256(seed, rule, stage, problem_id),
-ties among duplicates are broken by content, and the result is sorted by problem_id.
+The result depends on the seed and not on the order of the input: rows are ranked by sha256(seed, rule, stage,
+problem_id), ties among duplicates are broken by content, and the result is sorted by problem_id.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import DataConfig, Recipe
-from kdrl_core.data.decontamination import Decontaminator
+from kdrl_core.data.decontamination import Decontaminator, Overlap
+from kdrl_core.data.filter_report import FilterReport
 from kdrl_core.data.normalize import Format, detect_format, normalize_batch
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import MALFORMED_KEY, count_faults, malformed_rows
-from kdrl_core.data.report import FilterReport
 from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA
 from kdrl_core.data.sieve import Rows, Sieve, text_codes
 from kdrl_core.data.text import normalize_questions, question_digests
 from kdrl_core.errors import DataError, RecipeError
 
 _BATCH_ROWS = 32_768
+
+QuestionCheck = tuple[npt.NDArray[np.bool_], list[Overlap | None] | None]
+"""Of each row, whether its prompt is short enough; of each such row, its overlap (None: not looked for)."""
 
 _REMEDIES = {
     "malformed": "correct the files",
@@ -65,18 +70,16 @@ def filter_problems(
     *,
     stage: str | None = None,
     tokenizer: ChatTokenizer | None = None,
-    malformed: int | None = None,
 ) -> tuple[pa.Table, FilterReport]:
-    """Apply the rules of one stage's `data` section and render the prompts of what is left.
+    """Apply the rules of one stage's `data` section, and render the prompts of the problems that are left.
 
     Args:
         table: PROBLEM_SCHEMA, or the raw columns of a known format.
         stage: the stage whose rules apply; default: the recipe's last.
         tokenizer: measures and renders prompts; default: the student's.
-        malformed: rows dropped before the table was made; default: what `read_problems` recorded in it.
 
     Returns:
-        the pool in POOL_SCHEMA, sorted by problem_id, and the report. Rows and counts add up.
+        the pool in POOL_SCHEMA, sorted by problem_id, and the report, whose counts add up.
 
     Raises:
         DataError: nothing is left, a needed label is missing (data.missing_labels=fail), a row is malformed
@@ -86,8 +89,6 @@ def filter_problems(
     """
     stage = check_stage(recipe, stage)
     config = recipe.stage(stage)
-    lost = malformed_rows(table) if malformed is None else malformed
-    rows_in = table.num_rows + lost
     problems, faults = _normalized(table, config.data)
     questions = problems["question"]
     sieve = Sieve(
@@ -97,25 +98,51 @@ def filter_problems(
         keys=text_codes(normalize_questions(questions)),
         digests=lambda rows: question_digests(questions.take(rows)),
     )
-    sieve.note("malformed", lost + faults, "rows that cannot be read (data.on_error=drop)")
+    rendered: list[Prompts] = []
+
+    def check_questions(alive: Rows) -> QuestionCheck:
+        prompts = Prompts.render(questions, alive, recipe, tokenizer=tokenizer, limit=config.max_prompt_tokens)
+        rendered.append(prompts)
+        is_short = prompts.position[alive] >= 0
+        if config.data.decontamination is None:
+            return is_short, None
+        kept = questions.take(pa.array(alive[is_short]))
+        return is_short, Decontaminator(config.data.decontamination).find_all(kept.to_pylist())
+
+    report = apply_rules(sieve, recipe, malformed_rows(table) + faults, check_questions)
+    return _pool(sieve, rendered[0]), report
+
+
+def apply_rules(
+    sieve: Sieve, recipe: Recipe, malformed: int, check_questions: Callable[[Rows], QuestionCheck]
+) -> FilterReport:
+    """Apply all rules in their order.
+
+    Args:
+        malformed: rows that could not be read.
+        check_questions: rows → whether the prompt of each is short enough, and the overlaps of those that are short.
+
+    Raises:
+        DataError: nothing is left, or a rule refuses the data.
+    """
+    sieve.note("malformed", malformed, "rows that cannot be read (data.on_error=drop)")
     sieve.drop_duplicates()
-    check_ids(problems, sieve.alive)
+    _check_ids(sieve.problems, sieve.alive)
     sieve.apply_label_rules()
-    prompts = Prompts.render(questions, sieve.alive, recipe, tokenizer=tokenizer, limit=config.max_prompt_tokens)
-    sieve.drop_long_prompts(prompts.position[sieve.alive] >= 0)
-    overlaps = None
-    if config.data.decontamination is not None:
-        decontaminator = Decontaminator(config.data.decontamination)
-        overlaps = decontaminator.find_all(questions.take(pa.array(sieve.alive)).to_pylist())
+    is_short, overlaps = check_questions(sieve.alive)
+    sieve.drop_long_prompts(is_short)
     sieve.drop_contaminated(overlaps)
     sieve.drop_unparsable(recipe.verification)
     sieve.sample(recipe.seed)
-    report = finished_report(sieve, rows_in)
-    return _pool(sieve, prompts), report
+    rows_in = sieve.problems.num_rows + malformed
+    report = FilterReport(stage=sieve.stage, rows_in=rows_in, rules=tuple(sieve.counts), rows_out=len(sieve.alive))
+    if report.rows_out == 0:
+        raise _empty(report)
+    return report
 
 
 def check_stage(recipe: Recipe, stage: str | None) -> str:
-    """The named stage, by default the recipe's last. Raises RecipeError if the recipe does not have it."""
+    """The named stage, or the recipe's last. Raises RecipeError if the recipe does not have it."""
     stage = recipe.stages[-1] if stage is None else stage
     if stage not in recipe.stages:
         raise RecipeError(f"recipe {recipe.name} has no stage '{stage}'; it has {', '.join(recipe.stages)}")
@@ -124,7 +151,7 @@ def check_stage(recipe: Recipe, stage: str | None) -> str:
 
 @dataclass(slots=True)
 class Prompts:
-    """Rendered prompts; `position[row]` is where a row's prompt stands in `texts` and `token_ids`, −1 if nowhere."""
+    """Rendered prompts. `position[row]` is the place of a row's prompt in `texts` and `token_ids`; −1: it has none."""
 
     position: Rows
     texts: pa.ChunkedArray
@@ -134,7 +161,7 @@ class Prompts:
     def render(
         cls, questions: pa.ChunkedArray, rows: Rows, recipe: Recipe, *, tokenizer: ChatTokenizer | None, limit: int
     ) -> Self:
-        """Render the questions of `rows`, and keep prompts of at most `limit` tokens."""
+        """Render the questions of `rows`, and keep the prompts of at most `limit` tokens."""
         position = np.full(len(questions), -1, dtype=np.int64)
         texts: list[pa.Array] = []
         token_ids: list[pa.Array] = []
@@ -153,16 +180,8 @@ class Prompts:
         return cls(position, pa.chunked_array(texts, pa.string()), pa.chunked_array(token_ids, pa.list_(pa.int32())))
 
 
-def finished_report(sieve: Sieve, rows_in: int) -> FilterReport:
-    """The report of a sieve whose rules are all applied. Raises DataError if nothing is left."""
-    report = FilterReport(stage=sieve.stage, rows_in=rows_in, rules=tuple(sieve.counts), rows_out=len(sieve.alive))
-    if report.rows_out == 0:
-        raise _empty(report)
-    return report
-
-
 def _pool(sieve: Sieve, prompts: Prompts) -> pa.Table:
-    """The rows alive, in POOL_SCHEMA, sorted by problem_id."""
+    """The rows that are left, in POOL_SCHEMA, sorted by problem_id."""
     rows = sieve.alive_sorted()
     taken = sieve.problems.take(pa.array(rows))
     student = sieve.student[rows]
@@ -205,7 +224,7 @@ def _normalized(table: pa.Table, data: DataConfig) -> tuple[pa.Table, int]:
 
 
 def _is_normalized(table: pa.Table, data: DataConfig) -> bool:
-    """Whether `read_problems` made the table with labels in range, so that its rows need no second look."""
+    """Whether `read_problems` made the table and its labels are in range, so that its rows need no second check."""
     if MALFORMED_KEY not in (table.schema.metadata or {}) or not table.schema.equals(PROBLEM_SCHEMA):
         return False
     most = max((pc.max(chunk.items).as_py() or 0 for chunk in table["failures"].chunks), default=0)
@@ -213,8 +232,8 @@ def _is_normalized(table: pa.Table, data: DataConfig) -> bool:
     return most <= data.difficulty.num_samples and not has_gaps
 
 
-def check_ids(problems: pa.Table, alive: Rows) -> None:
-    """Randomness and files are keyed by problem_id: DataError if two different questions share one."""
+def _check_ids(problems: pa.Table, alive: Rows) -> None:
+    """Raise DataError if two different questions share a problem_id, since seeds and files are named by it."""
     problem_ids = problems["problem_id"]
     codes = text_codes(problem_ids.take(pa.array(alive)))
     counts = np.bincount(codes) if len(codes) else codes

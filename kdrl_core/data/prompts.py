@@ -1,7 +1,7 @@
 """Questions → prompts: the recipe's template as one user turn of the student's chat template, tokenised.
 
-The text is put in by `str.replace`, never `str.format`: questions and the template itself are full of LaTeX braces.
-The chat template writes every special token that the prompt has, so that tokenising adds none.
+The question is put in by `str.replace`, never by `str.format`: questions and the template are full of LaTeX braces.
+The chat template writes every special token of the prompt, so tokenising adds none.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _BATCH_ROWS = 512
 
 
 class ChatTokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that is used here."""
 
     chat_template: Any
 
@@ -58,14 +58,14 @@ def render_prompts(
     """Render and tokenise every question.
 
     Args:
-        chat_template: in place of the student's, for a tokenizer of another model.
+        chat_template: used instead of the student's, for a tokenizer of another model.
 
     Returns:
         (prompt text, token ids) per question, in order. The text ends where the response begins.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or the template cannot be rendered, or a response would lose
-            its `</think>` when it is decoded.
+        ModelError: the tokenizer has no chat template, the template cannot be rendered, or decoding would remove the
+            `</think>` of a response.
     """
     _check_thought_is_kept(tokenizer)
     chat_template = chat_template or recipe.student.chat_template
@@ -84,10 +84,10 @@ def render_prompts(
 
 
 def think_opened(prompt: str, recipe: Recipe) -> bool:
-    """Whether the rendered prompt has already opened `<think>` (R1-Distill's chat template does), so that the
-    response starts inside it. `prompt.think_opened` of the recipe overrides what the prompt shows.
+    """Whether the rendered prompt ends with `<think>` (as R1-Distill's chat template does), so that the response starts
+    inside the thought. The recipe's `prompt.think_opened` overrides this.
 
-    It is the chat template that ends a prompt, so one prompt speaks for all that it rendered.
+    The chat template ends every prompt in the same way, so the answer for one prompt holds for all.
     """
     if recipe.prompt.think_opened is not None:
         return recipe.prompt.think_opened
@@ -95,7 +95,7 @@ def think_opened(prompt: str, recipe: Recipe) -> bool:
 
 
 def _check_thought_is_kept(tokenizer: ChatTokenizer) -> None:
-    """Responses are decoded without special tokens: were `</think>` one, no response could ever be well-formed."""
+    """Refuse a tokenizer with `</think>` as a special token: decoding drops it, and no response would be valid."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     for token in added.values():
         if token.content in ("<think>", "</think>") and token.special:
@@ -110,7 +110,7 @@ def _render(turns: list[list[dict[str, str]]], tokenizer: ChatTokenizer, chat_te
         texts: list[str] = tokenizer.apply_chat_template(
             turns, chat_template=chat_template, add_generation_prompt=True, tokenize=False
         )
-    except Exception as error:  # transformers renders in a sandbox, but what a template may raise has no bounds
+    except Exception as error:  # transformers renders in a sandbox, but a template may raise anything
         reason = " ".join(str(error).split())
         raise ModelError(f"the chat template cannot be rendered ({reason}); correct student.chat_template") from error
     return texts

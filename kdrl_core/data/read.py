@@ -1,6 +1,6 @@
-"""Problem files → one table in PROBLEM_SCHEMA: Parquet, JSON arrays and JSON Lines, in any of the known formats.
+"""Problem files → one table in PROBLEM_SCHEMA. Files are Parquet, JSON arrays or JSON Lines, in any known format.
 
-Files are read in batches, so that faults carry row numbers and memory stays near the size of the result.
+Files are read in batches, so that faults have row numbers and memory stays near the size of the result.
 """
 
 import glob
@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import DataConfig, resolve_path
+from kdrl_core.data.chunk import RowFault
 from kdrl_core.data.normalize import (
     Format,
     Normalized,
-    RowFault,
     check_columns,
     detect_format,
     normalize_batch,
@@ -26,7 +26,7 @@ from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.errors import DataError
 
 MALFORMED_KEY = b"kdrl.malformed_rows"
-"""Metadata of a table's schema: rows that were dropped on the way to it."""
+"""Key in the metadata of a table's schema: the number of rows that were dropped when it was read."""
 
 _BATCH_ROWS = 16_384
 _USED_COLUMNS = {
@@ -40,12 +40,12 @@ def read_problems(data: DataConfig) -> pa.Table:
     """Read every file of `data.files` and normalise its rows.
 
     Returns:
-        rows in PROBLEM_SCHEMA, in the order of the files; `malformed_rows(table)` tells how many were dropped.
+        rows in PROBLEM_SCHEMA, in the order of the files; `malformed_rows(table)` is the number of dropped rows.
 
     Raises:
-        DataError: a file is missing, of no known kind or format, or (with data.on_error=fail) has a malformed row.
+        DataError: a file is missing or of unknown kind or format, or (with data.on_error=fail) a row is malformed.
             Rows count from 1; in JSON Lines they are lines.
-        RecipeError: a `builtin:` or `package:` path that cannot be resolved.
+        RecipeError: a `builtin:` or `package:` path cannot be resolved.
     """
     tables: list[pa.Table] = []
     malformed = 0
@@ -57,19 +57,19 @@ def read_problems(data: DataConfig) -> pa.Table:
 
 
 def iter_problems(data: DataConfig) -> Iterator[tuple[Normalized, int]]:
-    """What `read_problems` reads, batch by batch, and the number of malformed rows, which are logged."""
+    """The rows of all files, batch by batch, each with its number of malformed rows, which are logged."""
     for path in find_files(data):
         for batch in _read_file(path, data):
             yield batch, count_faults(batch.faults, data)
 
 
 def malformed_rows(table: pa.Table) -> int:
-    """How many rows `read_problems` dropped on the way to this table; 0 for any other table."""
+    """How many rows `read_problems` dropped when it made this table; 0 for any other table."""
     return int((table.schema.metadata or {}).get(MALFORMED_KEY, b"0"))
 
 
 def count_faults(faults: list[RowFault], data: DataConfig) -> int:
-    """The number of faults, with data.on_error=drop; otherwise DataError with the first."""
+    """The number of faults. Raises DataError with the first, unless data.on_error=drop."""
     if faults and data.on_error == "fail":
         raise DataError(str(faults[0]))
     if faults:
@@ -78,7 +78,7 @@ def count_faults(faults: list[RowFault], data: DataConfig) -> int:
 
 
 def find_files(data: DataConfig) -> list[Path]:
-    """The files that `data.files` means, globs expanded in sorted order. Raises DataError if one matches nothing."""
+    """The files of `data.files`, with globs expanded in sorted order. Raises DataError if an entry matches no file."""
     files: list[Path] = []
     for entry in data.files:
         path = resolve_path(entry)
@@ -128,7 +128,7 @@ def _read_parquet(path: Path, data: DataConfig) -> Iterator[Normalized]:
 
 
 def _read_json(path: Path, data: DataConfig) -> Iterator[Normalized]:
-    """A JSON array, which is read as a whole, or JSON Lines, batch by batch."""
+    """The rows of a JSON array, read as a whole, or of JSON Lines, read batch by batch."""
     origin = _shown(path)
     data_format: Format | None = None
     try:
@@ -153,13 +153,13 @@ def _read_json(path: Path, data: DataConfig) -> Iterator[Normalized]:
 
 
 def _json_batches(path: Path, origin: str) -> Iterator[tuple[list[object], list[int], list[RowFault]]]:
-    """Rows, their numbers and a fault for each line that is not JSON. Blank lines count but are no rows."""
+    """Rows, their numbers, and a fault for each line that is not JSON. Blank lines are counted but are not rows."""
     rows: list[object] = []
     numbers: list[int] = []
     faults: list[RowFault] = []
     position = 0
     with path.open("rb") as file:
-        # By "\n" alone: U+2028 and its like may stand inside a JSON string.
+        # Split at "\n" alone: a JSON string may hold U+2028 and its like.
         for number, line in enumerate(file, start=1):
             content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             text = _decoded(content, position, origin).rstrip("\r\n")
@@ -200,5 +200,5 @@ def _array_rows(text: str, origin: str) -> list[object]:
 
 
 def _shown(path: Path) -> str:
-    """The path as a user would write it: relative to the working folder where it lies below."""
+    """The path as a user would write it: relative to the working folder if it lies below."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,4 +1,4 @@
-"""Arrow schemas of problems on their way into a run; every field carries its meaning as Arrow metadata (`doc`).
+"""Arrow schemas of problems before and after the filter. The metadata `doc` of each field gives its meaning.
 
 Difficulty labels count **failures** out of `data.difficulty.num_samples` (16 in the published data), not passes:
 16 = never solved, 0 = always solved (B.1.1 speaks of passes = 16 − failures).
@@ -25,7 +25,7 @@ PROBLEM_SCHEMA: pa.Schema = pa.schema(
         ),
     ]
 )
-"""Normalised problems, whatever file they came from."""
+"""Normalised problems, from a file of any format."""
 
 POOL_SCHEMA: pa.Schema = pa.schema(
     [
@@ -44,7 +44,7 @@ POOL_SCHEMA: pa.Schema = pa.schema(
         _field("prompt_token_ids", pa.list_(pa.int32()), "tokens of `prompt`, no special tokens added"),
     ]
 )
-"""What a stage trains on: the filtered problems, rendered and tokenised."""
+"""The pool that a stage trains on: filtered problems, rendered and tokenised."""
 
 SKYWORK_LABELS = ("DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-32B", "DeepSeek-R1-Distill-Qwen-7B")
 

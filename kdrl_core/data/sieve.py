@@ -1,7 +1,7 @@
-"""The rules of the data filter, each a method that keeps some of the rows alive and notes what it dropped.
+"""The rules of the data filter. Each is a method that keeps some of the rows alive and counts those that it dropped.
 
-Only small columns (labels, codes, ids, answers) are needed here, so that the rules are the same for a table in memory
-and for files that do not fit. The rules, their order and the reasons for it: `kdrl_core.data.filter`.
+The rules need only small columns (labels, codes, ids, answers), so the same code serves a table in memory and files
+that do not fit. `kdrl_core.data.filter` describes the rules, their order and the reasons for it.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from kdrl_core.config import StageConfig, VerificationConfig
 from kdrl_core.data.answers import unparsable_answers
 from kdrl_core.data.decontamination import Overlap
-from kdrl_core.data.report import RuleCount
+from kdrl_core.data.filter_report import RuleCount
 from kdrl_core.errors import DataError
 
 _MISSING = -1
@@ -28,18 +28,18 @@ Rows = npt.NDArray[np.int64]
 """Positions in the table."""
 
 Labels = npt.NDArray[np.int32]
-"""Failures by row, −1 where the label is missing."""
+"""Failures by row; −1 where the label is missing."""
 
 
 class Sieve:
-    """The rows still alive, and the count of each rule applied so far. Only small columns are touched per rule.
+    """The rows that are still alive, and the count of each rule so far.
 
     Args:
-        problems: in PROBLEM_SCHEMA; questions are not looked at.
-        keys: [rows] the same for rows with the same normalised question.
-        digests: of the rows asked for a hash of the question as it stands, to tell duplicates apart in any order.
-        labels: [rows] failures by label as `label_column` gives them, and the names of all labels in the data; None:
-            read from `problems`.
+        problems: in PROBLEM_SCHEMA; the questions are not read.
+        keys: [rows] equal for rows with the same normalised question.
+        digests: rows → hash of each question as it stands. It ranks duplicates in any order of the input.
+        labels: [rows] failures by label, as from `label_column`, and the names of all labels in the data; None: read
+            them from `problems`.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Sieve:
         self._known_labels = labels[1]
 
     def note(self, rule: str, dropped: int, description: str) -> None:
+        """Count what a rule dropped."""
         self.counts.append(RuleCount(rule=rule, dropped=dropped, description=description))
 
     def keep(self, rule: str, mask: npt.NDArray[np.bool_], description: str) -> None:
@@ -77,7 +78,7 @@ class Sieve:
         self.alive = self.alive[mask]
 
     def drop_duplicates(self) -> None:
-        """Of the rows with one normalised question, keep the best labelled, then the first by content."""
+        """duplicates: of rows with the same normalised question, keep the best labelled, then the first by content."""
         codes = self._keys
         is_kept = np.ones(len(codes), dtype=bool)
         repeated = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
@@ -96,7 +97,7 @@ class Sieve:
         self.keep("duplicates", is_kept, "the same question again, up to white space")
 
     def apply_label_rules(self) -> None:
-        """missing_labels, drop_passes_at_least, drop_all_failed, min_pass_rate. Unknown labels pass (`keep`)."""
+        """missing_labels, drop_passes_at_least, drop_all_failed, min_pass_rate. Rows with unknown labels pass."""
         data, n = self.data, self.num_samples
         self._missing_labels()
 
@@ -169,7 +170,7 @@ class Sieve:
         self.keep("max_prompt_tokens", is_short, f"prompt longer than {self.config.max_prompt_tokens} tokens, B.1.1")
 
     def drop_contaminated(self, overlaps: Sequence[Overlap | None] | None) -> None:
-        """decontamination; `overlaps` is aligned with `alive`, None is off."""
+        """decontamination; `overlaps` is aligned with `alive`; None: the rule is off."""
         config = self.data.decontamination
         if config is None or overlaps is None:
             self.note("decontamination", 0, _OFF)
@@ -183,7 +184,7 @@ class Sieve:
         )
 
     def drop_unparsable(self, limits: VerificationConfig) -> None:
-        """unparsable_answers. Raises DataError for the first of them with unparsable_answers=fail."""
+        """unparsable_answers. With unparsable_answers=fail, raises DataError for the first of them."""
         choice = self.data.unparsable_answers
         if choice == "keep":
             self.note("unparsable_answers", 0, _OFF)
@@ -202,7 +203,7 @@ class Sieve:
         self.keep("unparsable_answers", ~is_bad.to_numpy(), description)
 
     def sample(self, seed: int) -> None:
-        """max_unsolved_share and max_problems: both choose by rank, and the second keeps the first's cap."""
+        """max_unsolved_share and max_problems. Both choose rows by rank; the second keeps the cap of the first."""
         data, n = self.data, self.num_samples
         share = None if data.max_unsolved_share is None else _exact(data.max_unsolved_share)
         student = self.student[self.alive]
@@ -267,11 +268,11 @@ def text_codes(texts: pa.ChunkedArray) -> Rows:
 
 
 def label_column(problems: pa.Table, name: str) -> Labels:
-    """One label as numbers, −1 where it is missing."""
-    values = np.full(problems.num_rows, _MISSING, dtype=np.int32)  # `map_lookup` would do, at a third of the speed
+    """One label as numbers; −1 where it is missing."""
+    values = np.full(problems.num_rows, _MISSING, dtype=np.int32)  # `map_lookup` has a third of the speed
     first = 0
     for chunk in problems["failures"].chunks:
-        offsets = chunk.offsets.to_numpy()  # into `keys` and `items`, which know nothing of slices
+        offsets = chunk.offsets.to_numpy()  # into `keys` and `items`, which are not sliced
         within = slice(offsets[0], offsets[-1])
         is_named = pc.equal(chunk.keys, name).to_numpy(zero_copy_only=False)[within]
         rows = np.repeat(np.arange(first, first + len(chunk)), np.diff(offsets))
@@ -281,12 +282,12 @@ def label_column(problems: pa.Table, name: str) -> Labels:
 
 
 def label_names(problems: pa.Table) -> set[str]:
-    """Every label that some problem has."""
+    """The names of all labels in the table."""
     return {name for chunk in problems["failures"].chunks for name in pc.unique(chunk.keys).to_pylist()}
 
 
 def _cap(num_solved: int, num_unsolved: int, share: Fraction) -> int:
-    """The most unsolved rows u ≤ num_unsolved with u ≤ share · (num_solved + u), in exact arithmetic."""
+    """The largest number of unsolved rows u ≤ num_unsolved with u ≤ share · (num_solved + u), in exact arithmetic."""
     if share == 1:
         return num_unsolved
     return min(num_unsolved, share.numerator * num_solved // (share.denominator - share.numerator))

@@ -1,13 +1,13 @@
-"""The data filter over files of any size, the rules those of `filter_problems`: the files are read once.
+"""The data filter for files of any size, with the rules of `filter_problems`. The files are read once, in three passes.
 
-1. Every row is normalised. Its question and labels go to a temporary file; in memory stay what the label rules need:
-   id, answer, source, labels, and a hash of the question. Duplicates and the label rules decide.
-2. Of the rows alive the questions are read back: prompt length, overlap with benchmarks. Then answers, cap and sample
-   decide.
-3. Of the rows alive the problems are written, to one temporary file per range of problem_id; each is sorted and
-   appended to the output, so that it is in order without having been in memory.
+1. Every row is normalised. Its question and labels go to a temporary file; memory keeps what the label rules need:
+   id, answer, source, labels and a hash of the question. Duplicates and the label rules are applied.
+2. The questions of the rows that are left are read back, for the length of the prompt and the overlap with benchmarks.
+   Then the rules on answers, the cap and the sample are applied.
+3. The problems that are left are written to one temporary file per range of problem_id. Each file is sorted and
+   appended to the output, so the output is in order without ever being in memory.
 
-JSON arrays are read whole, since JSON has no record boundary; give JSON Lines or Parquet for large files.
+A JSON array is read whole, since JSON has no record boundary; use JSON Lines or Parquet for large files.
 """
 
 import json
@@ -26,17 +26,17 @@ import pyarrow.parquet as pq
 
 from kdrl_core.config import DataConfig, Recipe
 from kdrl_core.data.decontamination import Decontaminator, Overlap
-from kdrl_core.data.filter import check_ids, check_stage, finished_report
+from kdrl_core.data.filter import QuestionCheck, apply_rules, check_stage
+from kdrl_core.data.filter_report import FilterReport
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import iter_problems
-from kdrl_core.data.report import FilterReport
 from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.data.sieve import Labels, Rows, Sieve, label_column, label_names
 from kdrl_core.data.text import question_digests
 from kdrl_core.ledger import replace_file, storage_errors
 
 REPORT_KEY = b"kdrl.filter_report"
-"""Metadata of the output's schema: the report as JSON."""
+"""Key in the metadata of the output's schema: the report as JSON."""
 
 _ROWS_PER_RANGE = 65_536
 _PROBE = "KDRLPROBE"
@@ -44,7 +44,7 @@ _SPOOLED = ("question", "failures")
 _SLIM = [name for name in PROBLEM_SCHEMA.names if name not in _SPOOLED]
 
 _REPEATED = ["answer", "source", "failures.key_value.key", "failures.key_value.value"]
-"""Columns whose values recur, so that a dictionary pays."""
+"""Columns with recurring values, which a dictionary makes smaller."""
 
 Progress = Callable[[str, int], None]
 """Called with the name of the pass and the rows read in it so far."""
@@ -60,16 +60,16 @@ def filter_files(
 ) -> FilterReport:
     """Filter the files of one stage's `data` section into one Parquet file in PROBLEM_SCHEMA, sorted by problem_id.
 
-    Memory holds ids, answers, labels and hashes of all rows (about 150 bytes a row), never their questions; these
+    Memory holds ids, answers, labels and hashes of all rows (about 150 bytes a row), but not their questions. These
     pass through temporary files beside the output, about half as large as the text.
 
     Args:
-        output: written atomically; what stands there is replaced. The same rows give the same bytes in any order.
+        output: replaced atomically. The same rows give the same bytes in any order.
         stage: the stage whose rules apply; default: the recipe's last.
         tokenizer: measures prompts; default: the student's.
 
     Returns:
-        the report, which also stands in the output's schema metadata.
+        the report, which is also in the metadata of the output's schema.
 
     Raises:
         DataError, ModelError, RecipeError: as `filter_problems`.
@@ -80,36 +80,25 @@ def filter_files(
     measure = _LengthRule(recipe, tokenizer or load_tokenizer(recipe.student), config.max_prompt_tokens)
     decontaminator = None if config.data.decontamination is None else Decontaminator(config.data.decontamination)
 
-    # Temporary files have no name, so that a killed filter leaves none behind.
+    # Temporary files have no name, so a killed filter leaves none behind.
     with storage_errors(output), ExitStack() as stack:
         output.parent.mkdir(parents=True, exist_ok=True)
         spool = stack.enter_context(tempfile.TemporaryFile(dir=output.parent))
         rows = _Rows.read(config.data, spool, report_progress)
         sieve = Sieve(
-            stage=stage,
-            config=config,
-            problems=rows.slim,
-            keys=rows.keys,
-            digests=rows.digests,
-            labels=rows.labels,
+            stage=stage, config=config, problems=rows.slim, keys=rows.keys, digests=rows.digests, labels=rows.labels
         )
-        sieve.note("malformed", rows.malformed, "rows that cannot be read (data.on_error=drop)")
-        sieve.drop_duplicates()
-        check_ids(rows.slim, sieve.alive)
-        sieve.apply_label_rules()
 
-        is_short = np.zeros(len(sieve.alive), dtype=bool)
-        overlaps: list[Overlap | None] = []
-        for places, problems in rows.batches(sieve.alive, report_progress, "checking prompts"):
-            fits = is_short[places] = measure.fits(problems["question"])
-            if decontaminator is not None:
-                overlaps += decontaminator.find_all(problems["question"].filter(pa.array(fits)).to_pylist())
-        sieve.drop_long_prompts(is_short)
-        sieve.drop_contaminated(overlaps if decontaminator is not None else None)
-        sieve.drop_unparsable(recipe.verification)
-        sieve.sample(recipe.seed)
-        report = finished_report(sieve, rows.slim.num_rows + rows.malformed)
+        def check_questions(alive: Rows) -> QuestionCheck:
+            is_short = np.zeros(len(alive), dtype=bool)
+            overlaps: list[Overlap | None] = []
+            for places, problems in rows.batches(alive, report_progress, "checking prompts"):
+                fits = is_short[places] = measure.fits(problems["question"])
+                if decontaminator is not None:
+                    overlaps += decontaminator.find_all(problems["question"].filter(pa.array(fits)).to_pylist())
+            return is_short, overlaps if decontaminator is not None else None
 
+        report = apply_rules(sieve, recipe, rows.malformed, check_questions)
         schema = PROBLEM_SCHEMA.with_metadata({REPORT_KEY: json.dumps(report.to_json()).encode()})
         replace_file(output, lambda path: _write_sorted(path, schema, rows, sieve, report_progress))
     return report
@@ -117,7 +106,7 @@ def filter_files(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
-    """Every row: small columns in memory, questions and maps of labels in a file, in batches of the same rows."""
+    """All rows: small columns in memory, questions and maps of labels in a file, in the same order."""
 
     spool: IO[bytes]
     slim: pa.Table
@@ -160,7 +149,7 @@ class _Rows:
     def batches(
         self, places: Rows, report_progress: Progress | None = None, name: str = ""
     ) -> Iterator[tuple[slice, pa.Table]]:
-        """The rows at `places` (ascending) in PROBLEM_SCHEMA, batch by batch, and where these stand in `places`."""
+        """The rows at `places` (ascending) in PROBLEM_SCHEMA, batch by batch, each with its slice of `places`."""
         first = 0
         with _ipc_reader(self.spool) as reader:
             for number in range(reader.num_record_batches):
@@ -178,7 +167,7 @@ class _Rows:
                     report_progress(name, first)
 
     def digests(self, places: pa.Array) -> pa.ChunkedArray:
-        """Hashes of the questions as they stand, of the rows at `places`, in their order."""
+        """Hashes of the questions at `places` as they stand, in that order."""
         ordered = places.to_numpy()
         chunks = [chunk for _, table in self.batches(ordered) for chunk in question_digests(table["question"]).chunks]
         return pa.chunked_array(chunks, pa.binary(16))
@@ -218,10 +207,10 @@ def _ipc_reader(file: IO[bytes]) -> pa.ipc.RecordBatchFileReader:
 
 
 class _LengthRule:
-    """Whether rendered prompts have at most `limit` tokens, without tokenising those that cannot have more.
+    """Whether rendered prompts have at most `limit` tokens. Prompts that cannot have more are not tokenised.
 
-    A token covers at least one byte of the text, and normalising leaves ASCII as it is (or shortens it), so an ASCII
-    question whose rendered prompt has no more bytes than the limit is short enough.
+    A token covers at least one byte of the text, and normalising never lengthens ASCII. So an ASCII question is short
+    enough if its rendered prompt has no more bytes than the limit.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: ChatTokenizer, limit: int) -> None:
@@ -230,7 +219,7 @@ class _LengthRule:
         self._limit = limit
         (prompt, _) = render_prompts([_PROBE], tokenizer, recipe)[0]
         rest = len(prompt.encode()) - len(_PROBE)
-        # One byte to spare, for tokenizers that put a blank before the text. No bound if the question stands twice.
+        # One byte to spare, for tokenizers that put a blank before the text. If the question stands twice: no shortcut.
         self._max_bytes = limit - rest - 1 if prompt.count(_PROBE) == 1 else -1
 
     def fits(self, questions: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

@@ -1,7 +1,7 @@
 """Normal form of a question, for ids and duplicates: NFC, runs of white space as one blank, ends trimmed.
 
-Letter case, LaTeX spelling and punctuation are kept: two rows are duplicates only when a reader would see the same
-text. Looser matching is decontamination's work.
+Letter case, LaTeX spelling and punctuation are kept, so two rows are duplicates only if a reader sees the same text.
+Decontamination matches more loosely.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ import pyarrow.compute as pc
 _BLANKS = (
     r"[\s\p{Z}\x{85}]{2,}|[\t\n\v\f\r\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"
 )
-"""Runs of blanks, and single ones that are not the plain blank (which needs no replacing)."""
+"""Runs of blanks, and single blanks other than the plain one, which needs no replacement."""
 
 
 def normalize_questions(questions: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """The normal form of each question, in the input's shape; null stays null."""
     if isinstance(questions, pa.ChunkedArray):
         return pa.chunked_array([normalize_questions(chunk) for chunk in questions.chunks], questions.type)
-    # Every step is slow on every row and needed on few.
+    # Each step is slow, and few rows need it.
     composed = _where(pc.invert(pc.string_is_ascii(questions)), _compose, questions)
     joined = _where(pc.match_substring_regex(composed, _BLANKS), _join_blanks, composed)
     has_blank_end = pc.or_(pc.starts_with(joined, " "), pc.ends_with(joined, " "))
@@ -44,9 +44,9 @@ def _where(mask: pa.Array, change: Callable[[pa.Array], pa.Array], texts: pa.Arr
 
 
 def question_hashes(normal: pa.Array) -> npt.NDArray[np.uint64]:
-    """[questions] the first 8 bytes of the sha256 of each, given in its normal form and without null.
+    """[questions] the first 8 bytes of the sha256 of each question, which is in normal form and not null.
 
-    Two of 10 million different questions share one with probability 3e-6.
+    Among 10 million different questions, two have the same hash with probability 3e-6.
     """
     _, offsets, content = normal.buffers()
     ends = np.frombuffer(offsets, np.int32, len(normal) + 1, 4 * normal.offset).tolist()

@@ -1,8 +1,8 @@
-"""Texts that UTF-8 can hold. JSON can hold others: halves of surrogate pairs, which no file or request takes."""
+"""Texts that UTF-8 can hold. JSON can hold others, with halves of surrogate pairs; files and requests cannot."""
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8."""
+    """Whether a text can be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -11,5 +11,5 @@ def is_unicode(text: str) -> bool:
 
 
 def as_unicode(text: str) -> str:
-    """With a question mark for each half of a surrogate pair."""
+    """The text with a question mark for each half of a surrogate pair."""
     return text.encode("utf-8", "replace").decode()

@@ -1,14 +1,12 @@
-"""The engine that a recipe asks for: what samples responses, and what scores them where no server does."""
+"""The engines that a recipe asks for: one that samples responses, and scorers in this process."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from kdrl_core.config import ModelConfig, Recipe
+from kdrl_core.config import EngineName, LocalEngine, ModelConfig, Recipe
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.server_pool import served_model
 from kdrl_core.models.loading import load_model, stop_token_ids
-
-EngineName = Literal["transformers", "vllm", "server"]
 
 
 def rollout_engine(
@@ -70,7 +68,7 @@ def local_scorer(
     model: Path,
     config: ModelConfig,
     *,
-    engine: Literal["transformers", "vllm"],
+    engine: LocalEngine,
     temperature: float,
     max_tokens: int,
     num_tokens: int,

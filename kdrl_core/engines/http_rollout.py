@@ -1,8 +1,8 @@
-"""Rollouts by servers: vLLM replicas (`kdrl serve`) over its OpenAI-compatible `/v1/completions`.
+"""Rollouts by servers: vLLM replicas (`kdrl serve`) over the OpenAI-compatible `/v1/completions`.
 
-Each replica is told to load a checkpoint, from a disk that it shares with the trainer, before it samples from it.
-A replica that was away is told again, and one that turns out to have been started anew in the meantime, hence with its
-initial weights, has its responses of this call sampled again: what is returned is of the policy that was loaded.
+Each replica loads a checkpoint, from a disk that it shares with the trainer, before it samples from it. A replica that
+was away loads it again. A replica that was restarted meanwhile had its initial weights, so its responses of this call
+are sampled again. So all returned responses come from the policy that was loaded.
 """
 
 import logging
@@ -23,7 +23,7 @@ _MAX_SEED = 2**63
 _logger = logging.getLogger("kdrl")
 
 Sampled = tuple[Rollout, str, str]
-"""A response, the server that sampled it and what that was when it was last asked."""
+"""A response, the URL of the server that sampled it, and the incarnation of that server at the time."""
 
 
 class HTTPRolloutEngine:
@@ -35,7 +35,7 @@ class HTTPRolloutEngine:
         stop_ids: tokens that end a response and belong to it.
         temperature: 0 is greedy, its logprobs then those of softmax(logits).
         max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
-        max_prompt_tokens: of the longest prompt to come, compared with the replicas' context.
+        max_prompt_tokens: length of the longest prompt to come, checked against the replicas' context.
 
     Raises:
         EngineError: no replica can be reached, or one serves another model or too short a context.
@@ -62,7 +62,7 @@ class HTTPRolloutEngine:
         self._pool = ServerPool(served, role="rollout", field="rollout.server", max_tokens=max_tokens)
 
     def load_weights(self, checkpoint_dir: Path) -> None:
-        """Have every replica that answers take the weights; the others take them when they are back.
+        """Have every replica that answers load the weights; the others load them when they are back.
 
         Raises:
             EngineError: none answers, or a replica cannot load the directory.
@@ -81,7 +81,7 @@ class HTTPRolloutEngine:
         """One response per request, in order.
 
         Raises:
-            EngineError: a request is given up, or replicas are started anew again and again.
+            EngineError: a request is given up, or replicas are restarted again and again.
         """
         limit = min(max_response_tokens or self._max_response_tokens, self._max_response_tokens)
         told = threading.Lock()
@@ -94,7 +94,7 @@ class HTTPRolloutEngine:
         rollouts: dict[int, Rollout] = {}
         missing = list(range(len(requests)))
         for round_ in range(_MAX_ROUNDS):
-            heard = hear if round_ == 0 else None  # each response once
+            heard = hear if round_ == 0 else None  # each response is heard once
             asked = [(f"response {row}", partial(self._sample, requests[row], limit, heard)) for row in missing]
             found = dict(zip(missing, self._pool.ask_all(asked), strict=True))
             current = self._confirmed()
@@ -109,15 +109,15 @@ class HTTPRolloutEngine:
         )
 
     def rebuild(self, checkpoint_dir: Path) -> None:
-        """Have every replica load the weights once more: kdrl does not start them. Raises as `load_weights`."""
+        """Have every replica load the weights again, since kdrl does not start replicas. Raises as `load_weights`."""
         self.load_weights(checkpoint_dir)
 
     def sleep(self) -> None:
-        """Have the replicas give their memory back until they are asked again, if the recipe says so."""
+        """Have the replicas free their memory until the next request, if the recipe says so."""
         self._pool.sleep()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._pool.close()
 
     def _sample(
@@ -133,7 +133,7 @@ class HTTPRolloutEngine:
             **WHOLE_DISTRIBUTION,
             "seed": request.seed % _MAX_SEED,
             "stop_token_ids": self._stop_ids,
-            "ignore_eos": True,  # the stop tokens say it, and vLLM leaves EOS itself out of the tokens
+            "ignore_eos": True,  # EOS is among the stop tokens; vLLM would leave it out of the tokens
             "skip_special_tokens": False,
             "logprobs": 0,
             "return_token_ids": True,
@@ -142,7 +142,7 @@ class HTTPRolloutEngine:
             answer = self._pool.answer(server, "POST", "/completions", body)
             token_ids, logprobs, reason = completion_of(answer, server.url)
         except TransientError:
-            self._incarnations.pop(server.url, None)  # it may come back with other weights
+            self._incarnations.pop(server.url, None)  # it may return with other weights
             raise
         rollout = Rollout(
             prompt_id=request.prompt_id,
@@ -158,7 +158,7 @@ class HTTPRolloutEngine:
         return rollout, server.url, incarnation
 
     def _bring_up_to_date(self, server: Server) -> str:
-        """Have a replica load the weights unless it has them; returns what it is."""
+        """Have a replica load the weights unless it has them. Returns its incarnation."""
         with self._locks[server.url]:
             known = self._incarnations.get(server.url)
             if known is None:
@@ -170,7 +170,7 @@ class HTTPRolloutEngine:
             return known
 
     def _confirmed(self) -> dict[str, str]:
-        """What each replica that sampled is now; one that does not answer, or has other weights, is left out."""
+        """The incarnation of each replica that sampled, without those that do not answer or have other weights."""
         found = {}
         for server in self._pool.servers:
             if server.url in self._incarnations:

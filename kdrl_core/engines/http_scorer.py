@@ -1,10 +1,10 @@
 """Teacher scoring by servers: the logprobs of given tokens from vLLM's OpenAI-compatible `/v1/completions`.
 
 The prompt of a request is prompt and response together, as token ids; `prompt_logprobs` gives the logprob of each.
-They are those of softmax(logits) whatever the sampling temperature, so a server has to serve weights in which the
-temperature is baked (`bake_temperature`), and the recipe says which (`teacher.server.temperature`).
+These are logprobs of softmax(logits) at any sampling temperature. So the temperature must be baked into the served
+weights (`bake_temperature`), and the recipe names it (`teacher.server.temperature`).
 
-Faults are those of `server_pool`; nothing was published by then.
+Errors are those of `server_pool`; nothing has been published when they are raised.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ class HTTPScorer:
 
     Args:
         served: the servers.
-        num_tokens: ids from here on are padding of the embedding, never among the top-K; None: none are.
-        max_tokens: prompt and response tokens of the longest request to come, compared with the servers' context.
+        num_tokens: ids from this number on are padding of the embedding, never among the top-K; None: no padding.
+        max_tokens: prompt and response tokens of the longest request to come, checked against the servers' context.
 
     Raises:
         EngineError: a server cannot be reached within `retry_for_s`, serves another model or too short a context, or
@@ -64,10 +64,10 @@ class HTTPScorer:
         return found
 
     def score_ahead(self, requests: Sequence[ScoreRequest], k: int = 0) -> None:
-        """Let the servers begin with these requests, of `score`, or of `score_topk` with this k, and return at once.
+        """Let the servers begin with requests of `score`, or of `score_topk` with this k, and return at once.
 
-        The next call takes what was found by then, waits for the rest, and lets go of what it does not ask for; its
-        results are the same as without this.
+        The next call takes the results that are there, waits for the others, and drops those that it does not ask for.
+        Its results are the same as without this.
         """
         for request in requests:
             if (key := _key(request, k)) not in self._ahead:
@@ -76,20 +76,20 @@ class HTTPScorer:
                 self._ahead[key].add_done_callback(self._ahead_clock.stop)
 
     def hidden_seconds(self) -> float:
-        """For how long servers have been scoring responses of `score_ahead` since this was last asked."""
+        """For how long servers have scored responses of `score_ahead` since the last call of this method."""
         return self._ahead_clock.read()
 
     @property
     def sleeps(self) -> bool:
-        """Whether its servers share GPUs with what samples, so that the two take turns."""
+        """Whether its servers share GPUs with the rollout engine, so that the two take turns."""
         return self._pool.sleeps
 
     def sleep(self) -> None:
-        """Have the servers give their memory back until they are asked again, if the recipe says so."""
+        """Have the servers free their memory until the next request, if the recipe says so."""
         self._pool.sleep()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._pool.close()
 
     def _score_all(self, requests: Sequence[ScoreRequest], k: int) -> list[Scored]:
@@ -97,7 +97,7 @@ class HTTPScorer:
         found: dict[int, Scored] = {}
         for row, request in enumerate(requests):
             if (future := ahead.get(_key(request, k))) is not None:
-                with suppress(EngineError, CancelledError):  # it is asked for once more, and then tells what is wrong
+                with suppress(EngineError, CancelledError):  # it is asked for again, and that call raises
                     found[row] = future.result()
         missing = [row for row in range(len(requests)) if row not in found]
         asked = [(f"response {row}", partial(self._score_one, requests[row], k)) for row in missing]
@@ -121,7 +121,7 @@ class HTTPScorer:
         return logprobs, [self._best(position, k, server) for position in positions] if k else []
 
     def _num_padding(self, k: int) -> int:
-        """More tokens than k are asked for where some may be padding, which is never likely but may be listed."""
+        """How many more tokens than k to ask for, since padding may be listed among the likeliest."""
         return 0 if not k or self._num_tokens is None else 4
 
     def _best(self, position: dict[str, Any], k: int, server: Server) -> list[tuple[int, float]]:

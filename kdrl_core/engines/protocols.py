@@ -1,4 +1,4 @@
-"""What an engine must do; everything else about it is its own business."""
+"""The methods that rollout engines and scorers must have."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 
 OnFinished = Callable[[Sequence[Rollout]], None]
-"""Called with responses that have just been finished, in any order, while others are still being generated."""
+"""Called with responses as they are finished, in any order, while others are still generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopKScore:
-    """What a frozen model finds of one response of T tokens, under softmax(logits / T) over the whole vocabulary."""
+    """Scores of one response of n tokens by a frozen model, under softmax(logits / T) over the whole vocabulary."""
 
     logprobs: NDArray[float32]
-    """[T] of the response's own tokens."""
+    """[n] of the response's own tokens."""
     topk_ids: NDArray[int32]
-    """[T, k] the likeliest tokens, best first."""
+    """[n, k] the likeliest tokens, best first."""
     topk_logprobs: NDArray[float32]
-    """[T, k] their logprobs."""
+    """[n, k] their logprobs."""
 
 
 class RolloutEngine(Protocol):
@@ -36,35 +36,35 @@ class RolloutEngine(Protocol):
         on_finished: OnFinished | None = None,
         max_response_tokens: int | None = None,
     ) -> list[Rollout]:
-        """One response per request, in the order of the requests; `on_finished` hears each once it is finished.
+        """One response per request, in order. `on_finished` gets each response as soon as it is finished.
 
         Args:
-            max_response_tokens: fewer than the engine's own limit; None: that one.
+            max_response_tokens: a limit below the engine's own; None: the engine's own.
         """
         ...
 
     def load_weights(self, checkpoint_dir: Path) -> None:
-        """Take the weights of a Hugging Face model directory of the same architecture."""
+        """Load the weights of a Hugging Face model directory of the same architecture."""
         ...
 
     def sleep(self) -> None:
-        """Let go of what memory it can do without until it is used again; others may need it."""
+        """Free memory for others until the engine is used again."""
         ...
 
     def close(self) -> None:
-        """Let go of memory, processes and connections."""
+        """Free memory, processes and connections."""
         ...
 
 
 class TeacherScorer(Protocol):
-    """A frozen model that tells how likely it finds the tokens of a response."""
+    """A frozen model that gives the logprobs of a response's tokens."""
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[NDArray[float32]]:
         """Per request the logprob of each response token, [len(token_ids)] float32, under softmax(logits / T)."""
         ...
 
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
-        """As `score`, with the k likeliest tokens at every position; ids that the tokenizer does not know left out."""
+        """As `score`, with the k likeliest tokens at every position, without ids that the tokenizer does not have."""
         ...
 
     def sleep(self) -> None:
@@ -72,5 +72,5 @@ class TeacherScorer(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of memory and connections."""
+        """Free memory and connections."""
         ...

@@ -1,6 +1,6 @@
-"""What an answer of vLLM's `/v1/completions` with `prompt_logprobs` says, and what is wrong with it.
+"""Reading the answers of vLLM's `/v1/completions`.
 
-Whatever makes no sense is a TransientError: a server that is being restarted, or a proxy before it, may say anything.
+An answer that makes no sense is a TransientError: a server that is restarting, or a proxy, may answer anything.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class TransientError(Exception):
-    """What may be otherwise the next time: no answer, an answer of a server in trouble, or one that makes no sense."""
+    """A fault that may pass: no answer, an answer of a server in trouble, or one that makes no sense."""
 
     def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -17,7 +17,7 @@ class TransientError(Exception):
 
 
 def positions_of(answer: Any, length: int, url: str) -> list[dict[str, Any]]:
-    """`prompt_logprobs` of the only choice: token id → logprob for each position, None for the first."""
+    """`prompt_logprobs` of the only choice: token id → logprob for each position; None for the first position."""
     try:
         positions = answer["choices"][0]["prompt_logprobs"]
         if len(positions) != length or not all(isinstance(position, dict) for position in positions[1:]):
@@ -35,13 +35,13 @@ def logprob_of(position: dict[str, Any], token: int, url: str) -> float:
         raise TransientError(f"teacher server {url} gave no logprob for token {token}") from None
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         raise TransientError(f"teacher server {url} gave logprob {value} to token {token}")
-    if not isinstance(value, int | float):  # not shown: it may be anything, a key that is sent back included
-        raise TransientError(f"teacher server {url} gave token {token} a logprob that is no number")
+    if not isinstance(value, int | float):  # not shown: it may be anything, even a key that was sent back
+        raise TransientError(f"teacher server {url} gave token {token} a logprob that is not a number")
     return float(value)
 
 
 def best_tokens(position: dict[str, Any], k: int, size: int | None, url: str) -> list[tuple[int, float]]:
-    """The up to k likeliest (id, logprob) of a position, best first; ids from `size` on left out."""
+    """At most k likeliest (id, logprob) of a position, best first, without ids from `size` on."""
     try:
         ids = [int(token) for token in position]
     except ValueError:
@@ -64,5 +64,5 @@ def completion_of(answer: Any, url: str) -> tuple[list[int], list[float], str]:
     if not fine or not isinstance(values, list) or len(values) != len(token_ids):
         raise TransientError(f"rollout server {url} sent a response without tokens, or without a logprob for each")
     if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
-        raise TransientError(f"rollout server {url} sent a logprob that is no finite number")
+        raise TransientError(f"rollout server {url} sent a logprob that is not a finite number")
     return token_ids, [float(value) for value in values], reason

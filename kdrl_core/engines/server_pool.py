@@ -1,13 +1,10 @@
-"""Servers of one model that share its work: the least busy is asked, faults that may pass are tried again.
+"""Servers of one model that share its work: each request goes to the least busy one and is tried again after a fault.
 
-What does not pass within `retry_for_s`, and what never passes, is an EngineError. The first one ends all other requests
-of its call.
+A fault that cannot pass, or has not passed within `retry_for_s`, is an EngineError. The first one ends all other
+requests of its call.
 """
 
-import json
 import logging
-import queue
-import resource
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,35 +14,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import httpx
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    wait_exponential_jitter,
-)
-
-from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.config import ServersConfig
 from kdrl_core.config.secrets import resolve_secret
+from kdrl_core.engines.retrying import DaemonThreads, retry_transient
 from kdrl_core.engines.served_answers import TransientError
+from kdrl_core.engines.server_client import ServerClient
 from kdrl_core.errors import EngineError
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Of a vLLM server: sample from all of softmax(logits / T). What is not sent it takes from the model's own
-generation_config.json."""
-_TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
-_MAX_BODY_SHOWN = 200
-_MIN_KEY_CHARS = 8
-"""Of a key that is cut out of answers: one such as `EMPTY`, which stands for none, may be a word of theirs."""
-_MAX_RETRY_AFTER_S = 60.0
+"""Sampling parameters of vLLM: sample from all of softmax(logits / T). A vLLM server takes parameters that are not sent
+from the model's generation_config.json."""
 _MAX_OUT_S = 60.0
 _MAX_DOUBLINGS = 16
 _CONTROL_S = 600.0
-"""Of what is no response: loading weights, falling asleep."""
+"""Limit of a request that generates nothing: loading weights, falling asleep."""
 _LAST_S = 10.0
-_KEEP_ALIVE_S = 2.0
-"""Servers hang up on idle connections, vLLM after 5 s, and a request that meets that fails."""
 _TOLD = {
     "kdrl_load": "load weights",
     "kdrl_state": "say which weights they have",
@@ -58,31 +41,31 @@ _Result = TypeVar("_Result")
 
 @dataclass(slots=True, eq=False)
 class Server:
-    """One server and how it does."""
+    """One server and its state."""
 
     url: str
     """Up to and with `/v1`."""
     in_flight: int = 0
     asked: int = 0
-    """Requests so far; of servers with as much to do the one with the fewest is next, so that a probe meets each."""
+    """Requests so far. Among equally busy servers the one with the fewest is next, so that a probe reaches each."""
     faults: int = 0
-    """In a row; of requests that were in flight together, one."""
+    """Faults in a row; those of requests that were in flight together count once."""
     out_until: float = 0.0
     is_asleep: bool = False
     wakes: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def is_out(self, now: float) -> bool:
-        """Whether others go first: after a fault for a while, then while one request tries whether it is back."""
+        """Whether other servers go first: for a while after a fault, then while one request tests if it is back."""
         return self.out_until > now or (self.faults > 0 and self.in_flight > 0)
 
 
 Attempt = Callable[[Server], _Result]
-"""What is asked of a server; TransientError if it may be otherwise the next time."""
+"""A request to a server. Raises TransientError for a fault that may pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """How the servers of a model are reached. Durations in seconds."""
+    """How to reach the servers of a model. Durations in seconds."""
 
     urls: Sequence[str]
     """Up to and with `/v1`."""
@@ -92,60 +75,19 @@ class ServedModel:
     timeout_s: float = 600.0
     """Of one request."""
     retry_for_s: float = 600.0
-    """From a request's first fault to the beginning of its last try; one that took longer than this is tried once more.
-    """
+    """From a request's first fault to the beginning of its last try. Even a slower request is tried twice."""
     first_pause_s: float = 1.0
     """Doubled with each try, up to 30 s, with jitter."""
     concurrency: int = 32
     """Requests in flight, over all servers."""
     sleep: bool = False
-    """They give their memory back while others need their GPUs."""
+    """The servers free their memory while others need their GPUs."""
 
 
 def served_model(config: ServersConfig) -> ServedModel:
-    """What a recipe says of servers, with the key that it names. Raises SecretError without that."""
+    """The servers of a recipe, with the key that it names. Raises SecretError if there is no such key."""
     key = None if config.api_key is None else resolve_secret(config.api_key)
     return ServedModel(**{**config.model_dump(include=set(ServersConfig.model_fields)), "api_key": key})
-
-
-class _Workers:
-    """Threads that nobody waits for, neither here nor at the end of the program, where those of a ThreadPoolExecutor
-    would be: a request in flight ends by itself, in minutes perhaps."""
-
-    def __init__(self, count: int, name: str) -> None:
-        self._count, self._name = count, name
-        self._threads = 0
-        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._over = threading.Event()
-
-    def submit(self, call: Callable[..., _Result], *arguments: Any) -> "Future[_Result]":
-        """Begin as soon as a thread is free."""
-        future: Future[_Result] = Future()
-
-        def work() -> None:
-            if self._over.is_set():
-                future.cancel()
-            elif future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call(*arguments))
-                except BaseException as error:  # it is raised to who asks for the result
-                    future.set_exception(error)
-
-        self._waiting.put(work)
-        if self._threads < self._count:
-            self._threads += 1
-            threading.Thread(target=self._run, name=f"{self._name}-{self._threads}", daemon=True).start()
-        return future
-
-    def stop(self) -> None:
-        """Cancel what has not begun."""
-        self._over.set()
-        for _ in range(self._threads):
-            self._waiting.put(None)
-
-    def _run(self) -> None:
-        while (work := self._waiting.get()) is not None:
-            work()
 
 
 class ServerPool:
@@ -153,11 +95,11 @@ class ServerPool:
 
     Args:
         served: the servers.
-        role: what they are called in messages, `teacher` or `rollout`.
-        field: of the recipe, which says all this.
-        max_tokens: prompt and response tokens of the longest request to come, compared with the servers' context.
-        options: how messages name `model`, `api_key` and `retry_for_s` where they are no fields of the recipe, and the
-            `remedy` of what was given up.
+        role: the name of the servers in messages, `teacher` or `rollout`.
+        field: of the recipe that describes the servers.
+        max_tokens: prompt and response tokens of the longest request to come, checked against the servers' context.
+        options: the names in messages of `model`, `api_key` and `retry_for_s` if they are not fields of the recipe, and
+            the `remedy` when a request is given up.
 
     Raises:
         EngineError: no server can be reached within `retry_for_s`, or one serves another model or too short a context,
@@ -176,30 +118,28 @@ class ServerPool:
         self.servers = [Server(url.rstrip("/"), is_asleep=served.sleep) for url in served.urls]  # kdrl serve --asleep
         self._served = served
         self._role = role
-        self._field = field
         self._options = {
             **{name: f"{field}.{name}" for name in ("model", "api_key", "retry_for_s")},
             "remedy": "Start the server, then resume the run: nothing is lost",
             **(options or {}),
         }
         self._lock = threading.Lock()
-        _allow_connections(served.concurrency)
-        headers = {"Authorization": f"Bearer {served.api_key}"} if served.api_key else {}
-        self._client = httpx.Client(
-            headers=headers,
-            follow_redirects=False,  # the key is for these servers alone
-            trust_env=False,
-            limits=httpx.Limits(max_connections=served.concurrency, keepalive_expiry=_KEEP_ALIVE_S),
+        self._client = ServerClient(
+            api_key=served.api_key,
+            connections=served.concurrency,
+            timeout_s=served.timeout_s,
+            field=field,
+            key_field=self._options["api_key"],
         )
         self.are_vllm = True
-        """Whether all servers that were reached say so."""
+        """Whether all servers that were reached call themselves vLLM."""
         self._over = threading.Event()
-        self._ahead = _Workers(served.concurrency, f"kdrl-{role}-ahead")
+        self._ahead = DaemonThreads(served.concurrency, f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
         """Name under which they serve it."""
 
     def close(self) -> None:
-        """Let go of the connections, and of what was begun. Servers that share their GPUs are left asleep, if they
+        """Close the connections and drop requests in flight. Servers that share their GPUs are put to sleep, if they
         answer now."""
         self._over.set()
         for server in self.servers if self.sleeps else []:
@@ -209,30 +149,30 @@ class ServerPool:
         self._client.close()
 
     def begin(self, what: str, attempt: Attempt[_Result]) -> "Future[_Result]":
-        """Begin with an attempt and return at once; its result, or the EngineError, is in the future."""
-        return self._ahead.submit(self._with_retries, what, attempt, self._over)
+        """Begin an attempt and return at once. The future gives its result, or raises EngineError."""
+        return self._ahead.submit(self._asked, what, attempt, self._over)
 
     def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
-        """The results of attempts with their names, in order, `concurrency` at a time, each at the server that is next.
+        """The results of named attempts, in order, at most `concurrency` at a time, each at the server that is next.
 
         Raises:
-            EngineError: the first that failed; the others are left.
+            EngineError: that of the first attempt that failed; the others are dropped.
         """
         over = threading.Event()
-        workers = _Workers(self._served.concurrency, f"kdrl-{self._role}")
+        workers = DaemonThreads(self._served.concurrency, f"kdrl-{self._role}")
         try:
-            pending = [workers.submit(self._with_retries, what, attempt, over) for what, attempt in attempts]
+            pending = [workers.submit(self._asked, what, attempt, over) for what, attempt in attempts]
             for future in wait(pending, return_when=FIRST_EXCEPTION).done:
-                future.result()  # the first that failed, whichever it is, and not the first in the order of requests
+                future.result()  # raises the error that came first in time
             return [future.result() for future in pending]
         finally:
             over.set()
             workers.stop()
 
     def each(self, what: str, attempt: Attempt[_Result]) -> dict[str, _Result]:
-        """URL → result, of every server that answers now; at least one has to, within `retry_for_s`.
+        """URL → result of every server that answers now. At least one must answer within `retry_for_s`.
 
-        The others are left out for a while, and the log says so.
+        The others are not used for a while, and the log says so.
         """
         first: list[Server] = []
 
@@ -241,7 +181,7 @@ class ServerPool:
             first.append(server)
             return result
 
-        result = self._with_retries(what, remembered, threading.Event())
+        result = self._asked(what, remembered, threading.Event())
         results = {first[0].url: result}
         for server in self.servers:
             if server is first[0]:
@@ -260,16 +200,16 @@ class ServerPool:
         return self._served.sleep
 
     def sleep(self) -> None:
-        """Have every server that answers give its memory back, if they are to.
+        """Have every server that answers free its memory, if the recipe says so.
 
         Raises:
             EngineError: none answers within `retry_for_s`, or one cannot sleep.
         """
-        if self.sleeps:  # also those that are known to: an evaluation may have woken them
+        if self.sleeps:  # also those known to be asleep: an evaluation may have woken them
             self.each("sleep", partial(self.ask_workers, method="kdrl_sleep"))
 
     def wake(self, server: Server) -> None:
-        """Before it is asked for anything. Raises TransientError, EngineError as `answer`."""
+        """Wake a server before a request. Raises TransientError, EngineError as `answer`."""
         with server.wakes:
             if server.is_asleep:
                 self.ask_workers(server, "kdrl_wake")
@@ -277,8 +217,9 @@ class ServerPool:
     def ask_workers(
         self, server: Server, method: str, arguments: Sequence[str] = (), *, timeout_s: float = _CONTROL_S
     ) -> dict[str, str]:
-        """What `KdrlWorker.method` answers, the same from every worker of the server: its weights and incarnation.
-        The server is then known to be asleep, or awake, as the method leaves it.
+        """Call a method of `KdrlWorker` in every worker of the server. Returns their weights and incarnations.
+
+        Afterwards the server is known to be asleep or awake.
 
         Raises:
             TransientError, EngineError: as `answer`.
@@ -311,79 +252,27 @@ class ServerPool:
         *,
         timeout_s: float | None = None,
     ) -> Any:
-        """The JSON of an answer; `path` starts below `/v1`, or with `/..` beside it.
+        """The JSON of an answer. `path` is below `/v1`, or with `/..` beside it.
 
         Args:
-            timeout_s: less than the servers' own, which is that of a response.
+            timeout_s: a limit below `ServedModel.timeout_s`.
 
         Raises:
-            TransientError, EngineError: the fault, which never holds the key.
+            TransientError, EngineError: the fault. Its text never holds the key.
         """
-        where = self.where(server)
-        limit_s = min(timeout_s or self._served.timeout_s, self._served.timeout_s)
         base = server.url.removesuffix("/v1") if path.startswith("/../") else server.url
-        try:
-            response, content = self._exchange(method, base + path.removeprefix("/.."), body, limit_s)
-        except httpx.TimeoutException:
-            raise TransientError(f"{where} did not answer within {limit_s:g} s") from None
-        except httpx.TransportError as error:
-            raise TransientError(f"{where} cannot be reached ({type(error).__name__})") from None
-        except httpx.DecodingError:
-            raise TransientError(f"{where} sent an answer that cannot be decoded") from None
-        status = response.status_code
-        said = self._without_key(" ".join(content.decode(errors="replace").split()))[:_MAX_BODY_SHOWN]
-        if status in _TRANSIENT_STATUS:
-            raise TransientError(f"{where} answered {status} ({said})", retry_after_s=_retry_after_s(response))
-        if status in (401, 403):
-            raise EngineError(
-                f"{where} refuses the key ({status}: {said}); correct what {self._options['api_key']} names"
-            )
-        if not response.is_success:
-            raise EngineError(f"{where} answered {status}: {said}; look at its log and at {self._field}")
-        try:
-            answer = json.loads(content) if content else None
-            return self._scrubbed(answer) if self._holds_key(content) else answer
-        except (ValueError, RecursionError):
-            raise TransientError(f"{where} sent what is no JSON ({said[:60]!r})") from None
+        return self._client.answer(self.where(server), method, base + path.removeprefix("/.."), body, timeout_s)
 
-    def _with_retries(self, what: str, attempt: Attempt[_Result], over: threading.Event) -> _Result:
-        served = self._served
-        started = time.monotonic()
-        pauses = wait_exponential_jitter(initial=served.first_pause_s, max=30.0, jitter=served.first_pause_s)
-
-        first: list[float] = []
-
-        def since_first_fault(state: RetryCallState) -> float:
-            if not first:
-                first.append(time.monotonic())
-            return time.monotonic() - first[0]
-
-        def pause(state: RetryCallState) -> float:
-            fault = state.outcome.exception() if state.outcome else None
-            asked = fault.retry_after_s if isinstance(fault, TransientError) else 0.0
-            left = served.retry_for_s - since_first_fault(state)
-            return max(0.0, min(max(min(asked, _MAX_RETRY_AFTER_S), pauses(state)), left))
-
-        def tell(state: RetryCallState) -> None:
-            fault = state.outcome.exception() if state.outcome else None
-            _logger.warning("%s: %s; tried again in %.1f s", what, fault, state.upcoming_sleep)
-
-        retrying = Retrying(
-            stop=lambda state: since_first_fault(state) >= served.retry_for_s or over.is_set(),
-            sleep=sleep_using_event(over),
-            wait=pause,
-            retry=retry_if_exception_type(TransientError),
-            before_sleep=tell,
-            reraise=True,
+    def _asked(self, what: str, attempt: Attempt[_Result], over: threading.Event) -> _Result:
+        """The result of an attempt at the server that is next, tried again as `retry_transient` does."""
+        return retry_transient(
+            what,
+            partial(self._at_a_server, attempt),
+            retry_for_s=self._served.retry_for_s,
+            first_pause_s=self._served.first_pause_s,
+            over=over,
+            advice=f"({self._options['retry_for_s']}). {self._options['remedy']}",
         )
-        try:
-            return retrying(self._at_a_server, attempt)
-        except TransientError as fault:
-            tries = retrying.statistics.get("attempt_number", 1)
-            raise EngineError(
-                f"{what}: {fault}; given up after {tries} tries in {time.monotonic() - started:.0f} s "
-                f"({self._options['retry_for_s']}). {self._options['remedy']}"
-            ) from None
 
     def _at_a_server(self, attempt: Attempt[_Result]) -> _Result:
         with self._lock:
@@ -407,51 +296,19 @@ class ServerPool:
 
     def _leave_out(self, server: Server) -> None:
         now = time.monotonic()
-        if now >= server.out_until:  # else it is out already, by a request that was in flight together with this one
+        if now >= server.out_until:  # else a request that was in flight together with this one has put it out
             server.faults += 1
             pause = 2.0 ** min(server.faults, _MAX_DOUBLINGS) * self._served.first_pause_s
             server.out_until = now + min(pause, _MAX_OUT_S)
 
-    def _exchange(
-        self, method: str, url: str, body: dict[str, Any] | None, limit_s: float
-    ) -> tuple[httpx.Response, bytes]:
-        """An answer and its body. httpx limits the wait for each piece, the deadline the whole of a body in pieces."""
-        deadline = time.monotonic() + limit_s
-        content = bytearray()
-        with self._client.stream(method, url, json=body, timeout=limit_s) as response:
-            for piece in response.iter_bytes():
-                content += piece
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the body takes too long")
-        return response, bytes(content)
-
-    def _without_key(self, text: str) -> str:
-        key = self._served.api_key
-        return text.replace(key, "[the key]") if key else text
-
-    def _holds_key(self, content: bytes) -> bool:
-        """Whether a server has sent the key back, so that its answer has to be gone through."""
-        key = self._served.api_key or ""
-        return len(key) >= _MIN_KEY_CHARS and any(form in content for form in _written(key))
-
-    def _scrubbed(self, answer: Any) -> Any:
-        """An answer without the key in its texts."""
-        if isinstance(answer, str):
-            return self._without_key(answer)
-        if isinstance(answer, list):
-            return [self._scrubbed(each) for each in answer]
-        if isinstance(answer, dict):
-            return {self._without_key(name): self._scrubbed(each) for name, each in answer.items()}
-        return answer
-
     def _check_servers(self, max_tokens: int | None) -> str:
-        """The served model's name, the same at every server that can be reached."""
+        """The name of the served model, which must be the same at every server that can be reached."""
 
         def attempt(server: Server) -> str:
             answer = self.answer(server, "GET", "/models", timeout_s=_CONTROL_S)
             where = self.where(server)
             try:
-                models = {self._without_key(str(model["id"])): dict(model) for model in answer["data"]}
+                models = {self._client.without_key(str(model["id"])): dict(model) for model in answer["data"]}
             except (KeyError, TypeError, ValueError):
                 raise TransientError(f"{where} does not say which models it serves") from None
             name = self._served.model or (next(iter(models)) if len(models) == 1 else None)
@@ -473,25 +330,3 @@ class ServerPool:
         if len(names) > 1:
             raise EngineError(f"the {self._role} servers serve different models: {', '.join(names)}")
         return names[0]
-
-
-def _allow_connections(count: int) -> None:
-    """Raise this process's limit of open files, often 1,024, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    try:
-        return max(0.0, float(response.headers.get("Retry-After", 0)))
-    except ValueError:  # a date
-        return 0.0
-
-
-def _written(key: str) -> list[bytes]:
-    """How JSON may write a key."""
-    text = json.dumps(key)[1:-1]
-    return [key.encode(), text.encode(), text.replace("/", "\\/").encode()]

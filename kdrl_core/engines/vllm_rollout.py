@@ -1,4 +1,4 @@
-"""Rollouts by vLLM in this process: one engine per stage, which takes the new weights after each update."""
+"""Rollouts by vLLM in this process: one engine per stage, which loads the new weights after each update."""
 
 import math
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ _MAX_SEED = 2**63
 class VLLMRolloutEngine:
     """`RolloutEngine` over vLLM.
 
-    Each request has a seed of its own, so a response does not depend on the others as far as vLLM's kernels allow.
+    Each request has a seed of its own. As far as vLLM's kernels allow, a response does not depend on the others.
 
     Args:
         model: directory of the first policy.
         tokenizer: decodes responses; special tokens are left out of the text.
         settings: how the engine is started.
         stop_ids: tokens that end a response and belong to it.
-        temperature: 0 is greedy, its logprobs then those of softmax(logits).
+        temperature: 0 is greedy, with the logprobs of softmax(logits).
         max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
 
     Raises:
@@ -48,11 +48,11 @@ class VLLMRolloutEngine:
         self._max_response_tokens = max_response_tokens
 
     def load_weights(self, checkpoint_dir: Path) -> None:
-        """Take the weights of a checkpoint. Raises EngineError if they do not fit."""
+        """Load the weights of a checkpoint. Raises EngineError if they do not fit."""
         self._engine.load_weights(checkpoint_dir)
 
     def rebuild(self, checkpoint_dir: Path) -> None:
-        """Start the engine anew from a checkpoint. Raises EngineError as `VLLMEngine`."""
+        """Start the engine again from a checkpoint. Raises EngineError as `VLLMEngine`."""
         self._engine.close()
         self._engine = VLLMEngine(checkpoint_dir, self._settings)
 
@@ -77,7 +77,7 @@ class VLLMRolloutEngine:
                 "seed": requests[row].seed % _MAX_SEED,
                 "max_tokens": limit,
                 "stop_token_ids": self._stop_ids,
-                "ignore_eos": True,  # the stop tokens say it
+                "ignore_eos": True,  # EOS is among the stop tokens
                 "logprobs": 0,
             }
 
@@ -90,7 +90,7 @@ class VLLMRolloutEngine:
         return [rollouts[row] for row in range(len(requests))]
 
     def sleep(self) -> None:
-        """Give memory back until it is used again, as `VLLMEngine.sleep`."""
+        """Free memory until it is used again, as `VLLMEngine.sleep`."""
         self._engine.sleep()
 
     def close(self) -> None:

@@ -15,7 +15,8 @@ from kdrl_core.models.loading import read_config
 from kdrl_core.types import ScoreRequest
 
 _SPARE = 4
-"""More tokens than k are asked for, since some may be padding of the embedding; where more are, all of it is."""
+"""How many more tokens than k are asked for first, since some may be padding. If more are, a second request asks for as
+many more as there is padding."""
 
 _Taken = TypeVar("_Taken")
 
@@ -26,7 +27,7 @@ class VLLMScorer:
     Args:
         model: directory of the frozen model.
         settings: how the engine is started; `temperature` is the student's.
-        num_tokens: ids from here on are padding of the embedding, never among the top-K.
+        num_tokens: ids from this number on are padding of the embedding, never among the top-K.
         max_topk: most tokens that `score_topk` will be asked for.
 
     Raises:
@@ -37,7 +38,7 @@ class VLLMScorer:
         size: int = read_config(model)["vocab_size"]
         self._num_tokens = min(num_tokens, size)
         self._num_padding = size - self._num_tokens
-        # One token has to be sampled, which costs a place in the context.
+        # vLLM must sample one token, which takes a place in the context.
         settings = replace(
             settings,
             samples=False,
@@ -78,7 +79,7 @@ class VLLMScorer:
         return scores
 
     def sleep(self) -> None:
-        """Give memory back until it is used again, as `VLLMEngine.sleep`."""
+        """Free memory until it is used again, as `VLLMEngine.sleep`."""
         self._engine.sleep()
 
     def close(self) -> None:
@@ -91,7 +92,7 @@ class VLLMScorer:
         k: int,
         take: Callable[[NDArray[np.int32], NDArray[np.float32]], _Taken],
     ) -> list[_Taken]:
-        """What `take` makes of ids and logprobs of each response, [T, 1 + k]: the token itself, then the likeliest."""
+        """`take` applied to the ids and logprobs [n, 1 + k] of each response: the token itself, then the likeliest."""
         prompts = [[*request.prompt_token_ids, *request.token_ids] for request in requests]
         parameters = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": k}
         taken: dict[int, _Taken] = {}
@@ -109,7 +110,7 @@ class VLLMScorer:
 
 
 def _best(ids: NDArray[np.int32], logprobs: NDArray[np.float32], k: int, num_tokens: int) -> TopKScore | None:
-    """The k likeliest that are no padding; None where a position has fewer."""
+    """The k likeliest tokens without padding; None if a position has fewer."""
     is_known = ids[:, 1:] < num_tokens
     if (is_known.sum(axis=1) < k).any():
         return None

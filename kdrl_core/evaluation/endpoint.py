@@ -6,24 +6,22 @@ comes back is judged, its length is what the server counts. So its figures are t
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.config import ServersConfig
 from kdrl_core.data.unicode import as_unicode
 from kdrl_core.engines.served_answers import TransientError
 from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool, served_model
 from kdrl_core.errors import EngineError
-from kdrl_core.evaluation.outcome import Response
+from kdrl_core.sampling.responses import OnResponses, Response
 from kdrl_core.types import FinishReason, RolloutRequest
 
 _MAX_SEED = 2**63
 _CUT_SHARE = 0.9
 """A response that ends for its length with fewer of its tokens was cut by something else."""
 _logger = logging.getLogger("kdrl")
-
-OnResponses = Callable[[Sequence[Response]], None]
 
 
 class ChatEndpoint:
@@ -63,12 +61,12 @@ class ChatEndpoint:
     def respond(
         self,
         requests: Sequence[RolloutRequest],
-        messages: dict[str, str],
-        *,
-        max_response_tokens: int,
         on_finished: OnResponses,
-    ) -> None:
-        """One response per request; `on_finished` hears each once it is there, one at a time.
+        *,
+        messages: Mapping[str, str],
+        max_response_tokens: int,
+    ) -> list[Response]:
+        """One response per request, in order, as `Source`; `on_finished` hears one at a time.
 
         Args:
             requests: their prompt_token_ids are not used.
@@ -102,7 +100,7 @@ class ChatEndpoint:
             return response
 
         asked = [(f"response {row}", partial(one, request)) for row, request in enumerate(requests)]
-        self._pool.ask_all(asked)
+        return self._pool.ask_all(asked)
 
     def _chat(self, server: Server, request: RolloutRequest, message: str, max_response_tokens: int) -> Any:
         field = self._limit_field

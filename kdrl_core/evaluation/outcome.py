@@ -1,64 +1,70 @@
-"""What the responses to a benchmark amount to: the rows that are kept, and the figures over them."""
+"""What the responses to benchmarks amount to: the rows that are kept, the figures over them, and their publication."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.data.benchmarks import BenchmarkProblem
+from kdrl_core.evaluation.evaluation_plan import EvaluationPlan
+from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
+from kdrl_core.evaluation.results import RESULTS
 from kdrl_core.evaluation.statistics import accuracy, majority, pass_at_k, powers_of_two, standard_error
-from kdrl_core.tables.columns import verdict_columns
-from kdrl_core.tables.schemas import EVALUATION
-from kdrl_core.types import FinishReason, Rollout, Verdict, VerdictKind
+from kdrl_core.ledger import manifest_of, publish_directory
+from kdrl_core.tables.schemas import read_table, write_table
+from kdrl_core.types import FinishReason, VerdictKind
+
+RESPONSES = "responses.parquet"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Response:
-    """One response to a problem of a benchmark."""
+def publish_outcome(
+    plan: EvaluationPlan,
+    target: Path,
+    shards: Mapping[str, Sequence[Path]],
+    *,
+    label: str,
+    model: str,
+    inputs: Mapping[str, str],
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Publish `target` with responses.parquet, results.json and lm_eval.json.
 
-    prompt_id: str
-    sample: int
-    text: str
-    length: int
-    """Tokens, EOS included."""
-    finish_reason: FinishReason
-    seed: int
+    Args:
+        shards: published tables of responses (EVALUATION), by benchmark.
+        label, model, settings: entries of results.json.
+        inputs: of the manifest.
 
-    @classmethod
-    def of(cls, rollout: Rollout, seed: int) -> "Response":
-        """Without its tokens and logprobs."""
-        return cls(
-            prompt_id=rollout.prompt_id,
-            sample=rollout.sample,
-            text=rollout.text,
-            length=len(rollout.token_ids),
-            finish_reason=rollout.finish_reason,
-            seed=seed,
-        )
-
-
-def responses_table(
-    benchmark: str, responses: Sequence[Response], verdicts: Sequence[Verdict], problems: Sequence[BenchmarkProblem]
-) -> pa.Table:
-    """EVALUATION, a row per response, in order."""
-    asked = {problem.problem_id: problem for problem in problems}
-    return pa.Table.from_pydict(
-        {
-            "benchmark": [benchmark] * len(responses),
-            "prompt_id": [r.prompt_id for r in responses],
-            "sample": [r.sample for r in responses],
-            "question": [asked[r.prompt_id].question for r in responses],
-            "ground_truth": [asked[r.prompt_id].answer for r in responses],
-            "response": [r.text for r in responses],
-            "length": [r.length for r in responses],
-            "finish_reason": [r.finish_reason.value for r in responses],
-            **verdict_columns(verdicts),
-            "seed": [r.seed for r in responses],
+    Returns:
+        results.json. Its `date` and `seconds` are of sampling and judging, over all calls.
+    """
+    recipe = plan.recipe
+    tables = {name: pa.concat_tables(map(read_table, paths)) for name, paths in shards.items()}
+    manifests = [manifest_of(path) for paths in shards.values() for path in paths]
+    took = [float(manifest.metadata["seconds"]) for manifest in manifests]
+    content = {
+        "label": label,
+        "model": model,
+        "date": datetime.fromisoformat(manifests[0].created_at).timestamp() - took[0],
+        "seconds": sum(took),
+        **({} if settings is None else {"settings": settings}),
+        "benchmarks": {
+            benchmark.name: benchmark_result(tables[benchmark.name], benchmark.samples, seed=recipe.seed)
+            for benchmark in plan.benchmarks
+            if benchmark.name in tables
         },
-        schema=EVALUATION,
-    )
+    }
+    shaped = lm_eval_results(content, temperature=recipe.evaluation.temperature, seed=recipe.seed)
+
+    def write(folder: Path) -> None:
+        write_table(pa.concat_tables(tables.values()), folder / RESPONSES)
+        (folder / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
+        (folder / LM_EVAL_RESULTS).write_text(json.dumps(shaped, indent=1) + "\n")
+
+    publish_directory(target, write, inputs=inputs)
+    return content
 
 
 def benchmark_result(table: pa.Table, samples: int, *, seed: int) -> dict[str, Any]:

@@ -5,9 +5,8 @@ accuracy alone (`require_format=False`), as in the paper's evaluation (4.1): a p
 to find, however the response is laid out. A box inside the thought is no answer here either.
 """
 
-from kdrl_core.labelling.plan import LabelPlan, plan_labels
-from kdrl_core.labelling.run import label_problems
-from kdrl_core.labelling.summary import LabelSummary, pass_at_k
-from kdrl_core.labelling.work import work_folder
+from kdrl_core.labelling.label import label_problems, work_folder
+from kdrl_core.labelling.label_plan import LabelOptions, LabelPlan, plan_labels
+from kdrl_core.labelling.label_summary import LabelSummary, pass_at_k
 
-__all__ = ["LabelPlan", "LabelSummary", "label_problems", "pass_at_k", "plan_labels", "work_folder"]
+__all__ = ["LabelOptions", "LabelPlan", "LabelSummary", "label_problems", "pass_at_k", "plan_labels", "work_folder"]

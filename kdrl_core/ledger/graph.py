@@ -342,9 +342,7 @@ def required(recipe: Recipe, stage: str, steps: int) -> Iterator[Node]:
 
 def part_of(recipe: Recipe, node: Node) -> str | None:
     """Name of the part that a node belongs to when runs share their work; None for what every run makes itself.
-
-    The evaluations that a stage makes while it trains belong to the stage.
-    """
+    The evaluations that a stage makes while it trains belong to the stage."""
     if node.name == EVALUATION.name and (made := labelled_checkpoint(str(node.at))) is not None:
         stage, step = made
         return stage if stage in recipe.stages and recipe.stage(stage).is_evaluation_due(step) else None

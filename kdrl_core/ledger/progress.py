@@ -15,15 +15,15 @@ _last_report = 0.0
 
 
 def report_progress(
-    run: Run, *, stage: str, step: int = 0, phase: str, done: int | None = None, total: int | None = None
+    run: Run, *, stage: str, at: int = 0, phase: str, done: int | None = None, total: int | None = None
 ) -> None:
-    """Say which phase of which step is under way, at most five times a second."""
+    """Say which phase of which step or shard is under way, at most five times a second."""
     global _last_report
     now = time.monotonic()
     if now - _last_report < _MIN_INTERVAL_S:
         return
     _last_report = now
-    content = {"stage": stage, "step": step, "phase": phase, "done": done, "total": total, "at": time.time()}
+    content = {"stage": stage, "step": at, "phase": phase, "done": done, "total": total, "at": time.time()}
     target = run.paths.scratch / "progress.json"
     with suppress(OSError):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Logprobs, entropy and Top-K KL of response tokens under softmax(logits / T), the policy that is sampled.
 
-A model is asked for the hidden states that predict the response tokens, padding left out, and `chunked_logprobs` does
+A model is asked for the hidden states that predict the response tokens, padding left out, and `token_statistics` does
 the rest. That is right for models whose logits are the output layer of their base model's last hidden states and
 nothing else: `LogprobModel` asks the model itself, once. For any other (scaled or soft-capped logits, as in Gemma 2; an
 output layer that is wrapped or quantised) it takes the model's own logits [B, T, V].
@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdrl_core.logprobs.batch import PaddedBatch
-from kdrl_core.logprobs.chunked import BestTokens, TokenStatistics, best_tokens, token_statistics
+from kdrl_core.logprobs.chunked import (
+    BestTokens,
+    OutputLayer,
+    TokenStatistics,
+    TopKTeacher,
+    best_tokens,
+    token_statistics,
+)
 from kdrl_core.objectives import topk_kl
 
 
@@ -38,17 +45,17 @@ class LogprobHead(torch.nn.Module):
         floor: float = 0.0,
     ) -> TokenStatistics:
         """`token_statistics` of hidden states [N, H]."""
-        return token_statistics(
-            hidden,
-            self.output_layer.weight,
-            target_ids,
-            temperature=self.temperature,
-            bias=self.output_layer.bias,
-            with_entropy=with_entropy,
-            topk_ids=topk_ids,
-            topk_logits=topk_logits,
-            floor=floor,
-        )
+        topk = None
+        if topk_ids is not None or topk_logits is not None:
+            if topk_ids is None or topk_logits is None:
+                raise ValueError("topk_ids and topk_logits: expected both or neither")
+            topk = TopKTeacher(topk_ids, topk_logits, floor)
+        return token_statistics(hidden, self.layer, target_ids, with_entropy=with_entropy, topk=topk)
+
+    @property
+    def layer(self) -> OutputLayer:
+        """The layer as a record."""
+        return OutputLayer(self.output_layer.weight, self.output_layer.bias, self.temperature)
 
 
 class LogprobModel(torch.nn.Module):
@@ -122,14 +129,11 @@ class LogprobModel(torch.nn.Module):
             best = logits.log_softmax(-1)[..., :num_tokens].topk(k, dim=-1)
             return BestTokens(response_logprobs(logits, batch)[0], best.indices, best.values)
         places = batch.response_mask.flatten().nonzero().squeeze(1)
-        layer = self.head.output_layer
         found = best_tokens(
             _response_hidden(self.model, batch).index_select(0, places),
-            layer.weight,
+            self.head.layer,
             batch.response_ids.flatten()[places],
             k,
-            temperature=self.temperature,
-            bias=layer.bias,
             num_tokens=num_tokens,
         )
         return BestTokens(*(_unpack(values, places, batch) for values in found))

@@ -2,25 +2,26 @@
 
     student/ teacher/       Hugging Face model directories
     student-vllm/           a student whose attention heads are wide enough for vLLM on a CPU
-    teacher-weak/           another teacher, between the two; also the base model of the R1-Zero path's teacher
-    teacher-broad/          a teacher that works chains in two ways of which the students know one; in half precision
+    teacher-weak/           a teacher of middling strength; also the base model of the R1-Zero path's teacher
+    teacher-broad/          a teacher that works chains in two ways, where the students know one; in half precision
     stage1.json             problems in DeepScaleR's shape
     stage2.parquet          problems in Skywork-OR1-RL-Data's shape, with *measured* labels: failures out of 16
-    benchmarks/*.jsonl      validation, test, hard (longer chains than any trained on), ood (in brackets, which no model
-                            has ever seen)
+    benchmarks/*.jsonl      validation, test, hard (longer chains than in training), ood (with brackets, which no model
+                            has seen)
 
-The student is small and kept uncertain by label smoothing: sampled, it solves two chains in five, though its most
-likely tokens are mostly right, much as a pretrained model before RL. The teacher is larger, nearly
-right, and a little smoothed as well: a perfectly confident one makes R² of a few tokens dominate k2.
+The student is small, and label smoothing keeps it uncertain. Like a pretrained model before RL, it solves two chains in
+five when it is sampled, although its likeliest tokens are mostly right. The teacher is larger, nearly always right, and
+a little smoothed as well: with a perfectly confident teacher, R² of a few tokens dominates k2.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -32,10 +33,6 @@ from kdrl_core.miniature.world import BRACKETED_LENGTHS, HARD_LENGTHS, LENGTHS, 
 from kdrl_core.types import FinishReason, RolloutRequest
 
 SEED = 7
-STUDENT_SEED = 1
-TEACHER_SEED = 8
-WEAK_TEACHER_SEED = 9
-BROAD_TEACHER_SEED = 8
 STUDENT = MiniatureModel(
     hidden_size=48, num_layers=2, tie_word_embeddings=True, sft_steps=550, learning_rate=3e-3, label_smoothing=0.04
 )
@@ -54,7 +51,7 @@ BROAD_TEACHER = MiniatureModel(
     label_smoothing=0.01,
     result_first_share=0.25,
 )
-"""Broader than what the student can carry, as a large model's answers are: it works one chain in four result first."""
+"""A teacher that, like a large model, has answers beyond the student: it works one chain in four result first."""
 VLLM_STUDENT = MiniatureModel(
     hidden_size=64,
     num_heads=2,
@@ -64,7 +61,15 @@ VLLM_STUDENT = MiniatureModel(
     learning_rate=3e-3,
     label_smoothing=0.04,
 )
-"""Its heads have 32 numbers, the fewest that vLLM's attention on a CPU knows."""
+"""Its attention heads have size 32, the smallest that vLLM on a CPU supports."""
+MODELS = {
+    "student": (STUDENT, 1),
+    "teacher": (TEACHER, 8),
+    "teacher-weak": (WEAK_TEACHER, 9),
+    "teacher-broad": (BROAD_TEACHER, 8),
+    "student-vllm": (VLLM_STUDENT, 1),
+}
+"""Folder → model and seed."""
 NUM_LABEL_SAMPLES = 16
 MAX_RESPONSE_TOKENS = 64
 STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
@@ -72,20 +77,11 @@ STUDENT_LABEL, TEACHER_LABEL, STRONG_LABEL = SKYWORK_LABELS = (
     "DeepSeek-R1-Distill-Qwen-7B",
     "DeepSeek-R1-Distill-Qwen-32B",
 )
-"""The published schema fixes these names. Here the first label was measured with the miniature student, the other two
-with the miniature teacher, at temperatures 1 and 0.6."""
+"""The published schema fixes these names. Here the first label is measured with the miniature student, the other two
+with the miniature teacher at temperatures 1 and 0.6."""
 
 
-def build(
-    output: Path,
-    *,
-    student: MiniatureModel = STUDENT,
-    teacher: MiniatureModel = TEACHER,
-    weak_teacher: MiniatureModel = WEAK_TEACHER,
-    broad_teacher: MiniatureModel = BROAD_TEACHER,
-    vllm_student: MiniatureModel = VLLM_STUDENT,
-    scale: float = 1.0,
-) -> None:
+def build(output: Path, *, models: Mapping[str, tuple[MiniatureModel, int]] = MODELS, scale: float = 1.0) -> None:
     """Build every asset below `output`. `scale` shrinks the number of problems, for tests."""
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
@@ -106,22 +102,19 @@ def build(
     _write_benchmarks(output / "benchmarks", {"ood": draw(128, BRACKETED_LENGTHS)}, notation=bracket)
 
     tokenizer = build_tokenizer()
-    models = {
-        "student": train_model(student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
-        "teacher": train_model(teacher, tokenizer, seed=TEACHER_SEED, exclude=held_out),
-        "teacher-weak": train_model(weak_teacher, tokenizer, seed=WEAK_TEACHER_SEED, exclude=held_out),
-        "teacher-broad": train_model(broad_teacher, tokenizer, seed=BROAD_TEACHER_SEED, exclude=held_out).half(),
-        "student-vllm": train_model(vllm_student, tokenizer, seed=STUDENT_SEED, exclude=held_out),
-    }
-    for name, model in models.items():
-        save_model(model, tokenizer, output / name)
+    trained: dict[str, Any] = {}
+    for name, (spec, seed) in models.items():
+        trained[name] = train_model(spec, tokenizer, seed=seed, exclude=held_out)
+        if name == "teacher-broad":
+            trained[name].half()
+        save_model(trained[name], tokenizer, output / name)
 
     rows = [{"problem": q, "answer": solve(q)[1], "solution": solve(q)[0]} for q in stage1]
     (output / "stage1.json").write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
     labels = {
-        STUDENT_LABEL: _failures(models["student"], tokenizer, stage2, temperature=1.0),
-        TEACHER_LABEL: _failures(models["teacher"], tokenizer, stage2, temperature=1.0),
-        STRONG_LABEL: _failures(models["teacher"], tokenizer, stage2, temperature=0.6),
+        STUDENT_LABEL: _failures(trained["student"], tokenizer, stage2, temperature=1.0),
+        TEACHER_LABEL: _failures(trained["teacher"], tokenizer, stage2, temperature=1.0),
+        STRONG_LABEL: _failures(trained["teacher"], tokenizer, stage2, temperature=0.6),
     }
     _write_skywork(output / "stage2.parquet", stage2, labels)
 
@@ -166,8 +159,6 @@ def _failures(model: Any, tokenizer: Any, questions: list[str], *, temperature: 
 
 
 def _write_skywork(path: Path, questions: list[str], labels: dict[str, list[int]]) -> None:
-    import pyarrow as pa
-
     rows = [
         {
             "data_source": "kdrl-miniature",

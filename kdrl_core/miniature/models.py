@@ -20,14 +20,14 @@ CHAT_TEMPLATE = (
 )
 CONTEXT = 128
 _WAYS_SEED = 99
-"""Of the choice between two ways of working a training chain, apart from the choice of chains."""
+"""Seed of the choice between two ways to work a training chain. The chains have a seed of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniatureModel:
     """Architecture and training of one miniature model.
 
-    `label_smoothing` keeps the teacher from certainty: a perfectly confident one makes R² of a few tokens dominate k2.
+    `label_smoothing` keeps the teacher uncertain: with a perfectly confident one, R² of a few tokens dominates k2.
     """
 
     hidden_size: int
@@ -39,7 +39,7 @@ class MiniatureModel:
     batch_size: int = 64
     label_smoothing: float = 0.0
     result_first_share: float = 0.0
-    """Share of the training chains that are worked result first: such a model knows two ways where others know one."""
+    """Share of the training chains that are worked result first. Such a model knows two ways; the others know one."""
 
 
 def build_tokenizer() -> Any:
@@ -69,7 +69,7 @@ def build_tokenizer() -> Any:
 
 
 def build_model(spec: MiniatureModel, tokenizer: Any, *, seed: int) -> Any:
-    """A freshly initialised model of `spec`, its weights a function of `seed` alone."""
+    """A freshly initialised model of `spec`; its weights depend on `seed` alone."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(

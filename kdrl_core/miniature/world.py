@@ -1,7 +1,7 @@
-"""The miniature task: left-to-right chains of +, − and × modulo 10, whose every step is a table look-up.
+"""The miniature task: left-to-right chains of +, − and × modulo 10. Each step is a table look-up.
 
-`3+5*2` is answered by `<think>3+5=8,8*2=6</think>\\boxed{6}`: a tiny model can learn the hundred entries of each
-table, and fails on a chain whenever it misses one of them, so accuracy is graded and falls with length.
+The answer to `3+5*2` is `<think>3+5=8,8*2=6</think>\\boxed{6}`. A tiny model can learn the hundred entries of each
+table. It fails on a chain if it misses one of them, so accuracy falls with the length of the chain.
 """
 
 import random
@@ -31,7 +31,7 @@ def solve(question: str) -> tuple[str, str]:
 def solve_result_first(question: str) -> str:
     """Another way to work a chain, every step written result first: `<think>8=3+5,6=8*2</think>\\boxed{6}`.
 
-    A model must look a result up before it has written down what to look up, which a small one finds hard.
+    A model must know a result before it has written the operands, which is hard for a small model.
     """
     worked, answer = solve(question)
     steps = worked.removeprefix("<think>").removesuffix(f"</think>\\boxed{{{answer}}}").split(",")
@@ -40,7 +40,7 @@ def solve_result_first(question: str) -> str:
 
 
 def bracket(question: str) -> str:
-    """The chain with the brackets that say in which order it is read: `3+5*2` becomes `(3+5)*2`."""
+    """The chain with brackets that show the order of its steps: `3+5*2` becomes `(3+5)*2`."""
     digits = question[::2]
     text = digits[0]
     for position, (operator, digit) in enumerate(zip(question[1::2], digits[1:], strict=True)):

@@ -13,6 +13,7 @@
     3.4         1[r_i = 0] R, 1[all r_j = 0] R                   kd_mask, or kd_masking of kdrl_loss
     Tables 3, 5 + β_ref KL_k3(π_θ ‖ π_ref), − c H                ref_… and entropy_… of kdrl_loss
     beyond      w = min(π_θold / π_rollout, cap); k3_k2grad      tis_cap of kdrl_loss; kl_estimate
+    beyond      an estimator of your own                         register_estimator
 
 The paper's J is maximised; every loss here is minimised, and is −J. B = prompts × G responses, grouped contiguously;
 T = response tokens; V = vocabulary; K = the teacher's best tokens. `logprobs`, the student's and the teacher's, are
@@ -20,30 +21,16 @@ those of softmax(logits / temperature), which is what responses are sampled from
 returned, in float32.
 """
 
-from kdrl_core.objectives.advantages import group_advantages
-from kdrl_core.objectives.aggregate import group_mean, token_mean
-from kdrl_core.objectives.baselines import kd_rkl_loss, sft_loss
-from kdrl_core.objectives.kl import KLEstimator, kl_estimate, kl_policy_gradient
-from kdrl_core.objectives.loss import LOSS_METRICS, kdrl_loss
-from kdrl_core.objectives.masking import KDMasking, kd_mask
-from kdrl_core.objectives.schedule import BetaSchedule
-from kdrl_core.objectives.shaping import shape_rewards
-from kdrl_core.objectives.topk import topk_kl
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "LOSS_METRICS",
-    "BetaSchedule",
-    "KDMasking",
-    "KLEstimator",
-    "group_advantages",
-    "group_mean",
-    "kd_mask",
-    "kd_rkl_loss",
-    "kdrl_loss",
-    "kl_estimate",
-    "kl_policy_gradient",
-    "sft_loss",
-    "shape_rewards",
-    "token_mean",
-    "topk_kl",
-]
+if TYPE_CHECKING:
+    from kdrl_core.objectives.public import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import torch with the first name that is used: recipes need `kinds` and `inputs` alone, which need none."""
+        public = import_module("kdrl_core.objectives.public")
+        if name not in ("__all__", *public.__all__):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(public, name)

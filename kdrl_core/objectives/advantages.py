@@ -7,7 +7,8 @@ Departures: std is the unbiased one (N − 1) and ε = 1e-6, as in the paper's f
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import as_float, check_finite, check_group_size, check_not_negative, check_num_dims
+from kdrl_core.objectives.checks import as_float, check_finite, check_num_dims
+from kdrl_core.objectives.scalars import check_group_size, check_not_negative
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:

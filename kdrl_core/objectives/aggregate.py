@@ -7,18 +7,17 @@ With the global counts given, the results of micro-batches (or of ranks, summed)
 taken in float32 at least, and returned so.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import (
-    as_float,
-    as_is_response,
-    check_counts,
-    check_group_size,
-    check_num_dims,
-    check_positive,
-    check_shape,
-)
+from kdrl_core.objectives.checks import as_float, as_is_response, check_counts, check_num_dims, check_shape
+from kdrl_core.objectives.inputs import Totals
+from kdrl_core.objectives.kinds import AGGREGATIONS
+from kdrl_core.objectives.scalars import check_group_size, check_positive
 
 
 def token_mean(values: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:
@@ -111,3 +110,19 @@ def count_groups(
         raise ValueError("num_groups: expected the number of groups of the step beside group_tokens, given None")
     check_positive("num_groups", num_groups)
     return num_groups, group_tokens
+
+
+def _over_tokens(is_response: Tensor, group_size: int | None, totals: Totals) -> Callable[[Tensor], Tensor]:
+    tokens = count_tokens(is_response) if totals.tokens is None else totals.tokens
+    return partial(unchecked_token_mean, is_response=is_response, total_tokens=tokens)
+
+
+def _over_groups(is_response: Tensor, group_size: int | None, totals: Totals) -> Callable[[Tensor], Tensor]:
+    group_tokens = cast("Tensor | None", totals.group_tokens)  # of a micro-batch; the whole step has a plain list
+    groups, tokens = count_groups(is_response, group_size, totals.num_groups, group_tokens)
+    return partial(unchecked_group_mean, is_response=is_response, num_groups=groups, group_tokens=tokens)
+
+
+MEANS = {"token_mean": _over_tokens, "group_mean": _over_groups}
+"""From the response mask, G and the global counts to the mean of values [B, T]. Raise ValueError as `group_mean`."""
+assert MEANS.keys() == AGGREGATIONS.keys()

@@ -1,48 +1,12 @@
-"""Refusals of bad input, before any arithmetic: a `ValueError` that names argument, expected and given (`TypeError` for
-what is no tensor at all)."""
+"""Checks of tensors, made before any arithmetic: a `ValueError` names the argument, what was expected, what was given.
 
-import math
+What is no tensor at all is a `TypeError`. The checks of plain values are in scalars.py.
+"""
+
 from collections.abc import Iterable, Sequence
-from numbers import Integral
-from typing import SupportsFloat
 
 import torch
 from torch import Tensor
-
-
-def check_choice(argument: str, name: str, choices: Iterable[str]) -> None:
-    """`name` is one of the variants."""
-    choices = tuple(choices)
-    if name not in choices:
-        raise ValueError(f"{argument}: expected one of {', '.join(choices)}, given {name!r}")
-
-
-def check_not_negative(argument: str, value: object) -> None:
-    """`value` is a finite number of at least 0, or a tensor of one without dimensions."""
-    if not 0.0 <= as_number(value) < math.inf:
-        raise ValueError(f"{argument}: expected a finite number of at least 0, given {value!r:.50}")
-
-
-def check_positive(argument: str, value: object) -> None:
-    """`value` is a finite number above 0, or a tensor of one without dimensions."""
-    if not 0.0 < as_number(value) < math.inf:
-        raise ValueError(f"{argument}: expected a finite number above 0, given {value!r:.50}")
-
-
-def check_log_probability(argument: str, value: object) -> None:
-    """`value` is a finite number of at most 0."""
-    if not -math.inf < as_number(value) <= 0.0:
-        raise ValueError(f"{argument}: expected a finite log-probability, at most 0, given {value!r:.50}")
-
-
-def as_number(value: object) -> float:
-    """`value` as a float; NaN for what is no single number: None, text, a truth value, a vector."""
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat) or getattr(value, "ndim", 0) != 0:
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return math.nan
 
 
 def check_shape(argument: str, values: Tensor, shape: Sequence[int], legend: str) -> None:
@@ -57,17 +21,6 @@ def check_num_dims(argument: str, values: Tensor, legend: str) -> None:
     _check_tensor(argument, values, legend)
     if values.ndim != legend.count(",") + 1:
         raise ValueError(f"{argument}: expected shape {legend}, given {tuple(values.shape)}")
-
-
-def check_group_size(group_size: object, num_rows: int | None = None) -> None:
-    """`group_size` is an integer of at least 2 and, where `num_rows` is given, divides it."""
-    if isinstance(group_size, bool) or not isinstance(group_size, Integral) or group_size < 2:
-        raise ValueError(f"group_size: expected an integer of at least 2, given {group_size!r}")
-    if num_rows is not None and num_rows % int(group_size):
-        raise ValueError(
-            f"group_size: expected a divisor of the number of responses {num_rows}, given {group_size}; "
-            "pass whole groups, contiguously"
-        )
 
 
 def check_finite(argument: str, values: Tensor, where: Tensor | None = None) -> None:

@@ -19,14 +19,18 @@ The teacher is a constant everywhere.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import as_float, check_choice, check_num_dims, check_shape
+from kdrl_core.objectives.checks import as_float, check_num_dims, check_shape
+from kdrl_core.objectives.kinds import ESTIMATORS, Estimator
+from kdrl_core.objectives.plugins import is_reference, parse_reference
+from kdrl_core.objectives.scalars import check_choice
 
-KLEstimator = Literal["k1", "k2", "k3", "k3_k2grad"]
+KLFunction = Callable[[Tensor], Tensor]
+"""From R [B, T], with its gradient, to the estimate of each token [B, T]."""
 
 
 def _k1(log_ratio: Tensor) -> Tensor:
@@ -69,27 +73,93 @@ def _stop_gradient_unless(condition: Tensor, values: Tensor) -> Tensor:
     return torch.where(condition, values, values.detach())
 
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3, "k3_k2grad": _k3_k2grad}
+KL_ESTIMATORS: dict[str, KLFunction] = {"k1": _k1, "k2": _k2, "k3": _k3, "k3_k2grad": _k3_k2grad}
+"""The functions of those in `ESTIMATORS` that use the sampled tokens alone."""
+_OWN = tuple(ESTIMATORS)
+assert KL_ESTIMATORS.keys() == {name for name, row in ESTIMATORS.items() if not row.needs_topk}
 
 
-def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: KLEstimator | str) -> Tensor:
+def register_estimator(name: str, function: KLFunction, expectation: str | KLFunction | None = None) -> None:
+    """Add an estimator. From now on `name` is a legal `kl_estimator`, in recipes as in every function here.
+
+    In a recipe, `kl_estimator: "file.py:name"` needs no registration and works with every trainer. A registered name is
+    known to this process alone: the `torch` trainer has it, the ranks of the `deepspeed` trainer do not.
+
+    Args:
+        name: a new name, without a colon; one that was registered before is replaced.
+        function: from R = log π_T − log π_θ, [B, T] with its gradient, to the estimate of each token [B, T]. Its
+            derivative is what trains. Where R is not finite, no gradient flows into it.
+        expectation: what update.parquet records in its place, an estimator's name or a function of the same kind. Give
+            it where the gradient of `function` is wanted, but its values are no KL.
+
+    Raises:
+        TypeError: `function` or `expectation` cannot be called.
+        ValueError: the name is empty, has a colon, or is one of kdrl's own; or no estimator has the name `expectation`.
+    """
+    if name in _OWN or not name or is_reference(name):
+        raise ValueError(f"name: expected a new name without a colon, given {name!r}; kdrl has {', '.join(_OWN)}")
+    _add(name, function, expectation, is_local=True)
+
+
+def check_estimator(argument: str, name: str, *, with_topk: bool = False) -> None:
+    """`name` is an estimator. One that is named as `file.py:name` is loaded first, at its first use in the process.
+
+    Raises:
+        ValueError: no such estimator.
+        RecipeError: its file or module cannot be loaded.
+    """
+    if is_reference(name) and name not in ESTIMATORS:
+        _add(name, parse_reference(name).load())
+    check_choice(argument, name, ESTIMATORS if with_topk else KL_ESTIMATORS)
+
+
+def _add(name: str, function: KLFunction, expectation: str | KLFunction | None = None, **facts: bool) -> None:
+    if not callable(function):
+        raise TypeError(f"function: expected a function of log-ratios, given {function!r:.50}")
+    if isinstance(expectation, str):
+        check_estimator("expectation", expectation)
+    elif expectation is not None and not callable(expectation):
+        raise TypeError(f"expectation: expected an estimator's name or a function, given {expectation!r:.50}")
+    KL_ESTIMATORS[name] = function
+    ESTIMATORS[name] = Estimator(expectation=expectation, is_for_reference=True, **facts)
+
+
+def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(student ‖ teacher), (5) to (7); lower is closer to the teacher.
 
     Args:
         student_logprobs: [B, T] log π_θ of the sampled tokens; the gradient flows here.
         teacher_logprobs: [B, T] log π_T of the same tokens; no gradient.
-        estimator: "k1" | "k2" | "k3" | "k3_k2grad", see the module.
+        estimator: "k1" | "k2" | "k3" | "k3_k2grad", see the module, or one of `register_estimator`.
 
     Returns:
         [B, T], float32 at least. Padding is computed like any token: mask it afterwards by `token_mean`, or use
         `kdrl_loss`. Padding that is not finite leaves no trace in the gradient then.
 
     Raises:
-        ValueError: the shapes differ, or an unknown estimator.
+        ValueError: the shapes differ, an unknown estimator, or one that returns another shape.
     """
-    check_choice("estimator", estimator, KL_ESTIMATORS)
+    check_estimator("estimator", estimator)
+    return _estimate(KL_ESTIMATORS[estimator], student_logprobs, teacher_logprobs)
+
+
+def recorded_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: str) -> Tensor:
+    """Per-token KL [B, T] as update.parquet records it and `kdrl rollouts show` prints it.
+
+    These are the values that the loss uses, or those of the estimator's `expectation`: k3's for k3_k2grad, and k2's for
+    Top-K, which needs the whole vocabulary. No gradient. Arguments and errors as `kl_estimate`; "topk" is allowed.
+    """
+    check_estimator("estimator", estimator, with_topk=True)
+    expectation = ESTIMATORS[estimator].expectation or estimator
+    function = KL_ESTIMATORS[expectation] if isinstance(expectation, str) else expectation
+    return _estimate(function, student_logprobs.detach(), teacher_logprobs)
+
+
+def _estimate(function: KLFunction, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     log_ratio = _log_ratio(student_logprobs, teacher_logprobs)
-    return KL_ESTIMATORS[estimator](_stop_gradient_unless(log_ratio.isfinite(), log_ratio))
+    kl = function(_stop_gradient_unless(log_ratio.isfinite(), log_ratio))
+    check_shape("what the KL estimator returns", kl, log_ratio.shape, "[B, T]")
+    return kl
 
 
 def kl_policy_gradient(student_logprobs: Tensor, teacher_logprobs: Tensor, ratio: Tensor | None = None) -> Tensor:

@@ -8,14 +8,13 @@ R' multiplies R and nothing else: the denominator Σ|o_i| of the objective still
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import as_float, check_choice, check_finite, check_group_size, check_num_dims
-
-KDMasking = Literal["none", "response", "group"]
+from kdrl_core.objectives.checks import as_float, check_finite, check_num_dims
+from kdrl_core.objectives.kinds import MASKINGS
+from kdrl_core.objectives.scalars import check_choice, check_group_size
 
 
 def _none(has_failed: Tensor, group_size: int | None) -> Tensor:
@@ -31,11 +30,12 @@ def _group(has_failed: Tensor, group_size: int | None) -> Tensor:
     return has_failed.reshape(-1, group_size).all(1).repeat_interleave(group_size)
 
 
-# From [B] "the response failed" to [B] "KD applies". Only "group" looks at the groups.
 KD_MASKINGS: dict[str, Callable[[Tensor, int | None], Tensor]] = {"none": _none, "response": _response, "group": _group}
+"""From [B] "the response failed" to [B] "KD applies"."""
+assert KD_MASKINGS.keys() == MASKINGS.keys()
 
 
-def kd_mask(rewards: Tensor, group_size: int, level: KDMasking | str) -> Tensor:
+def kd_mask(rewards: Tensor, group_size: int, level: str) -> Tensor:
     """1 where KD applies, 0 where it does not (Sec. 3.4). No gradient.
 
     Args:

@@ -7,7 +7,7 @@ that the formula gives on paper, and the floor is reached at exactly the step th
 from dataclasses import dataclass
 from decimal import Decimal
 
-from kdrl_core.objectives.checks import as_number, check_not_negative
+from kdrl_core.objectives.scalars import as_number, check_not_negative
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,8 @@ normalisation. The paper finds that training on it collapses early.
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import (
-    as_float,
-    as_is_response,
-    check_finite,
-    check_not_negative,
-    check_num_dims,
-    check_shape,
-)
+from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
+from kdrl_core.objectives.scalars import check_not_negative
 
 
 def shape_rewards(

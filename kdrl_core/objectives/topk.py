@@ -14,14 +14,8 @@ floor sinks: the paper finds training on this unstable.
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.checks import (
-    as_float,
-    as_is_response,
-    check_finite,
-    check_log_probability,
-    check_num_dims,
-    check_shape,
-)
+from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
+from kdrl_core.objectives.scalars import check_log_probability
 
 
 def topk_kl(

@@ -26,19 +26,25 @@ _IDS = [
     _field("prompt_id", pa.string(), "problem_id of the pool"),
     _field("sample", pa.int32(), "number of the response within its group, from 0"),
 ]
+_GROUND_TRUTH = _field("ground_truth", pa.string(), "the problem's answer")
+_LENGTH = _field("length", pa.int32(), "response tokens, EOS included")
+_FOUND = [
+    _field("extracted", pa.string(), "the answer found in the response", nullable=True),
+    _field("reason", pa.string(), "the verdict in words"),
+]
 
 ROLLOUTS = pa.schema(
     [
         *_IDS,
         _field("prompt", pa.string(), "the rendered prompt"),
         _field("response", pa.string(), "decoded response, special tokens left out"),
-        _field("ground_truth", pa.string(), "the problem's answer"),
+        _GROUND_TRUTH,
         _field("prompt_token_ids", pa.list_(pa.int32()), "tokens of the prompt"),
         _field("token_ids", pa.list_(pa.int32()), "tokens of the response, EOS included"),
         _field(
             "rollout_logprobs", pa.list_(pa.float32()), "the engine's logprob of each token under softmax(logits/T)"
         ),
-        _field("length", pa.int32(), "response tokens, EOS included"),
+        _LENGTH,
         _field("finish_reason", pa.string(), "stop | length (cut at the response limit)"),
         _field("repetition_rate", pa.float32(), "share of 8-grams of tokens that occurred before in the response"),
         _field("seed", pa.uint64(), "of the response, from (seed, stage, step or sft, prompt_id, sample)"),
@@ -66,8 +72,7 @@ REWARDS = pa.schema(
         _field("format_reward", pa.float32(), "1 if the response has the expected structure"),
         _field("accuracy_reward", pa.float32(), "1 if the answer equals the ground truth"),
         _field("verdict", pa.string(), "correct | wrong | malformed | no_answer | timeout | error"),
-        _field("extracted", pa.string(), "the answer found in the response", nullable=True),
-        _field("reason", pa.string(), "the verdict in words"),
+        *_FOUND,
     ]
 )
 
@@ -113,7 +118,7 @@ SFT_DATASET = pa.schema(
         _field("shard", pa.int32(), "number of the shard of samples that the response is from"),
         _field("prompt_token_ids", pa.list_(pa.int32()), "tokens of the prompt"),
         _field("token_ids", pa.list_(pa.int32()), "tokens of the response, EOS included"),
-        _field("length", pa.int32(), "response tokens, EOS included"),
+        _LENGTH,
     ]
 )
 
@@ -122,17 +127,34 @@ EVALUATION = pa.schema(
         _field("benchmark", pa.string(), "name of the benchmark"),
         *_IDS,
         _field("question", pa.string(), "the problem"),
-        _field("ground_truth", pa.string(), "the problem's answer"),
+        _GROUND_TRUTH,
         _field("response", pa.string(), "decoded response"),
-        _field("length", pa.int32(), "response tokens, EOS included"),
+        _LENGTH,
         _field("finish_reason", pa.string(), "stop | length"),
         _field("verdict", pa.string(), "correct | wrong | malformed | no_answer | timeout | error"),
         _field("accuracy_reward", pa.float32(), "1 if the answer equals the ground truth"),
-        _field("extracted", pa.string(), "the answer found in the response", nullable=True),
-        _field("reason", pa.string(), "the verdict in words"),
+        *_FOUND,
         _field("seed", pa.uint64(), "of the response"),
     ]
 )
+
+LABELS = pa.schema(
+    [
+        _field("problem_id", pa.string(), "of the problem"),
+        _field("sample", pa.int32(), "number of the response, from 0"),
+        _field("prompt", pa.string(), "the rendered prompt"),
+        _field("response", pa.string(), "decoded response, special tokens left out"),
+        _GROUND_TRUTH,
+        _LENGTH,
+        _field("finish_reason", pa.string(), "stop | length (cut at the response limit)"),
+        _field("verdict", pa.string(), "correct | wrong | no_answer | timeout | error; all but correct are failures"),
+        _field("accuracy_reward", pa.float32(), "1 if the answer equals the ground truth; what the label counts"),
+        _field("format_reward", pa.float32(), "1 if the response has the expected structure; not part of the label"),
+        *_FOUND,
+        _field("seed", pa.uint64(), "of the response, from (seed, 'label', problem_id, sample)"),
+    ]
+)
+"""A shard of `kdrl label`; the responses of a problem stand together."""
 
 
 SCHEMAS: dict[str, pa.Schema] = {

@@ -10,17 +10,18 @@ An error in a rank, its death, or silence beyond the time limit is an EngineErro
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdrl_core.config import TrainerConfig
+from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.errors import EngineError
 from kdrl_core.logprobs.batch import deal_batches, token_budget_batches
-from kdrl_core.training.losses import StepTotals, refuse_not_finite
+from kdrl_core.training.losses import refuse_not_finite, totals_of
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
-from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
+from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch
 from kdrl_core.training.rank_group import RankGroup, Reply
 from kdrl_core.training.torch_trainer import require_state
 from kdrl_core.types import ScoreRequest
@@ -32,13 +33,11 @@ class DeepSpeedTrainer:
     Args:
         model: directory of the initial policy; every rank loads it once.
         tokenizer: written beside exported weights.
+        settings: of the optimiser; micro-batches are a rank's.
         config: engine, ranks, ZeRO stage, time limits.
         folder: for the ranks' log and their key; made anew.
-        temperature, learning_rate, weight_decay, warmup_steps, max_grad_norm, micro_batch_tokens, seed: as
-            `TorchTrainer`; micro-batches are a rank's.
-        dtype: `bfloat16` for bfloat16 weights beside float32 masters (stage 0: autocast), or `float32`.
-        device: `cpu` or `cuda`.
-        num_threads: torch threads of a rank.
+        runtime: device, torch threads of a rank, and `dtype`: `bfloat16` for bfloat16 weights beside float32 masters
+            (stage 0: autocast), or `float32`.
         trust_remote_code: run code shipped with the model.
 
     Raises:
@@ -49,38 +48,25 @@ class DeepSpeedTrainer:
         self,
         model: Path,
         tokenizer: Any,
+        settings: OptimizerSettings,
         *,
         config: TrainerConfig,
         folder: Path,
-        temperature: float,
-        learning_rate: float,
-        weight_decay: float,
-        warmup_steps: int,
-        max_grad_norm: float,
-        micro_batch_tokens: int,
-        dtype: str = "float32",
-        device: str = "cpu",
-        num_threads: int = 1,
-        seed: int = 0,
+        runtime: RuntimeConfig,
         trust_remote_code: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._config = config
-        self._micro_batch_tokens = micro_batch_tokens
+        self._micro_batch_tokens = settings.micro_batch_tokens
         self._step = 0
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        settings = {
+        told = {
+            **asdict(settings),
             "model": str(model.resolve()),
-            "temperature": temperature,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "warmup_steps": warmup_steps,
-            "max_grad_norm": max_grad_norm,
-            "dtype": dtype,
-            "device": device,
-            "num_threads": num_threads,
-            "seed": seed,
+            "dtype": runtime.dtype,
+            "device": runtime.device,
+            "num_threads": runtime.num_threads,
             "trust_remote_code": trust_remote_code,
             "zero_stage": config.zero_stage,
             "activation_checkpointing": config.activation_checkpointing,
@@ -90,11 +76,11 @@ class DeepSpeedTrainer:
         }
         self._ranks = RankGroup(
             folder,
-            settings,
+            told,
             num_ranks=config.ranks,
             hostfile=config.hostfile,
             master_port=config.master_port,
-            environment={"DS_ACCELERATOR": device, "OMP_NUM_THREADS": str(num_threads)},
+            environment={"DS_ACCELERATOR": runtime.device, "OMP_NUM_THREADS": str(runtime.num_threads)},
             start_timeout_s=config.start_timeout_s,
         )
 
@@ -112,7 +98,7 @@ class DeepSpeedTrainer:
         lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
         batches = token_budget_batches(lengths, max_tokens=self._micro_batch_tokens)
         dealt, num_idle = deal_batches(batches, ranks=self._config.ranks)
-        totals = StepTotals.of(batch)
+        totals = totals_of(batch)
         shares = [
             share_of(batch, passes, num_idle=idle, totals=totals) for passes, idle in zip(dealt, num_idle, strict=True)
         ]
@@ -132,16 +118,16 @@ class DeepSpeedTrainer:
                 "optim/learning_rate": replies[0].header["learning_rate"],
             },
             logprobs=_gather("logprobs", replies, shares, dealt, len(batch.sequences)),
-            entropies=None
-            if batch.loss == "sft"
-            else _gather("entropies", replies, shares, dealt, len(batch.sequences)),
+            entropies=_gather("entropies", replies, shares, dealt, len(batch.sequences))
+            if batch.objective.variant.loss == "joint"
+            else None,
         )
 
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
         """Logprobs [len(token_ids)] per sequence; every rank goes through all of them."""
         zeros = [0.0] * len(sequences)
         batch = UpdateBatch(sequences=sequences, advantages=zeros, kd_weights=zeros)
-        work = RankWork(batch=batch, passes=[range(len(sequences))], num_idle=0, totals=StepTotals.of(batch))
+        work = RankWork(batch=batch, passes=[range(len(sequences))], num_idle=0, totals=totals_of(batch))
         replies = self._ranks.ask(
             [work.pack({"command": "score"})] * self._config.ranks,
             doing=f"scoring at step {self._step}",

@@ -88,6 +88,7 @@ class _Rank:
         from kdrl_core.logprobs.model import LogprobModel
         from kdrl_core.models.loading import load_model
         from kdrl_core.training.extensions import use_kernel_lock
+        from kdrl_core.training.torch_trainer import make_optimizer
         from kdrl_core.training.zero_state import set_weights
 
         self._settings = settings
@@ -102,13 +103,9 @@ class _Rank:
         if settings["activation_checkpointing"]:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
         initial = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
-        optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
-        )
         self._names = list(initial)
-        warmup_steps = settings["warmup_steps"]
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
+        optimizer, self._schedule = make_optimizer(
+            self._model, settings["learning_rate"], settings["weight_decay"], settings["warmup_steps"]
         )
         self._optimizer = optimizer
         vectors = max((p.numel() for p in self._model.parameters() if p.ndim == 1), default=0)

@@ -1,52 +1,44 @@
 """From an optimiser step's plain records to the loss of one micro-batch: what every trainer shares.
 
-The step's global counts come first (`StepTotals`), so that losses, gradients and metrics of micro-batches add up to the
+The step's global counts come first (`totals_of`), so that losses, gradients and metrics of micro-batches add up to the
 whole step's, however it is cut.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdrl_core.errors import EngineError
 from kdrl_core.logprobs.batch import PaddedBatch
 from kdrl_core.logprobs.chunked import TokenStatistics
-from kdrl_core.objectives import kdrl_loss, sft_loss
-from kdrl_core.training.protocols import Float32s, TopKTeacher, UpdateBatch
+from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
+from kdrl_core.objectives.kinds import AGGREGATIONS
+from kdrl_core.training.protocols import Float32s, UpdateBatch
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTotals:
-    """Counts over all responses of an optimiser step."""
+def totals_of(batch: UpdateBatch) -> Totals:
+    """Counts over all responses of an optimiser step.
 
-    tokens: int
-    """Response tokens."""
-    kd_tokens: int
-    """Those of them on which KD acts."""
-    group_tokens: Sequence[int] | None
-    """[B] the response tokens of each response's group; None unless the mean is taken group by group."""
-    num_groups: float | None
-
-    @classmethod
-    def of(cls, batch: UpdateBatch) -> Self:
-        """Count. Raises ValueError if groups are needed and `group_size` is missing or does not divide B."""
-        lengths = np.array([len(sequence.token_ids) for sequence in batch.sequences])
-        group_tokens = num_groups = None
-        if batch.aggregation == "group_mean":
-            size = batch.group_size
-            if size is None or len(lengths) % size:
-                raise ValueError(f"group_size: expected a divisor of the {len(lengths)} responses, given {size}")
-            group_tokens = lengths.reshape(-1, size).sum(1).repeat(size).tolist()
-            num_groups = len(lengths) / size
-        return cls(
-            tokens=int(lengths.sum()),
-            kd_tokens=int(lengths[np.asarray(batch.kd_weights) != 0].sum()),
-            group_tokens=group_tokens,
-            num_groups=num_groups,
-        )
+    Raises ValueError if groups are needed and the group size is missing or does not divide B.
+    """
+    lengths = np.array([len(sequence.token_ids) for sequence in batch.sequences])
+    objective, size = batch.objective, batch.objective.group_size
+    group_tokens = num_groups = None
+    if AGGREGATIONS[objective.aggregation].needs_groups and objective.variant.loss == "joint":
+        if size is None or len(lengths) % size:
+            raise ValueError(f"group_size: expected a divisor of the {len(lengths)} responses, given {size}")
+        group_tokens = lengths.reshape(-1, size).sum(1).repeat(size).tolist()
+        num_groups = len(lengths) / size
+    return Totals(
+        tokens=int(lengths.sum()),
+        kd_tokens=int(lengths[np.asarray(batch.kd_weights) != 0].sum()),
+        num_groups=num_groups,
+        group_tokens=group_tokens,
+    )
 
 
 def micro_batch_statistics(
@@ -63,14 +55,15 @@ def micro_batch_statistics(
     Raises:
         ValueError: as `LogprobModel.forward`.
     """
-    if batch.topk is None or batch.loss == "sft":
-        return model(padded, with_entropy=batch.loss != "sft")
-    ids, logprobs = _pad_topk(batch.topk, rows, padded)
-    return model(padded, ids, logprobs, with_entropy=True, floor=batch.topk.floor)
+    is_joint = batch.objective.variant.loss == "joint"
+    if batch.topk_ids is None or not is_joint:
+        return model(padded, with_entropy=is_joint)
+    ids, logprobs = (_pad(values, rows, padded) for values in (batch.topk_ids, batch.topk_logprobs))
+    return model(padded, ids, logprobs, with_entropy=True, floor=batch.objective.topk_floor)
 
 
 def micro_batch_loss(
-    statistics: TokenStatistics, batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch, totals: StepTotals
+    statistics: TokenStatistics, batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch, totals: Totals
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of the responses `rows` of a step, to be back-propagated and summed over micro-batches.
 
@@ -79,46 +72,35 @@ def micro_batch_loss(
         batch: the whole step.
         rows: which of its responses are in `padded`, in order.
         padded: those responses as tensors.
-        totals: `StepTotals.of(batch)`.
+        totals: `totals_of(batch)`.
 
     Returns:
         scalar loss; its detached metrics.
 
     Raises:
-        ValueError: as `kdrl_loss` and `sft_loss`.
+        ValueError: as `joint_loss` and `sft_loss`.
     """
-    logprobs = statistics.logprobs
-    device = logprobs.device
-    if batch.loss == "sft":
-        loss = sft_loss(logprobs, padded.response_mask, total_tokens=totals.tokens)
+    if batch.objective.variant.loss == "likelihood":
+        loss = sft_loss(statistics.logprobs, padded.response_mask, total_tokens=totals.tokens)
         return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}
-    group_tokens = None
-    if totals.group_tokens is not None:
-        group_tokens = torch.tensor([totals.group_tokens[row] for row in rows], device=device)
-    return kdrl_loss(
-        logprobs,
-        advantages=torch.tensor([batch.advantages[row] for row in rows], device=device),
-        teacher_logprobs=_pad_values(batch.teacher_logprobs, rows, padded),
+
+    def of_rows(values: Sequence[Any]) -> torch.Tensor:
+        return torch.tensor([values[row] for row in rows], device=statistics.logprobs.device)
+
+    responses = Responses(
+        logprobs=statistics.logprobs,
         response_mask=padded.response_mask,
-        rewards=None,
-        group_size=batch.group_size,
-        kd_weights=torch.tensor([batch.kd_weights[row] for row in rows], device=device),
-        beta=batch.beta,
-        kl_estimator=batch.kl_estimator,
+        advantages=of_rows(batch.advantages),
+        kd_weights=of_rows(batch.kd_weights),
+        teacher_logprobs=_pad(batch.teacher_logprobs, rows, padded),
         topk=statistics.topk_kl,
-        rollout_logprobs=_pad_values(batch.rollout_logprobs, rows, padded),
-        tis_cap=batch.tis_cap,
-        ref_logprobs=_pad_values(batch.ref_logprobs, rows, padded),
-        ref_beta=batch.ref_beta,
-        ref_kl_estimator=batch.ref_kl_estimator,
+        rollout_logprobs=_pad(batch.rollout_logprobs, rows, padded),
+        ref_logprobs=_pad(batch.ref_logprobs, rows, padded),
         entropy=statistics.entropy,
-        entropy_coef=batch.entropy_coef,
-        aggregation=batch.aggregation,
-        total_tokens=totals.tokens,
-        kd_tokens=totals.kd_tokens,
-        num_groups=totals.num_groups,
-        group_tokens=group_tokens,
     )
+    if totals.group_tokens is not None:
+        totals = replace(totals, group_tokens=of_rows(cast("Sequence[int]", totals.group_tokens)))
+    return joint_loss(responses, batch.objective, totals)
 
 
 class TokenRecord:
@@ -132,7 +114,8 @@ class TokenRecord:
         empty = np.empty(0, np.float32)
         self.logprobs: list[Float32s] = [empty] * len(batch.sequences)
         """[T_i] a response."""
-        self.entropies: list[Float32s] | None = None if batch.loss == "sft" else [empty] * len(batch.sequences)
+        has_entropies = batch.objective.variant.loss == "joint"
+        self.entropies: list[Float32s] | None = [empty] * len(batch.sequences) if has_entropies else None
         """[T_i] a response, in nats; None of SFT, which computes none."""
 
     def add(self, statistics: TokenStatistics, rows: Sequence[int], padded: PaddedBatch) -> None:
@@ -160,23 +143,13 @@ def refuse_not_finite(step: int, metrics: Mapping[str, float], grad_norm: float)
         )
 
 
-def _pad_topk(topk: TopKTeacher, rows: Sequence[int], padded: PaddedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and logprobs [b, T, K] of the Top-K teacher, 0 on padding."""
-    width, k = padded.response_ids.shape[1], topk.token_ids[rows[0]].shape[1]
-    ids = torch.zeros(len(rows), width, k, dtype=torch.int64)
-    logprobs = torch.zeros(len(rows), width, k)
-    for index, row in enumerate(rows):
-        length = len(topk.token_ids[row])
-        ids[index, :length] = torch.from_numpy(topk.token_ids[row])
-        logprobs[index, :length] = torch.from_numpy(topk.logprobs[row])
-    return ids.to(padded.response_ids.device), logprobs.to(padded.response_ids.device)
-
-
-def _pad_values(values: Sequence[Float32s] | None, rows: Sequence[int], padded: PaddedBatch) -> Any:
-    """Ragged per-token values of `rows` as [b, T] float32, 0 on padding; None stays None."""
+def _pad(values: Sequence[NDArray[Any]] | None, rows: Sequence[int], padded: PaddedBatch) -> torch.Tensor | None:
+    """Ragged per-token values [T_i] or [T_i, K] of `rows` as [b, T] or [b, T, K], 0 on padding; None stays None."""
     if values is None:
         return None
-    result = torch.zeros_like(padded.response_mask)
-    for index, row in enumerate(rows):
-        result[index, : len(values[row])] = torch.from_numpy(values[row])
-    return result
+    parts = [torch.from_numpy(values[row]) for row in rows]
+    kind = torch.float32 if parts[0].is_floating_point() else torch.int64
+    result = torch.zeros(*padded.response_mask.shape, *parts[0].shape[1:], dtype=kind)
+    for index, part in enumerate(parts):
+        result[index, : len(part)] = part
+    return result.to(padded.response_mask.device)

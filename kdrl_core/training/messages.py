@@ -2,30 +2,18 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from kdrl_core.training.losses import StepTotals
-from kdrl_core.training.protocols import Float32s, TopKTeacher, UpdateBatch
+from kdrl_core.objectives.inputs import Objective, Totals
+from kdrl_core.training.protocols import PER_RESPONSE, PER_TOKEN, Float32s, UpdateBatch
 from kdrl_core.types import ScoreRequest
 
 _HEADER = "header"
-_SCALARS = (
-    "loss",
-    "tis_cap",
-    "beta",
-    "kl_estimator",
-    "ref_beta",
-    "ref_kl_estimator",
-    "entropy_coef",
-    "aggregation",
-    "group_size",
-)
-_RAGGED = ("teacher_logprobs", "ref_logprobs", "rollout_logprobs")
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -52,7 +40,7 @@ class RankWork:
     """Rows of `batch` for every forward and backward pass; as many passes on every rank."""
     num_idle: int
     """How many of the last passes only keep the other ranks company: their loss counts nothing."""
-    totals: StepTotals
+    totals: Totals
     """Of the whole step, `group_tokens` for the rows of `batch`."""
 
     def pack(self, header: dict[str, Any]) -> bytes:
@@ -63,30 +51,19 @@ class RankWork:
             "prompt_lengths": np.array([len(s.prompt_token_ids) for s in batch.sequences], np.int64),
             "responses": _flat([s.token_ids for s in batch.sequences], np.int32),
             "lengths": np.array([len(s.token_ids) for s in batch.sequences], np.int64),
-            "advantages": np.asarray(batch.advantages, np.float64),
-            "kd_weights": np.asarray(batch.kd_weights, np.float64),
+            **{name: np.asarray(getattr(batch, name), kind) for name, kind in PER_RESPONSE.items()},
         }
-        for name in _RAGGED:
+        for name, kind in PER_TOKEN.items():
             if (values := getattr(batch, name)) is not None:
-                arrays[name] = _flat(values, np.float32)
-        if batch.topk is not None:
-            arrays["topk_ids"] = np.concatenate(batch.topk.token_ids)
-            arrays["topk_logprobs"] = np.concatenate(batch.topk.logprobs)
-        totals = self.totals
-        values = {
+                arrays[name] = _flat(values, kind)
+        told = {
             **header,
             "passes": [list(rows) for rows in self.passes],
             "num_idle": self.num_idle,
-            "batch": {name: getattr(batch, name) for name in _SCALARS},
-            "floor": None if batch.topk is None else batch.topk.floor,
-            "totals": {
-                "tokens": totals.tokens,
-                "kd_tokens": totals.kd_tokens,
-                "group_tokens": None if totals.group_tokens is None else list(totals.group_tokens),
-                "num_groups": totals.num_groups,
-            },
+            "objective": asdict(batch.objective),
+            "totals": asdict(self.totals),
         }
-        return pack(values, arrays)
+        return pack(told, arrays)
 
     @classmethod
     def unpack(cls, header: dict[str, Any], arrays: Arrays) -> Self:
@@ -94,63 +71,33 @@ class RankWork:
         lengths = arrays["lengths"]
         prompts = ragged(arrays["prompts"], arrays["prompt_lengths"])
         responses = ragged(arrays["responses"], lengths)
-        topk = None
-        if "topk_ids" in arrays:
-            topk = TopKTeacher(
-                token_ids=ragged(arrays["topk_ids"], lengths),
-                logprobs=ragged(arrays["topk_logprobs"], lengths),
-                floor=header["floor"],
-            )
+        values: dict[str, Any] = {name: arrays[name].tolist() for name in PER_RESPONSE}
+        values |= {name: ragged(arrays[name], lengths) for name in PER_TOKEN if name in arrays}
         batch = UpdateBatch(
             sequences=[
                 ScoreRequest(prompt_token_ids=p.tolist(), token_ids=r.tolist())
                 for p, r in zip(prompts, responses, strict=True)
             ],
-            advantages=arrays["advantages"].tolist(),
-            kd_weights=arrays["kd_weights"].tolist(),
-            topk=topk,
-            **{**header["batch"], **{name: ragged(arrays[name], lengths) for name in _RAGGED if name in arrays}},
+            objective=Objective(**header["objective"]),
+            **values,
         )
-        return cls(
-            batch=batch,
-            passes=header["passes"],
-            num_idle=header["num_idle"],
-            totals=StepTotals(**header["totals"]),
-        )
+        totals = Totals(**header["totals"])
+        return cls(batch=batch, passes=header["passes"], num_idle=header["num_idle"], totals=totals)
 
 
-def share_of(batch: UpdateBatch, passes: Sequence[Sequence[int]], *, num_idle: int, totals: StepTotals) -> RankWork:
+def share_of(batch: UpdateBatch, passes: Sequence[Sequence[int]], *, num_idle: int, totals: Totals) -> RankWork:
     """The work of a rank that is dealt `passes`, rows of `batch`.
 
     Its responses are those of the passes in their order, one that stands in two passes only once.
     """
     rows = list(dict.fromkeys(row for part in passes for row in part))
     place = {row: index for index, row in enumerate(rows)}
-
-    def pick(values: Sequence[Any] | None) -> Any:
-        return None if values is None else [values[row] for row in rows]
-
-    topk = batch.topk
-    own = UpdateBatch(
-        sequences=pick(batch.sequences),
-        advantages=pick(batch.advantages),
-        kd_weights=pick(batch.kd_weights),
-        topk=None
-        if topk is None
-        else TopKTeacher(token_ids=pick(topk.token_ids), logprobs=pick(topk.logprobs), floor=topk.floor),
-        **{name: pick(getattr(batch, name)) for name in _RAGGED},
-        **{name: getattr(batch, name) for name in _SCALARS},
-    )
+    group_tokens = totals.group_tokens
     return RankWork(
-        batch=own,
+        batch=batch.take(rows),
         passes=[[place[row] for row in part] for part in passes],
         num_idle=num_idle,
-        totals=StepTotals(
-            tokens=totals.tokens,
-            kd_tokens=totals.kd_tokens,
-            group_tokens=pick(totals.group_tokens),
-            num_groups=totals.num_groups,
-        ),
+        totals=replace(totals, group_tokens=None if group_tokens is None else [int(group_tokens[row]) for row in rows]),
     )
 
 

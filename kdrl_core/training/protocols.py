@@ -1,16 +1,18 @@
 """What a trainer must do, and the plain records that go in and out of it.
 
-A trainer knows no algorithm: advantages, weights and coefficients come with the batch.
+A trainer knows no algorithm: the objective, the advantages and the weights come with the batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol, Self
 
-from numpy import float32, int32
+from numpy import float32, float64, int32
 from numpy.typing import NDArray
 
+from kdrl_core.config import StageConfig
+from kdrl_core.objectives.inputs import Objective
 from kdrl_core.types import ScoreRequest
 
 Float32s = NDArray[float32]
@@ -20,15 +22,39 @@ STATE_DIR = "trainer"
 """Folder of a checkpoint with optimiser, scheduler and step; apart from the weights, whose folder engines may glob."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TopKTeacher:
-    """The teacher's K best tokens at every response token, for Top-K (A.3); ragged, [T_i, K] a response."""
+PER_RESPONSE = {"advantages": float64, "kd_weights": float64}
+PER_TOKEN = {
+    "teacher_logprobs": float32,
+    "ref_logprobs": float32,
+    "rollout_logprobs": float32,
+    "topk_ids": int32,
+    "topk_logprobs": float32,
+}
+"""Fields of an `UpdateBatch` and the kind of number in them. Ranks are sent all of them."""
 
-    token_ids: Sequence[Int32s]
-    logprobs: Sequence[Float32s]
-    """Under softmax(logits / T) over the whole vocabulary."""
-    floor: float
-    """Log-probability of every other token."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """How a trainer updates the policy, the same for every step of a stage."""
+
+    temperature: float
+    """Of the sampled policy; every logprob is taken at it."""
+    learning_rate: float
+    """AdamW's, reached after the warm-up."""
+    weight_decay: float
+    warmup_steps: int
+    """Linear warm-up; the first update already moves."""
+    max_grad_norm: float
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: int
+    """Padded tokens per forward and backward pass, of each rank."""
+    seed: int = 0
+    """Of whatever the model draws while training (dropout), derived anew each step."""
+
+    @classmethod
+    def of(cls, stage: StageConfig, *, seed: int) -> Self:
+        """Those of a recipe's stage, whose fields have the same names."""
+        return cls(seed=seed, **{each.name: getattr(stage, each.name) for each in fields(cls) if each.name != "seed"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,29 +62,30 @@ class UpdateBatch:
     """Everything of one optimiser step: B responses, each with T_i tokens. Per-token values are ragged lists."""
 
     sequences: Sequence[ScoreRequest]
+    objective: Objective = field(default_factory=Objective)
     advantages: Sequence[float]
     """[B] Â of (2); zeros for KD-RKL."""
     kd_weights: Sequence[float]
     """[B] 1 where KD applies (Sec. 3.4)."""
-    loss: Literal["kdrl", "sft"] = "kdrl"
-    """The joint loss (8), or the likelihood of the sequences (14), for which nothing below matters."""
     teacher_logprobs: Sequence[Float32s] | None = None
-    """Of π_T; None without a teacher."""
-    topk: TopKTeacher | None = None
-    """For `kl_estimator` topk."""
+    """[T_i] of π_T; None without a teacher."""
     ref_logprobs: Sequence[Float32s] | None = None
-    """Of the stage's frozen initial policy; None without the penalty."""
+    """[T_i] of the stage's frozen initial policy; None without the penalty."""
     rollout_logprobs: Sequence[Float32s] | None = None
-    """The engine's, for truncated importance weights; with `tis_cap`."""
-    tis_cap: float | None = None
-    beta: float = 0.0
-    kl_estimator: str = "k2"
-    ref_beta: float = 0.0
-    ref_kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    aggregation: str = "token_mean"
-    group_size: int | None = None
-    """G, for `aggregation` group_mean."""
+    """[T_i] the engine's, for truncated importance weights; with `Objective.tis_cap`."""
+    topk_ids: Sequence[Int32s] | None = None
+    """[T_i, K] the teacher's K best tokens, for Top-K (A.3)."""
+    topk_logprobs: Sequence[Float32s] | None = None
+    """[T_i, K] their logprobs under softmax(logits / T) over the whole vocabulary."""
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """The same step with these of its responses alone."""
+
+        def pick(name: str) -> Any:
+            values = getattr(self, name)
+            return None if values is None else [values[row] for row in rows]
+
+        return replace(self, **{name: pick(name) for name in ("sequences", *PER_RESPONSE, *PER_TOKEN)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

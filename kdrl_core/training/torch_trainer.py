@@ -20,13 +20,13 @@ from kdrl_core.logprobs.batch import pad_sequences, token_budget_batches
 from kdrl_core.logprobs.model import LogprobModel
 from kdrl_core.models.loading import load_weights_into
 from kdrl_core.training.losses import (
-    StepTotals,
     TokenRecord,
     micro_batch_loss,
     micro_batch_statistics,
     refuse_not_finite,
+    totals_of,
 )
-from kdrl_core.training.protocols import STATE_DIR, Float32s, StepStats, UpdateBatch
+from kdrl_core.training.protocols import STATE_DIR, Float32s, OptimizerSettings, StepStats, UpdateBatch
 from kdrl_core.types import ScoreRequest
 
 _TENSORS = "optimizer.safetensors"
@@ -39,43 +39,30 @@ class TorchTrainer:
     Args:
         model: the initial policy; trained in place.
         tokenizer: written beside exported weights.
-        temperature: of the sampled policy; every logprob is taken at it.
-        learning_rate, weight_decay, warmup_steps: AdamW and its linear warm-up; the first update already moves.
-        max_grad_norm: gradients are clipped to this norm.
-        micro_batch_tokens: padded tokens per forward and backward pass.
+        settings: of the optimiser.
         autocast_dtype: run the forward pass in this dtype (bfloat16 on GPUs); None keeps float32.
         activation_checkpointing: recompute activations in the backward pass.
-        seed: of whatever the model draws while training (dropout), derived anew each step.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: Any,
+        settings: OptimizerSettings,
         *,
-        temperature: float,
-        learning_rate: float,
-        weight_decay: float,
-        warmup_steps: int,
-        max_grad_norm: float,
-        micro_batch_tokens: int,
         autocast_dtype: torch.dtype | None = None,
         activation_checkpointing: bool = False,
-        seed: int = 0,
     ) -> None:
         self._model = model.train()
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._logprobs = LogprobModel(model, temperature=temperature)
+        self._logprobs = LogprobModel(model, temperature=settings.temperature)
         self._tokenizer = tokenizer
-        self._max_grad_norm = max_grad_norm
-        self._micro_batch_tokens = micro_batch_tokens
+        self._settings = settings
         self._autocast_dtype = autocast_dtype
-        self._seed = seed
         self._step = 0
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
+        self._optimizer, self._schedule = make_optimizer(
+            model, settings.learning_rate, settings.weight_decay, settings.warmup_steps
         )
 
     @property
@@ -89,13 +76,13 @@ class TorchTrainer:
         Raises:
             EngineError: loss or gradient norm is not finite; nothing was changed.
         """
-        torch.manual_seed(derive_seed(self._seed, "update", self._step) % 2**63)
-        totals = StepTotals.of(batch)
+        torch.manual_seed(derive_seed(self._settings.seed, "update", self._step) % 2**63)
+        totals = totals_of(batch)
         metrics: defaultdict[str, float] = defaultdict(float)
         record = TokenRecord(batch)
         self._optimizer.zero_grad(set_to_none=True)
         lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
-        for rows in token_budget_batches(lengths, max_tokens=self._micro_batch_tokens):
+        for rows in token_budget_batches(lengths, max_tokens=self._settings.micro_batch_tokens):
             padded = pad_sequences([batch.sequences[row] for row in rows], device=self._model.device)
             with torch.autocast(
                 self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
@@ -106,7 +93,7 @@ class TorchTrainer:
             for name, value in micro_metrics.items():
                 metrics[name] += float(value)
             record.add(statistics, rows, padded)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._settings.max_grad_norm))
         refuse_not_finite(self._step, metrics, grad_norm)
         learning_rate = float(self._schedule.get_last_lr()[0])
         self._optimizer.step()
@@ -161,6 +148,16 @@ class TorchTrainer:
 
     def close(self) -> None:
         """Nothing to end: the model goes with this object."""
+
+
+def make_optimizer(
+    model: torch.nn.Module, learning_rate: float, weight_decay: float, warmup_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW and its linear warm-up, the same for every trainer. The first update already moves."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
+    )
 
 
 def write_state(

@@ -1,8 +1,8 @@
 """A "spawn" context whose children do not import the parent's ``__main__``.
 
-Plain spawn re-imports it in every child. Ours need nothing from it, and it may be anything: a script without an
-``if __name__ == "__main__"`` guard (which would fail), ``python -c``, or a command line that imports torch and
-Prefect (seconds per worker, and gigabytes of address space, which the worker's memory limit would then refuse).
+Plain spawn imports it again in every child. Our children need nothing from it, and importing it may do harm: a script
+without an ``if __name__ == "__main__"`` guard would fail, and a command line that imports torch and Prefect takes
+seconds per worker and gigabytes of address space, more than the worker's memory limit allows.
 """
 
 import signal
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def _preparation_data(name: str) -> dict[str, Any]:
-    """As multiprocessing's, less the entries that name the main module."""
+    """As multiprocessing's, without the entries that name the main module."""
     data = spawn.get_preparation_data(name)
     return {key: value for key, value in data.items() if not key.startswith("init_main_from")}
 
@@ -24,7 +24,7 @@ _SPAWN = SimpleNamespace(**{**vars(spawn), "get_preparation_data": _preparation_
 
 
 class _Popen(popen_spawn_posix.Popen):
-    # The standard method, with `spawn` bound to ours: it offers no hook, and a copy would age with each Python version.
+    # The standard method with `spawn` bound to ours. It has no hook, and a copy would age with each Python version.
     _launch = FunctionType(
         popen_spawn_posix.Popen._launch.__code__,  # type: ignore[attr-defined]
         {**vars(popen_spawn_posix), "spawn": _SPAWN},
@@ -33,12 +33,12 @@ class _Popen(popen_spawn_posix.Popen):
 
 
 class WorkerProcess(SpawnProcess):
-    """A spawned process that starts from an empty ``__main__`` and never sees SIGINT: its parent stops it."""
+    """A spawned process that starts from an empty ``__main__``. Its parent stops it; it never sees SIGINT."""
 
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> _Popen:  # noqa: N802 (the name that multiprocessing calls)
-        # Ctrl-C reaches the whole process group: a worker that is still starting would print a traceback. It inherits
-        # the mask. The tracker goes first, since starting it unblocks SIGINT.
+        # Ctrl-C reaches the whole process group, and a worker that is still starting would print a traceback. So SIGINT
+        # is blocked here, and the worker inherits that. The tracker starts first, since its start unblocks SIGINT.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -48,7 +48,7 @@ class WorkerProcess(SpawnProcess):
 
 
 class WorkerContext(SpawnContext):
-    """What pebble takes as ``context``."""
+    """The ``context`` of a pebble pool."""
 
     Process = WorkerProcess
 

@@ -1,17 +1,18 @@
 r"""The accuracy reward r_acc (B.1.2): is the answer mathematically equal to the ground truth? Asked of math-verify.
 
-Everything here runs inside a worker process of :mod:`kdrl_core.verify.pool`; math-verify and sympy are imported
-there and nowhere else. Departures from calling math-verify as it is:
+Everything here runs in a worker process of :mod:`kdrl_core.verify.workers`; math-verify and sympy are imported
+there and nowhere else. Departures from plain math-verify:
 
 - its SIGALRM timeouts are off (they need a main thread and do not stop C code): the pool kills the process instead;
 - gold always goes first: ``verify(gold, answer)`` is asymmetric;
-- answers and truths are repaired first, and some answers objected to (:mod:`kdrl_core.verify.normalise`);
-- the ground truth may come with or without ``\boxed{}`` or ``$``: without, it is read as the content of a box, and
-  also as a plain expression when it is nothing but one (``7/2``, ``3*10^8``);
-- an answer of which math-verify reads only a part (digits are missing from what it read) is wrong;
+- answers and truths are repaired first (:mod:`kdrl_core.verify.normalise`), and some answers are rejected
+  (:mod:`kdrl_core.verify.objections`);
+- the ground truth may have no ``\boxed{}`` or ``$``: it is then read as the content of a box, and if it is a plain
+  expression (``7/2``, ``3*10^8``), also as that;
+- an answer is wrong if math-verify reads only a part of it (digits are missing from what it read);
 - intervals and inequalities are compared in both directions (``allow_set_relation_comp``);
-- two numbers that are equal to it only because both are tiny are compared in relative terms;
-- an exception during comparison becomes the verdict ``error``; math-verify would answer "not equal".
+- two tiny numbers are compared in relative terms, since math-verify takes them for equal;
+- an exception during a comparison gives the verdict ``error``; math-verify would say "not equal".
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from kdrl_core.verify.normalise import (
 from kdrl_core.verify.objections import constants_of, lost_digits, objection
 
 EXIT_OUT_OF_MEMORY = 86
-"""Exit code of a worker that hit its memory limit: its heap is not trusted any further."""
+"""Exit code of a worker that hit its memory limit. It ends because its heap can no longer be trusted."""
 
 UNREADABLE_TRUTH = "the ground truth is not readable as mathematics, and the texts differ"
 
@@ -51,7 +52,7 @@ _MATH = re.compile(r"\\boxed|(?<!\\)\$|\\\(|\\\[")
 
 
 class Outcome(NamedTuple):
-    """What a worker found: correct, wrong, no_answer or error; ``extracted`` only where it had to search itself."""
+    """What a worker found: correct, wrong, no_answer or error. ``extracted`` is an answer that it had to search for."""
 
     kind: VerdictKind
     reason: str
@@ -59,7 +60,7 @@ class Outcome(NamedTuple):
 
 
 def start_worker(memory_limit_mb: int) -> None:
-    """Initializer of a worker: limits first, then the imports and one comparison, so that no item pays for them."""
+    """Initializer of a worker: set limits, then import and compare once, so that no item pays for the start."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's Python handler would wait for C code to return
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     limit = memory_limit_mb * 2**20
@@ -74,10 +75,9 @@ def start_worker(memory_limit_mb: int) -> None:
 
 
 def judge(answer: str, ground_truth: str, is_text: bool, time_limit_s: float, memory_limit_mb: int) -> Outcome:
-    """The task of a worker: compare a box's content, or (``is_text``) an unboxed response's end, with the truth.
+    """The task of a worker: compare a box's content, or (``is_text``) the end of an unboxed response, with the truth.
 
-    The pool enforces the deadline. The kernel timer behind it, whose default action is to end the process, is for
-    a worker whose parent was killed while it computed.
+    The pool enforces the deadline. The kernel timer ends a worker whose parent was killed during the comparison.
     """
     signal.setitimer(signal.ITIMER_REAL, time_limit_s)
     peak_before = _peak_memory_mb()
@@ -89,7 +89,7 @@ def judge(answer: str, ground_truth: str, is_text: bool, time_limit_s: float, me
         outcome = Outcome(VerdictKind.ERROR, f"the comparison failed: {_describe(error)}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-    # sympy and math-verify swallow MemoryError in places and go on to "not equal": do not believe that answer.
+    # sympy and math-verify catch MemoryError in places and then say "not equal": do not believe that answer.
     peak = _peak_memory_mb()
     if outcome.kind is not VerdictKind.CORRECT and peak > peak_before and peak > _MEMORY_ALARM * memory_limit_mb:
         os._exit(EXIT_OUT_OF_MEMORY)
@@ -126,7 +126,7 @@ def _same(is_same: bool, what: str) -> Outcome:
 
 
 def compare_text(text: str, ground_truth: str) -> Outcome:
-    """Compare what math-verify extracts after the word "answer" in unboxed text with the ground truth."""
+    """Compare the answer that math-verify finds after the word "answer" in unboxed text with the ground truth."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     found = parse(
@@ -205,13 +205,13 @@ def _read_truth(ground_truth: str) -> list[Any]:
 
 @lru_cache(maxsize=256)
 def _content_of(ground_truth: str) -> str:
-    """Normalised, of its only box; a truth with several boxes is a solution to be read as a whole."""
+    """The truth, or the content of its only box, normalised. A truth with several boxes is read as a whole solution."""
     content, _ = last_box(ground_truth) if ground_truth.count(r"\boxed") == 1 else (None, True)
     return normalise(content or ground_truth)
 
 
 def _readings(content: str, *, is_truth: bool = False) -> list[Any]:
-    """All that a normalised content can mean. An answer of which math-verify has read a part only means nothing."""
+    """All readings of a normalised content. An answer that math-verify read only in part has none."""
     readings = _read_content(content)
     read = next((reading for reading in readings if isinstance(reading, str)), content)
     if not is_truth and lost_digits(content, read):
@@ -224,14 +224,14 @@ def _readings(content: str, *, is_truth: bool = False) -> list[Any]:
 
 
 def _read_content(content: str) -> list[Any]:
-    """math-verify's readings of a box with this content: a sympy object, if it finds one, then the text it read."""
+    """math-verify's readings of a box with this content: a sympy object if it finds one, then the text that it read."""
     from math_verify import parse
 
     return list(parse(rf"\boxed{{{content}}}", parsing_timeout=None, raise_on_error=True))
 
 
 def _read_arithmetic(content: str) -> Any:
-    """``2**3``, ``7 / 2``: numbers and operators and nothing else, taken as a whole or (None) not at all."""
+    """The value of a content of numbers and operators alone (``2**3``, ``7 / 2``); None for any other content."""
     from sympy.parsing import parse_expr  # type: ignore[import-untyped, unused-ignore]
 
     if len(content) > _MAX_ARITHMETIC_CHARS:
@@ -246,14 +246,17 @@ def _read_arithmetic(content: str) -> Any:
 
 
 def _describe(error: Exception) -> str:
-    # str() of a sympy error can itself take for ever; its first argument, if text, is enough.
+    # str() of a sympy error can take for ever; its first argument is enough if it is text.
     text = error.args[0] if error.args and isinstance(error.args[0], str) else ""
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _peak_memory_mb() -> float:
-    """Peak resident memory of this process. Not `ru_maxrss` where it can be helped: on Linux that starts at the peak of
-    the process that spawned this one, which may hold models and so hide whatever a worker takes."""
+    """Peak resident memory of this process.
+
+    `ru_maxrss` is only the fall-back: on Linux it starts at the peak of the parent, which may hold models, and so hides
+    what a worker takes.
+    """
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):

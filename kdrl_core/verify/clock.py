@@ -1,11 +1,11 @@
-"""How long work went on beside other work."""
+"""Time during which background work was running."""
 
 import threading
 import time
 
 
 class Clock:
-    """How long at least one of several things was running."""
+    """The time during which at least one of several tasks was running."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,7 +25,7 @@ class Clock:
                 self._total += time.monotonic() - self._since
 
     def read(self) -> float:
-        """Seconds since the last reading."""
+        """Seconds since the last call."""
         with self._lock:
             now = time.monotonic()
             total, self._total = self._total + (now - self._since if self._running else 0.0), 0.0

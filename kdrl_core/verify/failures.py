@@ -1,4 +1,4 @@
-"""When verdicts are not to be trusted: too many timeouts and errors would count as wrong answers."""
+"""Refusing verdicts with too many timeouts and errors, which would count as wrong answers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from kdrl_core.types import Verdict, VerdictKind
 
 
 def refuse_failures(verdicts: Sequence[Verdict], where: str, limit: float) -> None:
-    """Raise VerificationError if more than `limit` of the verdicts of `where` are timeouts or errors."""
+    """Raise VerificationError if a share above `limit` of the verdicts of `where` are timeouts or errors."""
     failed = [v for v in verdicts if v.kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR)]
     if len(failed) > limit * len(verdicts):
         counts = ", ".join(f"{n} {kind}" for kind, n in Counter(v.kind.value for v in failed).items())

@@ -1,18 +1,18 @@
-r"""The format reward r_format (B.1.2) and the answer that a response gives, by rules and in linear time.
+r"""The format reward r_format (B.1.2) and the answer that a response gives. The rules take linear time.
 
 A response has the expected structure when, in this order,
 
-1. it opens with ``<think>`` (only white space before it), unless the prompt's chat template has already opened it
-   (R1-Distill: ``think_opened=True``), in which case ``<think>`` does not occur at all;
+1. it opens with ``<think>``, after white space at most. If the prompt's chat template has already opened the thought
+   (R1-Distill: ``think_opened=True``), ``<think>`` does not occur at all;
 2. ``</think>`` occurs once, after it;
 3. what follows has a last ``\boxed{…}`` that is closed and not empty.
 
 The thought may be empty, and text may surround the box. A response that was cut off fails 2 or 3.
 
 The answer is the content of the *last balanced* box outside the thought: earlier boxes, and boxes inside
-``<think>``, never count. Boxes that only separators stand between (``\boxed{1}, \boxed{2} and \boxed{3}``) are one
-answer of several parts, so that offering alternatives does not pay. An empty last box (an echo of the prompt's
-``\boxed{}``) is no answer: it does not fall back to the box before it.
+``<think>``, never count. Boxes with only separators between them (``\boxed{1}, \boxed{2} and \boxed{3}``) are one
+answer of several parts, so that offering alternatives does not pay. If the last box is empty (an echo of the prompt's
+``\boxed{}``), there is no answer; the box before it does not count instead.
 """
 
 import re
@@ -32,9 +32,9 @@ _TOKEN = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatResult:
-    """``kind`` is None when the format is right, else ``MALFORMED`` or ``NO_ANSWER``, with the reason in words.
+    """``kind`` is None if the format is right, else ``MALFORMED`` or ``NO_ANSWER``; ``reason`` says why in words.
 
-    ``answer`` is the last balanced box outside the thought, also when the format is wrong; None without one.
+    ``answer`` is the last balanced box outside the thought, even if the format is wrong; None without a box.
     """
 
     kind: VerdictKind | None
@@ -54,7 +54,7 @@ class FormatResult:
 def check_format(response: str, *, think_opened: bool = False) -> FormatResult:
     r"""Judge the structure of ``response`` and find its answer.
 
-    ``think_opened`` says that the prompt ends with ``<think>``, so that the response starts inside the thought.
+    ``think_opened``: the prompt ends with ``<think>``, so the response starts inside the thought.
     A wrong tag structure or an unclosed last box is ``MALFORMED``; a missing or empty box is ``NO_ANSWER``.
     """
     answer, is_last_closed = last_box(answer_region(response, think_opened=think_opened))
@@ -73,10 +73,10 @@ def check_format(response: str, *, think_opened: bool = False) -> FormatResult:
 
 
 def answer_region(response: str, *, think_opened: bool = False) -> str:
-    """The text outside the thought: after the last ``</think>``; without one, what precedes an open ``<think>``."""
+    """The text outside the thought: after the last ``</think>``, or without one, before ``<think>``."""
     _, closing, after = response.rpartition(_CLOSE)
     if closing:
-        # A thought that is opened again and never closed is still a thought.
+        # A second thought that is never closed is still a thought.
         return after.partition(_OPEN)[0]
     return "" if think_opened else response.partition(_OPEN)[0]
 
@@ -84,8 +84,8 @@ def answer_region(response: str, *, think_opened: bool = False) -> str:
 def last_box(text: str) -> tuple[str | None, bool]:
     r"""Content of the balanced ``\boxed{…}`` that starts last, and whether no box opened after it.
 
-    The boxes that only separators part from it come with it, joined by commas, repetitions left out.
-    ``(None, True)`` without any box, ``(None, False)`` if there are only unclosed ones. O(len(text)).
+    Boxes that only separators part from it are included, joined by commas and without repetitions.
+    ``(None, True)`` without any box, ``(None, False)`` if all boxes are unclosed. O(len(text)).
     """
     if r"\boxed" not in text:
         return None, True
@@ -119,7 +119,7 @@ def last_box(text: str) -> tuple[str | None, bool]:
 
 
 def _tag_fault(response: str, *, think_opened: bool) -> str | None:
-    """What is wrong with the think tags, in words; None if nothing is."""
+    """What is wrong with the think tags, in words; None if they are right."""
     num_open, num_close = response.count(_OPEN), response.count(_CLOSE)
     if num_close == 0:
         return "the thought is never closed: no </think>"

@@ -1,9 +1,9 @@
-r"""Repairs of an answer before math-verify reads it: slips of writing that change no meaning, whoever made them.
+r"""Repairs of slips of writing, which change no meaning, before math-verify reads an answer or a ground truth.
 
-Each is applied to answers and ground truths alike, to the whole content of a box:
+Each repair is applied to answers and ground truths alike, to the whole content of a box:
 
 ================ =================================================== ==============================================
-slip             from → to                                           without it
+slip             from → to                                           without the repair
 ================ =================================================== ==============================================
 unicode          ``½ √2 x² 3·4 −5 ５ （1，2）`` → LaTeX               not read, or ``x²`` read as ``x2``
 marks            ``**5**  $5$  5.  5\  5~  \underline{5}  €5`` → 5   not read
@@ -14,10 +14,11 @@ mixed number     ``3 1/2  -3 1/2`` → ``3\frac{1}{2}``                another n
 repeating        ``0.\overline{3}`` → ``\frac{3}{9}``                 not read
 ================ =================================================== ==============================================
 
-A sentence is opened only where it announces what follows ("answer is", "answer:") or is words and a verb ("The sum
-is"), and never if it holds two announcements or a denial. `as_word` and `as_based_integer` recognise what math-verify
-reads as something else: words (a product of letters, so that ``\text{even}`` equals ``neve``) and integers in a given
-base (whose base it drops, so that ``1011_2`` equals ``1011_3``). A comma may be decimal in an answer: `decimal_comma`.
+The answer is taken out of a sentence only if the sentence announces it ("answer is", "answer:") or is words and a
+verb ("The sum is"), and never if it holds two announcements or a denial. math-verify misreads two kinds of content,
+which `as_word` and `as_based_integer` recognise: words (a product of letters, so that ``\text{even}`` equals
+``neve``) and integers in a given base (it drops the base, so that ``1011_2`` equals ``1011_3``). `decimal_comma` reads
+a comma in an answer as a decimal point.
 """
 
 import itertools
@@ -107,7 +108,7 @@ _WHOLE = (
     (_MIXED, r"\1\\frac{\2}{\3}"),
     (_COUNTED, r"\1\\text{ \2}"),
 )
-"""Numbers that are the whole content, and what they become."""
+"""Patterns of numbers that are the whole content, and their replacements."""
 
 _TEXT_WITH_DIGITS = re.compile(r"\\text\s*\{([^{}]*\d[^{}]*)\}")
 _SYNONYMS = (
@@ -129,7 +130,7 @@ _BASE_NAMES = {
 
 
 def normalise(content: str) -> str:
-    """The content of a box without the slips of the table above. What is longer than any answer is left alone."""
+    """The content of a box, repaired as in the table above. A content longer than any answer is left alone."""
     content = content.strip()
     if len(content) > MAX_CHARS:
         return content
@@ -149,9 +150,9 @@ def normalise(content: str) -> str:
 
 
 def decimal_comma(content: str, *, is_truth: bool = False) -> str | None:
-    """``1,22`` or ``1000,99`` as a decimal; None where the comma can part thousands (``1,000``) or is none.
+    """``1,22`` or ``1000,99`` as a decimal; None if the comma can part thousands (``1,000``), or there is no comma.
 
-    A ground truth with one digit after the comma (``2,5``) is more likely a list than a decimal, and is left alone.
+    A ground truth with one digit after the comma (``2,5``) is more likely a list than a decimal, so it gives None too.
     """
     match = _DECIMAL_COMMA.fullmatch(content)
     if match is None or (is_truth and len(match[2] or match[4]) == 1):
@@ -160,7 +161,7 @@ def decimal_comma(content: str, *, is_truth: bool = False) -> str | None:
 
 
 def as_word(content: str) -> str | None:
-    r"""The words of a content that is ``\text{…}`` of letters and nothing else, for comparison; None for any other."""
+    r"""The words of a content that is only ``\text{…}`` of letters, for comparison; None for any other content."""
     bare, count = _TEXT.subn(r"\1", content)
     return _plain_words(bare) if count else None
 
@@ -197,7 +198,7 @@ def _ascii_maths(content: str) -> str:
 
 
 def _without_marks(content: str) -> str:
-    """Without what surrounds an answer and says nothing; the delimiters only in pairs around the whole."""
+    """The content without marks that carry no meaning. Delimiters are removed only in pairs around the whole."""
     before = None
     while content != before:
         before = content
@@ -215,9 +216,9 @@ def _without_marks(content: str) -> str:
 
 
 def _announced(content: str) -> str | None:
-    """What a sentence says the answer is; None if the content is no such sentence.
+    """The answer that a sentence announces; None if the content is not such a sentence.
 
-    Nothing but words may stand before the announcement, or formulas from which it is concluded.
+    Before the announcement there may be only words, or formulas from which the answer is concluded.
     """
     text = " ".join(_TEXT.sub(r" \1 ", content).split())
     found = list(ANNOUNCEMENT.finditer(text))
@@ -237,7 +238,7 @@ def _announced(content: str) -> str | None:
 
 
 def is_doubtful(announcement: str) -> bool:
-    """Whether what follows the last "answer" in a text is denied, or names alternatives."""
+    """Whether the words after the last "answer" in a text deny it, or name alternatives."""
     return bool(_DENIAL.search(announcement.lower().rpartition("answer")[2].partition("\n")[0]))
 
 
@@ -253,7 +254,7 @@ def _fraction(sign: str, whole: str, fixed: str, period: str) -> str:
 
 
 def _number(content: str) -> str:
-    """Numbers in other notations; all but a bare point only where they are the whole content."""
+    """Rewrite numbers in other notations. Except for a bare point, they must be the whole content."""
     content = _BARE_POINT.sub("0.", content)
     if match := _REPEATING.fullmatch(content):
         return _fraction(*match.groups())

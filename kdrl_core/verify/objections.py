@@ -1,6 +1,6 @@
-r"""What a right answer cannot look like, whatever math-verify makes of it: it looks past units, bounds and logic.
+r"""Forms that a right answer cannot have, although math-verify may accept them: it ignores units, bounds and logic.
 
-Each objection is to a normalised answer beside a normalised ground truth that gives no cause for it. Tests:
+Each objection compares a normalised answer with a normalised ground truth. Tests:
 ``FOOLED`` and ``STILL_RIGHT`` in tests/unit/verify/test_verify_accuracy.py.
 """
 
@@ -49,16 +49,16 @@ _UNITS = {
     )
     for name in names
 }  # fmt: skip
-"""Spellings of a unit that mean the same; two names of different units are two quantities, whatever the number."""
+"""Each spelling of a unit, with the number of the unit. Different units are different quantities."""
 
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*\^\s*\{?\s*-?\d\s*\}?", re.ASCII)
 
 
 def objection(answer: str, truth: str) -> str | None:
-    r"""Why an answer cannot be right whatever math-verify makes of it, since that looks past such things; or None.
+    r"""Why an answer cannot be right, although math-verify may find it equal; None if nothing is against it.
 
-    A bound is no value (``\leq 5``, ``\neq 7``), alternatives are no pair (``(3 or 4)``), a chain of logic is no value
-    (``5 \lor 6``), a value is no equation (2 for ``x+y=2``), minutes are no hours, and 5 million are not 5.
+    A bound is not a value (``\leq 5``, ``\neq 7``), nor is a chain of logic (``5 \lor 6``). Alternatives are not a pair
+    (``(3 or 4)``), a value is not an equation (2 for ``x+y=2``), minutes are not hours, and 5 million are not 5.
     """
     if _RELATION.match(answer) and not _RELATION.search(truth):
         return "a bound where the ground truth is a value"
@@ -85,7 +85,7 @@ def objection(answer: str, truth: str) -> str | None:
 
 
 def _unit(content: str) -> tuple[int, str] | None:
-    """Which unit, and its power; None for none that is known."""
+    """The unit and its power; None if there is no known unit."""
     match = _UNIT.search(content[-60:])
     if match is None:
         return (_UNITS["dollar"], "") if _DOLLAR.match(content) else None
@@ -94,7 +94,7 @@ def _unit(content: str) -> tuple[int, str] | None:
 
 
 def constants_of(content: str) -> list[str]:
-    """The sides of a chain of equalities that have no letters, if there are several: all must be the answer."""
+    """The sides without letters in a chain of equalities, if there are several: each must be the answer."""
     if _WORDS.search(content):
         return []
     sides = [side.strip() for side in content.strip("()").split("=")]
@@ -103,9 +103,9 @@ def constants_of(content: str) -> list[str]:
 
 
 def lost_digits(content: str, read: str) -> bool:
-    r"""Whether digits of an answer are missing from what math-verify says it has read.
+    r"""Whether math-verify has read fewer digits than the answer has.
 
-    It drops what it takes for units: of ``3 \text{ or so, or } 4 \text{ m}`` it reads 3. Powers of units may be lost.
+    It drops what it takes for a unit: of ``3 \text{ or so, or } 4 \text{ m}`` it reads 3. Powers of units do not count.
     """
     written, understood = (re.sub(r"\D", "", _UNIT_POWER.sub("", text)) for text in (content, read))
     return written != understood

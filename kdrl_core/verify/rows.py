@@ -1,38 +1,25 @@
-"""Rows of JSON Lines and Parquet files on their way through a verifier: read in batches, checked, written back whole.
+"""Rows with responses: which columns are read, and how each row is checked.
 
-All that a file has is kept: lines of JSON byte for byte, columns of Parquet with their types and metadata. Verdicts are
-appended under the names and types of a step's rewards.parquet (:data:`kdrl_core.tables.schemas.REWARDS`).
+:mod:`kdrl_core.verify.row_files` reads and writes the files.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from kdrl_core.errors import DataError
-from kdrl_core.tables.columns import verdict_columns
-from kdrl_core.tables.schemas import REWARDS
-from kdrl_core.types import Verdict
 
 RESPONSE_NAMES = ("response", "completion", "prediction", "output", "generation", "text")
 TRUTH_NAMES = ("ground_truth", "gold", "answer", "solution", "target")
 
-VERDICT_FIELDS = [REWARDS.field(name) for name in verdict_columns([])]
-VERDICT_NAMES = frozenset(verdict_columns([]))
-
-BATCH_ROWS = 1_024
 _MAX_LISTED = 20
 _MISSING = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Which columns are read. `expected` says whether a response is right; `by` groups the summary."""
+    """Names of the columns to read. `expected` says whether a response is right; `by` groups the summary."""
 
     response: str
     truth: str
@@ -41,70 +28,8 @@ class Columns:
 
     @property
     def used(self) -> list[str]:
-        """The columns, each once."""
+        """The columns, each of them once."""
         return list(dict.fromkeys(name for name in (self.response, self.truth, self.expected, self.by) if name))
-
-
-@dataclass(slots=True, kw_only=True)
-class Batch:
-    """Some consecutive rows. The lists have one entry for each row that can be judged."""
-
-    rows: Any = None
-    """Those rows as the file has them, for `RowFile.write`."""
-    items: list[tuple[str, str]] = field(default_factory=list)
-    """(response, ground truth)."""
-    numbers: list[int] = field(default_factory=list)
-    """Of the row in the file, from 1; lines of JSON Lines."""
-    expected: list[bool | None] = field(default_factory=list)
-    groups: list[str | None] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    """One line for each of the other rows: where and what."""
-
-    def add(self, row: Mapping[str, object], number: int, columns: Columns) -> None:
-        """Append a row. Raises _RowError, and appends nothing, if it cannot be judged."""
-        item = (_text(row, columns.response), _text(row, columns.truth, integers=True))
-        if not item[1].strip():
-            raise _RowError("empty", columns.truth)
-        expected = None if columns.expected is None else _flag(row, columns.expected)
-        self.items.append(item)
-        self.numbers.append(number)
-        self.expected.append(expected)
-        self.groups.append(None if columns.by is None else _group(row.get(columns.by)))
-
-
-class RowFile(Protocol):
-    """A file of rows."""
-
-    origin: str
-    """Its path as errors name it."""
-    unit: str
-    """What its rows are counted in: row or line."""
-    names: list[str]
-    """Its columns; of JSON Lines those of the first batch and any verdict column that `batches` has come across."""
-
-    def batches(self, columns: Columns, *, with_rows: bool) -> Iterator[Batch]:
-        """All rows, in order; `with_rows` keeps in a batch what `write` needs. DataError: the file cannot be read."""
-
-    def write(self, path: Path, judged: Iterable[tuple[Batch, Sequence[Verdict]]]) -> None:
-        """Write the rows of the batches with their verdicts to `path`, in the format of this file."""
-
-
-def open_rows(path: Path) -> RowFile:
-    """The file at `path`. Raises DataError if there is none, if its kind is unknown, or if it has no rows."""
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; name a file in it")
-    if not path.is_file():
-        raise DataError(f"{path} does not exist or is no file; check the path")
-    kind = _KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(f"{path}: unknown kind of file; give JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)")
-    return kind(path)
-
-
-def suffixes_like(path: Path) -> tuple[str, ...]:
-    """The suffixes that a file of the same format may have."""
-    kind = _KINDS.get(path.suffix.lower())
-    return tuple(suffix for suffix, other in _KINDS.items() if other is kind)
 
 
 def choose_columns(
@@ -116,9 +41,9 @@ def choose_columns(
     expected: str | None = None,
     by: str | None = None,
 ) -> Columns:
-    """The columns to read: those that are given, else the one whose name is usual for it.
+    """The columns to read: the given ones, and for responses and truths otherwise the one with a usual name.
 
-    Raises DataError if a given column is missing, or if none or several have a usual name.
+    Raises DataError if a given column is missing, or if no column or several have a usual name.
     """
     for option, name in (("response", response), ("truth", truth), ("expected", expected), ("by", by)):
         if name is not None and name not in names:
@@ -142,152 +67,43 @@ def _the_one(names: Sequence[str], usual: Sequence[str], option: str, *, origin:
     return found[0]
 
 
-class JsonLines:
-    """One object a line; blank lines count as lines but are no rows, and are not written again."""
-
-    unit = "line"
-
-    def __init__(self, path: Path) -> None:
-        self.origin, self._path = str(path), path
-        found: dict[str, None] = {}
-        for number, line in zip(range(BATCH_ROWS), self._lines(), strict=False):
-            try:
-                found |= dict.fromkeys(_object(line[1]))
-            except _RowError as fault:
-                if number == 0 and line[1].lstrip().startswith(b"["):  # a JSON array: every other message misleads
-                    raise DataError(f"{self._where(line[0])}: {fault}") from fault
-        self.names = list(found)
-        if not found and next(self._lines(), None) is None:
-            raise DataError(f"{self.origin} has no rows; give a file with at least one")
-
-    def batches(self, columns: Columns, *, with_rows: bool) -> Iterator[Batch]:
-        batch = Batch(rows=[])
-        for number, line in self._lines():
-            try:
-                row = _object(line)
-                batch.add(row, number, columns)
-                if not VERDICT_NAMES.isdisjoint(row):  # to be replaced
-                    self.names += sorted(VERDICT_NAMES & row.keys() - set(self.names))
-                    line = _dump({name: value for name, value in row.items() if name not in VERDICT_NAMES})
-                if with_rows:
-                    batch.rows.append(line)
-            except _RowError as fault:
-                batch.faults.append(fault.at(self._where(number)))
-            if len(batch.items) + len(batch.faults) == BATCH_ROWS:
-                yield batch
-                batch = Batch(rows=[])
-        if batch.items or batch.faults:
-            yield batch
-
-    def write(self, path: Path, judged: Iterable[tuple[Batch, Sequence[Verdict]]]) -> None:
-        with path.open("wb") as file:
-            for batch, verdicts in judged:
-                columns = verdict_columns(verdicts)
-                for line, *values in zip(batch.rows, *columns.values(), strict=True):
-                    fields = _dump(dict(zip(columns, values, strict=True)))
-                    file.write(line[:-1].rstrip() + b", " + fields[1:] + b"\n")  # "{…" and "…}" become one object
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number and content of the lines that are not blank."""
-        try:
-            with self._path.open("rb") as file:  # by b"\n" alone: U+2028 and its like may stand inside a JSON string
-                for number, line in enumerate(file, start=1):
-                    content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-                    if content:
-                        yield number, content
-        except OSError as error:
-            raise DataError(
-                f"{self.origin} cannot be read ({error.strerror}); check the file and its permissions"
-            ) from error
-
-    def _where(self, number: int) -> str:
-        return f"{self.origin} {self.unit} {number}"
-
-
-class Parquet:
-    """A Parquet file; of any size and number of row groups."""
-
-    unit = "row"
-
-    def __init__(self, path: Path) -> None:
-        self.origin, self._path = str(path), path
-        with _parquet_errors(self.origin), pq.ParquetFile(path) as file:
-            self._schema = file.schema_arrow
-            num_rows = file.metadata.num_rows
-        self.names: list[str] = self._schema.names
-        if repeated := sorted({name for name in self.names if self.names.count(name) > 1}):
-            raise DataError(f"{self.origin} has several columns '{repeated[0]}'; rename them")
-        if not num_rows:
-            raise DataError(f"{self.origin} has no rows; give a file with at least one")
-
-    def batches(self, columns: Columns, *, with_rows: bool) -> Iterator[Batch]:
-        for name in (columns.response, columns.truth):
-            found = self._schema.field(name).type
-            if not (_is_text(found) or (name == columns.truth and pa.types.is_integer(found))):
-                raise DataError(f"{self.origin}: column '{name}' is {found}, not text; choose another or cast it")
-        first = 1
-        for rows in self._record_batches(None if with_rows else columns.used):
-            batch = Batch()
-            values = [_python_values(rows.column(name)) for name in columns.used]
-            kept = []
-            for position, row in enumerate(zip(*values, strict=True)):
-                try:
-                    batch.add(dict(zip(columns.used, row, strict=True)), first + position, columns)
-                    kept.append(position)
-                except _RowError as fault:
-                    batch.faults.append(fault.at(f"{self.origin} {self.unit} {first + position}"))
-            first += rows.num_rows
-            if with_rows:
-                batch.rows = rows.take(pa.array(kept, pa.int64())) if batch.faults else rows
-            yield batch
-
-    def write(self, path: Path, judged: Iterable[tuple[Batch, Sequence[Verdict]]]) -> None:
-        kept = [column for column in self._schema if column.name not in VERDICT_NAMES]
-        schema = pa.schema([*kept, *VERDICT_FIELDS], metadata=self._schema.metadata)
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for batch, verdicts in judged:
-                columns = verdict_columns(verdicts)
-                arrays = [batch.rows.column(column.name) for column in kept]
-                arrays += [pa.array(columns[column.name], column.type) for column in VERDICT_FIELDS]
-                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-
-    def _record_batches(self, columns: list[str] | None) -> Iterator[Any]:
-        # In buffers: otherwise a row group, which may be the whole file, is read in one piece.
-        with _parquet_errors(self.origin), pq.ParquetFile(self._path, buffer_size=2**20, pre_buffer=False) as file:
-            yield from file.iter_batches(batch_size=BATCH_ROWS, columns=columns)
-
-
-_KINDS: dict[str, type[JsonLines] | type[Parquet]] = {
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
-    ".parquet": Parquet,
-}
-
-
-class _RowError(Exception):
-    """Why a row cannot be judged: the problem, and the field that has it."""
+class RowError(Exception):
+    """Why a row cannot be judged: the problem and its field."""
 
     def __init__(self, problem: str, name: str | None = None) -> None:
         super().__init__(problem)
         self._field = name
 
     def at(self, where: str) -> str:
-        """Place and problem in one line."""
+        """Place, field and problem in one line."""
         return f"{where}: {self}" if self._field is None else f"{where}, field '{self._field}': {self}"
 
 
-def _object(line: bytes) -> dict[str, object]:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise _RowError(f"not UTF-8 text ({error.reason} at byte {error.start} of it)") from error
-    except json.JSONDecodeError as error:
-        raise _RowError(f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise _RowError(f"not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise _RowError(f"an object is expected, found {_kind(row)}")
-    return row
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """Consecutive rows. Each list but `faults` has one entry for each row that can be judged."""
+
+    rows: Any = None
+    """These rows as they are in the file, for `RowFile.write`."""
+    items: list[tuple[str, str]] = field(default_factory=list)
+    """(response, ground truth)."""
+    numbers: list[int] = field(default_factory=list)
+    """Number of the row in the file, from 1; for JSON Lines, of the line."""
+    expected: list[bool | None] = field(default_factory=list)
+    groups: list[str | None] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    """Place and problem of each row that cannot be judged."""
+
+    def add(self, row: Mapping[str, object], number: int, columns: Columns) -> None:
+        """Append a row. If it cannot be judged, raises RowError and appends nothing."""
+        item = (_text(row, columns.response), _text(row, columns.truth, integers=True))
+        if not item[1].strip():
+            raise RowError("empty", columns.truth)
+        expected = None if columns.expected is None else _flag(row, columns.expected)
+        self.items.append(item)
+        self.numbers.append(number)
+        self.expected.append(expected)
+        self.groups.append(None if columns.by is None else _group(row.get(columns.by)))
 
 
 def _text(row: Mapping[str, object], name: str, *, integers: bool = False) -> str:
@@ -297,8 +113,8 @@ def _text(row: Mapping[str, object], name: str, *, integers: bool = False) -> st
     if isinstance(value, str):
         return value
     if value is _MISSING:
-        raise _RowError("missing", name)
-    raise _RowError("null" if value is None else f"text is expected, found {_kind(value)}", name)
+        raise RowError("missing", name)
+    raise RowError("null" if value is None else f"text is expected, found {kind_of(value)}", name)
 
 
 def _flag(row: Mapping[str, object], name: str) -> bool:
@@ -306,60 +122,22 @@ def _flag(row: Mapping[str, object], name: str) -> bool:
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     if value is _MISSING:
-        raise _RowError("missing", name)
-    shown = value if isinstance(value, (int, float)) else "null" if value is None else _kind(value)
-    raise _RowError(f"true, false, 1 or 0 is expected, found {shown}", name)
+        raise RowError("missing", name)
+    shown = value if isinstance(value, (int, float)) else "null" if value is None else kind_of(value)
+    raise RowError(f"true, false, 1 or 0 is expected, found {shown}", name)
 
 
 def _group(value: object) -> str:
-    """The value as a line of the summary names it; null also where the row lacks it."""
+    """The value as the summary shows it; `null` also if the row lacks the column."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return "".join(char if char.isprintable() else "\ufffd" for char in text)  # it goes to a terminal
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     names = {bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _dump(row: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # a lone surrogate has no UTF-8, only an escape
-        return json.dumps(row).encode()
-
-
-def _is_text(kind: Any) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-    return any(check(kind) for check in checks)
-
-
-def _python_values(column: Any) -> list[object]:
-    try:
-        values: list[object] = column.to_pylist()
-        return values
-    except UnicodeDecodeError:
-        return [_python_value(value) for value in column]
-
-
-def _python_value(value: Any) -> object:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return b""  # told as "found bytes" by whoever needs text
 
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return f"{', '.join(names[:_MAX_LISTED])}{more}" if names else "none"
-
-
-@contextmanager
-def _parquet_errors(origin: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{origin} cannot be read as Parquet ({reason}); write the file again") from error

@@ -1,15 +1,15 @@
-r"""The rules around a comparison: what needs no worker, what no worker should see, and the verdict that results.
+r"""The rules around a comparison: which answers need no worker, which no worker may see, and how a verdict is made.
 
 reward = r_format · r_acc (B.1.2). For R1-Zero (``require_format=False``) reward = r_acc; ``format_reward`` is
-reported all the same. With a wrong format and ``require_format=True`` the kind is ``malformed`` or ``no_answer``,
-and ``accuracy_reward`` still says whether the last box, if there is one, was right.
+reported all the same. If the format is wrong and ``require_format=True``, the kind is ``malformed`` or ``no_answer``;
+``accuracy_reward`` still says whether the last box, if there is one, was right.
 
-A response without any box has no answer, with one exception for ``require_format=False`` (base models often do not
-box): if the last 2,000 characters of it, outside the thought, contain the word "answer", math-verify extracts what
-is announced there ("the final answer is $7$"). A bare last number is never taken for an answer.
+A response without a box has no answer. There is one exception, for ``require_format=False``, since base models often
+do not box: if its last 2,000 characters, outside the thought, contain the word "answer", math-verify extracts the
+answer that is announced there ("the final answer is $7$"). A bare last number is never taken for an answer.
 
-Answers over ``MAX_ANSWER_CHARS`` characters or ``MAX_NESTING`` brackets deep are not compared at all (kind ``wrong``,
-with that reason), unless they are literally the ground truth. Everything here is linear in the response's length.
+Answers over ``MAX_ANSWER_CHARS`` characters or ``MAX_NESTING`` brackets deep are not compared (kind ``wrong``, with
+that reason) unless they are literally the ground truth. Everything here is linear in the response's length.
 """
 
 import re
@@ -31,7 +31,7 @@ _UNUSABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One comparison for a worker; equal jobs have equal outcomes."""
+    """One comparison for a worker. Equal jobs have equal outcomes."""
 
     answer: str
     ground_truth: str
@@ -41,7 +41,7 @@ class Job:
 def screen(
     item: Any, *, require_format: bool, think_opened: bool
 ) -> Verdict | tuple[FormatResult, Outcome] | tuple[FormatResult, Job]:
-    """Everything that can be settled without a worker; linear in the length of the response."""
+    """Settle an item as far as possible without a worker: a verdict, an outcome, or a job for a worker."""
     try:
         response, ground_truth = item
     except (TypeError, ValueError):
@@ -68,7 +68,7 @@ def screen(
 
 
 def _without_worker(answer: str, truth: str) -> Outcome | None:
-    """Verdicts that need no mathematics, and refusals of what no worker should see."""
+    """Outcomes that need no mathematics, and refusals of answers that no worker may see; None for all others."""
     literal = _literal(truth)
     if _PLAIN.fullmatch(literal):
         given = _literal(answer)
@@ -87,7 +87,7 @@ def _without_worker(answer: str, truth: str) -> Outcome | None:
 
 
 def _literal(text: str) -> str:
-    """Trivial normalisation: an enclosing box, dollar signs and white space around it, the unicode minus."""
+    """The text without an enclosing box, dollar signs and white space, and with a plain minus."""
     content, _ = last_box(text)
     return (content or text).strip().strip("$").strip().replace("\u2212", "-")
 

@@ -1,11 +1,12 @@
-"""Which verifier a verdict is of."""
+"""The version of the verifier."""
 
 from importlib.metadata import version
 
 RULES = 1
-"""Raised with every change of kdrl_core.verify that changes a verdict: what is kept of earlier ones is not theirs."""
+"""Raise this with every change of kdrl_core.verify that changes a verdict. Stored verdicts of other versions are then
+not taken for this one's."""
 
 
 def verifier_version() -> str:
-    """kdrl's rules and the installed math-verify: verdicts of one version can be compared."""
+    """The versions of kdrl's rules and of the installed math-verify. Verdicts of one version can be compared."""
     return f"{RULES}, math-verify {version('math-verify')}"

@@ -12,16 +12,15 @@ from crash.tiny_run import differing, finish, open_tiny, train
 from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
-from kdrl_core.boxes.finish import export_student
-from kdrl_core.boxes.rollout import rollout_step
-from kdrl_core.boxes.score import score_step
+from kdrl_core.boxes.finish import student
+from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import StageSession, close_sessions, stage_session
+from kdrl_core.boxes.step import rollout, score_step, verify
 from kdrl_core.boxes.update import update_step
-from kdrl_core.boxes.verify import verify_step
 from kdrl_core.errors import StorageError
 from kdrl_core.ledger import Run, is_published, open_run, run_lock, verify_published
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import write_report
+from kdrl_core.look.reporting.run_report import report
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -80,13 +79,13 @@ def test_a_disk_that_is_full_in_any_phase(disk: Path, tmp_path: Path) -> None:
 
     phases: list[tuple[str, Path, Callable[[], object], int]] = [
         ("filter", run.paths.pool, lambda: filter_run(run), 0),
-        ("rollout", run.paths.rollouts("stage2", 0), step(rollout_step), 0),
+        ("rollout", run.paths.rollouts("stage2", 0), step(lambda session, at: make(session, rollout, at)), 0),
         ("teacher-score", run.paths.teacher("stage2", 0), step(score_step), 0),
-        ("verify", run.paths.rewards("stage2", 0), step(verify_step), 0),
+        ("verify", run.paths.rewards("stage2", 0), step(lambda session, at: make(session, verify, at)), 0),
         ("update", run.paths.update("stage2", 0), step(update_step), 0),
         ("checkpoint", run.paths.checkpoint("stage2", 1), step(update_step), _BELOW_A_CHECKPOINT),
         ("evaluate", run.paths.evaluation("stage2"), lambda: evaluate_model(run, "stage2"), 0),
-        ("student", run.paths.student, lambda: export_student(run), _BELOW_A_CHECKPOINT),
+        ("student", run.paths.student, lambda: make(run, student), _BELOW_A_CHECKPOINT),
     ]
     for phase, path, do, leave in phases:
         before = published(run)
@@ -107,7 +106,7 @@ def test_a_disk_that_is_full_in_any_phase(disk: Path, tmp_path: Path) -> None:
         evaluate_model(run, label)
     fill(disk, leave=50_000)
     with pytest.raises(StorageError, match=r"report: no disk space"):
-        write_report(run)
+        make(run, report)
     assert not run.paths.report.exists()
     (disk / "ballast").unlink()
     finish(run)
@@ -133,7 +132,7 @@ def test_a_disk_that_became_read_only(disk: Path) -> None:
     with pytest.raises(StorageError, match="cannot be written"), run_lock(run.paths.lock):
         pass
     with pytest.raises(StorageError, match=r"rollouts\.parquet: the folder cannot be written"):
-        rollout_step(stage_session(run.paths.root, "stage2"), 0)
+        make(stage_session(run.paths.root, "stage2"), rollout, 0)
     assert open_run("r", artifacts=disk).recipe == run.recipe  # looking on is still possible
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     train(run)

@@ -9,16 +9,15 @@ import pyarrow.parquet as pq
 from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
-from kdrl_core.boxes.finish import export_student
-from kdrl_core.boxes.rollout import rollout_step
-from kdrl_core.boxes.score import score_step
+from kdrl_core.boxes.finish import student
+from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
+from kdrl_core.boxes.step import rollout, score_step, verify
 from kdrl_core.boxes.update import update_step
-from kdrl_core.boxes.verify import verify_step
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import write_report
+from kdrl_core.look.reporting.run_report import report
 
 TINY = [
     "stage1.steps=2",
@@ -51,9 +50,9 @@ def open_tiny(artifacts: Path, name: str, overrides: Sequence[str] = ()) -> Run:
 def train_step(run: Run, stage: str, step: int) -> None:
     """One step of the loop, as `flows.training_stage` has it."""
     session = stage_session(run.paths.root, stage)
-    rollout_step(session, step)
+    make(session, rollout, step)
     score_step(session, step)
-    verify_step(session, step)
+    make(session, verify, step)
     update_step(session, step)
 
 
@@ -75,8 +74,8 @@ def finish(run: Run) -> None:
     """Evaluate the final models, export the student, write the report."""
     for label in final_labels(run):
         evaluate_model(run, label)
-    export_student(run)
-    write_report(run)
+    make(run, student)
+    make(run, report)
 
 
 def results(run: Run) -> dict[str, str]:

@@ -8,7 +8,6 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from rich.console import Console
 from support import TINY
 
-from flows.cli.run_status import run_status
 from flows.cli.watch import RunView
 from flows.full_pipeline import full_pipeline
 from flows.sft_stage import sft_stage
@@ -16,6 +15,7 @@ from flows.training_stage import training_stage
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import RunPaths, is_published, manifest_of, open_run
+from kdrl_core.look.reporting.run_status import run_status
 from kdrl_core.tables.metrics import load_metrics
 
 SFT = [

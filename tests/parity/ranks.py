@@ -13,10 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
-from kdrl_core.config import TrainerConfig
+from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.models.loading import load_model
+from kdrl_core.objectives import Objective
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
-from kdrl_core.training.protocols import StepStats, TopKTeacher, Trainer, UpdateBatch
+from kdrl_core.training.protocols import OptimizerSettings, StepStats, Trainer, UpdateBatch
 from kdrl_core.training.rank_group import WORKER
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import ScoreRequest
@@ -62,10 +63,7 @@ def make_batch(
         kd_weights=[float(row % 3 != 0) for row in range(count)],
         teacher_logprobs=[rng.normal(-2.0, 0.5, len(s.token_ids)).astype(np.float32) for s in sequences],
         ref_logprobs=[rng.normal(-2.0, 0.5, len(s.token_ids)).astype(np.float32) for s in sequences],
-        beta=0.05,
-        ref_beta=0.01,
-        entropy_coef=0.01,
-        group_size=group_size,
+        objective=Objective(beta=0.05, ref_beta=0.01, entropy_coef=0.01, group_size=group_size),
     )
 
 
@@ -76,17 +74,20 @@ def with_topk(batch: UpdateBatch, k: int = 3) -> UpdateBatch:
     ids = [np.stack([rng.permutation(VOCABULARY)[:k] for _ in range(n)]).astype(np.int32) for n in lengths]
     logprobs = [np.log(rng.dirichlet(np.ones(k + 1), n)[:, :k]).astype(np.float32) for n in lengths]
     return replace(
-        batch,
-        kl_estimator="topk",
-        topk=TopKTeacher(token_ids=ids, logprobs=logprobs, floor=-12.0),
-        aggregation="group_mean",
+        with_objective(batch, kl_estimator="topk", topk_floor=-12.0, aggregation="group_mean", tis_cap=2.0),
+        topk_ids=ids,
+        topk_logprobs=logprobs,
         rollout_logprobs=batch.ref_logprobs,
-        tis_cap=2.0,
     )
 
 
+def with_objective(batch: UpdateBatch, **changes: Any) -> UpdateBatch:
+    """The same batch with other values of its objective."""
+    return replace(batch, objective=replace(batch.objective, **changes))
+
+
 def plain_trainer(model: Path, tokenizer: Any, **options: Any) -> TorchTrainer:
-    return TorchTrainer(load_model(model), tokenizer, **{**OPTIONS, **options})
+    return TorchTrainer(load_model(model), tokenizer, OptimizerSettings(**{**OPTIONS, **options}))
 
 
 @contextmanager
@@ -96,7 +97,12 @@ def ranks(
     """A trainer whose ranks end with the block; none may be left of them."""
     values = {"ranks": 2, "zero_stage": 2, "start_timeout_s": 300.0, "step_timeout_s": 60.0, **config}
     trainer = DeepSpeedTrainer(
-        model, tokenizer, config=TrainerConfig(engine="deepspeed", **values), folder=folder, dtype=dtype, **OPTIONS
+        model,
+        tokenizer,
+        OptimizerSettings(**OPTIONS),
+        config=TrainerConfig(engine="deepspeed", **values),
+        folder=folder,
+        runtime=RuntimeConfig(dtype=dtype),  # type: ignore[arg-type]
     )
     try:
         yield trainer

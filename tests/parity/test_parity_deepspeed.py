@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity.ranks import gaps, make_batch, needs_deepspeed, plain_trainer, rank_processes, ranks, train, with_topk
+from parity.ranks import (
+    gaps,
+    make_batch,
+    needs_deepspeed,
+    plain_trainer,
+    rank_processes,
+    ranks,
+    train,
+    with_objective,
+    with_topk,
+)
 from safetensors.torch import load_file
 
 from kdrl_core.errors import EngineError, RunError
@@ -140,6 +150,17 @@ def test_untied_embeddings_are_exported_as_by_the_plain_trainer(
     assert contents(tmp_path / "ours").keys() == contents(tmp_path / "theirs").keys()
     assert weight_gap(tmp_path / "ours", tmp_path / "theirs") < 1e-4
     assert "lm_head.weight" in load_file(tmp_path / "ours" / "model.safetensors")
+
+
+def test_a_rank_loads_the_estimator_that_the_objective_names(tied_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def fourth(log_ratio):\n    return 0.1 * log_ratio**4\n")
+    batch = with_objective(BATCHES[0], kl_estimator=f"{tmp_path / 'mine.py'}:fourth")
+    expected = train(plain_trainer(tied_dir, tokenizer), [batch])
+    assert expected[0].metrics["kd/kl"] != train(plain_trainer(tied_dir, tokenizer), BATCHES[:1])[0].metrics["kd/kl"]
+    with ranks(tied_dir, tokenizer, tmp_path / "ranks", zero_stage=0, ranks=1) as trainer:
+        assert max(gaps(train(trainer, [batch]), expected).values()) < TOLERANCE
+        with pytest.raises(EngineError, match=r"rank 0 .* failed: RecipeError: .*mine.py:none: none is not there"):
+            trainer.update(with_objective(batch, kl_estimator=f"{tmp_path / 'mine.py'}:none"))
 
 
 @pytest.mark.slow

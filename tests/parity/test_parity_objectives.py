@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from parity.conftest import dense_log_probabilities, dense_logprobs
+from parity.ranks import with_objective
 
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.models.loading import load_model
-from kdrl_core.training.protocols import TopKTeacher, UpdateBatch
+from kdrl_core.training.protocols import OptimizerSettings, UpdateBatch
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, ScoreRequest
 
@@ -37,9 +38,7 @@ def batch(sequences: list[ScoreRequest]) -> UpdateBatch:
 def trained(path: Path, tokenizer: Any, batch: UpdateBatch, micro_batch_tokens: int = 300) -> tuple[torch.Tensor, Any]:
     """The gradient of one step of the trainer, and what it reported."""
     model = load_model(path)
-    trainer = TorchTrainer(
-        model,
-        tokenizer,
+    settings = OptimizerSettings(
         temperature=TEMPERATURE,
         learning_rate=1e-5,
         weight_decay=0.0,
@@ -47,6 +46,7 @@ def trained(path: Path, tokenizer: Any, batch: UpdateBatch, micro_batch_tokens: 
         max_grad_norm=1e9,
         micro_batch_tokens=micro_batch_tokens,
     )
+    trainer = TorchTrainer(model, tokenizer, settings)
     stats = trainer.update(batch)
     return gradient(model), stats
 
@@ -94,9 +94,11 @@ def test_topk_gradient_is_the_dense_reverse_kls(
     student_dir: Path, teacher: Any, tokenizer: Any, batch: UpdateBatch
 ) -> None:
     scores = TransformersScorer(teacher, temperature=TEMPERATURE, batch_tokens=400).score_topk(batch.sequences, K)
-    topk = TopKTeacher(token_ids=[s.topk_ids for s in scores], logprobs=[s.topk_logprobs for s in scores], floor=FLOOR)
     full = replace(
-        batch, teacher_logprobs=[s.logprobs for s in scores], topk=topk, beta=0.3, kl_estimator="topk", entropy_coef=0.0
+        with_objective(batch, beta=0.3, kl_estimator="topk", topk_floor=FLOOR, entropy_coef=0.0),
+        teacher_logprobs=[s.logprobs for s in scores],
+        topk_ids=[s.topk_ids for s in scores],
+        topk_logprobs=[s.topk_logprobs for s in scores],
     )
 
     def loss(model: Any) -> torch.Tensor:
@@ -128,7 +130,8 @@ def test_importance_weights_are_the_capped_ratios(student_dir: Path, tokenizer: 
             total = total - batch.advantages[row] * (torch.from_numpy(weights[row]) * ratio(logprobs)).sum()
         return total / num_tokens(batch)
 
-    stats = assert_same_gradient(student_dir, tokenizer, replace(batch, rollout_logprobs=engine, tis_cap=cap), loss)
+    weighted = replace(with_objective(batch, tis_cap=cap), rollout_logprobs=engine)
+    stats = assert_same_gradient(student_dir, tokenizer, weighted, loss)
     every = np.concatenate(weights)
     assert stats.metrics["ratio/tis_mean"] == pytest.approx(every.mean(), rel=1e-4)
     assert stats.metrics["ratio/tis_capped_frac"] == pytest.approx((every >= cap).mean(), abs=2 / len(every))
@@ -147,17 +150,17 @@ def test_group_mean_is_the_mean_of_the_groups_means(student_dir: Path, tokenizer
             means.append(torch.cat(surrogates).sum() / sum(len(batch.sequences[row].token_ids) for row in rows))
         return -torch.stack(means).mean()
 
-    whole = replace(batch, aggregation="group_mean", group_size=GROUP_SIZE)
+    whole = with_objective(batch, aggregation="group_mean", group_size=GROUP_SIZE)
     assert_same_gradient(student_dir, tokenizer, whole, loss)
     with pytest.raises(ValueError, match="group_size: expected a divisor of the 24 responses, given 7"):
-        trained(student_dir, tokenizer, replace(whole, group_size=7))
+        trained(student_dir, tokenizer, with_objective(whole, group_size=7))
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 250, 100_000])
 def test_sft_is_the_mean_negative_log_likelihood(
     student_dir: Path, tokenizer: Any, batch: UpdateBatch, micro_batch_tokens: int
 ) -> None:
-    sft = replace(batch, loss="sft", advantages=[np.nan] * len(batch.sequences))  # not read
+    sft = replace(with_objective(batch, kind="sft"), advantages=[np.nan] * len(batch.sequences))  # not read
     ours, stats = trained(student_dir, tokenizer, sft, micro_batch_tokens)
     model = load_model(student_dir)
     loss = -torch.cat([dense_logprobs(model, s, TEMPERATURE) for s in batch.sequences]).mean()

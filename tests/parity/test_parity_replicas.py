@@ -23,7 +23,7 @@ from kdrl_core.engines.http_rollout import HTTPRolloutEngine
 from kdrl_core.engines.server_pool import ServedModel
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.evaluation.evaluate import evaluate_plan
-from kdrl_core.evaluation.plan import plan_evaluation
+from kdrl_core.evaluation.evaluation_plan import EvaluationOptions, plan_evaluation
 from kdrl_core.models.loading import load_model, stop_token_ids
 from kdrl_core.tables.metrics import load_metrics
 from kdrl_core.tables.schemas import read_table
@@ -126,7 +126,7 @@ def test_a_replica_is_evaluated_as_its_directory(urls: list[str], models: list[P
     texts = {}
     for model in (str(models[0]), urls[0]):
         (found,) = evaluate_plan(
-            plan_evaluation(recipe, model, benchmarks=["test"], samples=1, max_problems=12), tmp_path
+            plan_evaluation(recipe, model, EvaluationOptions(benchmarks=["test"], samples=1, max_problems=12)), tmp_path
         )
         texts[model] = read_table(found.folder / "responses.parquet").to_pylist()
     for ours, theirs in zip(texts[urls[0]], texts[str(models[0])], strict=True):

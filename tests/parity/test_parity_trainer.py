@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from parity.conftest import dense_log_probabilities, largest_gap
+from parity.ranks import with_objective
 from safetensors.torch import load_file
 
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.models.loading import load_model
-from kdrl_core.training.protocols import UpdateBatch
+from kdrl_core.objectives import Objective
+from kdrl_core.training.protocols import OptimizerSettings, UpdateBatch
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, ScoreRequest
 
@@ -29,7 +31,7 @@ def make_trainer(student_dir: Path, tokenizer: Any) -> MakeTrainer:
 
     def make(path: Path = student_dir, **options: Any) -> tuple[TorchTrainer, Any]:
         model = load_model(path)
-        values = {
+        values: dict[str, Any] = {
             "temperature": TEMPERATURE,
             "learning_rate": 1e-4,
             "weight_decay": 0.0,
@@ -38,7 +40,7 @@ def make_trainer(student_dir: Path, tokenizer: Any) -> MakeTrainer:
             "micro_batch_tokens": 100_000,
             **options,
         }
-        return TorchTrainer(model, tokenizer, **values), model
+        return TorchTrainer(model, tokenizer, OptimizerSettings(**values)), model
 
     return make
 
@@ -55,26 +57,20 @@ def batch(rollouts: list[Rollout], teacher: Any, student: Any) -> UpdateBatch:
         kd_weights=[float(row % 3 != 0) for row in range(len(sequences))],
         teacher_logprobs=TransformersScorer(teacher, temperature=TEMPERATURE, batch_tokens=512).score(sequences),
         ref_logprobs=[r + rng.normal(scale=0.3, size=len(r)).astype(np.float32) for r in reference],
-        beta=0.05,
-        kl_estimator="k2",
-        ref_beta=0.02,
-        ref_kl_estimator="k3",
-        entropy_coef=0.01,
-        group_size=3,
+        objective=Objective(
+            beta=0.05, kl_estimator="k2", ref_beta=0.02, ref_kl_estimator="k3", entropy_coef=0.01, group_size=3
+        ),
     )
 
 
 def still(batch: UpdateBatch) -> UpdateBatch:
     """The batch of a GRPO step whose groups have equal rewards, without entropy bonus and penalty."""
     return replace(
-        batch,
+        with_objective(batch, beta=0.0, ref_beta=0.0, entropy_coef=0.0),
         advantages=[0.0] * len(batch.sequences),
         kd_weights=[0.0] * len(batch.sequences),
         teacher_logprobs=None,
         ref_logprobs=None,
-        beta=0.0,
-        ref_beta=0.0,
-        entropy_coef=0.0,
     )
 
 
@@ -97,9 +93,9 @@ def reference_loss(model: Any, batch: UpdateBatch) -> torch.Tensor:
         log_ratio = torch.from_numpy(batch.teacher_logprobs[row]) - logprobs
         ref_log_ratio = torch.from_numpy(batch.ref_logprobs[row]) - logprobs
         total = total - batch.advantages[row] * logprobs.sum()
-        total = total + batch.beta * batch.kd_weights[row] * 0.5 * log_ratio.square().sum()
-        total = total + batch.ref_beta * (ref_log_ratio.exp() - ref_log_ratio - 1.0).sum()
-        total = total + batch.entropy_coef * (table.exp() * table).sum()
+        total = total + batch.objective.beta * batch.kd_weights[row] * 0.5 * log_ratio.square().sum()
+        total = total + batch.objective.ref_beta * (ref_log_ratio.exp() - ref_log_ratio - 1.0).sum()
+        total = total + batch.objective.entropy_coef * (table.exp() * table).sum()
     return total / sum(len(sequence.token_ids) for sequence in batch.sequences)
 
 
@@ -125,7 +121,8 @@ def test_entropies_are_those_of_the_whole_vocabulary_in_float64(
 def test_sft_computes_no_entropies(make_trainer: MakeTrainer, batch: UpdateBatch) -> None:
     zeros = [0.0] * len(batch.sequences)
     trainer, _ = make_trainer()
-    stats = trainer.update(UpdateBatch(sequences=batch.sequences, advantages=zeros, kd_weights=zeros, loss="sft"))
+    sft = Objective(kind="sft")
+    stats = trainer.update(UpdateBatch(sequences=batch.sequences, objective=sft, advantages=zeros, kd_weights=zeros))
     assert stats.entropies is None
 
 
@@ -154,7 +151,7 @@ def test_gradient_is_that_of_the_formula(
 
 def test_entropy_enters_with_its_sign(make_trainer: MakeTrainer, batch: UpdateBatch) -> None:
     trainer, _ = make_trainer(learning_rate=1e-3)
-    bonus_alone = replace(still(batch), entropy_coef=1.0)
+    bonus_alone = with_objective(still(batch), entropy_coef=1.0)
     before = trainer.update(bonus_alone).metrics["entropy"]
     assert trainer.update(bonus_alone).metrics["entropy"] > before
 

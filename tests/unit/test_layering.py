@@ -59,7 +59,12 @@ def test_no_module_of_the_core_imports_prefect_tasks_or_flows() -> None:
 
 
 def test_objectives_import_torch_alone() -> None:
-    assert imported_by("kdrl_core.objectives") & HEAVY == {"torch"}
+    assert imported_by(*modules_of("kdrl_core/objectives")) & HEAVY == {"torch"}
+
+
+@pytest.mark.parametrize("module", ["kinds", "inputs", "plugins", "schedule"])
+def test_what_recipes_need_of_the_objectives_imports_nothing_heavy(module: str) -> None:
+    assert not imported_by(f"kdrl_core.objectives.{module}") & HEAVY
 
 
 @pytest.mark.parametrize("module", ["kdrl_core.types", "kdrl_core.errors", "kdrl_core.config", "kdrl_core.ledger"])
@@ -94,7 +99,8 @@ def imports_in(file: Path) -> set[str]:
 
 STOREYS = (
     {"errors", "types"},
-    {"config", "objectives"},
+    {"objectives"},
+    {"config"},
     {"ledger"},
     {"tables"},
     {"verify", "models", "logprobs"},
@@ -154,6 +160,26 @@ def test_no_file_imports_what_its_package_must_not(package: str) -> None:
             if name == forbidden or name.startswith(f"{forbidden}.")
         }
         assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_the_dag_imports_nothing_of_the_command_line() -> None:
+    for file in (ROOT / "flows").glob("*.py"):
+        assert not {name for name in imports_in(file) if name.startswith("flows.cli")}, file.name
+
+
+ALIKE = {"main", "best_tokens", "kind_of", "load_tokenizer", "pass_at_k", "ragged", "refuse_not_finite"}
+"""Names that stand twice: they do the same to different inputs. Do not add to them without need."""
+
+
+def test_one_name_means_one_thing() -> None:
+    """Public functions and classes of the core that have one name: a reader who knows one must not be misled."""
+    places: dict[str, list[str]] = {}
+    for file in (ROOT / "kdrl_core").rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body if "assets" not in file.parts else ():
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    several = {name: found for name, found in places.items() if len(found) > 1}
+    assert not {name: found for name, found in several.items() if name not in ALIKE}
 
 
 def test_the_core_does_not_know_where_the_outer_rings_lie() -> None:

@@ -1,33 +1,31 @@
-"""What a plan is made for: the machines, the work of a stage, the engines."""
+"""The inputs of a plan: the machines, the engines, the work of a stage."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from kdrl_core.config import Recipe, StageConfig
-from kdrl_core.config.recipe import ServersConfig
+from kdrl_core.config import EngineName, LocalEngine, Recipe, ServersConfig, StageConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.look.planning.memory import Precision, TrainerSettings
 from kdrl_core.look.planning.shapes import ModelShape, shape_of
 
 Role = Literal["rollout", "teacher", "reference"]
-EngineName = Literal["vllm", "server", "transformers"]
 
 MEAN_RESPONSE_SHARE = 0.4
-"""Assumed mean response length, of the longest one, where none is given."""
+"""Assumed mean response length, as a share of the longest, if none is given."""
 MEAN_PROMPT_TOKENS = 256
-"""Assumed mean prompt length, where none is given."""
+"""Assumed mean prompt length, if none is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """GPUs and what connects them. Rates are per second; defaults: an A100 80 GB's data sheet, and cautious shares."""
+    """GPUs and their connections. Rates are per second. Defaults: the data sheet of an A100 80 GB, cautious shares."""
 
     gpus: int
     gpus_per_node: int
     gpu_memory: float
     """Bytes."""
     utilization: float = 0.9
-    """Share of the memory that is planned; the rest is the runtime's, the collectives' and fragmentation's."""
+    """Share of the memory that is planned; the rest is for the runtime, collectives and fragmentation."""
     peak_flops: float = 312e12
     mfu: float = 0.35
     """Share of the peak that training and scoring reach."""
@@ -35,7 +33,7 @@ class Cluster:
     bandwidth_share: float = 0.5
     """Share of it that decoding reaches."""
     step_overhead_s: float = 0.005
-    """Of a decoding step, whatever its batch: launches, sampling, scheduling."""
+    """Of a decoding step of any batch: launches, sampling, scheduling."""
     link_bandwidth: float = 2.0e11
     """Between GPUs of a node, per GPU."""
     network_bandwidth: float = 2.5e10
@@ -52,18 +50,18 @@ class Cluster:
 
     @property
     def usable_memory(self) -> float:
-        """Bytes per GPU that are planned."""
+        """Bytes per GPU that a plan may use."""
         return self.gpu_memory * self.utilization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """How it runs. `vllm` sleeps while others use its GPU; `transformers` is one process, on the first GPU, that keeps
-    its models in memory; `server` is replicas on GPUs of their own, which keep their memory as well. Replicas that
-    sleep are `vllm`, and `served`."""
+    """The engines of a run. `vllm` sleeps while others use its GPU. `transformers` is one process, on the first GPU,
+    which keeps its models in memory. `server` means replicas on GPUs of their own, which keep their memory too.
+    Replicas that sleep are `vllm` and are listed in `served`."""
 
     rollout: EngineName = "vllm"
-    teacher: Literal["vllm", "transformers"] = "vllm"
+    teacher: LocalEngine = "vllm"
     trainer: Literal["deepspeed", "torch"] = "deepspeed"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: int = 2
@@ -76,11 +74,11 @@ class Engines:
     concurrency: int | None = None
     """Requests in flight over all replicas of `server`; None: as many as they take."""
     memory_share: float = 0.9
-    """Of a GPU, that a vLLM engine in this process takes whole: weights, workspace and cache."""
+    """Share of a GPU that a vLLM engine in this process takes: weights, workspace and cache."""
     kv_cache_bytes: float | None = None
-    """Of such an engine, in place of that share."""
+    """KV cache of such an engine, in place of that share."""
     served: tuple[Role, ...] = ()
-    """Roles whose `vllm` engines are replicas: a run has as many as it lists, in its process it has one."""
+    """Roles whose `vllm` engines are replicas. A run has as many as it lists; in its own process it has one."""
     score_tokens: int = 2_048
     """Tokens per forward pass that gives the teacher's logprobs."""
 
@@ -90,7 +88,7 @@ class Engines:
         return self.rollout == "vllm"
 
     def engine(self, role: Role) -> EngineName:
-        """What generates, or scores with the teacher or the stage's initial policy."""
+        """The engine that generates, or that scores with the teacher or the stage's initial policy."""
         in_process = self.sleeps and "rollout" not in self.served
         reference: EngineName = "vllm" if in_process else "transformers"  # as `StageSession` has it
         return {"rollout": self.rollout, "teacher": self.teacher, "reference": reference}[role]
@@ -105,7 +103,7 @@ class Engines:
         return 2 if self.dtype == "bfloat16" else 4
 
     def training(self, ranks: int) -> TrainerSettings:
-        """The trainer's settings on so many GPUs."""
+        """The trainer's settings on `ranks` GPUs."""
         is_torch = self.trainer == "torch"
         stage = 0 if is_torch else self.zero_stage
         precision: Precision = "float32"
@@ -121,7 +119,7 @@ class Engines:
 
 
 def engines_of(recipe: Recipe) -> Engines:
-    """The engines that a recipe names. A run has one vLLM engine of each role, a plan as many as GPUs take."""
+    """The engines that a recipe names. A run has one vLLM engine per role; a plan has as many as the GPUs hold."""
     trainer, vllm, server = recipe.trainer, recipe.vllm, recipe.rollout.server
     sleeping = sleeping_servers(recipe)
     return Engines(
@@ -142,7 +140,7 @@ def engines_of(recipe: Recipe) -> Engines:
 
 
 def sleeping_servers(recipe: Recipe) -> dict[Role, ServersConfig]:
-    """Replicas that share their GPUs with other phases, by what they do."""
+    """Replicas that share their GPUs with other phases, by role."""
     teacher = recipe.teacher.server if recipe.teacher is not None else None
     servers: dict[Role, ServersConfig | None] = {"rollout": recipe.rollout.server, "teacher": teacher}
     return {role: server for role, server in servers.items() if server is not None and server.sleep}
@@ -161,7 +159,7 @@ def gpus_of(recipe: Recipe) -> dict[Role | Literal["update"], int]:
 
 
 def default_gpus(recipe: Recipe, *, gpus_per_node: int) -> int:
-    """GPUs that a run of the recipe uses in all, in whole nodes where one does not suffice."""
+    """All GPUs that a run of the recipe uses; whole nodes if it needs more than one."""
     used = gpus_of(recipe)
     apart = used.pop("rollout") if engines_of(recipe).rollout == "server" else 0
     total = max(used.values()) + apart
@@ -170,14 +168,14 @@ def default_gpus(recipe: Recipe, *, gpus_per_node: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one step of a stage has to do, and what an evaluation has."""
+    """The work of one step of a stage, and of an evaluation."""
 
     stage: str
     objective: str
     steps: int
     student: ModelShape
     teacher: ModelShape | None
-    """Scored here; None without a teacher, or with one that servers hold."""
+    """Scored on these GPUs; None without a teacher, or if servers elsewhere hold it."""
     has_reference: bool
     """The stage's initial policy scores as well (stage 1's penalty)."""
     responses: int

@@ -1,23 +1,24 @@
-"""What has to be set, or started, for a run of the recipe to be as it is planned: a plan counts on all GPUs that there
-are, while a recipe names ranks and servers, and one vLLM engine in the run's process is all that it starts itself."""
+"""What to set or start so that a run of the recipe is as planned. A plan uses all GPUs. But a recipe names ranks and
+servers, and a run itself starts only one vLLM engine per role, in its own process."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import floor
 
 from kdrl_core.config import Recipe
+from kdrl_core.look.planning.candidates import Candidate
 from kdrl_core.look.planning.cluster import Role
 from kdrl_core.look.planning.cost import StepTime, rollout_s, score_s
 from kdrl_core.look.planning.placement import KV_CACHE, in_flight, replicas, sequence_bytes
-from kdrl_core.look.planning.plan import Candidate, StagePlan
+from kdrl_core.look.planning.stage_plan import StagePlan
 
 _URLS = "urls=['http://127.0.0.1:8000/v1',…]"
 NOTICED = 0.05
-"""Share of a step that it takes longer with fewer engines before that is worth a word."""
+"""Fewer engines are mentioned if they make a step longer by more than this share."""
 
 
 def conditions(plan: StagePlan, recipe: Recipe) -> list[str]:
-    """Sentences with the settings to add to `kdrl run`; none if the plan is what the recipe says, or does not fit."""
+    """Sentences with the settings to add to `kdrl run`; none if the recipe runs as planned, or does not fit."""
     if (chosen := plan.best) is None:
         return []
     return [
@@ -45,7 +46,7 @@ def _training(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[st
 
 
 def time_alone(plan: StagePlan, chosen: Candidate) -> StepTime:
-    """Of a step with the one vLLM engine of each role that a run has in its process, beside what `chosen` serves."""
+    """Time of a step if the vLLM engines that `chosen` does not serve are one per role, in the run's process."""
     engines, work, cluster, rates, time = plan.engines, plan.work, plan.cluster, plan.rates, chosen.time
     split = engines.tensor_parallel
     rollout, teacher, reference = time.rollout, time.teacher_score, time.reference_score
@@ -60,7 +61,7 @@ def time_alone(plan: StagePlan, chosen: Candidate) -> StepTime:
 
 
 def _capacity(plan: StagePlan, chosen: Candidate) -> int:
-    """Longest sequences that the KV cache of an engine in process could hold, however many it is given."""
+    """Number of longest sequences that fit into the KV cache of an engine in process."""
     phase, engines = next(phase for phase in chosen.memory if phase.phase == "rollout"), plan.engines
     others = phase.total - phase.components[KV_CACHE]
     room = engines.kv_cache_bytes or min(
@@ -132,7 +133,7 @@ def _replicas(plan: StagePlan, recipe: Recipe, chosen: Candidate, count: int) ->
 
 
 def _listed(recipe: Recipe, role: Role, count: int) -> Iterator[str]:
-    """What to do where the plan has more replicas, or fewer, than the recipe lists."""
+    """What to do if the plan has another number of replicas than the recipe lists."""
     server = recipe.rollout.server if role == "rollout" or recipe.teacher is None else recipe.teacher.server
     listed = len(server.urls) if server is not None else 0
     if listed != count:
@@ -149,7 +150,7 @@ def _many(count: int, what: str) -> str:
 
 
 def _share(plan: StagePlan, chosen: Candidate) -> Iterator[str]:
-    """vLLM takes its share whole, also what the plan leaves free, and does not start where others have it."""
+    """vLLM takes its whole share, also if the plan needs less, and does not start if others use it."""
     beside = [phase.beside for phase in chosen.memory if phase.beside is not None]
     if not beside:
         return
@@ -169,7 +170,7 @@ def _share(plan: StagePlan, chosen: Candidate) -> Iterator[str]:
 
 
 def ranks_note(plans: Sequence[StagePlan]) -> str | None:
-    """What to do where stages train on different numbers of GPUs: a recipe has one `trainer.ranks`."""
+    """What to do if stages train on different numbers of GPUs: a recipe has only one `trainer.ranks`."""
     ranks = [plan.candidates[0].placement.student_gpus for plan in plans if plan.engines.trainer == "deepspeed"]
     if len(set(ranks)) < 2:
         return None

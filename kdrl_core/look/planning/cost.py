@@ -4,9 +4,9 @@
     rollout = max(response tokens / tokens per second of all engines, longest response · decoding step of one sequence)
     scoring = forward FLOPs / (peak · MFU · GPUs),  update = update FLOPs / (peak · MFU · GPUs)
 
-No GPU trains or scores less than one longest sequence where it has any, so that the slowest of many has more than the
-mean. Verification and what overlap hides count as 0; a teacher on GPUs of its own scores while others generate.
-`transformers` generates and scores on one GPU, whatever there is.
+A GPU with any work trains or scores at least one longest sequence, so the slowest of many has more than the mean.
+Verification and hidden (overlapped) work count as 0. A teacher on GPUs of its own scores while others generate.
+`transformers` always generates and scores on one GPU.
 
 Bytes that a GPU sends or receives (N parameters, b bytes, R ranks, m micro-batches of a rank):
 ZeRO-0: 2·4·N·(R−1)/R once; ZeRO-2: m·b·N·(R−1)/R and b·N·(R−1)/R; ZeRO-3: 3·m·b·N·(R−1)/R.
@@ -28,7 +28,7 @@ _MOMENT_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What is given or measured in place of arithmetic; None: computed."""
+    """Rates that are given or measured; None: computed."""
 
     rollout_tokens_per_s: float | None = None
     """Response tokens, per GPU."""
@@ -36,16 +36,16 @@ class Rates:
     """Reached per second and GPU."""
     update_flops: float | None = None
     has_collectives: bool = False
-    """The update was measured on several ranks, so that what they send each other is in its rate."""
+    """The update was measured on several ranks, so its rate includes their collectives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """Seconds of one step; phases that overlap count once."""
+    """Seconds of one step. Overlapping phases count once."""
 
     rollout: float
     teacher_score: float
-    """Beyond what generation hides."""
+    """Without the part that generation hides."""
     reference_score: float
     update: float
     communication: float
@@ -54,7 +54,7 @@ class StepTime:
     offload: float
     """Models that sleep and wake."""
     checkpoint: float
-    """A step's share of it."""
+    """A step's share of a checkpoint."""
 
     @property
     def total(self) -> float:
@@ -74,7 +74,7 @@ def step_time(
     """Predicted seconds of one step.
 
     Args:
-        kv_sequences: longest sequences that the rollout engine's KV cache holds; None: as many as it is given.
+        kv_sequences: longest sequences that fit into the rollout engine's KV cache; None: no limit.
     """
     gpus = placement.student_gpus
     rollout = rollout_s(work, engines, cluster, placement.generating_gpus, rates, kv_sequences=kv_sequences)
@@ -113,7 +113,7 @@ def rollout_s(
     responses: int | None = None,
     kv_sequences: int | None = None,
 ) -> float:
-    """Seconds to generate a step's responses, or so many."""
+    """Seconds to generate `responses`; None: those of a step."""
     count = work.responses if responses is None else responses
     tokens = -(-count // replicas(engines, "rollout", gpus)) * work.mean_response  # of the engine with the most
     if rates.rollout_tokens_per_s is not None:
@@ -128,7 +128,7 @@ def rollout_s(
 
 
 def decode_step_s(shape: ModelShape, engines: Engines, cluster: Cluster, *, sequences: int, context: float) -> float:
-    """Seconds for one token of each of `sequences`: every weight and every cached key and value is read."""
+    """Seconds for one token of each sequence. It reads every weight, and every cached key and value."""
     split = engines.split("rollout")
     read = engine_weights(shape, width=engines.width, tensor_parallel=split)
     read += sequences * context * kv_bytes(shape, width=engines.width, tensor_parallel=split)
@@ -163,17 +163,17 @@ def sync_traffic(work: Work, cluster: Cluster) -> float:
 
 
 def busiest(work: Work, gpus: int) -> float:
-    """Tokens of the GPU with the most: the mean, or one longest sequence if that is more."""
+    """Tokens of the busiest GPU: the mean, or one longest sequence if that is more."""
     return max(work.tokens / gpus, float(min(work.context, work.tokens)))
 
 
 def _moved(work: Work, engines: Engines, placement: Placement) -> float:
-    """Bytes that one GPU takes from its host in a step: rollout engine, teacher and reference wake up once each."""
+    """Bytes that one GPU loads from its host in a step: rollout engine, teacher and reference wake once each."""
     return sum(sleeping_models(work, engines, placement).values())
 
 
 def _synced(work: Work, engines: Engines, cluster: Cluster) -> float:
-    """Bytes to and from storage until the rollout engine has the new policy; one in process takes it from memory."""
+    """Bytes to and from storage until the rollout engine has the new policy. `transformers` takes it from memory."""
     if engines.rollout == "transformers":
         return 0.0
     return _EXPORT_BYTES * work.student.parameters + sync_traffic(work, cluster)

@@ -1,6 +1,6 @@
-"""Rates of a run's own steps, in place of data sheets: tokens per second of its engine, FLOPs per second of its scorer
-and trainer, per GPU that the run's recipe gives each of them. They hold for the same kind of GPU and engines; FLOPs
-carry over to other models, roughly. Those of an update count recomputed activations where the run recomputes them."""
+"""Rates from a run's own steps, in place of data sheets: tokens per second of its engine, FLOPs per second of scorer
+and trainer, each per GPU of the run's recipe. They hold for the same kind of GPU and engines; FLOPs per second hold
+roughly for other models too. The FLOPs of an update include recomputed activations if the run recomputes them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,14 +16,14 @@ from kdrl_core.tables.metrics import load_metrics
 from kdrl_core.tables.schemas import read_table
 
 
-def rates_of_run(run_name: str, *, stage: str | None = None, gpus: int | None = None) -> tuple[Rates, Work]:
-    """Medians over the steps of a stage (default: the last that was trained), the first step left out as warm-up.
+def rates_of_run(run_name: str, *, gpus: int | None = None) -> tuple[Rates, Work]:
+    """Medians over the steps of the last stage that was trained; the first step is left out as warm-up.
 
     Args:
-        gpus: that each phase of the run used; None: those of its recipe, engine by engine, and the trainer's ranks.
+        gpus: GPUs of each phase of the run; None: as its recipe says, for each engine and for the trainer.
 
     Returns:
-        The rates, and the work of a mean step of the run, with its own prompt and response lengths.
+        The rates, and the work of a mean step of the run with its measured prompt and response lengths.
 
     Raises:
         RunError: no such run, or it has trained no step.
@@ -31,24 +31,23 @@ def rates_of_run(run_name: str, *, stage: str | None = None, gpus: int | None = 
     """
     run = open_run(run_name)
     trained = [name for name in run.recipe.stages if load_metrics(run, name)]
-    if not trained or (stage is not None and stage not in trained):
+    if not trained:
         raise RunError(
-            f"run {run_name} has no trained steps{f' in {stage}' if stage else ''}, so nothing is measured in it; "
+            f"run {run_name} has no trained steps, so nothing is measured in it; "
             "give --rollout-tokens-per-s and --mfu, or another run"
         )
-    chosen = stage or trained[-1]
-    rows = load_metrics(run, chosen)
+    stage = trained[-1]
+    rows = load_metrics(run, stage)
     rows = rows[1:] or rows
-    prompts = read_table(run.paths.rollouts(chosen, rows[-1]["step"]))["prompt_token_ids"]
+    prompts = read_table(run.paths.rollouts(stage, rows[-1]["step"]))["prompt_token_ids"]
     mean_prompt = sum(len(ids) for ids in prompts.to_pylist()) / len(prompts)
     response = sum(row["response/length_mean"] for row in rows) / len(rows)
-    work = work_of(run.recipe, chosen, mean_response=response, mean_prompt=mean_prompt)
-
+    work = work_of(run.recipe, stage, mean_response=response, mean_prompt=mean_prompt)
     return rates_of(run.recipe, work, rows, gpus=gpus), work
 
 
 def rates_of(recipe: Recipe, work: Work, rows: Sequence[Mapping[str, Any]], *, gpus: int | None = None) -> Rates:
-    """Rates per GPU from steps of mean work `work` and their timings, as `rates_of_run`."""
+    """Rates per GPU, from the timings `rows` of steps with the mean work `work`. `gpus` as in `rates_of_run`."""
     used = gpus_of(recipe) if gpus is None else dict.fromkeys(gpus_of(recipe), gpus)
 
     def rate(phase: str, flops: float) -> float | None:
@@ -71,7 +70,7 @@ def rates_of(recipe: Recipe, work: Work, rows: Sequence[Mapping[str, Any]], *, g
 
 
 def scaled(rates: Rates, measured: Work, planned: Work) -> Rates:
-    """Rates for another student: generation slows as parameters grow; FLOPs per second are taken as they are."""
+    """Rates for another student: tokens per second fall as parameters grow; FLOPs per second stay."""
     if rates.rollout_tokens_per_s is None:
         return rates
     factor = measured.student.matmul_parameters / planned.student.matmul_parameters

@@ -1,15 +1,15 @@
 """Bytes on one GPU, by component and phase.
 
-What a layer keeps for its backward pass, per token (H hidden, A·D query, K·D key width, I intermediate, b bytes of the
-dtype), as `transformers` with torch's fused attention does it:
+A layer keeps this for its backward pass, per token (H hidden, A·D query, K·D key width, I intermediate, b bytes of the
+dtype), in `transformers` with torch's fused attention:
 
     two RMSNorms   24·H float32; 16·H bfloat16 weights; 26·H float32 weights under bfloat16 autocast (casts included)
     attention      b·2·(A·D + K·D) + 4·A   (rotated q and k, v, output, log-sum); padded batches keep k and v per head,
                    b·4·A·D, and a mask of b·s bytes per token of a sequence padded to s
     MLP            b·4·I
 
-With activation checkpointing a layer keeps its input alone, and one layer at a time has the rest. Logprobs come from
-hidden states in chunks (docs/memory.md), so no term has tokens × vocabulary.
+With activation checkpointing, a layer keeps only its input, and one layer at a time has the rest. Logprobs are computed
+from hidden states in chunks (docs/memory.md), so no term has tokens × vocabulary.
 
 Optimiser: AdamW, two float32 moments per parameter. float32 weights (torch, ZeRO-0) are their own master copy; bfloat16
 weights (ZeRO-2, 3) have a float32 master copy. Gradients are accumulated in float32. ZeRO-2 cuts optimiser and
@@ -65,7 +65,7 @@ class TrainerSettings:
 
 
 def trainer_states(shape: ModelShape, settings: TrainerSettings) -> Components:
-    """Weights and optimiser: there from step to step."""
+    """Weights and optimiser, which stay from step to step."""
     cut = settings.ranks if settings.zero_stage >= 2 else 1
     weights = settings.weight_bytes * shape.parameters / (settings.ranks if settings.zero_stage == 3 else 1)
     optimizer = 8 * shape.parameters / cut
@@ -89,7 +89,7 @@ def gradient_bytes(shape: ModelShape, settings: TrainerSettings) -> float:
 
 
 def layer_activation_bytes(shape: ModelShape, settings: TrainerSettings, *, is_padded: bool) -> float:
-    """What one layer keeps per token for its backward pass, the mask aside."""
+    """Bytes that one layer keeps per token for its backward pass, without the mask."""
     width = settings.activation_bytes
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = width * (4 * query if is_padded else 2 * query + 2 * key) + 4 * shape.heads
@@ -98,7 +98,7 @@ def layer_activation_bytes(shape: ModelShape, settings: TrainerSettings, *, is_p
 
 
 def kept_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
-    """Activations of `rows` sequences padded to `width` that are kept until the backward pass comes to them."""
+    """Activations of `rows` sequences padded to `width` that are kept until their backward pass."""
     tokens = rows * width
     ends = tokens * (8 + 3 * settings.residual_bytes) * shape.hidden  # embedding and last norm
     if settings.is_checkpointed:
@@ -108,7 +108,7 @@ def kept_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width
 
 
 def working_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
-    """What the backward pass works with, the output layer first, then one layer: the larger of the two."""
+    """Working memory of the backward pass: of the output layer or of one layer, whichever is larger."""
     tokens = rows * width
     layer: float = tokens * (3 * settings.activation_bytes * shape.intermediate + 8 * shape.hidden)
     if settings.is_checkpointed:
@@ -117,7 +117,7 @@ def working_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, wi
 
 
 def _layer_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
-    """What one layer keeps, with a mask of its own where there is padding."""
+    """Bytes that one layer keeps, with a mask if there is padding."""
     mask = width * settings.activation_bytes if rows > 1 else 0
     return rows * width * (layer_activation_bytes(shape, settings, is_padded=rows > 1) + mask)
 
@@ -125,7 +125,7 @@ def _layer_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, wid
 def worst_micro_batch(
     shape: ModelShape, settings: TrainerSettings, *, micro_batch_tokens: int, longest: int
 ) -> tuple[float, float]:
-    """Kept and working bytes of the micro-batch that takes most: one longest sequence, or several padded ones."""
+    """Kept and working bytes of the largest micro-batch: one longest sequence, or several padded ones."""
     most = max(1, micro_batch_tokens // longest)
     sizes = [(1, longest)]
     sizes += [(rows, min(longest, micro_batch_tokens // rows)) for rows in {2, most, most + 1} if rows > 1]
@@ -140,7 +140,7 @@ def worst_micro_batch(
 
 
 def logprob_bytes(shape: ModelShape, *, tokens: int, width: int, has_gradient: bool) -> float:
-    """Of chunked logprobs beyond hidden states and gradients: chunks of logits, and what is per token."""
+    """Memory of chunked logprobs beyond hidden states and gradients: chunks of logits, and per-token values."""
     chunks = 3 * max(CHUNK_BYTES, 4 * _MIN_COLUMNS * tokens)
     per_token = (4 + 2 * width) * shape.hidden if has_gradient else width * shape.hidden
     return chunks + tokens * (per_token + 64)
@@ -149,7 +149,7 @@ def logprob_bytes(shape: ModelShape, *, tokens: int, width: int, has_gradient: b
 def update_components(
     shape: ModelShape, settings: TrainerSettings, *, micro_batch_tokens: int, longest: int
 ) -> Components:
-    """Forward and backward pass: states, gradients, activations, what the backward pass works with, buffers."""
+    """Forward and backward pass: states, gradients, activations, working memory, buffers."""
     buffers = 0.0
     if settings.ranks > 1:
         bucket = min(_BUCKET, shape.parameters) * settings.weight_bytes
@@ -185,7 +185,7 @@ def engine_weights(shape: ModelShape, *, width: int, tensor_parallel: int) -> fl
 
 
 def kv_bytes(shape: ModelShape, *, width: int, tensor_parallel: int) -> float:
-    """KV cache per token on one of an engine's GPUs; a GPU has one key-value head at least."""
+    """KV cache per token on one of an engine's GPUs. A GPU has at least one key-value head."""
     return shape.kv_bytes_per_token(width) * max(1 / tensor_parallel, 1 / shape.kv_heads)
 
 

@@ -1,4 +1,4 @@
-"""Where models go: colocated (every GPU does every phase in turn), split (some GPUs hold the teacher alone), or with
+"""Where models go: colocated (every GPU does every phase in turn), split (some GPUs hold only the teacher), or with
 replicas that generate on GPUs of their own."""
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from kdrl_core.look.planning.shapes import ModelShape
 
 KV_CACHE = "KV cache"
 _TEACHER_GPUS = "teacher GPUs"
-"""Where it is served: what a recipe says of engines in process does not hold there."""
+"""Here the teacher is served, so the recipe's settings for engines in process do not apply."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """GPUs of the student, of the teacher alone, of replicas that generate; 0: none of their own."""
+    """GPUs of the student, of the teacher, and of replicas that generate; 0: the student's GPUs."""
 
     student_gpus: int
     teacher_gpus: int = 0
@@ -62,9 +62,9 @@ class PhaseMemory:
     """`every GPU`, or `student GPUs`, `rollout GPUs`, `teacher GPUs`."""
     components: Components
     sequences: int | None = None
-    """Of the longest kind that the KV cache holds, where there is one."""
+    """Longest sequences that the KV cache holds; None without a cache."""
     beside: float | None = None
-    """What others keep on a GPU on which a vLLM engine of this process takes its share."""
+    """Bytes of others on a GPU where a vLLM engine of this process takes its share; None elsewhere."""
 
     @property
     def total(self) -> float:
@@ -73,16 +73,12 @@ class PhaseMemory:
 
     @property
     def taken(self) -> float:
-        """Bytes of the engine that takes a share; 0 where none does."""
+        """Bytes of the engine that takes a share; 0 without one."""
         return self.total - self.beside if self.beside is not None else 0.0
 
 
-def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> list[PhaseMemory]:
-    """What lies on a GPU in each phase. The KV cache takes what it can use of what is left, one sequence at least."""
-    return list(_phases(work, engines, cluster, placement))
-
-
-def _phases(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> Iterator[PhaseMemory]:
+def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> Iterator[PhaseMemory]:
+    """The memory of a GPU in each phase. The KV cache takes what it can use of the rest, at least one sequence."""
     student = work.student
     gpus = "student GPUs" if placement.is_split or placement.rollout_gpus else "every GPU"
     training = engines.training(placement.student_gpus)
@@ -99,9 +95,8 @@ def _phases(work: Work, engines: Engines, cluster: Cluster, placement: Placement
         workspace = decode_workspace(student, sequences=sequences, width=engines.width, tensor_parallel=split)
         own = {**weights, "workspace": workspace, **(sync_buffer if placement.rollout_gpus else {})}
         where, others = ("rollout GPUs", {}) if placement.rollout_gpus else (gpus, between)
-        return _with_kv_cache(
-            phase, where, others, own, "rollout", student, engines, cluster, context=context, sequences=sequences
-        )
+        running = _Running(role="rollout", shape=student, own=own, context=context, sequences=sequences)
+        return _with_kv_cache(phase, where, others, running, engines, cluster)
 
     yield generating("rollout", work.context, work.responses)
     if work.teacher is not None:
@@ -125,7 +120,7 @@ def _phases(work: Work, engines: Engines, cluster: Cluster, placement: Placement
 
 
 def replicas(engines: Engines, role: Role, gpus: int) -> int:
-    """Engines of a role on so many GPUs; `transformers` is one."""
+    """Engines of a role on `gpus` GPUs; `transformers` is always one."""
     return 1 if engines.engine(role) == "transformers" else max(1, gpus // engines.tensor_parallel)
 
 
@@ -141,7 +136,7 @@ def in_flight(work: Work, engines: Engines, gpus: int, responses: int) -> int:
 
 
 def host_bytes(work: Work, engines: Engines, cluster: Cluster, placement: Placement) -> float:
-    """Memory of one node's host that sleeping models and offloaded optimiser states take."""
+    """Host memory per node for sleeping models and offloaded optimiser states."""
     gpus = min(placement.student_gpus, cluster.gpus_per_node)
     training = engines.training(placement.student_gpus)
     offloaded = optimizer_bytes(work.student, training) if engines.offloads_optimizer else 0.0
@@ -149,7 +144,7 @@ def host_bytes(work: Work, engines: Engines, cluster: Cluster, placement: Placem
 
 
 def sleeping_models(work: Work, engines: Engines, placement: Placement) -> dict[Role, float]:
-    """Bytes of weights that a GPU of the student gives back while others use it, by role."""
+    """Bytes of weights by role that leave a GPU of the student while others use it."""
     return {
         role: _weights(role, shape, engines)
         for role, shape in _models(work, placement).items()
@@ -158,7 +153,7 @@ def sleeping_models(work: Work, engines: Engines, placement: Placement) -> dict[
 
 
 def _resident(work: Work, engines: Engines, placement: Placement) -> Components:
-    """Weights that engines in process keep in memory all the time."""
+    """Weights that engines in process always keep in memory."""
     return {
         f"{role} weights": _weights(role, shape, engines)
         for role, shape in _models(work, placement).items()
@@ -167,7 +162,7 @@ def _resident(work: Work, engines: Engines, placement: Placement) -> Components:
 
 
 def _models(work: Work, placement: Placement) -> dict[Role, ModelShape]:
-    """What generates and scores on the GPUs of the student."""
+    """Models that generate and score on the GPUs of the student."""
     found: dict[Role, ModelShape] = {}
     if not placement.rollout_gpus:
         found["rollout"] = work.student
@@ -200,9 +195,8 @@ def _scoring(
     if not is_vllm:
         return PhaseMemory(phase=phase, gpus=gpus, components={**others, **own})
     sequences = max(1, min(16, work.responses))  # more do not make a pass over a few thousand tokens faster
-    return _with_kv_cache(
-        phase, gpus, others, own, role, shape, engines, cluster, context=work.context, sequences=sequences
-    )
+    running = _Running(role=role, shape=shape, own=own, context=work.context, sequences=sequences)
+    return _with_kv_cache(phase, gpus, others, running, engines, cluster)
 
 
 def sequence_bytes(role: Role, shape: ModelShape, engines: Engines, *, context: int) -> float:
@@ -210,25 +204,28 @@ def sequence_bytes(role: Role, shape: ModelShape, engines: Engines, *, context: 
     return context * kv_bytes(shape, width=engines.width, tensor_parallel=engines.split(role))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    """An engine that generates or scores up to `sequences` of `context` tokens at a time."""
+
+    role: Role
+    shape: ModelShape
+    own: Components
+    """Its weights and workspace."""
+    context: int
+    sequences: int
+
+
 def _with_kv_cache(
-    phase: str,
-    gpus: str,
-    others: Components,
-    own: Components,
-    role: Role,
-    shape: ModelShape,
-    engines: Engines,
-    cluster: Cluster,
-    *,
-    context: int,
-    sequences: int,
+    phase: str, gpus: str, others: Components, running: _Running, engines: Engines, cluster: Cluster
 ) -> PhaseMemory:
-    """The phase of an engine with `own` weights and workspace, beside `others`."""
-    per_sequence = sequence_bytes(role, shape, engines, context=context)
+    """The phase of an engine beside `others`, with a KV cache in what they leave."""
+    role, own, sequences = running.role, running.own, running.sequences
+    per_sequence = sequence_bytes(role, running.shape, engines, context=running.context)
     engine = "server" if gpus == _TEACHER_GPUS else engines.engine(role)
     components = {**others, **own}
     if engine == "transformers":  # one tensor per layer, which is copied when it grows
-        held = sequences * per_sequence * (1 + 2 / shape.layers)
+        held = sequences * per_sequence * (1 + 2 / running.shape.layers)
     elif engine == "vllm" and engines.kv_cache_bytes is not None:
         held = engines.kv_cache_bytes
     else:

@@ -1,4 +1,4 @@
-"""What a model costs by its config.json alone: parameters, bytes of KV cache and FLOPs per token. No weights are read.
+"""Costs of a model from its config.json: parameters, bytes of KV cache and FLOPs per token. No weights are read.
 
 H hidden size, L layers, A heads, K key-value heads, D head size, I intermediate size, V vocabulary, s context:
 
@@ -49,12 +49,12 @@ class ModelShape:
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding, which is the largest tensor; the output layer has as many."""
+        """Parameters of the embedding, the largest tensor. The output layer has the same number."""
         return self.vocabulary * self.hidden
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that each token is multiplied with: all but the embedding's look-up."""
+        """Parameters in matrix products of each token: all without the embedding's look-up."""
         return self.layers * self._layer_parameters + self.embedding
 
     @property
@@ -132,7 +132,7 @@ KNOWN_SHAPES: dict[str, ModelShape] = {
 
 
 def shape_of(config: ModelConfig, *, role: str) -> ModelShape:
-    """The shape of a recipe's model: of its directory if that is there, else of the published model of that name.
+    """The shape of a recipe's model: from its directory if it exists, else of the published model with its name.
 
     `run:NAME` without a finished run is the student of the shipped recipe NAME: training does not change its shape.
 

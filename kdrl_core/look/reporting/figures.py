@@ -33,7 +33,7 @@ def ema(values: Sequence[float], *, weight: float = _EMA) -> list[float]:
 
 
 def dynamics_figure(run: Run) -> go.Figure:
-    """One panel per metric, the stages one after the other on the step axis."""
+    """One panel per metric. Stages follow each other on the step axis."""
     has_sft = any(run.recipe.stage(stage).objective == "sft" for stage in run.recipe.stages)
     panels = [*_PANELS, _SFT_PANEL] if has_sft else _PANELS
     num_rows = -(-len(panels) // 2)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kdrl_core.look.reporting.summary import Summary
+from kdrl_core.look.reporting.run_summary import RunSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +20,14 @@ class Table:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def accuracy_table(summary: Summary) -> Table:
+def accuracy_table(summary: RunSummary) -> Table:
     """Accuracy in % with the 95 % interval, one model a row, one benchmark a column."""
     benchmarks = list(dict.fromkeys(name for model in summary.models for name in model.benchmarks))
     rows = [[model.name, *(_interval(model.benchmarks.get(name)) for name in benchmarks)] for model in summary.models]
     return Table(title="Accuracy, % (95 % interval)", header=["model", *benchmarks], rows=rows)
 
 
-def phase_table(summary: Summary) -> Table:
+def phase_table(summary: RunSummary) -> Table:
     """Reward, length, clip ratio and KL at the start and the end of each stage."""
     header = ["stage", "steps", "reward", "length", "clip ratio", "teacher KL", "s"]
     rows = []
@@ -45,7 +45,7 @@ def phase_table(summary: Summary) -> Table:
     return Table(title="Training: means of the first → last fifth of the steps", header=header, rows=rows)
 
 
-def sft_table(summary: Summary) -> Table:
+def sft_table(summary: RunSummary) -> Table:
     """What rejection sampling kept (B.2) and the likelihood loss (14); no rows without an SFT stage."""
     rows = []
     for stage in summary.stages:
@@ -65,8 +65,8 @@ def sft_table(summary: Summary) -> Table:
     return Table(title="SFT by rejection sampling", header=["stage", "samples kept", "problems", "loss"], rows=rows)
 
 
-def tables_of(summary: Summary) -> list[Table]:
-    """The tables that have something to say, in the order in which they are shown."""
+def tables_of(summary: RunSummary) -> list[Table]:
+    """The tables that have rows, in the order in which they are shown."""
     return [table for table in (accuracy_table(summary), phase_table(summary), sft_table(summary)) if table.rows]
 
 

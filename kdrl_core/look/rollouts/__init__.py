@@ -1,1 +1,1 @@
-"""Rollout artifacts: their Arrow schemas, and what is computed from them."""
+"""Rollouts of runs to look through: records, index, queries, export, import."""

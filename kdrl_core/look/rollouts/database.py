@@ -1,12 +1,12 @@
 """DuckDB over the files of runs, confined: it reads those files, and neither reads nor writes anything else.
 
-A database is made for one state of the runs and never changed: when steps are added, another one takes its place. What
-a query of a user can do is limited in four ways, each of which would do by itself against what is known:
+A database is made for one state of the runs and never changed: when steps are added, another one takes its place. Four
+limits hold for a user's query. Against the attacks that are known, each of them suffices alone:
 
-* one statement, which only selects, within a read-only transaction;
-* no access to the file system or the network but to the listed files of the runs (`enable_external_access`);
-* no extensions, no Python objects of this process;
-* and a locked configuration.
+* one SELECT statement in a read-only transaction;
+* no file system and no network, except the listed files of the runs (`enable_external_access`);
+* no extensions, and no Python objects of this process;
+* a locked configuration.
 """
 
 import json
@@ -37,7 +37,7 @@ from kdrl_core.look.rollouts.views import (
 )
 
 _MEMORY = "512MB"
-"""Of DuckDB; what needs more is put on disk for the time of the query."""
+"""Memory limit of DuckDB. A query that needs more spills to disk."""
 _CONFINED: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": False,
     "autoinstall_known_extensions": False,
@@ -53,7 +53,7 @@ FILE_ERRORS = (
     duckdb.SerializationException,
     duckdb.PermissionException,
 )
-"""What DuckDB raises of a file that changed below it: of one that is gone, that it may not look for it elsewhere."""
+"""What DuckDB raises when a file has changed or is gone (then that it must not look for it elsewhere)."""
 
 
 class Database:
@@ -70,7 +70,7 @@ class Database:
 
     @contextmanager
     def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection to the view `indexed` alone, for queries of our own."""
+        """A connection with the view `indexed` only, for our own queries."""
         with self._lock:
             if self._index is None:
                 self._index = self._open()
@@ -81,7 +81,7 @@ class Database:
         """The result of a user's query, batch by batch; the first has the schema if there are no rows.
 
         Raises:
-            DataError: it is not one SELECT, or DuckDB cannot answer it: its message says why.
+            DataError: the query is not one SELECT, or DuckDB cannot answer it; the message says why.
             FILE_ERRORS: a file changed since the runs were looked at.
         """
         with self._told():
@@ -96,14 +96,14 @@ class Database:
                 yield from reader
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all connections, and delete what was spilled."""
         for connection in (self._index, self._planner, *self._by_parts.values()):
             if connection is not None:
                 connection.close()
         self._spill.cleanup()
 
     def _open(self) -> duckdb.DuckDBPyConnection:
-        """A database of its own that reads the runs' files alone."""
+        """A new database that can read only the runs' files."""
         connection = duckdb.connect(":memory:", config={**_CONFINED, "temp_directory": self._spill.name})
         connection.execute(f"set allowed_paths = [{', '.join(map(quoted, self._files()))}]")
         connection.execute("set enable_external_access = false")
@@ -112,7 +112,7 @@ class Database:
         return connection
 
     def _open_views(self, parts: frozenset[str]) -> duckdb.DuckDBPyConnection:
-        """The views of users, with the bulky columns of `parts`; those of others are null."""
+        """The views for users, with the bulky columns of `parts`; the others are null."""
         connection = self._open()
         _add_steps(connection, self._step_rows())
         for part in sorted(parts - {TIMES}):
@@ -122,7 +122,7 @@ class Database:
         return connection
 
     def _files(self) -> list[Path]:
-        """All that may be read."""
+        """All files that may be read."""
         files = [file for run in self._runs for file in run.index.files]
         for run in self._runs:
             files += [run.index.path(step, part) for step in run.index.steps for part in step.bulky]
@@ -130,7 +130,7 @@ class Database:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """DuckDB's errors as DataErrors with its message, but for those of the runs' own files."""
+        """Turn DuckDB's errors into DataErrors with its message, except those about the runs' own files."""
         try:
             yield
         except duckdb.CatalogException as error:
@@ -152,18 +152,18 @@ class Database:
             )
 
     def _parts_of(self, query: str) -> set[str]:
-        """The parts whose bulky columns the query needs: those that DuckDB's plan of it still reads."""
+        """The parts whose bulky columns the query needs: those that DuckDB's plan reads."""
         try:
             with _read_only(self._plans()) as cursor:
                 plan = cursor.execute(f"explain (format json) {query}").fetchall()[0][1]
         except duckdb.Error:
             with _read_only(self._plans()) as cursor:
-                cursor.execute(query).fetchall()  # fails as well, and its message quotes the query alone
+                cursor.execute(query).fetchall()  # fails too, with a message about the query alone
             raise
         return set(_bulky_scans(json.loads(plan)))
 
     def _plans(self) -> duckdb.DuckDBPyConnection:
-        """The same views over tables of one row, to look at the plan of a query without any file."""
+        """The same views over tables of one row: they give the plan of a query without any file."""
         if self._planner is None:
             planner = duckdb.connect(":memory:", config=_CONFINED)
             _add_steps(planner, self._step_rows().slice(0, 1))
@@ -174,7 +174,7 @@ class Database:
                 planner.execute(statement)
             optimizers = [name for (name,) in planner.execute("from duckdb_optimizers()").fetchall()]
             unused = ",".join(name for name in optimizers if name != "unused_columns")
-            planner.execute(f"set disabled_optimizers = {quoted(unused)}")  # what rests on these rows' values misleads
+            planner.execute(f"set disabled_optimizers = {quoted(unused)}")  # others would rely on these rows' values
             planner.execute("set enable_external_access = false; set lock_configuration = true")
             self._planner = planner
         return self._planner
@@ -208,11 +208,11 @@ def _one_row(table: str, names: Sequence[str]) -> str:
 
 
 _NEEDED_FOR = {**{part: {*PARTS[part]} for part in BULKY_PARTS}, TIMES: {*TIMINGS.values()}}
-"""Part → the columns that it is joined for."""
+"""Part → the columns for which it is joined."""
 
 
 def _bulky_scans(node: Any) -> Iterator[str]:
-    """Parts of which a plan reads more than the keys."""
+    """The parts of which a plan reads more than the keys."""
     if isinstance(node, list):
         for each in node:
             yield from _bulky_scans(each)

@@ -1,4 +1,4 @@
-"""What changed between two sets of rollouts: the same problems at two steps, or in two runs."""
+"""Differences between two sets of rollouts: the same problems at two steps, or in two runs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +10,7 @@ from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """All rollouts of one side in numbers; None is not known."""
+    """All rollouts of one side in numbers; None if not known."""
 
     label: str
     num_rollouts: int
@@ -33,20 +33,20 @@ class PromptChange:
     correct: tuple[int, int]
     num_rollouts: tuple[int, int]
     verdict: tuple[str | None, str | None]
-    """The most frequent one; of several the first by the alphabet."""
+    """The most frequent one; in a tie, the first in the alphabet."""
     length: tuple[float | None, float | None]
     kl: tuple[float | None, float | None]
 
     @property
     def reward_change(self) -> float:
-        """Mean reward after less that before; 0 if one is not known."""
+        """Mean reward after − mean reward before; 0 if one is not known."""
         before, after = self.reward
         return 0.0 if before is None or after is None else after - before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Two sides, and the problems that are on both, those whose reward moved most first."""
+    """Two sides, and the problems on both, sorted by the change of their reward, largest first."""
 
     before: Side
     after: Side
@@ -54,7 +54,7 @@ class Difference:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many of the common problems moved which way."""
+        """Numbers of common problems by how they changed."""
         changes = [prompt.reward_change for prompt in self.prompts]
         return {
             "common": len(changes),
@@ -75,9 +75,9 @@ def compare(store: RolloutStore, before: RolloutFilter, after: RolloutFilter, la
     """Compare the rollouts that meet two filters.
 
     Raises:
-        DataError: none meets one of them.
+        DataError: no rollout meets one of them.
     """
-    sides = [_by_prompt(store, where) for where in (before, after)]
+    sides = [store.aggregate(where, _SQL) for where in (before, after)]
     for rows, label in zip(sides, labels, strict=True):
         if not rows:
             raise DataError(f"there are no rollouts of {label}; kdrl rollouts stats shows which steps there are")
@@ -96,10 +96,6 @@ _SQL = """
         list(verdict order by verdict) filter (verdict is not null) as verdicts
     from rows group by prompt_id order by prompt_id
 """
-
-
-def _by_prompt(store: RolloutStore, where: RolloutFilter) -> list[dict[str, Any]]:
-    return store.aggregate(where, _SQL)
 
 
 def _side(label: str, rows: Sequence[dict[str, Any]]) -> Side:

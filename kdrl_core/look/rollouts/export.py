@@ -1,19 +1,19 @@
-"""Rollouts as one file of their own: records (record.py) as Parquet, JSON lines or CSV, step by step.
+"""Export of rollouts to one file: records (record.py) as Parquet, JSON lines or CSV, step by step.
 
-Every file that is read is compared with its manifest. Parquet keeps the schema with the descriptions of its fields; in
-CSV lists are written as JSON.
+Every source file is compared with its manifest. Parquet keeps the schema with the descriptions of its fields. In CSV,
+lists are written as JSON.
 """
 
 import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.config.load import did_you_mean
+from kdrl_core.config import did_you_mean
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import replace_file
 from kdrl_core.look.rollouts.filters import RolloutFilter
@@ -32,16 +32,16 @@ def export_rollouts(
     limit: int | None = None,
     on_step: Callable[[int], None] = lambda rows: None,
 ) -> int:
-    """Write the rollouts that meet `where` to `path`, in the format of its suffix, by run, stage, step and row; the
-    file appears when it is complete. Returns how many.
+    """Write the rollouts that meet `where` to `path`, in the format of its suffix, sorted by run, stage, step and row.
+    The file appears only once it is complete. Returns the number of rollouts.
 
     Args:
         columns: of the record; None: all.
-        limit: at most so many.
-        on_step: called with how many rows have been written.
+        limit: most rollouts to write.
+        on_step: called with the number of rows written so far.
 
     Raises:
-        DataError: an unknown column or suffix, or none meets the filter.
+        DataError: an unknown column or suffix.
         StorageError: the file cannot be written.
     """
     if path.suffix not in SUFFIXES:
@@ -64,7 +64,7 @@ def export_rollouts(
 
 
 def record_schema(columns: Sequence[str] | None) -> pa.Schema:
-    """The record's schema, or that of some of its columns, in their order."""
+    """The record's schema, or the schema of `columns`, in their order."""
     for name in columns or ():
         if name not in RECORD.names:
             raise DataError(
@@ -89,15 +89,11 @@ def _write_jsonl(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> N
 
 def _write_csv(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        _write_rows(file, schema, tables)
-
-
-def _write_rows(file: TextIO, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
-    writer = csv.writer(file)
-    writer.writerow(schema.names)
-    for table in tables:
-        for row in table.to_pylist():
-            writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
+        writer = csv.writer(file)
+        writer.writerow(schema.names)
+        for table in tables:
+            for row in table.to_pylist():
+                writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
 
 
 _WRITERS: dict[str, Callable[[Path, pa.Schema, Iterator[pa.Table]], Any]] = {

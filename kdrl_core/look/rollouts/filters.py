@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kdrl_core.config.load import did_you_mean
+from kdrl_core.config import did_you_mean
 from kdrl_core.errors import DataError
 from kdrl_core.look.rollouts.index_rows import INDEX
 from kdrl_core.look.rollouts.record import RECORD
@@ -12,7 +12,7 @@ from kdrl_core.types import FinishReason, VerdictKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutFilter:
-    """Which rollouts: those that meet every condition that is given; None is no condition."""
+    """Conditions on rollouts. A rollout must meet all that are given; None is no condition."""
 
     run: str | None = None
     stage: str | None = None
@@ -33,7 +33,7 @@ class RolloutFilter:
     """Part of the prompt or the response; capitals and small letters are the same."""
 
     def __post_init__(self) -> None:
-        """Raise DataError for a verdict or finish reason that there is none of."""
+        """Raise DataError for an unknown verdict or finish reason."""
         for name, given, known in (
             ("verdict", self.verdicts or (), [kind.value for kind in VerdictKind]),
             ("finish reason", (self.finish_reason,) if self.finish_reason else (), [one.value for one in FinishReason]),
@@ -42,13 +42,8 @@ class RolloutFilter:
                 if word not in known:
                     raise DataError(f"no {name} {word!r}{did_you_mean(word, known)}; there are {', '.join(known)}")
 
-    @property
-    def is_everything(self) -> bool:
-        """Whether no condition is given."""
-        return all(getattr(self, field.name) is None for field in fields(self))
-
     def conditions(self) -> tuple[str, list[Any]]:
-        """SQL over the index's columns and its parameters; without `text`, which is not in the index."""
+        """SQL over the index's columns, and its parameters. Without `text`: texts are not in the index."""
         parts, parameters = ["true"], []
         for field in fields(self):
             value = getattr(self, field.name)
@@ -74,13 +69,15 @@ SORTABLE = ("run", *(name for name in INDEX.names if name not in ("row", "respon
 
 
 def order_by(sort: str, *, descending: bool) -> str:
-    """`order by` of a sort column; rollouts that are equal in it come by run, stage, step and row.
+    """`order by` of a sort column. Equal rollouts are sorted by run, stage, step and row.
 
     Raises:
-        DataError: there is no such column; the nearest is given.
+        DataError: there is no such column; the message names the nearest.
     """
     if sort not in SORTABLE:
-        near = "" if sort in RECORD.names else did_you_mean(sort, SORTABLE)  # of a long column no other is meant
+        near = (
+            "" if sort in RECORD.names else did_you_mean(sort, SORTABLE)
+        )  # a known column that cannot be sorted by is no typing error
         raise DataError(f"cannot sort by {sort!r}{near}; columns: {', '.join(SORTABLE)}")
     direction = "desc" if descending else "asc"
     if sort == "step":

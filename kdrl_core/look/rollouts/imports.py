@@ -1,13 +1,13 @@
-"""Dumps of other trainers as a run that kdrl can look through: verl's JSON lines and TRL's Parquet completions.
+"""Dumps of other trainers as a run for kdrl to show: verl's JSON lines and TRL's Parquet completions.
 
 verl (`trainer.rollout_data_dir`): `<step>.jsonl`, a line a response, with `input`, `output`, `score`, `step`, in newer
 versions `gts`, and whatever the reward function returned beside the score, such as `acc` and `pred`.
 TRL (`log_completions`): `completions_<step>.parquet` with `step`, `prompt`, `completion`, a column of rewards for each
 reward function, `advantage`, and what was logged beside.
 
-What a dump does not hold stays null: no tokens, so no lengths (unless a tokenizer is given) and no logprobs; no
-verdicts, unless verl's `acc` says what is right. The prompts of a dump have no ids, so a hash of the text is one; the
-responses to a prompt are numbered in their order. Fields without a column are kept in `reason`, as words.
+Columns that a dump lacks stay null. There are no tokens, so no logprobs, and lengths only with a tokenizer; verdicts
+come from verl's `acc` alone. A prompt has no id in a dump, so a hash of its text is its id; the responses to a prompt
+are numbered in their order. Fields without a column are kept in `reason`, as words.
 """
 
 import hashlib
@@ -43,14 +43,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """What was read and written."""
+    """The result of an import."""
 
     path: Path
     stage: str
     num_steps: int
     num_rollouts: int
     reward_columns: list[str]
-    """What the reward was taken from."""
+    """Columns that make up the reward."""
 
 
 def import_dump(
@@ -61,7 +61,7 @@ def import_dump(
     tokenizer: Path | None = None,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> Imported:
-    """Read a dump and write it as a run's folder, which appears when it is complete.
+    """Read a dump and write it as a run's folder, which appears only once it is complete.
 
     Args:
         source: the folder with the dump, or one of its files.
@@ -71,7 +71,7 @@ def import_dump(
         on_file: called with files read and files to read.
 
     Raises:
-        DataError: there are no such files, or one of them is not what it should be: which, which line, which field.
+        DataError: there are no such files, or one is malformed; the message names file, line and field.
         ModelError: the tokenizer cannot be read.
         StorageError: the folder cannot be written.
     """
@@ -91,7 +91,7 @@ def import_dump(
                 for step, row, names in reader.rows(file):
                     by_step[step].append(row)
                     rewards = names
-                # A file has one step; in case it has more, its last is kept open until the next file.
+                # A file normally has one step; all of its steps end with it.
                 for step in list(by_step):
                     if step in written:
                         raise DataError(f"{file}: step {step} is in an earlier file as well; import one dump at a time")
@@ -172,7 +172,6 @@ class _Reader:
 
 
 _READERS = {"verl": _Reader(_VERL_FILE, _verl_rows), "trl": _Reader(_TRL_FILE, _trl_rows)}
-DUMPS = tuple(_READERS)
 
 
 def _file_step(file: Path) -> int | None:
@@ -193,7 +192,7 @@ def _common(where: str, content: Row, *, prompt: str, response: str, step: int |
 
 
 def _conversation(value: Any) -> str | None:
-    """A text; of a list of messages their contents, each below its role."""
+    """A text as it is; a list of messages as lines of role and content; None for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
@@ -234,14 +233,14 @@ def _write(root: Path, stage: str, step: int, rows: Sequence[Row], tokenize: Cal
 
 
 def _encodable(value: Any) -> Any:
-    """A text as Parquet can hold it, anything else as it is."""
+    """A text as valid UTF-8 for Parquet; anything else as it is."""
     return as_unicode(value) if isinstance(value, str) else value
 
 
 IMPORTED = pa.schema(
     [field for field in RECORD if field.name not in {"run", "stage", "step", "entropy_mean", *TIMINGS}]
 )
-"""Schema of an imported step's one file, `rollouts.parquet`: the record, less what its folder says."""
+"""Schema of an imported step's one file, `rollouts.parquet`: the record without the columns that its folder gives."""
 
 
 def _tokenizer(folder: Path) -> Callable[[str], list[int]]:

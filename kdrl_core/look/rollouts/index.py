@@ -1,15 +1,15 @@
 """The index of a run's rollouts: their single values in a few large Parquet files instead of thousands of small ones.
 
-Derived, and no part of the run: it may be deleted at any time and is made again. It lies in the run's hidden folder
-`.index`, which the ledger passes over, or, where a run cannot be written, in the user's cache.
+It is derived, and not a part of the run: you may delete it at any time, and it is made again. It lies in the run's
+hidden folder `.index`, which the ledger ignores, or in the user's cache if the run is read-only.
 
-    catalog.json            which segments there are; of every step its files' sizes and times, its damage, its summary
+    catalog.json            the segments; for every step the sizes and times of its files, its damage, its summary
     segment-….parquet       rows of consecutive steps, never changed
 
-A refresh looks at the size and time of every file of the run, reads the steps that are new or changed, each file once
-and compared with its manifest, and adds them as a segment; segments that have become many are joined. Whatever is
-replaced is replaced by rename, and what it replaces stays for a while for those who read it. Of two that refresh at
-once the second waits, and then finds the work done.
+A refresh compares size and time of every file of the run. It reads new and changed steps, each file once and compared
+with its manifest, and adds them as a segment. If there are many segments, they are joined. Files are replaced by
+rename, and old ones stay for a while, since others may be reading them. If two processes refresh at once, the second
+waits, and then finds the work done.
 """
 
 import hashlib
@@ -36,15 +36,15 @@ from kdrl_core.look.rollouts.index_files import (
 )
 from kdrl_core.look.rollouts.index_rows import IndexedStep, index_step
 from kdrl_core.look.rollouts.sources import DamagedFile, StepFiles, file_name, scan
-from kdrl_core.look.rollouts.summary import summarize_steps
+from kdrl_core.look.rollouts.step_summary import summarize_steps
 
 _STEPS_AT_ONCE = 64
-"""Steps that are read before they are written: what a build that is interrupted loses."""
+"""Steps that are read before they are written. An interrupted build loses these at most."""
 _JOINED = 16
-"""As many neighbouring segments of like size are joined to one, so that there are few, and each row is moved rarely."""
+"""This many neighbouring segments of similar size are joined: so there are few, and each row is moved rarely."""
 
 Progress = Callable[[int, int], None]
-"""Called with how many steps have been read, and of how many."""
+"""Called with the number of steps read, and the number of all."""
 
 
 class RunIndex:
@@ -82,19 +82,19 @@ class RunIndex:
         return self.root / step.folder / file_name(part)
 
     def snapshot(self) -> "RunIndex":
-        """The index as it is now, which a later refresh leaves alone."""
+        """A copy of the index that a later refresh does not change."""
         taken = RunIndex(self.root)
         taken.folder, taken.segments, taken.missing = self.folder, list(self.segments), self.missing
         return taken
 
     def discard(self) -> None:
-        """Forget the index, to be made anew by the next refresh: it is not what it was."""
+        """Drop the index; the next refresh makes a new one. For an index whose files have changed."""
         with suppress(OSError):
             (self.folder / CATALOG).unlink()
         self.segments = []
 
     def refresh(self, progress: Progress | None = None) -> bool:
-        """Bring the index up to what the run has on disk; True if anything changed. Reads little if nothing did."""
+        """Bring the index up to date with the run's files. True if anything changed; it reads little if not."""
         before = [segment.file for segment in self.segments]
         found, self.missing = scan(self.root)
         if not found:
@@ -139,7 +139,7 @@ class RunIndex:
             sweep(folder, {segment.file for segment in self.segments})
 
     def _join(self) -> None:
-        """Join neighbours where `_JOINED` are of like size, as far as a file does not become too large for memory."""
+        """Join `_JOINED` neighbours of similar size, unless the file would become too large for memory."""
         self.segments.sort(key=lambda segment: segment.steps[0].key)
         size = _JOINED
         while size < 10**6:
@@ -151,10 +151,10 @@ class RunIndex:
 
 
 def _places(root: Path) -> list[Path]:
-    """Where the index of a run may lie, best first."""
+    """Folders where the index of a run may lie, best first."""
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
     places = [] if (root / ".index").is_symlink() else [root / ".index"]
-    with suppress(RuntimeError):  # somebody without a home
+    with suppress(RuntimeError):  # a user without a home
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         places.append(cache / "kdrl" / "index" / name)
     return places
@@ -166,12 +166,12 @@ def _is_current(segments: list[Segment], found: list[StepFiles]) -> bool:
 
 
 def _batches(todo: Sequence[StepFiles]) -> Iterator[Sequence[StepFiles]]:
-    """Steps that are read together. One that is under way is alone, since it is to be read again soon."""
+    """Steps that are read together. An unfinished step is read alone, since it will be read again soon."""
     finished = [step for step in todo if "update" in step.stamps]
     for start in range(0, len(finished), _STEPS_AT_ONCE):
         yield finished[start : start + _STEPS_AT_ONCE]
     under_way = [step for step in todo if "update" not in step.stamps]
-    if len(under_way) > _JOINED:  # not of kdrl: such steps are whole
+    if len(under_way) > _JOINED:  # an imported run, whose steps are complete
         for start in range(0, len(under_way), _STEPS_AT_ONCE):
             yield under_way[start : start + _STEPS_AT_ONCE]
     else:

@@ -1,4 +1,4 @@
-"""The files of an index (index.py): segments, which are never changed, and the catalog, which says which there are."""
+"""The files of an index (index.py): segments, which never change, and the catalog, which lists them."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from kdrl_core.look.rollouts.sources import StepFiles
 CATALOG = "catalog.json"
 _VERSION = f"1.{RECORD_VERSION}"
 MAX_ROWS = 2**18
-"""Of a segment that others were joined to: what fits into memory easily."""
+"""Most rows of a joined segment, so that it fits into memory easily."""
 _ROWS_PER_GROUP = 2**14
 _KEPT_FOR_S = 600.0
 _SEGMENT = re.compile(r"segment-[0-9a-f]{16}\.parquet")
@@ -46,7 +46,7 @@ class Segment:
 
 
 def read_catalog(folder: Path) -> list[Segment]:
-    """The segments that are there; none if the catalog cannot be read, or is of another version."""
+    """The segments in the catalog whose files exist; none if the catalog cannot be read or has another version."""
     try:
         content = json.loads((folder / CATALOG).read_bytes())
         if content["version"] != _VERSION:
@@ -58,7 +58,7 @@ def read_catalog(folder: Path) -> list[Segment]:
 
 
 def _segment(content: dict[str, Any]) -> Segment:
-    """A segment as the catalog has it. Raises ValueError if it names a file elsewhere: a run may be somebody else's."""
+    """A segment from the catalog. Raises ValueError for a path outside, since the run may come from a stranger."""
     folders = [step["folder"] for step in content["steps"]]
     if not _SEGMENT.fullmatch(content["file"]) or not all(map(_FOLDER.fullmatch, folders)):
         raise ValueError("a path that leads elsewhere")
@@ -82,7 +82,7 @@ def save_catalog(folder: Path, segments: Sequence[Segment]) -> None:
 
 
 def still_true(folder: Path, segment: Segment, found: list[StepFiles]) -> Segment | None:
-    """The segment without the steps that are gone or have changed; None if nothing remains."""
+    """The segment without steps that are gone or have changed; None if no step is left."""
     stamps = {step.key: step.stamps for step in found}
     kept = [step for step in segment.steps if stamps.get(step.key) == step.stamps]
     if len(kept) == len(segment.steps):
@@ -129,7 +129,7 @@ def joined(folder: Path, segments: Sequence[Segment]) -> list[Segment]:
 
 
 def sweep(folder: Path, kept: set[str]) -> None:
-    """Delete segments that no catalog has had for a while."""
+    """Delete segments that have not been in the catalog for a while."""
     for path in folder.glob("*segment-*.parquet*"):
         with suppress(OSError):
             if path.name not in kept and time.time() - path.stat().st_mtime > _KEPT_FOR_S:
@@ -138,7 +138,7 @@ def sweep(folder: Path, kept: set[str]) -> None:
 
 @contextmanager
 def waiting(path: Path) -> Iterator[None]:
-    """Hold the lock of the index. Who waits too long goes on without: at worst the same is read twice."""
+    """Hold the lock of the index. After a long wait go on without it: at worst, steps are read twice."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=_PATIENCE_S)

@@ -1,4 +1,4 @@
-"""One step's rows of the index, from the step's files: the single values of each rollout, the start of its response."""
+"""One step's rows of the index, from its files: the single values of each rollout, and the start of its response."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,21 +32,21 @@ INDEX = pa.schema(
 
 @dataclass(slots=True, kw_only=True)
 class IndexedStep:
-    """What the catalog of the index knows of a step."""
+    """A step in the catalog of the index."""
 
     stage: str
     step: int
     folder: str
-    """Of its files, relative to the run."""
+    """Folder of its files, relative to the run."""
     stamps: dict[str, Stamp]
-    """Of the files that it was read from."""
+    """Stamps of the files that it was read from."""
     num_rows: int = 0
     bulky: dict[str, list[str]] = field(default_factory=dict)
-    """Part → columns of the record that are to be read from the file itself."""
+    """Part → columns of the record that are read from the file itself."""
     damaged: dict[str, str] = field(default_factory=dict)
-    """Part → what is wrong with it."""
+    """Part → its problem."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """The step in numbers, as `summary.SUMMARY_SQL` has them."""
+    """The step in numbers, by `step_summary.SUMMARY_SQL`."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -55,7 +55,7 @@ class IndexedStep:
 
 
 def index_step(files: StepFiles) -> tuple[IndexedStep, pa.Table]:
-    """Read a step. A file that is damaged is noted and left out; without its rollouts a step has no rows."""
+    """Read a step. A damaged file is noted and left out. If it is rollouts.parquet, the step has no rows."""
     folder = "/".join(files.folder.parts[-3:])
     step = IndexedStep(stage=files.stage, step=files.step, folder=folder, stamps=files.stamps)
     columns: dict[str, Any] = {}

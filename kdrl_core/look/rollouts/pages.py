@@ -1,7 +1,7 @@
 """Pages of rollouts from the index: first the keys of a page's rows, then those rows alone.
 
-By step, the rows of each step are counted, and only the steps of the page are sorted: so the last page of ten million
-rollouts takes no more memory than the first.
+When sorted by step, the rows of each step are counted, and only the steps of the page are sorted. So the last page of
+ten million rollouts takes no more memory than the first.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from kdrl_core.look.rollouts.filters import RolloutFilter, order_by
 from kdrl_core.look.rollouts.index_rows import INDEX
-from kdrl_core.look.rollouts.summary import finite
+from kdrl_core.look.rollouts.step_summary import finite
 from kdrl_core.look.rollouts.views import identifier
 
 _COLUMNS = ("run", *INDEX.names)
@@ -23,7 +23,7 @@ class Page:
     """Some of the rollouts that meet a filter."""
 
     total: int
-    """How many meet it."""
+    """Rollouts that meet it."""
     rows: list[dict[str, Any]]
     """Their single values, and `response_preview`."""
 
@@ -38,7 +38,7 @@ def find_page(
     limit: int,
     offset: int,
 ) -> Page:
-    """The page of `source`, which is the index or less of it. Raises DataError if there is no such column."""
+    """The page of `source`, which is the index or a part of it. Raises DataError if the sort column is unknown."""
     order = order_by(sort, descending=descending)
     condition, parameters = where.conditions()
     counted = cursor.execute(
@@ -58,7 +58,7 @@ def find_page(
 def _steps_of_page(
     counted: list[tuple[Any, ...]], descending: bool, limit: int, offset: int
 ) -> tuple[list[tuple[Any, ...]], int]:
-    """The steps that a page lies in, in their order, and how many rows of the first come before it."""
+    """The steps of a page, in order, and the number of rows of the first step that come before it."""
     ordered = sorted(counted, key=lambda one: one[1:3], reverse=descending)
     ordered.sort(key=lambda one: str(one[0]))
     chosen: list[tuple[Any, ...]] = []
@@ -75,8 +75,8 @@ def _steps_of_page(
 
 
 def _rows_of(cursor: duckdb.DuckDBPyConnection, keys: pa.Table) -> list[dict[str, Any]]:
-    """The rows of some keys, in their order. Only the parts of the index are read in which their steps are: previews
-    are most of it."""
+    """The rows of some keys, in their order. Reads only the parts of the index that hold their steps, because previews
+    make the index large."""
     if not len(keys):
         return []
     cursor.register("wanted", keys)

@@ -1,7 +1,7 @@
-"""The rollouts of one or several runs, to look through: what `kdrl rollouts` and `kdrl ui` ask.
+"""The rollouts of one or several runs, for `kdrl rollouts` and `kdrl ui`.
 
-Single values come from the index of each run (index.py), texts and values per token from the step's own files, of which
-only those are opened that a question needs. A run may be going on: `refresh` takes in what was published since.
+Single values come from the index of each run (index.py). Texts and per-token values come from the step's own files; a
+question opens only those that it needs. Runs may be going on: `refresh` adds what was published since.
 """
 
 import threading
@@ -25,8 +25,8 @@ from kdrl_core.look.rollouts.record import RECORD
 from kdrl_core.look.rollouts.sources import DamagedFile, find_run
 from kdrl_core.look.rollouts.state import Key, State
 from kdrl_core.look.rollouts.step_records import as_records, step_table
+from kdrl_core.look.rollouts.step_summary import finite
 from kdrl_core.look.rollouts.steps import metrics_stamps
-from kdrl_core.look.rollouts.summary import finite
 from kdrl_core.look.rollouts.tokens import TokenReader
 from kdrl_core.look.rollouts.views import IndexedRun
 
@@ -65,11 +65,11 @@ class RolloutStore:
 
     @classmethod
     def open(cls, runs: Sequence[str | Path], *, progress: Progress | None = None) -> "RolloutStore":
-        """Open runs by name (below artifacts/runs) or folder. The first time an index is made of each, which takes a
+        """Open runs by name (below artifacts/runs) or folder. The first time, an index of each is made, which takes a
         minute for a million rollouts; `progress` is called with steps read and steps to read.
 
         Raises:
-            RunError: there is no such run; the nearest names are given.
+            RunError: there is no such run; the message gives the nearest names.
         """
         roots = list(dict.fromkeys(find_run(run) for run in runs))
         if not roots:
@@ -83,30 +83,30 @@ class RolloutStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Let go of everything."""
+        """Close the store."""
         self.close()
 
     def close(self) -> None:
-        """Let go of everything; the store is of no use afterwards."""
+        """Close the databases. The store cannot be used afterwards."""
         with self._lock:
             for state in [*self._retired, self._state]:
                 state.database.close()
 
     @property
     def damaged(self) -> list[DamagedFile]:
-        """Files that are left out, and why; the rest is shown."""
+        """Damaged files, which are left out, and why."""
         found = {damaged.path: damaged for run in self._state.runs for damaged in run.index.damaged}
         return [*(self._damaged_since | found).values()]
 
-    def refresh(self, *, progress: Progress | None = None) -> bool:
-        """Look for what was published since; True if there is anything new."""
+    def refresh(self) -> bool:
+        """Add what was published since the last look. True if anything is new."""
         with self._lock:
-            changed = [run.index.refresh(progress) for run in self._runs]
+            changed = [run.index.refresh() for run in self._runs]
             if not any(changed) and metrics_stamps(self._runs) == self._state.metrics_stamps:
                 return False
             self._retired.append(self._state)
             self._state = State(self._runs)
-            for old in self._retired[:-2]:  # who asked before may still be reading
+            for old in self._retired[:-2]:  # earlier callers may still be reading the newer ones
                 old.database.close()
             del self._retired[:-2]
             return True
@@ -163,11 +163,11 @@ class RolloutStore:
         return self._ask(ask)
 
     def record(self, *, run: str, stage: str, step: int, prompt_id: str, sample: int) -> dict[str, Any]:
-        """One rollout in full: every column of the record, and `tokens`, the text of each token of the response, or
-        None where no tokenizer is at hand.
+        """One rollout in full: every column of the record, and `tokens`, the text of each token of the response (None
+        without a tokenizer).
 
         Raises:
-            DataError: there is none.
+            DataError: there is no such rollout.
         """
         found = self._records(run, stage, step, prompt_id, sample)
         if not found:
@@ -182,8 +182,8 @@ class RolloutStore:
         return sorted(found, key=lambda record: int(record["sample"]))
 
     def prompt_history(self, *, run: str, prompt_id: str) -> list[dict[str, Any]]:
-        """Every step in which a prompt was drawn: stage, step, num_rollouts, mean reward, lengths, KL, and how many
-        responses had which verdict."""
+        """Every step that drew a prompt: stage, step, num_rollouts, mean reward, lengths, KL, and the number of
+        responses by verdict."""
 
         rows = self.aggregate(RolloutFilter(run=run, prompt_id=prompt_id), _HISTORY_SQL)
         for row in rows:
@@ -192,7 +192,7 @@ class RolloutStore:
         return rows
 
     def aggregate(self, where: RolloutFilter, query: str) -> list[dict[str, Any]]:
-        """Rows of our own `query` over `rows`: the index's columns of the rollouts that meet `where`."""
+        """The result of `query`, our own SQL, over `rows`: the index's columns for the rollouts that meet `where`."""
         condition, parameters = where.conditions()
 
         def ask(state: State) -> list[dict[str, Any]]:
@@ -232,7 +232,7 @@ class RolloutStore:
         """The result of a query over the views `rollouts`, `steps` and `prompts`: its first `limit` rows, or all.
 
         Raises:
-            DataError: it is not a single SELECT, or DuckDB refuses it; its message says why.
+            DataError: it is not a single SELECT, or DuckDB refuses it; the message says why.
         """
         return self._ask(lambda state: _first_rows(state.database.select(query), limit))
 
@@ -255,8 +255,8 @@ class RolloutStore:
             return self._tokens.setdefault((root, stage), TokenReader(root, stage))
 
     def _ask(self, question: Callable[[State], _Answer]) -> _Answer:
-        """Answer from the present state. If a file changed below it, once more after a refresh, and at last after the
-        indexes were made anew."""
+        """Answer from the present state. If a file has changed meanwhile, try again after a refresh, then after making
+        new indexes."""
         for remedy in (self.refresh, self._renew):
             try:
                 return question(self._state)
@@ -297,7 +297,7 @@ def _first_rows(batches: Iterator[pa.RecordBatch], limit: int | None) -> pa.Tabl
 
 
 def _names(roots: Sequence[Path]) -> list[str]:
-    """The runs' folder names; those of one name are told apart by their parents."""
+    """The runs' folder names. If two are the same, parent folders are added."""
 
     def last(root: Path, count: int) -> str:
         return "/".join(root.parts[-count:])

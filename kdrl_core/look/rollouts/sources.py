@@ -1,6 +1,7 @@
-"""What a run has on disk of its rollouts: which steps, which files of each, and whether they are whole.
+"""The rollout files of a run on disk: which steps there are, which files each has, and whether they are intact.
 
-Reads only, and needs neither recipe nor lock: the run may be going on, be of another version, or be an imported dump.
+Reads only, and needs neither recipe nor lock. So the run may be going on, come from another version, or be an imported
+dump.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.config.load import did_you_mean
+from kdrl_core.config import did_you_mean
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import artifacts_root, manifest_of, validate_run_name
 from kdrl_core.ledger.artifact import ARTIFACTS
@@ -33,7 +34,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DamagedFile:
-    """A file that is left out, and why."""
+    """A file that is left out, and its problem."""
 
     path: Path
     problem: str
@@ -41,7 +42,7 @@ class DamagedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFiles:
-    """The files of one step that are there."""
+    """The files that one step has."""
 
     stage: str
     step: int
@@ -55,12 +56,12 @@ class StepFiles:
         return self.stage, self.step
 
     def path(self, part: str) -> Path:
-        """Where a part lies, whether it is there or not."""
+        """Path of a part, whether it exists or not."""
         return self.folder / file_name(part)
 
 
 def file_name(part: str) -> str:
-    """Of a part's file in the folder of its step."""
+    """Name of a part's file in the folder of its step."""
     return ARTIFACTS[part].file
 
 
@@ -68,7 +69,7 @@ def find_run(run: str | Path) -> Path:
     """The folder of a run: by name below artifacts/runs, or a folder anywhere that holds `rollouts/`.
 
     Raises:
-        RunError: there is none; the nearest names are given.
+        RunError: there is no such run; the message gives the nearest names.
     """
     folder = Path(run)
     if (isinstance(run, Path) or os.sep in run or run in (".", "..")) and not folder.is_dir():
@@ -97,7 +98,7 @@ def known_runs() -> list[str]:
 
 
 def scan(root: Path) -> tuple[list[StepFiles], list[DamagedFile]]:
-    """The steps of a run that have rollouts, by stage and step; and rollouts that are missing below other files."""
+    """The steps of a run that have rollouts, by stage and step; and missing rollouts of steps with other files."""
     steps: list[StepFiles] = []
     missing: list[DamagedFile] = []
     for stage, stage_folder in _folders(root / "rollouts", _STAGE):
@@ -112,10 +113,10 @@ def scan(root: Path) -> tuple[list[StepFiles], list[DamagedFile]]:
 
 
 def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
-    """Those of `columns` that the file has, after its bytes were compared with its manifest, if it has one.
+    """The `columns` that the file has, after its bytes were compared with its manifest, if there is one.
 
     Raises:
-        DamagedArtifactError: it is damaged, of another place or another schema version, or has no ids.
+        DamagedArtifactError: it is damaged, belongs elsewhere, has another schema version, or has no ids.
     """
     path = step.path(part)
     try:
@@ -132,7 +133,7 @@ def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
 
 
 def bulky_columns(step: StepFiles, part: str) -> list[str]:
-    """The columns of the record that this file has, of those that are not in the index."""
+    """The columns of the record that this file has and the index has not."""
     names = pq.read_schema(step.path(part)).names
     return [name for name in PARTS[part] if name in names]
 

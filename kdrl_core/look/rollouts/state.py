@@ -1,4 +1,4 @@
-"""What some runs had on disk at one time, and the database over it. It never changes: a refresh makes another one."""
+"""The files of some runs at one time, and the database over them. A state never changes: a refresh makes a new one."""
 
 import threading
 from collections import OrderedDict
@@ -29,7 +29,7 @@ class State:
     def __init__(self, runs: Sequence[IndexedRun]) -> None:
         self.runs = [IndexedRun(run.name, run.index.snapshot()) for run in runs]
         self.metrics_stamps = metrics_stamps(self.runs)
-        """Of the files that the numbers are from, beside the index."""
+        """Stamps of the files with metrics and timings, which the numbers come from beside the index."""
         self.steps = step_rows(self.runs)
         """Every step in numbers."""
         self._metrics: dict[Key, dict[str, Any]] = {
@@ -46,7 +46,7 @@ class State:
         return sum(step.num_rows for step in self._indexed.values())
 
     def files(self, key: Key) -> tuple[StepFiles, IndexedStep]:
-        """The files of a step and what the index knows of them. Raises DataError if there is no such step."""
+        """The files of a step, and its entry in the index. Raises DataError if there is no such step."""
         run, stage, step = key
         indexed = self._indexed.get(key)
         if indexed is None:
@@ -62,15 +62,15 @@ class State:
         return self._metrics.get(key, {})
 
     def source(self, cursor: duckdb.DuckDBPyConnection, where: RolloutFilter) -> str:
-        """What to select from for `where`: the index, less the rows that do not have its text."""
+        """The SQL source for `where`: the index, without rows that lack the filter's text."""
         if not where.text:
             return "indexed"
         cursor.register("hits", self._search(where))
         return "indexed join hits using (run, stage, step, row)"
 
     def _search(self, where: RolloutFilter) -> pa.Table:
-        """Run, stage, step and row of the rollouts whose prompt or response has the text. Only those steps are read in
-        which a rollout meets the other conditions; the latest answers are kept, for the next page of them."""
+        """Run, stage, step and row of the rollouts whose prompt or response has the text. Reads only steps in which a
+        rollout meets the other conditions. The latest answers are kept, for their next page."""
         condition, parameters = where.conditions()
         assert where.text
         with self.database.cursor() as cursor:
@@ -104,7 +104,7 @@ class State:
         )
 
     def _there_are(self, run: str, stage: str) -> str:
-        """What could have been meant instead of a step that there is not."""
+        """What there is in place of a missing step, for its error."""
         if run not in {one.name for one in self.runs}:
             return f"runs that are open: {', '.join(one.name for one in self.runs)}"
         if steps := [key[2] for key in self._indexed if key[:2] == (run, stage)]:

@@ -16,12 +16,12 @@ _ENTROPIES = "entropies"
 def step_table(
     files: StepFiles, indexed: IndexedStep, columns: Sequence[str], on_damaged: Callable[[DamagedFile], None]
 ) -> pa.Table:
-    """The ids of a step's rollouts, and those of `columns` that its whole files have, in the order of its rows.
+    """The ids of a step's rollouts, and the `columns` that its intact files have, in the order of its rows.
 
-    A file that was damaged since the index was made is told and left out.
+    A file that was damaged since the index was made is reported by `on_damaged` and left out.
 
     Raises:
-        DamagedArtifactError: it is the rollouts themselves.
+        DamagedArtifactError: rollouts.parquet is damaged.
     """
     wanted = list(dict.fromkeys(["prompt_id", "sample", *columns]))
     if "entropy_mean" in wanted:
@@ -51,8 +51,8 @@ def as_records(
     Args:
         table: some rows of `step_table`.
         key: run, stage and step.
-        metrics: of the step, with its timings.
-        columns: of the record; what is not known is null.
+        metrics: metrics and timings of the step.
+        columns: of the record; unknown values are null.
     """
     known = {"run": key[0], "stage": key[1], "step": key[2]}
     known |= {name: metrics.get(timing) for name, timing in TIMINGS.items()}

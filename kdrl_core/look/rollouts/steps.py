@@ -1,4 +1,4 @@
-"""The steps of runs in numbers: the summaries of the index and what the stages' metrics say."""
+"""The steps of runs in numbers: summaries from the index, joined with the stages' metrics."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,7 +11,7 @@ from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import RunPaths
 from kdrl_core.ledger.artifact import DERIVED
 from kdrl_core.look.rollouts.record import TIMINGS
-from kdrl_core.look.rollouts.summary import SUMMARY, finite
+from kdrl_core.look.rollouts.step_summary import SUMMARY, finite
 from kdrl_core.look.rollouts.views import IndexedRun
 from kdrl_core.tables.schemas import read_table
 
@@ -36,7 +36,7 @@ def metrics_stamps(runs: Sequence[IndexedRun]) -> dict[Path, tuple[int, int]]:
 
 
 def steps_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """`step_rows` as a table with a column for each metric and timing (null where a stage has no such)."""
+    """`step_rows` as a table with a column for each metric and timing, null where a stage lacks it."""
     names = sorted({name for row in rows for name in row["metrics"]} | set(TIMINGS.values()))
     fixed = ["run", "stage", "step", *SUMMARY]
     columns = {name: pa.array([row[name] for row in rows], _kind(name)) for name in fixed}
@@ -58,7 +58,7 @@ def _rows_of_run(run: IndexedRun) -> list[dict[str, Any]]:
 
 
 def _metrics(run: IndexedRun, stage: str) -> dict[int, dict[str, float]]:
-    """Metrics and timings of a stage by step. They can be rebuilt at any time, so damaged ones are passed over."""
+    """Metrics and timings of a stage by step. Damaged files are skipped: they can be rebuilt at any time."""
     paths = RunPaths(run.index.root)
     found: dict[int, dict[str, float]] = {}
     for path in (paths.metrics(stage), paths.timings(stage)):

@@ -16,7 +16,7 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenReader:
-    """Texts of tokens; of a run whose models are gone there are none. No code of a model folder is ever run."""
+    """Texts of tokens, if a model of the run is still there. Never runs code from a model folder."""
 
     def __init__(self, root: Path, stage: str) -> None:
         self._candidates = list(_tokenizer_files(root, stage))
@@ -24,8 +24,8 @@ class TokenReader:
         self._tokenizer: Any = None
 
     def texts(self, token_ids: Sequence[int] | None) -> list[str] | None:
-        """One text a token, which together are the decoded response with its special tokens. A character that several
-        tokens make up is with the last of them, and the others are empty. None without tokenizer."""
+        """One text per token; joined, they are the decoded response with its special tokens. If several tokens make up
+        a character, the last of them has it and the others are empty. None without a tokenizer."""
         tokenizer = self._load()
         if tokenizer is None or token_ids is None:
             return None
@@ -36,7 +36,7 @@ class TokenReader:
                 texts.append("")
                 continue
             texts.append(text[len(shown) :])
-            # The last token stays in view: some tokenizers drop a space at the start of what they decode.
+            # Decode from the last token on: some tokenizers drop a space at the start.
             start = end - 1
             shown = tokenizer.decode(ids[start:end], skip_special_tokens=False)
         return texts
@@ -53,7 +53,7 @@ class TokenReader:
 
 
 def _tokenizer_files(root: Path, stage: str) -> Iterator[Path]:
-    """tokenizer.json files that the stage's responses may have been made with, likeliest first."""
+    """tokenizer.json files that the stage may have used, most likely first."""
     paths = RunPaths(root)
     folders = [*sorted((root / "checkpoints" / stage).glob("step-*"), reverse=True), paths.student]
     with suppress(OSError, ValueError, yaml.YAMLError, KdrlError, KeyError, TypeError, RecursionError):

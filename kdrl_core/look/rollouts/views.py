@@ -3,28 +3,20 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+import duckdb
+import pyarrow as pa
 
 from kdrl_core.look.rollouts.index import RunIndex
 from kdrl_core.look.rollouts.index_rows import INDEX
 from kdrl_core.look.rollouts.record import BULKY, PARTS, RECORD, TIMINGS
-from kdrl_core.look.rollouts.summary import SUMMARY
+from kdrl_core.look.rollouts.step_summary import SUMMARY
 
-_SQL_TYPES = {
-    "string": "VARCHAR",
-    "int32": "INTEGER",
-    "uint64": "UBIGINT",
-    "float": "FLOAT",
-    "double": "DOUBLE",
-    "list<item: int32>": "INTEGER[]",
-    "list<item: float>": "FLOAT[]",
-    "list<element: int32>": "INTEGER[]",
-    "list<element: float>": "FLOAT[]",
-}
 BULKY_PARTS = tuple(part for part, names in PARTS.items() if names)
 TIMES = "times"
-"""What the views take from `steps`, as if it were a file of each step."""
-_KEYS = ("run", "stage", "step", "row")
+"""The timings in `steps`, which the views treat like a file of each step."""
 
 PROMPTS: dict[str, str] = {
     "run": "name of the run",
@@ -48,12 +40,12 @@ STEPS: dict[str, str] = {
     "step": "step of the stage, from 0",
     **SUMMARY,
 }
-"""Columns of the views and what they are; `steps` also has every metric and timing of the stage by its name."""
+"""Columns of the views, described. `steps` also has every metric and timing of the stage by its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedRun:
-    """A run under the name that the views give it."""
+    """A run, and its name in the views."""
 
     name: str
     index: RunIndex
@@ -61,8 +53,15 @@ class IndexedRun:
 
 def sql_type(name: str) -> str:
     """DuckDB's type of a column of the record or the index."""
-    schema = RECORD if name in RECORD.names else INDEX
-    return _SQL_TYPES[str(schema.field(name).type)]
+    return _sql_types()[name]
+
+
+@cache
+def _sql_types() -> dict[str, str]:
+    columns = pa.schema([*RECORD, *(field for field in INDEX if field.name not in RECORD.names)])
+    with duckdb.connect(":memory:") as connection:
+        found = connection.from_arrow(columns.empty_table())
+        return dict(zip(found.columns, map(str, found.types), strict=True))
 
 
 def quoted(text: str | Path) -> str:
@@ -76,10 +75,10 @@ def identifier(name: str) -> str:
 
 
 def user_views(parts: Collection[str]) -> list[str]:
-    """Statements that define the views, with the bulky columns of `parts`; those of others are null.
+    """Statements that define the views, with the bulky columns of `parts`; the others are null.
 
-    There have to be the views `indexed` and `<part>_part`, and the tables `step_rows` and `times_part`. Each join that
-    a query does without makes it faster by much.
+    They need the views `indexed` and `<part>_part`, and the tables `step_rows` and `times_part`. A query is much faster
+    without joins that it does not need.
     """
     home = {name: part for part, names in PARTS.items() for name in names}
     columns = []
@@ -128,7 +127,7 @@ def index_sql(runs: Sequence[IndexedRun]) -> str:
 
 
 def part_sql(runs: Sequence[IndexedRun], part: str) -> str:
-    """The bulky columns of one part, of every step that has it. Files of like columns are read together."""
+    """The bulky columns of one part, for every step that has it. Files with the same columns are read together."""
     found = []
     for run in runs:
         alike: dict[tuple[str, ...], list[Path]] = defaultdict(list)

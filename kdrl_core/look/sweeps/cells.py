@@ -11,7 +11,7 @@ from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger.labels import reference_labels
-from kdrl_core.look.reporting.summary import MODEL_NAMES
+from kdrl_core.look.reporting.run_summary import MODEL_NAMES
 from kdrl_core.look.sweeps.spec import ACCURACY, CLAIM_METRICS, LENGTH, SweepSpec
 
 
@@ -33,7 +33,7 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
     """Every cell of a sweep, seed by seed, in the order of the variants; each recipe is validated.
 
     Args:
-        overrides: `--set` of the command line: the last word in every cell.
+        overrides: `--set` of the command line; they win in every cell.
         origin: names the sweep in errors; default: its name.
 
     Raises:
@@ -61,7 +61,8 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
 
 
 def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Each layer's fields behind those of the layers before: what comes last holds, also of fields within fields."""
+    """Merge layers in order. A field moves to the end when it is set again, so that the last value wins, also where
+    one field lies within another."""
     found: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
@@ -71,7 +72,7 @@ def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """Fields and values as `load_recipe` takes them: JSON is YAML, but for characters that YAML wants escaped."""
+    """Fields and values as `load_recipe` takes them: as JSON, with the characters escaped that YAML does not allow."""
     return [f"{field}={_escaped(json.dumps(value, ensure_ascii=False))}" for field, value in values.items()]
 
 
@@ -87,7 +88,7 @@ def _load(spec: SweepSpec, what: str, overrides: Sequence[str]) -> Recipe:
 
 
 def _short_names(fields: list[str]) -> dict[str, str]:
-    """Of each field as many of its last parts as tell it from the others: `init` of stage2.beta.init."""
+    """The shortest end of each field's path that no other field has: `init` for stage2.beta.init."""
     short = {}
     for field in fields:
         parts = field.split(".")
@@ -110,7 +111,7 @@ def _run_name(sweep: str, variant: str, seed: int, *, origin: str) -> str:
 
 
 def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> None:
-    """Raise RecipeError if a claim is of a variant, model, benchmark or metric that the sweep does not have."""
+    """Raise RecipeError if a claim names a variant, model, benchmark or metric that the sweep does not have."""
     variants = list(dict.fromkeys(cell.variant for cell in cells))
     benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
     names = dict.fromkeys(MODEL_NAMES[label] for cell in cells for label in reference_labels(cell.recipe))
@@ -118,7 +119,7 @@ def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> Non
     for number, claim in enumerate(spec.claims, start=1):
         where = f"sweep {origin}, claim {number}"
         kind, colon, benchmark = claim.measure.partition(":")
-        # Models for reference have answers, and no metrics of the stage that is compared.
+        # Reference models have answers, but no metrics of the compared stage.
         labels = [*variants, *(references if kind in (ACCURACY, LENGTH) else ())]
         for field, label in (("more", claim.more), ("less", claim.less)):
             if label not in labels:
@@ -142,7 +143,7 @@ def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> Non
 
 
 def _require_different(cells: list[Cell], *, origin: str) -> None:
-    """Raise RecipeError if two cells have one name, or one recipe: a row that stands twice tells nothing."""
+    """Raise RecipeError if two cells have the same name or the same recipe."""
     names: dict[str, Cell] = {}
     hashes: dict[str, Cell] = {}
     for cell in cells:

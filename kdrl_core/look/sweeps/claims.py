@@ -1,9 +1,9 @@
-"""Claims of a sweep, judged by its runs: does what the paper finds hold here, does it not, or cannot one tell?
+"""Claims of a sweep, judged by its runs: does a finding of the paper hold here, does it not, or is it unclear?
 
-A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (and,
-for accuracy, by problem), with the 95 % interval of kdrl_core.evaluation.seeds: above zero the claim holds, below zero
-it does not, and around zero it is unclear. Nothing is corrected for the number of claims: of twenty that are really
-ties, one at most comes out as holding or not by chance, on average.
+A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (for
+accuracy also by problem), with the 95 % interval of evaluation/over_seeds.py. If the interval lies above zero, the
+claim holds; below zero, it does not; around zero, it is unclear. There is no correction for the number of claims: of
+twenty real ties, about one is judged to hold, or not to hold, by chance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from enum import StrEnum
 
 import numpy as np
 
-from kdrl_core.evaluation.seeds import paired_difference
+from kdrl_core.evaluation.over_seeds import paired_difference
 from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 from kdrl_core.look.sweeps.spec import ACCURACY, LENGTH, Claim
 
 
-class Verdict(StrEnum):
-    """What the runs say of a claim."""
+class ClaimVerdict(StrEnum):
+    """What the runs say about a claim."""
 
     HOLDS = "holds"
     DOES_NOT = "does not hold"
@@ -37,7 +37,7 @@ class JudgedClaim:
     """The comparison in short: `KDRL > GRPO, accuracy on test`."""
     expected: str
     """What the source says."""
-    verdict: Verdict
+    verdict: ClaimVerdict
     difference: Accuracy | None
     """More − less, in the quantity's own unit; None if a variant is missing."""
     num_seeds: int
@@ -45,7 +45,7 @@ class JudgedClaim:
     """Whether the quantity is an accuracy, shown in points."""
 
 
-def judge(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
+def judge_claims(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
     """Every claim over the seeds that both of its sides have."""
     cells: dict[str, dict[int, CellResult]] = {}
     for cell in results.cells:
@@ -86,14 +86,14 @@ def _judge(
     )
 
 
-def _verdict(difference: Accuracy | None, *, can_tell: bool) -> Verdict:
+def _verdict(difference: Accuracy | None, *, can_tell: bool) -> ClaimVerdict:
     if difference is None:
-        return Verdict.MISSING
+        return ClaimVerdict.MISSING
     if not can_tell:  # one seed, one number: its interval says nothing
-        return Verdict.UNCLEAR
+        return ClaimVerdict.UNCLEAR
     if difference.low > 0.0:
-        return Verdict.HOLDS
-    return Verdict.DOES_NOT if difference.high < 0.0 else Verdict.UNCLEAR
+        return ClaimVerdict.HOLDS
+    return ClaimVerdict.DOES_NOT if difference.high < 0.0 else ClaimVerdict.UNCLEAR
 
 
 def _answers(models: Mapping[int, ModelScores], benchmark: str) -> dict[int, Mapping[str, float]]:

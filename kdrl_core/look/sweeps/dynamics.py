@@ -1,4 +1,4 @@
-"""What the cells of a sweep did over their last stage: metrics by step, time by phase, a few responses."""
+"""The last stage of a sweep's cells: metrics by step, time by phase, a few responses."""
 
 import json
 from collections import defaultdict
@@ -8,17 +8,14 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import pyarrow.compute as pc
-
 from kdrl_core.config import Recipe, diff_recipes
 from kdrl_core.data import FilterReport
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, adopted, is_published, open_run
-from kdrl_core.look.reporting.summary import is_spent, summarize
+from kdrl_core.look.reporting.run_summary import is_spent, sample_responses, summarize
 from kdrl_core.look.sweeps.results import SweepResults, says_something
 from kdrl_core.look.sweeps.state import CellState
 from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table
 
 _NUM_SAMPLES = 2
 _NO_DIFFERENCE = ("name", "description", "seed")
@@ -33,9 +30,9 @@ class VariantDynamics:
 
     label: str
     metrics: dict[str, Line] = field(default_factory=dict)
-    """By metric; x is the step of the last stage. Of every cell that has begun it, finished or not."""
+    """By metric; x is the step of the last stage. From all cells that have begun it, finished or not."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds of the last stage by phase, of finished cells."""
+    """Seconds of the last stage by phase, from finished cells."""
     differences: list[str] = field(default_factory=list)
     """Recipe fields that differ from the first variant's."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -44,17 +41,17 @@ class VariantDynamics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepDynamics:
-    """All variants, and what is the same for them."""
+    """All variants, and what they have in common."""
 
     variants: list[VariantDynamics]
     filters: dict[str, str]
-    """The filter's counts by stage, of the first cell that has them."""
+    """The filter's counts by stage, from the first cell that has them."""
     environments: dict[str, list[str]]
-    """Versions, as text → the runs that they are of; of what a run took over from another, with a note of that."""
+    """Versions, as text → the runs made with them. Parts that a run took over from another are named with it."""
 
 
 def read_dynamics(results: SweepResults) -> SweepDynamics:
-    """Read the runs of a sweep as far as they are. What cannot be read is left out: the tables name it."""
+    """Read the runs of a sweep, finished or not. Runs that cannot be read are left out; the tables name them."""
     found: dict[str, list[Run]] = {status.variant: [] for status in results.statuses}
     finished: dict[str, list[Run]] = {status.variant: [] for status in results.statuses}
     for status in results.statuses:
@@ -94,13 +91,12 @@ def _variant(
         ]
     if finished:
         with suppress(KdrlError):
-            dynamics.samples = _samples(finished[0])
+            dynamics.samples = sample_responses(finished[0], _NUM_SAMPLES)
     return dynamics
 
 
 def mean_lines(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Line]:
-    """Metric → step and the mean over the runs that have that step; values that are missing, or of nothing, are left
-    out."""
+    """Metric → steps, and the mean over the runs that have each step. Missing and void values are left out."""
     values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for rows in runs:
         for row in rows:
@@ -114,7 +110,7 @@ def mean_lines(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Line]:
 
 
 def _phases(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of the last stage by phase; before its first step, SFT has sampled its teacher."""
+    """Seconds of the last stage by phase, with SFT's sampling of the teacher before its first step."""
     totals: dict[str, float] = defaultdict(float)
     for stage in summarize(run).stages:
         if stage.stage == run.recipe.stages[-1] and stage.samples is not None:
@@ -125,14 +121,6 @@ def _phases(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if is_spent(name) and isinstance(value, int | float):
                 totals[name.removeprefix("time/").removesuffix("_s")] += float(value)
     return {name: seconds for name, seconds in totals.items() if seconds > 0.0}
-
-
-def _samples(run: Run) -> list[dict[str, Any]]:
-    table = read_table(run.paths.evaluation(run.recipe.stages[-1]) / "responses.parquet")
-    rows: list[dict[str, Any]] = []
-    for right in (1.0, 0.0):
-        rows += table.filter(pc.equal(table["accuracy_reward"], right)).slice(0, _NUM_SAMPLES).to_pylist()
-    return rows
 
 
 def _filters(run: Run) -> dict[str, str]:

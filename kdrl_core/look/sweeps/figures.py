@@ -17,7 +17,7 @@ from kdrl_core.look.sweeps.results import SweepResults, Watched
 from kdrl_core.look.sweeps.table import AVERAGE, SweepTable
 
 COLORS = ("#3b82d6", "#d9622b", "#2a9d74", "#8e6bc9", "#b8891b", "#cf5a94", "#1f9bb3", "#7d8797")
-"""Told apart on white and on black, and by most who see few colours; the ninth variant begins anew, with a dash."""
+"""Distinct on white, on black, and for most colour-blind readers. The ninth variant starts again, with dashed lines."""
 _DASHES = ("solid", "dot", "dash")
 _LABEL_WIDTH = 18
 _PANELS = {
@@ -54,7 +54,7 @@ def dash_of(position: int) -> str:
 
 
 def panels_of(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> list[Panel]:
-    """The figures that have something to show."""
+    """The figures that have data."""
     found = [_accuracies(table)]
     found += [
         panel for name, title in _PANELS.items() if (panel := _metric(name, title, dynamics.variants)) is not None
@@ -114,8 +114,8 @@ def _metric(name: str, title: str, variants: Sequence[VariantDynamics]) -> Panel
 
 
 def _watched(results: SweepResults, labels: Sequence[str]) -> list[Panel]:
-    """Periodic accuracy against steps, and as in Figure 6 against output length and training time: of a variant's
-    finished cells, or while there are none, of those that have begun."""
+    """Periodic accuracy by step and, as in Figure 6, by output length and training time. From a variant's finished
+    cells; while there are none, from those that have begun."""
     axes = {
         "accuracy-steps": ("periodic accuracy, %, by step", "step of the last stage"),
         "accuracy-length": ("periodic accuracy, %, by output length (Figure 6)", "tokens"),
@@ -183,7 +183,7 @@ def _phases(variants: Sequence[VariantDynamics]) -> Panel | None:
 
 
 def _name_rows(figure: go.Figure, labels: Sequence[str]) -> None:
-    """Labels as what they are, not as dates or numbers, on several lines where one would leave a phone no figure."""
+    """Show labels as text, never as dates or numbers, and wrap them, so that a phone has room for the figure."""
     texts = ["<br>".join(textwrap.wrap(label, _LABEL_WIDTH)) for label in labels]
     figure.update_yaxes(type="category", tickmode="array", tickvals=list(labels), ticktext=texts, automargin=True)
     figure.update_layout(margin={"l": 8})

@@ -1,27 +1,26 @@
-"""Any runs as the cells of a comparison: those of one recipe that differ in their seed are one variant."""
+"""Any runs as the cells of a comparison: runs that differ only in their seed are one variant."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from kdrl_core.config import config_hash
+from kdrl_core.config import TrackingConfig, config_hash
 from kdrl_core.config.alarms import AlarmsConfig
-from kdrl_core.config.recipe import TrackingConfig
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, open_run
 from kdrl_core.look.sweeps.results import SweepResults, read_results_of
 from kdrl_core.look.sweeps.state import CellStatus, list_started, state_of
 
 _SAME = {"seed": 0, "name": "recipe", "description": "", "alarms": AlarmsConfig(), "tracking": TrackingConfig()}
-"""Fields that make no variant."""
+"""Fields in which the runs of one variant may differ."""
 
 
 def read_runs(names: Sequence[str], labels: Mapping[str, str] | None = None) -> SweepResults:
-    """What runs have come to so far, finished or not.
+    """The results of runs so far, finished or not.
 
     Args:
         names: of the runs, in the order of their variants.
-        labels: run → what its variant is called; default: the runs' names, of several seeds the first one's
-            without its number.
+        labels: run → name of its variant; default: the run's name; with several seeds the first one's, without its
+            number.
 
     Raises:
         RunError: no such run; a label for a run that is not among them; two labels for one variant, or one for two.
@@ -58,7 +57,7 @@ def _open(name: str) -> Run:
 
 
 def _variants(runs: Sequence[Run], labels: Mapping[str, str]) -> list[tuple[str, list[Run]]]:
-    """Runs by recipe, and what each recipe is called. A seed that stands twice makes a variant of its own."""
+    """Runs by recipe, with the label of each recipe. A second run of the same recipe and seed is another variant."""
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         same = config_hash(run.recipe.model_copy(update=_SAME))

@@ -14,9 +14,9 @@ from kdrl_core.look.sweeps.table import SweepTable
 
 
 def render_page(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> str:
-    """The page, also of a sweep that is not finished: what is missing is listed.
+    """The page. For an unfinished sweep it lists what is missing.
 
-    Texts of models and data are escaped: in the page by Jinja, in the figures' JSON as no HTML parser ends a script.
+    Texts of models and data are escaped: Jinja does so in the page, `_for_script` in the figures' JSON.
     """
     environment = Environment(
         loader=PackageLoader("kdrl_core.look.sweeps"), autoescape=select_autoescape(["html.j2"]), trim_blocks=True
@@ -38,7 +38,7 @@ def render_page(table: SweepTable, results: SweepResults, dynamics: SweepDynamic
 
 
 def render_markdown(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> str:
-    """The page without its figures. Texts of models and data stand in code blocks, where nothing is markup."""
+    """The page without its figures. Texts of models and data stand in code blocks, so that none is markup."""
     done = f"{len(table.cells)} of {len(results.statuses)} runs are finished."
     parts = [table.to_markdown().rstrip(), done]
     if dynamics.filters:
@@ -60,7 +60,7 @@ def render_markdown(table: SweepTable, results: SweepResults, dynamics: SweepDyn
 
 
 def _block(text: str) -> str:
-    """Fenced by more backticks than the text has in a row: no text ends such a block."""
+    """A code block. Its fence has more backticks than any run in the text, so the text cannot end it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
@@ -70,6 +70,6 @@ def _plain(label: str) -> str:
 
 
 def _for_script(value: Any) -> str:
-    """JSON that may stand in a script element."""
+    """JSON without characters that could end a script element."""
     text = json.dumps(value, ensure_ascii=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

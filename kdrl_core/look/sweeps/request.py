@@ -1,7 +1,7 @@
-"""What a command asks for → a sweep and its cells, all of them validated before anything runs."""
+"""From the options of a command to a sweep and its cells. All of them are validated before anything runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from kdrl_core.look.sweeps.state import Origin, SweepPaths, SweepRecord, read_re
 
 _MAX_NAME = 60
 _VARY = "--vary"
-"""What a sweep without a file is made of."""
+"""Source of a sweep without a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A sweep as it is to run."""
+    """A sweep that is ready to run."""
 
     spec: SweepSpec
     overrides: tuple[str, ...]
@@ -35,14 +35,14 @@ def make_request(
     name: str | None = None,
     recipe: str | None = None,
     seeds: int | list[int] | None = None,
-    vary: Sequence[str] = (),
+    vary: Sequence[str] | None = None,
     overrides: Sequence[str] | None = None,
     share_with: Sequence[str] | None = None,
 ) -> Request:
     """The sweep that was asked for, with its cells.
 
-    A sweep that was started before goes on as it was started; what is given here takes the place of that. Only a YAML
-    file is read anew, with the options that the sweep was started with on top.
+    A sweep that was started before goes on as it was started, except for what is given here. A YAML file is read anew,
+    and the options that the sweep was started with are applied to it again.
 
     Args:
         source: name of a shipped sweep or of one that was started, or path of a YAML file; None: `vary` alone.
@@ -58,57 +58,54 @@ def make_request(
     if source is None and not vary:
         raise RecipeError("nothing is varied; name a sweep (kdrl sweep list), or give --vary FIELD=a,b,c")
     if source is None:
-        name = name or _name(recipe, vary)
-    is_file = (source or "").endswith((".yaml", ".yml"))
-    known = None if is_file else _started(name or source)  # under another name, `source` is its file
-    made_of = _VARY if source is None else Path(source).name if is_file else source
-    taken = _started(name)
-    if taken is not None and source != name and taken.origin.source not in (None, made_of):
-        raise RecipeError(
-            f"--name {name}: a sweep of that name was made of {taken.origin.source}, not of {made_of}; take another "
-            f"name, or go on with it: kdrl sweep run {name}"
-        )
-    base: dict[str, Any]
-    if source is None and known is None:
-        base = {"name": name, "recipe": "miniature", "vary": {}}
-    elif known is not None:
-        base = known.spec.model_dump(mode="json")
-    else:
-        assert source is not None
-        base = load_sweep(source).model_dump(mode="json")
-    kept = _started(name or base["name"])
-    new: dict[str, Any] = {"recipe": recipe, "seeds": seeds}
-    given = {option: value for option, value in new.items() if value is not None}
-    varied = dict(map(parse_vary, vary))
-    origin = Origin() if kept is None else kept.origin
-    if known is None and origin.source not in (None, made_of):  # of a name that another file had
-        origin = Origin()
+        name = name or _name(recipe, vary or ())
+    values, record, origin = _before(source, name)
+    given = {option: value for option, value in (("recipe", recipe), ("seeds", seeds)) if value is not None}
+    varied = dict(map(parse_vary, vary or ()))
     options = {**origin.options, **given, "vary": {**origin.options.get("vary", {}), **varied}}
-    if is_file:
+    if _is_file(source):
         given, varied = {n: value for n, value in options.items() if n != "vary"}, options["vary"]
-    values = {**base, **given, **({} if name is None else {"name": name})}
+    values = {**values, **given, **({} if name is None else {"name": name})}
     values["vary"] = {**values["vary"], **varied}
     for of_recipe in values.get("recipes", {}).values():
         of_recipe["vary"] = {field: some for field, some in of_recipe["vary"].items() if field not in varied}
-    spec = validate_sweep(values, origin=source or "--vary")
-    own = tuple(overrides if overrides is not None else kept.overrides if kept else ())
-    shared = tuple(share_with if share_with is not None else kept.share_with if kept else ())
+    spec = validate_sweep(values, origin=source or _VARY)
+    own = tuple(overrides if overrides is not None else record.overrides if record else ())
+    shared = tuple(share_with if share_with is not None else record.share_with if record else ())
     for other in shared:
         read_record(other)
-    return Request(
-        spec=spec,
-        overrides=own,
-        share_with=shared,
-        cells=tuple(expand(spec, own, origin=source)),
-        origin=Origin(source=known.origin.source if known else made_of, options=options),
-    )
+    cells = tuple(expand(spec, own, origin=source))
+    return Request(spec=spec, overrides=own, share_with=shared, cells=cells, origin=replace(origin, options=options))
+
+
+def _before(source: str | None, name: str | None) -> tuple[dict[str, Any], SweepRecord | None, Origin]:
+    """What a request starts from: the sweep's values, its record if it was started, and what it was made of.
+
+    Raises:
+        RecipeError: there is no such sweep, or `name` is that of a sweep made of another one.
+    """
+    file = load_sweep(source) if source is not None and _is_file(source) else None
+    made_of = _VARY if source is None else source if file is None else Path(source).name
+    record = _started(name or (source if file is None else file.name))
+    is_same = record is not None and record.origin.source in (None, made_of)
+    if record is not None and not is_same and name not in (None, source):
+        raise RecipeError(
+            f"--name {name}: a sweep of that name was made of {record.origin.source}, not of {made_of}; take another "
+            f"name, or go on with it: kdrl sweep run {name}"
+        )
+    if record is not None and file is None:
+        return record.spec.model_dump(mode="json"), record, record.origin
+    origin = Origin(source=made_of, options=record.origin.options if record is not None and is_same else {})
+    if source is None:
+        return {"name": name, "recipe": "miniature", "vary": {}}, record, origin
+    return (file or load_sweep(source)).model_dump(mode="json"), record, origin
 
 
 def check_request(request: Request) -> None:
-    """Look at the inputs of every cell, and at the runs that there are already, before anything runs.
+    """Check the inputs of every cell, and the runs that exist already, before anything runs.
 
     Raises:
-        KdrlError: as `check_inputs` and `require_same_recipe`, with the cell named.
+        KdrlError: as `check_inputs` and `require_same_recipe`; the message names the cell.
     """
     seen: set[str] = set()
     for cell in request.cells:
@@ -122,7 +119,7 @@ def check_request(request: Request) -> None:
 
 
 def donors_of(request: Request) -> list[str]:
-    """Every run with which the cells of a sweep may share: its own cells, and those of `share_with`."""
+    """Every run from which a cell may take over finished work: the sweep's own cells, and those of `share_with`."""
     others = [cell.run for sweep in request.share_with for cell in read_record(sweep).cells]
     return [*(cell.run for cell in request.cells), *others]
 
@@ -144,8 +141,12 @@ def _name(recipe: str | None, vary: Sequence[str]) -> str:
     return name
 
 
+def _is_file(source: str | None) -> bool:
+    return (source or "").endswith((".yaml", ".yml"))
+
+
 def _started(name: str | None) -> SweepRecord | None:
-    if name is None or name.endswith((".yaml", ".yml")) or not SweepPaths.of(name).record.is_file():
+    if name is None or _is_file(name) or not SweepPaths.of(name).record.is_file():
         return None
     return read_record(name)
 

@@ -1,4 +1,4 @@
-"""What the cells of a sweep have come to, read from their runs: finished cells, and others as far as they are."""
+"""The results of a sweep's cells, read from their runs: of finished cells, and partial results of the others."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,14 +12,14 @@ from kdrl_core.config import Recipe
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
 from kdrl_core.ledger.labels import reference_labels
-from kdrl_core.look.reporting.summary import MODEL_NAMES, StageRow, is_spent, summarize
+from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, summarize
 from kdrl_core.look.sweeps.spec import Claim
 from kdrl_core.look.sweeps.state import CellState, CellStatus
 from kdrl_core.tables.metrics import load_metrics
 from kdrl_core.tables.schemas import read_table
 
 _OF_SOME = {"response/repetition_overlong": "response/clip_ratio", "kd/kl_unmasked": "kd/active_frac"}
-"""Means over some responses or tokens → the share of those: where there are none the mean is 0, which says nothing."""
+"""Metrics that are means over some responses or tokens → the share of those. If the share is 0, the mean is void."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Watched:
 
     step: int
     seconds: float
-    """That the stage had trained until then."""
+    """Training time of the stage until then."""
     model: ModelScores
 
 
@@ -50,16 +50,16 @@ class CellResult:
     run: str
     steps: int
     train_s: float
-    """Of the last stage, evaluations left out."""
+    """Of the last stage, without evaluations."""
     model: ModelScores
     watched: list[Watched] = field(default_factory=list)
     late: dict[str, float] = field(default_factory=dict)
-    """Every metric's mean over the last fifth of the last stage's steps, without those in which it is of nothing."""
+    """Every metric's mean over the last fifth of the last stage's steps, without steps in which it is void."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BegunCell:
-    """A cell that is not finished, as far as it is."""
+    """Partial results of an unfinished cell."""
 
     variant: str
     seed: int
@@ -68,7 +68,7 @@ class BegunCell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceResult:
-    """A model that variants have in common: the student before, after an earlier stage, the teacher."""
+    """A reference model, which variants share: the student before, the student after an earlier stage, the teacher."""
 
     name: str
     group: str
@@ -90,7 +90,7 @@ class SweepResults:
     references: list[ReferenceResult]
     begun: list[BegunCell] = field(default_factory=list)
     recipes: dict[str, Recipe] = field(default_factory=dict)
-    """Variant → recipe of its first cell, as planned: also of variants of which nothing has begun."""
+    """Variant → recipe of its first cell as planned; also for variants that have not begun."""
     claims: list[Claim] = field(default_factory=list)
 
     @property
@@ -127,7 +127,7 @@ def read_results_of(
     for status in statuses:
         try:
             told = status if status.state is CellState.PENDING else _read(results, status, seen)
-        except KdrlError as error:  # what cannot be read is missing, and its status says why
+        except KdrlError as error:  # a cell that cannot be read is missing; its status says why
             damaged = status.state is CellState.FINISHED
             told = replace(status, state=CellState.FAILED, detail=str(error)) if damaged else status
         results.statuses.append(told)
@@ -135,7 +135,7 @@ def read_results_of(
 
 
 def _read(results: SweepResults, status: CellStatus, seen: set[tuple[str, int]]) -> CellStatus:
-    """Add what a cell that has begun has come to; returns its status, with how far it is."""
+    """Add the results of a cell that has begun. Returns its status, with its progress."""
     run = open_run(status.run)
     results.recipes.setdefault(status.variant, run.recipe)
     for reference in _references(run, status.variant):
@@ -162,19 +162,19 @@ def _progress(run: Run) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceGroup:
-    """A model for reference over its seeds."""
+    """A reference model over its seeds."""
 
     models: dict[int, ModelScores]
     """By seed."""
     planned: set[int]
-    """Seeds for which there is to be one."""
+    """Seeds that will have one."""
 
 
 def by_label(results: SweepResults) -> dict[str, ReferenceGroup]:
-    """Models for reference under the names that tables and claims give them.
+    """Reference models by the names that tables and claims give them.
 
-    Where variants differ in one, as in a teacher, the first variant's has its plain name, and the others are called
-    `teacher of VARIANT`, whichever of them there is already.
+    If variants have different ones, such as two teachers, the first variant's keeps its plain name and the others are
+    called `teacher of VARIANT`. The names do not depend on which of them exist already.
     """
     owners = _owners(results)
     models: dict[str, dict[int, ModelScores]] = {}
@@ -203,7 +203,7 @@ def _owners(results: SweepResults) -> dict[str, tuple[str, list[str]]]:
 
 
 def reference_groups(recipe: Recipe) -> dict[str, str]:
-    """Name of each model for reference of a recipe → what is equal for all recipes and seeds that have the same."""
+    """Name of each reference model of a recipe → its group: equal for all recipes and seeds with the same model."""
     groups = {part.name: part.key for part in parts_of(recipe.model_copy(update={"seed": 0}))}
     return {MODEL_NAMES[label]: groups[f"evaluation of {label}"] for label in reference_labels(recipe)}
 
@@ -232,7 +232,7 @@ def _late(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def says_something(row: Mapping[str, float], metric: str) -> bool:
-    """Whether a step's metric is of anything: the repetition rate of cut responses is not where none was cut."""
+    """Whether a step's metric is not void. The repetition rate of cut responses is void if none was cut."""
     return metric not in _OF_SOME or row.get(_OF_SOME[metric]) != 0.0
 
 
@@ -252,7 +252,7 @@ def _row(run: Run, stage: str) -> StageRow | None:
 
 
 def _before_s(row: StageRow | None) -> float:
-    """What an SFT stage spent before its first step, sampling its teacher."""
+    """Seconds that an SFT stage spent on sampling its teacher, before its first step."""
     return 0.0 if row is None or row.samples is None else row.samples["sample_s"] + row.samples["verify_s"]
 
 

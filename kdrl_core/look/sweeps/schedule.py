@@ -1,4 +1,4 @@
-"""Which cell to start next, so that no work is done twice: one that needs what another is making waits for it."""
+"""Which cell to start next, so that no work is done twice: a cell waits if another one is making a part of it."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from kdrl_core.look.sweeps.cells import Cell
 def next_cell(
     pending: Sequence[Cell], running: Iterable[Cell], made: Collection[str], parts: Mapping[str, Sequence[Part]]
 ) -> Cell | None:
-    """The first pending cell all of whose parts are made, or are made by no cell that runs; None if all have to wait.
+    """The first pending cell that shares no unfinished part with a running cell; None if all have to wait.
 
     Args:
         made: keys of the parts that some run has finished.
@@ -31,9 +31,9 @@ class Estimate:
     alone: int
     """If every cell did all of its stages itself."""
     shared: int
-    """Of these, how many are taken over from another cell."""
+    """How many of these are taken over from another cell."""
     by_part: Mapping[str, tuple[int, int]]
-    """Part → how many cells have it, and how often it is made."""
+    """Part → number of cells that have it, and how often it is made."""
 
     @property
     def to_train(self) -> int:
@@ -42,7 +42,7 @@ class Estimate:
 
 
 def estimate(cells: Sequence[Cell]) -> Estimate:
-    """How much work a sweep is from its beginning, and how much of it is shared."""
+    """The work of a sweep from its start, and how much of it is shared."""
     alone = trained = 0
     seen: set[str] = set()
     counts: dict[str, list[int]] = {}

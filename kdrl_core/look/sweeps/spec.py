@@ -29,10 +29,10 @@ from kdrl_core.errors import RecipeError
 
 SWEEPS_DIR = RECIPES_DIR.parent / "sweeps"
 _OWN_FIELDS = ("seed", "name", "description")
-"""Fields of a recipe that a sweep sets itself."""
+"""Recipe fields that a sweep sets itself."""
 _MAX_SEEDS = 1_000
 ACCURACY, LENGTH = "accuracy", "length"
-"""Measures of a claim that are no metrics."""
+"""Measures of a claim that are not metrics."""
 CLAIM_METRICS = (
     *get_args(AlarmMetric),
     *("beta", "optim/learning_rate", "ratio/mean", "ratio/clipped_frac", "sft/epoch"),
@@ -65,7 +65,7 @@ class Grid(BaseModel):
 
 
 class Claim(BaseModel):
-    """That one variant, or a model for reference, has more of a quantity than another."""
+    """The claim that one variant or reference model has more of a quantity than another."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
@@ -84,7 +84,7 @@ class Claim(BaseModel):
 
 
 class SweepSpec(Grid):
-    """A sweep, as its file says."""
+    """A sweep, as its file describes it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60, description="also that of its folder")
     description: str = ""
@@ -115,10 +115,10 @@ class SweepSpec(Grid):
         return self.seeds if isinstance(self.seeds, list) else list(range(self.seeds))
 
     def grid_for(self, recipe: Recipe, *, origin: str) -> Grid:
-        """What this sweep varies of a recipe: the general values with those of its name on top.
+        """What this sweep varies in a recipe: the general values, overridden by those for the recipe's name.
 
         Raises:
-            RecipeError: the sweep has values by recipe, and none for this one.
+            RecipeError: the sweep has values by recipe, but none for this one.
         """
         if not self.recipes:
             return Grid(set=self.set, variants=self.variants, vary=self.vary)

@@ -1,7 +1,7 @@
-"""A sweep's folder: what was asked for, which runs are its cells, and why one failed. What is done, the runs say.
+"""A sweep's folder: its record, the recipes of its cells, and why a cell failed. The runs themselves say what is done.
 
 artifacts/sweeps/<sweep>/
-  sweep.json          the sweep as it was last started: its file's content, recipe, --set, and its cells
+  sweep.json          the record: the sweep as it was last started, with its options and its cells
   cells/<run>.yaml    the recipe of each cell, every field written out
   logs/<run>.log      what the cell's process wrote
   failures/<run>.json why it failed, until it is started again
@@ -46,12 +46,12 @@ class CellRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What a sweep was made of."""
+    """Source and options of a sweep."""
 
     source: str | None = None
-    """Name of a shipped sweep or of a file, or `--vary`; None for what an older version has started."""
+    """Name of a shipped sweep or of a file, or `--vary`; None for sweeps that an older version has started."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """recipe, seeds and vary (field → values), as far as they were given beside it."""
+    """recipe, seeds and vary (field → values), if they were given beside the source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +73,13 @@ class SweepPaths:
     root: Path
 
     @classmethod
-    def of(cls, name: str, artifacts: Path | None = None) -> "SweepPaths":
+    def of(cls, name: str) -> "SweepPaths":
         """Paths of a sweep by name. Raises RunError for a name that is not one plain folder name."""
-        return cls((artifacts or artifacts_root()) / "sweeps" / validate_run_name(name))
+        return cls(artifacts_root() / "sweeps" / validate_run_name(name))
 
     @property
     def record(self) -> Path:
-        """What was asked for."""
+        """The sweep as it was last started."""
         return self.root / "sweep.json"
 
     @property
@@ -105,16 +105,15 @@ class SweepPaths:
         return self.root / "failures" / f"{run}.json"
 
 
-def list_started(artifacts: Path | None = None) -> list[str]:
+def list_started() -> list[str]:
     """Names of the sweeps that were started."""
-    folder = (artifacts or artifacts_root()) / "sweeps"
-    return sorted(path.parent.name for path in folder.glob("*/sweep.json"))
+    return sorted(path.parent.name for path in artifacts_root().glob("sweeps/*/sweep.json"))
 
 
 def write_record(
     spec: SweepSpec, overrides: Sequence[str], share_with: Sequence[str], cells: Sequence[Cell], origin: Origin
 ) -> SweepPaths:
-    """Write what is to be run: the record, and the recipe of each cell."""
+    """Write the record, and the recipe of each cell."""
     paths = SweepPaths.of(spec.name)
     for cell in cells:
         replace_file(paths.recipe(cell.run), dump_recipe(cell.recipe).encode())
@@ -173,7 +172,7 @@ class CellStatus:
     seed: int
     state: CellState
     detail: str = ""
-    """Of one that runs: by whom; of one that failed: why; of one that stopped: how to go on."""
+    """Running: the process. Failed: the reason. Stopped: the command that continues it."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -181,16 +180,16 @@ class CellStatus:
 
 
 def cell_status(paths: SweepPaths, cell: CellRecord | Cell) -> CellStatus:
-    """Where a cell stands, read from its run's files; one that cannot be opened has failed."""
+    """The status of a cell, read from its run's files. A run that cannot be opened has failed."""
     state, detail = state_of(cell.run, failure=failure_of(paths, cell.run))
     return CellStatus(run=cell.run, variant=cell.variant, seed=cell.seed, state=state, detail=detail)
 
 
 def state_of(run_name: str, *, failure: str | None = None) -> tuple[CellState, str]:
-    """State of a run and what is to be said of it.
+    """State of a run, and its detail as in `CellStatus`.
 
     Args:
-        failure: why it failed when it was last started, if that is known.
+        failure: why the run failed when it was last started, if that is known.
     """
     files = RunPaths.of(run_name)
     if holder := lock_holder(files.lock):

@@ -1,27 +1,20 @@
-"""The results of a sweep as tables: one row a variant, mean over its seeds with 95 % interval; shows what is missing.
+"""The tables of a sweep: one row a variant, mean over its seeds with 95 % interval; what is missing is shown.
 
-Pure: from `SweepResults` to `SweepTable`, which prints, serialises, and is what a report draws. How the intervals come
-about says kdrl_core.evaluation.seeds.
+`SweepTable` holds the numbers, and gives them as tables of text, Markdown, CSV and JSON. aggregate.py computes them.
 """
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from kdrl_core.evaluation.seeds import Scores, over_seeds, paired_difference
-from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.look.reporting.tables import Table
-from kdrl_core.look.sweeps.claims import JudgedClaim, judge
-from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
+from kdrl_core.look.sweeps.claims import JudgedClaim
 
 AVERAGE = "avg"
-"""Mean of the benchmarks that every row has, but for `VALIDATION`."""
+"""Mean of the benchmarks that every row has, without `VALIDATION`."""
 VALIDATION = "validation"
-"""The benchmark by which learning rates and checkpoints are chosen, by its name; no choice may lift an average."""
+"""Name of the benchmark that chooses learning rates and checkpoints; it is left out of averages for that reason."""
 _MISSING = "–"
 
 
@@ -37,15 +30,15 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One variant, or a model for reference."""
+    """One variant, or one reference model."""
 
     label: str
     is_reference: bool
     seeds: list[int]
-    """That are in its numbers."""
+    """Seeds in its numbers."""
     num_planned: int
     scores: dict[str, Score]
-    """By benchmark, and their mean as `avg` where there is one; empty if no seed is finished."""
+    """By benchmark; `avg` is their mean, if there is one. Empty if no seed is finished."""
     differences: dict[str, Score] = field(default_factory=dict)
     """To the first variant, over the seeds that both have: paired by problem and seed."""
     length_mean: float | None = None
@@ -56,29 +49,29 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedRow:
-    """A variant when each has trained for as long as the fastest did in all."""
+    """A variant after the training time that the fastest variant took in all."""
 
     label: str
     seeds: list[int]
     step: int | None
-    """Of the last evaluation in that time."""
+    """Step of its last evaluation within that time."""
     scores: dict[str, Score]
     """Empty if there was none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepTable:
-    """What a sweep has come to."""
+    """The result of a sweep."""
 
     name: str
     description: str
     recipe: str
     benchmarks: list[str]
     averaged: list[str]
-    """What `avg` is the mean of; with fewer than two there is none."""
+    """Benchmarks in `avg`, which needs two at least."""
     rows: list[Row]
     equal_time_s: float | None
-    """What every variant with periodic evaluations has trained for, in `timed`."""
+    """Training time of every row of `timed`."""
     timed: list[TimedRow]
     cells: list[dict[str, Any]]
     """Finished cells: run, variant, seed, steps, train_s, scores (means)."""
@@ -149,12 +142,12 @@ class SweepTable:
         )
 
     def missing_table(self) -> Table:
-        """What is not finished, and why."""
+        """The cells that are not finished, and why."""
         rows = [[one["run"], one["state"], one["detail"]] for one in self.missing]
         return Table(title="Not finished", header=["run", "state", "detail"], rows=rows, num_text=3)
 
     def tables(self, *, marked: bool = False) -> list[Table]:
-        """The tables that have something to say."""
+        """The tables that have rows."""
         found = (
             self.accuracy_table(marked=marked),
             self.cost_table(),
@@ -197,173 +190,12 @@ NOTE = (
 )
 
 
-def build_table(results: SweepResults) -> SweepTable:
-    """Aggregate over seeds."""
-    variants = list(dict.fromkeys(status.variant for status in results.statuses))
-    by_variant = {variant: {c.seed: c for c in results.cells if c.variant == variant} for variant in variants}
-    models = [cell.model for cell in results.cells] + [reference.model for reference in results.references]
-    benchmarks = list(dict.fromkeys(name for model in models for name in model.scores))
-    planned = {v: sum(status.variant == v for status in results.statuses) for v in variants}
-    averaged = [name for name in benchmarks if name != VALIDATION and all(name in model.scores for model in models)]
-    rows = [_variant_row(v, by_variant[v], planned[v], averaged) for v in variants]
-    rows = _with_differences(_ranked(rows), by_variant, variants)
-    equal_time_s, timed = _equal_time(by_variant)
-    return SweepTable(
-        name=results.name,
-        description=results.description,
-        recipe=results.recipe,
-        benchmarks=benchmarks,
-        averaged=averaged,
-        rows=[*_reference_rows(results, averaged), *rows],
-        equal_time_s=equal_time_s,
-        timed=timed,
-        cells=[_cell_record(cell) for cell in results.cells],
-        missing=[status.to_json() for status in results.missing],
-        claims=judge(results.claims, results),
-    )
-
-
-def _cell_record(cell: CellResult) -> dict[str, Any]:
-    means = {name: float(np.mean(list(found.values()))) for name, found in cell.model.scores.items()}
-    return {
-        "run": cell.run,
-        "variant": cell.variant,
-        "seed": cell.seed,
-        "steps": cell.steps,
-        "train_s": cell.train_s,
-        "scores": means,
-    }
-
-
-def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int, averaged: Sequence[str]) -> Row:
-    found = [cells[seed] for seed in sorted(cells)]
-    return Row(
-        label=label,
-        is_reference=False,
-        seeds=sorted(cells),
-        num_planned=num_planned,
-        scores=_scores([cell.model for cell in found], averaged),
-        length_mean=_mean([cell.model.length_mean for cell in found]),
-        steps=_mean([cell.steps for cell in found]),
-        train_s=_mean([cell.train_s for cell in found]),
-    )
-
-
-def _reference_rows(results: SweepResults, averaged: Sequence[str]) -> list[Row]:
-    rows = []
-    for label, group in by_label(results).items():
-        models = list(group.models.values())
-        rows.append(
-            Row(
-                label=label,
-                is_reference=True,
-                seeds=sorted(group.models),
-                num_planned=len(group.models.keys() | group.planned),
-                scores=_scores(models, averaged),
-                length_mean=_mean([model.length_mean for model in models]),
-            )
-        )
-    return rows
-
-
-def _scores(models: Sequence[ModelScores], averaged: Sequence[str] = ()) -> dict[str, Score]:
-    """By benchmark, and the mean of those that are `averaged`."""
-    arrays = _arrays(models)
-    found = {name: over_seeds({name: array}) for name, array in arrays.items()}
-    if len(averaged) > 1 and all(name in arrays for name in averaged):
-        found[AVERAGE] = over_seeds({name: arrays[name] for name in averaged})
-    return {name: _score(accuracy) for name, accuracy in found.items()}
-
-
-def _arrays(models: Sequence[ModelScores], problems: dict[str, list[str]] | None = None) -> dict[str, Scores]:
-    """Benchmark → [seeds, problems], of the problems that all models have."""
-    problems = _common(models) if problems is None else problems
-    return {
-        name: np.array([[model.scores[name][problem] for problem in ids] for model in models])
-        for name, ids in problems.items()
-    }
-
-
-def _common(models: Sequence[ModelScores]) -> dict[str, list[str]]:
-    """Benchmark → the problems that all models have, in one order."""
-    if not models:
-        return {}
-    found = {
-        name: sorted(set.intersection(*(set(model.scores.get(name, {})) for model in models)))
-        for name in models[0].scores
-    }
-    return {name: ids for name, ids in found.items() if ids}
-
-
-def _ranked(rows: list[Row]) -> list[Row]:
-    ranks: dict[tuple[str, str], int] = {}
-    for name in dict.fromkeys(name for row in rows for name in row.scores):
-        means = sorted({row.scores[name].mean for row in rows if name in row.scores}, reverse=True)
-        for row in rows:
-            if len(means) > 1 and name in row.scores and row.scores[name].mean in means[:2]:
-                ranks[row.label, name] = 1 + means.index(row.scores[name].mean)
-    return [
-        replace(row, scores={n: replace(s, rank=ranks.get((row.label, n))) for n, s in row.scores.items()})
-        for row in rows
-    ]
-
-
-def _with_differences(
-    rows: list[Row], by_variant: dict[str, dict[int, CellResult]], variants: Sequence[str]
-) -> list[Row]:
-    first = by_variant[variants[0]] if variants else {}
-    found = []
-    for row in rows:
-        cells = by_variant[row.label]
-        seeds = sorted(cells.keys() & first.keys())
-        if row.label != variants[0] and seeds:
-            ours, theirs = [cells[s].model for s in seeds], [first[s].model for s in seeds]
-            problems = _common([*ours, *theirs])
-            left, right = _arrays(ours, problems), _arrays(theirs, problems)
-            differences = {n: _score(paired_difference({n: left[n]}, {n: right[n]})) for n in problems}
-            row = replace(row, differences=differences)
-        found.append(row)
-    return found
-
-
-def _equal_time(by_variant: dict[str, dict[int, CellResult]]) -> tuple[float | None, list[TimedRow]]:
-    """Every variant at its last periodic evaluation within the time that the fastest took to its end: times are means
-    over seeds, so that all seeds of a variant are looked at after equally many steps."""
-    paces = {variant: _pace(list(cells.values())) for variant, cells in by_variant.items()}
-    paces = {variant: pace for variant, pace in paces.items() if pace}
-    if len(paces) < 2:
-        return None, []
-    limit = min(max(pace.values()) for pace in paces.values())
-    rows = []
-    for variant, pace in paces.items():
-        cells = by_variant[variant]
-        step = max((step for step, seconds in pace.items() if seconds <= limit), default=None)
-        models = [w.model for seed in sorted(cells) for w in cells[seed].watched if w.step == step]
-        seeds = sorted(cells) if models else []
-        rows.append(TimedRow(label=variant, seeds=seeds, step=step, scores=_scores(models)))
-    return limit, rows
-
-
-def _pace(cells: Sequence[CellResult]) -> dict[int, float]:
-    """Step that every seed has evaluated → seconds until then, mean over seeds."""
-    steps = set.intersection(*({w.step for w in cell.watched} for cell in cells)) if cells else set()
-    return {step: float(np.mean([w.seconds for c in cells for w in c.watched if w.step == step])) for step in steps}
-
-
-def _score(accuracy: Accuracy) -> Score:
-    return Score(mean=accuracy.mean, low=accuracy.low, high=accuracy.high)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
 def _cell(score: Score | None, *, marked: bool = False) -> str:
     if score is None:
         return _MISSING
     mean = f"{100 * score.mean:.1f}"
     if score.rank is not None:
-        # Plain text says it with signs, where Markdown has its own.
+        # Plain text has signs for this, Markdown has bold and italics.
         mean = {1: f"**{mean}**", 2: f"*{mean}*"}[score.rank] if marked else {1: f"▲{mean}", 2: f"△{mean}"}[score.rank]
     return f"{mean} ({100 * score.low:.1f}–{100 * score.high:.1f})"
 
@@ -389,7 +221,7 @@ def _number(value: float | None) -> str:
 
 
 def _escaped(table: Table) -> Table:
-    """Without what would end a cell of a Markdown table, or be HTML: reasons quote what others wrote."""
+    """Escaped for Markdown, since reasons quote foreign text: no cell ends early, no HTML gets through."""
     return replace(table, rows=[[_plain(cell) for cell in row] for row in table.rows])
 
 

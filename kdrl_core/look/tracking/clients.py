@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from kdrl_core.config import dump_recipe
+from kdrl_core.config import TrackerName, dump_recipe
 from kdrl_core.config.changes import leaf_fields
 from kdrl_core.config.paths import artifacts_root
-from kdrl_core.config.recipe import TrackerName
 from kdrl_core.ledger import Run
 from kdrl_core.look.tracking.protocols import Point, Sent, Tracker
 
@@ -20,9 +19,11 @@ _MAX_PARAM_CHARS = 6_000
 class TensorBoardTracker:
     """Event files in `tracking/tensorboard/<group>/` of the run: `tensorboard --logdir artifacts/runs`."""
 
-    def __init__(self, run: Run, steps: Mapping[str, int]) -> None:
+    run_id: str | None = None
+
+    def __init__(self, run: Run, sent: Sent) -> None:
         self._run = run
-        self._steps = dict(steps)
+        self._steps = dict(sent.steps)
         self._writers: dict[str, Any] = {}
 
     def log(self, point: Point) -> None:
@@ -48,7 +49,7 @@ class TensorBoardTracker:
 
         folder, first = self._run.paths.tracking / "tensorboard" / group, self._steps.get(group, 0)
         is_stage = group in self._run.recipe.stages
-        # What a killed process had written from the first step on that is to come is void, and written again.
+        # Points of a killed process from the next step on are void; they are written again.
         writer = SummaryWriter(str(folder), purge_step=first if is_stage and folder.is_dir() else None)
         if is_stage and first == 0:
             writer.add_text("recipe", f"```yaml\n{dump_recipe(self._run.recipe)}```", 0)
@@ -57,9 +58,9 @@ class TensorBoardTracker:
 
 
 class MLflowTracker:
-    """A run of an MLflow experiment. Points have the time of their publication, so that one sent twice is one."""
+    """A run of an MLflow experiment. Points carry the time of their publication, so that one sent twice counts once."""
 
-    def __init__(self, run: Run, run_id: str | None) -> None:
+    def __init__(self, run: Run, sent: Sent) -> None:
         from mlflow import MlflowClient
 
         config = run.recipe.tracking
@@ -67,7 +68,7 @@ class MLflowTracker:
         if config.mlflow_uri is None:
             default.parent.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(tracking_uri=config.mlflow_uri or f"sqlite:///{default}")
-        self.run_id = run_id or self._create(run, config.project)
+        self.run_id: str | None = sent.identity or self._create(run, config.project)
         self._client.update_run(self.run_id, status="RUNNING")
 
     def log(self, point: Point) -> None:
@@ -93,7 +94,7 @@ class MLflowTracker:
 
         found = self._client.get_experiment_by_name(project)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(project)
-        # One that a fault came between its making and its noting is found again.
+        # A fault may have come after a run was created and before it was noted: find that run.
         identity = _identity(run)
         begun = self._client.search_runs([experiment], filter_string=f"tags.`kdrl.id` = '{identity}'", max_results=1)
         if begun:
@@ -110,13 +111,13 @@ class MLflowTracker:
 class WandbTracker:
     """A W&B run in offline mode, in `tracking/wandb/` of the run: `wandb sync` sends it. Nothing is sent from here."""
 
-    def __init__(self, run: Run, run_id: str | None) -> None:
+    def __init__(self, run: Run, sent: Sent) -> None:
         import wandb
 
-        self.run_id = run_id or _identity(run)
+        self.run_id: str | None = sent.identity or _identity(run)
         folder = run.paths.tracking
         folder.mkdir(parents=True, exist_ok=True)
-        # Its folders are named by the second: one of the same second would be written over.
+        # W&B names its folders by the second, and would overwrite one of the same second.
         while (folder / "wandb" / f"offline-run-{datetime.now():%Y%m%d_%H%M%S}-{self.run_id}").exists():  # noqa: DTZ005
             time.sleep(0.1)
         self._run = wandb.init(
@@ -138,7 +139,7 @@ class WandbTracker:
         self._run.summary.update({f"summary/{name}": value for name, value in values.items()})
 
     def flush(self) -> bool:
-        """Its service writes when it likes, and when the run is closed."""
+        """Its service writes at times of its own, and when the run is closed."""
         return False
 
     def close(self, *, complete: bool) -> None:
@@ -146,29 +147,13 @@ class WandbTracker:
 
 
 def _identity(run: Run) -> str:
-    """The same for every process that works on a run, and another for one that was started anew under its name."""
+    """The same for every process that works on a run; another for a new run of the same name."""
     return hashlib.sha256(f"{run.name} {run.started_at}".encode()).hexdigest()[:12]
 
 
-def _open_tensorboard(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
-    return TensorBoardTracker(run, sent.steps), None
-
-
-def _open_mlflow(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
-    tracker = MLflowTracker(run, sent.identity)
-    return tracker, tracker.run_id
-
-
-def _open_wandb(run: Run, sent: Sent) -> tuple[Tracker, str | None]:
-    tracker = WandbTracker(run, sent.identity)
-    return tracker, tracker.run_id
-
-
-OpenTracker = Callable[[Run, Sent], tuple[Tracker, str | None]]
-"""The run, and what the tracker has of it → the tracker, and what the run is called there."""
-
-CLIENTS: dict[TrackerName, OpenTracker] = {
-    "tensorboard": _open_tensorboard,
-    "mlflow": _open_mlflow,
-    "wandb": _open_wandb,
+CLIENTS: dict[TrackerName, Callable[[Run, Sent], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "mlflow": MLflowTracker,
+    "wandb": WandbTracker,
 }
+"""How each tracker is opened: with the run, and what the tracker has of it."""

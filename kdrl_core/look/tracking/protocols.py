@@ -1,4 +1,4 @@
-"""What a tracker does for a run."""
+"""The protocol of a tracker, and what it is sent."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ class Point:
     """The numbers of one step of a stage, or of an evaluation."""
 
     group: str
-    """Stage, or `summary`: stands before every name."""
+    """Stage or `summary`; the prefix of every name."""
     step: int
     """Within its stage, from 0."""
     global_step: int
     """Over all stages, ascending."""
     time_ms: int
-    """When it was published, since the epoch: sent again, a point is the same."""
+    """Time of publication since the epoch, so that a point sent again is the same."""
     values: Mapping[str, float]
 
 
@@ -35,18 +35,21 @@ class Sent:
 class Tracker(Protocol):
     """One client, open for one run."""
 
+    run_id: str | None
+    """What the run is called there; None where it has no name of its own."""
+
     def log(self, point: Point) -> None:
         """Send a point."""
         ...
 
     def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
-        """Send numbers that belong to the run as a whole, published at a time as a point's."""
+        """Send numbers of the whole run; `time_ms` as in a point."""
         ...
 
     def flush(self) -> bool:
-        """Have everything sent so far written. Returns whether a kill can take none of it any more."""
+        """Write everything sent so far. Returns True if a kill can no longer lose any of it."""
         ...
 
     def close(self, *, complete: bool) -> None:
-        """End, with everything sent or in the middle; the run may be opened again."""
+        """End. `complete`: everything was sent. The run may be opened again."""
         ...

@@ -1,5 +1,4 @@
-"""What a run has published and its trackers have not: found in its files, sent in order, noted in the run's
-`tracking/<name>.json`."""
+"""Sends trackers what a run has published and they do not have, in order, and notes it in `tracking/<name>.json`."""
 
 import atexit
 import json
@@ -8,9 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-from kdrl_core.config.recipe import TrackerName
+from kdrl_core.config import TrackerName
 from kdrl_core.errors import KdrlError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_step, is_published, manifest_of, replace_file
@@ -20,6 +21,9 @@ from kdrl_core.look.tracking.protocols import Point, Sent, Tracker
 from kdrl_core.tables.metrics import load_metrics
 
 _logger = logging.getLogger("kdrl")
+
+Metrics = Callable[[str], list[dict[str, Any]]]
+"""Stage → its metrics, which are read when they are asked for."""
 
 
 @dataclass(slots=True)
@@ -32,12 +36,13 @@ class _Stream:
     tracker: Tracker | None = None
     has_failed: bool = False
 
-    def catch_up(self) -> None:
-        points, finals = list(_points(self.run, self.sent)), _finals(self.run, self.sent)
+    def catch_up(self, metrics: Metrics) -> None:
+        points, finals = list(_points(self.run, self.sent, metrics)), _finals(self.run, self.sent)
         if not points and not finals:
             return
         if self.tracker is None:
-            self.tracker, self.sent.identity = CLIENTS[self.name](self.run, self.sent)
+            self.tracker = CLIENTS[self.name](self.run, self.sent)
+            self.sent.identity = self.tracker.run_id
             self._note()
         for point, note in points:
             self.tracker.log(point)
@@ -55,7 +60,7 @@ class _Stream:
             self._note()
 
     def give_up(self) -> None:
-        """After a fault: what is sent next goes through a client that is opened anew."""
+        """Call after a fault: the next points go through a new client."""
         tracker, self.tracker, self.sent = self.tracker, None, _read(self.run, self.name)
         if tracker is not None:
             with suppress(Exception):
@@ -65,20 +70,21 @@ class _Stream:
         replace_file(_cursor(self.run, self.name), (json.dumps(asdict(self.sent), indent=1) + "\n").encode())
 
 
-# Of this process; closed at its end where no flow has done so.
+# Of this process; closed at its end, if no flow has closed them.
 _streams: dict[tuple[Path, TrackerName], _Stream] = {}
 
 
 def track(run: Run) -> None:
-    """Send what the run has published since to the trackers of its recipe.
+    """Send the trackers of the recipe what the run has published since the last call.
 
-    A tracker that fails is a warning, once; what it did not get is sent when it works again.
+    A tracker that fails gives one warning. It gets what it missed when it works again.
     """
+    metrics = cache(partial(load_metrics, run))  # once for all trackers
     for name in run.recipe.tracking.trackers:
         key = run.paths.root, name
         stream = _streams.get(key) or _streams.setdefault(key, _Stream(run, name, _read(run, name)))
         try:
-            stream.catch_up()
+            stream.catch_up(metrics)
             stream.has_failed = False
         except Exception as error:  # whatever a foreign client raises: training goes on
             if not stream.has_failed:
@@ -93,7 +99,7 @@ def track(run: Run) -> None:
 
 
 def close_tracking() -> None:
-    """Close every tracker of this process; a run that goes on opens its own again."""
+    """Close every tracker of this process. A run that goes on opens them again."""
     while _streams:
         _, stream = _streams.popitem()
         try:
@@ -115,11 +121,11 @@ def _read(run: Run, name: str) -> Sent:
     return Sent()
 
 
-def _points(run: Run, sent: Sent) -> Iterator[tuple[Point, Callable[[Sent], None]]]:
-    """What is published and not sent, in the order of steps, with what is to be noted once it is."""
+def _points(run: Run, sent: Sent, metrics: Metrics) -> Iterator[tuple[Point, Callable[[Sent], None]]]:
+    """Points that are published and not sent, in the order of steps; each with a function that notes it as sent."""
     before = 0
     for stage in run.recipe.stages:
-        found = [*_steps(run, stage, sent), *_periodic(run, stage, sent)]
+        found = [*_steps(run, stage, sent, metrics), *_periodic(run, stage, sent)]
         for step, values, note in sorted(found, key=lambda one: one[0]):  # stable: an evaluation follows its step
             moment = _moment(run.paths.update(stage, step))
             yield Point(group=stage, step=step, global_step=before + step, time_ms=moment, values=values), note
@@ -129,9 +135,9 @@ def _points(run: Run, sent: Sent) -> Iterator[tuple[Point, Callable[[Sent], None
 _Found = tuple[int, dict[str, float], Callable[[Sent], None]]
 
 
-def _steps(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
+def _steps(run: Run, stage: str, sent: Sent, metrics: Metrics) -> Iterator[_Found]:
     first = sent.steps.get(stage, 0)
-    for row in load_metrics(run, stage) if first < run.recipe.stage(stage).steps else ():
+    for row in metrics(stage) if first < run.recipe.stage(stage).steps else ():
         step = int(row["step"])
         if step >= first:
             values = {n: float(v) for n, v in row.items() if n != "step" and isinstance(v, int | float)}
@@ -158,7 +164,7 @@ def _summary(run: Run, label: str) -> dict[str, float]:
 
 
 def _moment(artifact: Path) -> int:
-    """When it was published, ms since the epoch; 0 if its manifest is lost."""
+    """Time of publication, ms since the epoch; 0 if the manifest is lost."""
     with suppress(KdrlError, ValueError):
         return int(datetime.fromisoformat(manifest_of(artifact).created_at).timestamp() * 1000)
     return 0

@@ -1,5 +1,6 @@
 """What the pages ask for, as JSON below /api. Each function runs in a worker thread, with its own cursor."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
@@ -19,45 +20,15 @@ _MAX_OFFSET = 2**31 - 1
 _SMALL = (str, int, float, bool, type(None))
 
 
-def _where(
-    run: str | None = None,
-    stage: str | None = None,
-    step_min: int | None = None,
-    step_max: int | None = None,
-    prompt_id: str | None = None,
-    sample: int | None = None,
-    verdict: Annotated[list[str] | None, Query()] = None,
-    finish_reason: str | None = None,
-    reward_min: float | None = None,
-    reward_max: float | None = None,
-    length_min: float | None = None,
-    length_max: float | None = None,
-    kl_min: float | None = None,
-    kl_max: float | None = None,
-    text: str | None = None,
-) -> RolloutFilter:
-    """The filter that a URL's query names; `verdict` may be repeated."""
-    return RolloutFilter(
-        run=run,
-        stage=stage,
-        step_min=step_min,
-        step_max=step_max,
-        prompt_id=prompt_id,
-        sample=sample,
-        verdicts=tuple(verdict) if verdict else None,
-        finish_reason=finish_reason,
-        reward_min=reward_min,
-        reward_max=reward_max,
-        length_min=length_min,
-        length_max=length_max,
-        kl_min=kl_min,
-        kl_max=kl_max,
-        text=text or None,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _QueryFilter(RolloutFilter):
+    """The filter that a URL's query gives, field by field; `verdict` may be repeated."""
+
+    verdicts: Annotated[tuple[str, ...] | None, Query(alias="verdict")] = None
 
 
 def api_of(store: RolloutStore, *, look_every_s: float = EVERY_S) -> APIRouter:
-    """The routes over `store`, which looks for new steps so often at most."""
+    """The routes over `store`. They look for new steps every `look_every_s` seconds at most."""
     api, live = APIRouter(prefix="/api"), Live(store, every_s=look_every_s)
 
     @api.get("/runs")
@@ -80,7 +51,7 @@ def api_of(store: RolloutStore, *, look_every_s: float = EVERY_S) -> APIRouter:
 
     @api.get("/rollouts")
     def rollouts(
-        where: Annotated[RolloutFilter, Depends(_where)],
+        where: Annotated[_QueryFilter, Depends()],
         sort: str = "step",
         descending: bool = False,
         limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 100,
@@ -106,7 +77,7 @@ def api_of(store: RolloutStore, *, look_every_s: float = EVERY_S) -> APIRouter:
 
 
 def _without_tokens(record: dict[str, Any]) -> dict[str, Any]:
-    """A response without what it has per token, its text cut where it is very long."""
+    """A response without its per-token values; a very long text is cut."""
     kept = {name: plain(value) for name, value in record.items() if isinstance(value, _SMALL)}
     text = kept.get("response") or ""
     return kept | {"response": text[:GROUP_CHARACTERS], "is_cut": len(text) > GROUP_CHARACTERS}

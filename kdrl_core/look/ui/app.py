@@ -19,8 +19,8 @@ _STATIC = str(resources.files("kdrl_core.look.ui") / "static")
 
 
 def create_app(store: RolloutStore, *, look_every_s: float = EVERY_S) -> FastAPI:
-    """The app over the runs of `store`, which its caller closes. It only reads. New steps of runs that go on are looked
-    for when a page asks, but only so often."""
+    """The app over the runs of `store`, which its caller closes. It only reads. When a page asks, it looks for new
+    steps, but not more often than every `look_every_s` seconds."""
     app = FastAPI(title="kdrl ui", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard)
     app.add_exception_handler(KdrlError, _known)

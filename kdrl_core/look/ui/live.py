@@ -1,4 +1,4 @@
-"""Runs that are still going on: when the app looks for new steps."""
+"""Runs that still go on: when the app looks for new steps."""
 
 import threading
 import time
@@ -14,10 +14,10 @@ _SHARE = 0.1
 
 
 class Live:
-    """Follows a store; `revision` counts how often there was something new.
+    """Follows a store; `revision` counts how often something was new.
 
-    A look at thousands of steps takes a second, so it goes on beside the pages, which wait for it only a moment; and it
-    takes a tenth of the time at most, however many pages ask. With `every_s=0` each call looks.
+    A look at thousands of steps takes a second. So it runs in a thread, for which pages wait only a moment, and takes a
+    tenth of the time at most, however many pages ask. With `every_s=0` each call looks.
     """
 
     def __init__(self, store: RolloutStore, *, every_s: float = EVERY_S) -> None:
@@ -28,7 +28,7 @@ class Live:
         self._lock = threading.Lock()
 
     def look(self) -> int:
-        """Look for new steps if it is time to; the revision, which a slow look raises only by the next call.
+        """Look for new steps if it is time to. Returns the revision; a slow look raises it only by the next call.
 
         Raises:
             KdrlError: the runs could not be read any more.

@@ -1,6 +1,6 @@
 """Values as JSON that a browser reads without loss.
 
-JSON has no infinities or NaN, and JavaScript rounds integers beyond 2⁵³ (seeds are uint64): these travel as text.
+JSON has no infinities or NaN, and JavaScript rounds integers beyond 2⁵³ (seeds are uint64). These are sent as text.
 """
 
 import math
@@ -12,7 +12,7 @@ _EXACT = 2**53
 
 
 def plain(value: Any) -> Any:
-    """`value` with nothing but dicts, lists, text, finite floats, exact integers, booleans and None."""
+    """`value` as dicts, lists, text, finite floats, exact integers, booleans and None."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, int):
@@ -31,6 +31,6 @@ def plain(value: Any) -> Any:
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as one list a column; a row without a column has None there. A third of the size of rows as JSON."""
+    """Rows as one list per column, with None where a row lacks it. As JSON a third of the size of rows."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [plain(row.get(name)) for row in rows] for name in names}

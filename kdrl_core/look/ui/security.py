@@ -1,9 +1,9 @@
-"""What every answer passes: who may ask, and what a page may do.
+"""Checks on every request and headers on every answer: who may ask, and what a page may do.
 
-The app listens on loopback, but a web page elsewhere can have its name resolve to 127.0.0.1 (DNS rebinding) and then
-read what the app says: so the Host header has to name loopback. No other origin is allowed anything (no CORS), and
-requests that a browser marks as coming from another site are refused before they cost a query. Responses of models are
-hostile text: the policy forbids inline scripts and styles, every other origin, and turning text into HTML at all.
+The app listens on loopback. But a foreign web page can have its name resolve to 127.0.0.1 (DNS rebinding) and then read
+the answers, so the Host header must name loopback. No other origin is allowed (no CORS), and requests that a browser
+marks as coming from another site are refused before any query. Responses of models are hostile text: the policy forbids
+inline scripts and styles, other origins, and turning text into HTML.
 """
 
 from starlette.datastructures import Headers, MutableHeaders

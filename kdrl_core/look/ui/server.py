@@ -10,17 +10,17 @@ from kdrl_core.errors import RunError
 
 HOST = "127.0.0.1"
 USUAL_PORT = 8741
-"""Where the app listens if nobody says otherwise and nobody else does: an address that is shared stays good."""
+"""Default port, if it is free: so an address that somebody has noted stays valid."""
 
 _LAST_ANSWERS_S = 1
-"""Seconds that answers under way are given at the end."""
+"""Seconds that unfinished answers get at the end."""
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A listening socket on loopback; port 0: the usual one if it is free, else any that is.
+    """A listening socket on loopback. Port 0: the default port if it is free, else any free one.
 
     Raises:
-        RunError: somebody listens on that port, or nobody may.
+        RunError: the port is taken or not allowed.
     """
     for each in (port,) if port else (USUAL_PORT, 0):
         try:
@@ -31,7 +31,7 @@ def listen(port: int = 0) -> socket.socket:
 
 
 def url_of(listening: socket.socket) -> str:
-    """Where a browser finds the app."""
+    """The app's address for a browser."""
     return f"http://{HOST}:{listening.getsockname()[1]}/"
 
 

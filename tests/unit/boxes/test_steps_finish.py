@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.evaluate import evaluate_model, model_of
-from kdrl_core.boxes.finish import export_student
+from kdrl_core.boxes.finish import student
+from kdrl_core.boxes.make import make
 from kdrl_core.errors import DamagedArtifactError, ModelError, RunError
 from kdrl_core.ledger import Run, RunPaths, is_published
 from kdrl_core.ledger.labels import final_labels
-from kdrl_core.look.reporting.report import write_report
+from kdrl_core.look.reporting.run_report import report
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_unfinished_run_is_not_finished(tmp_path: Path) -> None:
     train(run, until=("stage1", 1))
     assert not is_finished(run)
     with pytest.raises(RunError, match="not published"):
-        export_student(run)
+        make(run, student)
 
 
 def test_finishing_again_changes_nothing(copied: Run) -> None:
@@ -80,7 +81,7 @@ def test_report_of_an_altered_evaluation_is_refused(copied: Run) -> None:
     """Evaluating comes before reporting, and makes it again: no report is written from it in between."""
     (copied.paths.evaluation("stage2") / "results.json").write_text("{}")
     with pytest.raises(DamagedArtifactError, match=r"results\.json is damaged"):
-        write_report(copied)
+        make(copied, report)
 
 
 def test_lost_evaluation_is_made_again(copied: Run, finished: Run) -> None:
@@ -122,5 +123,5 @@ def test_report_needs_the_evaluations(copied: Run) -> None:
     shutil.rmtree(copied.paths.evaluation("stage1"))
     shutil.rmtree(copied.paths.report)
     with pytest.raises(RunError, match="stage1 is not published"):
-        write_report(copied)
+        make(copied, report)
     assert not copied.paths.report.exists()

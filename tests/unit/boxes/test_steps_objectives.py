@@ -10,8 +10,9 @@ import pytest
 from crash.tiny_run import open_tiny, train
 
 from kdrl_core.boxes.filter import filter_run
+from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
-from kdrl_core.boxes.verify import verify_step
+from kdrl_core.boxes.step import verify
 from kdrl_core.errors import DataError, VerificationError
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.tables.metrics import load_metrics
@@ -186,7 +187,7 @@ def test_share_of_failed_verdicts(
         train(run)
     assert not run.paths.rewards("stage2", 0).exists()
     monkeypatch.undo()
-    assert not verify_step(session, 0).reused  # a later try starts from the published responses
+    assert not make(session, verify, 0).reused  # a later try starts from the published responses
 
 
 def test_pool_smaller_than_a_step(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from crash.tiny_run import differing, finish, open_tiny, results, train, train_step
 
-from kdrl_core.boxes import filter as filter_module
-from kdrl_core.boxes import rollout, score, step_end, update, verify
+from kdrl_core.boxes import make as make_module
+from kdrl_core.boxes import step_end, update
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.checkpoints import checkpoint_steps, latest_checkpoint, remaining_steps
 from kdrl_core.boxes.completion import is_finished
-from kdrl_core.boxes.rollout import rollout_step
+from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
+from kdrl_core.boxes.step import rollout, score_step, verify
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, manifest_of, publish_file
 from kdrl_core.ledger.manifest import manifest_path
@@ -72,9 +73,9 @@ def test_replayed_step_says_so_and_rewrites_nothing(tmp_path: Path) -> None:
     run = open_tiny(tmp_path, "r", SPARSE)
     session = stage_session(run.paths.root, "stage2")
     for step in range(2):
-        assert rollout.rollout_step(session, step).reused
-        assert verify.verify_step(session, step).reused
-        assert all(artifact.reused for artifact in score.score_step(session, step))
+        assert make(session, rollout, step).reused
+        assert make(session, verify, step).reused
+        assert all(artifact.reused for artifact in score_step(session, step))
         summary = update.update_step(session, step)
         assert summary.replayed
         assert summary.checkpoint is None
@@ -124,7 +125,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, lis
         return wrapper
 
     with monkeypatch.context() as patched:
-        for module in (filter_module, rollout, score, verify, step_end):
+        for module in (make_module, step_end):
             for name in ("publish_file", "publish_directory", "append_metrics", "prune_checkpoints"):
                 if hasattr(module, name):
                     patched.setattr(module, name, noting(getattr(module, name), name))
@@ -233,9 +234,9 @@ def test_unscored_step_is_not_trained_on(tmp_path: Path) -> None:
     run = open_tiny(tmp_path, "r", ["stage1=null"])
     train(run, until=("stage2", 0))
     session = stage_session(run.paths.root, "stage2")
-    rollout_step(session, 0)
-    verify.verify_step(session, 0)
-    score.score_step(session, 0)
+    make(session, rollout, 0)
+    make(session, verify, 0)
+    score_step(session, 0)
     (run.paths.step("stage2", 0) / "_teacher.manifest.json").unlink()
     with pytest.raises(RunError, match=r"teacher\.parquet is not published"):
         update.update_step(session, 0)
@@ -247,7 +248,7 @@ def test_sessions_close_without_a_trace(tmp_path: Path) -> None:
     session = stage_session(run.paths.root, "stage2")
     for step in range(2):
         train_step(run, "stage2", step)
-    session.engine_at(2, [])
+    session.sampler_at(2, [])
     assert list(run.paths.scratch.glob("policy-*"))
     close_sessions()
     assert not run.paths.scratch.exists()

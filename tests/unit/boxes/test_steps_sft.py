@@ -14,16 +14,18 @@ from crash.tiny_run import TINY, differing, results, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_core.boxes import sample, step_end, verify
+from kdrl_core.boxes import make as make_module
+from kdrl_core.boxes import step_end
 from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.filter import filter_run
+from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
-from kdrl_core.boxes.sft import batch_of_step, sft_step
+from kdrl_core.boxes.sft import batch_of_step, select, sft_step, teacher_sample, verify_samples
 from kdrl_core.boxes.shards import num_shards, open_shards
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import Run, create_run, derive_seed, manifest_of, run_lock, sweep_temporaries
-from kdrl_core.look.reporting.summary import summarize
+from kdrl_core.look.reporting.run_summary import summarize
 from kdrl_core.look.reporting.tables import sft_table
 from kdrl_core.tables.metrics import load_metrics
 
@@ -52,9 +54,9 @@ def train_sft(run: Run, *, until: int | None = None) -> None:
         steps = open_stage(run, "stage2")
         session = stage_session(run.paths.root, "stage2")
         for shard in open_shards(run, "stage2"):
-            sample.sample_shard(session, shard)
-            sample.verify_shard(session, shard)
-        sample.select_samples(session)
+            make(session, teacher_sample, shard)
+            make(session, verify_samples, shard)
+        make(session, select)
         for step in steps:
             if step == until:
                 break
@@ -144,12 +146,12 @@ def test_crash_after_each_publication(whole: Run, tmp_path: Path, monkeypatch: p
         return wrapper
 
     with monkeypatch.context() as patched:
-        for module in (sample, verify, step_end):
+        for module in (make_module, step_end):
             for name in ("publish_file", "publish_directory", "append_metrics"):
                 if hasattr(module, name):
                     patched.setattr(module, name, noting(getattr(module, name)))
         train_sft(run)
-    assert len(taken) == 3 * 2 + 1 + 4 * 2 + 2
+    assert len(taken) == 2 + 3 * 2 + 1 + 4 * 2 + 2
     assert differing(run, whole) == []
     for artifacts in taken:
         again = open_sft(artifacts)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from crash.tiny_run import open_tiny, rows
 
-from kdrl_core.boxes import evaluate
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
-from kdrl_core.boxes.rollout import rollout_step
+from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import stage_session
-from kdrl_core.boxes.verify import verify_step
+from kdrl_core.boxes.step import rollout, verify
+from kdrl_core.evaluation import answering as answering_module
 from kdrl_core.verify import Verifier
 
 OPENING = "'<|user|>{{ messages[0].content }}<|assistant|><think>'"
@@ -39,7 +39,7 @@ def judged(response: str, truth: str, *, is_opened: bool) -> tuple[float, float]
 def test_steps_see_the_thought_alike(
     tmp_path: Path, is_opened: bool, require_format: bool, kept_verifier: Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "Verifier", lambda **_: kept_verifier)
+    monkeypatch.setattr(answering_module, "Verifier", lambda **_: kept_verifier)
     overrides = [f"student.chat_template={OPENING}"] if is_opened else []
     overrides += [f"reward.require_format={str(require_format).lower()}", "stage1.group_size=8"]
     run = open_tiny(tmp_path, "think", [*overrides, "stage1.max_response_tokens=24"])
@@ -48,15 +48,15 @@ def test_steps_see_the_thought_alike(
     assert next(iter(session.pool.values()))["prompt"].endswith("<think>") is is_opened
     begun: list[tuple[str, str]] = []
     monkeypatch.setattr(kept_verifier, "verify_ahead", lambda items, **_: begun.extend(items))
-    rollout_step(session, 0)
+    make(session, rollout, 0)
     answered = [(r["response"], r["ground_truth"]) for r in rows(run.paths.rollouts("stage1", 0))]
     assert sorted(begun) == sorted(answered)  # each is handed to the verifier once, while others are being generated
-    verify_step(session, 0)
+    make(session, verify, 0)
     seen = set()
-    for rollout, verdict in zip(
+    for sampled, verdict in zip(
         rows(run.paths.rollouts("stage1", 0)), rows(run.paths.rewards("stage1", 0)), strict=True
     ):
-        response, truth = str(rollout["response"]), str(rollout["ground_truth"])
+        response, truth = str(sampled["response"]), str(sampled["ground_truth"])
         layout, accuracy = judged(response, truth, is_opened=is_opened)
         expected = layout * accuracy if require_format else accuracy
         assert (verdict["format_reward"], verdict["reward"]) == (layout, expected), response
@@ -78,7 +78,7 @@ def test_a_box_in_an_unfinished_thought_is_no_answer_in_evaluation_and_training(
     tmp_path: Path, is_opened: bool, kept_verifier: Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After `</think>` in the prompt the student gives its box at once; `prompt.think_opened` makes that a thought."""
-    monkeypatch.setattr(evaluate, "Verifier", lambda **_: kept_verifier)
+    monkeypatch.setattr(answering_module, "Verifier", lambda **_: kept_verifier)
     answering = "'<|user|>{{ messages[0].content }}<|assistant|><think></think>'"
     opened = f"prompt.think_opened={str(is_opened).lower()}"
     run = open_tiny(
@@ -88,8 +88,8 @@ def test_a_box_in_an_unfinished_thought_is_no_answer_in_evaluation_and_training(
     )
     filter_run(run)
     session = stage_session(run.paths.root, "stage1")
-    rollout_step(session, 0)
-    verify_step(session, 0)
+    make(session, rollout, 0)
+    make(session, verify, 0)
     evaluate_model(run, "base")
     trained = rows(run.paths.rewards("stage1", 0))
     evaluated = rows(run.paths.evaluation("base") / "responses.parquet")

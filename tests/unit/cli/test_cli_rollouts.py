@@ -273,7 +273,7 @@ def test_sparklines() -> None:
 def test_a_pager_gets_what_is_longer_than_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from flows import rollouts_shown
+    from flows.cli import rollouts_shown
     from flows.cli.shared import PlainConsole
 
     got = tmp_path / "got"

@@ -1,6 +1,7 @@
 """What the program prints without a run: recipes, status, help."""
 
 import json
+import logging
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -88,3 +89,18 @@ def test_help_names_every_command_and_where_to_start(cli: Cli) -> None:
 def test_no_command_shows_the_help(cli: Cli) -> None:
     done = cli()
     assert "Usage: kdrl" in done.stdout + done.stderr
+
+
+def test_warnings_are_printed_where_prefects_log_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli.local_prefect import _warnings
+
+    prefect = logging.getLogger("prefect.flow_runs")
+    warning = logging.makeLogRecord({"msg": "odd", "levelno": logging.WARNING, "levelname": "WARNING"})
+    before = prefect.level
+    try:
+        for level, printed in ((logging.CRITICAL, "warning: odd\n"), (logging.INFO, "")):
+            prefect.setLevel(level)
+            _warnings.handle(warning)
+            assert capsys.readouterr().err == printed
+    finally:
+        prefect.setLevel(before)

@@ -26,7 +26,7 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
     "boolean for a count": (["stage1.steps=true"], ["'stage1.steps'", "integer"]),
     "number for text": (["student.path=3"], ["'student.path'", "string", "3"]),
     "text for a boolean": (["reward.require_format='yes'"], ["'reward.require_format'", "boolean", "'yes'"]),
-    "value for a section": (["stage2.beta=0.002"], ["'stage2.beta'", "0.002"]),
+    "value for a section": (["stage2.beta=0.002"], ["'stage2.beta'", "stage2.beta.init=0.002"]),
     "zero steps": (["stage1.steps=0"], ["'stage1.steps'", "greater than or equal to 1", "0"]),
     "negative seed": (["seed=-1"], ["'seed'", "greater than or equal to 0"]),
     "group of one": (["stage1.group_size=1"], ["'stage1.group_size'", "greater than or equal to 2"]),

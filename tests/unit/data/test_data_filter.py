@@ -62,7 +62,7 @@ def test_golden_counts_of_the_papers_rules(make_recipe: MakeRecipe, words: Any) 
     ]
     recipe = make_recipe(max_prompt_tokens=20, missing_labels="drop", **PAPER_RULES)
 
-    pool, report = filter_problems(table(rows), recipe, tokenizer=words, malformed=4)
+    pool, report = filter_problems(table(rows).replace_schema_metadata({MALFORMED_KEY: b"4"}), recipe, tokenizer=words)
 
     assert report.rows_in == len(rows) + 4 == 36
     assert [(rule.rule, rule.dropped) for rule in report.rules] == [

@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from chat_server import ChatServer, chat_server
 from crash.tiny_run import open_tiny
 
-from kdrl_core.boxes import evaluate as steps_evaluate
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.config import Recipe, load_recipe, resolve_path
 from kdrl_core.errors import (
@@ -24,13 +22,15 @@ from kdrl_core.errors import (
     RunLockedError,
     VerificationError,
 )
+from kdrl_core.evaluation import answering, evaluation_plan
 from kdrl_core.evaluation import evaluate as module
-from kdrl_core.evaluation import plan as plan_module
 from kdrl_core.evaluation.endpoint import with_thought_tags
 from kdrl_core.evaluation.evaluate import EvaluatedBenchmark, combined_lm_eval, evaluate_plan
-from kdrl_core.evaluation.plan import plain_name, plan_evaluation
+from kdrl_core.evaluation.evaluation_plan import EvaluationOptions, plain_name, plan_evaluation
 from kdrl_core.ledger import model_identity, publish_directory, run_lock
-from kdrl_core.sampling.verified import generate_and_verify
+from kdrl_core.sampling import job as job_module
+from kdrl_core.sampling.job import Sampler
+from kdrl_core.sampling.journal import Journal
 from kdrl_core.tables.schemas import read_table
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import version
@@ -59,7 +59,11 @@ def fresh(server: ChatServer) -> ChatServer:
 
 
 def evaluated(recipe: Recipe, root: Path, model: str = STUDENT, **options: Any) -> list[EvaluatedBenchmark]:
-    return evaluate_plan(plan_evaluation(recipe, model, **{**SMALL, **options}), root)
+    return evaluate_plan(plan_evaluation(recipe, model, asking(**options)), root)
+
+
+def asking(**options: Any) -> EvaluationOptions:
+    return EvaluationOptions(**{**SMALL, **options})
 
 
 def texts(found: EvaluatedBenchmark) -> list[str]:
@@ -78,7 +82,7 @@ def test_a_second_evaluation_loads_nothing(recipe: Recipe, tmp_path: Path, monke
         ("hard", True, 6),
     ]
     for name in ("rollout_engine", "load_tokenizer", "Verifier"):
-        monkeypatch.setattr(module, name, refuse_to_load)
+        monkeypatch.setattr(answering, name, refuse_to_load)
     second = evaluated(recipe, tmp_path)
     assert [each.is_new for each in second] == [False, False]
     assert [each.result for each in second] == [each.result for each in first]
@@ -116,18 +120,18 @@ def test_other_settings_have_a_folder_of_their_own(
 ) -> None:
     changed = load_recipe("miniature", ["evaluation.temperature=0.7", *overrides])
     plans = [
-        plan_evaluation(recipe, STUDENT, **{**SMALL, "benchmarks": ["test"]}),
-        plan_evaluation(changed, STUDENT, **{**SMALL, "benchmarks": ["test"], **options}),
+        plan_evaluation(recipe, STUDENT, asking(benchmarks=["test"])),
+        plan_evaluation(changed, STUDENT, asking(**{"benchmarks": ["test"], **options})),
     ]
-    one, other = (plan_module.settings_of(plan, plan.benchmarks[0]) for plan in plans)
+    one, other = (evaluation_plan.settings_of(plan, plan.benchmarks[0]) for plan in plans)
     assert one != other
 
 
 def test_verdicts_of_another_verifier_are_others(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_evaluation(recipe, STUDENT, **{**SMALL, "benchmarks": ["test"]})
-    before = plan_module.settings_of(plan, plan.benchmarks[0])
+    plan = plan_evaluation(recipe, STUDENT, asking(benchmarks=["test"]))
+    before = evaluation_plan.settings_of(plan, plan.benchmarks[0])
     monkeypatch.setattr(version, "RULES", version.RULES + 1)
-    assert plan_module.settings_of(plan, plan.benchmarks[0]) != before
+    assert evaluation_plan.settings_of(plan, plan.benchmarks[0]) != before
 
 
 def test_a_model_that_kdrl_published_is_another_once_it_is_altered(tmp_path: Path) -> None:
@@ -143,24 +147,26 @@ def test_a_model_that_kdrl_published_is_another_once_it_is_altered(tmp_path: Pat
 
 def test_code_beside_a_model_is_trusted_for_that_model_alone() -> None:
     trusting = load_recipe("miniature", ["student.trust_remote_code=true"])
-    assert plan_evaluation(trusting, STUDENT, **SMALL).model.trust_remote_code
-    assert not plan_evaluation(trusting, "builtin:miniature/teacher", **SMALL).model.trust_remote_code
+    assert plan_evaluation(trusting, STUDENT, asking()).model.trust_remote_code
+    assert not plan_evaluation(trusting, "builtin:miniature/teacher", asking()).model.trust_remote_code
 
 
 @pytest.mark.parametrize("option", ["samples", "max_problems", "concurrency"])
 def test_no_samples_are_refused(option: str, recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match=f"{option}: 0 is none; give 1 or more"):
-        plan_evaluation(recipe, STUDENT, **{**SMALL, option: 0})
+        plan_evaluation(recipe, STUDENT, asking(**{option: 0}))
 
 
 def test_a_run_s_own_evaluation_is_not_published_by_a_broken_verifier(
     artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*arguments: Any, **options: Any) -> Any:
-        rollouts, verdicts = generate_and_verify(*arguments, **options)
-        return rollouts, [replace(verdict, kind=VerdictKind.ERROR, accuracy_reward=0.0) for verdict in verdicts]
+    sample = Sampler.sample
 
-    monkeypatch.setattr(steps_evaluate, "generate_and_verify", broken)
+    def broken(*arguments: Any) -> Any:
+        responses, verdicts = sample(*arguments)
+        return responses, [replace(verdict, kind=VerdictKind.ERROR, accuracy_reward=0.0) for verdict in verdicts]
+
+    monkeypatch.setattr(Sampler, "sample", broken)
     run = open_tiny(artifacts, "run")
     with pytest.raises(VerificationError, match="evaluation of base, test"):
         evaluate_model(run, "base")
@@ -177,7 +183,7 @@ def test_it_is_what_a_run_finds(artifacts: Path) -> None:
 @pytest.fixture
 def in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two problems a shard."""
-    monkeypatch.setattr(plan_module, "SHARD_RESPONSES", 4)
+    monkeypatch.setattr(evaluation_plan, "SHARD_RESPONSES", 4)
 
 
 @pytest.mark.usefixtures("in_shards")
@@ -186,21 +192,21 @@ def test_a_stopped_evaluation_goes_on_behind_its_last_shard(
 ) -> None:
     (whole,) = evaluated(recipe, tmp_path / "whole", benchmarks=["test"])
     asked: list[list[str]] = []
-    sample = module._Local.sample
+    sample = Sampler.sample
 
-    def stopping(self: Any, benchmark: Any, problem_ids: Sequence[str], *arguments: Any) -> Any:
-        asked.append(list(problem_ids))
+    def stopping(self: Sampler, journal: Journal, *arguments: Any) -> Any:
+        asked.append(list(dict.fromkeys(request.prompt_id for request in journal.missing)))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return sample(self, benchmark, problem_ids, *arguments)
+        return sample(self, journal, *arguments)
 
-    monkeypatch.setattr(module._Local, "sample", stopping)
+    monkeypatch.setattr(Sampler, "sample", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluated(recipe, tmp_path, benchmarks=["test"])
     (work,) = tmp_path.glob("evaluations/*/*.work")
     assert sorted(file.name for file in work.glob("shard-*.parquet")) == ["shard-00000.parquet", "shard-00001.parquet"]
     heard: list[tuple[str, int, int]] = []
-    plan = plan_evaluation(recipe, STUDENT, **{**SMALL, "benchmarks": ["test"]})
+    plan = plan_evaluation(recipe, STUDENT, asking(benchmarks=["test"]))
     (found,) = evaluate_plan(plan, tmp_path, on_progress=lambda *at: heard.append(at))
     assert asked == [["test-0", "test-1"], ["test-2", "test-3"], ["test-4", "test-5"], ["test-4", "test-5"]]
     assert (heard[0], heard[-1]) == (("test", 4, 12), ("test", 12, 12))
@@ -210,11 +216,11 @@ def test_a_stopped_evaluation_goes_on_behind_its_last_shard(
 
 @pytest.mark.usefixtures("in_shards")
 def test_a_damaged_shard_is_named(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module, "publish_outcome", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluated(recipe, tmp_path, benchmarks=["test"])
     monkeypatch.undo()
-    monkeypatch.setattr(plan_module, "SHARD_RESPONSES", 4)
+    monkeypatch.setattr(evaluation_plan, "SHARD_RESPONSES", 4)
     (shard,) = tmp_path.glob("evaluations/*/*.work/shard-00001.parquet")
     shard.write_bytes(shard.read_bytes()[:-8] + b"12345678")
     with pytest.raises(DamagedArtifactError, match=r"shard-00001\.parquet"):
@@ -228,7 +234,7 @@ def test_two_at_once_do_not_sample_the_same(recipe: Recipe, tmp_path: Path, monk
     (done,) = evaluated(recipe, tmp_path, benchmarks=["test"])
     shutil.rmtree(done.folder)
     with run_lock(done.folder.with_name(f"{done.folder.name}.work") / "evaluate.lock"):
-        monkeypatch.setattr(module, "run_lock", held)
+        monkeypatch.setattr(job_module, "run_lock", held)
         with pytest.raises(RunLockedError, match=r"\.work is in use by .*evaluates the same; wait for it"):
             evaluated(recipe, tmp_path, benchmarks=["test"])
 
@@ -326,7 +332,7 @@ def test_responses_that_came_before_a_fault_are_kept(greedy: Recipe, fresh: Chat
     kept.write_bytes(kept.read_bytes()[:-20])  # cut off by a kill
     asked = len(fresh.seen)
     heard: list[int] = []
-    plan = plan_evaluation(greedy, fresh.url, **options)
+    plan = plan_evaluation(greedy, fresh.url, asking(**options))
     (found,) = evaluate_plan(plan, tmp_path, on_progress=lambda _, done, __: heard.append(done))
     assert len(fresh.seen) - asked == 6 - (num_kept - 1)
     assert (heard[0], heard[-1]) == (num_kept - 1, 6)
@@ -461,7 +467,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "load_tokenizer", refuse_to_load)
+    monkeypatch.setattr(answering, "load_tokenizer", refuse_to_load)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         evaluated(recipe, tmp_path, model, **options)
@@ -478,7 +484,7 @@ def test_half_a_character_is_named(recipe: Recipe, tmp_path: Path) -> None:
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"id": "a", "problem": "1\\ud835+1", "answer": "2"}\n')
     with pytest.raises(DataError, match=r"mine.jsonl row 1, field 'problem': half of a surrogate pair"):
-        plan_evaluation(recipe, STUDENT, benchmarks=[f"mine={mine}"])
+        plan_evaluation(recipe, STUDENT, EvaluationOptions(benchmarks=[f"mine={mine}"]))
 
 
 def test_a_row_without_an_answer_is_named(recipe: Recipe, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from support import KeptVerifier
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.data import read_problems
 from kdrl_core.engines.protocols import OnFinished
-from kdrl_core.labelling import LabelPlan, LabelSummary, label_problems, run
+from kdrl_core.labelling import LabelPlan, LabelSummary, label, label_problems
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 from kdrl_core.verify import Verifier
 
@@ -68,7 +68,7 @@ def verifier() -> Iterator[Verifier]:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch, verifier: Verifier, tmp_path: Path) -> None:
-    monkeypatch.setattr(run, "Verifier", lambda **_: verifier)
+    monkeypatch.setattr(label, "Verifier", lambda **_: verifier)
     monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path / "artifacts"))
 
 

@@ -15,7 +15,7 @@ from kdrl_core.config import Recipe, load_recipe, resolve_path
 from kdrl_core.data import PROBLEM_SCHEMA
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.errors import KdrlError
-from kdrl_core.labelling import label_problems, pass_at_k, plan_labels, work_folder
+from kdrl_core.labelling import LabelOptions, label_problems, pass_at_k, plan_labels, work_folder
 from kdrl_core.ledger import create_run, derive_seed
 from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import RolloutRequest, Verdict, VerdictKind
@@ -23,7 +23,7 @@ from kdrl_core.verify import Verifier
 
 
 def test_labels_are_an_independent_count_of_the_same_samples(recipe: Recipe, tmp_path: Path) -> None:
-    plan = plan_labels(recipe, ["builtin:miniature/stage1.json"], max_problems=20)
+    plan = plan_labels(recipe, ["builtin:miniature/stage1.json"], LabelOptions(max_problems=20))
     heard: list[tuple[int, int]] = []
     summary = label_problems(
         plan, tmp_path / "out.parquet", shard_problems=7, on_progress=lambda *at: heard.append(at), keep_work=True
@@ -74,7 +74,7 @@ def test_labels_are_an_independent_count_of_the_same_samples(recipe: Recipe, tmp
 
 
 def test_labels_do_not_depend_on_the_shards(recipe: Recipe, tmp_path: Path) -> None:
-    plan = plan_labels(recipe, ["builtin:miniature/stage1.json"], max_problems=6)
+    plan = plan_labels(recipe, ["builtin:miniature/stage1.json"], LabelOptions(max_problems=6))
     for size in (2, 6):
         label_problems(plan, tmp_path / f"{size}.parquet", shard_problems=size)
     assert problems_of(tmp_path / "2.parquet") == problems_of(tmp_path / "6.parquet")
@@ -98,10 +98,14 @@ def test_only_missing_labels_are_measured_and_merged(recipe: Recipe, tmp_path: P
     assert summary.histogram == (0, 1, 0, 1, 1)
 
     scripted(
-        plan_labels(recipe, [source], only_missing=False, label="mine"), tmp_path / "all.parquet", Scripted(answers)
+        plan_labels(recipe, [source], LabelOptions(only_missing=False, label="mine")),
+        tmp_path / "all.parquet",
+        Scripted(answers),
     )
     assert problems_of(tmp_path / "all.parquet")["p0"] == {LABEL: 4, "other": 1, "mine": 0}
-    scripted(plan_labels(recipe, [source], only_missing=False), tmp_path / "anew.parquet", Scripted(answers))
+    scripted(
+        plan_labels(recipe, [source], LabelOptions(only_missing=False)), tmp_path / "anew.parquet", Scripted(answers)
+    )
     assert problems_of(tmp_path / "anew.parquet")["p0"] == {LABEL: 0, "other": 1}
 
     table = pq.read_table(tmp_path / "anew.parquet")
@@ -120,7 +124,7 @@ def test_how_labels_were_measured_is_kept_by_the_next_labelling(recipe: Recipe, 
     answers = {f"p{i}": "8888" for i in range(3)}
     for seed, name in enumerate(["first", "second"]):
         source = write(tmp_path / f"{name}.jsonl", [{**ROWS[seed], "id": f"p{seed}"}])
-        plan = plan_labels(load_recipe("miniature", [SAMPLES, f"seed={seed}"]), [source], label="A")
+        plan = plan_labels(load_recipe("miniature", [SAMPLES, f"seed={seed}"]), [source], LabelOptions(label="A"))
         scripted(plan, tmp_path / f"{name}.parquet", Scripted(answers))
     table = pq.read_table(tmp_path / "second.parquet")
     pq.write_table(
@@ -129,17 +133,25 @@ def test_how_labels_were_measured_is_kept_by_the_next_labelling(recipe: Recipe, 
     files = [str(tmp_path / "[fs]*.parquet"), write(tmp_path / "third.jsonl", [{**ROWS[2], "id": "p2"}])]
 
     both = tmp_path / "both.parquet"
-    scripted(plan_labels(recipe, files, label="B"), both, Scripted(answers))
+    scripted(plan_labels(recipe, files, LabelOptions(label="B")), both, Scripted(answers))
     assert (origin(both, "A")["seed"], origin(both, "B")["label"]) == (1, "B")
     assert b"other" not in pq.read_schema(both).metadata
     files.reverse()
-    scripted(plan_labels(recipe, [*files, str(tmp_path / "first.parquet")], label="B"), both, Scripted(answers))
+    scripted(
+        plan_labels(recipe, [*files, str(tmp_path / "first.parquet")], LabelOptions(label="B")), both, Scripted(answers)
+    )
     assert origin(both, "A")["seed"] == 0
 
     again = tmp_path / "again.parquet"  # nothing is missing: the settings of this call measured nothing
-    scripted(plan_labels(load_recipe("miniature", [SAMPLES, "seed=9"]), [str(both)], label="B"), again, Scripted({}))
+    scripted(
+        plan_labels(load_recipe("miniature", [SAMPLES, "seed=9"]), [str(both)], LabelOptions(label="B")),
+        again,
+        Scripted({}),
+    )
     assert origin(again, "B")["seed"] == 0
-    anew = plan_labels(load_recipe("miniature", [SAMPLES, "seed=9"]), [str(both)], label="B", only_missing=False)
+    anew = plan_labels(
+        load_recipe("miniature", [SAMPLES, "seed=9"]), [str(both)], LabelOptions(label="B", only_missing=False)
+    )
     scripted(anew, again, Scripted(answers))
     assert (origin(again, "B")["seed"], origin(again, "A")["seed"]) == (9, 0)
 

@@ -8,7 +8,7 @@ from unit.labelling.conftest import LABEL, ROWS, SAMPLES, write
 
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.errors import DataError, KdrlError, ModelError, RecipeError
-from kdrl_core.labelling import plan_labels
+from kdrl_core.labelling import LabelOptions, plan_labels
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_bad_input_is_refused(
 ) -> None:
     source = write(tmp_path / "in.jsonl", options.pop("rows", ROWS))
     with pytest.raises(error, match=message):
-        plan_labels(recipe, options.pop("files", [source]), **options)
+        plan_labels(recipe, options.pop("files", [source]), LabelOptions(**options))
 
 
 def test_limits_beyond_the_context_are_refused(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_limits_beyond_the_context_are_refused(tmp_path: Path) -> None:
 
 def test_malformed_rows_can_be_dropped(recipe: Recipe, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [ROWS[0], {**ROWS[1], "answer": ""}])
-    assert len(plan_labels(recipe, [source], on_error="drop").problems) == 1
+    assert len(plan_labels(recipe, [source], LabelOptions(on_error="drop")).problems) == 1
 
 
 def test_the_recipes_own_student_is_named_as_such(tmp_path: Path) -> None:

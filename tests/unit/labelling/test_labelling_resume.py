@@ -10,7 +10,7 @@ from unit.labelling.conftest import ROWS, SAMPLES, Scripted, scripted, write
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.labelling import LabelPlan, plan_labels, work_folder
-from kdrl_core.labelling.work import open_work
+from kdrl_core.labelling.label import open_work
 from kdrl_core.types import Rollout, RolloutRequest
 
 
@@ -50,6 +50,50 @@ def test_a_second_call_goes_on(begun: tuple[LabelPlan, Path, dict[str, str]], tm
     whole = tmp_path / "whole.parquet"
     scripted(plan, whole, Scripted(answers), shard_problems=1)
     assert output.read_bytes() == whole.read_bytes()
+
+
+def test_shards_of_other_settings_do_not_count(
+    begun: tuple[LabelPlan, Path, dict[str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A labelling was killed while it removed its work folder: the settings are gone, shards are left."""
+    _, output, _ = begun
+    (work_folder(output) / "label.json").unlink()
+    other = load_recipe("miniature", [SAMPLES, "seed=7", "student.path=builtin:miniature/teacher"])
+    plan = plan_labels(other, [str(tmp_path / "in.jsonl")])
+    engine = Scripted({"p0": "9999", "p1": "9999", "p2": "9999"})
+    summary = scripted(plan, output, engine, shard_problems=1, keep_work=True)
+    assert [request.prompt_id for request in engine.seen] == ["p0"] * 4 + ["p1"] * 4 + ["p2"] * 4
+    assert (summary.num_sampled, summary.histogram) == (3, (0, 0, 0, 0, 3))
+    told = [message for message in caplog.messages if "was sampled with other settings" in message]
+    assert len(told) == 2
+    assert "shard-00000.parquet" in told[0]
+    again = Scripted({})
+    assert scripted(plan, output, again, shard_problems=1).histogram == (0, 0, 0, 0, 3)
+    assert again.seen == []
+
+
+def test_it_goes_on_behind_the_last_response(recipe: Recipe, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{**row, "id": f"p{i}"} for i, row in enumerate(ROWS)])
+    plan, answers = plan_labels(recipe, [source]), {"p0": "8888", "p1": "8911", "p2": "2221"}
+    engine = Scripted(answers)
+    generate = engine.generate
+
+    def stop(requests: Sequence[RolloutRequest], **options: Any) -> list[Rollout]:
+        generate(requests[:7], **options)
+        raise KeyboardInterrupt
+
+    engine.generate = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        scripted(plan, tmp_path / "out.parquet", engine)
+    rest, heard = Scripted(answers), []
+    scripted(plan, tmp_path / "out.parquet", rest, keep_work=True, on_progress=lambda *at: heard.append(at))
+    assert [(request.prompt_id, request.sample) for request in rest.seen] == [("p1", 3), *(("p2", i) for i in range(4))]
+    assert (heard[0], heard[-1]) == ((7, 12), (12, 12))
+    assert not list(work_folder(tmp_path / "out.parquet").rglob("*.jsonl"))
+    scripted(plan, tmp_path / "whole.parquet", Scripted(answers), keep_work=True)
+    for name in ("out.parquet", "out.parquet.work/shards/shard-00000.parquet"):
+        whole = tmp_path / name.replace("out", "whole", 1)
+        assert (tmp_path / name).read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(

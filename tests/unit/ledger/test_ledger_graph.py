@@ -13,6 +13,7 @@ from crash.damage import manifest_for
 from crash.tiny_run import TINY, finish, train
 from hypothesis import given
 from hypothesis import strategies as st
+from kdrl_core.boxes.sample import sample_shard, select_samples, verify_shard
 from vllm_models import needs_vllm
 
 from kdrl_core.boxes.check import Remedy, check_run
@@ -20,7 +21,6 @@ from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
-from kdrl_core.boxes.sample import sample_shard, select_samples, verify_shard
 from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.sft import sft_step
 from kdrl_core.boxes.shards import open_shards

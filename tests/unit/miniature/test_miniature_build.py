@@ -10,7 +10,7 @@ from kdrl_core.config import BenchmarkConfig, ModelConfig, resolve_path
 from kdrl_core.data.benchmarks import load_benchmark
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.ledger import derive_seed
-from kdrl_core.miniature.build import BROAD_TEACHER, STUDENT, TEACHER, WEAK_TEACHER, build
+from kdrl_core.miniature.build import MODELS, build
 from kdrl_core.miniature.models import MiniatureModel
 from kdrl_core.models.loading import check_model_dir, compare_tokenizers, load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import FinishReason, RolloutRequest
@@ -32,14 +32,8 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def barely_trained(sft_steps: int) -> dict[str, MiniatureModel]:
-    models = {
-        "student": STUDENT,
-        "teacher": TEACHER,
-        "weak_teacher": WEAK_TEACHER,
-        "broad_teacher": BROAD_TEACHER,
-    }
-    return {name: replace(spec, sft_steps=sft_steps) for name, spec in models.items()}
+def barely_trained(sft_steps: int) -> dict[str, tuple[MiniatureModel, int]]:
+    return {name: (replace(spec, sft_steps=sft_steps), seed) for name, (spec, seed) in MODELS.items()}
 
 
 def sampled_accuracy(assets: Path, model: str, *, num_problems: int = 128) -> float:
@@ -76,7 +70,7 @@ def sampled_accuracy(assets: Path, model: str, *, num_problems: int = 128) -> fl
 @pytest.mark.slow  # two minutes; others hold the shipped models
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     for name in ("first", "second"):
-        build(tmp_path / name, **barely_trained(4), scale=0.02)
+        build(tmp_path / name, models=barely_trained(4), scale=0.02)
     found = digests(tmp_path / "first")
     assert set(found) >= FILES
     assert found == digests(tmp_path / "second")
@@ -84,7 +78,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_built_models_fit_each_other(tmp_path: Path) -> None:
-    build(tmp_path, **barely_trained(1), scale=0.01)
+    build(tmp_path, models=barely_trained(1), scale=0.01)
     for name in ("student", "teacher", "teacher-weak", "teacher-broad"):
         check_model_dir(ModelConfig(path=str(tmp_path / name)), role=name)
         assert load_tokenizer(tmp_path / name).chat_template

@@ -10,7 +10,7 @@ from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, publish_directory, replace_file
 from kdrl_core.ledger.labels import final_labels
 from kdrl_core.look.reporting.figures import dynamics_figure, ema
-from kdrl_core.look.reporting.summary import ModelRow, StageRow, Summary, summarize
+from kdrl_core.look.reporting.run_summary import ModelRow, RunSummary, StageRow, summarize
 from kdrl_core.look.reporting.tables import Table, accuracy_table, phase_table
 from kdrl_core.tables.schemas import write_table
 
@@ -34,7 +34,7 @@ def test_table_is_markdown() -> None:
     assert table.to_markdown() == "| model | a |\n| --- | ---: |\n| base | 1.0 |\n| teacher | – |"
 
 
-SUMMARY = Summary(
+SUMMARY = RunSummary(
     run="one",
     recipe="miniature",
     models=[

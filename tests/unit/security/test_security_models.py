@@ -14,7 +14,7 @@ from kdrl_core.data.prompts import render_prompts
 from kdrl_core.errors import ModelError
 from kdrl_core.models.loading import check_model_dir, load_model, load_weights_into
 from kdrl_core.models.tokenizer import read_tokenizer
-from kdrl_core.training.protocols import STATE_DIR
+from kdrl_core.training.protocols import STATE_DIR, OptimizerSettings
 from kdrl_core.training.torch_trainer import TorchTrainer
 
 Arm = Callable[[], None]
@@ -206,9 +206,15 @@ def test_a_checkpoint_is_json_and_safetensors_and_pickles_in_it_are_ignored(
     model: Path, bait: bytes, torch_bait: bytes, marker: Path, tmp_path: Path, no_pickles: Arm
 ) -> None:
     def trainer() -> TorchTrainer:
-        settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0, "max_grad_norm": 1.0}
-        tokenizer = read_tokenizer(model)
-        return TorchTrainer(load_model(model), tokenizer, temperature=1.0, micro_batch_tokens=64, **settings)
+        settings = OptimizerSettings(
+            temperature=1.0,
+            learning_rate=1e-3,
+            weight_decay=0.0,
+            warmup_steps=0,
+            max_grad_norm=1.0,
+            micro_batch_tokens=64,
+        )
+        return TorchTrainer(load_model(model), read_tokenizer(model), settings)
 
     no_pickles()
     checkpoint = tmp_path / "checkpoint"

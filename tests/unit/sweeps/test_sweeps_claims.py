@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from kdrl_core.errors import RecipeError
+from kdrl_core.look.sweeps.aggregate import build_table
 from kdrl_core.look.sweeps.cells import expand
-from kdrl_core.look.sweeps.claims import JudgedClaim, Verdict, judge
+from kdrl_core.look.sweeps.claims import ClaimVerdict, JudgedClaim, judge_claims
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults
 from kdrl_core.look.sweeps.spec import CLAIM_METRICS, Claim, load_sweep, validate_sweep
-from kdrl_core.look.sweeps.table import build_table
 from kdrl_core.objectives import LOSS_METRICS
 
 
@@ -42,7 +42,7 @@ def _claim(more: str, less: str, measure: str) -> Claim:
 
 
 def _one(results: SweepResults, *claim: str) -> JudgedClaim:
-    (found,) = judge([_claim(*claim)], results)
+    (found,) = judge_claims([_claim(*claim)], results)
     return found
 
 
@@ -51,8 +51,8 @@ def test_a_claim_is_the_difference_paired_by_seed_and_problem(results: SweepResu
     # Every problem of every seed: a − b = 0.5, so that every draw of the bootstrap gives 0.5.
     assert found.difference is not None
     assert (found.difference.low, found.difference.mean, found.difference.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert (found.verdict, found.num_seeds, found.what) == (Verdict.HOLDS, 2, "a > b, accuracy on test")
-    assert _one(results, "b", "a", "accuracy:test").verdict is Verdict.DOES_NOT
+    assert (found.verdict, found.num_seeds, found.what) == (ClaimVerdict.HOLDS, 2, "a > b, accuracy on test")
+    assert _one(results, "b", "a", "accuracy:test").verdict is ClaimVerdict.DOES_NOT
 
 
 def test_what_differs_in_sign_between_seeds_is_unclear(results: SweepResults) -> None:
@@ -60,13 +60,13 @@ def test_what_differs_in_sign_between_seeds_is_unclear(results: SweepResults) ->
     assert found.difference is not None
     assert (found.difference.mean, found.difference.low) == pytest.approx((0.0, -found.difference.high))
     assert found.difference.high == pytest.approx(12.7, rel=0.12)  # t of one degree of freedom × 1.41 / √2
-    assert found.verdict is Verdict.UNCLEAR
+    assert found.verdict is ClaimVerdict.UNCLEAR
 
 
 def test_one_number_of_one_seed_tells_nothing(results: SweepResults) -> None:
     found = _one(results, "c", "a", "length")  # c has the second seed alone: 20 − 34
     assert found.difference is not None
-    assert (found.difference.mean, found.num_seeds, found.verdict) == (-14.0, 1, Verdict.UNCLEAR)
+    assert (found.difference.mean, found.num_seeds, found.verdict) == (-14.0, 1, ClaimVerdict.UNCLEAR)
 
 
 def test_lengths_and_models_for_reference_can_be_compared(results: SweepResults) -> None:
@@ -84,7 +84,7 @@ def test_lengths_and_models_for_reference_can_be_compared(results: SweepResults)
 )
 def test_a_claim_without_common_seeds_is_missing(results: SweepResults, more: str, less: str, measure: str) -> None:
     found = _one(results, more, less, measure)
-    assert (found.verdict, found.difference, found.num_seeds) == (Verdict.MISSING, None, 0)
+    assert (found.verdict, found.difference, found.num_seeds) == (ClaimVerdict.MISSING, None, 0)
 
 
 def test_the_table_shows_claims_in_points_and_units(results: SweepResults) -> None:

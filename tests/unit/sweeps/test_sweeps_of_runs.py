@@ -12,8 +12,8 @@ from flows.cli import app
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, create_run
+from kdrl_core.look.sweeps.comparison import write_comparison
 from kdrl_core.look.sweeps.of_runs import read_runs
-from kdrl_core.look.sweeps.report import write_report
 from kdrl_core.look.sweeps.state import CellState
 
 
@@ -85,7 +85,7 @@ def test_the_report_s_files_say_the_same(runs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("runs")
 def test_one_run_is_a_report_too(tmp_path: Path) -> None:
-    table = write_report(read_runs(["plain-0"]), tmp_path, stem="report")
+    table = write_comparison(read_runs(["plain-0"]), tmp_path, stem="report")
     assert [row.label for row in table.rows] == ["plain-0"]
     assert "0 of 1 runs are finished" in (tmp_path / "report.html").read_text()
 
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("runs")
 @needs_chromium
 def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
-    write_report(read_runs(["kdrl", "alone", "kdrl-seed4"]), tmp_path, stem="report")
+    write_comparison(read_runs(["kdrl", "alone", "kdrl-seed4"]), tmp_path, stem="report")
     found, console = look(
         tmp_path / "report.html",
         """

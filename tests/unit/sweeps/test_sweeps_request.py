@@ -8,7 +8,7 @@ import pytest
 
 from kdrl_core.errors import ModelError, RecipeError, RunError
 from kdrl_core.ledger import RunPaths, create_run
-from kdrl_core.look.sweeps.report import read_sweep, write_sweep_report
+from kdrl_core.look.sweeps.comparison import read_sweep, write_sweep_report
 from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request, parse_vary
 from kdrl_core.look.sweeps.state import (
     CellState,

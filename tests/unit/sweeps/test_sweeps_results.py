@@ -6,9 +6,9 @@ import pytest
 
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run
+from kdrl_core.look.sweeps.aggregate import build_table
 from kdrl_core.look.sweeps.results import SweepResults, read_results_of
 from kdrl_core.look.sweeps.state import CellState, CellStatus
-from kdrl_core.look.sweeps.table import build_table
 
 
 @pytest.fixture

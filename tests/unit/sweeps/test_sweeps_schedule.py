@@ -1,6 +1,7 @@
 """Which cell starts next, and how much work a sweep is."""
 
-from kdrl_core.look.sweeps import Cell, expand, load_sweep, parts_of, validate_sweep
+from kdrl_core.boxes.sharing import parts_of
+from kdrl_core.look.sweeps import Cell, expand, load_sweep, validate_sweep
 from kdrl_core.look.sweeps.schedule import estimate, next_cell
 
 

@@ -9,9 +9,10 @@ from crash.tiny_run import differing, finish, open_tiny, train
 
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.completion import is_finished
+from kdrl_core.boxes.make import make
+from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.ledger import Run, adopted, manifest_of, publish
 from kdrl_core.ledger.manifest import file_manifest_path
-from kdrl_core.look.sweeps import adopt_parts
 
 GRPO = ["stage2.objective=grpo"]
 ALL_OF_STAGE1 = ["data", "stage1", "evaluation of stage1", "evaluation of base", "evaluation of teacher"]
@@ -138,9 +139,9 @@ def test_what_one_run_mends_does_not_touch_the_other(donor: Run) -> None:
     before = run.paths.rewards("stage1", 0).read_bytes()
     path.unlink()
     from kdrl_core.boxes.session import close_sessions, stage_session
-    from kdrl_core.boxes.verify import verify_step
+    from kdrl_core.boxes.step import verify
 
-    verify_step(stage_session(donor.paths.root, "stage1"), 0)
+    make(stage_session(donor.paths.root, "stage1"), verify, 0)
     close_sessions()
     assert path.read_bytes() == before
     assert path.stat().st_ino != run.paths.rewards("stage1", 0).stat().st_ino

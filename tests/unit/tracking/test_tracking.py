@@ -21,10 +21,9 @@ from crash.tiny_run import finish, open_tiny, train
 
 from kdrl_core.boxes import preflight, session
 from kdrl_core.boxes.preflight import check_trackers
-from kdrl_core.config import Recipe, load_recipe
+from kdrl_core.config import Recipe, TrackerName, TrackingConfig, load_recipe
 from kdrl_core.config.changes import unsafe_changes
 from kdrl_core.config.load import config_hash
-from kdrl_core.config.recipe import TrackerName, TrackingConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, open_run
@@ -206,7 +205,7 @@ KILLED = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from kdrl_core.config.recipe import TrackingConfig
+from kdrl_core.config import TrackingConfig
 from kdrl_core.ledger import open_run
 from kdrl_core.look.tracking import track
 run = open_run("tracked", artifacts=Path(sys.argv[1]))
@@ -271,6 +270,8 @@ def test_mlflow_has_the_recipe_and_says_how_the_run_ended(artifacts_of: Path, tr
 class Faulty:
     """A tracker whose second point fails until it is mended."""
 
+    run_id = "x"
+
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []
         self.is_broken = True
@@ -294,7 +295,7 @@ def test_a_tracker_that_fails_is_one_warning_and_catches_up(
     artifacts_of: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     faulty = Faulty()
-    monkeypatch.setitem(clients.CLIENTS, "mlflow", lambda run, sent: (faulty, "x"))
+    monkeypatch.setitem(clients.CLIENTS, "mlflow", lambda run, sent: faulty)
     run = _tracked(artifacts_of, "mlflow")
     with caplog.at_level(logging.WARNING, "kdrl"):
         for _ in range(3):

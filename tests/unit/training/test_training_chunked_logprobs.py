@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 from transformers.modeling_outputs import CausalLMOutput
 
 from kdrl_core.logprobs.batch import PaddedBatch, pad_sequences
-from kdrl_core.logprobs.chunked import best_tokens, token_statistics
+from kdrl_core.logprobs.chunked import OutputLayer, TopKTeacher, best_tokens, token_statistics
 from kdrl_core.logprobs.model import LogprobModel, has_linear_logits, response_logits, response_logprobs
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.objectives import topk_kl
@@ -67,14 +67,10 @@ def chunked(case: Case, leaves: list[Any], temperature: float, **options: Any) -
     hidden, weight, bias = leaves
     return token_statistics(
         hidden,
-        weight,
+        OutputLayer(weight, bias, temperature),
         case.targets,
-        temperature=temperature,
-        bias=bias,
         with_entropy=True,
-        topk_ids=case.topk_ids,
-        topk_logits=case.topk_logits,
-        floor=FLOOR,
+        topk=TopKTeacher(case.topk_ids, case.topk_logits, FLOOR),
         **options,
     )
 
@@ -93,7 +89,7 @@ def gap(actual: Tensor, expected: Tensor) -> float:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few columns, so that small vocabularies have several."""
-    monkeypatch.setattr("kdrl_core.logprobs.chunked._MIN_COLUMNS", 1)
+    monkeypatch.setattr("kdrl_core.logprobs.chunks._MIN_COLUMNS", 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,7 +120,7 @@ def test_values_and_gradients_are_those_of_full_logits(
     case = make_case(num_tokens, vocabulary, hidden_size, min(k, vocabulary), has_bias=has_bias, seed=seed)
     ours, exact = case.leaves(dtype), case.leaves(torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdrl_core.logprobs.chunked._MIN_COLUMNS", 1)
+        patch.setattr("kdrl_core.logprobs.chunks._MIN_COLUMNS", 1)
         found = chunked(case, ours, temperature, chunk_bytes=columns * num_tokens * dtype.itemsize)
         expected = dense(case, exact, temperature)
         differentiate(found, case, which)
@@ -156,13 +152,10 @@ def test_golden() -> None:
     weight[2] = torch.tensor(2.0).log()
     found = token_statistics(
         hidden,
-        weight,
+        OutputLayer(weight, None, 0.5),
         torch.tensor([2]),
-        temperature=0.5,
         with_entropy=True,
-        topk_ids=torch.tensor([[2, 0]]),
-        topk_logits=torch.tensor([[0.0, 0.0]]),
-        floor=-3.0,
+        topk=TopKTeacher(torch.tensor([[2, 0]]), torch.tensor([[0.0, 0.0]]), -3.0),
     )
     assert found.logprobs.item() == pytest.approx(-0.4054651)  # ln 2/3
     assert found.entropy is not None
@@ -298,7 +291,9 @@ def test_the_entropy_of_a_sharp_distribution_keeps_its_digits() -> None:
 
 def test_no_tokens() -> None:
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(7, 4, requires_grad=True)
-    found = token_statistics(hidden, weight, torch.zeros(0, dtype=torch.long), temperature=1.0, with_entropy=True)
+    found = token_statistics(
+        hidden, OutputLayer(weight, None, 1.0), torch.zeros(0, dtype=torch.long), with_entropy=True
+    )
     assert found.entropy is not None
     (found.logprobs.sum() + found.entropy.sum()).backward()
     assert found.logprobs.shape == (0,)
@@ -311,7 +306,7 @@ def test_no_tokens() -> None:
 def test_only_what_is_asked_for_gets_a_gradient(asked: tuple[bool, bool]) -> None:
     case = make_case(5, 30, 4, has_bias=False)
     hidden, weight = case.hidden.requires_grad_(asked[0]), case.weight.requires_grad_(asked[1])
-    found = token_statistics(hidden, weight, case.targets, temperature=1.0)
+    found = token_statistics(hidden, OutputLayer(weight, None, 1.0), case.targets)
     assert found.entropy is found.topk_kl is None
     found.logprobs.sum().backward()
     assert (hidden.grad is not None, weight.grad is not None) == asked
@@ -337,11 +332,9 @@ def test_best_tokens_are_those_of_full_logits_without_padding_ids(columns: int) 
     expected = table[:, :20].topk(6)
     found = best_tokens(
         case.hidden,
-        case.weight,
+        OutputLayer(case.weight, case.bias, 0.6),
         case.targets,
         6,
-        temperature=0.6,
-        bias=case.bias,
         num_tokens=20,
         chunk_bytes=columns * 7 * 8,
     )
@@ -375,7 +368,7 @@ def test_bad_input_is_refused(changed: dict[str, Any], message: str) -> None:
 def test_bad_temperature_is_refused(temperature: float) -> None:
     case = make_case(3, 12, 4)
     with pytest.raises(ValueError, match="temperature: expected a finite number above 0"):
-        token_statistics(case.hidden, case.weight, case.targets, temperature=temperature)
+        token_statistics(case.hidden, OutputLayer(case.weight, None, temperature), case.targets)
 
 
 def tiny_model(*, is_tied: bool = True) -> Any:

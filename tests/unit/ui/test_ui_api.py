@@ -200,7 +200,7 @@ def test_no_other_file_is_served(client: TestClient, path: str) -> None:
 
 
 def test_pages_load_nothing_from_elsewhere() -> None:
-    static = Path(__file__).parents[3] / "kdrl_core" / "ui" / "static"
+    static = Path(__file__).parents[3] / "kdrl_core" / "look" / "ui" / "static"
     files = sorted(static.iterdir())
     assert {file.suffix for file in files} == {".html", ".js", ".css", ".svg"}
     for file in files:

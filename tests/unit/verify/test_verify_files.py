@@ -1,4 +1,4 @@
-"""kdrl_core/verify/{rows,files,summary}.py: rows kept whole and in order, faults told, outputs all or nothing."""
+"""kdrl_core/verify: grading files. Rows are kept whole and in order, faults told, outputs all or nothing."""
 
 import json
 from collections.abc import Iterator
@@ -14,10 +14,11 @@ import pytest
 from kdrl_core.errors import DataError, VerificationError
 from kdrl_core.tables.schemas import REWARDS
 from kdrl_core.types import VerdictKind
-from kdrl_core.verify import VerdictOptions, Verifier, rows
-from kdrl_core.verify.files import MAX_GROUPS, box_answer, verify_file
-from kdrl_core.verify.rows import VERDICT_NAMES, choose_columns, open_rows
-from kdrl_core.verify.summary import FileSummary
+from kdrl_core.verify import VerdictOptions, Verifier, row_files
+from kdrl_core.verify.grading import MAX_GROUPS, GradingOptions, OnProgress, box_answer, grade_file
+from kdrl_core.verify.row_files import VERDICT_NAMES, open_rows
+from kdrl_core.verify.rows import choose_columns
+from kdrl_core.verify.tally import FileTally
 
 ACCURACY = VerdictOptions(require_format=False, think_opened=False)
 FORMAT = VerdictOptions(require_format=True, think_opened=False)
@@ -32,7 +33,7 @@ def verifier() -> Iterator[Verifier]:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BATCH_ROWS", 3)
+    monkeypatch.setattr(row_files, "BATCH_ROWS", 3)
 
 
 def boxed(answer: str) -> str:
@@ -55,11 +56,13 @@ def judge(
     *,
     options: VerdictOptions = ACCURACY,
     chosen: dict[str, str] | None = None,
+    on_progress: OnProgress | None = None,
     **more: Any,
-) -> FileSummary:
+) -> FileTally:
     file = open_rows(path)
     columns = choose_columns(file.names, origin=file.origin, **(chosen or {}))
-    return verify_file(file, columns, verifier, options=options, output=output, **more)
+    grading = GradingOptions(verdicts=options, **more)
+    return grade_file(file, columns, verifier, options=grading, output=output, on_progress=on_progress)
 
 
 def ten_rows() -> list[dict[str, Any]]:
@@ -223,7 +226,7 @@ def test_a_bad_line_is_told_before_any_worker_starts(fault: object, message: str
     with closing(Verifier(workers=1)) as verifier:
         with pytest.raises(DataError) as told:
             judge(path, verifier, output, chosen={"expected": "ok"})
-        assert verifier._pool is None
+        assert verifier._workers.pool is None
     where = f"{path} line 7"
     assert str(told.value) == f"{where}{message}; correct the row, or leave such rows out with --on-error drop"
     assert output.read_text() == "old"
@@ -276,7 +279,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, verifier: Verifier) -> None:
             judge(path, verifier, chosen=chosen)
         return str(error.value)
 
-    assert told(tmp_path / "no.jsonl") == f"{tmp_path / 'no.jsonl'} does not exist or is no file; check the path"
+    assert told(tmp_path / "no.jsonl") == f"{tmp_path / 'no.jsonl'} does not exist or is not a file; check the path"
     assert told(tmp_path) == f"{tmp_path} is a folder; name a file in it"
     other = write_lines(tmp_path / "a.json", "[]")
     wanted = "unknown kind of file; give JSON Lines (.jsonl, .ndjson) or Parquet (.parquet)"

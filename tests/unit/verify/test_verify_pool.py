@@ -15,7 +15,7 @@ import pytest
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
-from kdrl_core.verify import Verifier, accuracy, pool, verify, verify_batch
+from kdrl_core.verify import Verifier, accuracy, verify, verify_batch, workers
 from kdrl_core.verify.accuracy import Outcome
 
 CORRECT, WRONG = VerdictKind.CORRECT, VerdictKind.WRONG
@@ -127,7 +127,7 @@ def test_a_tower_of_powers_times_out_and_the_rest_goes_on() -> None:
 def test_a_worker_that_dies_is_replaced(
     monkeypatch: pytest.MonkeyPatch, answer: str, kind: VerdictKind, reason: str
 ) -> None:
-    monkeypatch.setattr(pool, "judge", misbehave)
+    monkeypatch.setattr(workers, "judge", misbehave)
     items = [(boxed(HALF), "0.5"), (boxed(answer), "5"), (boxed(r"\frac{2}{4}"), "0.5"), (boxed(r"\frac{3}{6}"), "0.5")]
     models = b"m" * 2**29  # a parent larger than the limit, as one with models in it: its peak is not the worker's
     with Verifier(workers=1, timeout_s=2.5, memory_limit_mb=512) as verifier:
@@ -150,7 +150,7 @@ def test_workers_killed_while_idle_are_replaced() -> None:
 
 
 def test_workers_that_cannot_start_give_errors_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "start_worker", refuse_to_start)
+    monkeypatch.setattr(workers, "start_worker", refuse_to_start)
     with Verifier(workers=1, timeout_s=1.0) as verifier:
         (verdict,) = verifier.verify_batch([(boxed(HALF), "0.5")])
     assert verdict.kind is ERROR

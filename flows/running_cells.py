@@ -1,0 +1,176 @@
+"""Cells of a sweep while they run: subflows in processes of their own, or in the workers of a deployment."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import UUID, uuid4
+
+from httpx import HTTPError
+from prefect import Task
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.states import Cancelling, Crashed, Pending
+
+from flows.full_pipeline import full_pipeline
+from kdrl_core.errors import RunError
+from kdrl_core.training.process_groups import kill_group
+
+_STOP_TIMEOUT_S = 20.0
+
+
+class RunningCell(Protocol):
+    """A cell that was started."""
+
+    def is_over(self) -> bool:
+        """Whether it has ended, whatever the result."""
+        ...
+
+    def reason(self) -> str | None:
+        """Why it failed, in one line; None if it did not say."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ask it to end, which takes seconds."""
+        ...
+
+    def stop(self) -> None:
+        """Wait for its end, then force it, with its children."""
+        ...
+
+
+class LocalCell:
+    """A subflow in a process of its own, its output in a file."""
+
+    def __init__(self, run: str, parameters: dict[str, Any], *, log: Path) -> None:
+        self._log = log
+        with get_client(sync_client=True) as client:
+            self._flow_run = _create_subflow(client, run, parameters)
+            api = str(client.api_url)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "flows.running_cells", str(self._flow_run.id)],
+                env={**os.environ, "PREFECT_API_URL": api.rstrip("/"), "PREFECT_LOGGING_LEVEL": "INFO"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the sweep, which stops its cells one by one
+            )
+
+    def is_over(self) -> bool:
+        if self._process.poll() is None:
+            return False
+        if self._process.returncode < 0:  # killed: it told Prefect nothing, and left its children behind
+            kill_group(self._process.pid)
+            _force(self._flow_run.id, Crashed(message=self.reason()))
+        return True
+
+    def reason(self) -> str | None:
+        code = self._process.returncode
+        if code is not None and code < 0:
+            return f"its process was ended by {signal.Signals(-code).name} ({self._log})"
+        lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return told[-1] if told else f"exit code {code} ({self._log})"
+
+    def interrupt(self) -> None:
+        self._process.terminate()
+
+    def stop(self) -> None:
+        try:
+            self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            kill_group(self._process.pid)
+            self._process.wait()
+
+
+class DeployedCell:
+    """A subflow that a worker of a deployment runs."""
+
+    def __init__(self, deployment: str, run: str, parameters: dict[str, Any]) -> None:
+        try:
+            found = run_deployment(deployment, flow_run_name=run, parameters=parameters, timeout=0)
+        except PrefectException as error:
+            raise RunError(
+                f"deployment {deployment} cannot be run ({type(error).__name__}); deploy it first "
+                "(prefect --no-prompt deploy --all), or leave --deployment out"
+            ) from error
+        assert isinstance(found, FlowRun)  # awaitable in async flows only
+        self._id = found.id
+        self._state: State[Any] | None = None
+        self._is_gone = False
+
+    def is_over(self) -> bool:
+        with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
+            try:
+                self._state = client.read_flow_run(self._id).state
+            except ObjectNotFound:
+                self._is_gone = True
+        return self._is_gone or (self._state is not None and self._state.is_final())
+
+    def reason(self) -> str | None:
+        if self._is_gone:
+            return f"its flow run {self._id} was deleted on the server"
+        return None if self._state is None else self._state.message
+
+    def interrupt(self) -> None:
+        _force(self._id, Cancelling())
+
+    def stop(self) -> None:
+        """Its worker ends it."""
+
+
+def _create_subflow(client: SyncPrefectClient, run: str, parameters: dict[str, Any]) -> FlowRun:
+    """A flow run of the full pipeline, which Prefect shows below the current flow run."""
+    parent = FlowRunContext.get()
+    assert parent is not None
+    assert parent.flow_run is not None
+    placeholder: Task[[], None] = Task(fn=_stand_in, name=run)
+    stands_for = client.create_task_run(
+        task=placeholder, flow_run_id=parent.flow_run.id, dynamic_key=str(uuid4()), name=run, state=Pending()
+    )
+    return client.create_flow_run(full_pipeline, name=run, parameters=parameters, parent_task_run_id=stands_for.id)
+
+
+def _stand_in() -> None:
+    """The task that Prefect wants between a flow run and the flow run below it."""
+
+
+def _force(flow_run_id: UUID, state: State[Any]) -> None:
+    with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, state, force=True)
+
+
+def _run(flow_run_id: str) -> int:
+    """The process of one cell. Its last line says what went wrong."""
+    from prefect.flow_engine import load_flow_run, run_flow
+
+    from kdrl_core.boxes.session import close_sessions
+    from kdrl_core.errors import KdrlError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))
+    except KdrlError as error:
+        print(f"error: {' '.join(str(error).split())}", flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("error: stopped with the sweep", flush=True)
+        return 130
+    except Exception as error:
+        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
+        raise
+    finally:
+        close_sessions()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_run(sys.argv[1]))

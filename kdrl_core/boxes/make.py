@@ -1,0 +1,215 @@
+"""What all boxes share: find the artifact, or make it from its inputs and publish it.
+
+A *box* is a function from tables to a table, declared with the row of the artifact that it makes:
+
+    @box(REWARDS, rollouts=["prompt_id", "sample", "response"])
+    def verify(session, at, rollouts): ...  # -> pa.Table
+
+Its first parameter is what it works with, a stage's session or a run. The others are given by their names: `at` is the
+step or shard, `manifests` holds the manifests of the inputs, and the name of a row stands for the input of that row.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from kdrl_core.boxes.shards import num_shards
+from kdrl_core.ledger import (
+    Manifest,
+    Run,
+    find_intact,
+    find_own,
+    is_published,
+    manifest_of,
+    publish_directory,
+    publish_file,
+    required_sha256,
+    verify_published,
+)
+from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
+from kdrl_core.ledger.progress import report_progress
+from kdrl_core.tables.schemas import read_table, write_table
+
+Write = Callable[[Path], None]
+"""Writes a file to the path that it is given, or fills the folder there."""
+Facts = Callable[[float], Mapping[str, Any]]
+"""What a manifest says besides hashes, given the seconds that the box took."""
+
+
+def timed(**more: Any) -> Facts:
+    """The seconds and `more`."""
+    return lambda seconds: {"seconds": seconds, **more}
+
+
+def _no_facts(seconds: float) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """What a box has made. A box that returns a bare table has made `Product(content=table, facts=timed())`."""
+
+    content: pa.Table | Write
+    facts: Facts = _no_facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """An artifact that is published."""
+
+    path: Path
+    manifest: Manifest
+    reused: bool
+    """It was there already."""
+
+
+Compare = Callable[[Run, Path, Manifest, Mapping[str, Any]], None]
+"""Takes an artifact's path, its manifest, and the facts of the same work done again; raises if they contradict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """A declared box. `make` runs it."""
+
+    row: Artifact
+    function: Callable[..., pa.Table | Product]
+    columns: Mapping[str, list[str]] = field(default_factory=dict)
+    """Columns to read by the input's row; all columns of other inputs."""
+    is_kept: bool = False
+    """One made from other inputs stays. Else it is made again, from the inputs that are there."""
+    replay: Compare | None = None
+    """The box also runs where its artifact is published, for what it does in memory; `replay` compares the two."""
+    phase: str | None = None
+    """Name of the work in the run's progress."""
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters behind the first."""
+        return list(inspect.signature(self.function).parameters)[1:]
+
+
+def box(
+    row: Artifact,
+    *,
+    is_kept: bool = False,
+    replay: Compare | None = None,
+    phase: str | None = None,
+    **columns: list[str],
+) -> Callable[[Callable[..., pa.Table | Product]], Box]:
+    """Declare a function as the box that makes a row's artifacts; the arguments are fields of `Box`."""
+
+    def declare(function: Callable[..., pa.Table | Product]) -> Box:
+        return Box(row=row, function=function, columns=columns, is_kept=is_kept, replay=replay, phase=phase)
+
+    return declare
+
+
+class Work(Protocol):
+    """What a box may work with besides a run, such as the session of a stage."""
+
+    @property
+    def run(self) -> Run:
+        """The run that the artifacts belong to."""
+        ...
+
+
+def make(work: Work | Run, made_by: Box, at: At = None) -> Made:
+    """The artifact of a box: found published and intact, or made and published with its inputs in the manifest.
+
+    Args:
+        work: the first argument of the box. Its attribute `stage`, if any, is the stage of the artifact.
+        at: step, shard or label.
+
+    Raises:
+        RunError: an input is not published.
+        DamagedArtifactError: an input was altered, or a damaged artifact was made again and came out otherwise.
+        ForeignFileError: the artifact is whole, but not the one that belongs there.
+    """
+    started = time.perf_counter()
+    run = work if isinstance(work, Run) else work.run
+    row, stage = made_by.row, getattr(work, "stage", None)
+    node = row.node(stage, at)
+    path = run.paths.root / node.place
+    inputs = None if made_by.is_kept else _Inputs.of(run, made_by, node)
+    hashes = None if inputs is None else inputs.hashes
+    found = find_own(run, path, hashes) if row.is_exact else find_intact(path, hashes, is_exact=False)
+    if found is not None and made_by.replay is None:
+        return Made(path=path, manifest=found, reused=True)
+    inputs = inputs or _Inputs.of(run, made_by, node)
+    if made_by.phase is not None:
+        report_progress(run, stage=stage or made_by.phase, at=at if isinstance(at, int) else 0, phase=made_by.phase)
+    product = made_by.function(work, **inputs.arguments(made_by, at))
+    if isinstance(product, pa.Table):
+        product = Product(content=product, facts=timed())
+    facts = product.facts(time.perf_counter() - started)
+    if found is not None and made_by.replay is not None:
+        made_by.replay(run, path, found, facts)
+        return Made(path=path, manifest=found, reused=True)
+    expected = required_sha256(run, path)
+    manifest = _publish(path, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
+    return Made(path=path, manifest=manifest, reused=False)
+
+
+def _publish(path: Path, content: pa.Table | Write, **options: Any) -> Manifest:
+    if isinstance(content, pa.Table):
+        return publish_file(path, lambda file: write_table(content, file), **options)
+    return (publish_file if path.suffix else publish_directory)(path, content, **options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """The published files and folders that an artifact is made from."""
+
+    run: Run
+    manifests: dict[Node, Manifest]
+    in_shards: set[str]
+    """Rows of which every shard is an input."""
+
+    @classmethod
+    def of(cls, run: Run, box: Box, node: Node) -> "_Inputs":
+        """What the node needs. Only manifests are read of what is neither read nor compared: whoever loaded it into the
+        session has verified it."""
+        choices = needs(run.recipe, node)
+        names = {choice[0].name for choice in choices}
+        look = manifest_of if box.is_kept and names.isdisjoint(box.parameters) else verify_published
+        sources = [source for choice in choices for source in _published(run, choice)]
+        return cls(
+            run=run,
+            manifests={source: look(run.paths.root / source.place) for source in sources},
+            in_shards={choice[0].name for choice in choices if choice[0].at == EVERY},
+        )
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Path relative to the run → sha256."""
+        return {source.place: manifest.sha256 for source, manifest in self.manifests.items()}
+
+    def arguments(self, box: Box, at: At) -> dict[str, Any]:
+        """What the box's parameters ask for. An input that the stage does not have is left to its default."""
+        given: dict[str, Any] = {"at": at, "manifests": self.manifests}
+        for name in box.parameters:
+            sources = [source for source in self.manifests if source.name == name]
+            if name in self.in_shards:
+                given[name] = (self._content(source, box) for source in sources)
+            elif sources:
+                given[name] = self._content(sources[0], box)
+        return {name: given[name] for name in box.parameters if name in given}
+
+    def _content(self, source: Node, box: Box) -> pa.Table | Path:
+        """An input as its table, or as its path where it is a folder or JSON."""
+        path = self.run.paths.root / source.place
+        return read_table(path, box.columns.get(source.name)) if path.suffix == ".parquet" else path
+
+
+def _published(run: Run, choice: Choice) -> list[Node]:
+    """The first published node of a choice, or all shards that the stage has."""
+    first = choice[0]
+    if first.at == EVERY:
+        assert first.stage is not None
+        return [first.row.node(first.stage, shard) for shard in range(num_shards(run, first.stage))]
+    return [next((node for node in choice if is_published(run.paths.root / node.place)), choice[-1])]

@@ -1,0 +1,148 @@
+"""What answers the problems of a benchmark: a model directory by an engine in this process, or an endpoint."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from kdrl_core.config import BenchmarkConfig
+from kdrl_core.data import render_prompts, think_opened
+from kdrl_core.engines.from_recipe import rollout_engine
+from kdrl_core.errors import ModelError
+from kdrl_core.evaluation.endpoint import ChatEndpoint, with_thought_tags
+from kdrl_core.evaluation.evaluation_plan import EvaluationPlan
+from kdrl_core.models.device import check_device
+from kdrl_core.models.loading import context_limit, load_tokenizer, read_config
+from kdrl_core.sampling.job import Sampler
+from kdrl_core.sampling.responses import Response, engine_source
+from kdrl_core.types import FinishReason
+from kdrl_core.verify import Verifier
+
+_MESSAGE_OVERHEAD_TOKENS = 64
+"""What a chat template adds to a message, at most."""
+SamplerOf = Callable[[BenchmarkConfig], Sampler]
+"""What answers a benchmark."""
+
+
+def sampler_of_directory(
+    plan: EvaluationPlan, path: Path, describe: Callable[[BenchmarkConfig], str], stack: ExitStack
+) -> SamplerOf:
+    """Load a model directory.
+
+    Args:
+        describe: what errors call the evaluation of a benchmark.
+        stack: closes engine and verifier.
+
+    Raises:
+        RecipeError: the recipe's device is not there.
+        ModelError: model or tokenizer cannot be loaded, or a prompt leaves no room for a response.
+        EngineError: the engine cannot be started.
+    """
+    check_device(plan.recipe)
+    recipe, model = plan.recipe, plan.model
+    tokenizer = load_tokenizer(path, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
+    asked = recipe.evaluation.max_context_tokens
+    context = min(asked, context_limit(read_config(path)) or asked)
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None  # the teacher's, say
+    prompts: dict[str, list[tuple[str, list[int]]]] = {}
+    limits: dict[str, int] = {}
+    for benchmark in plan.benchmarks:
+        questions = [problem.question for problem in plan.problems[benchmark.name]]
+        prompts[benchmark.name] = render_prompts(questions, tokenizer, recipe, chat_template=own)
+        limits[benchmark.name] = _response_limit(context, prompts[benchmark.name], describe(benchmark))
+    longest = max(limits.values())
+    import torch
+
+    torch.set_num_threads(recipe.runtime.num_threads)
+    engine = rollout_engine(
+        recipe,
+        path,
+        model,
+        tokenizer,
+        temperature=recipe.evaluation.temperature,
+        max_prompt_tokens=context - longest,
+        max_response_tokens=longest,
+        engine=plan.engine,
+    )
+    stack.callback(engine.close)
+    verifier = stack.enter_context(Verifier(**recipe.verification.pool_options))
+
+    def sampler_of(benchmark: BenchmarkConfig) -> Sampler:
+        rendered = prompts[benchmark.name]
+        ids = [problem.problem_id for problem in plan.problems[benchmark.name]]
+        return Sampler(
+            source=engine_source(engine, limits[benchmark.name]),
+            verifier=verifier,
+            prompts={problem_id: tokens for problem_id, (_, tokens) in zip(ids, rendered, strict=True)},
+            think_opened=think_opened(rendered[0][0], recipe),
+        )
+
+    return sampler_of
+
+
+def _response_limit(context: int, prompts: Sequence[tuple[str, Sequence[int]]], what: str) -> int:
+    """Most tokens of a response: what the longest prompt leaves of the context. Raises ModelError if that is 0."""
+    longest = max(len(token_ids) for _, token_ids in prompts)
+    if longest >= context:
+        raise ModelError(
+            f"evaluation of {what}: a prompt has {longest} tokens, the context {context}; "
+            "raise evaluation.max_context_tokens or use a model with a longer context"
+        )
+    return context - longest
+
+
+def connect(plan: EvaluationPlan, stack: ExitStack) -> ChatEndpoint:
+    """The plan's endpoint, until `stack` ends. Raises as `ChatEndpoint` does."""
+    assert plan.endpoint is not None
+    evaluation = plan.recipe.evaluation
+    endpoint = ChatEndpoint(
+        plan.endpoint, temperature=evaluation.temperature, max_context_tokens=evaluation.max_context_tokens
+    )
+    stack.callback(endpoint.close)
+    return endpoint
+
+
+def sampler_of_endpoint(plan: EvaluationPlan, connected: Callable[[], ChatEndpoint], stack: ExitStack) -> SamplerOf:
+    """Prepare the messages. Raises ModelError if a question leaves no room for a response."""
+    endpoint, template = connected(), plan.recipe.prompt.template
+    messages = {
+        name: {problem.problem_id: template.replace("{question}", problem.question) for problem in problems}
+        for name, problems in plan.problems.items()
+    }
+    context = plan.recipe.evaluation.max_context_tokens
+    limits = {name: _message_limit(context, name, asked.values()) for name, asked in messages.items()}
+    verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
+
+    def sampler_of(benchmark: BenchmarkConfig) -> Sampler:
+        asked, limit = messages[benchmark.name], limits[benchmark.name]
+        return Sampler(
+            source=partial(endpoint.respond, messages=asked, max_response_tokens=limit),
+            verifier=verifier,
+            prompts=dict.fromkeys(asked, ()),
+            think_opened=False,
+            mend=partial(_with_tags, plan.recipe.prompt.think_opened),
+        )
+
+    return sampler_of
+
+
+def _message_limit(context: int, benchmark: str, messages: Iterable[str]) -> int:
+    """What is left of the context behind the longest question: no token of it is shorter than a byte."""
+    longest = max(len(message.encode()) for message in messages) + _MESSAGE_OVERHEAD_TOKENS
+    if longest >= context:
+        raise ModelError(
+            f"evaluation on {benchmark}: a question may have {longest} tokens (its tokenizer is the endpoint's, so "
+            f"bytes count), the context {context}; raise evaluation.max_context_tokens"
+        )
+    return context - longest
+
+
+def _with_tags(opened: bool | None, responses: Sequence[Response]) -> list[Response]:
+    """With the `<think>` that the server's template has opened: as the recipe says, or if most of the responses that
+    were not cut close it and do not open it."""
+    if opened is None:
+        finished = [r.text for r in responses if r.finish_reason is FinishReason.STOP]
+        closing = sum("</think>" in text and "<think>" not in text for text in finished)
+        opened = 2 * closing > len(finished)
+    return [replace(r, text=with_thought_tags(r.text, think_opened=opened)) for r in responses]

@@ -1,0 +1,209 @@
+"""Which model is to be evaluated on what: settled and checked before a tokenizer or a model is loaded."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kdrl_core.config import BenchmarkConfig, ModelConfig, Recipe, ServersConfig, resolve_path
+from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
+from kdrl_core.engines.from_recipe import EngineName
+from kdrl_core.errors import DataError, ModelError, RecipeError
+from kdrl_core.models.loading import check_model_dir, context_limit
+from kdrl_core.verify import verifier_version
+
+SHARD_RESPONSES = 512
+"""Responses sampled and published together, about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """What may be asked for beside recipe and model. Raises RecipeError where a number is below 1."""
+
+    benchmarks: Sequence[str] = ()
+    """Names of the recipe's, or `NAME=FILE` for one's own; none: all of the recipe's."""
+    samples: int | None = None
+    """Responses per problem, in place of each benchmark's own."""
+    max_problems: int | None = None
+    """The first problems of each benchmark only."""
+    gguf_file: str | None = None
+    """In the model's directory."""
+    served_as: str | None = None
+    """Name of the model at the endpoint; default: the only one there."""
+    api_key: str | None = None
+    """`env:NAME` or `block:NAME`."""
+    concurrency: int = 32
+    """Requests in flight at the endpoint."""
+    timeout_s: float = 3600.0
+    """Of one request at the endpoint; 32K tokens take a while."""
+    retry_for_s: float = 120.0
+    """Faults that may pass are tried again for so long from a request's first fault on."""
+
+    def __post_init__(self) -> None:
+        for option in ("samples", "max_problems", "concurrency"):
+            number = getattr(self, option)
+            if number is not None and number < 1:
+                raise RecipeError(f"{option}: {number} is none; give 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationPlan:
+    """A model, benchmarks and settings, all checked."""
+
+    recipe: Recipe
+    """Its `evaluation`, `prompt`, `verification` and `runtime` sections apply, and `rollout` but for its engine."""
+    endpoint: ServersConfig | None
+    """Where the model is served; None: it is in a directory."""
+    model: ModelConfig
+    """The model in a directory."""
+    engine: EngineName
+    """What samples from a directory."""
+    name: str
+    """Of the model, for folders and tables; an endpoint tells its own."""
+    benchmarks: tuple[BenchmarkConfig, ...]
+    problems: dict[str, list[BenchmarkProblem]]
+    """By benchmark."""
+
+    def shard_problems(self, benchmark: BenchmarkConfig) -> int:
+        """Problems of one shard."""
+        return max(1, SHARD_RESPONSES // benchmark.samples)
+
+
+def plan_evaluation(recipe: Recipe, model: str, options: EvaluationOptions | None = None) -> EvaluationPlan:
+    """Settle what is evaluated.
+
+    Args:
+        model: directory, `run:NAME`, `builtin:…` or `package:…`; or the URL of an OpenAI-compatible API, up to and with
+            `/v1`.
+
+    Raises:
+        DataError: an unknown benchmark, or a fault in its file, with row and field.
+        ModelError: the directory is missing or incomplete.
+        RecipeError: options that contradict each other, or a context shorter than is asked for.
+    """
+    options = options or EvaluationOptions()
+    chosen = _chosen(recipe, options)
+    endpoint = None
+    if re.match(r"https?://", model):
+        endpoint, name = _endpoint(model, options), options.served_as or ""
+    else:
+        for option, value in (("--served-as", options.served_as), ("--api-key", options.api_key)):
+            if value is not None:
+                raise RecipeError(f"{option} is of an endpoint, but {model} is no URL; give http://HOST:PORT/v1")
+        recipe, name = _of_directory(recipe, model, options.gguf_file)
+    return EvaluationPlan(
+        recipe=recipe,
+        endpoint=endpoint,
+        model=recipe.student,
+        engine=recipe.rollout.engine,
+        name=plain_name(name),
+        benchmarks=tuple(chosen),
+        problems={benchmark.name: load_benchmark(benchmark) for benchmark in chosen},
+    )
+
+
+def plain_name(name: str) -> str:
+    """As part of a folder's name: a server may call its model anything."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
+
+
+def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, Any]:
+    """Everything beside the model that a response or a verdict depends on."""
+    recipe = plan.recipe
+    content = hashlib.sha256()
+    for problem in plan.problems[benchmark.name]:
+        content.update(json.dumps([problem.problem_id, problem.question, problem.answer]).encode())
+    found: dict[str, Any] = {
+        "benchmark": benchmark.name,
+        "problems": f"{len(plan.problems[benchmark.name])} sha256 {content.hexdigest()[:16]}",
+        "samples": benchmark.samples,
+        "temperature": recipe.evaluation.temperature,
+        "max_context_tokens": recipe.evaluation.max_context_tokens,
+        "prompt": recipe.prompt.model_dump(),
+        "seed": recipe.seed,
+        "verification": [recipe.verification.timeout_s, recipe.verification.memory_limit_mb],
+        "verifier": verifier_version(),
+        "shard_problems": plan.shard_problems(benchmark),
+    }
+    if plan.endpoint is None:
+        found |= {
+            "engine": plan.engine,
+            "runtime.dtype": recipe.runtime.dtype,
+            "chat_template": plan.model.chat_template,
+        }
+    return found
+
+
+def refuse_short_context(recipe: Recipe, config: dict[str, Any], model: str) -> None:
+    """Raise RecipeError if the model's config.json tells of a shorter context than the evaluation asks for: its figures
+    would be of another setting than those that they are compared with."""
+    limit, asked = context_limit(config), recipe.evaluation.max_context_tokens
+    if limit is not None and limit < asked:
+        raise RecipeError(
+            f"evaluation.max_context_tokens: {asked} tokens are beyond the context of {model} of {limit}; "
+            f"add --set evaluation.max_context_tokens={limit}, for every model that is compared"
+        )
+
+
+def _chosen(recipe: Recipe, options: EvaluationOptions) -> list[BenchmarkConfig]:
+    known = list(recipe.evaluation.benchmarks)
+    wanted: list[str] = []
+    for given in options.benchmarks:
+        name, is_file, file = given.partition("=")
+        if is_file:
+            if name in [benchmark.name for benchmark in known]:
+                raise DataError(f"--benchmark {given}: there is a benchmark '{name}' already; choose another name")
+            try:
+                known.append(BenchmarkConfig(name=name, file=file))
+            except ValidationError as error:
+                said = error.errors()[0]["msg"]
+                raise DataError(f"--benchmark {given}: {said}; give NAME=FILE, a name of letters and digits") from error
+        wanted.append(name)
+    return [
+        benchmark.model_copy(
+            update={
+                "samples": options.samples or benchmark.samples,
+                "max_problems": options.max_problems or benchmark.max_problems,
+            }
+        )
+        for benchmark in select_benchmarks(known, wanted or None)
+    ]
+
+
+def _endpoint(url: str, options: EvaluationOptions) -> ServersConfig:
+    if options.gguf_file is not None:
+        raise RecipeError(
+            f"--gguf-file {options.gguf_file} is of a directory, but {url} is a URL; leave one of them out"
+        )
+    try:
+        return ServersConfig(
+            urls=[url],
+            model=options.served_as,
+            api_key=options.api_key,
+            concurrency=options.concurrency,
+            timeout_s=options.timeout_s,
+            retry_for_s=options.retry_for_s,
+        )
+    except ValidationError as error:
+        said = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())  # never the input
+        raise RecipeError(f"MODEL or --api-key: {said}") from None
+
+
+def _of_directory(recipe: Recipe, model: str, gguf_file: str | None) -> tuple[Recipe, str]:
+    student = recipe.student.model_copy(update={"path": model, "gguf_file": gguf_file})
+    if model != recipe.student.path:  # code beside a model is trusted for that model alone
+        student = student.model_copy(update={"trust_remote_code": False})
+    recipe = recipe.model_copy(update={"student": student})
+    try:
+        found = check_model_dir(student, role="student")
+    except ModelError as error:
+        raise ModelError(f"MODEL {model}: {str(error).removeprefix(f'student.path={model}: ')}") from error
+    refuse_short_context(recipe, found, model)
+    if gguf_file is not None:
+        return recipe, Path(gguf_file).stem
+    return recipe, model.removeprefix("run:") if model.startswith("run:") else resolve_path(model).name

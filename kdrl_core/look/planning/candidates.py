@@ -1,0 +1,141 @@
+"""Every placement of a stage with its memory and time, and whether the engines can use these GPUs at all."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from kdrl_core.errors import RecipeError
+from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
+from kdrl_core.look.planning.cost import Rates, StepTime, step_time
+from kdrl_core.look.planning.placement import PhaseMemory, Placement, phase_memories, sequence_bytes
+from kdrl_core.look.planning.shapes import ModelShape
+
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One placement, with its memory and its time."""
+
+    placement: Placement
+    memory: tuple[PhaseMemory, ...]
+    time: StepTime
+    usable: float
+    share: float
+    """Bytes of a GPU that a vLLM engine in process may take (vllm.gpu_memory_utilization)."""
+
+    @property
+    def worst(self) -> PhaseMemory:
+        """The phase with the most memory."""
+        return max(self.memory, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits."""
+        return self.cramped is None and self.worst.total <= self.usable * (1 + 1e-9)
+
+    @property
+    def cramped(self) -> PhaseMemory | None:
+        """A phase whose engine needs more than its share; None without one."""
+        return next((phase for phase in self.memory if phase.taken > self.share * (1 + 1e-9)), None)
+
+    @property
+    def reason(self) -> str:
+        """Why it does not fit, with the phase and its largest parts."""
+        worst, cramped = self.worst, self.cramped
+        if cramped is not None and worst.total <= self.usable:
+            return (
+                f"{self.placement.name} does not fit, because the engine of {cramped.phase} needs "
+                f"{cramped.taken / GB:.2f} GB, and vllm.gpu_memory_utilization gives it {self.share / GB:.2f} GB"
+            )
+        parts = sorted(worst.components.items(), key=lambda part: -part[1])[:3]
+        largest = ", ".join(f"{name} {value / GB:.1f}" for name, value in parts)
+        return (
+            f"{self.placement.name} does not fit, because {worst.phase} needs {worst.total / GB:.1f} GB on "
+            f"{worst.gpus}, and {self.usable / GB:.1f} GB are usable (largest: {largest} GB)"
+        )
+
+
+def candidates_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> list[Candidate]:
+    """All placements: those that fit first, the fastest of them in front."""
+    found = []
+    for placement in _placements(work, engines, cluster):
+        memory = tuple(phase_memories(work, engines, cluster, placement))
+        held = next(phase.sequences for phase in memory if phase.phase == "rollout")
+        time = step_time(work, engines, cluster, placement, rates, kv_sequences=held)
+        share = engines.memory_share * cluster.gpu_memory
+        found.append(
+            Candidate(placement=placement, memory=memory, time=time, usable=cluster.usable_memory, share=share)
+        )
+    return sorted(found, key=lambda one: (not one.fits, one.time.total if one.fits else one.worst.total))
+
+
+def _placements(work: Work, engines: Engines, cluster: Cluster) -> Iterator[Placement]:
+    step = engines.tensor_parallel
+    shares = [
+        gpus
+        for gpus in range(step, cluster.gpus, step)
+        if cluster.gpus <= 16 or gpus % (cluster.gpus // 16) == 0  # sixteenths do where there are hundreds
+    ]
+    for teacher in [0, *(shares if work.teacher is not None and engines.teacher == "vllm" else [])]:
+        for rollout in shares if engines.rollout == "server" else [0]:
+            if (student := cluster.gpus - teacher - rollout) > 0:
+                yield Placement(student_gpus=student, teacher_gpus=teacher, rollout_gpus=rollout)
+
+
+def check_gpus(work: Work, engines: Engines, cluster: Cluster) -> None:
+    """Raise RecipeError if the engines cannot use these GPUs at all."""
+    split = engines.tensor_parallel
+    scores_alone = work.teacher is None or engines.teacher == "transformers"
+    if cluster.gpus > 1 and engines.rollout == "transformers" and engines.trainer == "torch" and scores_alone:
+        teacher = " --set teacher.engine=vllm" if engines.teacher == "transformers" else ""
+        raise RecipeError(
+            f"the recipe's engines, transformers and torch, are one process on one GPU, and {cluster.gpus} GPUs are "
+            f"planned; plan --gpus 1, or use them: --set rollout.engine=vllm{teacher} --set trainer.engine=deepspeed "
+            f"--set trainer.ranks={cluster.gpus}"
+        )
+    if engines.rollout == "server" and cluster.gpus <= split:
+        raise RecipeError(
+            f"rollout.engine=server: the replicas, of vllm.tensor_parallel={split} GPUs each, have GPUs of their own "
+            f"beside the trainer's, and {cluster.gpus} are planned; plan --gpus {2 * split} or more"
+        )
+    if cluster.gpus > cluster.gpus_per_node and cluster.gpus % cluster.gpus_per_node:
+        raise RecipeError(
+            f"{cluster.gpus} GPUs are no whole number of nodes of {cluster.gpus_per_node}; "
+            "change --gpus or --gpus-per-node"
+        )
+    if split > min(cluster.gpus, cluster.gpus_per_node) or cluster.gpus % split:
+        raise RecipeError(
+            f"vllm.tensor_parallel={split} does not divide {cluster.gpus} GPUs in nodes of {cluster.gpus_per_node}; "
+            "an engine stays within its node: set another number, or plan other --gpus"
+        )
+    for role, shape in (("student", work.student), ("teacher", work.teacher)):
+        is_cut = engines.split("rollout" if role == "student" else "teacher") > 1
+        if shape is not None and is_cut and shape.heads % split:
+            raise RecipeError(
+                f"vllm.tensor_parallel={split} does not divide the {role}'s {shape.heads} attention heads; "
+                "set a number that does"
+            )
+        if shape is not None and shape.max_context is not None and work.context > shape.max_context:
+            raise RecipeError(
+                f"{work.stage}: prompt and response take {work.context} tokens, but {shape.name} ({role}) has "
+                f"{shape.max_context}; lower {work.stage}.max_response_tokens"
+            )
+    _check_kv_cache(work, engines)
+
+
+def _check_kv_cache(work: Work, engines: Engines) -> None:
+    """Raise RecipeError if a vLLM engine of this process cannot hold one longest sequence."""
+    if (given := engines.kv_cache_bytes) is None:
+        return
+    longest = max(work.context, work.evaluation_context if work.evaluation_responses else 0)
+    needs: list[tuple[Role, ModelShape, int]] = [("rollout", work.student, longest)]
+    if work.teacher is not None:
+        needs.append(("teacher", work.teacher, work.context))
+    for role, shape, context in needs:
+        one = sequence_bytes(role, shape, engines, context=context)
+        if engines.engine(role) == "vllm" and given < one:
+            raise RecipeError(
+                f"vllm.kv_cache_gb={given / 2**30:g} is less than one sequence of {context:,} tokens of {shape.name} "
+                f"({role}) needs; set it to {ceil(one / 2**30 * 100) / 100:g} or more, or to null"
+            )

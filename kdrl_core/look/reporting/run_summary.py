@@ -1,0 +1,130 @@
+"""A run in numbers: accuracy of every model, start and end of each stage, paths of its files. Read from the ledger."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow.compute as pc
+
+from kdrl_core.alarms import Alarm, alarms_of
+from kdrl_core.evaluation.results import read_results
+from kdrl_core.ledger import Run, is_published, manifest_of
+from kdrl_core.ledger.labels import final_labels
+from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.schemas import read_table
+
+MODEL_NAMES = {"base": "student before", "stage1": "after stage 1", "stage2": "after stage 2", "teacher": "teacher"}
+_ENDS_SHARE = 0.2
+"""Start and end of a stage are means over this share of its steps (at least one)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow:
+    """One evaluated model: benchmark → accuracy, low, high in [0, 1]."""
+
+    label: str
+    name: str
+    benchmarks: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRow:
+    """One stage: metric → (start, end)."""
+
+    stage: str
+    objective: str
+    steps: int
+    planned_steps: int
+    seconds: float
+    metrics: dict[str, tuple[float, float]]
+    samples: dict[str, float] | None = None
+    """Of SFT: `sampled`, `kept`, `problems`, `problems_covered`, seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """The results of a run so far."""
+
+    run: str
+    recipe: str
+    models: list[ModelRow] = field(default_factory=list)
+    stages: list[StageRow] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
+    paths: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def summarize(run: Run) -> RunSummary:
+    """Summarize a run, finished or not."""
+    models = []
+    for label in final_labels(run):
+        if is_published(path := run.paths.evaluation(label)):
+            results = read_results(path)["benchmarks"]
+            models.append(ModelRow(label=label, name=_model_name(run, label), benchmarks=results))
+    stages = [row for stage in run.recipe.stages if (row := _stage_row(run, stage)) is not None]
+    paths = {"run": run.paths.root, "student": run.paths.student, "report": run.paths.report / "report.html"}
+    return RunSummary(
+        run=run.name,
+        recipe=run.recipe.name,
+        models=models,
+        stages=stages,
+        alarms=alarms_of(run),
+        paths={name: str(path) for name, path in paths.items() if path.exists()},
+    )
+
+
+def _model_name(run: Run, label: str) -> str:
+    if label in run.recipe.stages:
+        objective = run.recipe.stage(label).objective.upper().replace("_", "-")
+        return f"{MODEL_NAMES[label]} ({objective})"
+    return MODEL_NAMES[label]
+
+
+def _stage_row(run: Run, stage: str) -> StageRow | None:
+    rows = load_metrics(run, stage)
+    if not rows:
+        return None
+    ends = max(1, round(_ENDS_SHARE * len(rows)))
+    names = ["reward/mean", "response/length_mean", "response/clip_ratio", "entropy", "kd/kl_unmasked", "loss/sft"]
+    config = run.recipe.stage(stage)
+    dataset = run.paths.sft_dataset(stage)
+    samples = manifest_of(dataset).metadata if config.objective == "sft" and is_published(dataset) else None
+    seconds = sum(value for row in rows for name, value in row.items() if is_spent(name))
+    return StageRow(
+        stage=stage,
+        objective=config.objective,
+        steps=len(rows),
+        planned_steps=config.steps,
+        seconds=seconds + (samples["sample_s"] + samples["verify_s"] if samples else 0.0),
+        samples=samples,
+        metrics={
+            name: (_mean(rows[:ends], name), _mean(rows[-ends:], name))
+            for name in names
+            if rows[0].get(name) is not None
+        },
+    )
+
+
+def sample_responses(run: Run, count: int) -> list[dict[str, Any]]:
+    """Rows of EVALUATION of the finished student: the first `count` right ones, then the first wrong ones."""
+    path = run.paths.evaluation(run.recipe.stages[-1])
+    if not is_published(path):
+        return []
+    table = read_table(path / "responses.parquet")
+    return [
+        row
+        for right in (1.0, 0.0)
+        for row in table.filter(pc.equal(table["accuracy_reward"], right)).slice(0, count).to_pylist()
+    ]
+
+
+def is_spent(name: str) -> bool:
+    """Whether a timing is part of the step's time, and not hidden behind other work."""
+    return name.startswith("time/") and not name.endswith("_hidden_s")
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return float(sum(values) / max(1, len(values)))

@@ -1,0 +1,116 @@
+"""What goes into the joint loss: the objective, the responses' tensors, and the counts of the whole optimiser step.
+
+B = prompts × G responses, grouped contiguously; T = response tokens. Every logprob is that of softmax(logits / T) at
+the sampling temperature T. Importing this module imports no torch: recipes make an `Objective` of their fields.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kdrl_core.objectives.kinds import ESTIMATORS, OBJECTIVES, ObjectiveKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """The plain values of one step's objective. The record goes from the recipe to the loss as it is."""
+
+    kind: str = "kdrl"
+    """A name of `OBJECTIVES`."""
+    beta: float = 0.0
+    """β ≥ 0 of this step (Sec. 3.3)."""
+    kl_estimator: str = "k2"
+    """"k1" (as policy gradient (5)) | "k2" (6) | "k3" (7) | "k3_k2grad" | "topk" (A.3), or a registered one."""
+    kd_masking: str = "none"
+    """"none" | "response" | "group" (Sec. 3.4)."""
+    topk_floor: float = -20.0
+    """Log-probability of the tokens outside the teacher's top-K, for "topk"."""
+    group_size: int | None = None
+    """G ≥ 2; None where nothing needs the groups."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation (2)."""
+    clip_low: float | None = None
+    """Clip ρ at 1 − clip_low, as PPO does; None: no bound on that side. On-policy ρ is 1, and no bound acts."""
+    clip_high: float | None = None
+    """Clip ρ at 1 + clip_high."""
+    tis_cap: float | None = None
+    """Bound of w, above 0; with `Responses.rollout_logprobs`."""
+    ref_beta: float = 0.0
+    """β_ref ≥ 0, coefficient of the penalty to the reference policy (Table 3)."""
+    ref_kl_estimator: str = "k3"
+    """As `kl_estimator`, without "topk"."""
+    entropy_coef: float = 0.0
+    """c ≥ 0, coefficient of the entropy bonus (Tables 3, 5)."""
+    aggregation: str = "token_mean"
+    """"token_mean" | "group_mean" (Eq. 2 to the letter)."""
+
+    @property
+    def variant(self) -> ObjectiveKind:
+        """What this kind of objective is made of."""
+        return OBJECTIVES[self.kind]
+
+    @property
+    def kd_beta(self) -> float:
+        """Coefficient of the distillation term; 0 where the objective has none (reward shaping uses β elsewhere)."""
+        return self.beta if self.variant.distils else 0.0
+
+    @property
+    def kd_estimator(self) -> str:
+        """Estimator of the distillation term; without one, that of its metrics."""
+        return self.kl_estimator if self.variant.distils else "k2"
+
+    @property
+    def needs_topk(self) -> bool:
+        """Whether the loss reads the teacher's best tokens (A.3)."""
+        estimator = ESTIMATORS.get(self.kd_estimator)
+        return estimator is not None and estimator.needs_topk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """Tensors of a batch or micro-batch. Where `response_mask` is 0, a [B, T] tensor may hold anything, also NaN.
+
+    The gradient flows into `logprobs`, `entropy` and `topk` alone. Any float dtype."""
+
+    logprobs: "Tensor"
+    """[B, T] log π_θ of the sampled tokens. Values that are not finite (training has diverged) reach the loss, and so
+    do those of `entropy` and `topk` on the same tokens."""
+    response_mask: "Tensor"
+    """[B, T], 1 on response tokens, EOS included."""
+    advantages: "Tensor"
+    """[B] Â; zeros leave KD-RKL alone."""
+    teacher_logprobs: "Tensor | None" = None
+    """[B, T] log π_T; None only where β = 0, or with "topk"."""
+    rewards: "Tensor | None" = None
+    """[B], read by `kd_masking` only; None where that is "none" or `kd_weights` is given."""
+    kd_weights: "Tensor | None" = None
+    """[B] ≥ 0, m made beforehand by `kd_mask`, in place of `kd_masking`: for micro-batches that split groups."""
+    topk: "Tensor | None" = None
+    """[B, T] of `topk_kl`, which takes the mask as well (NaN logits on padding would spoil its backward pass)."""
+    old_logprobs: "Tensor | None" = None
+    """[B, T] log π_θold; None is strictly on-policy, ρ = 1 with gradient ∇log π_θ."""
+    rollout_logprobs: "Tensor | None" = None
+    """[B, T] the engine's logprobs, for w; with `Objective.tis_cap`."""
+    ref_logprobs: "Tensor | None" = None
+    """[B, T] of the frozen reference policy; may be None where `ref_beta` is 0."""
+    entropy: "Tensor | None" = None
+    """[B, T] of the policy in nats; may be None where `entropy_coef` is 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Counts over the whole optimiser step, for micro-batches. None: the batch is the step, and is counted.
+
+    With them, losses and metrics of micro-batches add up to those of the whole step, however it is cut."""
+
+    tokens: "float | Tensor | None" = None
+    """Response tokens."""
+    kd_tokens: "float | Tensor | None" = None
+    """Those of them on which KD acts, for the metric kd/kl_unmasked."""
+    num_groups: float | None = None
+    """Groups, for "group_mean"."""
+    group_tokens: "Tensor | Sequence[int] | None" = None
+    """[B] for each response the response tokens of its whole group, for "group_mean"."""

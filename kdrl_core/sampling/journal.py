@@ -1,0 +1,116 @@
+"""Responses of an unfinished shard, one line each as they come: they took minutes or money, and survive a kill.
+
+    0123456789abcdef {"prompt_id": …, "sample": …, "text": …, …}
+
+The first word is a checksum of the settings and of the rest of the line. A line that fails it, or does not parse, is
+passed over with a warning, and its response is asked for again; so is a line of an earlier version, without checksum.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kdrl_core.ledger import storage_errors
+from kdrl_core.sampling.responses import Response
+from kdrl_core.types import FinishReason, RolloutRequest
+
+_MAX_LISTED = 8
+_logger = logging.getLogger("kdrl")
+
+
+class Journal:
+    """The responses to some requests, as far as they are there.
+
+    Args:
+        path: of the file; made with the first response.
+        requests: what is asked; other responses in the file are passed over.
+        settings: what the responses depend on beside their seeds, as text or a hash: lines of other settings count as
+            damaged.
+    """
+
+    def __init__(self, path: Path, requests: Sequence[RolloutRequest], *, settings: str) -> None:
+        self._path, self._settings = path, settings
+        self._began = time.time()
+        self._requests = {(request.prompt_id, request.sample): request for request in requests}
+        self._found: dict[tuple[str, int], Response] = {}
+        self._took: dict[float, float] = {}
+        content = path.read_bytes() if path.is_file() else b""
+        self._is_cut = bool(content) and not content.endswith(b"\n")
+        self._read(content)
+
+    @property
+    def missing(self) -> list[RolloutRequest]:
+        """What has no response yet, in order."""
+        return [request for key, request in self._requests.items() if key not in self._found]
+
+    @property
+    def responses(self) -> list[Response]:
+        """The responses there are, in the order of the requests."""
+        return [self._found[key] for key in self._requests if key in self._found]
+
+    @property
+    def seconds(self) -> float:
+        """How long earlier calls took, each until its last response that is here."""
+        return sum(self._took.values())
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def keep(self, responses: Iterable[Response]) -> None:
+        """Note responses, and write those that are new or differ from what is there. Raises StorageError."""
+        new = {(one.prompt_id, one.sample): one for one in responses}
+        new = {key: one for key, one in new.items() if self._found.get(key) != one}
+        if not new:
+            return
+        self._found.update(new)
+        after_s = time.time() - self._began
+        lines = [self._line({**asdict(one), "call": self._began, "after_s": after_s}) for one in new.values()]
+        with storage_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                was_cut, self._is_cut = self._is_cut, True
+                file.write((b"\n" if was_cut else b"") + b"".join(lines))
+            self._is_cut = False
+
+    def _read(self, content: bytes) -> None:
+        damaged = []
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                values = self._values(line)
+                call, after_s = values.pop("call"), values.pop("after_s")
+                values["finish_reason"] = FinishReason(values["finish_reason"])
+                response = Response(**values)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                damaged.append(number)
+                continue
+            self._took[call] = max(self._took.get(call, 0.0), after_s)
+            request = self._requests.get((response.prompt_id, response.sample))
+            if request is not None and request.seed == response.seed:
+                self._found[response.prompt_id, response.sample] = response
+        if damaged:
+            listed = ", ".join(map(str, damaged[:_MAX_LISTED])) + (", …" if len(damaged) > _MAX_LISTED else "")
+            _logger.warning(
+                "%s: line %s: damaged, cut off or of other settings (%d in all); what is missing is asked for again",
+                self._path,
+                listed,
+                len(damaged),
+            )
+
+    def _line(self, values: dict[str, Any]) -> bytes:
+        payload = json.dumps(values).encode()
+        return self._checksum(payload) + b" " + payload + b"\n"
+
+    def _values(self, line: bytes) -> dict[str, Any]:
+        checksum, _, payload = line.partition(b" ")
+        if checksum != self._checksum(payload):
+            raise ValueError("not the checksum of the line")
+        values: dict[str, Any] = json.loads(payload)
+        return values
+
+    def _checksum(self, payload: bytes) -> bytes:
+        return hashlib.sha256(self._settings.encode() + b"\n" + payload).hexdigest()[:16].encode()

@@ -1,0 +1,107 @@
+"""What is asked, what answers, and the responses with the columns that every table of responses has."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdrl_core.engines.protocols import RolloutEngine
+from kdrl_core.ledger import derive_seed
+from kdrl_core.types import FinishReason, Rollout, RolloutRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One response to a request."""
+
+    prompt_id: str
+    sample: int
+    text: str
+    length: int
+    """Tokens, EOS included."""
+    finish_reason: FinishReason
+    seed: int
+
+
+OnResponses = Callable[[Sequence[Response]], None]
+"""Called with responses that have just been finished, in any order, while others are still to come."""
+
+
+Source = Callable[[Sequence[RolloutRequest], OnResponses], list[Response]]
+"""Answers requests: an engine in this process, or an endpoint. It tells of each response once it is finished, and
+returns all in the order of the requests; what it returns counts."""
+
+
+def requests_for(prompts: Mapping[str, Sequence[int]], samples: int, *seed_names: object) -> list[RolloutRequest]:
+    """`samples` requests per prompt, those of a prompt together.
+
+    Args:
+        prompts: prompt_id → prompt_token_ids, in order.
+        seed_names: a response's seed is `derive_seed(*seed_names, prompt_id, sample)`. So it depends neither on the
+            other prompts nor on the shard.
+    """
+    return [
+        RolloutRequest(
+            prompt_id=prompt_id,
+            sample=sample,
+            prompt_token_ids=token_ids,
+            seed=derive_seed(*seed_names, prompt_id, sample),
+        )
+        for prompt_id, token_ids in prompts.items()
+        for sample in range(samples)
+    ]
+
+
+def engine_source(engine: RolloutEngine, max_response_tokens: int | None = None) -> Source:
+    """A rollout engine as `Source`.
+
+    Args:
+        max_response_tokens: fewer than the engine's own limit; None: that one.
+    """
+
+    def answer(requests: Sequence[RolloutRequest], on_finished: OnResponses) -> list[Response]:
+        seeds = {(request.prompt_id, request.sample): request.seed for request in requests}
+
+        def responses(rollouts: Sequence[Rollout]) -> list[Response]:
+            return responses_of(rollouts, [seeds[rollout.prompt_id, rollout.sample] for rollout in rollouts])
+
+        rollouts = engine.generate(
+            requests,
+            on_finished=lambda finished: on_finished(responses(finished)),
+            max_response_tokens=max_response_tokens,
+        )
+        return responses(rollouts)
+
+    return answer
+
+
+def responses_of(rollouts: Sequence[Rollout], seeds: Sequence[int]) -> list[Response]:
+    """The rollouts without their tokens and logprobs, with their seeds."""
+    return [
+        Response(
+            prompt_id=rollout.prompt_id,
+            sample=rollout.sample,
+            text=rollout.text,
+            length=len(rollout.token_ids),
+            finish_reason=rollout.finish_reason,
+            seed=seed,
+        )
+        for rollout, seed in zip(rollouts, seeds, strict=True)
+    ]
+
+
+def response_columns(responses: Sequence[Response], ground_truths: Mapping[str, str]) -> dict[str, list[Any]]:
+    """What every table of responses has: `prompt_id`, `sample`, `response`, `ground_truth`, `length`, `finish_reason`
+    and `seed`.
+
+    Args:
+        ground_truths: by prompt_id.
+    """
+    return {
+        "prompt_id": [r.prompt_id for r in responses],
+        "sample": [r.sample for r in responses],
+        "response": [r.text for r in responses],
+        "ground_truth": [ground_truths[r.prompt_id] for r in responses],
+        "length": [r.length for r in responses],
+        "finish_reason": [r.finish_reason.value for r in responses],
+        "seed": [r.seed for r in responses],
+    }

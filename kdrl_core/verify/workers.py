@@ -1,0 +1,95 @@
+"""The worker processes of a verifier, and what became of the jobs that they were given.
+
+Pebble owns the processes and the deadline. A pool that breaks (its workers were killed from outside while idle, or
+cannot start) can be discarded; the next job then gets a new pool.
+"""
+
+import contextlib
+import signal
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from pebble import ProcessExpired, ProcessPool
+
+from kdrl_core.errors import VerificationError
+from kdrl_core.types import VerdictKind
+from kdrl_core.verify._spawn import WorkerContext
+from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, Outcome, judge, start_worker
+from kdrl_core.verify.screening import Job
+
+_ORPHAN_GRACE_S = 2.0
+"""The kernel's timer in the worker fires this much later than the pool's deadline."""
+
+
+class Workers:
+    """A pool of worker processes that is started when it is first needed. Usable from any thread."""
+
+    def __init__(self, count: int, timeout_s: float, memory_limit_mb: int) -> None:
+        self.is_closed = False
+        self.num_submitted = 0
+        self.pool: ProcessPool | None = None
+        """None until a worker is needed, and after the pool was discarded."""
+        self._count = count
+        self._timeout_s = timeout_s
+        self._memory_limit_mb = memory_limit_mb
+        self._lock = threading.Lock()
+
+    def running(self) -> ProcessPool:
+        """The pool, made anew if there is none. Raises VerificationError once the workers are closed."""
+        with self._lock:
+            if self.is_closed:
+                raise VerificationError("the verifier is closed; make a new one")
+            if self.pool is None:
+                self.pool = ProcessPool(
+                    max_workers=self._count,
+                    initializer=start_worker,
+                    initargs=(self._memory_limit_mb,),
+                    context=WorkerContext(),
+                )
+            return self.pool
+
+    def submit(self, pool: ProcessPool, job: Job) -> "Future[Outcome]":
+        """Give a job to a pool. Raises RuntimeError or OSError if the pool is broken."""
+        with self._lock:
+            self.num_submitted += 1
+        args = (job.answer, job.ground_truth, job.is_text, self._timeout_s + _ORPHAN_GRACE_S, self._memory_limit_mb)
+        return pool.schedule(judge, args=args, timeout=self._timeout_s)
+
+    def outcome(self, future: "Future[Outcome]") -> Outcome | None:
+        """The outcome of a job that is done. None if the pool broke first and the job was not the cause."""
+        too_late = Outcome(VerdictKind.TIMEOUT, f"no result within {self._timeout_s:g} s; the worker was killed")
+        try:
+            return Outcome(*future.result(timeout=0))
+        except FutureTimeoutError:
+            return too_late
+        except ProcessExpired as error:
+            if error.exitcode == -signal.SIGALRM:  # the kernel's timer came first: this process was held up
+                return too_late
+            if error.exitcode == EXIT_OUT_OF_MEMORY:
+                return Outcome(VerdictKind.ERROR, "the comparison reached the memory limit; the worker was replaced")
+            return Outcome(VerdictKind.ERROR, f"the worker died (exit code {error.exitcode}) and was replaced")
+        except Exception:  # BrokenProcessPool, CancelledError, a channel error
+            return None
+
+    def discard(self, pool: ProcessPool) -> None:
+        """Stop a broken pool. Whoever needs workers next makes a new one."""
+        with self._lock:
+            if self.pool is pool:
+                self.pool = None
+        _stop(pool)
+
+    def close(self) -> None:
+        """Stop the workers for good."""
+        with self._lock:
+            self.is_closed = True
+            pool, self.pool = self.pool, None
+        if pool is not None:
+            _stop(pool)
+
+
+def _stop(pool: ProcessPool) -> None:
+    """Kill a pool's workers and wait for its threads. A pool that is broken already must not break the caller."""
+    with contextlib.suppress(RuntimeError, OSError, ValueError):
+        pool.stop()
+        pool.join()

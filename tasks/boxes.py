@@ -1,0 +1,117 @@
+"""The boxes of the DAG as Prefect tasks, from one factory: plain values in, plain values out.
+
+What a task run is called is a template over the task's parameters: `stage`, and `at`, its step or shard.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+
+from kdrl_core.boxes import finish, sft, step
+from kdrl_core.boxes.evaluate import evaluate_model
+from kdrl_core.boxes.filter import filter_run
+from kdrl_core.boxes.make import Box, make
+from kdrl_core.boxes.session import StageSession, stage_session
+from kdrl_core.boxes.update import update_step
+from kdrl_core.ledger import Run, open_run_dir
+from kdrl_core.look.reporting.run_report import report as report_box
+
+R = TypeVar("R")
+
+
+def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether another try may help: a dropped connection may come back, a bad recipe does not get better."""
+    try:
+        state.result()
+    except (ConnectionError, TimeoutError):
+        return True
+    except BaseException:
+        return False
+    return False
+
+
+STEP_OPTIONS: dict[str, Any] = {
+    # The ledger on disk decides what is done: Prefect's cache remembers return values, not files.
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": 2,
+    "retry_delay_seconds": [1, 10],
+    "retry_condition_fn": is_transient,
+}
+
+
+def stage_task(
+    name: str, work: Callable[[StageSession, Any], R], *, run_name: str | None = None, **options: Any
+) -> Task[..., R]:
+    """A task `(run_dir, stage, at)` that does `work` with the stage's session.
+
+    Args:
+        run_name: default: `<stage>-<step>-<name>`.
+        options: of the task, besides `STEP_OPTIONS`.
+    """
+
+    def body(run_dir: str, stage: str, at: int | None = None) -> R:
+        return work(stage_session(run_dir, stage), at)
+
+    return _task(body, name, run_name or f"{{stage}}-{{at:06d}}-{name}", **options)
+
+
+def run_task(name: str, work: Callable[[Run], R]) -> Task[..., R]:
+    """A task `(run_dir)` that does `work` with the run."""
+
+    def body(run_dir: str) -> R:
+        return work(open_run_dir(run_dir))
+
+    return _task(body, name, name)
+
+
+def making(box: Box) -> Callable[..., str]:
+    """Work that makes a box's artifact. Returns its path."""
+
+    def work(session: StageSession | Run, at: int | None = None) -> str:
+        return str(make(session, box, at).path)
+
+    return work
+
+
+def _task(body: Callable[..., R], name: str, run_name: str, **options: Any) -> Task[..., R]:
+    body.__qualname__ = body.__name__ = name  # by which Prefect tells tasks of one file apart
+    return task(name=name, task_run_name=run_name, **{**STEP_OPTIONS, **options})(body)
+
+
+def _scored(session: StageSession, at: int) -> list[str]:
+    return [str(made.path) for made in step.score_step(session, at)]
+
+
+def _filtered(run: Run) -> dict[str, str]:
+    return {stage: report.to_text() for stage, report in filter_run(run).items()}
+
+
+filter_problems = run_task("filter", _filtered)
+"""Filter the problems of every stage. Returns the filter's table per stage; empty if the pool is there."""
+
+rollout = stage_task("rollout", making(step.rollout))
+teacher_score = stage_task("teacher-score", _scored)
+verify = stage_task("verify", making(step.verify))
+update = stage_task("update", update_step, retries=0)
+"""One optimiser step from the files of a step. It is not tried again: the trainer in memory may have made it."""
+
+teacher_sample = stage_task(
+    "teacher-sample", making(sft.teacher_sample), run_name="{stage}-shard-{at:06d}-teacher-sample"
+)
+verify_samples = stage_task("verify-samples", making(sft.verify_samples), run_name="{stage}-shard-{at:06d}-verify")
+select = stage_task("select", making(sft.select), run_name="{stage}-select")
+sft_update = stage_task("sft-update", sft.sft_step, retries=0)
+
+export = run_task("export-student", making(finish.student))
+report = run_task("report", making(report_box))
+
+
+@task(name="evaluate", task_run_name="evaluate-{label}", **STEP_OPTIONS)
+def evaluate(run_dir: str, label: str, benchmarks: list[str] | None = None) -> dict[str, Any]:
+    """Evaluate `base`, `teacher`, a stage's result or a checkpoint. Returns its results."""
+    return evaluate_model(open_run_dir(run_dir), label, benchmarks)

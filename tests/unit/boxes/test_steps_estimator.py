@@ -1,0 +1,64 @@
+"""An estimator of one's own through two real steps: it trains, and update.parquet holds what it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from crash.tiny_run import open_tiny, train
+
+from kdrl_core.errors import RecipeError
+from kdrl_core.ledger import Run
+from kdrl_core.objectives import register_estimator
+from kdrl_core.objectives.kinds import ESTIMATORS
+from kdrl_core.objectives.kl import KL_ESTIMATORS
+from kdrl_core.tables.metrics import load_metrics
+
+ONE_STAGE = ["stage1=null", "stage2.steps=2"]
+CODE = "def hinge(log_ratio):\n    return (-log_ratio).clamp(min=0)\n"
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The estimator as a recipe names it: registered, or in a file."""
+    (tmp_path / "mine.py").write_text(CODE)
+    own = set(ESTIMATORS)
+    if request.param == "registered":
+        register_estimator("mine", lambda log_ratio: (-log_ratio).clamp(min=0), expectation=torch.abs)
+    yield "mine" if request.param == "registered" else f"{tmp_path / 'mine.py'}:hinge"
+    for added in set(ESTIMATORS) - own:
+        del ESTIMATORS[added], KL_ESTIMATORS[added]
+
+
+@pytest.mark.usefixtures("fast_sessions")
+@pytest.mark.parametrize("name", ["registered", "file"], indirect=True)
+def test_it_trains_and_is_recorded(name: str, tmp_path: Path) -> None:
+    run = open_tiny(tmp_path, "r", [*ONE_STAGE, f"stage2.kl_estimator={name}"])
+    train(run)
+    for step, metrics in enumerate(load_metrics(run, "stage2")):
+        log_ratios, lengths, recorded = read(run, step)
+        hinge = np.concatenate([np.maximum(-each, 0.0) for each in log_ratios])
+        assert metrics["kd/kl"] == pytest.approx(hinge.mean(), rel=1e-4)
+        expected = [np.abs(each).sum() if name == "mine" else np.maximum(-each, 0.0).sum() for each in log_ratios]
+        np.testing.assert_allclose(recorded, expected, rtol=1e-4, atol=1e-5)
+        assert len(hinge) == sum(lengths)
+
+
+def read(run: Run, step: int) -> tuple[list[np.ndarray], list[int], list[float]]:
+    """R of each token by the trainer's logprobs, the lengths, and the recorded sums."""
+    folder = run.paths.step("stage2", step)
+    update = pq.ParquetFile(folder / "update.parquet").read().to_pydict()
+    teacher = pq.ParquetFile(folder / "teacher.parquet").read().to_pydict()["teacher_logprobs"]
+    log_ratios = [np.array(t) - np.array(s) for t, s in zip(teacher, update["logprobs"], strict=True)]
+    return log_ratios, [len(row) for row in log_ratios], update["kl_sum"]
+
+
+def test_a_run_is_refused_before_it_begins_when_the_file_is_not_there(tmp_path: Path) -> None:
+    from kdrl_core.boxes.preflight import check_inputs
+    from kdrl_core.config import load_recipe
+
+    recipe = load_recipe("miniature", [f"stage2.kl_estimator={tmp_path / 'nowhere.py'}:hinge"])
+    with pytest.raises(RecipeError, match=r"field 'stage2.kl_estimator': .*nowhere.py does not exist; correct"):
+        check_inputs(recipe)
