@@ -46,16 +46,12 @@ def timed(**more: Any) -> Facts:
     return lambda seconds: {"seconds": seconds, **more}
 
 
-def _no_facts(seconds: float) -> Mapping[str, Any]:
-    return {}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
     """What a box has made. A box that returns a bare table has made `Product(content=table, facts=timed())`."""
 
     content: pa.Table | Write
-    facts: Facts = _no_facts
+    facts: Facts = field(default=lambda seconds: {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,7 +80,7 @@ def step_facts(
     its metrics and those of the steps before."""
     before = [row for row in load_metrics(session.run, session.stage) if row["step"] < step]
     rows = [*before, {"step": step, **metrics}]
-    raised = raised_at_last(rows, session.run.recipe.alarms.rules, stage=session.stage)
+    raised = raised_at_last(rows, session.alarm_rules, stage=session.stage)
     return {"metrics": metrics, "timings": timings, "alarms": to_metadata(raised)}
 
 
@@ -151,7 +151,7 @@ def update(
     }
     tokens = int(sum(rollouts["length"].to_pylist()))
     return Product(
-        content=_update_table(rollouts, batch, stats),
+        content=update_table(rollouts, stats, **_signals_of(batch, stats)),
         facts=lambda seconds: step_facts(session, at, metrics, _timings(told, seconds, tokens)),
     )
 
@@ -186,25 +186,27 @@ def _update_batch(
     )
 
 
-def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats) -> pa.Table:
+def update_table(rows: pa.Table, stats: StepStats, **signals: Any) -> pa.Table:
+    """UPDATE of a step that trained on these rows. Columns that are not given are null."""
     kind = pa.list_(pa.float32())
-    columns: dict[str, Any] = {
-        "prompt_id": rollouts["prompt_id"],
-        "sample": rollouts["sample"],
-        "advantage": np.asarray(batch.advantages, np.float32),
-        "kd_weight": np.asarray(batch.kd_weights, np.float32),
-        "logprobs": pa.array(stats.logprobs, kind),
-        "entropies": pa.nulls(len(rollouts), kind) if stats.entropies is None else pa.array(stats.entropies, kind),
-    }
-    if batch.teacher_logprobs is None:
-        columns |= dict.fromkeys(("kl_sum", "kl_mean", "log_ratio_sum"), pa.nulls(len(rollouts), pa.float32()))
-    else:
+    columns = {field.name: pa.nulls(len(rows), field.type) for field in schemas.UPDATE} | signals
+    columns |= {"prompt_id": rows["prompt_id"], "sample": rows["sample"], "logprobs": pa.array(stats.logprobs, kind)}
+    if stats.entropies is not None:
+        columns["entropies"] = pa.array(stats.entropies, kind)
+    return pa.Table.from_pydict(columns, schema=schemas.UPDATE)
+
+
+def _signals_of(batch: UpdateBatch, stats: StepStats) -> dict[str, Any]:
+    """The columns of UPDATE that tell what the step's signals were."""
+    columns: dict[str, Any] = {"advantage": batch.advantages, "kd_weight": batch.kd_weights}
+    columns = {name: np.asarray(values, np.float32) for name, values in columns.items()}
+    if batch.teacher_logprobs is not None:
         (student, mask), (teacher, _) = _padded(stats.logprobs), _padded(batch.teacher_logprobs)
         kl_sum = (recorded_kl(student, teacher, batch.objective.kl_estimator) * mask).sum(1)
         columns["kl_sum"] = kl_sum.numpy()
         columns["kl_mean"] = (kl_sum / mask.sum(1)).numpy()
         columns["log_ratio_sum"] = (teacher - student).sum(1).numpy()
-    return pa.Table.from_pydict(columns, schema=schemas.UPDATE)
+    return columns
 
 
 def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:

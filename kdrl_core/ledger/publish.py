@@ -63,14 +63,7 @@ def publish_file(
             write(temporary)
             size, sha256 = digest(temporary, durable=True)
             hashed = memory.stamp(temporary)
-            made = Manifest(
-                artifact=place_of(path) or path.name,
-                size=size,
-                sha256=sha256,
-                inputs=dict(inputs or {}),
-                metadata=dict(metadata or {}),
-                created_at=_now(),
-            )
+            made = _manifest(path, inputs, metadata, size=size, sha256=sha256)
             written = heal.settled(path, made, expected).to_bytes()
             temporary.replace(path)
         replace_file(file_manifest_path(path), written)
@@ -102,19 +95,11 @@ def publish_directory(
         with _temporary(path) as temporary:
             temporary.mkdir()
             files = listing(temporary, durable=True, known=write(temporary))
-            made = Manifest(
-                artifact=place_of(path) or path.name,
-                size=sum(f["size"] for f in files.values()),
-                sha256=digest_of_listing(files),
-                inputs=dict(inputs or {}),
-                metadata=dict(metadata or {}),
-                files=files,
-                created_at=_now(),
-            )
+            size, sha256 = sum(f["size"] for f in files.values()), digest_of_listing(files)
+            made = _manifest(path, inputs, metadata, size=size, sha256=sha256, files=files)
             written = heal.settled(path, made, expected).to_bytes()
             _write(temporary / DIRECTORY_MANIFEST, written)
-            for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-                _fsync(folder)
+            _fsync_folders(temporary)
             with _temporary(path) as superseded:
                 if path.exists():
                     path.rename(superseded)
@@ -175,8 +160,7 @@ def adopt_published(source: Path, path: Path) -> None:
                     (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     _link(source / name, temporary / name, file["sha256"])
                 _write(temporary / DIRECTORY_MANIFEST, manifest.to_bytes())
-                for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-                    _fsync(folder)
+                _fsync_folders(temporary)
                 temporary.rename(path)
             _fsync(path.parent)
         if manifest.files is None:
@@ -240,8 +224,16 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _manifest(
+    path: Path, inputs: Mapping[str, str] | None, metadata: Mapping[str, Any] | None, **content: Any
+) -> Manifest:
+    return Manifest(
+        artifact=place_of(path) or path.name,
+        inputs=dict(inputs or {}),
+        metadata=dict(metadata or {}),
+        created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        **content,
+    )
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -257,6 +249,11 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fsync_folders(root: Path) -> None:
+    for folder in [*(path for path in root.rglob("*") if path.is_dir()), root]:
+        _fsync(folder)
 
 
 @contextmanager

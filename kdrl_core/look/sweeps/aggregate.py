@@ -1,6 +1,6 @@
 """The results of a sweep aggregated over seeds: means with 95 % intervals, ranks, differences, accuracy at equal time.
 
-From `SweepResults` to `SweepTable`, without reading a file. kdrl_core.evaluation.over_seeds computes the intervals.
+From `SweepResults` to `SweepTable`, without reading a file. kdrl_core.evaluation.statistics computes the intervals.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kdrl_core.evaluation.over_seeds import Scores, over_seeds, paired_difference
-from kdrl_core.evaluation.statistics import Accuracy
+from kdrl_core.evaluation.statistics import Accuracy, Scores, over_seeds, paired_difference
 from kdrl_core.look.sweeps.claims import judge_claims
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 from kdrl_core.look.sweeps.table import AVERAGE, VALIDATION, Row, Score, SweepTable, TimedRow

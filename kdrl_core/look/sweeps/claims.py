@@ -1,7 +1,7 @@
 """Claims of a sweep, judged by its runs: does a finding of the paper hold here, does it not, or is it unclear?
 
 A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (for
-accuracy also by problem), with the 95 % interval of evaluation/over_seeds.py. If the interval lies above zero, the
+accuracy also by problem), with the 95 % interval of evaluation/statistics.py. If the interval lies above zero, the
 claim holds; below zero, it does not; around zero, it is unclear. There is no correction for the number of claims: of
 twenty real ties, about one is judged to hold, or not to hold, by chance.
 """
@@ -12,8 +12,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from kdrl_core.evaluation.over_seeds import paired_difference
-from kdrl_core.evaluation.statistics import Accuracy
+from kdrl_core.evaluation.statistics import Accuracy, paired_difference
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 from kdrl_core.look.sweeps.spec import ACCURACY, LENGTH, Claim
 
