@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import State
 
-from kdrl_core.boxes import finish, sft, step
+from kdrl_core.boxes import completion, sft, step
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import Box, make
@@ -108,7 +108,7 @@ verify_samples = stage_task("verify-samples", making(sft.verify_samples), run_na
 select = stage_task("select", making(sft.select), run_name="{stage}-select")
 sft_update = stage_task("sft-update", sft.sft_step, retries=0)
 
-export = run_task("export-student", making(finish.student))
+export = run_task("export-student", making(completion.student))
 report = run_task("report", making(report_box))
 
 

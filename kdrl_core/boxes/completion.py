@@ -1,13 +1,17 @@
-"""Whether a run is finished. Loads no model library: it is asked by whoever only looks on."""
+"""Whether a run is finished, and the student that it ends in. Loads no model library: whoever only looks on asks it."""
 
 import logging
+import shutil
 from itertools import dropwhile
+from pathlib import Path
 
+from kdrl_core.boxes.make import Product, box
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Manifest, Run, is_published, manifest_of, verify_own
-from kdrl_core.ledger.graph import CHECKPOINT, Node, final_checkpoint, needs, results
+from kdrl_core.ledger.graph import CHECKPOINT, STUDENT, Node, final_checkpoint, needs, results
 from kdrl_core.ledger.heal import changed_inputs
 from kdrl_core.tables.metrics import differing_metrics
+from kdrl_core.training.protocols import STATE_DIR
 
 _logger = logging.getLogger("kdrl")
 
@@ -68,3 +72,15 @@ def require_finished(run: Run) -> None:
             f"run {run.name} came to its end without its evaluations, student and report; "
             f"look for the first error in the log, then: kdrl resume {run.name}"
         )
+
+
+@box(STUDENT)
+def student(run: Run, checkpoint: Path) -> Product:
+    """The last stage's result without trainer state: transformers loads it by its path."""
+    verify_own(run, checkpoint)
+
+    def write(folder: Path) -> None:
+        left_out = shutil.ignore_patterns(STATE_DIR, "manifest.json")
+        shutil.copytree(checkpoint, folder, ignore=left_out, dirs_exist_ok=True)
+
+    return Product(content=write)

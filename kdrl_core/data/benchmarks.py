@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from kdrl_core.config import BenchmarkConfig, resolve_path
-from kdrl_core.data.unicode import is_unicode
+from kdrl_core.data.text import is_unicode
 from kdrl_core.errors import DataError
 
 

@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 from kdrl_core.data.chunk import Chunk, RowFault, arrow_labels, as_text, kind_of, listed
 from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.data.skywork import skywork_columns
-from kdrl_core.data.text import normalize_questions, question_hashes, question_ids
-from kdrl_core.data.unicode import is_unicode
+from kdrl_core.data.text import is_unicode, normalize_questions, question_hashes, question_ids
 from kdrl_core.errors import DataError
 
 Format = Literal["problems", "skywork", "deepscaler"]

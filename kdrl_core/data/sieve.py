@@ -5,8 +5,9 @@ that do not fit. `kdrl_core.data.filter` describes the rules, their order and th
 """
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from math import ceil
 
@@ -16,12 +17,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import StageConfig, VerificationConfig
-from kdrl_core.data.answers import unparsable_answers
 from kdrl_core.data.decontamination import Overlap
 from kdrl_core.data.filter_report import RuleCount
 from kdrl_core.errors import DataError
+from kdrl_core.types import VerdictKind
+from kdrl_core.verify import Verifier
+from kdrl_core.verify.accuracy import UNREADABLE_TRUTH
 
 _MISSING = -1
+_NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/[1-9]\d{0,40})?|\\frac\{\d{1,40}\}\{[1-9]\d{0,40}\}", re.ASCII)
+_PROBE = r"\boxed{98765432123456789}"
+"""An answer that is no problem's ground truth."""
 _OFF = "off"
 
 Rows = npt.NDArray[np.int64]
@@ -296,3 +302,23 @@ def _cap(num_solved: int, num_unsolved: int, share: Fraction) -> int:
 def _exact(share: float) -> Fraction:
     """0.1 as one tenth, not as the nearest double."""
     return Fraction(str(share))
+
+
+def unparsable_answers(answers: Iterable[str], limits: VerificationConfig) -> set[str]:
+    """The answers that math-verify cannot read, so that no response to their problem could be found right.
+
+    The verifier's own killable workers read them: each distinct truth is compared with a number, and the verdict says
+    whether the truth is mathematics. A truth that exhausts time or memory counts as unreadable. Plain numbers and
+    fractions need no worker.
+    """
+    doubtful = sorted({answer for answer in answers if not _NUMBER.fullmatch(answer)})
+    if not doubtful:
+        return set()
+    with Verifier(**limits.pool_options) as verifier:
+        verdicts = verifier.verify_batch([(_PROBE, answer) for answer in doubtful], require_format=False)
+    failed = (VerdictKind.TIMEOUT, VerdictKind.ERROR)
+    return {
+        answer
+        for answer, verdict in zip(doubtful, verdicts, strict=True)
+        if verdict.kind in failed or verdict.reason == UNREADABLE_TRUTH
+    }

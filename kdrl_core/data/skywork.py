@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.data.chunk import Chunk, arrow_labels, as_text, listed, wrong_type
-from kdrl_core.data.unicode import is_unicode
+from kdrl_core.data.text import is_unicode
 from kdrl_core.errors import DataError
 
 _INSTRUCTION = (

@@ -2,6 +2,8 @@
 
 Letter case, LaTeX spelling and punctuation are kept, so two rows are duplicates only if a reader sees the same text.
 Decontamination matches more loosely.
+
+JSON can hold texts that UTF-8 cannot, with halves of surrogate pairs; files and requests cannot have them.
 """
 
 import hashlib
@@ -63,3 +65,17 @@ def question_digests(questions: pa.ChunkedArray) -> pa.ChunkedArray:
         for chunk in questions.chunks
     ]
     return pa.chunked_array(chunks, kind)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_unicode(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()

@@ -76,13 +76,13 @@ def publish_file(
 
 def publish_directory(
     path: Path,
-    write: Callable[[Path], Listing | None],
+    write: Callable[[Path], object],
     *,
     inputs: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     expected: str | None = None,
 ) -> Manifest:
-    """Publish the directory that `write` fills; like `publish_file`, in one rename. `write` may return what it knows of
+    """Publish the directory that `write` fills; like `publish_file`, in one rename. `write` may return a `Listing` of
     the files that it has put on the disk from memory (`ConstantFiles`): these are not read again.
 
     A directory that is published already from the same inputs is kept, and its manifest returned; one from other inputs
@@ -94,7 +94,8 @@ def publish_directory(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as temporary:
             temporary.mkdir()
-            files = listing(temporary, durable=True, known=write(temporary))
+            known = write(temporary)
+            files = listing(temporary, durable=True, known=known if isinstance(known, dict) else None)
             size, sha256 = sum(f["size"] for f in files.values()), digest_of_listing(files)
             made = _manifest(path, inputs, metadata, size=size, sha256=sha256, files=files)
             written = heal.settled(path, made, expected).to_bytes()

@@ -10,9 +10,9 @@ import pytest
 from crash.tiny_run import differing, finish, open_tiny, train
 
 from kdrl_core.boxes.checkpoints import open_stage
+from kdrl_core.boxes.completion import student
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
-from kdrl_core.boxes.finish import student
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import StageSession, close_sessions, stage_session
 from kdrl_core.boxes.step import rollout, score_step, verify

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from kdrl_core.boxes.checkpoints import open_stage
+from kdrl_core.boxes.completion import student
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
-from kdrl_core.boxes.finish import student
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.step import rollout, score_step, verify

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.data.unicode import as_unicode
+from kdrl_core.data.text import as_unicode
 from kdrl_core.errors import DataError, ModelError
 from kdrl_core.ledger import RunPaths, publish_file, storage_errors
 from kdrl_core.look.rollouts.record import RECORD, TIMINGS

@@ -9,9 +9,8 @@ import torch
 from crash.tiny_run import finish, open_tiny, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdrl_core.boxes.completion import is_finished
+from kdrl_core.boxes.completion import is_finished, student
 from kdrl_core.boxes.evaluate import evaluate_model, model_of
-from kdrl_core.boxes.finish import student
 from kdrl_core.boxes.make import make
 from kdrl_core.errors import DamagedArtifactError, ModelError, RunError
 from kdrl_core.ledger import Run, RunPaths, is_published

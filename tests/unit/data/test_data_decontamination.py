@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kdrl_core.config import DataConfig, DecontaminationConfig, VerificationConfig
 from kdrl_core.data import read_problems
-from kdrl_core.data.answers import unparsable_answers
 from kdrl_core.data.decontamination import Decontaminator, words_of
+from kdrl_core.data.sieve import unparsable_answers
 from kdrl_core.errors import DataError
 
 LONG = "Let x be the number of apples that Ann buys on Monday and y the number she buys later"

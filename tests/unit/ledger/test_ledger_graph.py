@@ -349,7 +349,8 @@ def test_which_fields_count_for_which_part() -> None:
     plain = {part.name: part.key for part in parts_of(recipe)}
     told_apart: dict[str, set[str]] = {}
     for field, value in leaf_fields(recipe).items():
-        other = _with(recipe, field, value + 1 if isinstance(value, int | float) else f"{value} changed")
+        changed = value + 1 if isinstance(value, int | float) else f"{value} changed"
+        other = _with(recipe, field, "reward_shaping" if field.endswith(".objective") else changed)
         told_apart[field] = {part.name for part in parts_of(other) if plain[part.name] != part.key}
     everything = set(plain)
     of_stage2 = {"stage2", "evaluation of stage2"}
