@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.checks import as_float, as_is_response, check_counts, check_num_dims, check_shape
-from kdrl_core.objectives.inputs import Totals
+from kdrl_core.objectives.inputs import Totals, check_group_size, check_positive
 from kdrl_core.objectives.kinds import AGGREGATIONS
-from kdrl_core.objectives.scalars import check_group_size, check_positive
 
 
 def token_mean(values: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:

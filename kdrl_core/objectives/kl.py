@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.checks import as_float, check_num_dims, check_shape
+from kdrl_core.objectives.inputs import check_choice
 from kdrl_core.objectives.kinds import ESTIMATORS, Estimator
 from kdrl_core.objectives.plugins import is_reference, parse_reference
-from kdrl_core.objectives.scalars import check_choice
 
 KLFunction = Callable[[Tensor], Tensor]
 """From R [B, T], with its gradient, to the estimate of each token [B, T]."""
@@ -108,7 +108,7 @@ def check_estimator(argument: str, name: str, *, with_topk: bool = False) -> Non
         ValueError: no such estimator.
         RecipeError: its file or module cannot be loaded.
     """
-    if is_reference(name) and name not in ESTIMATORS:
+    if name not in ESTIMATORS and is_reference(name):
         _add(name, parse_reference(name).load())
     check_choice(argument, name, ESTIMATORS if with_topk else KL_ESTIMATORS)
 

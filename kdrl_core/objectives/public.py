@@ -1,15 +1,11 @@
 """The names of `kdrl_core.objectives`, which imports this module when the first of them is used."""
 
-from kdrl_core.objectives.advantages import group_advantages
+from kdrl_core.objectives.advantages import group_advantages, kd_mask, shape_rewards, training_signals
 from kdrl_core.objectives.aggregate import group_mean, token_mean
 from kdrl_core.objectives.baselines import kd_rkl_loss, sft_loss
-from kdrl_core.objectives.inputs import Objective, Responses, Totals
+from kdrl_core.objectives.inputs import BetaSchedule, Objective, Responses, Totals
 from kdrl_core.objectives.kl import kl_estimate, kl_policy_gradient, recorded_kl, register_estimator
 from kdrl_core.objectives.loss import LOSS_METRICS, joint_loss, kdrl_loss
-from kdrl_core.objectives.masking import kd_mask
-from kdrl_core.objectives.schedule import BetaSchedule
-from kdrl_core.objectives.shaping import shape_rewards
-from kdrl_core.objectives.signals import training_signals
 from kdrl_core.objectives.topk import topk_kl
 
 __all__ = [

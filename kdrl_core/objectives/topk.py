@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
-from kdrl_core.objectives.scalars import check_log_probability
+from kdrl_core.objectives.inputs import check_log_probability
 
 
 def topk_kl(
