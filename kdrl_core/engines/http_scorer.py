@@ -21,7 +21,7 @@ from kdrl_core.engines.served_answers import best_tokens, logprob_of, positions_
 from kdrl_core.engines.server_pool import ServedModel, Server, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.types import ScoreRequest
-from kdrl_core.verify.clock import Clock
+from kdrl_core.verify.workers import Clock
 
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 Scored = tuple[NDArray[np.float32], list[list[tuple[int, float]]]]

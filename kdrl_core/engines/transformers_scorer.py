@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from kdrl_core.engines.protocols import TopKScore
 from kdrl_core.errors import EngineError
-from kdrl_core.logprobs.batch import PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.logprobs.model import LogprobModel
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
 from kdrl_core.types import ScoreRequest
 
 

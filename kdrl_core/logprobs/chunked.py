@@ -21,8 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdrl_core.logprobs.chunked_function import ChunkedStatistics
-from kdrl_core.logprobs.chunks import ChunkSettings, RunningSums, gather_into, logit_chunks, sum_dtype
+from kdrl_core.logprobs.chunked_function import (
+    ChunkedStatistics,
+    ChunkSettings,
+    RunningSums,
+    gather_into,
+    logit_chunks,
+    sum_dtype,
+)
 
 CHUNK_BYTES = 32 * 2**20
 """Default size of one chunk's logits; about three tensors of this size live at a time."""

@@ -37,7 +37,7 @@ from kdrl_core.tables.columns import verdict_columns
 from kdrl_core.tables.schemas import write_table
 from kdrl_core.types import Verdict
 from kdrl_core.verify import Verifier
-from kdrl_core.verify.failures import refuse_failures
+from kdrl_core.verify.screening import refuse_failures
 
 _logger = logging.getLogger("kdrl")
 

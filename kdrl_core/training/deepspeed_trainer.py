@@ -18,7 +18,7 @@ import numpy as np
 
 from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.errors import EngineError
-from kdrl_core.logprobs.batch import deal_batches, token_budget_batches
+from kdrl_core.logprobs.model import deal_batches, token_budget_batches
 from kdrl_core.training.losses import refuse_not_finite, totals_of
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
 from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch

@@ -163,7 +163,7 @@ class _Rank:
         """One micro-batch: gradients accumulate in the engine, what it finds out in the record; returns metrics."""
         import torch
 
-        from kdrl_core.logprobs.batch import pad_sequences
+        from kdrl_core.logprobs.model import pad_sequences
         from kdrl_core.training.losses import micro_batch_loss, micro_batch_statistics
 
         batch, rows, engine = work.batch, work.passes[index], self._engine
@@ -188,7 +188,7 @@ class _Rank:
     def _score(self, work: RankWork) -> Answer:
         import torch
 
-        from kdrl_core.logprobs.batch import pad_sequences
+        from kdrl_core.logprobs.model import pad_sequences
 
         padded = pad_sequences(work.batch.sequences, device=self._device)
         self._engine.eval()

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from kdrl_core.errors import EngineError
-from kdrl_core.logprobs.batch import PaddedBatch
 from kdrl_core.logprobs.chunked import TokenStatistics
+from kdrl_core.logprobs.model import PaddedBatch
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
 from kdrl_core.training.protocols import Float32s, UpdateBatch

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from kdrl_core.errors import RunError
 from kdrl_core.ledger.seeds import derive_seed
-from kdrl_core.logprobs.batch import pad_sequences, token_budget_batches
-from kdrl_core.logprobs.model import LogprobModel
+from kdrl_core.logprobs.model import LogprobModel, pad_sequences, token_budget_batches
 from kdrl_core.models.loading import load_weights_into
 from kdrl_core.training.losses import (
     TokenRecord,

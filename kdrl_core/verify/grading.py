@@ -13,10 +13,10 @@ from typing import Literal
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import replace_file
 from kdrl_core.types import Verdict
-from kdrl_core.verify.format import answer_region
 from kdrl_core.verify.pool import VerdictOptions, Verifier
 from kdrl_core.verify.row_files import VERDICT_NAMES, RowFile
 from kdrl_core.verify.rows import Batch, Columns
+from kdrl_core.verify.screening import answer_region
 from kdrl_core.verify.tally import FileTally
 
 MAX_GROUPS = 1_000

@@ -27,11 +27,8 @@ from typing import TypedDict
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
-from kdrl_core.verify.accuracy import Outcome
-from kdrl_core.verify.clock import Clock
-from kdrl_core.verify.format import FormatResult
-from kdrl_core.verify.screening import Job, make_verdict, screen
-from kdrl_core.verify.workers import Workers
+from kdrl_core.verify.screening import FormatResult, Job, Outcome, make_verdict, screen
+from kdrl_core.verify.workers import Clock, Workers
 
 DEFAULT_TIMEOUT_S = 10.0
 DEFAULT_MEMORY_LIMIT_MB = 2_048

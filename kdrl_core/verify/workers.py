@@ -1,4 +1,4 @@
-"""The worker processes of a verifier, and what became of the jobs that they were given.
+"""The worker processes of a verifier, what became of the jobs that they were given, and for how long they worked.
 
 Pebble owns the processes and the deadline. A pool that breaks (its workers were killed from outside while idle, or
 cannot start) can be discarded; the next job then gets a new pool.
@@ -7,6 +7,7 @@ cannot start) can be discarded; the next job then gets a new pool.
 import contextlib
 import signal
 import threading
+import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
@@ -15,8 +16,8 @@ from pebble import ProcessExpired, ProcessPool
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify._spawn import WorkerContext
-from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, Outcome, judge, start_worker
-from kdrl_core.verify.screening import Job
+from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, judge, start_worker
+from kdrl_core.verify.screening import Job, Outcome
 
 _ORPHAN_GRACE_S = 2.0
 """The kernel's timer in the worker fires this much later than the pool's deadline."""
@@ -93,3 +94,32 @@ def _stop(pool: ProcessPool) -> None:
     with contextlib.suppress(RuntimeError, OSError, ValueError):
         pool.stop()
         pool.join()
+
+
+class Clock:
+    """The time during which at least one of several tasks was running."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = self._total = 0.0
+
+    def start(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._since = time.monotonic()
+            self._running += 1
+
+    def stop(self, _: object = None) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                self._total += time.monotonic() - self._since
+
+    def read(self) -> float:
+        """Seconds since the last call."""
+        with self._lock:
+            now = time.monotonic()
+            total, self._total = self._total + (now - self._since if self._running else 0.0), 0.0
+            self._since = now
+            return total
