@@ -20,7 +20,7 @@ from prefect.states import Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
 from kdrl_core.errors import RunError
-from kdrl_core.training.process_groups import kill_group
+from kdrl_core.training.process_guard import kill_group
 
 _STOP_TIMEOUT_S = 20.0
 

@@ -24,7 +24,7 @@ def bake_teacher(
         if output.exists():
             raise ModelError(f"--output {output} exists; give another folder")
         err.print(f"baking temperature {temperature:g} into a copy of {model} …")
-        from kdrl_core.models.bake import bake_temperature
+        from kdrl_core.models.prepare import bake_temperature
 
         manifest = bake_temperature(model.absolute(), output.absolute(), temperature)
         out.say(f"{output}  {manifest.size / 2**20:,.1f} MiB")

@@ -12,7 +12,7 @@ import httpx
 
 from flows.guard import guard_children
 from kdrl_core.errors import EngineError
-from kdrl_core.training.process_groups import kill_group
+from kdrl_core.training.process_guard import kill_group
 
 _POLL_S = 0.5
 _ANSWER_S = 2.0

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_exponential_jitter
 
-from kdrl_core.engines.served_answers import TransientError
+from kdrl_core.engines.server_client import TransientError
 from kdrl_core.errors import EngineError
 
 _MAX_PAUSE_S = 30.0
@@ -28,7 +28,7 @@ def retry_transient(
     over: threading.Event,
     advice: str,
 ) -> _Result:
-    """The result of a call that is tried again while it raises TransientError.
+    """The result of a call that is tried again while it raises TransientError. Raises EngineError once given up.
 
     Args:
         what: what is asked for, as messages name it.
@@ -36,9 +36,6 @@ def retry_transient(
         first_pause_s: before the second try; doubled with each, up to 30 s, with jitter.
         over: once set, no pause is waited for and nothing is tried again.
         advice: end of the message of what was given up.
-
-    Raises:
-        EngineError: given up.
     """
     started = time.monotonic()
     pauses = wait_exponential_jitter(initial=first_pause_s, max=_MAX_PAUSE_S, jitter=first_pause_s)

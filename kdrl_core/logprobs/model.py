@@ -66,9 +66,7 @@ def pad_sequences(sequences: Sequence[ScoreRequest], *, device: torch.device | s
 def token_budget_batches(lengths: Sequence[tuple[int, int]], *, max_tokens: int) -> list[list[int]]:
     """Split rows into batches of similar length with at most `max_tokens` padded tokens (at least one row each).
 
-    Args:
-        lengths: prompt and response tokens per row.
-        max_tokens: bound on rows × (longest prompt + longest response) of a batch.
+    `lengths` has prompt and response tokens per row; padded are rows × (longest prompt + longest response) of a batch.
     """
     order = sorted(range(len(lengths)), key=lambda row: (sum(lengths[row]), row))
     batches: list[list[int]] = []
@@ -145,12 +143,7 @@ class LogprobHead(torch.nn.Module):
 
 
 class LogprobModel(torch.nn.Module):
-    """A causal language model that answers with statistics of response tokens instead of logits.
-
-    Args:
-        model: a transformers model; its parameters are shared, not copied.
-        temperature: T of every result.
-    """
+    """A causal language model that answers with statistics of response tokens instead of logits."""
 
     def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
         super().__init__()
@@ -173,10 +166,8 @@ class LogprobModel(torch.nn.Module):
         """Statistics [B, T] of the response tokens of `batch`, float32 with gradient, 0 on padding.
 
         Args:
-            batch: padded sequences.
             topk_ids: [B, T, K] the teacher's K best tokens, for the Top-K KL; padding holds anything.
             topk_logits: [B, T, K] their logits (or logprobs) / T.
-            with_entropy: compute the entropy as well.
             floor: log-probability of the teacher's other tokens.
 
         Raises:
@@ -289,10 +280,8 @@ def response_logits(model: PreTrainedModel, batch: PaddedBatch, *, temperature: 
 def response_logprobs(
     logits: Tensor, batch: PaddedBatch, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Read off the response tokens of `batch` from `response_logits` [B, T, V].
-
-    Returns:
-        logprobs [B, T] float32 with gradient, 0 on padding; entropy [B, T] in nats likewise, or None.
+    """Of `response_logits` [B, T, V]: logprobs [B, T] float32 with gradient, 0 on padding; entropy in nats likewise, or
+    None.
     """
     log_probabilities = logits.log_softmax(-1)
     is_response = batch.response_mask.bool()

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrl_core.config import ModelConfig, resolve_path
-from kdrl_core.errors import ModelError
+from kdrl_core.config import ModelConfig, Recipe, resolve_path
+from kdrl_core.errors import ModelError, RecipeError
 from kdrl_core.models.tokenizer import read_tokenizer, trust_hint
 
 if TYPE_CHECKING:
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def check_device(recipe: Recipe) -> None:
+    """Raise RecipeError if the recipe asks for a GPU that is not there."""
+    if recipe.runtime.device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            f"recipe {recipe.name}, field 'runtime.device': cuda is asked for, but torch sees no GPU; "
+            "set runtime.device=cpu or install a CUDA build of torch"
+        )
 
 
 def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
@@ -284,8 +297,7 @@ def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
 def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a response: the generation config's, of a model or of its directory, and the tokenizer's.
 
-    Raises:
-        ModelError: there are none.
+    Raises ModelError if there are none.
     """
     if isinstance(model, Path):
         configured = _configured_eos(model)

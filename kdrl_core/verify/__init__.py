@@ -1,8 +1,7 @@
 """Verification: the verdict (reward and reason) on a response. Imports neither math-verify nor torch by itself."""
 
 from kdrl_core.verify.pool import VerdictOptions, Verifier, verify, verify_batch
-from kdrl_core.verify.screening import FormatResult, check_format
-from kdrl_core.verify.version import verifier_version
+from kdrl_core.verify.screening import FormatResult, check_format, verifier_version
 
 __all__ = [
     "FormatResult",

@@ -30,10 +30,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
+
+RULES = 1
+"""Raise this with every change of kdrl_core.verify that changes a verdict. Stored verdicts of other versions are then
+not taken for this one's."""
 
 _OPEN, _CLOSE = "<think>", "</think>"
 # `\\` before anything but `boxed` is a LaTeX line break and must not hide the brace that follows; `\{` is no brace.
@@ -253,6 +258,11 @@ def make_verdict(form: FormatResult, outcome: Outcome, *, require_format: bool) 
         extracted=None if extracted is None else _printable(extracted),
         reason=_printable(reason),
     )
+
+
+def verifier_version() -> str:
+    """The versions of kdrl's rules and of the installed math-verify. Verdicts of one version can be compared."""
+    return f"{RULES}, math-verify {version('math-verify')}"
 
 
 def refuse_failures(verdicts: Sequence[Verdict], where: str, limit: float) -> None:
