@@ -73,10 +73,7 @@ class VLLMScorer:
         self._engine.close()
 
     def _score(
-        self,
-        requests: Sequence[ScoreRequest],
-        k: int,
-        take: Callable[[NDArray[np.int32], NDArray[np.float32]], _Taken],
+        self, requests: Sequence[ScoreRequest], k: int, take: Callable[[NDArray[np.int32], NDArray[np.float32]], _Taken]
     ) -> list[_Taken]:
         """`take` applied to the ids and logprobs [n, 1 + k] of each response: the token itself, then the likeliest."""
         prompts = [[*request.prompt_token_ids, *request.token_ids] for request in requests]

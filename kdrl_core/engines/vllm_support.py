@@ -39,13 +39,7 @@ def vllm_version() -> str | None:
 
 
 def model_fault(
-    config: Mapping[str, Any],
-    *,
-    tensor_parallel: int,
-    kv_cache_gb: float | None,
-    device: str,
-    dtype: str,
-    tokens: int,
+    config: Mapping[str, Any], *, tensor_parallel: int, kv_cache_gb: float | None, device: str, dtype: str, tokens: int
 ) -> tuple[str, str] | None:
     """Why vLLM cannot run a model; None if it can.
 

@@ -296,10 +296,7 @@ def response_logprobs(
 def _response_hidden(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
     """[B · T, H] last hidden states that predict the response tokens, with gradient."""
     hidden: Tensor = model.base_model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
     return hidden[:, -batch.response_ids.shape[1] - 1 : -1].flatten(0, 1)
 

@@ -19,12 +19,7 @@ from kdrl_core.objectives.inputs import check_log_probability
 
 
 def topk_kl(
-    student_logits: Tensor,
-    topk_ids: Tensor,
-    topk_logits: Tensor,
-    *,
-    floor: float,
-    response_mask: Tensor | None = None,
+    student_logits: Tensor, topk_ids: Tensor, topk_logits: Tensor, *, floor: float, response_mask: Tensor | None = None
 ) -> Tensor:
     """Reverse KL per token against the renormalised top-K teacher (A.3); lower is closer to the teacher.
 

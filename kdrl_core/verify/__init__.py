@@ -3,12 +3,4 @@
 from kdrl_core.verify.pool import VerdictOptions, Verifier, verify, verify_batch
 from kdrl_core.verify.screening import FormatResult, check_format, verifier_version
 
-__all__ = [
-    "FormatResult",
-    "VerdictOptions",
-    "Verifier",
-    "check_format",
-    "verifier_version",
-    "verify",
-    "verify_batch",
-]
+__all__ = ["FormatResult", "VerdictOptions", "Verifier", "check_format", "verifier_version", "verify", "verify_batch"]

@@ -27,14 +27,7 @@ from tokenize import TokenError
 from typing import Any
 
 from kdrl_core.types import VerdictKind
-from kdrl_core.verify.normalise import (
-    as_based_integer,
-    as_word,
-    decimal_comma,
-    is_doubtful,
-    normalise,
-    same_word,
-)
+from kdrl_core.verify.normalise import as_based_integer, as_word, decimal_comma, is_doubtful, normalise, same_word
 from kdrl_core.verify.objections import constants_of, lost_digits, objection
 from kdrl_core.verify.screening import Outcome, last_box
 
