@@ -15,8 +15,8 @@ from kdrl_core.errors import DataError
 from kdrl_core.types import VerdictKind
 
 if TYPE_CHECKING:
+    from kdrl_core.verify.grading import FileTally, Tally
     from kdrl_core.verify.pool import Verifier
-    from kdrl_core.verify.tally import FileTally, Tally
 
 _MAX_TIMEOUT_S = 3_600.0
 

@@ -129,11 +129,9 @@ class LogprobHead(torch.nn.Module):
         floor: float = 0.0,
     ) -> TokenStatistics:
         """`token_statistics` of hidden states [N, H]."""
-        topk = None
-        if topk_ids is not None or topk_logits is not None:
-            if topk_ids is None or topk_logits is None:
-                raise ValueError("topk_ids and topk_logits: expected both or neither")
-            topk = TopKTeacher(topk_ids, topk_logits, floor)
+        if (topk_ids is None) != (topk_logits is None):
+            raise ValueError("topk_ids and topk_logits: expected both or neither")
+        topk = None if topk_ids is None or topk_logits is None else TopKTeacher(topk_ids, topk_logits, floor)
         return token_statistics(hidden, self.layer, target_ids, with_entropy=with_entropy, topk=topk)
 
     @property

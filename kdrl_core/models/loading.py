@@ -118,9 +118,7 @@ def _needs_own_code(values: dict[str, Any]) -> bool:
 
 
 def _tokenizer_needs_own_code(path: Path) -> bool:
-    if (path / "tokenizer.json").is_file():  # read as it is
-        return False
-    return "auto_map" in _tokenizer_config(path)
+    return not (path / "tokenizer.json").is_file() and "auto_map" in _tokenizer_config(path)  # the former is read as is
 
 
 def _shards(path: Path) -> list[str]:
@@ -158,14 +156,11 @@ def context_limit(config: dict[str, Any]) -> int | None:
 
 
 def compare_tokenizers(student: Path, teacher: Path) -> None:
-    """Refuse a teacher whose tokens mean something else than the student's.
+    """Refuse a teacher whose tokens mean something else than the student's. Raises ModelError.
 
     Compared are the token → id maps with the special tokens, and the token that ends a response, not vocabulary sizes:
     Qwen pads its embedding differently per model size while the tokenizers are the same. Compared is
     what both sides say: a directory without tokenizer.json, or without eos_token, is taken at its word.
-
-    Raises:
-        ModelError: names the first token that differs, or both ends.
     """
     ours, theirs = _vocabulary(student), _vocabulary(teacher)
     if ours is not None and theirs is not None and ours != theirs:
@@ -261,8 +256,7 @@ def load_model(
 def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
     """Copy the safetensors weights of `checkpoint_dir` into `model`, tied weights staying tied.
 
-    Raises:
-        ModelError: a weight is missing, unknown, or of another shape, or a file cannot be read.
+    Raises ModelError if a weight is missing, unknown, or of another shape, or a file cannot be read.
     """
     import torch
     from safetensors import SafetensorError
@@ -300,7 +294,9 @@ def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int
     Raises ModelError if there are none.
     """
     if isinstance(model, Path):
-        configured = _configured_eos(model)
+        file = model / "generation_config.json"  # as transformers has it; without that file, of config.json
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_config(model)
+        configured = values.get("eos_token_id")
     else:
         configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
@@ -317,14 +313,6 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory that was checked by `check_model_dir`."""
     values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return values
-
-
-def _configured_eos(path: Path) -> int | list[int] | None:
-    """As transformers has it: of generation_config.json, or without that file of config.json."""
-    file = path / "generation_config.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_config(path)
-    configured: int | list[int] | None = values.get("eos_token_id")
-    return configured
 
 
 def _first_line(error: Exception) -> str:

@@ -21,10 +21,7 @@ def prepared_model(config: ModelConfig, run_root: Path) -> Path:
     """The Hugging Face model directory of a recipe's model.
 
     A GGUF file is converted on first use into `<artifacts>/models/<stem>-<hash of its path>/`, beside the runs and
-    shared by them.
-
-    Raises:
-        ModelError: the files are missing, or reading GGUF needs a package that is not installed.
+    shared by them. Raises ModelError if files are missing, or reading GGUF needs a package that is not installed.
     """
     check_model_dir(config, role="model")
     source = resolve_path(config.path)
@@ -76,9 +73,8 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
 def bake_temperature(model_dir: Path, output: Path, temperature: float) -> Manifest:
     """Publish the copy of `model_dir` as `output`: an ordinary model directory in the model's own dtype.
 
-    Raises:
-        ModelError: the model cannot be loaded, or its output layer is not a plain linear one.
-        ValueError: the temperature is not above 0.
+    Raises ModelError if the model cannot be loaded or its output layer is not a plain linear one, and ValueError if the
+    temperature is not above 0.
     """
     if not temperature > 0.0:
         raise ValueError(f"temperature: expected a number above 0, given {temperature}")

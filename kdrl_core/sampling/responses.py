@@ -36,12 +36,10 @@ returns all in the order of the requests; what it returns counts."""
 
 
 def requests_for(prompts: Mapping[str, Sequence[int]], samples: int, *seed_names: object) -> list[RolloutRequest]:
-    """`samples` requests per prompt, those of a prompt together.
+    """`samples` requests per prompt (prompt_id → prompt_token_ids), those of a prompt together, in order.
 
-    Args:
-        prompts: prompt_id → prompt_token_ids, in order.
-        seed_names: a response's seed is `derive_seed(*seed_names, prompt_id, sample)`. So it depends neither on the
-            other prompts nor on the shard.
+    A response's seed is `derive_seed(*seed_names, prompt_id, sample)`. So it does not depend on other prompts or
+    the shard.
     """
     return [
         RolloutRequest(
@@ -109,11 +107,8 @@ def generate(
     on_finished: OnFinished,
     on_progress: Callable[[int, int], None],
 ) -> list[Rollout]:
-    """One response per request, in order.
-
-    Args:
-        on_finished: hears responses while others are still being generated, so that their verification can begin.
-        on_progress: hears how many there are by then, and of how many.
+    """One response per request, in order. `on_finished` hears responses while others are still being generated, so that
+    their verification can begin; `on_progress` hears how many there are by then, and of how many.
     """
     done = 0
 

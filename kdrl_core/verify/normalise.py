@@ -24,8 +24,11 @@ a comma in an answer as a decimal point.
 import itertools
 import re
 import unicodedata
+from contextlib import suppress
 
 MAX_CHARS = 4_096
+_MAX_VOTE_CHARS = 300
+"""Longer answers are votes as they stand: math-verify's patterns take quadratic time, and there is no deadline here."""
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
 _SUPERSCRIPT_RUN = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
@@ -265,3 +268,20 @@ def _number(content: str) -> str:
         if match := pattern.fullmatch(content):
             return match.expand(replacement)
     return content
+
+
+def vote_of(answer: str) -> str:
+    r"""The vote of an answer for maj@k; empty if the answer is blank.
+
+    Two answers cast the same vote if they are written alike after slips are repaired; the ground truth plays no part.
+    The spelling is math-verify's own normalisation of LaTeX: ``\dfrac{1}{2}``, ``1/2`` and ``0.5`` are one vote, as are
+    ``$5$`` and ``5.``. Expressions that are equal only by algebra are different votes.
+    """
+    text = " ".join(normalise(answer).split())
+    if len(text) <= _MAX_VOTE_CHARS:
+        from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+
+        config = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none")
+        with suppress(Exception):  # a foreign parser, and texts that a model wrote; the text itself is then the vote
+            text = normalize_latex(text, config)
+    return "".join(text.split())

@@ -187,7 +187,8 @@ def screen(
     except (TypeError, ValueError):
         return _unusable("the item is not a (response, ground_truth) pair")
     if not isinstance(response, str) or not isinstance(ground_truth, str):
-        return _unusable(f"response and ground truth must be text, not {_names(response, ground_truth)}")
+        kinds = f"{type(response).__name__} and {type(ground_truth).__name__}"
+        return _unusable(f"response and ground truth must be text, not {kinds}")
     form = check_format(response, think_opened=think_opened)
     truth = ground_truth.strip()
     if not truth:
@@ -280,10 +281,6 @@ def _unusable(reason: str) -> Verdict:
     return Verdict(
         kind=VerdictKind.ERROR, reward=0.0, format_reward=0.0, accuracy_reward=0.0, extracted=None, reason=reason
     )
-
-
-def _names(*values: object) -> str:
-    return " and ".join(type(value).__name__ for value in values)
 
 
 def _printable(text: str) -> str:
