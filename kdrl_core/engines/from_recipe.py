@@ -111,5 +111,5 @@ def _vllm_settings(recipe: Recipe, config: ModelConfig, *, max_model_len: int, t
 
 
 def _load(recipe: Recipe, path: Path, config: ModelConfig) -> Any:
-    runtime = recipe.runtime
-    return load_model(path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=config.trust_remote_code)
+    dtype, device = recipe.runtime.dtype, recipe.runtime.device
+    return load_model(path, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)

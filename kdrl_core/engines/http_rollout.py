@@ -27,11 +27,7 @@ Sampled = tuple[Rollout, str, str]
 
 
 class HTTPRolloutEngine:
-    """`RolloutEngine` over one or more replicas. `max_prompt_tokens`, of the longest prompt to come, is checked against
-    their context.
-
-    Raises EngineError if no replica can be reached, or one serves another model or too short a context.
-    """
+    """`RolloutEngine` over one or more replicas; `max_prompt_tokens`: of the longest to come. Raises as `ServerPool`."""
 
     def __init__(
         self,

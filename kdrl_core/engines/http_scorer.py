@@ -60,7 +60,6 @@ class HTTPScorer:
         """Let the servers begin with requests of `score`, or of `score_topk` with this k, and return at once.
 
         The next call takes the results that are there, waits for the others, and drops those that it does not ask for.
-        Its results are the same as without this.
         """
         for request in requests:
             if (key := _key(request, k)) not in self._ahead:

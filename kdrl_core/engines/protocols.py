@@ -43,8 +43,7 @@ class RolloutEngine(Protocol):
     ) -> list[Rollout]:
         """One response per request, in order. `on_finished` gets each response as soon as it is finished.
 
-        Args:
-            max_response_tokens: a limit below the engine's own; None: the engine's own.
+        `max_response_tokens` is a limit below the engine's own.
         """
         ...
 

@@ -74,8 +74,7 @@ def retry_transient(
 
 
 class DaemonThreads:
-    """Threads that the end of the program does not wait for, unlike those of a ThreadPoolExecutor: a request in flight
-    may take minutes to end."""
+    """Threads that, unlike a ThreadPoolExecutor's, the program's end does not wait for: a request may take minutes."""
 
     def __init__(self, count: int, name: str) -> None:
         self._count, self._name = count, name
@@ -84,7 +83,6 @@ class DaemonThreads:
         self._over = threading.Event()
 
     def submit(self, call: Callable[..., _Result], *arguments: Any) -> "Future[_Result]":
-        """Begin as soon as a thread is free."""
         future: Future[_Result] = Future()
 
         def work() -> None:

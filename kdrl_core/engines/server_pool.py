@@ -64,23 +64,18 @@ Attempt = Callable[[Server], _Result]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """How to reach the servers of a model. Durations in seconds."""
+    """How to reach the servers of a model: the fields of `ServersConfig`, and the key itself."""
 
     urls: Sequence[str]
-    """Up to and with `/v1`."""
     model: str | None = None
-    """Name that the servers give it; None: the only one that they serve."""
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 600.0
-    """Of one request."""
     retry_for_s: float = 600.0
     """From a request's first fault to the beginning of its last try. Even a slower request is tried twice."""
     first_pause_s: float = 1.0
     """Doubled with each try, up to 30 s, with jitter."""
     concurrency: int = 32
-    """Requests in flight, over all servers."""
     sleep: bool = False
-    """The servers free their memory while others need their GPUs."""
 
 
 def served_model(config: ServersConfig) -> ServedModel:

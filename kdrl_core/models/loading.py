@@ -63,14 +63,11 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(
-            f"{where}: {path} is not a model directory, it has no config.json; "
-            f"give the folder that save_pretrained wrote"
-        ) from error
+        what = "is not a model directory, it has no config.json; give the folder that save_pretrained wrote"
+        raise ModelError(f"{where}: {path} {what}") from error
     except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(
-            f"{where}: {path / 'config.json'} cannot be read ({error}); download the model again"
-        ) from error
+        file = path / "config.json"
+        raise ModelError(f"{where}: {file} cannot be read ({error}); download the model again") from error
     if (path / _ADAPTER).is_file():
         raise ModelError(
             f"{where}: {path} is an adapter to another model ({_ADAPTER}); merge it into that model, save the result "
@@ -303,9 +300,8 @@ def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: no end-of-sequence token; set eos_token in its tokenizer_config.json"
-        )
+        where = tokenizer.name_or_path
+        raise ModelError(f"{where}: no end-of-sequence token; set eos_token in its tokenizer_config.json")
     return tuple(sorted(ids))
 
 

@@ -57,6 +57,7 @@ _SYMBOLS = str.maketrans(
 _NAMES = re.compile(
     r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|infinity)(?![A-Za-z])"
 )
+_COMMANDS = {"infinity": "infty"}
 _CALLED_ROOT = re.compile(r"\\sqrt\s*\(([^()]*)\)")
 _BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
 _FLIPPED = re.compile(r"([+-]?[\d./]+)\s*=\s*([A-Za-z])", re.ASCII)
@@ -145,7 +146,7 @@ def normalise(content: str) -> str:
         content = _without_marks(opened)
     for pattern, replacement in _SYNONYMS:
         content = pattern.sub(replacement, content)
-    content = _CALLED_ROOT.sub(r"\\sqrt{\1}", _NAMES.sub(_command, content))
+    content = _CALLED_ROOT.sub(r"\\sqrt{\1}", _NAMES.sub(lambda name: rf"\{_COMMANDS.get(name[1], name[1])} ", content))
     content = _TEXT_WITH_DIGITS.sub(r"\1", content) if _TEXT_WITH_DIGITS.fullmatch(content) else content
     if _TRIGONOMETRIC.search(content):
         content = _DEGREES.sub(r"(\1\\pi/180)", content)
@@ -245,22 +246,13 @@ def is_doubtful(announcement: str) -> bool:
     return bool(_DENIAL.search(announcement.lower().rpartition("answer")[2].partition("\n")[0]))
 
 
-def _command(name: re.Match[str]) -> str:
-    return r"\infty " if name[1] == "infinity" else rf"\{name[1]} "
-
-
-def _fraction(sign: str, whole: str, fixed: str, period: str) -> str:
-    """``0.1\\overline{6}`` is 1/6."""
-    below = (10 ** len(period) - 1) * 10 ** len(fixed)
-    above = int(whole + fixed + period) - int(whole + fixed)
-    return rf"{sign}\frac{{{above}}}{{{below}}}"
-
-
 def _number(content: str) -> str:
     """Rewrite numbers in other notations. Except for a bare point, they must be the whole content."""
     content = _BARE_POINT.sub("0.", content)
-    if match := _REPEATING.fullmatch(content):
-        return _fraction(*match.groups())
+    if match := _REPEATING.fullmatch(content):  # 0.1\overline{6} is 1/6
+        sign, whole, fixed, period = match.groups()
+        below = (10 ** len(period) - 1) * 10 ** len(fixed)
+        return rf"{sign}\frac{{{int(whole + fixed + period) - int(whole + fixed)}}}{{{below}}}"
     content = _TIMES_TEN.sub(r" \\times ", _PERCENT.sub(r"\\%", content))
     if _SPACED_THOUSANDS.fullmatch(content):
         return _NOT_DIGIT.sub("", content)

@@ -159,10 +159,9 @@ class Verifier:
         return [verdict for verdict in verdicts if verdict is not None]
 
     def verify_ahead(self, items: Iterable[Item], *, require_format: bool = True, think_opened: bool = False) -> None:
-        """Let the workers begin with these items, and return at once.
+        """Let the workers begin with these items, and return at once. Does nothing if they cannot take the items.
 
-        A later `verify_batch` takes what they have found by then and waits for the rest. Its verdicts are the same as
-        without this call. Does nothing if the workers cannot take the items.
+        A later `verify_batch` takes what they have found by then and waits for the rest. Its verdicts do not change.
         """
         settled = (screen(item, require_format=require_format, think_opened=think_opened) for item in items)
         found = (one[1] for one in settled if not isinstance(one, Verdict))
