@@ -27,7 +27,7 @@ Sampled = tuple[Rollout, str, str]
 
 
 class HTTPRolloutEngine:
-    """`RolloutEngine` over one or more replicas; `max_prompt_tokens`: of the longest to come. Raises as `ServerPool`."""
+    """`RolloutEngine` over one or more replicas; `max_prompt_tokens`: the longest to come. Raises as `ServerPool`."""
 
     def __init__(
         self,
