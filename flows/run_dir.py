@@ -8,11 +8,8 @@ from tasks.secrets import register_blocks
 
 
 def open_own_run(run_dir: str | Path) -> Run:
-    """Open a run by its folder, which must lie in this worker's artifacts. Its recipe may name Prefect blocks.
-
-    Raises:
-        RunError: the folder lies elsewhere, or `open_run` refuses it. Nothing was written.
-    """
+    """Open a run by its folder, which must lie in this worker's artifacts. Its recipe may name Prefect blocks. Raises
+    RunError if the folder lies elsewhere, or `open_run` refuses it; nothing is written then."""
     register_blocks()
     runs = artifacts_root() / "runs"
     folder = Path(run_dir).absolute()

@@ -10,16 +10,21 @@ from flows.cli.rollouts_shared import (
     RunsArgument,
     StageOption,
     StepsOption,
+    mean,
+    number,
     open_store,
+    paged,
     print_json,
+    sparkline,
+    stretches,
+    table,
     whole_range,
     why_nothing,
 )
-from flows.cli.rollouts_show import show
-from flows.cli.rollouts_shown import mean, number, paged, sparkline, stretches, table
-from flows.cli.rollouts_sql import SQLCommand, sql
+from flows.cli.rollouts_show import SQLCommand, show, sql
 from flows.cli.shared import JsonOption, PlainConsole, errors
 from kdrl_core.errors import DataError
+from kdrl_core.types import VerdictKind
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See what a run sampled: trends, responses, SQL.")
 _SHOWN_STEPS = 40
@@ -30,12 +35,7 @@ _TRENDS = {
     "repetition_mean": ("repetition", 3),
     "kl_mean": ("teacher KL", 3),
     "entropy": ("entropy", 3),
-    "verdict_correct": ("correct", 3),
-    "verdict_wrong": ("wrong", 3),
-    "verdict_malformed": ("malformed", 3),
-    "verdict_no_answer": ("no answer", 3),
-    "verdict_timeout": ("timeout", 3),
-    "verdict_error": ("error", 3),
+    **{f"verdict_{kind.value}": (kind.value.replace("_", " "), 3) for kind in VerdictKind},
 }
 _STEP_COLUMNS = {
     "num_rollouts": ("rollouts", 0),

@@ -9,12 +9,16 @@ from flows.cli.rollouts_shared import (
     PromptOption,
     StageOption,
     StepsOption,
+    number,
+    one_line,
     open_store,
+    paged,
     print_json,
+    table,
+    verdict,
     whole_range,
     why_nothing,
 )
-from flows.cli.rollouts_shown import number, one_line, paged, table, verdict
 from flows.cli.shared import JsonOption, PlainConsole, errors
 from kdrl_core.errors import DataError
 

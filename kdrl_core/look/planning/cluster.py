@@ -213,16 +213,9 @@ class Work:
 def work_of(
     recipe: Recipe, stage: str, *, mean_response: float | None = None, mean_prompt: float | None = None
 ) -> Work:
-    """The work of a recipe's stage.
-
-    Args:
-        mean_response: tokens; None: 0.4 of the longest.
-        mean_prompt: tokens; None: 256, or the longest if that is shorter.
-
-    Raises:
-        RecipeError: the stage is no loop of steps (objective sft), or a mean is above its limit.
-        ModelError: a model's shape is not known.
-    """
+    """The work of a recipe's stage. Mean lengths are in tokens; None: 0.4 of the longest response, and 256 for prompts
+    or the longest if that is shorter. Raises RecipeError if the stage is no loop of steps (objective sft), or a mean is
+    above its limit; ModelError if a model's shape is not known."""
     from kdrl_core.data.benchmarks import load_benchmark  # with pyarrow: only where a recipe is planned
 
     config = recipe.stage(stage)

@@ -6,9 +6,8 @@ from dataclasses import replace
 from kdrl_core.config import load_recipe
 from kdrl_core.look.planning.candidates import Candidate
 from kdrl_core.look.planning.cluster import Cluster, Engines, Work, engines_of, work_of
-from kdrl_core.look.planning.conditions import time_alone
 from kdrl_core.look.planning.cost import StepTime, gradient_traffic, sync_traffic
-from kdrl_core.look.planning.stage_plan import StagePlan, plan_stage
+from kdrl_core.look.planning.stage_plan import StagePlan, plan_stage, time_alone
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 RECIPE, STAGE = "paper-1.5b", "stage2"

@@ -25,7 +25,8 @@ def run_status(run: Run) -> dict[str, Any]:
     holder = lock_holder(run.paths.lock)
     rows = {stage: load_metrics(run, stage) for stage in run.recipe.stages}
     steps = {stage: found[-1]["step"] + 1 if found else 0 for stage, found in rows.items()}
-    last = next((rows[stage][-1] for stage in reversed(run.recipe.stages) if rows[stage]), None)
+    last = next((rows[stage][-1] for stage in reversed(run.recipe.stages) if rows[stage]), {})
+    reward = last.get("reward/mean")
     if is_finished(run):
         state = "finished"
     elif holder is not None:
@@ -38,7 +39,7 @@ def run_status(run: Run) -> dict[str, Any]:
         "recipe": run.recipe.name,
         "state": state,
         "progress": ", ".join(_stage_progress(run, stage, done) for stage, done in steps.items()),
-        "reward": None if last is None else _rounded(last.get("reward/mean")),
+        "reward": None if reward is None else round(reward, 3),
         "alarms": [asdict(alarm) for alarm in alarms_of(run)],
         "started": run.started_at,
         "steps": steps,
@@ -56,7 +57,3 @@ def _stage_progress(run: Run, stage: str, done: int) -> str:
         if 0 < left < total:
             return f"{stage} samples {total - left}/{total}"
     return f"{stage} {done}/{config.steps}"
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)

@@ -72,11 +72,7 @@ class Difference:
 
 
 def compare(store: RolloutStore, before: RolloutFilter, after: RolloutFilter, labels: tuple[str, str]) -> Difference:
-    """Compare the rollouts that meet two filters.
-
-    Raises:
-        DataError: no rollout meets one of them.
-    """
+    """Compare the rollouts that meet two filters. Raises DataError if no rollout meets one of them."""
     sides = [store.aggregate(where, _SQL) for where in (before, after)]
     for rows, label in zip(sides, labels, strict=True):
         if not rows:

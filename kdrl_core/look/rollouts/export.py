@@ -32,17 +32,11 @@ def export_rollouts(
     limit: int | None = None,
     on_step: Callable[[int], None] = lambda rows: None,
 ) -> int:
-    """Write the rollouts that meet `where` to `path`, in the format of its suffix, sorted by run, stage, step and row.
-    The file appears only once it is complete. Returns the number of rollouts.
+    """Write the first `limit` rollouts that meet `where` to `path`, in the format of its suffix, sorted by run, stage,
+    step and row; `columns` of the record, None: all. The file appears only once it is complete. Returns the number of
+    rollouts; `on_step` is called with the number so far.
 
-    Args:
-        columns: of the record; None: all.
-        limit: most rollouts to write.
-        on_step: called with the number of rows written so far.
-
-    Raises:
-        DataError: an unknown column or suffix.
-        StorageError: the file cannot be written.
+    Raises DataError for an unknown column or suffix; StorageError if the file cannot be written.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: rollouts are exported as {', '.join(SUFFIXES)}; give a name with one of these")

@@ -75,8 +75,8 @@ def import_dump(
         ModelError: the tokenizer cannot be read.
         StorageError: the folder cannot be written.
     """
-    reader = _READERS[kind]
-    files = _files(source, reader.pattern, kind)
+    pattern, read = _READERS[kind]
+    files = _files(source, pattern, kind)
     if output.exists():
         raise DataError(f"{output} exists; give a new name, or delete it")
     tokenize = None if tokenizer is None else _tokenizer(tokenizer)
@@ -88,7 +88,7 @@ def import_dump(
         try:
             num_rollouts, written = 0, set[int]()
             for number, file in enumerate(files, start=1):
-                for step, row, names in reader.rows(file):
+                for step, row, names in read(file):
                     by_step[step].append(row)
                     rewards = names
                 # A file normally has one step; all of its steps end with it.
@@ -165,13 +165,7 @@ def _trl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
         yield row.pop("step"), row, rewards
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    pattern: re.Pattern[str]
-    rows: Callable[[Path], Iterator[tuple[int, Row, list[str]]]]
-
-
-_READERS = {"verl": _Reader(_VERL_FILE, _verl_rows), "trl": _Reader(_TRL_FILE, _trl_rows)}
+_READERS = {"verl": (_VERL_FILE, _verl_rows), "trl": (_TRL_FILE, _trl_rows)}
 
 
 def _file_step(file: Path) -> int | None:
@@ -225,16 +219,12 @@ def _write(root: Path, stage: str, step: int, rows: Sequence[Row], tokenize: Cal
             row["length"] = len(row["token_ids"])
             row["repetition_rate"] = repetition_rate(row["token_ids"])
     rows = sorted(rows, key=lambda row: row["prompt_id"])  # the responses to a prompt together; verl mixes them
-    clean = [{name: _encodable(value) for name, value in row.items()} for row in rows]
+    # Parquet wants valid UTF-8.
+    clean = [{n: as_unicode(value) if isinstance(value, str) else value for n, value in row.items()} for row in rows]
     path = RunPaths(root).rollouts(stage, step)
     table = pa.Table.from_pylist(clean, schema=IMPORTED)
     publish_file(path, lambda file: write_table(table, file))
     return len(rows)
-
-
-def _encodable(value: Any) -> Any:
-    """A text as valid UTF-8 for Parquet; anything else as it is."""
-    return as_unicode(value) if isinstance(value, str) else value
 
 
 IMPORTED = pa.schema(

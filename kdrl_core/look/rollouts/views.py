@@ -10,9 +10,8 @@ import duckdb
 import pyarrow as pa
 
 from kdrl_core.look.rollouts.index import RunIndex
-from kdrl_core.look.rollouts.index_rows import INDEX
+from kdrl_core.look.rollouts.index_rows import INDEX, SUMMARY
 from kdrl_core.look.rollouts.record import BULKY, PARTS, RECORD, TIMINGS
-from kdrl_core.look.rollouts.step_summary import SUMMARY
 
 BULKY_PARTS = tuple(part for part, names in PARTS.items() if names)
 TIMES = "times"

@@ -58,15 +58,6 @@ class CellResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BegunCell:
-    """Partial results of an unfinished cell."""
-
-    variant: str
-    seed: int
-    watched: list[Watched]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceResult:
     """A reference model, which variants share: the student before, the student after an earlier stage, the teacher."""
 
@@ -88,7 +79,8 @@ class SweepResults:
     statuses: list[CellStatus]
     cells: list[CellResult]
     references: list[ReferenceResult]
-    begun: list[BegunCell] = field(default_factory=list)
+    begun: dict[str, list[list[Watched]]] = field(default_factory=dict)
+    """Variant → partial results of its unfinished cells."""
     recipes: dict[str, Recipe] = field(default_factory=dict)
     """Variant → recipe of its first cell as planned; also for variants that have not begun."""
     claims: list[Claim] = field(default_factory=list)
@@ -108,11 +100,8 @@ def read_results_of(
     claims: Sequence[Claim] = (),
     recipes: Mapping[str, Recipe] | None = None,
 ) -> SweepResults:
-    """Read the evaluations and timings of every cell that has them.
-
-    Args:
-        recipes: variant → recipe of its first cell; default: those of the runs that have begun.
-    """
+    """Read the evaluations and timings of every cell that has them. `recipes`: variant → recipe of its first cell;
+    default: those of the runs that have begun."""
     results = SweepResults(
         name=name,
         description=description,
@@ -147,7 +136,7 @@ def _read(results: SweepResults, status: CellStatus, seen: set[tuple[str, int]])
         return status
     stage = run.recipe.stages[-1]
     watched = list(_watched(run, stage, before_s=_before_s(_row(run, stage))))
-    results.begun.append(BegunCell(variant=status.variant, seed=status.seed, watched=watched))
+    results.begun.setdefault(status.variant, []).append(watched)
     return replace(status, detail="; ".join(filter(None, [_progress(run), status.detail])))
 
 
@@ -160,18 +149,8 @@ def _progress(run: Run) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceGroup:
-    """A reference model over its seeds."""
-
-    models: dict[int, ModelScores]
-    """By seed."""
-    planned: set[int]
-    """Seeds that will have one."""
-
-
-def by_label(results: SweepResults) -> dict[str, ReferenceGroup]:
-    """Reference models by the names that tables and claims give them.
+def by_label(results: SweepResults) -> dict[str, tuple[dict[int, ModelScores], set[int]]]:
+    """Reference models by the names that tables and claims give them: their results by seed, and the planned seeds.
 
     If variants have different ones, such as two teachers, the first variant's keeps its plain name and the others are
     called `teacher of VARIANT`. The names do not depend on which of them exist already.
@@ -180,14 +159,14 @@ def by_label(results: SweepResults) -> dict[str, ReferenceGroup]:
     models: dict[str, dict[int, ModelScores]] = {}
     for reference in results.references:
         models.setdefault(reference.group, {})[reference.seed] = reference.model
-    found: dict[str, ReferenceGroup] = {}
+    found: dict[str, tuple[dict[int, ModelScores], set[int]]] = {}
     names: set[str] = set()
     for group, (name, variants) in owners.items():
         label = name if name not in names else f"{name} of {variants[0]}"
         names.add(name)
         if group in models:
             planned = {status.seed for status in results.statuses if status.variant in variants}
-            found[label] = ReferenceGroup(models=models[group], planned=planned)
+            found[label] = models[group], planned
     return found
 
 

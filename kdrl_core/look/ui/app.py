@@ -1,8 +1,11 @@
-"""The web app: `create_app` over an open store. Every answer that is not a file is JSON, errors included."""
+"""The web app over an open store, by uvicorn on loopback. Answers that are not files are JSON, errors included."""
 
+import os
+import socket
 from importlib import resources
 
 import duckdb
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -11,8 +14,7 @@ from starlette.exceptions import HTTPException
 
 from kdrl_core.errors import KdrlError, RunError
 from kdrl_core.look.rollouts.query import RolloutStore
-from kdrl_core.look.ui.api import api_of
-from kdrl_core.look.ui.live import EVERY_S
+from kdrl_core.look.ui.api import EVERY_S, api_of
 from kdrl_core.look.ui.security import Guard
 
 _STATIC = str(resources.files("kdrl_core.look.ui") / "static")
@@ -64,3 +66,41 @@ def _http(request: Request, error: Exception) -> JSONResponse:
 
 def _unknown(_: Request, error: Exception) -> JSONResponse:
     return _error(500, f"{type(error).__name__} in kdrl itself; the terminal of kdrl ui has the details")
+
+
+HOST = "127.0.0.1"
+USUAL_PORT = 8741
+"""Default port, if it is free: so an address that somebody has noted stays valid."""
+
+_LAST_ANSWERS_S = 1
+"""Seconds that unfinished answers get at the end."""
+
+
+def listen(port: int = 0) -> socket.socket:
+    """A listening socket on loopback. Port 0: the default port if it is free, else any free one. Raises RunError if the
+    port is taken or not allowed."""
+    for each in (port,) if port else (USUAL_PORT, 0):
+        try:
+            return socket.create_server((HOST, each))
+        except OSError as error:
+            fault = os.strerror(error.errno) if error.errno else str(error)
+    raise RunError(f"cannot listen at {HOST}:{port or USUAL_PORT} ({fault}); give another --port, or leave it out")
+
+
+def url_of(listening: socket.socket) -> str:
+    """The app's address for a browser."""
+    return f"http://{HOST}:{listening.getsockname()[1]}/"
+
+
+def server_of(app: FastAPI) -> uvicorn.Server:
+    """The server; `run(sockets=[listen()])` serves until Ctrl-C."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="off",
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+    )
+    return uvicorn.Server(config)
