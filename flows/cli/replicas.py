@@ -107,7 +107,6 @@ class _Running:
                 self.has_answered = self.has_ever_answered = True
 
     def end(self, grace_s: float) -> None:
-        """Wait for its end, then force it."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
         kill_group(self.process.pid)

@@ -213,7 +213,6 @@ def table(
 
 
 def widths(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
-    """How wide each column is."""
     cells = zip(columns, *([str(cell) for cell in row] for row in rows), strict=True)
     return [max(cell_len(cell) for cell in column) for column in cells]
 
@@ -228,7 +227,6 @@ def _cut(text: str, room: int) -> str:
 
 
 def verdict(kind: str | None) -> Text:
-    """A verdict in its colour."""
     return Text(kind or "–", _VERDICT_STYLES.get(kind or "", "magenta" if kind else ""))
 
 
@@ -238,7 +236,6 @@ def plain(text: str) -> Text:
 
 
 def one_line(text: str | None) -> str:
-    """A text on one line."""
     return " ".join(visible(text or "").split())
 
 

@@ -73,7 +73,6 @@ class RunView:
         self._last_phase = ""
 
     def refresh(self) -> None:
-        """Look at the files again."""
         if self._run is None:
             if not self._paths.manifest.is_file():
                 return

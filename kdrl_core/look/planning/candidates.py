@@ -28,12 +28,10 @@ class Candidate:
 
     @property
     def worst(self) -> PhaseMemory:
-        """The phase with the most memory."""
         return max(self.memory, key=lambda phase: phase.total)
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits."""
         return self.cramped is None and self.worst.total <= self.usable * (1 + 1e-9)
 
     @property

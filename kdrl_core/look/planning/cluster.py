@@ -45,7 +45,6 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Machines."""
         return -(-self.gpus // self.gpus_per_node)
 
     @property

@@ -16,7 +16,6 @@ _GPU_MEMORY = 80e9
 
 
 def tables() -> dict[str, str]:
-    """Markdown tables by name."""
     recipe = load_recipe(RECIPE)
     work, engines = work_of(recipe, STAGE), engines_of(recipe)
     plans = [plan_stage(work, engines, _cluster(nodes)) for nodes in NODES]

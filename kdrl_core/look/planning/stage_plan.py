@@ -40,7 +40,6 @@ class StagePlan:
 
     @property
     def step_s(self) -> float | None:
-        """Seconds of a step."""
         return self.best.time.total if self.best else None
 
     @property
@@ -289,7 +288,6 @@ def _listed(recipe: Recipe, role: Role, count: int) -> Iterator[str]:
 
 
 def many(count: int, what: str) -> str:
-    """`1 GPU`, `2 GPUs`."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 

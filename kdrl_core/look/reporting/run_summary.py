@@ -55,12 +55,10 @@ class RunSummary:
     paths: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
 
 def summarize(run: Run) -> RunSummary:
-    """Summarize a run, finished or not."""
     models = []
     for label in final_labels(run):
         if is_published(path := run.paths.evaluation(label)):

@@ -67,7 +67,6 @@ class Difference:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return {**asdict(self), "counts": self.counts}
 
 

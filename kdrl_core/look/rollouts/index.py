@@ -93,7 +93,6 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def save_catalog(folder: Path, segments: Sequence[Segment]) -> None:
-    """Replace the catalog."""
     content = {"version": _VERSION, "segments": [asdict(segment) for segment in segments]}
     replace_file(folder / CATALOG, json.dumps(content, separators=(",", ":")).encode())
 
@@ -208,7 +207,6 @@ class RunIndex:
         return [*found, *self.missing]
 
     def path(self, step: IndexedStep, part: str) -> Path:
-        """The file of a step."""
         return self.root / step.folder / file_name(part)
 
     def snapshot(self) -> "RunIndex":

@@ -62,7 +62,6 @@ class IndexedStep:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Stage and step."""
         return self.stage, self.step
 
 

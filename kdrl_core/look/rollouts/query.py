@@ -100,7 +100,6 @@ class RolloutStore:
             return True
 
     def runs(self) -> list[RunInfo]:
-        """The runs that are open."""
         found = []
         for run in self._state.runs:
             steps = run.index.steps

@@ -53,7 +53,6 @@ class StepFiles:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Stage and step."""
         return self.stage, self.step
 
     def path(self, part: str) -> Path:

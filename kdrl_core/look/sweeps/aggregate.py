@@ -22,7 +22,6 @@ from kdrl_core.look.sweeps.table import AVERAGE, VALIDATION, ClaimVerdict, Judge
 
 
 def build_table(results: SweepResults) -> SweepTable:
-    """Aggregate over seeds."""
     variants = list(dict.fromkeys(status.variant for status in results.statuses))
     by_variant = {variant: {c.seed: c for c in results.cells if c.variant == variant} for variant in variants}
     models = [cell.model for cell in results.cells] + [reference.model for reference in results.references]

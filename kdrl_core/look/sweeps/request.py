@@ -187,7 +187,6 @@ class Estimate:
 
     @property
     def to_train(self) -> int:
-        """Steps that are left to train."""
         return self.alone - self.shared
 
 

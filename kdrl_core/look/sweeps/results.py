@@ -87,7 +87,6 @@ class SweepResults:
 
     @property
     def missing(self) -> list[CellStatus]:
-        """Cells that are not finished."""
         return [status for status in self.statuses if status.state is not CellState.FINISHED]
 
 

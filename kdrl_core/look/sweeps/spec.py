@@ -118,7 +118,6 @@ class SweepSpec(Grid):
 
     @property
     def seed_list(self) -> list[int]:
-        """The seeds themselves."""
         return self.seeds if isinstance(self.seeds, list) else list(range(self.seeds))
 
     def grid_for(self, recipe: Recipe, *, origin: str) -> Grid:

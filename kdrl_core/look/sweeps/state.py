@@ -68,7 +68,6 @@ class SweepPaths:
 
     @property
     def record(self) -> Path:
-        """The sweep as it was last started."""
         return self.root / "sweep.json"
 
     @property
@@ -78,19 +77,15 @@ class SweepPaths:
 
     @property
     def report(self) -> Path:
-        """Folder of the tables."""
         return self.root / "report"
 
     def recipe(self, run: str) -> Path:
-        """The recipe of a cell."""
         return self.root / "cells" / f"{run}.yaml"
 
     def log(self, run: str) -> Path:
-        """What a cell's process wrote."""
         return self.root / "logs" / f"{run}.log"
 
     def failure(self, run: str) -> Path:
-        """Why a cell failed."""
         return self.root / "failures" / f"{run}.json"
 
 
@@ -121,7 +116,6 @@ def read_record(name: str) -> SweepRecord:
 
 
 def note_failure(paths: SweepPaths, run: str, reason: str) -> None:
-    """Keep why a cell failed."""
     content = {"reason": reason, "at": datetime.now(UTC).isoformat("T", "seconds")}
     replace_file(paths.failure(run), (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
@@ -143,7 +137,6 @@ class CellStatus(CellName):
     """Running: the process. Failed: the reason. Stopped: the command that continues it."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
 

@@ -105,7 +105,6 @@ class SweepTable:
     claims: list[JudgedClaim] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
     def accuracy_table(self, *, marked: bool = False) -> Table:
@@ -151,7 +150,6 @@ class SweepTable:
         return Table(title=title, header=["variant", *names, "step", "seeds"], rows=rows)
 
     def claim_table(self) -> Table:
-        """The sweep's claims, judged."""
         rows = [
             [
                 *(claim.text, claim.source, claim.expected, str(claim.verdict), claim.what),
