@@ -487,7 +487,8 @@ def told(ours: Mapping[str, Any], theirs: Mapping[str, Any], meant: Sequence[str
         print("the records were made with other commands: record both checkouts with the same tripwire.py")
         return 2
     if ours["commands"] != theirs["commands"]:
-        ours, theirs = _limited(ours, both), _limited(theirs, both)
+        left_out = {*ours["commands"], *theirs["commands"]} - {*both}
+        ours, theirs = _limited(ours, both, left_out), _limited(theirs, both, left_out)
     lines = differences(ours, theirs, meant)
     for line in lines[:_SHOWN]:
         print(line)
@@ -498,13 +499,15 @@ def told(ours: Mapping[str, Any], theirs: Mapping[str, Any], meant: Sequence[str
     return 1 if lines else 0
 
 
-def _limited(record: Mapping[str, Any], commands: list[str]) -> dict[str, Any]:
-    """The part of a record that is about the runs of these commands."""
-    places = tuple(f"runs/{_run_of(command)}/" for command in commands)
-    kept = {
-        kind: {name: value for name, value in record[kind].items() if name.startswith(places)}
-        for kind in ("files", "manifests")
-    }
+def _limited(record: Mapping[str, Any], commands: list[str], left_out: set[str]) -> dict[str, Any]:
+    """A record without what only the commands `left_out` make."""
+    runs = {_run_of(command) for command in left_out}
+    places = tuple(f"runs/{run}/" for run in runs if run)
+
+    def is_kept(name: str) -> bool:
+        return not name.startswith(places) and (None not in runs or name.startswith("runs/"))
+
+    kept = {kind: {n: value for n, value in record[kind].items() if is_kept(n)} for kind in ("files", "manifests")}
     return {"commands": commands, **kept}
 
 

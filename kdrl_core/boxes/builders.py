@@ -22,7 +22,7 @@ from kdrl_core.training.torch_trainer import TorchTrainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampler:
+class SyncedEngine:
     """The student's rollout engine, with the weights of one policy."""
 
     engine: RolloutEngine
@@ -90,10 +90,10 @@ class Builders:
         server = self.run.recipe.rollout.server
         return max(PROBE_RESPONSES, len(server.urls) if server is not None else 0)
 
-    def sampler(self) -> Sampler:
+    def sampler(self) -> SyncedEngine:
         """The student's rollout engine, with the stage's initial policy, or before its first weight sync."""
         engine = self._rollout_engine(self.policy, self.run.recipe.student)
-        return Sampler(engine=engine, version=0 if self.run.recipe.rollout.engine == "transformers" else -1)
+        return SyncedEngine(engine=engine, version=0 if self.run.recipe.rollout.engine == "transformers" else -1)
 
     def teacher_engine(self) -> RolloutEngine:
         """The teacher as a sampler, at the stage's temperature and response limit."""

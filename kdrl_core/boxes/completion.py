@@ -4,8 +4,9 @@ import logging
 from itertools import dropwhile
 
 from kdrl_core.errors import DamagedArtifactError, RunError
-from kdrl_core.ledger import Run, inputs_of, is_published, manifest_of, verify_own
-from kdrl_core.ledger.graph import final_checkpoint, results
+from kdrl_core.ledger import Manifest, Run, is_published, manifest_of, verify_own
+from kdrl_core.ledger.graph import CHECKPOINT, Node, final_checkpoint, needs, results
+from kdrl_core.ledger.lineage import changed_inputs
 from kdrl_core.tables.metrics import differing_metrics
 
 _logger = logging.getLogger("kdrl")
@@ -20,13 +21,18 @@ def is_finished(run: Run, *, verify: bool = False) -> bool:
     if not all(is_published(path) for path in paths.values()):
         return False
     try:
-        made = [node for node in last if node != final]
-        if not all(inputs_of(run, node).items() <= manifest_of(paths[node]).inputs.items() for node in made):
+        if not all(_is_current(run, node, manifest_of(path)) for node, path in paths.items()):
             return False
         return not verify or _is_whole(run)
     except DamagedArtifactError as error:
         _logger.warning("%s; so run %s is not finished", error.problem, run.name)
         return False
+
+
+def _is_current(run: Run, node: Node, manifest: Manifest) -> bool:
+    """Whether a node was made from what the recipe has it made from, as far as that is still there."""
+    wanted = {choice[0].place for choice in needs(run.recipe, node)} if node.name != CHECKPOINT.name else set()
+    return wanted <= manifest.inputs.keys() and not changed_inputs(run, manifest)
 
 
 def _is_whole(run: Run) -> bool:

@@ -109,7 +109,7 @@ def box(
     return declare
 
 
-class Work(Protocol):
+class HasRun(Protocol):
     """What a box may work with besides a run, such as the session of a stage."""
 
     @property
@@ -118,7 +118,7 @@ class Work(Protocol):
         ...
 
 
-def make(work: Work | Run, made_by: Box, at: At = None) -> Made:
+def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
     """The artifact of a box: found published and intact, or made and published with its inputs in the manifest.
 
     Args:

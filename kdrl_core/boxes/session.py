@@ -14,7 +14,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdrl_core.boxes.builders import Builders, Sampler, intact_initial_policy
+from kdrl_core.boxes.builders import Builders, SyncedEngine, intact_initial_policy
 from kdrl_core.config import StageConfig
 from kdrl_core.data import think_opened
 from kdrl_core.engines.http_scorer import HTTPScorer
@@ -40,7 +40,7 @@ class StageSession:
         self.config: StageConfig = run.recipe.stage(stage)
         self._lock = threading.RLock()
         self._trainer: Trainer | None = None
-        self._sampler: Sampler | None = None
+        self._sampler: SyncedEngine | None = None
         self._teacher_engine: RolloutEngine | None = None
         self._dataset: pa.Table | None = None
         self._scorers: dict[str, TeacherScorer] = {}
@@ -82,7 +82,7 @@ class StageSession:
                 )
             return self._trainer
 
-    def sampler_at(self, step: int, requests: Sequence[RolloutRequest]) -> Sampler:
+    def sampler_at(self, step: int, requests: Sequence[RolloutRequest]) -> SyncedEngine:
         """The rollout engine with the weights of the policy after `step` updates.
 
         An engine that has weights of its own is synced and proved on the first of the step's `requests`.
@@ -109,7 +109,7 @@ class StageSession:
                         self.trainer_at(step).score,
                         tolerance=self.run.recipe.rollout.sync_tolerance,
                     )
-                self._sampler = Sampler(engine=engine, version=step, sync=sync)
+                self._sampler = SyncedEngine(engine=engine, version=step, sync=sync)
             return self._sampler
 
     def scorer(self, role: str) -> TeacherScorer:

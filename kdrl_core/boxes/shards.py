@@ -3,6 +3,7 @@
 import pyarrow.compute as pc
 
 from kdrl_core.ledger import Run, find_intact, is_published
+from kdrl_core.ledger.artifact import ARTIFACTS
 from kdrl_core.tables.schemas import read_table
 
 
@@ -18,15 +19,12 @@ def shard_problem_ids(run: Run, stage: str, shard: int) -> list[str]:
 
 
 def remaining_shards(run: Run, stage: str) -> list[int]:
-    """The shards whose samples or verdicts are not published yet; none once the dataset is there."""
+    """The shards of which something is not published yet, samples or verdicts; none once the dataset is there."""
     if is_published(run.paths.sft_dataset(stage)):
         return []
-    return [
-        shard
-        for shard in range(num_shards(run, stage))
-        if not is_published(run.paths.sample_rewards(stage, shard))
-        or not is_published(run.paths.sample_rollouts(stage, shard))
-    ]
+    rows = [row for row in ARTIFACTS.values() if row.per == "shard"]
+    places = {shard: [row.place(stage, shard) for row in rows] for shard in range(num_shards(run, stage))}
+    return [shard for shard, of in places.items() if not all(is_published(run.paths.root / place) for place in of)]
 
 
 def open_shards(run: Run, stage: str) -> range:

@@ -271,7 +271,8 @@ def consumers(recipe: Recipe, node: Node) -> Iterator[Node]:
     config = recipe.stage(last)
     if node.name == CHECKPOINT.name and node.stage == last and isinstance(node.at, int) and 0 < node.at < config.steps:
         shorter = recipe.model_copy(update={last: config.model_copy(update={"steps": node.at})})
-        yield from (each for each in _inverse(shorter, node) if not each.row.is_of_stage)
+        known = {*_inverse(recipe, node)}
+        yield from (each for each in _inverse(shorter, node) if not each.row.is_of_stage and each not in known)
 
 
 def _inverse(recipe: Recipe, node: Node) -> Iterator[Node]:
@@ -341,9 +342,7 @@ def required(recipe: Recipe, stage: str, steps: int) -> Iterator[Node]:
 
 def part_of(recipe: Recipe, node: Node) -> str | None:
     """Name of the part that a node belongs to when runs share their work; None for what every run makes itself.
-
-    The evaluations that a stage makes while it trains belong to the stage.
-    """
+    The evaluations that a stage makes while it trains belong to the stage."""
     if node.name == EVALUATION.name and (made := labelled_checkpoint(str(node.at))) is not None:
         stage, step = made
         return stage if stage in recipe.stages and recipe.stage(stage).is_evaluation_due(step) else None

@@ -44,13 +44,16 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """As it is written."""
-        content = asdict(self.as_read())
+        content = json.loads(json.dumps(asdict(self)))  # as it is read: keys are text
         content[_CHECKSUM] = _checksum(content)
         return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
-    def as_read(self) -> "Manifest":
-        """As it is when it has been written and read: keys are text, and tuples are lists."""
-        return Manifest(**json.loads(json.dumps(asdict(self))))
+    @classmethod
+    def from_bytes(cls, written: bytes) -> "Manifest":
+        """The manifest that has just been written as these bytes; its checksum is not looked at again."""
+        content = json.loads(written)
+        del content[_CHECKSUM]
+        return cls(**content)
 
 
 def manifest_path(path: Path) -> Path:

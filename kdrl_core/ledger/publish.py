@@ -70,10 +70,11 @@ def publish_file(
                 metadata=dict(metadata or {}),
                 created_at=_now(),
             )
-            manifest = heal.settled(path, made, expected).as_read()
+            written = heal.settled(path, made, expected).to_bytes()
             temporary.replace(path)
-        replace_file(file_manifest_path(path), manifest.to_bytes())
+        replace_file(file_manifest_path(path), written)
         heal.forget(path)
+    manifest = Manifest.from_bytes(written)
     memory.keep(memory.MANIFEST, path, memory.stamp(file_manifest_path(path)), manifest)
     memory.keep(memory.BYTES, path, memory.renamed(hashed, path), sha256)
     return manifest
@@ -109,8 +110,8 @@ def publish_directory(
                 files=files,
                 created_at=_now(),
             )
-            manifest = heal.settled(path, made, expected).as_read()
-            _write(temporary / DIRECTORY_MANIFEST, manifest.to_bytes())
+            written = heal.settled(path, made, expected).to_bytes()
+            _write(temporary / DIRECTORY_MANIFEST, written)
             for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
                 _fsync(folder)
             with _temporary(path) as superseded:
@@ -119,7 +120,7 @@ def publish_directory(
                 temporary.rename(path)
                 _fsync(path.parent)
         heal.forget(path)
-    return manifest
+    return Manifest.from_bytes(written)
 
 
 def adopt_published(source: Path, path: Path) -> None:

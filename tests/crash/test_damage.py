@@ -121,7 +121,7 @@ def test_damaged_results_are_made_again(damage: Damage, whole: Run, tmp_path: Pa
 
 def sample_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an engine whose sampling cannot be repeated."""
-    monkeypatch.setattr("kdrl_core.boxes.step.derive_seed", lambda *names: hash(names) % 2**63)
+    monkeypatch.setattr("kdrl_core.sampling.responses.derive_seed", lambda *names: hash(names) % 2**63)
 
 
 @pytest.mark.parametrize("damage", [flip, lose_manifest])
@@ -168,7 +168,7 @@ def test_rollouts_that_nothing_was_made_from_may_come_out_otherwise(
 def train_otherwise(monkeypatch: pytest.MonkeyPatch, *, by: float) -> None:
     """As a machine whose sums come out otherwise by about this."""
     monkeypatch.setattr(
-        "kdrl_core.boxes.update.group_advantages",
+        "kdrl_core.objectives.signals.group_advantages",
         lambda rewards, *args, **options: group_advantages(rewards, *args, **options) * (1 + by) + by,
     )
 

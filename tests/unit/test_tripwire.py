@@ -142,16 +142,27 @@ def test_records_of_other_commands_are_not_compared(before: dict[str, Any], caps
     assert "same tripwire.py" in capsys.readouterr().out
 
 
-def test_a_record_of_one_run_is_compared_with_a_whole_one(
-    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("more", "one", "counts"),
+    [
+        (["run --name other"], [], "12 files and 5 manifests of 1 commands"),
+        (["run --name other"], ["filter"], "12 files and 5 manifests of 2 commands"),
+        (["run --name other", "filter"], [], "11 files and 5 manifests of 1 commands"),
+    ],
+)
+def test_a_record_of_some_runs_is_compared_with_a_whole_one(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], more: list[str], one: list[str], counts: str
 ) -> None:
     make_run(tmp_path / "before", 1.0)
+    for artifacts in ("before", "after"):
+        write(tmp_path / artifacts / "filtered.parquet", b"filtered")
     write(tmp_path / "before" / "runs" / "other" / "recipe.yaml", b"recipe")
-    whole = {**describe(tmp_path / "before"), "commands": ["run --name whole", "run --name other"]}
-    one = {**describe(tmp_path / "after"), "commands": ["run --name whole"]}
-    assert tripwire.told(whole, one) == 0
+    whole = {**describe(tmp_path / "before"), "commands": ["run --name whole", *more, *one]}
+    part = {**describe(tmp_path / "after"), "commands": ["run --name whole", *one]}
+    assert tripwire.told(whole, part) == tripwire.told(part, whole) == 0
+    assert capsys.readouterr().out == f"no differences: {counts} are equal\n" * 2
     write(run / REWARDS, b"other")
-    assert tripwire.told(whole, {**describe(tmp_path / "after"), "commands": ["run --name whole"]}) == 1
+    assert tripwire.told(whole, {**describe(tmp_path / "after"), "commands": part["commands"]}) == 1
     assert f"bytes differ: runs/whole/{REWARDS}" in capsys.readouterr().out
 
 
