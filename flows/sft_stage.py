@@ -6,8 +6,7 @@ Deployed as `kdrl-sft-stage/sft-stage`.
 from prefect import flow
 
 from flows import hooks
-from flows.run_dir import open_own_run
-from flows.stage_loop import evaluate_if_due, stage_loop, step_ended
+from flows.stage_flows import evaluate_if_due, open_own_run, stage_loop, step_ended
 from kdrl_core.boxes.shards import num_shards, open_shards
 from kdrl_core.errors import RunError
 from tasks.boxes import select, sft_update, teacher_sample, verify_samples

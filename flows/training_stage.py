@@ -9,8 +9,7 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import hooks
-from flows.run_dir import open_own_run
-from flows.stage_loop import evaluate_if_due, stage_loop, step_ended
+from flows.stage_flows import evaluate_if_due, open_own_run, stage_loop, step_ended
 from kdrl_core.errors import RunError
 from tasks.boxes import rollout, teacher_score, update, verify
 

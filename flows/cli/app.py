@@ -121,7 +121,7 @@ def status(
                 return
             rows = []
             if names:
-                from kdrl_core.look.reporting.run_status import named_status  # costs seconds
+                from kdrl_core.look.reporting.run_summary import named_status  # costs seconds
 
                 rows = [named_status(name) for name in names]
             if as_json:
@@ -130,7 +130,7 @@ def status(
             _print_rows(rows, _STATUS_COLUMNS)
             return
         opened = open_run(run_name)
-        from kdrl_core.look.reporting.run_status import run_status
+        from kdrl_core.look.reporting.run_summary import run_status
 
         if watch:
             from flows.cli.watch import follow

@@ -72,7 +72,6 @@ class Processes:
             raise DemoError(f"{name} failed with exit code {process.returncode}: {self.tail(name)}")
 
     def log(self, name: str) -> Path:
-        """Where the output of a program goes."""
         return self._log_dir / f"{name}.log"
 
     def tail(self, name: str) -> str:

@@ -247,7 +247,7 @@ def _print_if_there(sweep: str) -> None:
 
 def _progress(run: str) -> str:
     from kdrl_core.ledger import RunPaths
-    from kdrl_core.look.reporting.run_status import named_status
+    from kdrl_core.look.reporting.run_summary import named_status
 
     if not RunPaths.of(run).root.is_dir():
         return ""

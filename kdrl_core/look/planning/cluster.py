@@ -81,14 +81,9 @@ class Engines:
     score_tokens: int = 2_048
     """Tokens per forward pass that gives the teacher's logprobs."""
 
-    @property
-    def sleeps(self) -> bool:
-        """Whether the rollout engine gives its memory back between phases."""
-        return self.rollout == "vllm"
-
     def engine(self, role: Role) -> EngineName:
         """The engine that generates, or that scores with the teacher or the stage's initial policy."""
-        in_process = self.sleeps and "rollout" not in self.served
+        in_process = self.rollout == "vllm" and "rollout" not in self.served
         reference: EngineName = "vllm" if in_process else "transformers"  # as `StageSession` has it
         return {"rollout": self.rollout, "teacher": self.teacher, "reference": reference}[role]
 

@@ -51,15 +51,8 @@ def build_table(results: SweepResults) -> SweepTable:
 
 
 def _cell_record(cell: CellResult) -> dict[str, Any]:
-    means = {name: float(np.mean(list(found.values()))) for name, found in cell.model.scores.items()}
-    return {
-        "run": cell.run,
-        "variant": cell.variant,
-        "seed": cell.seed,
-        "steps": cell.steps,
-        "train_s": cell.train_s,
-        "scores": means,
-    }
+    shown = {name: getattr(cell, name) for name in ("run", "variant", "seed", "steps", "train_s")}
+    return {**shown, "scores": {name: float(np.mean([*found.values()])) for name, found in cell.model.scores.items()}}
 
 
 def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int, averaged: Sequence[str]) -> Row:
