@@ -25,7 +25,7 @@ from kdrl_core.errors import DataError
 from kdrl_core.look.rollouts import views
 from kdrl_core.look.rollouts.index_rows import INDEX
 from kdrl_core.look.rollouts.record import PARTS, TIMINGS
-from kdrl_core.look.rollouts.views import TIMES, IndexedRun, identifier, quoted, sql_type
+from kdrl_core.look.rollouts.views import TIMES, IndexedRun, identifier, quoted
 
 _MEMORY = "512MB"
 """Memory limit of DuckDB. A query that needs more spills to disk."""
@@ -158,9 +158,10 @@ class Database:
         if self._planner is None:
             planner = duckdb.connect(":memory:", config=_CONFINED)
             _add_steps(planner, self._step_rows().slice(0, 1))
-            planner.execute(_one_row("indexed", INDEX.names))
+            planner.execute(f"create table indexed as {views.null_row(INDEX.names)}")
             for part in views.BULKY_PARTS:
-                planner.execute(_one_row(f"{part}_part", ["stage", "step", "row", *PARTS[part]]))
+                names = ["stage", "step", "row", *PARTS[part]]
+                planner.execute(f"create table {part}_part as {views.null_row(names)}")
             for statement in views.user_views([*views.BULKY_PARTS, TIMES]):
                 planner.execute(statement)
             optimizers = [name for (name,) in planner.execute("from duckdb_optimizers()").fetchall()]
@@ -191,11 +192,6 @@ def _add_steps(connection: duckdb.DuckDBPyConnection, step_rows: pa.Table) -> No
     connection.execute(
         f"create table {TIMES}_part as select run as s_run, stage as s_stage, step as s_step, {times} from step_rows"
     )
-
-
-def _one_row(table: str, names: Sequence[str]) -> str:
-    columns = ", ".join(f"null::{sql_type(name)} as {name}" for name in names)
-    return f"create table {table} as select null::varchar as run, {columns}"
 
 
 _NEEDED_FOR = {**{part: {*PARTS[part]} for part in views.BULKY_PARTS}, TIMES: {*TIMINGS.values()}}

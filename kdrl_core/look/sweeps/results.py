@@ -1,6 +1,6 @@
 """The results of a sweep's cells, read from their runs: of finished cells, and partial results of the others."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -235,20 +235,13 @@ def _before_s(row: StageRow | None) -> float:
 
 
 def _watched(run: Run, stage: str, *, before_s: float) -> Iterator[Watched]:
-    seconds = _cumulative(load_metrics(run, stage), before_s)
-    for step in sorted(seconds):
+    seconds = before_s
+    for row in load_metrics(run, stage):
+        seconds += sum(value for name, value in row.items() if is_spent(name))
+        step = int(row["step"]) + 1
         path = run.paths.evaluation(checkpoint_label(stage, step))
         if is_published(path):
-            yield Watched(step=step, seconds=seconds[step], model=_model(path))
-
-
-def _cumulative(rows: Iterable[Mapping[str, float]], total: float) -> dict[int, float]:
-    """Updates → seconds of all steps until then."""
-    found = {}
-    for row in rows:
-        total += sum(value for name, value in row.items() if is_spent(name))
-        found[int(row["step"]) + 1] = total
-    return found
+            yield Watched(step=step, seconds=seconds, model=_model(path))
 
 
 def _model(path: Path) -> ModelScores:

@@ -10,6 +10,7 @@ artifacts/sweeps/<sweep>/
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -120,14 +121,6 @@ def note_failure(paths: SweepPaths, run: str, reason: str) -> None:
     replace_file(paths.failure(run), (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
 
-def failure_of(paths: SweepPaths, run: str) -> str | None:
-    """Why a cell failed when it was last started; None if it did not."""
-    try:
-        return str(json.loads(paths.failure(run).read_text(encoding="utf-8"))["reason"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellStatus(CellName):
     """Where a cell stands."""
@@ -142,7 +135,10 @@ class CellStatus(CellName):
 
 def cell_status(paths: SweepPaths, cell: CellName) -> CellStatus:
     """The status of a cell, read from its run's files. A run that cannot be opened has failed."""
-    state, detail = state_of(cell.run, failure=failure_of(paths, cell.run))
+    failure = None
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        failure = str(json.loads(paths.failure(cell.run).read_text(encoding="utf-8"))["reason"])
+    state, detail = state_of(cell.run, failure=failure)
     return CellStatus(run=cell.run, variant=cell.variant, seed=cell.seed, state=state, detail=detail)
 
 
