@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, publish_file
+from kdrl_core.tables.columns import response_metrics
 from kdrl_core.tables.metrics import rebuild_metrics
-from kdrl_core.tables.responses import response_metrics
 from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE, write_table
 
 NEEDLE = "Kumquat"

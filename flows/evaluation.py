@@ -5,7 +5,7 @@ from prefect import flow
 from flows import hooks, shown
 from flows.stage_flows import open_own_run
 from kdrl_core.ledger import run_lock
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.tracking import close_tracking, track
 from tasks.boxes import evaluate
 
@@ -15,7 +15,7 @@ def evaluation(run_dir: str) -> None:
     """Evaluate the student before, after each stage, and the teacher, on every benchmark of the recipe."""
     run = open_own_run(run_dir)
     with run_lock(run.paths.lock):
-        for label in final_labels(run):
+        for label in evaluated_labels(run.recipe):
             evaluate(run_dir, label)
         track(run)
         close_tracking()

@@ -12,7 +12,7 @@ from kdrl_core.boxes.completion import is_finished, require_finished
 from kdrl_core.boxes.preflight import check_inputs
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
-from tasks.adopt import adopt
+from tasks.boxes import adopt
 from tasks.secrets import register_blocks
 
 

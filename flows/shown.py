@@ -10,7 +10,7 @@ from prefect import artifacts, get_run_logger
 from prefect.exceptions import MissingContextError
 
 from kdrl_core.boxes.checkpoints import remaining_steps
-from kdrl_core.boxes.step_end import StepSummary
+from kdrl_core.boxes.update import StepSummary
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
 from kdrl_core.look.reporting.run_summary import accuracy_table, summarize, tables_of
 from kdrl_core.look.sweeps.state import SweepPaths

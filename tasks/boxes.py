@@ -3,7 +3,7 @@
 What a task run is called is a template over the task's parameters: `stage`, and `at`, its step or shard.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from prefect import Task, task
@@ -16,6 +16,7 @@ from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import Box, make
 from kdrl_core.boxes.session import StageSession, stage_session
+from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.boxes.update import update_step
 from kdrl_core.ledger import Run, open_run_dir
 from kdrl_core.look.reporting.run_report import report as report_box
@@ -115,3 +116,15 @@ report = run_task("report", making(report_box))
 def evaluate(run_dir: str, label: str, benchmarks: list[str] | None = None) -> dict[str, Any]:
     """Evaluate `base`, `teacher`, a stage's result or a checkpoint. Returns its results."""
     return evaluate_model(open_run_dir(run_dir), label, benchmarks)
+
+
+def adopt(run_dir: str, donors: Sequence[str] | None) -> None:
+    """Take over the parts that `donors` have finished and the run has not; no task without donors."""
+    if donors:
+        adopt_from(run_dir, list(donors))
+
+
+@task(name="adopt", **STEP_OPTIONS)
+def adopt_from(run_dir: str, donors: list[str]) -> dict[str, str]:
+    """Returns part → run that it was taken over from."""
+    return adopt_parts(open_run_dir(run_dir), donors)

@@ -18,7 +18,7 @@ from flows.cli.shared import PlainConsole
 from kdrl_core.alarms import Alarm, load_alarms
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, RunPaths, lock_holder, open_run_dir
-from kdrl_core.ledger.progress import read_progress
+from kdrl_core.ledger.run import read_progress
 from kdrl_core.tables.metrics import load_metrics
 
 _INTERVAL_S = 0.5

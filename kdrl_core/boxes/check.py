@@ -15,9 +15,8 @@ from kdrl_core.boxes.checkpoints import latest_checkpoint
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
 from kdrl_core.ledger import Run, is_published, lock_holder, manifest_of, run_lock, verify_own
 from kdrl_core.ledger.artifact import ARTIFACTS, Node
-from kdrl_core.ledger.graph import REWARDS, ROLLOUTS, STEP, final_checkpoint, node_at, required
+from kdrl_core.ledger.graph import REWARDS, ROLLOUTS, STEP, evaluated_labels, final_checkpoint, node_at, required
 from kdrl_core.ledger.heal import ASIDE_PREFIX
-from kdrl_core.ledger.labels import evaluated_labels
 from kdrl_core.ledger.layout import stage_and_step
 from kdrl_core.ledger.manifest import artifact_stem, published_below
 from kdrl_core.tables.metrics import differing_metrics

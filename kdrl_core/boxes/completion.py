@@ -6,7 +6,7 @@ from itertools import dropwhile
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Manifest, Run, is_published, manifest_of, verify_own
 from kdrl_core.ledger.graph import CHECKPOINT, Node, final_checkpoint, needs, results
-from kdrl_core.ledger.lineage import changed_inputs
+from kdrl_core.ledger.heal import changed_inputs
 from kdrl_core.tables.metrics import differing_metrics
 
 _logger = logging.getLogger("kdrl")

@@ -23,7 +23,7 @@ from kdrl_core.evaluation.outcome import publish_outcome
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, find_intact, is_published, model_identity, verify_own, verify_published
 from kdrl_core.ledger.graph import model_node
-from kdrl_core.ledger.progress import report_progress
+from kdrl_core.ledger.run import report_progress
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.sampling.job import settings_hash
 

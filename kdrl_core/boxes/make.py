@@ -32,11 +32,11 @@ from kdrl_core.ledger import (
     verify_published,
 )
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
-from kdrl_core.ledger.progress import report_progress
+from kdrl_core.ledger.run import report_progress
 from kdrl_core.tables.schemas import read_table, write_table
 
-Write = Callable[[Path], None]
-"""Writes a file to the path that it is given, or fills the folder there."""
+Write = Callable[[Path], Any]
+"""Writes a file to the path that it is given, or fills the folder there, as `publish_directory` asks for."""
 Facts = Callable[[float], Mapping[str, Any]]
 """What a manifest says besides hashes, given the seconds that the box took."""
 
@@ -46,16 +46,12 @@ def timed(**more: Any) -> Facts:
     return lambda seconds: {"seconds": seconds, **more}
 
 
-def _no_facts(seconds: float) -> Mapping[str, Any]:
-    return {}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
     """What a box has made. A box that returns a bare table has made `Product(content=table, facts=timed())`."""
 
     content: pa.Table | Write
-    facts: Facts = _no_facts
+    facts: Facts = field(default=lambda seconds: {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

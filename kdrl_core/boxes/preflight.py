@@ -27,7 +27,7 @@ def check_inputs(recipe: Recipe) -> None:
     _check_context(recipe, student)
     if recipe.teacher is not None:
         teacher = check_model_dir(recipe.teacher, role="teacher")
-        _check_teacher_context(recipe, teacher)
+        _check_context(recipe, teacher, of_teacher=True)
         server = recipe.teacher.server
         if server is not None and server.api_key is not None and is_known(server.api_key):
             resolve_secret(server.api_key)
@@ -69,29 +69,24 @@ def check_trackers(recipe: Recipe) -> None:
             )
 
 
-def _check_context(recipe: Recipe, config: dict[str, object]) -> None:
-    limit = context_limit(config)
+def _check_context(recipe: Recipe, config: dict[str, object], *, of_teacher: bool = False) -> None:
+    if (limit := context_limit(config)) is None:
+        return
     for name in recipe.stages:
         stage = recipe.stage(name)
         needed = stage.max_prompt_tokens + stage.max_response_tokens
-        if limit is not None and needed > limit:
-            raise RecipeError(
-                f"recipe {recipe.name}, field '{name}.max_response_tokens': {stage.max_response_tokens} response and "
-                f"{stage.max_prompt_tokens} prompt tokens are {needed}, beyond the student's context of {limit}; "
-                f"lower it to {limit - stage.max_prompt_tokens} or less"
-            )
-
-
-def _check_teacher_context(recipe: Recipe, config: dict[str, object]) -> None:
-    limit = context_limit(config)
-    for name in recipe.stages:
-        stage = recipe.stage(name)
-        needed = stage.max_prompt_tokens + stage.max_response_tokens
-        if limit is not None and stage.uses_teacher and needed > limit:
+        if needed <= limit or (of_teacher and not stage.uses_teacher):
+            continue
+        if of_teacher:
             raise ModelError(
                 f"teacher.path={recipe.teacher and recipe.teacher.path}: its context of {limit} tokens is shorter than "
                 f"{name}'s prompt and response limits ({needed}); lower {name}.max_response_tokens"
             )
+        raise RecipeError(
+            f"recipe {recipe.name}, field '{name}.max_response_tokens': {stage.max_response_tokens} response and "
+            f"{stage.max_prompt_tokens} prompt tokens are {needed}, beyond the student's context of {limit}; "
+            f"lower it to {limit - stage.max_prompt_tokens} or less"
+        )
 
 
 def check_trainer(recipe: Recipe) -> None:

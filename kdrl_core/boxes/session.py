@@ -46,6 +46,8 @@ class StageSession:
         self._scorers: dict[str, TeacherScorer] = {}
         self._verifier: Verifier | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
+        self._verdict_options: VerdictOptions | None = None
+        self.alarm_rules = run.recipe.alarms.rules
         torch.set_num_threads(run.recipe.runtime.num_threads)
         policy = intact_initial_policy(run, stage)
         self.tokenizer = load_tokenizer(
@@ -186,8 +188,10 @@ class StageSession:
 
     def verdict_options(self, prompt: str) -> VerdictOptions:
         """Keyword arguments of `Verifier.verify_batch` for responses to prompts that end like this one."""
-        recipe = self.run.recipe
-        return {"require_format": recipe.reward.require_format, "think_opened": think_opened(prompt, recipe)}
+        if self._verdict_options is None:  # the chat template ends every prompt in the same way
+            reward, opened = self.run.recipe.reward, think_opened(prompt, self.run.recipe)
+            self._verdict_options = {"require_format": reward.require_format, "think_opened": opened}
+        return self._verdict_options
 
     def close(self) -> None:
         """Let go of models and processes."""

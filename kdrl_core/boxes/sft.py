@@ -21,15 +21,15 @@ from kdrl_core.boxes.make import Product, box, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.shards import num_shards, shard_problem_ids
 from kdrl_core.boxes.step import TO_VERIFY, generate_for, verdicts_of
-from kdrl_core.boxes.step_end import StepSummary, check_replay, end_step, step_facts
+from kdrl_core.boxes.update import StepSummary, check_replay, end_step, step_facts, update_table
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import Manifest, prompts_of_step
 from kdrl_core.ledger.graph import SAMPLE_REWARDS, SAMPLE_ROLLOUTS, SFT_DATASET, UPDATE, Node
-from kdrl_core.ledger.progress import report_progress
+from kdrl_core.ledger.run import report_progress
 from kdrl_core.sampling.responses import requests_for, rollouts_table
 from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import score_requests
-from kdrl_core.training.protocols import StepStats, UpdateBatch
+from kdrl_core.training.protocols import UpdateBatch
 
 TEACHER_VERSION = -1
 """`policy_version` of samples that no student made."""
@@ -154,18 +154,4 @@ def sft_update(session: StageSession, at: int) -> Product:
             session, at, metrics, {"time/update_s": seconds, "throughput/update_tokens_per_s": throughput}
         )
 
-    return Product(content=_update_table(rows, stats), facts=facts)
-
-
-def _update_table(rows: pa.Table, stats: StepStats) -> pa.Table:
-    unknown = ("advantage", "kd_weight", "kl_sum", "kl_mean", "log_ratio_sum")
-    return pa.Table.from_pydict(
-        {
-            **dict.fromkeys(unknown, pa.nulls(len(rows), pa.float32())),
-            "prompt_id": rows["prompt_id"],
-            "sample": rows["sample"],
-            "logprobs": pa.array(stats.logprobs, pa.list_(pa.float32())),
-            "entropies": pa.nulls(len(rows), pa.list_(pa.float32())),
-        },
-        schema=schemas.UPDATE,
-    )
+    return Product(content=update_table(rows, stats), facts=facts)

@@ -32,8 +32,7 @@ from kdrl_core.ledger import (
     verify_own,
 )
 from kdrl_core.ledger.artifact import ARTIFACTS, Node
-from kdrl_core.ledger.graph import CLAIMED, EVALUATION, needs, node_at, part_of, results
-from kdrl_core.ledger.labels import checkpoint_label
+from kdrl_core.ledger.graph import CLAIMED, EVALUATION, checkpoint_label, needs, node_at, part_of, results
 from kdrl_core.tables.metrics import rebuild_metrics
 
 _NO_ACCOUNT = ("name", "description", "alarms.*", "tracking.*")

@@ -17,7 +17,7 @@ from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import prompts_of_step
 from kdrl_core.ledger.graph import REFERENCE, REWARDS, ROLLOUTS, TEACHER
-from kdrl_core.ledger.progress import report_progress
+from kdrl_core.ledger.run import report_progress
 from kdrl_core.sampling.responses import generate, requests_for, rollouts_table
 from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import from_matrices, score_requests, verdict_columns

@@ -1,26 +1,118 @@
 """{rollouts, teacher, reference, rewards}.parquet ─▶ update ─▶ update.parquet, metrics, checkpoint.
 
 The step number gives the `Objective` with its β (Sec. 3.3). With it, rewards become advantages (2) and KD weights
-(Sec. 3.4). The trainer does the rest.
+(Sec. 3.4). The trainer does the rest. `end_step` is the end of every optimiser step, that of SFT as well.
 """
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from kdrl_core.boxes.make import Product, box
+from kdrl_core.alarms import Alarm, raised_at_last, to_metadata
+from kdrl_core.boxes.checkpoints import is_checkpoint_due, prune_checkpoints
+from kdrl_core.boxes.make import Box, Product, box, make
 from kdrl_core.boxes.session import StageSession
-from kdrl_core.boxes.step_end import StepSummary, check_replay, end_step, step_facts
-from kdrl_core.ledger import Manifest
-from kdrl_core.ledger.graph import UPDATE, Node
+from kdrl_core.errors import DamagedArtifactError
+from kdrl_core.ledger import Manifest, Run
+from kdrl_core.ledger.graph import CHECKPOINT, UPDATE, Node
 from kdrl_core.objectives import Objective, recorded_kl, training_signals
 from kdrl_core.tables import schemas
-from kdrl_core.tables.columns import matrices, ragged, score_requests
-from kdrl_core.tables.responses import response_metrics
+from kdrl_core.tables.columns import matrices, ragged, response_metrics, score_requests
+from kdrl_core.tables.metrics import append_metrics, load_metrics
 from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
+
+_ROUNDING = {"rel_tol": 1e-3, "abs_tol": 1e-5}
+_logger = logging.getLogger("kdrl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSummary:
+    """What the flow needs to tell about a finished step."""
+
+    step: int
+    metrics: dict[str, float]
+    timings: dict[str, float]
+    checkpoint: Path | None
+    replayed: bool
+    alarms: tuple[Alarm, ...] = ()
+    """What the step raised; none of a step that was replayed, which told them when it was made."""
+
+
+@box(CHECKPOINT)
+def checkpoint(session: StageSession, at: int) -> Product:
+    """Save the policy after `at` updates, with the state of its trainer."""
+    return Product(content=session.trainer_at(at).save)
+
+
+def end_step(session: StageSession, update: Box, step: int) -> StepSummary:
+    """Make a step's update, which ends it, add its metrics to those of the stage, and save the new policy when one is
+    due. Raises as the box `update` does."""
+    run, stage = session.run, session.stage
+    made = make(session, update, step)
+    recorded = made.manifest.metadata
+    append_metrics(run, stage, step)
+    saved = None
+    if is_checkpoint_due(run, stage, step + 1):
+        saved = make(session, checkpoint, step + 1).path
+        prune_checkpoints(run, stage)
+    alarms = [] if made.reused else recorded["alarms"]
+    return StepSummary(
+        step=step,
+        metrics=recorded["metrics"],
+        timings=recorded["timings"],
+        checkpoint=saved,
+        replayed=made.reused,
+        alarms=tuple(Alarm(stage=stage, step=step, **alarm) for alarm in alarms),
+    )
+
+
+def step_facts(
+    session: StageSession, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]
+) -> dict[str, Any]:
+    """What an update's manifest says: metrics, timings, and the alarms that the step raises by the recipe's rules, from
+    its metrics and those of the steps before."""
+    before = [row for row in load_metrics(session.run, session.stage) if row["step"] < step]
+    rows = [*before, {"step": step, **metrics}]
+    raised = raised_at_last(rows, session.alarm_rules, stage=session.stage)
+    return {"metrics": metrics, "timings": timings, "alarms": to_metadata(raised)}
+
+
+def check_replay(run: Run, path: Path, published: Manifest, facts: Mapping[str, Any]) -> None:
+    """Compare the metrics of a replayed update with those that are recorded. They are equal on the machine that made
+    them; elsewhere, the order of additions may differ, of which the log warns.
+
+    Raises:
+        DamagedArtifactError: on a CPU, which repeats itself, they differ by more than that.
+    """
+    metrics = facts["metrics"]
+    recorded = published.metadata["metrics"]
+    differing = [name for name, value in metrics.items() if not _same(value, recorded.get(name))]
+    if not differing:
+        return
+    name = max(differing, key=lambda name: abs(metrics[name] - recorded.get(name, math.inf)))
+    told = (
+        f"{path}: its replay gives {name} {metrics[name]!r}, recorded is {recorded.get(name)!r} ({len(differing)} "
+        "metrics differ)"
+    )
+    if run.recipe.runtime.device == "cpu" and not all(
+        math.isclose(metrics[n], recorded.get(n, math.inf), **_ROUNDING) for n in differing
+    ):
+        raise DamagedArtifactError(
+            f"{told}: the policy is not the one that the step was trained with, or these versions train otherwise",
+            f"restore the run from a backup, or delete {path.parent} and the later steps to have them made anew",
+        )
+    _logger.warning("%s: this machine or these versions do not reproduce the run bit by bit", told)
+
+
+def _same(value: float, recorded: float | None) -> bool:
+    return recorded is not None and (value == recorded or (math.isnan(value) and math.isnan(recorded)))
 
 
 def update_step(session: StageSession, step: int) -> StepSummary:
@@ -59,7 +151,7 @@ def update(
     }
     tokens = int(sum(rollouts["length"].to_pylist()))
     return Product(
-        content=_update_table(rollouts, batch, stats),
+        content=update_table(rollouts, stats, **_signals_of(batch, stats)),
         facts=lambda seconds: step_facts(session, at, metrics, _timings(told, seconds, tokens)),
     )
 
@@ -94,25 +186,27 @@ def _update_batch(
     )
 
 
-def _update_table(rollouts: pa.Table, batch: UpdateBatch, stats: StepStats) -> pa.Table:
+def update_table(rows: pa.Table, stats: StepStats, **signals: Any) -> pa.Table:
+    """UPDATE of a step that trained on these rows. Columns that are not given are null."""
     kind = pa.list_(pa.float32())
-    columns: dict[str, Any] = {
-        "prompt_id": rollouts["prompt_id"],
-        "sample": rollouts["sample"],
-        "advantage": np.asarray(batch.advantages, np.float32),
-        "kd_weight": np.asarray(batch.kd_weights, np.float32),
-        "logprobs": pa.array(stats.logprobs, kind),
-        "entropies": pa.nulls(len(rollouts), kind) if stats.entropies is None else pa.array(stats.entropies, kind),
-    }
-    if batch.teacher_logprobs is None:
-        columns |= dict.fromkeys(("kl_sum", "kl_mean", "log_ratio_sum"), pa.nulls(len(rollouts), pa.float32()))
-    else:
+    columns = {field.name: pa.nulls(len(rows), field.type) for field in schemas.UPDATE} | signals
+    columns |= {"prompt_id": rows["prompt_id"], "sample": rows["sample"], "logprobs": pa.array(stats.logprobs, kind)}
+    if stats.entropies is not None:
+        columns["entropies"] = pa.array(stats.entropies, kind)
+    return pa.Table.from_pydict(columns, schema=schemas.UPDATE)
+
+
+def _signals_of(batch: UpdateBatch, stats: StepStats) -> dict[str, Any]:
+    """The columns of UPDATE that tell what the step's signals were."""
+    columns: dict[str, Any] = {"advantage": batch.advantages, "kd_weight": batch.kd_weights}
+    columns = {name: np.asarray(values, np.float32) for name, values in columns.items()}
+    if batch.teacher_logprobs is not None:
         (student, mask), (teacher, _) = _padded(stats.logprobs), _padded(batch.teacher_logprobs)
         kl_sum = (recorded_kl(student, teacher, batch.objective.kl_estimator) * mask).sum(1)
         columns["kl_sum"] = kl_sum.numpy()
         columns["kl_mean"] = (kl_sum / mask.sum(1)).numpy()
         columns["log_ratio_sum"] = (teacher - student).sum(1).numpy()
-    return pa.Table.from_pydict(columns, schema=schemas.UPDATE)
+    return columns
 
 
 def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:

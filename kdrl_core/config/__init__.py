@@ -3,7 +3,6 @@
 from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
 from kdrl_core.config.data import DataConfig, DecontaminationConfig
-from kdrl_core.config.engine_names import EngineName, LocalEngine
 from kdrl_core.config.faults import did_you_mean
 from kdrl_core.config.load import (
     config_hash,
@@ -17,35 +16,13 @@ from kdrl_core.config.models import ModelConfig, ServersConfig
 from kdrl_core.config.paths import resolve_path
 from kdrl_core.config.recipe import BenchmarkConfig, EvaluationConfig, Recipe, VerificationConfig
 from kdrl_core.config.runtime import RuntimeConfig, TrackerName, TrackingConfig, TrainerConfig
+from kdrl_core.config.section import EngineName, LocalEngine
 from kdrl_core.config.stage import BetaConfig, StageConfig
 
 __all__ = [
-    "AlarmsConfig",
-    "BenchmarkConfig",
-    "BetaConfig",
-    "DataConfig",
-    "DecontaminationConfig",
-    "EngineName",
-    "EvaluationConfig",
-    "FieldChange",
-    "LocalEngine",
-    "ModelConfig",
-    "Recipe",
-    "RuntimeConfig",
-    "ServersConfig",
-    "StageConfig",
-    "TrackerName",
-    "TrackingConfig",
-    "TrainerConfig",
-    "VerificationConfig",
-    "config_hash",
-    "did_you_mean",
-    "diff_recipes",
-    "dump_recipe",
-    "list_recipes",
-    "load_recipe",
-    "parse_value",
-    "read_fields",
-    "resolve_path",
-    "unsafe_changes",
-]
+    "AlarmsConfig", "BenchmarkConfig", "BetaConfig", "DataConfig", "DecontaminationConfig", "EngineName",
+    "EvaluationConfig", "FieldChange", "LocalEngine", "ModelConfig", "Recipe", "RuntimeConfig", "ServersConfig",
+    "StageConfig", "TrackerName", "TrackingConfig", "TrainerConfig", "VerificationConfig", "config_hash",
+    "did_you_mean", "diff_recipes", "dump_recipe", "list_recipes", "load_recipe", "parse_value", "read_fields",
+    "resolve_path", "unsafe_changes",
+]  # fmt: skip

@@ -12,34 +12,12 @@ from pydantic import Field, model_validator
 from kdrl_core.config.section import Positive, Section, Share
 
 AlarmMetric = Literal[
-    "reward/mean",
-    "reward/format",
-    "reward/accuracy",
-    "response/length_mean",
-    "response/length_max",
-    "response/clip_ratio",
-    "response/repetition_overlong",
-    "verdict/correct",
-    "verdict/wrong",
-    "verdict/malformed",
-    "verdict/no_answer",
-    "verdict/timeout",
-    "verdict/error",
-    "kd/kl",
-    "kd/kl_unmasked",
-    "kd/kl_sampled",
-    "kd/active_frac",
-    "ref/kl",
-    "entropy",
-    "loss/policy",
-    "loss/sft",
-    "loss/total",
-    "optim/grad_norm",
-    "engine/logprob_gap_mean",
-    "engine/logprob_gap_max",
-    "ratio/tis_mean",
-    "ratio/tis_capped_frac",
-]
+    "reward/mean", "reward/format", "reward/accuracy", "response/length_mean", "response/length_max",
+    "response/clip_ratio", "response/repetition_overlong", "verdict/correct", "verdict/wrong", "verdict/malformed",
+    "verdict/no_answer", "verdict/timeout", "verdict/error", "kd/kl", "kd/kl_unmasked", "kd/kl_sampled",
+    "kd/active_frac", "ref/kl", "entropy", "loss/policy", "loss/sft", "loss/total", "optim/grad_norm",
+    "engine/logprob_gap_mean", "engine/logprob_gap_max", "ratio/tis_mean", "ratio/tis_capped_frac",
+]  # fmt: skip
 """Columns of metrics.parquet that a rule may watch. A rule is silent in stages without its metric."""
 
 Severity = Literal["warning", "critical"]

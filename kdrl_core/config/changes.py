@@ -7,25 +7,12 @@ from typing import Any
 from kdrl_core.config.recipe import Recipe
 
 SAFE_FIELDS = (
-    "description",
-    "stage?.evaluate_every",
-    "stage?.checkpoint.*",
-    "verification.workers",
-    "verification.max_failed_share",
-    "teacher.server.urls",
-    "teacher.server.api_key",
-    "teacher.server.timeout_s",
-    "teacher.server.retry_for_s",
-    "teacher.server.first_pause_s",
-    "teacher.server.concurrency",
-    "teacher.server.sleep",
-    "rollout.server.*",
-    "rollout.sync_tolerance",
-    "vllm.*",
-    "trainer.*",
-    "tracking.*",
+    "description", "stage?.evaluate_every", "stage?.checkpoint.*", "verification.workers",
+    "verification.max_failed_share", "teacher.server.urls", "teacher.server.api_key", "teacher.server.timeout_s",
+    "teacher.server.retry_for_s", "teacher.server.first_pause_s", "teacher.server.concurrency",
+    "teacher.server.sleep", "rollout.server.*", "rollout.sync_tolerance", "vllm.*", "trainer.*", "tracking.*",
     "alarms.*",
-)
+)  # fmt: skip
 """Fields that change no published result, so a run may be resumed with new values of them.
 
 Fields of `vllm` and `trainer` change the order of sums, hence the last bits of later updates, as other hardware does

@@ -5,8 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from kdrl_core.config.engine_names import LocalEngine
-from kdrl_core.config.section import Positive, Section
+from kdrl_core.config.section import LocalEngine, Positive, Section
 
 
 class ModelConfig(Section):

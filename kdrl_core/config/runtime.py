@@ -5,9 +5,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from kdrl_core.config.engine_names import EngineName
 from kdrl_core.config.models import ReplicasConfig
-from kdrl_core.config.section import Positive, Section
+from kdrl_core.config.section import EngineName, Positive, Section
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 

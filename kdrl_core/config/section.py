@@ -1,7 +1,7 @@
 """What every part of a recipe is: frozen, strict, without unknown fields."""
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,3 +22,10 @@ def require_one_of(value: object, choices: Iterable[str]) -> object:
     if not isinstance(value, str) or repr(value) not in names:
         raise ValueError(f"Input should be {' or '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}")
     return value
+
+
+LocalEngine = Literal["transformers", "vllm"]
+"""What samples or scores in this process."""
+
+EngineName = Literal[LocalEngine, "server"]
+"""What samples: in this process, or replicas of vLLM."""

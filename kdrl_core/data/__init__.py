@@ -10,18 +10,7 @@ from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA, SKYWORK_SCHEMA
 from kdrl_core.data.stream import filter_files
 
 __all__ = [
-    "POOL_SCHEMA",
-    "PROBLEM_SCHEMA",
-    "SKYWORK_SCHEMA",
-    "ChatTokenizer",
-    "FilterReport",
-    "RuleCount",
-    "filter_files",
-    "filter_problems",
-    "find_files",
-    "load_tokenizer",
-    "malformed_rows",
-    "read_problems",
-    "render_prompts",
+    "POOL_SCHEMA", "PROBLEM_SCHEMA", "SKYWORK_SCHEMA", "ChatTokenizer", "FilterReport", "RuleCount", "filter_files",
+    "filter_problems", "find_files", "load_tokenizer", "malformed_rows", "read_problems", "render_prompts",
     "think_opened",
-]
+]  # fmt: skip

@@ -7,6 +7,7 @@ Decontamination matches more loosely.
 import hashlib
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +25,11 @@ def normalize_questions(questions: pa.Array | pa.ChunkedArray) -> pa.Array | pa.
     if isinstance(questions, pa.ChunkedArray):
         return pa.chunked_array([normalize_questions(chunk) for chunk in questions.chunks], questions.type)
     # Each step is slow, and few rows need it.
-    composed = _where(pc.invert(pc.string_is_ascii(questions)), _compose, questions)
-    joined = _where(pc.match_substring_regex(composed, _BLANKS), _join_blanks, composed)
+    composed = _where(pc.invert(pc.string_is_ascii(questions)), partial(pc.utf8_normalize, form="NFC"), questions)
+    join_blanks = partial(pc.replace_substring_regex, pattern=_BLANKS, replacement=" ")
+    joined = _where(pc.match_substring_regex(composed, _BLANKS), join_blanks, composed)
     has_blank_end = pc.or_(pc.starts_with(joined, " "), pc.ends_with(joined, " "))
     return _where(has_blank_end, pc.utf8_trim_whitespace, joined)
-
-
-def _compose(texts: pa.Array) -> pa.Array:
-    return pc.utf8_normalize(texts, form="NFC")
-
-
-def _join_blanks(texts: pa.Array) -> pa.Array:
-    return pc.replace_substring_regex(texts, pattern=_BLANKS, replacement=" ")
 
 
 def _where(mask: pa.Array, change: Callable[[pa.Array], pa.Array], texts: pa.Array) -> pa.Array:

@@ -11,12 +11,42 @@ Everything else is derived from the rows: the path of a node and the node of a p
 may have been made from it, what a finished run has, and what two runs may share.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 
 from kdrl_core.config import Recipe, StageConfig
 from kdrl_core.ledger.artifact import ARTIFACTS, DERIVED, EVERY, Artifact, At, Choice, Node
-from kdrl_core.ledger.labels import checkpoint_label, evaluated_labels, labelled_checkpoint
+
+_OF_CHECKPOINT = Artifact(name="label", pattern="{stage}-step-{step:06d}")
+
+
+def evaluated_labels(recipe: Recipe) -> list[str]:
+    """Labels of the final evaluation: the student before, after each stage, and the teacher."""
+    return ["base", *recipe.stages, *(["teacher"] if recipe.teacher is not None else [])]
+
+
+def reference_labels(recipe: Recipe) -> list[str]:
+    """What a run of `recipe` evaluates beside the model that it makes."""
+    return [label for label in evaluated_labels(recipe) if label != recipe.stages[-1]]
+
+
+def checkpoint_label(stage: str, step: int) -> str:
+    """Label of a checkpoint's evaluation."""
+    return _OF_CHECKPOINT.place(stage, step)
+
+
+def checkpoint_step(label: str, stage: str) -> int | None:
+    """The step of `checkpoint_label`; None for any other label."""
+    found = labelled_checkpoint(label)
+    return found[1] if found is not None and found[0] == stage else None
+
+
+def labelled_checkpoint(label: str) -> tuple[str, int] | None:
+    """Stage and step of `checkpoint_label`; None for any other label."""
+    match _OF_CHECKPOINT.find(label):
+        case Node(stage=str(stage), at=int(step)):
+            return stage, step
+    return None
 
 
 def model_node(recipe: Recipe, label: str) -> Node | None:
@@ -44,16 +74,13 @@ def _alone(*nodes: Node) -> tuple[Choice, ...]:
     return tuple((node,) for node in nodes)
 
 
+def _beside(*rows: Artifact) -> Callable[[Recipe, Node], tuple[Choice, ...]]:
+    """Made from what these rows have for the same step or shard."""
+    return lambda recipe, node: _alone(*(row.node(node.stage, node.at) for row in rows))
+
+
 def _of_pool(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
     return _alone(POOL.node())
-
-
-def _of_rollouts(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
-    return _alone(ROLLOUTS.node(node.stage, node.at))
-
-
-def _of_samples(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
-    return _alone(SAMPLE_ROLLOUTS.node(node.stage, node.at))
 
 
 def _of_shards(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
@@ -64,20 +91,19 @@ def _of_pool_and_policy(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
     """A step's policy is its checkpoint or, where none is kept, the update that made it."""
     assert node.stage is not None
     assert isinstance(node.at, int)
-    pool = (POOL.node(),)
     if node.at > 0:
-        return pool, (CHECKPOINT.node(node.stage, node.at), UPDATE.node(node.stage, node.at - 1))
+        return (POOL.node(),), (CHECKPOINT.node(node.stage, node.at), UPDATE.node(node.stage, node.at - 1))
     policy = initial_checkpoint(recipe, node.stage)
-    return (pool,) if policy is None else (pool, (policy,))
+    return _alone(POOL.node(), *(() if policy is None else (policy,)))
 
 
 def _of_step(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
     assert node.stage is not None
     config = recipe.stage(node.stage)
-    if config.objective == "sft":
+    if _samples(config):
         return _alone(SFT_DATASET.node(node.stage))
-    rows = (ROLLOUTS, REWARDS, TEACHER, REFERENCE)
-    return _alone(*(row.node(node.stage, node.at) for row in rows if row.when(config)))
+    rows = (row for row in (ROLLOUTS, REWARDS, TEACHER, REFERENCE) if row.when(config))
+    return _beside(*rows)(recipe, node)
 
 
 def _of_update(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
@@ -90,20 +116,12 @@ def _of_model(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
     return () if model is None else _alone(model)
 
 
-def _of_last_stage(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
-    return _alone(final_checkpoint(recipe))
-
-
-def _of_evaluations(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
-    return _alone(*(EVALUATION.node(at=label) for label in evaluated_labels(recipe)))
-
-
 def _samples(config: StageConfig) -> bool:
     return config.objective == "sft"
 
 
 def _rolls_out(config: StageConfig) -> bool:
-    return config.objective != "sft"
+    return not _samples(config)
 
 
 _TEACHER = ("teacher", "teacher.*")
@@ -111,10 +129,6 @@ _ENGINES = ("rollout.*", "vllm.*", "trainer", "trainer.*")
 CLAIMED = ("stage?.*", "evaluation.*", *_TEACHER, *_ENGINES)
 """Fields of a recipe that count for those artifacts alone that say so. All others count for every artifact, and so does
 a section that is new to recipes."""
-
-
-def _read_by_teacher(recipe: Recipe, node: Node) -> tuple[str, ...]:
-    return *_TEACHER, *_ENGINES
 
 
 def _read_by_samples(recipe: Recipe, node: Node) -> tuple[str, ...]:
@@ -137,110 +151,56 @@ def _read_by_stage(recipe: Recipe, node: Node) -> tuple[str, ...]:
     return *_ENGINES, f"{node.stage}.*", *(f"!{node.stage}.{name}" for name, read in is_read.items() if not read)
 
 
-def _read_by_evaluation(recipe: Recipe, node: Node) -> tuple[str, ...]:
-    return "evaluation.*", *_ENGINES, *(_TEACHER if node.at == "teacher" else ())
-
-
 STEP = Artifact(name="step", pattern="rollouts/stage={stage}/step={step:06d}")
 """The folder of a step's files. It is no artifact itself."""
-_SHARD = "samples/stage={stage}/shard={shard:06d}"
+_SHARD, _SAMPLES = "samples/stage={stage}/shard={shard:06d}", "samples of {stage}"
 _METRICS = "metrics/stage={stage}"
 
-POOL = Artifact(
-    name="pool",
-    pattern="data/pool.parquet",
-    reads=lambda recipe, node: ("stage?.data.*", "stage?.max_prompt_tokens"),
-    shared_as="data",
-)
+# fmt: off
+POOL = Artifact(name="pool", pattern="data/pool.parquet", shared_as="data",
+                reads=lambda recipe, node: ("stage?.data.*", "stage?.max_prompt_tokens"))
 FILTER_REPORT = Artifact(name="filter_report", pattern="data/filter.json", needs=_of_pool, shared_as="data")
-SAMPLE_ROLLOUTS = Artifact(
-    name="sample_rollouts",
-    pattern=f"{_SHARD}/rollouts.parquet",
-    needs=_of_pool,
-    when=_samples,
-    schemas=("ROLLOUTS",),
-    reads=_read_by_samples,
-    shared_as="samples of {stage}",
-)
-SAMPLE_REWARDS = Artifact(
-    name="sample_rewards",
-    pattern=f"{_SHARD}/rewards.parquet",
-    needs=_of_samples,
-    when=_samples,
-    schemas=("REWARDS",),
-    shared_as="samples of {stage}",
-    follows=True,
-)
-SFT_DATASET = Artifact(
-    name="sft_dataset",
-    pattern="samples/stage={stage}/dataset.parquet",
-    needs=_of_shards,
-    when=_samples,
-    schemas=("SFT_DATASET",),
-    shared_as="samples of {stage}",
-)
-ROLLOUTS = Artifact(
-    name="rollouts",
-    pattern=f"{STEP.pattern}/rollouts.parquet",
-    needs=_of_pool_and_policy,
-    when=_rolls_out,
-    schemas=("ROLLOUTS",),
-    reads=_read_by_stage,
-)
-REWARDS = Artifact(
-    name="rewards",
-    pattern=f"{STEP.pattern}/rewards.parquet",
-    needs=_of_rollouts,
-    when=_rolls_out,
-    schemas=("REWARDS",),
-    follows=True,
-)
-TEACHER = Artifact(
-    name="teacher",
-    pattern=f"{STEP.pattern}/teacher.parquet",
-    needs=_of_rollouts,
-    when=lambda config: config.scores_teacher,
-    schemas=("TEACHER", "TEACHER_TOPK"),
-    reads=_read_by_teacher,
-    follows=True,
-)
-REFERENCE = Artifact(
-    name="reference",
-    pattern=f"{STEP.pattern}/reference.parquet",
-    needs=_of_rollouts,
-    when=lambda config: _rolls_out(config) and config.ref_beta > 0.0,
-    schemas=("REFERENCE",),
-    follows=True,
-)
-UPDATE = Artifact(
-    name="update", pattern=f"{STEP.pattern}/update.parquet", needs=_of_step, schemas=("UPDATE",), reads=_read_by_stage
-)
-CHECKPOINT = Artifact(
-    name="checkpoint", pattern="checkpoints/{stage}/step-{step:06d}", needs=_of_update, is_pruned=True
-)
-EVALUATION = Artifact(
-    name="evaluation",
-    pattern="evaluation/{label}",
-    needs=_of_model,
-    reads=_read_by_evaluation,
-    shared_as="evaluation of {label}",
-    is_exact=False,
-)
-STUDENT = Artifact(name="student", pattern="student", needs=_of_last_stage, shared_as=None)
-REPORT = Artifact(name="report", pattern="report", needs=_of_evaluations, shared_as=None, is_exact=False)
+
+SAMPLE_ROLLOUTS = Artifact(name="sample_rollouts", pattern=f"{_SHARD}/rollouts.parquet", schemas=("ROLLOUTS",),
+                           needs=_of_pool, when=_samples, reads=_read_by_samples, shared_as=_SAMPLES)
+SAMPLE_REWARDS = Artifact(name="sample_rewards", pattern=f"{_SHARD}/rewards.parquet", schemas=("REWARDS",),
+                          needs=_beside(SAMPLE_ROLLOUTS), when=_samples, shared_as=_SAMPLES, follows=True)
+SFT_DATASET = Artifact(name="sft_dataset", pattern="samples/stage={stage}/dataset.parquet", schemas=("SFT_DATASET",),
+                       needs=_of_shards, when=_samples, shared_as=_SAMPLES)
+
+ROLLOUTS = Artifact(name="rollouts", pattern=f"{STEP.pattern}/rollouts.parquet", schemas=("ROLLOUTS",),
+                    needs=_of_pool_and_policy, when=_rolls_out, reads=_read_by_stage)
+REWARDS = Artifact(name="rewards", pattern=f"{STEP.pattern}/rewards.parquet", schemas=("REWARDS",),
+                   needs=_beside(ROLLOUTS), when=_rolls_out, follows=True)
+TEACHER = Artifact(name="teacher", pattern=f"{STEP.pattern}/teacher.parquet", schemas=("TEACHER", "TEACHER_TOPK"),
+                   needs=_beside(ROLLOUTS), when=lambda config: config.scores_teacher,
+                   reads=lambda recipe, node: (*_TEACHER, *_ENGINES), follows=True)
+REFERENCE = Artifact(name="reference", pattern=f"{STEP.pattern}/reference.parquet", schemas=("REFERENCE",),
+                     needs=_beside(ROLLOUTS), when=lambda config: _rolls_out(config) and config.ref_beta > 0.0,
+                     follows=True)
+UPDATE = Artifact(name="update", pattern=f"{STEP.pattern}/update.parquet", schemas=("UPDATE",),
+                  needs=_of_step, reads=_read_by_stage)
+CHECKPOINT = Artifact(name="checkpoint", pattern="checkpoints/{stage}/step-{step:06d}", needs=_of_update,
+                      is_pruned=True)
+
+EVALUATION = Artifact(name="evaluation", pattern="evaluation/{label}", needs=_of_model, is_exact=False,
+                      reads=lambda recipe, node: ("evaluation.*", *_ENGINES, *(_TEACHER * (node.at == "teacher"))),
+                      shared_as="evaluation of {label}")
+STUDENT = Artifact(name="student", pattern="student", shared_as=None,
+                   needs=lambda recipe, node: _alone(final_checkpoint(recipe)))
+REPORT = Artifact(name="report", pattern="report", shared_as=None, is_exact=False,
+                  needs=lambda recipe, node: _alone(*(EVALUATION.node(at=each) for each in evaluated_labels(recipe))))
 
 METRICS = Artifact(name="metrics", pattern=f"{_METRICS}/metrics.parquet")
 TIMINGS = Artifact(name="timings", pattern=f"{_METRICS}/timings.parquet", is_exact=False)
 ALARMS = Artifact(name="alarms", pattern=f"{_METRICS}/alarms.parquet", schemas=("ALARMS",))
+# fmt: on
 
-ARTIFACTS |= {
-    row.name: row
-    for row in (
-        *(POOL, FILTER_REPORT, SAMPLE_ROLLOUTS, SAMPLE_REWARDS, SFT_DATASET),
-        *(ROLLOUTS, REWARDS, TEACHER, REFERENCE, UPDATE, CHECKPOINT),
-        *(EVALUATION, STUDENT, REPORT),
-    )
-}
+_ROWS = (
+    *(POOL, FILTER_REPORT, SAMPLE_ROLLOUTS, SAMPLE_REWARDS, SFT_DATASET),
+    *(ROLLOUTS, REWARDS, TEACHER, REFERENCE, UPDATE, CHECKPOINT, EVALUATION, STUDENT, REPORT),
+)
+ARTIFACTS |= {row.name: row for row in _ROWS}
 DERIVED |= {row.name: row for row in (METRICS, TIMINGS, ALARMS)}
 
 

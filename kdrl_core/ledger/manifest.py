@@ -22,6 +22,8 @@ from kdrl_core.ledger.layout import place_of
 DIRECTORY_MANIFEST = "manifest.json"
 _FILE_MANIFEST = ".manifest.json"
 _CHECKSUM = "manifest_sha256"
+Listing = dict[str, dict[str, Any]]
+"""Path in a folder → size and sha256 of the file."""
 _SUFFIXES = (Path(POOL.file).suffix, Path(FILTER_REPORT.file).suffix)
 
 
@@ -37,8 +39,8 @@ class Manifest:
     inputs: dict[str, str] = field(default_factory=dict)
     """Path relative to the run → sha256."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] | None = None
-    """Of a directory: path → size and sha256."""
+    files: Listing | None = None
+    """Of a directory."""
     created_at: str = ""
     kdrl_version: str = kdrl_core.__version__
 
@@ -173,12 +175,17 @@ def digest(path: Path, *, durable: bool = False) -> tuple[int, str]:
         return file.tell(), found.hexdigest()
 
 
-def listing(folder: Path, *, durable: bool = False) -> dict[str, dict[str, Any]]:
-    """`Manifest.files` of a directory, its manifest left out. `durable` as in `digest`."""
-    files: dict[str, dict[str, Any]] = {}
+def listing(folder: Path, *, durable: bool = False, known: Listing | None = None) -> Listing:
+    """`Manifest.files` of a directory, its manifest left out. `durable` as in `digest`; files that are `known`, and
+    have that size, are not read."""
+    files: Listing = {}
     for file in _files_of(folder):
-        size, sha256 = digest(file, durable=durable)
-        files[_name(file, folder)] = {"size": size, "sha256": sha256}
+        name = _name(file, folder)
+        entry = (known or {}).get(name)
+        if entry is None or entry["size"] != file.stat().st_size:
+            size, sha256 = digest(file, durable=durable)
+            entry = {"size": size, "sha256": sha256}
+        files[name] = entry
     return files
 
 
@@ -217,3 +224,13 @@ def _compare(path: Path, size: int, sha256: str) -> None:
 
 
 _REMEDY = "restore it from a backup; what a run goes on from, kdrl resume makes again"
+
+
+def model_identity(path: Path) -> str:
+    """Name and sha256 of the files of a model directory as they are: two models of one name are told apart, a moved or
+    copied one is the same, one with another tokenizer or chat template is another."""
+    listing = hashlib.sha256()
+    files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    for file in sorted(file for file in files if file.name != DIRECTORY_MANIFEST):
+        listing.update(f"{file.name} {digest(file)[1]}\n".encode())
+    return f"{path.name} sha256 {listing.hexdigest()[:16]}"

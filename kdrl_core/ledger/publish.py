@@ -20,6 +20,7 @@ from kdrl_core.ledger import heal, memory
 from kdrl_core.ledger.layout import place_of
 from kdrl_core.ledger.manifest import (
     DIRECTORY_MANIFEST,
+    Listing,
     Manifest,
     digest,
     digest_of_listing,
@@ -62,14 +63,7 @@ def publish_file(
             write(temporary)
             size, sha256 = digest(temporary, durable=True)
             hashed = memory.stamp(temporary)
-            made = Manifest(
-                artifact=place_of(path) or path.name,
-                size=size,
-                sha256=sha256,
-                inputs=dict(inputs or {}),
-                metadata=dict(metadata or {}),
-                created_at=_now(),
-            )
+            made = _manifest(path, inputs, metadata, size=size, sha256=sha256)
             written = heal.settled(path, made, expected).to_bytes()
             temporary.replace(path)
         replace_file(file_manifest_path(path), written)
@@ -82,13 +76,14 @@ def publish_file(
 
 def publish_directory(
     path: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], Listing | None],
     *,
     inputs: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     expected: str | None = None,
 ) -> Manifest:
-    """Publish the directory that `write` fills; like `publish_file`, in one rename.
+    """Publish the directory that `write` fills; like `publish_file`, in one rename. `write` may return what it knows of
+    the files that it has put on the disk from memory (`ConstantFiles`): these are not read again.
 
     A directory that is published already from the same inputs is kept, and its manifest returned; one from other inputs
     gives way to the new one once that is complete.
@@ -99,21 +94,12 @@ def publish_directory(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path) as temporary:
             temporary.mkdir()
-            write(temporary)
-            files = listing(temporary, durable=True)
-            made = Manifest(
-                artifact=place_of(path) or path.name,
-                size=sum(f["size"] for f in files.values()),
-                sha256=digest_of_listing(files),
-                inputs=dict(inputs or {}),
-                metadata=dict(metadata or {}),
-                files=files,
-                created_at=_now(),
-            )
+            files = listing(temporary, durable=True, known=write(temporary))
+            size, sha256 = sum(f["size"] for f in files.values()), digest_of_listing(files)
+            made = _manifest(path, inputs, metadata, size=size, sha256=sha256, files=files)
             written = heal.settled(path, made, expected).to_bytes()
             _write(temporary / DIRECTORY_MANIFEST, written)
-            for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-                _fsync(folder)
+            _fsync_folders(temporary)
             with _temporary(path) as superseded:
                 if path.exists():
                     path.rename(superseded)
@@ -121,6 +107,33 @@ def publish_directory(
                 _fsync(path.parent)
         heal.forget(path)
     return Manifest.from_bytes(written)
+
+
+class ConstantFiles:
+    """Small files that every published folder of a kind holds with the same bytes. They are made and hashed once, kept
+    in memory, and written from there.
+
+    Args:
+        save: writes them into the folder that it is given; called at the first use.
+    """
+
+    def __init__(self, save: Callable[[Path], object]) -> None:
+        self._save = save
+        self._contents: dict[str, bytes] = {}
+        self._listing: Listing = {}
+
+    def write(self, folder: Path) -> Listing:
+        """Write them into `folder`, durably, and return their sizes and hashes."""
+        if not self._contents:
+            with _temporary(folder / "constant") as made:
+                made.mkdir()
+                self._save(made)
+                self._listing = listing(made)
+                self._contents = {name: (made / name).read_bytes() for name in self._listing}
+        for name, content in self._contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(folder / name, content)
+        return self._listing
 
 
 def adopt_published(source: Path, path: Path) -> None:
@@ -147,8 +160,7 @@ def adopt_published(source: Path, path: Path) -> None:
                     (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     _link(source / name, temporary / name, file["sha256"])
                 _write(temporary / DIRECTORY_MANIFEST, manifest.to_bytes())
-                for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-                    _fsync(folder)
+                _fsync_folders(temporary)
                 temporary.rename(path)
             _fsync(path.parent)
         if manifest.files is None:
@@ -212,8 +224,16 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _manifest(
+    path: Path, inputs: Mapping[str, str] | None, metadata: Mapping[str, Any] | None, **content: Any
+) -> Manifest:
+    return Manifest(
+        artifact=place_of(path) or path.name,
+        inputs=dict(inputs or {}),
+        metadata=dict(metadata or {}),
+        created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        **content,
+    )
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -229,6 +249,11 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fsync_folders(root: Path) -> None:
+    for folder in [*(path for path in root.rglob("*") if path.is_dir()), root]:
+        _fsync(folder)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""A run: its folder, its frozen recipe, and the refusal to go on under another one."""
+"""A run: its folder, its frozen recipe, the refusal to go on under another one, and what it is doing right now."""
 
 import hashlib
 import json
 import logging
 import platform
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from kdrl_core.ledger.publish import replace_file, require_writable
 
 _VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
 _MIN_FREE_MB = 64
+_MIN_INTERVAL_S = 0.2
+_last_report = 0.0
 _REWRITE = "restore it from a backup, or have it written anew: kdrl run --recipe RECIPE"
 _logger = logging.getLogger("kdrl")
 
@@ -272,3 +275,32 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def report_progress(
+    run: Run, *, stage: str, at: int = 0, phase: str, done: int | None = None, total: int | None = None
+) -> None:
+    """Say which phase of which step or shard is under way, at most five times a second. The file in the scratch folder
+    is a hint: nothing is decided by it, and it may be missing or stale."""
+    global _last_report
+    now = time.monotonic()
+    if now - _last_report < _MIN_INTERVAL_S:
+        return
+    _last_report = now
+    content = {"stage": stage, "step": at, "phase": phase, "done": done, "total": total, "at": time.time()}
+    target = run.paths.scratch / "progress.json"
+    with suppress(OSError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(target)
+
+
+def read_progress(paths: RunPaths) -> dict[str, Any] | None:
+    """The latest report, or None: also for a file that is none, since it only hints."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads((paths.scratch / "progress.json").read_text())
+        kinds = {"stage": str, "step": int, "phase": str}
+        if isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
+            return content
+    return None

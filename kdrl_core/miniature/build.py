@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +43,9 @@ TEACHER = MiniatureModel(
 WEAK_TEACHER = MiniatureModel(
     hidden_size=64, num_layers=3, tie_word_embeddings=True, sft_steps=500, learning_rate=3e-3, label_smoothing=0.02
 )
-BROAD_TEACHER = MiniatureModel(
-    hidden_size=96,
-    num_layers=3,
-    tie_word_embeddings=False,
-    sft_steps=1_600,
-    learning_rate=3e-3,
-    label_smoothing=0.01,
-    result_first_share=0.25,
-)
+BROAD_TEACHER = replace(TEACHER, sft_steps=1_600, result_first_share=0.25)
 """A teacher that, like a large model, has answers beyond the student: it works one chain in four result first."""
-VLLM_STUDENT = MiniatureModel(
-    hidden_size=64,
-    num_heads=2,
-    num_layers=2,
-    tie_word_embeddings=True,
-    sft_steps=700,
-    learning_rate=3e-3,
-    label_smoothing=0.04,
-)
+VLLM_STUDENT = replace(STUDENT, hidden_size=64, num_heads=2, sft_steps=700)
 """Its attention heads have size 32, the smallest that vLLM on a CPU supports."""
 MODELS = {
     "student": (STUDENT, 1),

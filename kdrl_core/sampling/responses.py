@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from kdrl_core.engines.protocols import OnFinished, RolloutEngine
 from kdrl_core.ledger import derive_seed
-from kdrl_core.tables.responses import repetition_rate
+from kdrl_core.tables.columns import repetition_rate
 from kdrl_core.tables.schemas import ROLLOUTS
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 

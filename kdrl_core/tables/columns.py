@@ -1,4 +1,6 @@
-"""Between Parquet columns and records. Per-token columns become numpy arrays, never Python objects."""
+"""Between Parquet columns and records, and the numbers computed from them: repetition, the metrics of a step
+(Figures 2–5). Per-token columns become numpy arrays, never Python objects.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -9,6 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdrl_core.types import ScoreRequest, Verdict
+
+REPETITION_NGRAM = 8
 
 
 def ragged(column: pa.ChunkedArray) -> list[NDArray[np.float32]]:
@@ -54,3 +58,35 @@ def verdict_columns(verdicts: Sequence[Verdict]) -> dict[str, list[Any]]:
         "extracted": [v.extracted for v in verdicts],
         "reason": [v.reason for v in verdicts],
     }
+
+
+def repetition_rate(token_ids: Sequence[int], *, n: int = REPETITION_NGRAM) -> float:
+    """Share of the response's n-grams that occurred before in it; 0 for responses shorter than n + 1 tokens."""
+    total = len(token_ids) - n + 1
+    if total < 2:
+        return 0.0
+    distinct = len({tuple(token_ids[start : start + n]) for start in range(total)})
+    return 1.0 - distinct / total
+
+
+def response_metrics(rollouts: pa.Table, rewards: pa.Table) -> dict[str, float]:
+    """Metrics of a step's responses and verdicts.
+
+    `response/clip_ratio` is the share cut at the limit, `response/repetition_overlong` the mean repetition rate among
+    those, 0 if there are none; `verdict/<kind>` are shares.
+    """
+    length = rollouts["length"].to_numpy()
+    clipped = np.asarray(rollouts["finish_reason"].to_pylist()) == "length"
+    repetition = rollouts["repetition_rate"].to_numpy()
+    verdicts = np.asarray(rewards["verdict"].to_pylist())
+    metrics = {
+        "reward/mean": float(rewards["reward"].to_numpy().mean()),
+        "reward/format": float(rewards["format_reward"].to_numpy().mean()),
+        "reward/accuracy": float(rewards["accuracy_reward"].to_numpy().mean()),
+        "response/length_mean": float(length.mean()),
+        "response/length_max": float(length.max()),
+        "response/clip_ratio": float(clipped.mean()),
+        "response/repetition_overlong": float(repetition[clipped].mean()) if clipped.any() else 0.0,
+    }
+    kinds = ("correct", "wrong", "malformed", "no_answer", "timeout", "error")
+    return metrics | {f"verdict/{kind}": float((verdicts == kind).mean()) for kind in kinds}

@@ -16,6 +16,7 @@ from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger.artifact import Artifact
 
 SCHEMA_VERSION = "1"
+_FLOATS, _INTS = pa.list_(pa.float32()), pa.list_(pa.int32())
 
 
 def _field(name: str, kind: pa.DataType, text: str, *, nullable: bool = False) -> pa.Field:
@@ -39,11 +40,9 @@ ROLLOUTS = pa.schema(
         _field("prompt", pa.string(), "the rendered prompt"),
         _field("response", pa.string(), "decoded response, special tokens left out"),
         _GROUND_TRUTH,
-        _field("prompt_token_ids", pa.list_(pa.int32()), "tokens of the prompt"),
-        _field("token_ids", pa.list_(pa.int32()), "tokens of the response, EOS included"),
-        _field(
-            "rollout_logprobs", pa.list_(pa.float32()), "the engine's logprob of each token under softmax(logits/T)"
-        ),
+        _field("prompt_token_ids", _INTS, "tokens of the prompt"),
+        _field("token_ids", _INTS, "tokens of the response, EOS included"),
+        _field("rollout_logprobs", _FLOATS, "the engine's logprob of each token under softmax(logits/T)"),
         _LENGTH,
         _field("finish_reason", pa.string(), "stop | length (cut at the response limit)"),
         _field("repetition_rate", pa.float32(), "share of 8-grams of tokens that occurred before in the response"),
@@ -53,17 +52,13 @@ ROLLOUTS = pa.schema(
     ]
 )
 
-TEACHER = pa.schema(
-    [*_IDS, _field("teacher_logprobs", pa.list_(pa.float32()), "π_T's logprob of each token under softmax(logits/T)")]
-)
+TEACHER = pa.schema([*_IDS, _field("teacher_logprobs", _FLOATS, "π_T's logprob of each token under softmax(logits/T)")])
 
 TEACHER_TOPK = TEACHER.append(
-    _field("topk_ids", pa.list_(pa.list_(pa.int32())), "per response token π_T's K likeliest tokens, best first (A.3)")
-).append(_field("topk_logprobs", pa.list_(pa.list_(pa.float32())), "their logprobs under softmax(logits/T)"))
+    _field("topk_ids", pa.list_(_INTS), "per response token π_T's K likeliest tokens, best first (A.3)")
+).append(_field("topk_logprobs", pa.list_(_FLOATS), "their logprobs under softmax(logits/T)"))
 
-REFERENCE = pa.schema(
-    [*_IDS, _field("ref_logprobs", pa.list_(pa.float32()), "the stage's initial policy's logprob of each token")]
-)
+REFERENCE = pa.schema([*_IDS, _field("ref_logprobs", _FLOATS, "the stage's initial policy's logprob of each token")])
 
 REWARDS = pa.schema(
     [
@@ -86,13 +81,13 @@ UPDATE = pa.schema(
             "1 if KD applied to the response (Sec. 3.4), 0 if masked or without teacher; null: SFT",
             nullable=True,
         ),
-        _field("logprobs", pa.list_(pa.float32()), "the trainer's logprob of each token before the update"),
+        _field("logprobs", _FLOATS, "the trainer's logprob of each token before the update"),
         _field("kl_sum", pa.float32(), "Σ_t of the KL estimate to the teacher", nullable=True),
         _field("kl_mean", pa.float32(), "mean over tokens of the KL estimate to the teacher", nullable=True),
         _field("log_ratio_sum", pa.float32(), "Σ_t R_t = log π_T − log π_θ", nullable=True),
         _field(
             "entropies",
-            pa.list_(pa.float32()),
+            _FLOATS,
             "entropy in nats of the trainer's softmax(logits/T) at each token before the update; null: SFT",
             nullable=True,
         ),
@@ -116,8 +111,8 @@ SFT_DATASET = pa.schema(
     [
         *_IDS,
         _field("shard", pa.int32(), "number of the shard of samples that the response is from"),
-        _field("prompt_token_ids", pa.list_(pa.int32()), "tokens of the prompt"),
-        _field("token_ids", pa.list_(pa.int32()), "tokens of the response, EOS included"),
+        _field("prompt_token_ids", _INTS, "tokens of the prompt"),
+        _field("token_ids", _INTS, "tokens of the response, EOS included"),
         _LENGTH,
     ]
 )
@@ -157,17 +152,7 @@ LABELS = pa.schema(
 """A shard of `kdrl label`; the responses of a problem stand together."""
 
 
-SCHEMAS: dict[str, pa.Schema] = {
-    "ROLLOUTS": ROLLOUTS,
-    "TEACHER": TEACHER,
-    "TEACHER_TOPK": TEACHER_TOPK,
-    "REFERENCE": REFERENCE,
-    "REWARDS": REWARDS,
-    "UPDATE": UPDATE,
-    "ALARMS": ALARMS,
-    "SFT_DATASET": SFT_DATASET,
-    "EVALUATION": EVALUATION,
-}
+SCHEMAS = {name: found for name, found in globals().items() if isinstance(found, pa.Schema)}
 """By the names that the table of artifacts has for them."""
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.errors import EngineError
+from kdrl_core.ledger import ConstantFiles, Listing
 from kdrl_core.logprobs.model import deal_batches, token_budget_batches
 from kdrl_core.training.losses import refuse_not_finite, totals_of
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
@@ -52,7 +53,7 @@ class DeepSpeedTrainer:
         runtime: RuntimeConfig,
         trust_remote_code: bool = False,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer_files = ConstantFiles(tokenizer.save_pretrained)
         self._config = config
         self._micro_batch_tokens = settings.micro_batch_tokens
         self._step = 0
@@ -128,18 +129,18 @@ class DeepSpeedTrainer:
         lengths = np.array([len(each.token_ids) for each in sequences], np.int64)
         return list(ragged(replies[0].arrays["logprobs"], lengths))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> Listing:
         self._command("save", path)
-        self._tokenizer.save_pretrained(path)
+        return self._tokenizer_files.write(path)
 
     def load(self, path: Path) -> None:
         """Raises RunError if there is no trainer state."""
         require_state(path)
         self._step = self._command("load", path)
 
-    def export_hf(self, path: Path) -> None:
+    def export_hf(self, path: Path) -> Listing:
         self._command("export", path)
-        self._tokenizer.save_pretrained(path)
+        return self._tokenizer_files.write(path)
 
     def close(self) -> None:
         self._ranks.close()

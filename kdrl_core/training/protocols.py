@@ -12,6 +12,7 @@ from numpy import float32, float64, int32
 from numpy.typing import NDArray
 
 from kdrl_core.config import StageConfig
+from kdrl_core.ledger import Listing
 from kdrl_core.objectives.inputs import Objective
 from kdrl_core.types import ScoreRequest
 
@@ -113,16 +114,16 @@ class Trainer(Protocol):
         """Logprobs of response tokens under the policy as it is, [len(token_ids)] each, in one forward pass."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Write weights and trainer state to an existing empty folder."""
+    def save(self, path: Path) -> Listing:
+        """Write weights and trainer state to an existing empty folder; returns what `publish_directory` asks for."""
         ...
 
     def load(self, path: Path) -> None:
         """Take weights and trainer state from a folder that `save` wrote."""
         ...
 
-    def export_hf(self, path: Path) -> None:
-        """Write an ordinary Hugging Face model directory: weights, config, tokenizer, chat template."""
+    def export_hf(self, path: Path) -> Listing:
+        """Write an ordinary Hugging Face model directory: weights, config, tokenizer, chat template; as `save`."""
         ...
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from kdrl_core.errors import RunError
-from kdrl_core.ledger.seeds import derive_seed
+from kdrl_core.ledger import ConstantFiles, Listing, derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences, token_budget_batches
 from kdrl_core.models.loading import load_weights_into
 from kdrl_core.training.losses import (
@@ -53,7 +53,7 @@ class TorchTrainer:
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._logprobs = LogprobModel(model, temperature=settings.temperature)
-        self._tokenizer = tokenizer
+        self._tokenizer_files = ConstantFiles(tokenizer.save_pretrained)
         self._settings = settings
         self._autocast_dtype = autocast_dtype
         self._step = 0
@@ -107,9 +107,9 @@ class TorchTrainer:
         self._model.train()
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> Listing:
         """Tensors as safetensors, the rest as JSON: equal states are equal bytes, which pickle does not promise."""
-        self.export_hf(path)
+        known = self.export_hf(path)
         optimizer = self._optimizer.state_dict()
         write_state(
             path,
@@ -118,6 +118,7 @@ class TorchTrainer:
             param_groups=optimizer["param_groups"],
             schedule=self._schedule.state_dict(),
         )
+        return known
 
     def load(self, path: Path) -> None:
         """Raises RunError if there is no trainer state."""
@@ -128,9 +129,9 @@ class TorchTrainer:
         self._schedule.load_state_dict(state["schedule"])
         self._step = state["step"]
 
-    def export_hf(self, path: Path) -> None:
+    def export_hf(self, path: Path) -> Listing:
         self._model.save_pretrained(path)
-        self._tokenizer.save_pretrained(path)
+        return self._tokenizer_files.write(path)
 
     def close(self) -> None:
         """Nothing to end: the model goes with this object."""

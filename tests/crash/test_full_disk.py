@@ -19,7 +19,7 @@ from kdrl_core.boxes.step import rollout, score_step, verify
 from kdrl_core.boxes.update import update_step
 from kdrl_core.errors import StorageError
 from kdrl_core.ledger import Run, is_published, open_run, run_lock, verify_published
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.reporting.run_report import report
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
@@ -102,7 +102,7 @@ def test_a_disk_that_is_full_in_any_phase(disk: Path, tmp_path: Path) -> None:
             open_stage(run, "stage2")
             do()
             verify_published(path)
-    for label in final_labels(run):
+    for label in evaluated_labels(run.recipe):
         evaluate_model(run, label)
     fill(disk, leave=50_000)
     with pytest.raises(StorageError, match=r"report: no disk space"):

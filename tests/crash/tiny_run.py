@@ -16,7 +16,7 @@ from kdrl_core.boxes.step import rollout, score_step, verify
 from kdrl_core.boxes.update import update_step
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.reporting.run_report import report
 
 TINY = [
@@ -72,7 +72,7 @@ def train(run: Run, *, until: tuple[str, int] | None = None) -> None:
 
 def finish(run: Run) -> None:
     """Evaluate the final models, export the student, write the report."""
-    for label in final_labels(run):
+    for label in evaluated_labels(run.recipe):
         evaluate_model(run, label)
     make(run, student)
     make(run, report)

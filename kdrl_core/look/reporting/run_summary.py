@@ -15,7 +15,7 @@ from kdrl_core.boxes.shards import num_shards, remaining_shards
 from kdrl_core.errors import KdrlError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, adopted, is_published, lock_holder, manifest_of, open_run
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.tables.metrics import load_metrics
 from kdrl_core.tables.schemas import read_table
 
@@ -64,7 +64,7 @@ class RunSummary:
 
 def summarize(run: Run) -> RunSummary:
     models = []
-    for label in final_labels(run):
+    for label in evaluated_labels(run.recipe):
         if is_published(path := run.paths.evaluation(label)):
             results = read_results(path)["benchmarks"]
             models.append(ModelRow(label=label, name=_model_name(run, label), benchmarks=results))

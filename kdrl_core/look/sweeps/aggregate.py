@@ -1,6 +1,6 @@
 """The results of a sweep aggregated over seeds: means with 95 % intervals, ranks, differences, accuracy at equal time.
 
-From `SweepResults` to `SweepTable`, without reading a file. kdrl_core.evaluation.over_seeds computes the intervals.
+From `SweepResults` to `SweepTable`, without reading a file. kdrl_core.evaluation.statistics computes the intervals.
 
 A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (for
 accuracy also by problem), with its 95 % interval. If the interval lies above zero, the claim holds; below zero, it does
@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdrl_core.evaluation.over_seeds import Scores, over_seeds, paired_difference
-from kdrl_core.evaluation.statistics import Accuracy
+from kdrl_core.evaluation.statistics import Accuracy, Scores, over_seeds, paired_difference
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 from kdrl_core.look.sweeps.spec import ACCURACY, LENGTH, Claim
 from kdrl_core.look.sweeps.table import AVERAGE, VALIDATION, ClaimVerdict, JudgedClaim, Row, Score, SweepTable, TimedRow

@@ -11,7 +11,7 @@ from kdrl_core.boxes.sharing import parts_of
 from kdrl_core.config import Recipe
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
-from kdrl_core.ledger.labels import reference_labels
+from kdrl_core.ledger.graph import reference_labels
 from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, summarize
 from kdrl_core.look.sweeps.spec import Claim
 from kdrl_core.look.sweeps.state import CellState, CellStatus

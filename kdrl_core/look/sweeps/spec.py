@@ -31,7 +31,7 @@ from kdrl_core.config.alarms import AlarmMetric
 from kdrl_core.config.load import RECIPES_DIR
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
-from kdrl_core.ledger.labels import reference_labels
+from kdrl_core.ledger.graph import reference_labels
 from kdrl_core.look.reporting.run_summary import MODEL_NAMES
 
 SWEEPS_DIR = RECIPES_DIR.parent / "sweeps"

@@ -15,7 +15,7 @@ from kdrl_core.config import TrackerName
 from kdrl_core.errors import KdrlError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_step, is_published, manifest_of, replace_file
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.tracking.clients import CLIENTS, Point, Sent, Tracker
 from kdrl_core.tables.metrics import load_metrics
 
@@ -54,7 +54,7 @@ class _Stream:
 
     def close(self) -> None:
         if self.tracker is not None:
-            self.tracker.close(complete=set(final_labels(self.run)) <= set(self.sent.evaluations))
+            self.tracker.close(complete=set(evaluated_labels(self.run.recipe)) <= set(self.sent.evaluations))
             self.tracker = None
             self._note()
 
@@ -153,7 +153,7 @@ def _periodic(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
 
 
 def _finals(run: Run, sent: Sent) -> list[str]:
-    labels = [label for label in final_labels(run) if label not in sent.evaluations]
+    labels = [label for label in evaluated_labels(run.recipe) if label not in sent.evaluations]
     return [label for label in labels if is_published(run.paths.evaluation(label))]
 
 

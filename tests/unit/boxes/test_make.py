@@ -15,7 +15,7 @@ from kdrl_core.boxes.make import Box, Product, box, make, timed
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Run, manifest_of, verify_own
 from kdrl_core.ledger.graph import ARTIFACTS, ROLLOUTS, Artifact
-from kdrl_core.ledger.progress import read_progress
+from kdrl_core.ledger.run import read_progress
 from kdrl_core.tables.schemas import read_table
 from tasks.boxes import making, stage_task
 

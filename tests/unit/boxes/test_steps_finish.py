@@ -15,7 +15,7 @@ from kdrl_core.boxes.finish import student
 from kdrl_core.boxes.make import make
 from kdrl_core.errors import DamagedArtifactError, ModelError, RunError
 from kdrl_core.ledger import Run, RunPaths, is_published
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.reporting.run_report import report
 
 
@@ -97,7 +97,7 @@ def test_labels_name_models(finished: Run) -> None:
     assert model_of(finished, "stage2-step-000003")[0] == finished.paths.checkpoint("stage2", 3)
     assert model_of(finished, "base")[0].name == "student"
     assert model_of(finished, "teacher")[0].name == "teacher"
-    assert final_labels(finished) == ["base", "stage1", "stage2", "teacher"]
+    assert evaluated_labels(finished.recipe) == ["base", "stage1", "stage2", "teacher"]
 
 
 def test_checkpoint_is_evaluated_on_the_named_benchmarks(copied: Run) -> None:

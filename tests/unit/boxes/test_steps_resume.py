@@ -10,7 +10,7 @@ import pytest
 from crash.tiny_run import differing, finish, open_tiny, results, train, train_step
 
 from kdrl_core.boxes import make as make_module
-from kdrl_core.boxes import step_end, update
+from kdrl_core.boxes import update
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.checkpoints import checkpoint_steps, latest_checkpoint, remaining_steps
 from kdrl_core.boxes.completion import is_finished
@@ -125,7 +125,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, lis
         return wrapper
 
     with monkeypatch.context() as patched:
-        for module in (make_module, step_end):
+        for module in (make_module, update):
             for name in ("publish_file", "publish_directory", "append_metrics", "prune_checkpoints"):
                 if hasattr(module, name):
                     patched.setattr(module, name, noting(getattr(module, name), name))

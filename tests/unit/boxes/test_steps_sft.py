@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrl_core.boxes import make as make_module
-from kdrl_core.boxes import step_end
+from kdrl_core.boxes import update
 from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import make
@@ -145,7 +145,7 @@ def test_crash_after_each_publication(whole: Run, tmp_path: Path, monkeypatch: p
         return wrapper
 
     with monkeypatch.context() as patched:
-        for module in (make_module, step_end):
+        for module in (make_module, update):
             for name in ("publish_file", "publish_directory", "append_metrics"):
                 if hasattr(module, name):
                     patched.setattr(module, name, noting(getattr(module, name)))

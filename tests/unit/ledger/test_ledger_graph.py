@@ -13,7 +13,6 @@ from crash.damage import manifest_for
 from crash.tiny_run import TINY, finish, train
 from hypothesis import given
 from hypothesis import strategies as st
-from kdrl_core.boxes.sample import sample_shard, select_samples, verify_shard
 from vllm_models import needs_vllm
 
 from kdrl_core.boxes.check import Remedy, check_run
@@ -21,11 +20,12 @@ from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
+from kdrl_core.boxes.make import make as make_artifact
 from kdrl_core.boxes.session import close_sessions, stage_session
-from kdrl_core.boxes.sft import sft_step
+from kdrl_core.boxes.sft import select, sft_step, teacher_sample, verify_samples
 from kdrl_core.boxes.shards import open_shards
 from kdrl_core.boxes.sharing import adopt_parts, parts_of
-from kdrl_core.config import Recipe, load_recipe
+from kdrl_core.config import Recipe, list_recipes, load_recipe
 from kdrl_core.config.changes import leaf_fields
 from kdrl_core.errors import ForeignFileError
 from kdrl_core.ledger import (
@@ -48,6 +48,7 @@ from kdrl_core.ledger.graph import (
     SAMPLE_ROLLOUTS,
     STUDENT,
     UPDATE,
+    checkpoint_label,
     consumers,
     final_checkpoint,
     needs,
@@ -57,13 +58,12 @@ from kdrl_core.ledger.graph import (
     required,
     results,
 )
-from kdrl_core.ledger.labels import checkpoint_label
 from kdrl_core.ledger.layout import stage_and_step
 from kdrl_core.tables.schemas import SCHEMAS, schema_of
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
-SHIPPED = sorted(path.stem for path in Path("flows/recipes").glob("*.yaml"))
+SHIPPED = list_recipes()
 SPARSE = ["stage2.checkpoint.every=3"]
 SFT = [f"stage2.{field}" for field in ("objective=sft", "sft.samples=3", "sft.shard_prompts=24", "sft.batch_size=5")]
 
@@ -91,9 +91,9 @@ def make(artifacts: Path, recipe: str, overrides: Sequence[str] = ()) -> Run:
             if run.recipe.stage(stage).objective == "sft":
                 session = stage_session(run.paths.root, stage)
                 for shard in open_shards(run, stage):
-                    sample_shard(session, shard)
-                    verify_shard(session, shard)
-                select_samples(session)
+                    make_artifact(session, teacher_sample, shard)
+                    make_artifact(session, verify_samples, shard)
+                make_artifact(session, select)
                 for step in steps:
                     sft_step(session, step)
             else:

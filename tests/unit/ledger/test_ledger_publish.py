@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError, StorageError
 from kdrl_core.ledger import (
+    ConstantFiles,
+    Listing,
     is_current,
     is_published,
     manifest_of,
@@ -315,6 +317,33 @@ def test_a_directory_from_the_same_inputs_is_kept(tmp_path: Path) -> None:
         raise AssertionError("written again")
 
     assert publish_directory(path, never, inputs={"a": "1"}) == first
+
+
+def test_constant_files_are_made_once_and_published_as_if_they_were_read(tmp_path: Path) -> None:
+    saved: list[Path] = []
+
+    def save(folder: Path) -> None:
+        saved.append(folder)
+        fill_model(folder)
+
+    constant = ConstantFiles(save)
+    one, two = (publish_directory(tmp_path / name, constant.write) for name in ("one", "two"))
+    plain = publish_directory(tmp_path / "plain", fill_model)
+    assert len(saved) == 1
+    assert (one.files, one.sha256, one.size) == (two.files, two.sha256, two.size)
+    assert (two.files, two.sha256, two.size) == (plain.files, plain.sha256, plain.size)
+    assert everything_below(tmp_path / "one") == everything_below(tmp_path / "plain")
+    assert verify_published(tmp_path / "two") == two
+
+
+def test_what_a_writer_knows_of_a_file_holds_only_for_its_size(tmp_path: Path) -> None:
+    def write(folder: Path) -> Listing:
+        known = ConstantFiles(fill_model).write(folder)
+        (folder / "model.safetensors").write_bytes(CONTENT + b"more")
+        return known
+
+    publish_directory(tmp_path / "model", write)
+    assert verify_published(tmp_path / "model").size == len(CONTENT + b"more{}")
 
 
 def test_a_directory_from_other_inputs_is_replaced_whole(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, publish_directory, replace_file
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.reporting.run_report import dynamics_figure, ema
 from kdrl_core.look.reporting.run_summary import (
     ModelRow,
@@ -118,8 +118,8 @@ def test_summary_of_a_run_without_steps(tmp_path: Path) -> None:
 
 def test_labels_follow_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe("miniature", ["stage1=null", "stage2.objective=grpo", "stage2.beta=null", "teacher=null"])
-    assert final_labels(create_run("one", recipe, artifacts=tmp_path)) == ["base", "stage2"]
-    assert final_labels(create_run("two", load_recipe("miniature"), artifacts=tmp_path)) == [
+    assert evaluated_labels(create_run("one", recipe, artifacts=tmp_path)) == ["base", "stage2"]
+    assert evaluated_labels(create_run("two", load_recipe("miniature"), artifacts=tmp_path)) == [
         "base",
         "stage1",
         "stage2",

@@ -19,7 +19,7 @@ from flows.cli.watch import RunView
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DataError, KdrlError, StorageError, visible
 from kdrl_core.ledger import create_run, list_runs, publish_directory, replace_file, run_lock
-from kdrl_core.ledger.progress import read_progress
+from kdrl_core.ledger.run import read_progress
 from kdrl_core.look.reporting.run_report import render_report
 from kdrl_core.look.reporting.run_summary import named_status
 from kdrl_core.tables.schemas import write_table

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_core.evaluation.over_seeds import over_seeds, paired_difference
-from kdrl_core.evaluation.statistics import accuracy
+from kdrl_core.evaluation.statistics import accuracy, over_seeds, paired_difference
 from kdrl_core.look.sweeps.aggregate import build_table
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults, Watched
 from kdrl_core.look.sweeps.state import CellState, CellStatus

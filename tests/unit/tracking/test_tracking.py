@@ -27,7 +27,7 @@ from kdrl_core.config.load import config_hash
 from kdrl_core.errors import RecipeError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, open_run
-from kdrl_core.ledger.labels import final_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.tracking import clients, close_tracking, track
 from kdrl_core.tables.metrics import load_metrics
 from kdrl_core.tables.schemas import read_table, write_table
@@ -164,7 +164,7 @@ def _require_whole(name: TrackerName, run: Run) -> None:
         for metric in ("reward/mean", "optim/grad_norm", "time/update_s"):
             expected = [(row["step"], pytest.approx(row[metric], rel=1e-6)) for row in rows]
             assert found[f"{stage}/{metric}"] == expected, (name, stage, metric)
-    for label in final_labels(run):
+    for label in evaluated_labels(run.recipe):
         for benchmark, one in read_results(run.paths.evaluation(label))["benchmarks"].items():
             (point,) = found[f"summary/{label}/{benchmark}"]
             assert point == (0, pytest.approx(one["accuracy"], rel=1e-6))
