@@ -28,11 +28,8 @@ _logger = logging.getLogger("kdrl")
 
 
 def stage_opened(run: Run, stage: str, steps: range) -> None:
-    """Call before the first of the stage's remaining `steps`.
-
-    Raises:
-        StoppedByAlarmError: an alarm has stopped the stage, and nobody has acknowledged it.
-    """
+    """Call before the first of the stage's remaining `steps`. Raises StoppedByAlarmError if an alarm has stopped the
+    stage, and nobody has acknowledged it."""
     rows = load_metrics(run, stage)
     if rows and steps:
         _tell(run, [alarm for alarm in load_alarms(run, stage) if alarm.step == rows[-1]["step"]])
@@ -40,11 +37,7 @@ def stage_opened(run: Run, stage: str, steps: range) -> None:
 
 
 def step_ended(run: Run, stage: str, alarms: Iterable[Alarm]) -> None:
-    """Send the alarms of a published step.
-
-    Raises:
-        StoppedByAlarmError: one of their rules has `stop: true`.
-    """
+    """Send the alarms of a published step. Raises StoppedByAlarmError if one of their rules has `stop: true`."""
     if raised := list(alarms):
         _tell(run, raised)
         try:

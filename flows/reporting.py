@@ -3,7 +3,7 @@
 from prefect import flow
 
 from flows import hooks, shown
-from flows.run_dir import open_own_run
+from flows.stage_flows import open_own_run
 from kdrl_core.ledger import run_lock
 from tasks.boxes import export, report
 

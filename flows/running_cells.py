@@ -6,7 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID, uuid4
 
 from httpx import HTTPError
@@ -20,29 +20,9 @@ from prefect.states import Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
 from kdrl_core.errors import RunError
-from kdrl_core.training.process_groups import kill_group
+from kdrl_core.training.process_guard import kill_group
 
 _STOP_TIMEOUT_S = 20.0
-
-
-class RunningCell(Protocol):
-    """A cell that was started."""
-
-    def is_over(self) -> bool:
-        """Whether it has ended, whatever the result."""
-        ...
-
-    def reason(self) -> str | None:
-        """Why it failed, in one line; None if it did not say."""
-        ...
-
-    def interrupt(self) -> None:
-        """Ask it to end, which takes seconds."""
-        ...
-
-    def stop(self) -> None:
-        """Wait for its end, then force it, with its children."""
-        ...
 
 
 class LocalCell:
@@ -65,6 +45,7 @@ class LocalCell:
             )
 
     def is_over(self) -> bool:
+        """Whether it has ended, whatever the result."""
         if self._process.poll() is None:
             return False
         if self._process.returncode < 0:  # killed: it told Prefect nothing, and left its children behind
@@ -73,6 +54,7 @@ class LocalCell:
         return True
 
     def reason(self) -> str | None:
+        """Why it failed, in one line; None if it did not say."""
         code = self._process.returncode
         if code is not None and code < 0:
             return f"its process was ended by {signal.Signals(-code).name} ({self._log})"
@@ -81,9 +63,11 @@ class LocalCell:
         return told[-1] if told else f"exit code {code} ({self._log})"
 
     def interrupt(self) -> None:
+        """Ask it to end, which takes seconds."""
         self._process.terminate()
 
     def stop(self) -> None:
+        """Wait for its end, then force it, with its children."""
         try:
             self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

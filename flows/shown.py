@@ -6,21 +6,13 @@ import time
 from typing import Any
 from uuid import UUID
 
-from prefect import get_run_logger
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect import artifacts, get_run_logger
 from prefect.exceptions import MissingContextError
 
 from kdrl_core.boxes.checkpoints import remaining_steps
 from kdrl_core.boxes.update import StepSummary
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
-from kdrl_core.look.reporting.run_summary import summarize
-from kdrl_core.look.reporting.tables import accuracy_table, tables_of
+from kdrl_core.look.reporting.run_summary import accuracy_table, summarize, tables_of
 from kdrl_core.look.sweeps.state import SweepPaths
 from kdrl_core.look.sweeps.table import SweepTable
 from kdrl_core.look.tracking import close_tracking, track
@@ -34,9 +26,10 @@ _TABLE_COLUMNS = [
 _MAX_TABLE_ROWS = 100
 
 
-def artifact_key(run: Run, *parts: str) -> str:
+def artifact_key(of: Run | str, *parts: str) -> str:
     """A key that Prefect accepts: lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join([run.name, *parts]).lower()).strip("-")
+    name = of if isinstance(of, str) else of.name
+    return re.sub(r"[^a-z0-9]+", "-", "-".join([name, *parts]).lower()).strip("-")
 
 
 class _CoreLog(logging.Handler):
@@ -74,7 +67,9 @@ def filtered(run_dir: str, reports: dict[str, str]) -> None:
     if not reports:
         return
     text = "\n\n".join(f"**{stage}**\n\n```\n{table}\n```" for stage, table in reports.items())
-    create_markdown_artifact(text, key=artifact_key(run, "filter"), description="problems kept and dropped, by rule")
+    artifacts.create_markdown_artifact(
+        text, key=artifact_key(run, "filter"), description="problems kept and dropped, by rule"
+    )
     for stage, table in reports.items():
         get_run_logger().info("%s filter\n%s", stage, table)
 
@@ -89,13 +84,8 @@ class StageProgress:
         remaining = remaining_steps(run, stage)
         if remaining.start:
             self._logger.info("%s: steps 0 to %d are published already, reused", stage, remaining.start - 1)
-        artifact = create_progress_artifact(
-            progress=100.0 * remaining.start / self._steps,
-            key=artifact_key(run, stage),
-            description=f"{stage} of {run.name}, {self._steps} steps",
-        )
-        assert isinstance(artifact, UUID)  # awaitable in async flows only
-        self._artifact = artifact
+        done = 100.0 * remaining.start / self._steps
+        self._artifact = _bar(done, artifact_key(run, stage), f"{stage} of {run.name}, {self._steps} steps")
         self._samples: UUID | None = None
         self._last = time.monotonic()
 
@@ -122,15 +112,10 @@ class StageProgress:
         """`shards` of `total` shards of teacher samples are there, with their verdicts."""
         self._logger.info("%s sampled shard %d/%d", self._stage, shards, total)
         if self._samples is None:
-            artifact = create_progress_artifact(
-                progress=100.0 * shards / total,
-                key=artifact_key(self._run, self._stage, "samples"),
-                description=f"teacher samples of {self._stage}, {total} shards",
-            )
-            assert isinstance(artifact, UUID)
-            self._samples = artifact
+            key = artifact_key(self._run, self._stage, "samples")
+            self._samples = _bar(100.0 * shards / total, key, f"teacher samples of {self._stage}, {total} shards")
         else:
-            update_progress_artifact(artifact_id=self._samples, progress=100.0 * shards / total)
+            artifacts.update_progress_artifact(artifact_id=self._samples, progress=100.0 * shards / total)
 
     def selected(self) -> None:
         """The dataset is there."""
@@ -152,13 +137,15 @@ class StageProgress:
         self._set_progress(100.0)
         rows = load_metrics(run, stage)
         every = max(1, -(-len(rows) // _MAX_TABLE_ROWS))
-        table = [{name: _rounded(row[name]) for name in _TABLE_COLUMNS if name in row} for row in rows[::every]]
-        create_table_artifact(table=table, key=artifact_key(run, stage, "metrics"), description=f"metrics of {stage}")
-        for what, path in (
-            ("rollouts", run.paths.step(stage, 0).parent),
-            ("metrics", run.paths.metrics(stage)),
-        ):
-            create_link_artifact(
+        table = [
+            {n: float(f"{row[n]:.4g}") if isinstance(row[n], float) else row[n] for n in _TABLE_COLUMNS if n in row}
+            for row in rows[::every]
+        ]
+        artifacts.create_table_artifact(
+            table=table, key=artifact_key(run, stage, "metrics"), description=f"metrics of {stage}"
+        )
+        for what, path in (("rollouts", run.paths.step(stage, 0).parent), ("metrics", run.paths.metrics(stage))):
+            artifacts.create_link_artifact(
                 link=path.as_uri(),
                 link_text=run.relative(path),
                 key=artifact_key(run, stage, what, "parquet"),
@@ -166,13 +153,19 @@ class StageProgress:
             )
 
     def _set_progress(self, percent: float) -> None:
-        update_progress_artifact(artifact_id=self._artifact, progress=percent)
+        artifacts.update_progress_artifact(artifact_id=self._artifact, progress=percent)
+
+
+def _bar(percent: float, key: str, description: str) -> UUID:
+    artifact = artifacts.create_progress_artifact(progress=percent, key=key, description=description)
+    assert isinstance(artifact, UUID)  # awaitable in async flows only
+    return artifact
 
 
 def evaluated(run: Run) -> None:
     """Show the accuracy of every model."""
     table = accuracy_table(summarize(run))
-    create_table_artifact(
+    artifacts.create_table_artifact(
         table=[dict(zip(table.header, row, strict=True)) for row in table.rows],
         key=artifact_key(run, "accuracy"),
         description=table.title,
@@ -186,16 +179,14 @@ def reported(run: Run) -> None:
     for table in tables_of(summary):
         parts += [f"## {table.title}", table.to_markdown()]
     parts += ["## Files", "\n".join(f"- {name}: `{path}`" for name, path in summary.paths.items())]
-    create_markdown_artifact("\n\n".join(parts), key=artifact_key(run, "result"), description=f"result of {run.name}")
+    artifacts.create_markdown_artifact(
+        "\n\n".join(parts), key=artifact_key(run, "result"), description=f"result of {run.name}"
+    )
     get_run_logger().info("finished: %s", summary.paths.get("report"))
 
 
 def swept(name: str, table: SweepTable) -> None:
     """Show a sweep's tables."""
-    key = re.sub(r"[^a-z0-9]+", "-", f"sweep-{name}".lower()).strip("-")
-    create_markdown_artifact(table.to_markdown(), key=key, description=f"result of sweep {name}")
+    key = artifact_key("sweep", name)
+    artifacts.create_markdown_artifact(table.to_markdown(), key=key, description=f"result of sweep {name}")
     get_run_logger().info("tables: %s", SweepPaths.of(name).report)
-
-
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -14,16 +14,15 @@ from prefect import flow, runtime
 
 from flows import shown
 from flows.guard import guard_children
-from flows.running_cells import DeployedCell, LocalCell, RunningCell
+from flows.running_cells import DeployedCell, LocalCell
 from kdrl_core.boxes.sharing import is_finished_part, parts_of
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import RunPaths, lock_holder, run_lock
 from kdrl_core.ledger.run import read_progress
-from kdrl_core.look.sweeps import Cell
 from kdrl_core.look.sweeps.comparison import write_sweep_report
-from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request
-from kdrl_core.look.sweeps.schedule import next_cell
-from kdrl_core.look.sweeps.state import CellState, CellStatus, SweepPaths, cell_status, note_failure, write_record
+from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request, next_cell, write_record
+from kdrl_core.look.sweeps.spec import Cell
+from kdrl_core.look.sweeps.state import CellState, CellStatus, SweepPaths, cell_status, note_failure
 from kdrl_core.models.prepare import prepared_model
 
 _POLL_S = 0.5
@@ -71,7 +70,7 @@ def sweep(
     check_request(request)
     paths = SweepPaths.of(request.spec.name)
     with run_lock(paths.lock):
-        write_record(request.spec, request.overrides, request.share_with, request.cells, request.origin)
+        write_record(request)
         unfinished = [cell for cell in request.cells if cell_status(paths, cell).state is not CellState.FINISHED]
         _logger.info(
             "sweep %s: %d cells, %d of them finished already",
@@ -103,7 +102,7 @@ class Cells:
         self._donors = donors_of(request)
         self._parts = {cell.run: parts_of(cell.recipe) for cell in request.cells}
         self._made: set[str] = set()
-        self._running: dict[str, tuple[Cell, RunningCell, float]] = {}
+        self._running: dict[str, tuple[Cell, LocalCell | DeployedCell, float]] = {}
         self._told = time.monotonic()
 
     def run(self) -> None:
@@ -136,10 +135,11 @@ class Cells:
             "overrides": [],
             "share_with": [run for run in self._donors if run != cell.run],
         }
-        if self._deployment is not None:
-            started: RunningCell = DeployedCell(self._deployment, cell.run, parameters)
-        else:
-            started = LocalCell(cell.run, parameters, log=self._paths.log(cell.run))
+        started = (
+            LocalCell(cell.run, parameters, log=self._paths.log(cell.run))
+            if self._deployment is None
+            else DeployedCell(self._deployment, cell.run, parameters)
+        )
         self._running[cell.run] = cell, started, time.monotonic()
         _logger.info("started  %s", cell.run)
 

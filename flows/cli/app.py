@@ -1,26 +1,30 @@
 """The command line `kdrl`. Heavy imports wait until a command has checked its input: a bad recipe fails in a second."""
 
-import signal
+from contextlib import nullcontext
 from datetime import datetime
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
 
-from flows.cli.alarms import alarm_mark, print_alarms
-from flows.cli.bake import bake_teacher
-from flows.cli.check import check
+from flows.cli.check import check, recover
+from flows.cli.data import filter_command, label
 from flows.cli.evaluate import evaluate
-from flows.cli.filter import filter_command
-from flows.cli.label import label
 from flows.cli.plan import plan
-from flows.cli.printed_tables import fitted
-from flows.cli.recover import recover
+from flows.cli.printed_tables import alarm_mark, fitted, grid, print_alarms
 from flows.cli.report import report
 from flows.cli.rollouts import app as rollouts_app
-from flows.cli.serve import serve
-from flows.cli.shared import JsonOption, PlainConsole, RecipeOption, RunArgument, SetOption, err, errors, out
+from flows.cli.serve import bake_teacher, serve
+from flows.cli.shared import (
+    JsonOption,
+    PlainConsole,
+    RecipeOption,
+    RunArgument,
+    SetOption,
+    err,
+    errors,
+    interruptible,
+    out,
+)
 from flows.cli.sweep import app as sweep_app
 from flows.cli.ui import ui
 from flows.cli.verify import verify_command
@@ -117,7 +121,7 @@ def status(
                 return
             rows = []
             if names:
-                from kdrl_core.look.reporting.run_status import named_status  # costs seconds
+                from kdrl_core.look.reporting.run_summary import named_status  # costs seconds
 
                 rows = [named_status(name) for name in names]
             if as_json:
@@ -126,7 +130,7 @@ def status(
             _print_rows(rows, _STATUS_COLUMNS)
             return
         opened = open_run(run_name)
-        from kdrl_core.look.reporting.run_status import run_status
+        from kdrl_core.look.reporting.run_summary import run_status
 
         if watch:
             from flows.cli.watch import follow
@@ -185,17 +189,13 @@ app.add_typer(rollouts_app, name="rollouts")
 
 def print_summary(opened: Any, console: PlainConsole = out) -> None:
     """Print a run's accuracy and phase tables, and where its files lie."""
-    from kdrl_core.look.reporting.run_summary import summarize
-    from kdrl_core.look.reporting.tables import tables_of
+    from kdrl_core.look.reporting.run_summary import summarize, tables_of
 
     summary = summarize(opened)
     for table in tables_of(summary):
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
-        for position, cell in enumerate(table.header):
-            shown.add_column(cell, justify="left" if position < table.num_text else "right", no_wrap=position == 0)
-        for row in fitted(table, console.width):
-            shown.add_row(*row)
-        console.print(shown)
+        kinds = "L".ljust(table.num_text, "l").ljust(len(table.header), "r")
+        rows = fitted(table, console.width)
+        console.print(grid(table.header, kinds, rows, title=table.title, title_justify="left", title_style="bold"))
         console.print()
     for what, path in summary.paths.items():
         console.say(f"{what:>8}  {path}")
@@ -207,35 +207,27 @@ def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose
     from flows.cli.watch import watching
     from kdrl_core.ledger import RunPaths, open_run
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the temporary server stopped
-    use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
-    err.print(f"run {run_name}: starting …")
-    from flows.full_pipeline import full_pipeline
-    from kdrl_core.boxes.session import close_sessions
+    with interruptible(f"go on with: kdrl resume {run_name}"):
+        use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
+        err.print(f"run {run_name}: starting …")
+        from flows.full_pipeline import full_pipeline
+        from kdrl_core.boxes.session import close_sessions
 
-    try:
-        if verbose:
-            full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
-        else:
-            with watching(RunPaths.of(run_name), err):
+        try:
+            with nullcontext() if verbose else watching(RunPaths.of(run_name), err):
                 full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
-    except KeyboardInterrupt:
-        err.print(f"interrupted; go on with: kdrl resume {run_name}")
-        raise SystemExit(130) from None
-    finally:
-        close_sessions()
+        finally:
+            close_sessions()
     print_summary(open_run(run_name))
 
 
 def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False)
-    for position, column in enumerate(columns):
-        table.add_column(column, no_wrap=position == 0)
+    lines = []
     for row in rows:
         started = str(row.get("started") or "")[:16].replace("T", " ")
         shown = {**row, "started": started, "alarms": alarm_mark(row.get("alarms") or [])}
-        table.add_row(*("" if shown.get(column) is None else str(shown[column]) for column in columns))
-    out.print(table)
+        lines.append(["" if shown.get(column) is None else str(shown[column]) for column in columns])
+    out.print(grid(columns, "L".ljust(len(columns), "l"), lines))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Starts server, work pool, deployments and worker, then `prefect deployment run k
 result, and the next commands to try. On success, failure and Ctrl-C alike, it stops all that it has started.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Annotated
+from typing import Annotated
 
 import psutil
 import typer
@@ -52,7 +53,15 @@ class Processes:
         """Start a program in the background, its output in `<name>.log`."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("wb") as log:
-            process = self._popen(command, log)
+            process = subprocess.Popen(
+                command,
+                env=self._environment,
+                cwd=_PROJECT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._running.append((name, process))
         return process
 
@@ -63,7 +72,6 @@ class Processes:
             raise DemoError(f"{name} failed with exit code {process.returncode}: {self.tail(name)}")
 
     def log(self, name: str) -> Path:
-        """Where the output of a program goes."""
         return self._log_dir / f"{name}.log"
 
     def tail(self, name: str) -> str:
@@ -92,17 +100,6 @@ class Processes:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
         psutil.wait_procs(alive, timeout=_STOP_TIMEOUT_S)
-
-    def _popen(self, command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command,
-            env=self._environment,
-            cwd=_PROJECT,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
 
 
 def demo(
@@ -150,7 +147,7 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
         processes.call("deploy", [prefect, "--no-prompt", "deploy", "--all"])
         processes.start("worker", [prefect, "worker", "start", "--pool", POOL])
         command = [prefect, "deployment", "run", "kdrl/full-pipeline", "--watch", "-p", f"recipe={recipe}"]
-        command += ["-p", f"run_name={run_name}", "-p", f"overrides={_json(overrides)}"]
+        command += ["-p", f"run_name={run_name}", "-p", f"overrides={json.dumps(overrides)}"]
         _console.say(f"flow run         prefect deployment run kdrl/full-pipeline --watch -p run_name={run_name}")
         flow_run = processes.start("flow-run", command)
         with watching(paths, _console):
@@ -183,18 +180,11 @@ def _print_next(run_name: str) -> None:
     kdrl = os.path.relpath(Path(sys.executable).with_name("kdrl"))
     _console.say("\nNext:")
     more = open_run(run_name).recipe.stage("stage2").steps + 40
-    _console.say("  # the numbers again, for programs")
-    _console.say(f"  {kdrl} status {run_name} --json")
-    _console.say("  # forty more KDRL steps, from where it ended")
-    _console.say(f"  {kdrl} resume {run_name} --set stage2.steps={more}")
-    _console.say("  # the same without a teacher, to compare")
-    _console.say(f"  {kdrl} run --name grpo --set stage2.objective=grpo")
-
-
-def _json(values: list[str]) -> str:
-    import json
-
-    return json.dumps(values)
+    _console.say(f"  # the numbers again, for programs\n  {kdrl} status {run_name} --json")
+    _console.say(
+        f"  # forty more KDRL steps, from where it ended\n  {kdrl} resume {run_name} --set stage2.steps={more}"
+    )
+    _console.say(f"  # the same without a teacher, to compare\n  {kdrl} run --name grpo --set stage2.objective=grpo")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """`kdrl evaluate`: any model on any benchmark (Sec. 4.1). The work is in kdrl_core.evaluation."""
 
-import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
 
-from flows.cli.shared import JsonOption, RecipeOption, SetOption, counted_progress, err, errors, out
+from flows.cli.printed_tables import grid
+from flows.cli.shared import JsonOption, RecipeOption, SetOption, counted_progress, err, errors, interruptible, out
 
 if TYPE_CHECKING:
     from kdrl_core.evaluation.evaluate import EvaluatedBenchmark
@@ -101,40 +99,26 @@ def evaluate(
             require_writable(lm_eval.absolute().parent, free_mb=1)
         from kdrl_core.evaluation.evaluate import combined_lm_eval, evaluate_plan
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            with counted_progress(err, "responses") as progress:
-                found = evaluate_plan(plan, root, on_progress=progress)
-        except KeyboardInterrupt:
-            err.print("interrupted; the same command goes on behind the last response", highlight=False)
-            raise SystemExit(130) from None
+        told = "the same command goes on behind the last response"
+        with interruptible(told), counted_progress(err, "responses") as progress:
+            found = evaluate_plan(plan, root, on_progress=progress)
         if lm_eval is not None:
             replace_file(lm_eval.absolute(), combined_lm_eval(found))
         if as_json:
-            out.print_json(data=[to_json(each) for each in found])
+            out.print_json(
+                data=[
+                    {"benchmark": e.name, "folder": str(e.folder), "seconds": e.seconds, "is_new": e.is_new, **e.result}
+                    for e in found
+                ]
+            )
         else:
             _print(found)
 
 
-def to_json(each: "EvaluatedBenchmark") -> dict[str, Any]:
-    """Plain values."""
-    return {
-        "benchmark": each.name,
-        "folder": str(each.folder),
-        "seconds": each.seconds,
-        "is_new": each.is_new,
-        **each.result,
-    }
-
-
 def _print(found: "list[EvaluatedBenchmark]") -> None:
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0), pad_edge=False)
-    table.add_column("benchmark", no_wrap=True)
-    for column in ("problems", "accuracy, 95 %", "pass@k", "maj@k", "tokens", "cut %", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for each in found:
-        result = each.result
-        table.add_row(
+    header = ["benchmark", "problems", "accuracy, 95 %", "pass@k", "maj@k", "tokens", "cut %", "time"]
+    rows = [
+        [
             each.name,
             f"{result['num_problems']}×{result['num_samples']}",
             f"{100 * result['accuracy']:.1f} [{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
@@ -143,8 +127,11 @@ def _print(found: "list[EvaluatedBenchmark]") -> None:
             f"{result['length_mean']:.1f}",
             f"{100 * result['clip_ratio']:.1f}",
             f"{each.seconds:.0f} s" if each.is_new else "before",
-        )
-    out.print(table)
+        ]
+        for each in found
+        for result in [each.result]
+    ]
+    out.print(grid(header, "LRRRRRRR", rows, padding=(0, 0), pad_edge=False))
     if len(found) > 1:
         mean = sum(each.result["accuracy"] for each in found) / len(found)
         out.print(f"mean of {len(found)} benchmarks  {100 * mean:.1f}", highlight=False)

@@ -6,15 +6,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
+from flows.cli.printed_tables import grid
 from flows.cli.shared import JsonOption, RecipeOption, SetOption, err, errors, out
 from kdrl_core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from kdrl_core.look.planning import ModelShape, Rates, StagePlan
     from kdrl_core.look.planning.candidates import Candidate
+    from kdrl_core.look.planning.cost import Rates
+    from kdrl_core.look.planning.shapes import ModelShape
+    from kdrl_core.look.planning.stage_plan import StagePlan
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _MAX_OTHERS = 3
@@ -94,17 +96,9 @@ def plan(
     code 0 if every stage fits, else 1.
     """
     from kdrl_core.config import load_recipe
-    from kdrl_core.look.planning import (
-        Cluster,
-        Rates,
-        conditions,
-        default_gpus,
-        engines_of,
-        plan_stage,
-        ranks_note,
-        total_hours,
-        work_of,
-    )
+    from kdrl_core.look.planning.cluster import Cluster, default_gpus, engines_of, work_of
+    from kdrl_core.look.planning.cost import Rates
+    from kdrl_core.look.planning.stage_plan import conditions, plan_stage, ranks_note, total_hours
 
     with errors():
         loaded = load_recipe(recipe, overrides or [])
@@ -123,7 +117,7 @@ def plan(
         engines = engines_of(loaded)
         measured = None
         if from_run is not None:
-            from kdrl_core.look.planning.measured import rates_of_run, scaled
+            from kdrl_core.look.planning.cost import rates_of_run, scaled
 
             rates, measured = rates_of_run(from_run, gpus=run_gpus)
             if not as_json:
@@ -190,11 +184,11 @@ def _rates(rates: "Rates") -> str:
 
 def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None:
     from kdrl_core.look.planning.placement import host_bytes
-    from kdrl_core.look.planning.stage_plan import kv_note
+    from kdrl_core.look.planning.stage_plan import kv_note, many
 
     chosen, work, cluster = plan.candidates[0], plan.work, plan.cluster
     teacher = f", teacher {_model(work.teacher)}" if work.teacher else ""
-    where = f"{_many(cluster.gpus, 'GPU')} on {_many(cluster.nodes, 'node')}"
+    where = f"{many(cluster.gpus, 'GPU')} on {many(cluster.nodes, 'node')}"
     out.say(
         f"{work.stage}: student {_model(work.student)}{teacher}; {where}, "
         f"{cluster.usable_memory / 1e9:.1f} GB usable on each",
@@ -219,7 +213,7 @@ def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None
         return
     out.print(_time_table(plan))
     out.say(
-        f"  {_many(work.steps, 'step')} of {_number(plan.step_s)} s and {_many(work.evaluations, 'evaluation')}: "
+        f"  {many(work.steps, 'step')} of {_number(plan.step_s)} s and {many(work.evaluations, 'evaluation')}: "
         f"{_span(plan.hours, cluster.gpus)}; "
         f"mean response {work.mean_response:,.0f} tokens{' (assumed)' if is_assumed else ''}\n"
     )
@@ -229,17 +223,14 @@ def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None
 
 def _memory_table(chosen: "Candidate", plan: "StagePlan") -> RichTable:
     unit, size = ("GB", 1e9) if chosen.worst.total >= 1e9 else ("MB", 1e6)
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False, title=f"{unit} per GPU by phase", title_justify="left")
-    table.add_column("phase", no_wrap=True)
-    table.add_column("on", no_wrap=True)
-    table.add_column(unit, justify="right", no_wrap=True)
-    table.add_column("components")
+    rows = []
     for phase in chosen.memory:
         parts = sorted(phase.components.items(), key=lambda part: -part[1])
         shown = ", ".join(f"{name} {value / size:.2f}" for name, value in parts if value)
         over = "" if phase.total <= plan.cluster.usable_memory * (1 + 1e-9) else "  ✗"
-        table.add_row(phase.phase, phase.gpus, f"{phase.total / size:.2f}{over}", shown)
-    return table
+        rows.append([phase.phase, phase.gpus, f"{phase.total / size:.2f}{over}", shown])
+    header = ["phase", "on", unit, "components"]
+    return grid(header, "LLRl", rows, title=f"{unit} per GPU by phase", title_justify="left")
 
 
 def _model(shape: "ModelShape") -> str:
@@ -260,15 +251,9 @@ def _span(hours: float, gpus: int) -> str:
     return f"{_number(hours)} hours, {_number(hours * gpus)} GPU-hours"
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _time_table(plan: "StagePlan") -> RichTable:
-    from kdrl_core.look.planning.conditions import NOTICED, time_alone
+    from kdrl_core.look.planning.stage_plan import NOTICED, time_alone
 
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.title, table.title_justify = "seconds per step", "left"
     fitting = [one for one in plan.candidates if one.fits][: 1 + _MAX_OTHERS]
     shown = [(one.placement.name, one.time) for one in fitting]
     alone = time_alone(plan, fitting[0])
@@ -277,9 +262,18 @@ def _time_table(plan: "StagePlan") -> RichTable:
     columns = {name: [getattr(time, field) for _, time in shown] for name, field in _TIMES.items()}
     digits = 1 if fitting[0].time.total >= 10 else 3
     columns = {name: values for name, values in columns.items() if any(round(value, digits) for value in values)}
-    table.add_column("placement", min_width=max(len(word) for name, _ in shown for word in name.split()))
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row, (name, _) in enumerate(shown):
-        table.add_row(name, *(f"{values[row]:,.{digits}f}" for values in columns.values()))
+    rows = [
+        [name, *(f"{values[row]:,.{digits}f}" for values in columns.values())] for row, (name, _) in enumerate(shown)
+    ]
+    kinds = "l" + "R" * len(columns)
+    table = grid(
+        ["placement", *columns],
+        kinds,
+        rows,
+        pad_edge=False,
+        collapse_padding=True,
+        title="seconds per step",
+        title_justify="left",
+    )
+    table.columns[0].min_width = max(len(word) for name, _ in shown for word in name.split())
     return table

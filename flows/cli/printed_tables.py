@@ -1,19 +1,23 @@
-"""Tables of comparisons on a terminal: `kdrl sweep` and `kdrl report`."""
+"""What several commands print: tables, and the alarms that a run has raised."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import OverflowMethod
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from flows.cli.shared import PlainConsole, out
 
 if TYPE_CHECKING:
-    from kdrl_core.look.reporting.tables import Table
+    from kdrl_core.alarms import Alarm
+    from kdrl_core.look.reporting.run_summary import Table
     from kdrl_core.look.sweeps.table import SweepTable
 
-_PIPED_WIDTH = 160
-"""Characters of a table that is not for a terminal."""
+PIPED_WIDTH = 160
+"""Characters of a line that is not for a terminal."""
 
 
 def print_comparison(table: "SweepTable", report: Path) -> None:
@@ -31,19 +35,27 @@ def fitted(table: "Table", width: int) -> list[list[str]]:
     return table.rows if needed <= width else _broken(table)
 
 
-def print_rows(header: list[str], rows: list[list[str]], *, num_text: int = 1) -> None:
-    """Print a table whose first `num_text` columns are text, which is folded where it is long."""
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False)
-    for position, column in enumerate(header):
-        table.add_column(
-            column,
-            justify="left" if position < num_text else "right",
-            overflow="fold",
-            no_wrap=position == 0 and num_text == 1,
-        )
+def grid(
+    header: Sequence[str],
+    kinds: str,
+    rows: Iterable[Sequence[str | Text]],
+    overflow: OverflowMethod = "ellipsis",
+    **rest: Any,
+) -> RichTable:
+    """A plain table. `kinds` has a letter a column: l and r say where it is aligned, L and R that it is not wrapped."""
+    table = RichTable(box=SIMPLE_HEAD, show_edge=False, **rest)
+    for column, kind in zip(header, kinds, strict=True):
+        table.add_column(column, justify="left" if kind in "lL" else "right", no_wrap=kind in "LR", overflow=overflow)
     for row in rows:
         table.add_row(*row)
-    (out if out.is_terminal else PlainConsole(width=_PIPED_WIDTH)).print(table)
+    return table
+
+
+def print_rows(header: list[str], rows: list[list[str]], *, num_text: int = 1) -> None:
+    """Print a table whose first `num_text` columns are text, which is folded where it is long."""
+    kinds = "".join("r" if place >= num_text else "L" if num_text == 1 else "l" for place in range(len(header)))
+    table = grid(header, kinds, rows, overflow="fold")
+    (out if out.is_terminal else PlainConsole(width=PIPED_WIDTH)).print(table)
 
 
 def _print_table(table: "Table") -> None:
@@ -57,3 +69,33 @@ def _broken(table: "Table") -> list[list[str]]:
     return [
         [*row[: table.num_text], *(cell.replace(" (", "\n(") for cell in row[table.num_text :])] for row in table.rows
     ]
+
+
+_SHOWN_ALARMS = 10
+
+
+def print_alarms(opened: Any, *, are_told: bool) -> None:
+    """Print a line for each alarm that the run has raised, newest last, unless they `are_told` already; and the command
+    that shows the newest."""
+    from kdrl_core.alarms import alarms_of
+
+    raised = alarms_of(opened)
+    for alarm in [] if are_told else raised[-_SHOWN_ALARMS:]:
+        out.say(alarm_line(alarm))
+    if raised:
+        earlier = f"{len(raised) - _SHOWN_ALARMS} earlier ones: --json. " if len(raised) > _SHOWN_ALARMS else ""
+        out.say(f"       {earlier}look at it: {raised[-1].commands(opened.name)[-1]}")
+        out.print()
+
+
+def alarm_line(alarm: "Alarm") -> Text:
+    """An alarm in a line, coloured by its severity."""
+    from kdrl_core.alarms import sentence
+
+    return Text(f"alarm  {sentence(alarm)}", style="bold red" if alarm.severity == "critical" else "yellow")
+
+
+def alarm_mark(alarms: list[dict[str, Any]]) -> str:
+    """`3, 1 critical`: how many alarms a run has raised; empty if none."""
+    critical = sum(alarm["severity"] == "critical" for alarm in alarms)
+    return f"{len(alarms)}{f', {critical} critical' if critical else ''}" if alarms else ""

@@ -12,7 +12,7 @@ import httpx
 
 from flows.guard import guard_children
 from kdrl_core.errors import EngineError
-from kdrl_core.training.process_groups import kill_group
+from kdrl_core.training.process_guard import kill_group
 
 _POLL_S = 0.5
 _ANSWER_S = 2.0
@@ -35,22 +35,18 @@ class Replica:
 
 
 def serve_replicas(replicas: Sequence[Replica], *, asleep: bool, say: Callable[[str], None]) -> None:
-    """Run replicas until this process is interrupted. However it ends, no replica outlives it.
+    """Run replicas until this process is interrupted. However it ends, no replica outlives it. If `asleep`, they sleep
+    as soon as they answer. `say` gets a text when all answer, and when one has ended and starts again.
 
-    Args:
-        asleep: they sleep as soon as they answer.
-        say: called with a text when all answer, and when one has ended and starts again.
-
-    Raises:
-        EngineError: one ends again and again before it answers.
-        KeyboardInterrupt: Ctrl-C.
+    Raises EngineError if one ends again and again before it answers; KeyboardInterrupt on Ctrl-C.
     """
     guard_children()
     running = [_Running(replica, asleep=asleep) for replica in replicas]
     try:
         while not all(each.has_answered for each in running):
             _look_after(running, say)
-        say(f"{_many(len(running))} at {', '.join(each.replica.url for each in running)}; Ctrl-C ends it all")
+        answer = "the replica answers" if len(running) == 1 else f"all {len(running)} replicas answer"
+        say(f"{answer} at {', '.join(each.replica.url for each in running)}; Ctrl-C ends it all")
         while True:
             _look_after(running, say)
     finally:
@@ -64,9 +60,10 @@ def serve_replicas(replicas: Sequence[Replica], *, asleep: bool, say: Callable[[
 def _look_after(running: "Sequence[_Running]", say: Callable[[str], None]) -> None:
     for each in running:
         if (code := each.process.poll()) is not None:
-            each.kill_group()
+            kill_group(each.process.pid)  # its engine and workers outlive a server that is killed, and hold memory
             if time.monotonic() >= each.next_start:
-                how = f"replica {each.replica.url} ended with {_status(code)}"
+                status = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+                how = f"replica {each.replica.url} ended with {status}"
                 if each.starts >= _STARTS and not each.has_ever_answered:
                     raise EngineError(f"{how}, {each.starts} times before it answered; its own messages are above")
                 say(f"{how}; it is started anew")
@@ -110,20 +107,7 @@ class _Running:
                 self.has_answered = self.has_ever_answered = True
 
     def end(self, grace_s: float) -> None:
-        """Wait for its end, then force it."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
-        self.kill_group()
-        self.process.wait()
-
-    def kill_group(self) -> None:
-        """End its engine and workers, which outlive a server that is killed, and their memory with them."""
         kill_group(self.process.pid)
-
-
-def _status(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-
-
-def _many(count: int) -> str:
-    return "the replica answers" if count == 1 else f"all {count} replicas answer"
+        self.process.wait()

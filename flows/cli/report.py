@@ -33,8 +33,7 @@ def report(
     kdrl report mine --output report
     kdrl report kdrl-0 kdrl-1 grpo-0 grpo-1 --label kdrl-0=KDRL --label grpo-0=GRPO -o report
     """
-    from kdrl_core.look.sweeps.comparison import write_comparison
-    from kdrl_core.look.sweeps.of_runs import read_runs
+    from kdrl_core.look.sweeps.comparison import read_runs, write_comparison
 
     with errors():
         if output.exists() and not output.is_dir():

@@ -45,7 +45,7 @@ def export(
 
     The file appears only once it is complete. In CSV, lists are written as JSON.
     """
-    from kdrl_core.look.rollouts.export import SUFFIXES, export_rollouts
+    from kdrl_core.look.rollouts.files import SUFFIXES, export_rollouts
 
     with errors():
         check_output(output, [], what="rollouts", force=force, written_as="Parquet, JSON or CSV", suffixes=SUFFIXES)
@@ -85,7 +85,7 @@ def import_command(
     columns of its reward functions.
     """
     from kdrl_core.ledger import RunPaths
-    from kdrl_core.look.rollouts.imports import import_dump
+    from kdrl_core.look.rollouts.files import import_dump
 
     with errors():
         target = Path(output) if os.sep in output else RunPaths.of(output).root

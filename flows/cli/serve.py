@@ -1,4 +1,4 @@
-"""`kdrl serve`: a vLLM replica that a run samples from, or that scores for it."""
+"""`kdrl serve`: vLLM replicas that sample or score for a run. `kdrl bake-teacher`: a teacher for them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.shared import err, errors
+from flows.cli.shared import err, errors, out
 from kdrl_core.errors import EngineError, ModelError
 
 if TYPE_CHECKING:
@@ -182,3 +182,24 @@ def _require_free(host: str, port: int) -> None:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise EngineError(f"cannot listen at {host}:{port} ({reason}); give another --port") from None
+
+
+def bake_teacher(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="The teacher: a Hugging Face model directory.")],
+    temperature: Annotated[
+        float, typer.Option(min=0.01, max=10.0, help="The stage's sampling temperature, e.g. 0.6 (Table 3).")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the copy is written.")],
+) -> None:
+    """Divide a teacher's output layer by the temperature, so that a server's logprobs are those of softmax(logits / T).
+
+    Serve the copy (`vllm serve DIR --max-logprobs 32`) and set teacher.server.urls and teacher.server.temperature.
+    """
+    with errors():
+        if output.exists():
+            raise ModelError(f"--output {output} exists; give another folder")
+        err.print(f"baking temperature {temperature:g} into a copy of {model} …")
+        from kdrl_core.models.prepare import bake_temperature
+
+        manifest = bake_temperature(model.absolute(), output.absolute(), temperature)
+        out.say(f"{output}  {manifest.size / 2**20:,.1f} MiB")

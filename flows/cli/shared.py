@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,15 +83,22 @@ def errors() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+@contextmanager
+def interruptible(told: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the program in order: workers and servers stop, `told` is printed, exit code 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"interrupted; {told}")
+        raise SystemExit(130) from None
+
+
 def with_options(
     parameter: str, options: Mapping[str, Any], fill: Callable[..., Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command: it has `options` in place of its `parameter`, which gets what `fill` makes of their values.
-
-    Args:
-        options: name → annotated type. All of them default to None.
-        fill: takes the values by name. Its KdrlError ends the program as any other.
-    """
+    """Decorate a command: it has `options` (name → annotated type, None by default) in place of its `parameter`, which
+    gets what `fill` makes of their values, given by name. A KdrlError of `fill` ends the program as any other."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def call(**given: Any) -> None:

@@ -1,13 +1,12 @@
 """`kdrl sweep`: list, show, run, status and report of sweeps. The work is in kdrl_core.look.sweeps and flows.sweep."""
 
 import logging
-import signal
 from typing import Annotated, Any
 
 import typer
 
 from flows.cli.printed_tables import print_comparison, print_rows
-from flows.cli.shared import JsonOption, SetOption, err, errors, out, with_options
+from flows.cli.shared import JsonOption, SetOption, err, errors, interruptible, out, with_options
 from kdrl_core.errors import RecipeError, RunError
 
 app = typer.Typer(
@@ -89,7 +88,7 @@ def vary_only(
 @app.command("list")
 def list_command(as_json: JsonOption = False) -> None:
     """List the shipped sweeps, and those that were started here."""
-    from kdrl_core.look.sweeps import list_sweeps, load_sweep
+    from kdrl_core.look.sweeps.spec import list_sweeps, load_sweep
     from kdrl_core.look.sweeps.state import list_started, read_record
 
     with errors():
@@ -118,9 +117,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Validate every cell of a sweep, and show the cells, the work they share, and the number of steps to train."""
-    from kdrl_core.look.sweeps import dump_sweep
-    from kdrl_core.look.sweeps.request import make_request
-    from kdrl_core.look.sweeps.schedule import estimate
+    from kdrl_core.look.sweeps.request import estimate, make_request
+    from kdrl_core.look.sweeps.spec import dump_sweep
 
     with errors():
         request = make_request(sweep, **asked)
@@ -206,21 +204,18 @@ def _run(sweep: str | None, asked: dict[str, Any], workers: int, deployment: str
         check_request(request)
         from flows.cli.local_prefect import use_private_prefect
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: with the cells stopped
-        use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
         started = request.spec.name
-        err.print(f"sweep {started}: starting …")
-        from flows.sweep import sweep as sweep_flow
+        with interruptible(f"go on with: kdrl sweep run {started}"):
+            use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
+            err.print(f"sweep {started}: starting …")
+            from flows.sweep import sweep as sweep_flow
 
-        _tell_events()
-        try:
-            sweep_flow(source=sweep, **asked, workers=workers, deployment=deployment)
-        except KeyboardInterrupt:
-            err.print(f"interrupted; go on with: kdrl sweep run {started}")
-            raise SystemExit(130) from None
-        except RunError:
-            _print_if_there(started)
-            raise
+            _tell_events()
+            try:
+                sweep_flow(source=sweep, **asked, workers=workers, deployment=deployment)
+            except RunError:
+                _print_if_there(started)
+                raise
         _print_if_there(started)
 
 
@@ -252,7 +247,7 @@ def _print_if_there(sweep: str) -> None:
 
 def _progress(run: str) -> str:
     from kdrl_core.ledger import RunPaths
-    from kdrl_core.look.reporting.run_status import named_status
+    from kdrl_core.look.reporting.run_summary import named_status
 
     if not RunPaths.of(run).root.is_dir():
         return ""

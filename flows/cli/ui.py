@@ -25,8 +25,7 @@ def ui(
     kdrl ui first grpo
     """
     from kdrl_core.look.rollouts.query import RolloutStore
-    from kdrl_core.look.ui.app import create_app
-    from kdrl_core.look.ui.server import listen, server_of, url_of
+    from kdrl_core.look.ui.app import create_app, listen, server_of, url_of
 
     with errors(), listen(port) as listening:
         with counted_progress(err, "steps") as progress:

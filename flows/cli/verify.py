@@ -1,22 +1,20 @@
 """`kdrl verify`: the verdicts of a run's verifier on responses in any file. The work is in kdrl_core.verify.grading."""
 
 import os
-import signal
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
 
-from flows.cli.shared import JsonOption, OnError, check_output, counted_progress, err, errors, out
+from flows.cli.printed_tables import grid
+from flows.cli.shared import JsonOption, OnError, check_output, counted_progress, err, errors, interruptible, out
 from kdrl_core.errors import DataError
 from kdrl_core.types import VerdictKind
 
 if TYPE_CHECKING:
+    from kdrl_core.verify.grading import FileTally
     from kdrl_core.verify.pool import Verifier
-    from kdrl_core.verify.tally import FileTally, Tally
 
 _MAX_TIMEOUT_S = 3_600.0
 
@@ -104,20 +102,14 @@ def verify_command(
         verdicts = VerdictOptions(
             require_format=not box if require_format is None else require_format, think_opened=think_opened
         )
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: workers stopped, no output
-        try:
-            with closing(verifier), counted_progress(err, "rows") as progress:
-                tally = grade_file(
-                    rows,
-                    columns,
-                    verifier,
-                    options=GradingOptions(verdicts=verdicts, on_error=on_error.value, replace_columns=force, box=box),
-                    output=None if output is None else output.absolute(),
-                    on_progress=progress,
-                )
-        except KeyboardInterrupt:
-            err.print("interrupted; no output was written", highlight=False)
-            raise SystemExit(130) from None
+        options = GradingOptions(verdicts=verdicts, on_error=on_error.value, replace_columns=force, box=box)
+        target = None if output is None else output.absolute()
+        with (
+            interruptible("no output was written"),
+            closing(verifier),
+            counted_progress(err, "rows") as progress,
+        ):
+            tally = grade_file(rows, columns, verifier, options=options, output=target, on_progress=progress)
         _warn(tally)
         if as_json:
             where = {"file": str(file), "output": None if output is None else str(output)}
@@ -158,16 +150,12 @@ def _warn(tally: "FileTally") -> None:
 
 def _print_summary(tally: "FileTally", workers: int) -> None:
     total = tally.total
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False)
-    for position, column in enumerate(("verdict", "rows", "share")):
-        table.add_column(column, justify="right" if position else "left")
-    for kind in VerdictKind:
-        table.add_row(kind.value, f"{total.kinds[kind]:,}", _percent(total.share(kind)))
-    out.print(table)
+    rows = [[kind.value, f"{total.kinds[kind]:,}", _percent(total.share(kind))] for kind in VerdictKind]
+    out.print(grid(["verdict", "rows", "share"], "lrr", rows))
     if tally.groups:
         lines = _by_lines(tally)
         for line in ["", lines[0], "─" * len(lines[0]), *lines[1:], ""]:
-            out.print(line, highlight=False, soft_wrap=True)
+            out.say(line)
     columns = tally.columns
     dropped = f", {_count(tally.num_dropped, 'malformed row')} dropped" if tally.num_dropped else ""
     lines = [
@@ -175,14 +163,18 @@ def _print_summary(tally: "FileTally", workers: int) -> None:
         f"reward    {total.reward_mean:.3f} on average; format {_percent(total.format_share)}, "
         f"accuracy {_percent(total.accuracy)}",
     ]
-    if (agreement := _agreement(total)) is not None:
-        lines.append(f"expected  {', '.join(agreement)} (by '{columns.expected}')")
+    if total.agreement is not None:
+        lines.append(
+            f"expected  {_percent(total.agreement, digits=2)} agreement, "
+            f"{_count(total.false_positives, 'false positive')}, {_count(total.false_negatives, 'false negative')} "
+            f"(by '{columns.expected}')"
+        )
     lines.append(
         f"time      {tally.seconds:.1f} s, {tally.rows_per_s:,.0f} rows/s; "
         f"{_count(tally.num_computed, 'comparison')} by {_count(workers, 'worker')}"
     )
     for line in lines:
-        out.print(line, highlight=False, soft_wrap=True)
+        out.say(line)
 
 
 def _by_lines(grades: "FileTally") -> list[str]:
@@ -197,16 +189,6 @@ def _by_lines(grades: "FileTally") -> list[str]:
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return [f" {line}  {name}" for line, name in zip(lines, [str(grades.columns.by), *grades.groups], strict=True)]
-
-
-def _agreement(tally: "Tally") -> tuple[str, str, str] | None:
-    if tally.agreement is None:
-        return None
-    return (
-        f"{_percent(tally.agreement, digits=2)} agreement",
-        _count(tally.false_positives, "false positive"),
-        _count(tally.false_negatives, "false negative"),
-    )
 
 
 def _percent(share: float, *, digits: int = 1) -> str:

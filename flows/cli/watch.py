@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.alarms import alarm_line
+from flows.cli.printed_tables import alarm_line
 from flows.cli.shared import PlainConsole
 from kdrl_core.alarms import Alarm, load_alarms
 from kdrl_core.errors import KdrlError
@@ -28,11 +28,8 @@ _Loaded = TypeVar("_Loaded")
 
 @contextmanager
 def watching(paths: RunPaths, console: PlainConsole, *, with_alarms: bool = False) -> Iterator[None]:
-    """Show a run while the context is open: a live table on a terminal, a line per step elsewhere.
-
-    Args:
-        with_alarms: print lines for alarms too. Not in the process that runs, whose log has them.
-    """
+    """Show a run while the context is open: a live table on a terminal, a line per step elsewhere. `with_alarms`: lines
+    for alarms too; not in the process that runs, whose log has them."""
     stop = threading.Event()
     show = _show_table if console.is_terminal else _show_lines
     thread = threading.Thread(target=show, args=(RunView(paths), console, stop, with_alarms), daemon=True)
@@ -76,7 +73,6 @@ class RunView:
         self._last_phase = ""
 
     def refresh(self) -> None:
-        """Look at the files again."""
         if self._run is None:
             if not self._paths.manifest.is_file():
                 return

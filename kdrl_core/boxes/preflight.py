@@ -13,8 +13,7 @@ from kdrl_core.data.benchmarks import load_benchmark
 from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
 from kdrl_core.errors import DataError, ModelError, RecipeError
-from kdrl_core.models.device import check_device
-from kdrl_core.models.loading import check_model_dir, compare_tokenizers, context_limit
+from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 

@@ -26,8 +26,7 @@ from kdrl_core.errors import DataError
 from kdrl_core.ledger import Manifest, prompts_of_step
 from kdrl_core.ledger.graph import SAMPLE_REWARDS, SAMPLE_ROLLOUTS, SFT_DATASET, UPDATE, Node
 from kdrl_core.ledger.run import report_progress
-from kdrl_core.sampling.responses import requests_for
-from kdrl_core.sampling.rollouts import rollouts_table
+from kdrl_core.sampling.responses import requests_for, rollouts_table
 from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import score_requests
 from kdrl_core.training.protocols import UpdateBatch

@@ -18,12 +18,11 @@ from kdrl_core.errors import DataError
 from kdrl_core.ledger import prompts_of_step
 from kdrl_core.ledger.graph import REFERENCE, REWARDS, ROLLOUTS, TEACHER
 from kdrl_core.ledger.run import report_progress
-from kdrl_core.sampling.responses import requests_for
-from kdrl_core.sampling.rollouts import generate, rollouts_table
+from kdrl_core.sampling.responses import generate, requests_for, rollouts_table
 from kdrl_core.tables import schemas
 from kdrl_core.tables.columns import from_matrices, score_requests, verdict_columns
 from kdrl_core.types import Rollout, RolloutRequest
-from kdrl_core.verify.failures import refuse_failures
+from kdrl_core.verify.screening import refuse_failures
 
 TO_VERIFY = ["prompt_id", "sample", "prompt", "response", "ground_truth"]
 """Columns of ROLLOUTS that a verdict needs."""

@@ -10,10 +10,9 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from kdrl_core.config.data import DataConfig
 from kdrl_core.config.section import Positive, Section, require_one_of
-from kdrl_core.objectives.inputs import Objective
+from kdrl_core.objectives.inputs import BetaSchedule, Objective
 from kdrl_core.objectives.kinds import AGGREGATIONS, ESTIMATORS, MASKINGS, OBJECTIVES, ObjectiveKind
 from kdrl_core.objectives.plugins import is_reference, parse_reference
-from kdrl_core.objectives.schedule import BetaSchedule
 
 
 class BetaConfig(Section):

@@ -23,17 +23,12 @@ def rollout_engine(
     """What samples from the model directory `model`; replicas are told to load it.
 
     Args:
-        recipe: says how engines are started.
-        model: Hugging Face model directory.
-        config: of the model, for code that it ships.
-        tokenizer: decodes responses.
         temperature: of sampling; 0 is greedy.
         max_prompt_tokens, max_response_tokens: of the requests to come.
         engine: in place of the recipe's `rollout.engine`.
 
     Raises:
-        EngineError: it cannot be started or reached.
-        ModelError: the model cannot be loaded.
+        EngineError, ModelError: it cannot be started or reached, or the model not be loaded.
     """
     engine = engine or recipe.rollout.engine
     common: dict[str, Any] = {"temperature": temperature, "max_response_tokens": max_response_tokens}
@@ -74,16 +69,15 @@ def local_scorer(
     num_tokens: int,
     max_topk: int = 0,
 ) -> TeacherScorer:
-    """What scores with the frozen model directory `model` in this process.
+    """What scores with the frozen model directory `model` in this process, at the student's temperature.
 
     Args:
-        temperature: the student's.
         max_tokens: of the longest prompt and response together.
         num_tokens: ids from here on are padding of the embedding.
         max_topk: most tokens that `score_topk` will be asked for.
 
     Raises:
-        EngineError, ModelError: it cannot be started, or the model not be loaded.
+        EngineError, ModelError: as `rollout_engine`.
     """
     if engine == "vllm":
         from kdrl_core.engines.vllm_scorer import VLLMScorer
@@ -117,5 +111,5 @@ def _vllm_settings(recipe: Recipe, config: ModelConfig, *, max_model_len: int, t
 
 
 def _load(recipe: Recipe, path: Path, config: ModelConfig) -> Any:
-    runtime = recipe.runtime
-    return load_model(path, dtype=runtime.dtype, device=runtime.device, trust_remote_code=config.trust_remote_code)
+    dtype, device = recipe.runtime.dtype, recipe.runtime.device
+    return load_model(path, dtype=dtype, device=device, trust_remote_code=config.trust_remote_code)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.engines.protocols import OnFinished
-from kdrl_core.engines.served_answers import TransientError, completion_of
+from kdrl_core.engines.server_client import TransientError, completion_of
 from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, ServedModel, Server, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
@@ -27,19 +27,7 @@ Sampled = tuple[Rollout, str, str]
 
 
 class HTTPRolloutEngine:
-    """`RolloutEngine` over one or more replicas.
-
-    Args:
-        served: the replicas.
-        tokenizer: decodes responses; special tokens are left out of the text.
-        stop_ids: tokens that end a response and belong to it.
-        temperature: 0 is greedy, its logprobs then those of softmax(logits).
-        max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
-        max_prompt_tokens: length of the longest prompt to come, checked against the replicas' context.
-
-    Raises:
-        EngineError: no replica can be reached, or one serves another model or too short a context.
-    """
+    """`RolloutEngine` over one or more replicas; `max_prompt_tokens`: the longest to come. Raises as `ServerPool`."""
 
     def __init__(
         self,
@@ -62,11 +50,7 @@ class HTTPRolloutEngine:
         self._pool = ServerPool(served, role="rollout", field="rollout.server", max_tokens=max_tokens)
 
     def load_weights(self, checkpoint_dir: Path) -> None:
-        """Have every replica that answers load the weights; the others load them when they are back.
-
-        Raises:
-            EngineError: none answers, or a replica cannot load the directory.
-        """
+        """Have every replica that answers load the weights; the others load them when they are back."""
         self._weights = str(checkpoint_dir.resolve())
         self._incarnations.clear()
         self._pool.each(f"loading {checkpoint_dir}", self._bring_up_to_date)
@@ -78,11 +62,7 @@ class HTTPRolloutEngine:
         on_finished: OnFinished | None = None,
         max_response_tokens: int | None = None,
     ) -> list[Rollout]:
-        """One response per request, in order.
-
-        Raises:
-            EngineError: a request is given up, or replicas are restarted again and again.
-        """
+        """Raises EngineError if a request is given up, or replicas are restarted again and again."""
         limit = min(max_response_tokens or self._max_response_tokens, self._max_response_tokens)
         told = threading.Lock()
 
@@ -113,11 +93,9 @@ class HTTPRolloutEngine:
         self.load_weights(checkpoint_dir)
 
     def sleep(self) -> None:
-        """Have the replicas free their memory until the next request, if the recipe says so."""
         self._pool.sleep()
 
     def close(self) -> None:
-        """Close the connections."""
         self._pool.close()
 
     def _sample(

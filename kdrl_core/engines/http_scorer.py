@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdrl_core.engines.protocols import TopKScore
-from kdrl_core.engines.served_answers import best_tokens, logprob_of, positions_of
+from kdrl_core.engines.server_client import best_tokens, logprob_of, positions_of
 from kdrl_core.engines.server_pool import ServedModel, Server, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.types import ScoreRequest
-from kdrl_core.verify.clock import Clock
+from kdrl_core.verify.workers import Clock
 
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 Scored = tuple[NDArray[np.float32], list[list[tuple[int, float]]]]
@@ -31,13 +31,11 @@ class HTTPScorer:
     """`TeacherScorer` over one or more servers of the same model.
 
     Args:
-        served: the servers.
         num_tokens: ids from this number on are padding of the embedding, never among the top-K; None: no padding.
         max_tokens: prompt and response tokens of the longest request to come, checked against the servers' context.
 
     Raises:
-        EngineError: a server cannot be reached within `retry_for_s`, serves another model or too short a context, or
-            refuses the key.
+        EngineError: as `ServerPool`.
     """
 
     def __init__(self, served: ServedModel, *, num_tokens: int | None = None, max_tokens: int | None = None) -> None:
@@ -47,15 +45,10 @@ class HTTPScorer:
         self._pool = ServerPool(served, role="teacher", field="teacher.server", max_tokens=max_tokens)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[NDArray[np.float32]]:
-        """Logprobs [len(token_ids)] float32 per request, in order. Raises EngineError as the class says."""
         return [logprobs for logprobs, _ in self._score_all(requests, 0)]
 
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
-        """Logprobs and the k likeliest tokens per request, in order; padding ids are left out.
-
-        Raises:
-            EngineError: as the class says; also if the server gives fewer than k tokens (`--max-logprobs`).
-        """
+        """Raises EngineError also if a server gives fewer than k tokens (`--max-logprobs`)."""
         found = []
         for logprobs, rows in self._score_all(requests, k):
             ids = np.array([[token for token, _ in row] for row in rows], np.int32).reshape(len(logprobs), k)
@@ -67,7 +60,6 @@ class HTTPScorer:
         """Let the servers begin with requests of `score`, or of `score_topk` with this k, and return at once.
 
         The next call takes the results that are there, waits for the others, and drops those that it does not ask for.
-        Its results are the same as without this.
         """
         for request in requests:
             if (key := _key(request, k)) not in self._ahead:
@@ -85,11 +77,9 @@ class HTTPScorer:
         return self._pool.sleeps
 
     def sleep(self) -> None:
-        """Have the servers free their memory until the next request, if the recipe says so."""
         self._pool.sleep()
 
     def close(self) -> None:
-        """Close the connections."""
         self._pool.close()
 
     def _score_all(self, requests: Sequence[ScoreRequest], k: int) -> list[Scored]:

@@ -27,7 +27,12 @@ class TopKScore:
 
 
 class RolloutEngine(Protocol):
-    """Samples responses from the current policy."""
+    """Samples responses from the current policy.
+
+    Engines are made with a `tokenizer`, which decodes responses without special tokens; `stop_ids`, which end a
+    response and belong to it; a `temperature`, 0 for greedy with the logprobs of softmax(logits); and
+    `max_response_tokens`: longer responses are cut (`FinishReason.LENGTH`).
+    """
 
     def generate(
         self,
@@ -38,8 +43,7 @@ class RolloutEngine(Protocol):
     ) -> list[Rollout]:
         """One response per request, in order. `on_finished` gets each response as soon as it is finished.
 
-        Args:
-            max_response_tokens: a limit below the engine's own; None: the engine's own.
+        `max_response_tokens` is a limit below the engine's own.
         """
         ...
 

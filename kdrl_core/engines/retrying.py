@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_exponential_jitter
 
-from kdrl_core.engines.served_answers import TransientError
+from kdrl_core.engines.server_client import TransientError
 from kdrl_core.errors import EngineError
 
 _MAX_PAUSE_S = 30.0
@@ -28,7 +28,7 @@ def retry_transient(
     over: threading.Event,
     advice: str,
 ) -> _Result:
-    """The result of a call that is tried again while it raises TransientError.
+    """The result of a call that is tried again while it raises TransientError. Raises EngineError once given up.
 
     Args:
         what: what is asked for, as messages name it.
@@ -36,9 +36,6 @@ def retry_transient(
         first_pause_s: before the second try; doubled with each, up to 30 s, with jitter.
         over: once set, no pause is waited for and nothing is tried again.
         advice: end of the message of what was given up.
-
-    Raises:
-        EngineError: given up.
     """
     started = time.monotonic()
     pauses = wait_exponential_jitter(initial=first_pause_s, max=_MAX_PAUSE_S, jitter=first_pause_s)
@@ -77,8 +74,7 @@ def retry_transient(
 
 
 class DaemonThreads:
-    """Threads that the end of the program does not wait for, unlike those of a ThreadPoolExecutor: a request in flight
-    may take minutes to end."""
+    """Threads that, unlike a ThreadPoolExecutor's, the program's end does not wait for: a request may take minutes."""
 
     def __init__(self, count: int, name: str) -> None:
         self._count, self._name = count, name
@@ -87,7 +83,6 @@ class DaemonThreads:
         self._over = threading.Event()
 
     def submit(self, call: Callable[..., _Result], *arguments: Any) -> "Future[_Result]":
-        """Begin as soon as a thread is free."""
         future: Future[_Result] = Future()
 
         def work() -> None:

@@ -1,4 +1,8 @@
-"""JSON over HTTP to the servers of a model. Neither its answers nor its errors hold the API key."""
+"""JSON over HTTP to the servers of a model, and reading the answers of vLLM's `/v1/completions`.
+
+Neither answers nor errors hold the API key. An answer that makes no sense is a TransientError: a server that is
+restarting, or a proxy, may answer anything.
+"""
 
 import json
 import resource
@@ -6,8 +10,8 @@ import time
 from typing import Any
 
 import httpx
+import numpy as np
 
-from kdrl_core.engines.served_answers import TransientError
 from kdrl_core.errors import EngineError
 
 _TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
@@ -18,12 +22,18 @@ _KEEP_ALIVE_S = 2.0
 """Servers hang up on idle connections, vLLM after 5 s; a request on such a connection fails."""
 
 
+class TransientError(Exception):
+    """A fault that may pass: no answer, an answer of a server in trouble, or one that makes no sense."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class ServerClient:
-    """A pool of connections.
+    """A pool of connections; without `api_key` no key is sent.
 
     Args:
-        api_key: sent with every request; None: no key.
-        connections: most that are open at once.
         timeout_s: of one request.
         field: of the recipe that describes the servers, for messages.
         key_field: of the recipe, or the option, that names the key, for messages.
@@ -42,17 +52,12 @@ class ServerClient:
         )
 
     def close(self) -> None:
-        """Close the connections."""
         self._client.close()
 
     def answer(
         self, where: str, method: str, url: str, body: dict[str, Any] | None, timeout_s: float | None = None
     ) -> Any:
-        """The JSON of an answer.
-
-        Args:
-            where: the server as messages name it.
-            timeout_s: less than the client's own.
+        """The JSON of an answer of `where`, the server as messages name it. `timeout_s` may be below the client's own.
 
         Raises:
             TransientError: the server may answer otherwise the next time.
@@ -82,7 +87,6 @@ class ServerClient:
             raise TransientError(f"{where} sent an answer that is not JSON ({said[:60]!r})") from None
 
     def without_key(self, text: str) -> str:
-        """A text with the key cut out."""
         return text.replace(self._key, "[the key]") if self._key else text
 
     def _exchange(
@@ -129,3 +133,55 @@ def _retry_after_s(response: httpx.Response) -> float:
         return max(0.0, float(response.headers.get("Retry-After", 0)))
     except ValueError:  # a date
         return 0.0
+
+
+def positions_of(answer: Any, length: int, url: str) -> list[dict[str, Any]]:
+    """`prompt_logprobs` of the only choice: token id → logprob for each position; None for the first position."""
+    try:
+        positions = answer["choices"][0]["prompt_logprobs"]
+        if len(positions) != length or not all(isinstance(position, dict) for position in positions[1:]):
+            raise TransientError(f"teacher server {url} gave {len(positions)} positions for {length} tokens")
+        return list(positions)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise TransientError(f"teacher server {url} sent an answer without prompt_logprobs") from None
+
+
+def logprob_of(position: dict[str, Any], token: int, url: str) -> float:
+    """The finite logprob of a token at a position."""
+    try:
+        value = position[str(token)]["logprob"]
+    except (KeyError, TypeError):
+        raise TransientError(f"teacher server {url} gave no logprob for token {token}") from None
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        raise TransientError(f"teacher server {url} gave logprob {value} to token {token}")
+    if not isinstance(value, int | float):  # not shown: it may be anything, even a key that was sent back
+        raise TransientError(f"teacher server {url} gave token {token} a logprob that is not a number")
+    return float(value)
+
+
+def best_tokens(position: dict[str, Any], k: int, size: int | None, url: str) -> list[tuple[int, float]]:
+    """At most k likeliest (id, logprob) of a position, best first, without ids from `size` on."""
+    try:
+        ids = [int(token) for token in position]
+    except ValueError:
+        raise TransientError(f"teacher server {url} names tokens by something else than their ids") from None
+    found = [(token, logprob_of(position, token, url)) for token in ids if size is None or token < size]
+    return sorted(found, key=lambda each: (-each[1], each[0]))[:k]
+
+
+def completion_of(answer: Any, url: str) -> tuple[list[int], list[float], str]:
+    """Token ids, their finite logprobs and the finish reason (`stop`, `length`) of the only choice."""
+    try:
+        choice = answer["choices"][0]
+        token_ids, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        reason = choice["finish_reason"]
+    except (KeyError, IndexError, TypeError):
+        raise TransientError(f"rollout server {url} sent an answer without token ids and logprobs") from None
+    if reason not in ("stop", "length"):
+        raise TransientError(f"rollout server {url} ended a response for {reason!r}")
+    fine = isinstance(token_ids, list) and all(isinstance(token, int) for token in token_ids) and bool(token_ids)
+    if not fine or not isinstance(values, list) or len(values) != len(token_ids):
+        raise TransientError(f"rollout server {url} sent a response without tokens, or without a logprob for each")
+    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+        raise TransientError(f"rollout server {url} sent a logprob that is not a finite number")
+    return token_ids, [float(value) for value in values], reason

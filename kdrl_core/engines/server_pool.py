@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 from kdrl_core.config import ServersConfig
 from kdrl_core.config.secrets import resolve_secret
 from kdrl_core.engines.retrying import DaemonThreads, retry_transient
-from kdrl_core.engines.served_answers import TransientError
-from kdrl_core.engines.server_client import ServerClient
+from kdrl_core.engines.server_client import ServerClient, TransientError
 from kdrl_core.errors import EngineError
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -65,23 +64,18 @@ Attempt = Callable[[Server], _Result]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """How to reach the servers of a model. Durations in seconds."""
+    """How to reach the servers of a model: the fields of `ServersConfig`, and the key itself."""
 
     urls: Sequence[str]
-    """Up to and with `/v1`."""
     model: str | None = None
-    """Name that the servers give it; None: the only one that they serve."""
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 600.0
-    """Of one request."""
     retry_for_s: float = 600.0
     """From a request's first fault to the beginning of its last try. Even a slower request is tried twice."""
     first_pause_s: float = 1.0
     """Doubled with each try, up to 30 s, with jitter."""
     concurrency: int = 32
-    """Requests in flight, over all servers."""
     sleep: bool = False
-    """The servers free their memory while others need their GPUs."""
 
 
 def served_model(config: ServersConfig) -> ServedModel:
@@ -155,8 +149,7 @@ class ServerPool:
     def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
         """The results of named attempts, in order, at most `concurrency` at a time, each at the server that is next.
 
-        Raises:
-            EngineError: that of the first attempt that failed; the others are dropped.
+        Raises the EngineError of the first attempt that failed; the others are dropped.
         """
         over = threading.Event()
         workers = DaemonThreads(self._served.concurrency, f"kdrl-{self._role}")
@@ -200,11 +193,7 @@ class ServerPool:
         return self._served.sleep
 
     def sleep(self) -> None:
-        """Have every server that answers free its memory, if the recipe says so.
-
-        Raises:
-            EngineError: none answers within `retry_for_s`, or one cannot sleep.
-        """
+        """Have every server that answers free its memory, if the recipe says so."""
         if self.sleeps:  # also those known to be asleep: an evaluation may have woken them
             self.each("sleep", partial(self.ask_workers, method="kdrl_sleep"))
 
@@ -219,10 +208,7 @@ class ServerPool:
     ) -> dict[str, str]:
         """Call a method of `KdrlWorker` in every worker of the server. Returns their weights and incarnations.
 
-        Afterwards the server is known to be asleep or awake.
-
-        Raises:
-            TransientError, EngineError: as `answer`.
+        Afterwards the server is known to be asleep or awake. Raises as `answer`.
         """
         body = {"method": method, "args": list(arguments)}
         try:
@@ -240,7 +226,6 @@ class ServerPool:
         return state
 
     def where(self, server: Server) -> str:
-        """The server as messages name it."""
         return f"{self._role} server {server.url}"
 
     def answer(
@@ -252,14 +237,7 @@ class ServerPool:
         *,
         timeout_s: float | None = None,
     ) -> Any:
-        """The JSON of an answer. `path` is below `/v1`, or with `/..` beside it.
-
-        Args:
-            timeout_s: a limit below `ServedModel.timeout_s`.
-
-        Raises:
-            TransientError, EngineError: the fault. Its text never holds the key.
-        """
+        """The JSON of an answer. `path` is below `/v1`, or with `/..` beside it. Raises as `ServerClient.answer`."""
         base = server.url.removesuffix("/v1") if path.startswith("/../") else server.url
         return self._client.answer(self.where(server), method, base + path.removeprefix("/.."), body, timeout_s)
 

@@ -51,14 +51,12 @@ class SyncReport:
 def sync_weights(
     engine: RebuildableEngine, weights: Path, probe: Sequence[RolloutRequest], score: Score, *, tolerance: float
 ) -> SyncReport:
-    """Have the engine load `weights`, and prove that it samples with them.
+    """Have the engine load `weights`, which the trainer has exported, and prove that it samples with them.
 
     Args:
-        engine: loads the weights; it is rebuilt once if the probe shows a gap.
-        weights: model directory that the trainer has exported.
         probe: requests for short responses.
         score: gives the trainer's logprobs of the responses' tokens.
-        tolerance: largest mean gap that is accepted, in nats.
+        tolerance: largest mean gap that is accepted, in nats; above it the engine is rebuilt once.
 
     Raises:
         EngineError: the gap is above the tolerance even after the engine was rebuilt.

@@ -25,16 +25,8 @@ _COMPACT_BELOW = 0.75
 
 
 class TransformersRolloutEngine:
-    """`RolloutEngine` over a transformers model.
-
-    Args:
-        model: in eval mode; `load_weights` changes it in place.
-        tokenizer: decodes responses; special tokens are left out of the text.
-        stop_ids: tokens that end a response and belong to it.
-        temperature: 0 is greedy, with the logprobs of softmax(logits).
-        max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
-        batch_size: responses generated together.
-    """
+    """`RolloutEngine` over a transformers model in eval mode, which `load_weights` changes in place. `batch_size`
+    responses are generated together."""
 
     def __init__(
         self,
@@ -54,7 +46,6 @@ class TransformersRolloutEngine:
         self._batch_size = batch_size
 
     def load_weights(self, checkpoint_dir: Path) -> None:
-        """Load the weights of a checkpoint. Raises ModelError if they do not fit."""
         load_weights_into(self._model, checkpoint_dir)
 
     def generate(
@@ -64,7 +55,7 @@ class TransformersRolloutEngine:
         on_finished: OnFinished | None = None,
         max_response_tokens: int | None = None,
     ) -> list[Rollout]:
-        """One response per request, in order. Raises EngineError if the model's logits are not finite."""
+        """Raises EngineError if the model's logits are not finite."""
         limit = min(max_response_tokens or self._max_response_tokens, self._max_response_tokens)
         rollouts: list[Rollout] = []
         for start in range(0, len(requests), self._batch_size):
@@ -136,7 +127,6 @@ class TransformersRolloutEngine:
         counts: torch.Tensor,
         stopped: torch.Tensor,
     ) -> list[Rollout]:
-        """The finished responses in rows `which` of the batch."""
         sizes = counts[which].tolist()
         token_ids = [row[:size] for row, size in zip(tokens[which].tolist(), sizes, strict=True)]
         texts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True) if which else []

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from kdrl_core.engines.protocols import TopKScore
 from kdrl_core.errors import EngineError
-from kdrl_core.logprobs.batch import PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.logprobs.model import LogprobModel
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
 from kdrl_core.types import ScoreRequest
 
 
@@ -35,7 +34,7 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[NDArray[np.float32]]:
-        """Logprobs [len(token_ids)] per request, in order. Raises EngineError for a logprob that is not finite."""
+        """Raises EngineError if a logprob is not finite."""
         scores: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(requests)
         for rows, batch in self._batches(requests):
             logprobs = self._logprobs(batch).logprobs.cpu().numpy()
@@ -46,12 +45,7 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
-        """Logprobs and the k likeliest tokens per request, in order.
-
-        Raises:
-            EngineError: a logprob is not finite.
-            ValueError: k is above the number of tokens.
-        """
+        """Raises as `score`, and ValueError if k is above the number of tokens."""
         if not 1 <= k <= self._num_tokens:
             raise ValueError(f"k: expected 1 to {self._num_tokens}, the tokens of the vocabulary, given {k}")
         scores: dict[int, TopKScore] = {}
@@ -75,7 +69,6 @@ class TransformersScorer:
         """Nothing: the model goes with the scorer."""
 
     def _batches(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[int], PaddedBatch]]:
-        """Padded batches, each with its rows."""
         lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in requests]
         for rows in token_budget_batches(lengths, max_tokens=self._batch_tokens):
             yield rows, pad_sequences([requests[row] for row in rows], device=self._model.device)

@@ -66,14 +66,9 @@ class VLLMSettings:
 
 
 class VLLMEngine:
-    """One vLLM engine in this process.
+    """One vLLM engine in this process, for a Hugging Face model directory.
 
-    Args:
-        model: Hugging Face model directory.
-        settings: how to start it.
-
-    Raises:
-        EngineError: vLLM is not installed, or cannot serve this model with these settings.
+    Raises EngineError if vLLM is not installed, or cannot serve this model with these settings.
     """
 
     def __init__(self, model: Path, settings: VLLMSettings) -> None:
@@ -143,10 +138,9 @@ class VLLMEngine:
         parameters: Callable[[int], Mapping[str, Any]],
         on_finished: Callable[[int, Any], None],
     ) -> None:
-        """Run requests, and report each result as soon as it is there.
+        """Run requests, prompts of token ids, and report each result as soon as it is there.
 
         Args:
-            prompts: token ids.
             parameters: row → arguments of vLLM's SamplingParams.
             on_finished: called with the row and vLLM's RequestOutput, which is not kept.
 
@@ -197,7 +191,6 @@ class VLLMEngine:
         self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
         with _one_at_a_time:
             if self._engine is not None:
                 _live.discard(id(self))
@@ -310,6 +303,5 @@ def _explained(model: Path, settings: VLLMSettings) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
     text = str(error) or type(error).__name__
     return text.strip().splitlines()[0][:300]

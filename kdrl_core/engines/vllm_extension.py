@@ -70,10 +70,7 @@ def renew_output_layer(model: Any) -> None:
 
 def release_pages(tensors: Iterable[Any]) -> None:
     """Give the pages of tensors on a CPU back to the system. The tensors keep their addresses and read as zeros when
-    they are next touched.
-
-    Raises:
-        RuntimeError: a tensor is on another device, since the engine was started without its sleep mode.
+    they are next touched. Raises RuntimeError if a tensor is on another device: the engine has no sleep mode then.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     for tensor in tensors:

@@ -14,20 +14,9 @@ _MAX_SEED = 2**63
 
 
 class VLLMRolloutEngine:
-    """`RolloutEngine` over vLLM.
+    """`RolloutEngine` over vLLM. `model` is the directory of the first policy. Raises EngineError as `VLLMEngine`.
 
     Each request has a seed of its own. As far as vLLM's kernels allow, a response does not depend on the others.
-
-    Args:
-        model: directory of the first policy.
-        tokenizer: decodes responses; special tokens are left out of the text.
-        settings: how the engine is started.
-        stop_ids: tokens that end a response and belong to it.
-        temperature: 0 is greedy, with the logprobs of softmax(logits).
-        max_response_tokens: longer responses are cut (`FinishReason.LENGTH`).
-
-    Raises:
-        EngineError: as `VLLMEngine`.
     """
 
     def __init__(
@@ -48,7 +37,6 @@ class VLLMRolloutEngine:
         self._max_response_tokens = max_response_tokens
 
     def load_weights(self, checkpoint_dir: Path) -> None:
-        """Load the weights of a checkpoint. Raises EngineError if they do not fit."""
         self._engine.load_weights(checkpoint_dir)
 
     def rebuild(self, checkpoint_dir: Path) -> None:
@@ -63,11 +51,7 @@ class VLLMRolloutEngine:
         on_finished: OnFinished | None = None,
         max_response_tokens: int | None = None,
     ) -> list[Rollout]:
-        """One response per request, in order.
-
-        Raises:
-            EngineError: a request does not fit the context, the policy's logits are not finite, or vLLM fails.
-        """
+        """Raises EngineError if a request does not fit the context, logits are not finite, or vLLM fails."""
         limit = min(max_response_tokens or self._max_response_tokens, self._max_response_tokens)
         rollouts: dict[int, Rollout] = {}
 
@@ -90,11 +74,9 @@ class VLLMRolloutEngine:
         return [rollouts[row] for row in range(len(requests))]
 
     def sleep(self) -> None:
-        """Free memory until it is used again, as `VLLMEngine.sleep`."""
         self._engine.sleep()
 
     def close(self) -> None:
-        """Stop the engine."""
         self._engine.close()
 
     def _rollout(self, request: RolloutRequest, completion: Any) -> Rollout:

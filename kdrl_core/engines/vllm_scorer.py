@@ -22,16 +22,13 @@ _Taken = TypeVar("_Taken")
 
 
 class VLLMScorer:
-    """`TeacherScorer` over vLLM.
+    """`TeacherScorer` over vLLM. Raises EngineError as `VLLMEngine`.
 
     Args:
         model: directory of the frozen model.
         settings: how the engine is started; `temperature` is the student's.
         num_tokens: ids from this number on are padding of the embedding, never among the top-K.
         max_topk: most tokens that `score_topk` will be asked for.
-
-    Raises:
-        EngineError: as `VLLMEngine`.
     """
 
     def __init__(self, model: Path, settings: VLLMSettings, *, num_tokens: int, max_topk: int = 0) -> None:
@@ -48,22 +45,13 @@ class VLLMScorer:
         self._engine = VLLMEngine(model, settings)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[NDArray[np.float32]]:
-        """Logprobs [len(token_ids)] float32 per request, in order.
-
-        Raises:
-            EngineError: a request does not fit the context, a logprob is not finite, or vLLM fails.
-        """
+        """Raises EngineError if a request does not fit the context, a logprob is not finite, or vLLM fails."""
         scores = [logprobs[:, 0] for logprobs in self._score(requests, 0, lambda _, logprobs: logprobs)]
         refuse_not_finite(scores)
         return scores
 
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
-        """Logprobs and the k likeliest tokens per request, in order.
-
-        Raises:
-            EngineError: as `score`.
-            ValueError: k is above the number of tokens.
-        """
+        """Raises as `score`, and ValueError if k is above the number of tokens."""
         if not 1 <= k <= self._num_tokens:
             raise ValueError(f"k: expected 1 to {self._num_tokens}, the tokens of the vocabulary, given {k}")
 
@@ -79,18 +67,13 @@ class VLLMScorer:
         return scores
 
     def sleep(self) -> None:
-        """Free memory until it is used again, as `VLLMEngine.sleep`."""
         self._engine.sleep()
 
     def close(self) -> None:
-        """Stop the engine."""
         self._engine.close()
 
     def _score(
-        self,
-        requests: Sequence[ScoreRequest],
-        k: int,
-        take: Callable[[NDArray[np.int32], NDArray[np.float32]], _Taken],
+        self, requests: Sequence[ScoreRequest], k: int, take: Callable[[NDArray[np.int32], NDArray[np.float32]], _Taken]
     ) -> list[_Taken]:
         """`take` applied to the ids and logprobs [n, 1 + k] of each response: the token itself, then the likeliest."""
         prompts = [[*request.prompt_token_ids, *request.token_ids] for request in requests]

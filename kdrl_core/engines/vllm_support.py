@@ -39,23 +39,12 @@ def vllm_version() -> str | None:
 
 
 def model_fault(
-    config: Mapping[str, Any],
-    *,
-    tensor_parallel: int,
-    kv_cache_gb: float | None,
-    device: str,
-    dtype: str,
-    tokens: int,
+    config: Mapping[str, Any], *, tensor_parallel: int, kv_cache_gb: float | None, device: str, dtype: str, tokens: int
 ) -> tuple[str, str] | None:
-    """Why vLLM cannot run a model; None if it can.
+    """Why vLLM cannot run a model whose sequences have up to `tokens` tokens; None if it can.
 
-    Args:
-        config: its config.json; a check is left out if its field is missing.
-        tensor_parallel, kv_cache_gb: as in `VLLMConfig`.
-        tokens: prompt and response of the longest sequence.
-
-    Returns:
-        the recipe's field that is in the way (empty: it is the model itself), and what is wrong.
+    A check is left out if its field of config.json, `config`, is missing. Returns the recipe's field that is in the way
+    (empty: it is the model itself), and what is wrong.
     """
     heads, split = config.get("num_attention_heads"), tensor_parallel
     if split > 1 and device == "cpu":

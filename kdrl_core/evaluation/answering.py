@@ -12,8 +12,7 @@ from kdrl_core.engines.from_recipe import rollout_engine
 from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.endpoint import ChatEndpoint, with_thought_tags
 from kdrl_core.evaluation.evaluation_plan import EvaluationPlan
-from kdrl_core.models.device import check_device
-from kdrl_core.models.loading import context_limit, load_tokenizer, read_config
+from kdrl_core.models.loading import check_device, context_limit, load_tokenizer, read_config
 from kdrl_core.sampling.job import Sampler
 from kdrl_core.sampling.responses import Response, engine_source
 from kdrl_core.types import FinishReason

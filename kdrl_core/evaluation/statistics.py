@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdrl_core.ledger.seeds import derive_seed
-from kdrl_core.verify.votes import vote_of
+from kdrl_core.verify.normalise import vote_of
 
 _RESAMPLES, _SEED_RESAMPLES = 1_000, 4_000
 
@@ -71,7 +71,7 @@ def powers_of_two(limit: int) -> list[int]:
 def majority(answers: Sequence[str | None], correct: Sequence[float]) -> float:
     """maj@k of one problem: the accuracy of its most frequent answer.
 
-    Answers count as one where `kdrl_core.verify.votes` spells them alike: no ground truth enters the vote. Tied answers
+    Answers count as one where `vote_of` spells them alike: no ground truth enters the vote. Tied answers
     share the win equally (the expected value of a random pick); a response without an answer casts no vote, and without
     any vote the problem is lost.
 

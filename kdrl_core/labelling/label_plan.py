@@ -12,8 +12,7 @@ from kdrl_core.config import Recipe, StageConfig
 from kdrl_core.data import find_files, read_problems
 from kdrl_core.data.text import normalize_questions
 from kdrl_core.errors import DataError, ModelError, RecipeError
-from kdrl_core.models.device import check_device
-from kdrl_core.models.loading import check_model_dir, context_limit
+from kdrl_core.models.loading import check_device, check_model_dir, context_limit
 
 ORIGIN_KEY = "kdrl.label."
 """Before a label's name: metadata of a Parquet file, how the label was measured."""

@@ -21,8 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdrl_core.logprobs.chunked_function import ChunkedStatistics
-from kdrl_core.logprobs.chunks import ChunkSettings, RunningSums, gather_into, logit_chunks, sum_dtype
+from kdrl_core.logprobs.chunked_function import (
+    ChunkedStatistics,
+    ChunkSettings,
+    RunningSums,
+    gather_into,
+    logit_chunks,
+    sum_dtype,
+)
 
 CHUNK_BYTES = 32 * 2**20
 """Default size of one chunk's logits; about three tensors of this size live at a time."""
@@ -133,10 +139,7 @@ def best_tokens(
 ) -> BestTokens:
     """Logprobs of `target_ids` and of the `k` likeliest tokens, the softmax taken over the whole vocabulary.
 
-    Args:
-        hidden, layer, target_ids, compute_dtype, chunk_bytes: as in `token_statistics`.
-        k: tokens to keep, at most `num_tokens`.
-        num_tokens: ids from here on are padding of the embedding, never among the best; None: none are.
+    Arguments as `token_statistics`; ids from `num_tokens` on are padding of the embedding, never among the best.
 
     Raises:
         ValueError: shapes do not match, a target is outside [0, V), or `k` is above the number of tokens.

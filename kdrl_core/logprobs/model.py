@@ -4,13 +4,18 @@ A model is asked for the hidden states that predict the response tokens, padding
 the rest. That is right for models whose logits are the output layer of their base model's last hidden states and
 nothing else: `LogprobModel` asks the model itself, once. For any other (scaled or soft-capped logits, as in Gemma 2; an
 output layer that is wrapped or quantised) it takes the model's own logits [B, T, V].
+
+Ragged token lists become padded tensors first: prompts left-padded, responses right-padded. B = responses, P = longest
+prompt, T = longest response of the batch.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdrl_core.logprobs.batch import PaddedBatch
 from kdrl_core.logprobs.chunked import (
     BestTokens,
     OutputLayer,
@@ -20,6 +25,85 @@ from kdrl_core.logprobs.chunked import (
     token_statistics,
 )
 from kdrl_core.objectives import topk_kl
+from kdrl_core.types import ScoreRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedBatch:
+    """Tensors of one forward pass."""
+
+    input_ids: Tensor
+    """[B, P + T] int64."""
+    attention_mask: Tensor
+    """[B, P + T] int64."""
+    position_ids: Tensor
+    """[B, P + T] int64."""
+    response_ids: Tensor
+    """[B, T] int64, 0 where padded."""
+    response_mask: Tensor
+    """[B, T] float32, 1 on response tokens, EOS included."""
+
+
+def pad_sequences(sequences: Sequence[ScoreRequest], *, device: torch.device | str = "cpu") -> PaddedBatch:
+    """Pad prompts and responses into one batch."""
+    prompt_width = max(len(s.prompt_token_ids) for s in sequences)
+    response_width = max(len(s.token_ids) for s in sequences)
+    ids = torch.zeros(len(sequences), prompt_width + response_width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        start, end = prompt_width - len(sequence.prompt_token_ids), prompt_width + len(sequence.token_ids)
+        ids[row, start:end] = torch.tensor([*sequence.prompt_token_ids, *sequence.token_ids])
+        mask[row, start:end] = 1
+    return PaddedBatch(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+        response_ids=ids[:, prompt_width:].to(device),
+        response_mask=mask[:, prompt_width:].float().to(device),
+    )
+
+
+def token_budget_batches(lengths: Sequence[tuple[int, int]], *, max_tokens: int) -> list[list[int]]:
+    """Split rows into batches of similar length with at most `max_tokens` padded tokens (at least one row each).
+
+    `lengths` has prompt and response tokens per row; padded are rows × (longest prompt + longest response) of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (sum(lengths[row]), row))
+    batches: list[list[int]] = []
+    prompt_width = response_width = 0
+    for row in order:
+        prompt, response = lengths[row]
+        widths = max(prompt_width, prompt), max(response_width, response)
+        if not batches or (len(batches[-1]) + 1) * sum(widths) > max_tokens:
+            batches.append([])
+            widths = prompt, response
+        batches[-1].append(row)
+        prompt_width, response_width = widths
+    return batches
+
+
+def deal_batches(batches: Sequence[Sequence[int]], *, ranks: int) -> tuple[list[list[list[int]]], list[int]]:
+    """Deal micro-batches to ranks, to each the same number of passes, which sharded training needs.
+
+    Neighbours in `batches`, which are alike in length, run at the same time. Where the number of batches is no multiple
+    of the ranks, the longest ones are halved; where rows run out, ranks repeat a row as an idle pass.
+
+    Returns:
+        the passes of every rank; how many of its last ones are idle.
+    """
+    parts = [list(rows) for rows in batches]
+    while len(parts) % ranks:
+        longest = max(range(len(parts)), key=lambda index: (len(parts[index]), index))
+        if len(parts[longest]) == 1:
+            break
+        rows = parts[longest]
+        parts[longest : longest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    missing = -len(parts) % ranks
+    dealt = [parts[rank::ranks] for rank in range(ranks)]
+    idle = [int(rank >= ranks - missing) for rank in range(ranks)]
+    for rank in range(ranks):
+        dealt[rank] += [parts[0]] * idle[rank]
+    return dealt, idle
 
 
 class LogprobHead(torch.nn.Module):
@@ -45,11 +129,9 @@ class LogprobHead(torch.nn.Module):
         floor: float = 0.0,
     ) -> TokenStatistics:
         """`token_statistics` of hidden states [N, H]."""
-        topk = None
-        if topk_ids is not None or topk_logits is not None:
-            if topk_ids is None or topk_logits is None:
-                raise ValueError("topk_ids and topk_logits: expected both or neither")
-            topk = TopKTeacher(topk_ids, topk_logits, floor)
+        if (topk_ids is None) != (topk_logits is None):
+            raise ValueError("topk_ids and topk_logits: expected both or neither")
+        topk = None if topk_ids is None or topk_logits is None else TopKTeacher(topk_ids, topk_logits, floor)
         return token_statistics(hidden, self.layer, target_ids, with_entropy=with_entropy, topk=topk)
 
     @property
@@ -59,12 +141,7 @@ class LogprobHead(torch.nn.Module):
 
 
 class LogprobModel(torch.nn.Module):
-    """A causal language model that answers with statistics of response tokens instead of logits.
-
-    Args:
-        model: a transformers model; its parameters are shared, not copied.
-        temperature: T of every result.
-    """
+    """A causal language model that answers with statistics of response tokens instead of logits."""
 
     def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
         super().__init__()
@@ -87,10 +164,8 @@ class LogprobModel(torch.nn.Module):
         """Statistics [B, T] of the response tokens of `batch`, float32 with gradient, 0 on padding.
 
         Args:
-            batch: padded sequences.
             topk_ids: [B, T, K] the teacher's K best tokens, for the Top-K KL; padding holds anything.
             topk_logits: [B, T, K] their logits (or logprobs) / T.
-            with_entropy: compute the entropy as well.
             floor: log-probability of the teacher's other tokens.
 
         Raises:
@@ -203,10 +278,8 @@ def response_logits(model: PreTrainedModel, batch: PaddedBatch, *, temperature: 
 def response_logprobs(
     logits: Tensor, batch: PaddedBatch, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Read off the response tokens of `batch` from `response_logits` [B, T, V].
-
-    Returns:
-        logprobs [B, T] float32 with gradient, 0 on padding; entropy [B, T] in nats likewise, or None.
+    """Of `response_logits` [B, T, V]: logprobs [B, T] float32 with gradient, 0 on padding; entropy in nats likewise, or
+    None.
     """
     log_probabilities = logits.log_softmax(-1)
     is_response = batch.response_mask.bool()
@@ -221,10 +294,7 @@ def response_logprobs(
 def _response_hidden(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
     """[B · T, H] last hidden states that predict the response tokens, with gradient."""
     hidden: Tensor = model.base_model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
     return hidden[:, -batch.response_ids.shape[1] - 1 : -1].flatten(0, 1)
 

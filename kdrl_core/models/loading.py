@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrl_core.config import ModelConfig, resolve_path
-from kdrl_core.errors import ModelError
+from kdrl_core.config import ModelConfig, Recipe, resolve_path
+from kdrl_core.errors import ModelError, RecipeError
 from kdrl_core.models.tokenizer import read_tokenizer, trust_hint
 
 if TYPE_CHECKING:
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def check_device(recipe: Recipe) -> None:
+    """Raise RecipeError if the recipe asks for a GPU that is not there."""
+    if recipe.runtime.device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            f"recipe {recipe.name}, field 'runtime.device': cuda is asked for, but torch sees no GPU; "
+            "set runtime.device=cpu or install a CUDA build of torch"
+        )
 
 
 def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
@@ -50,14 +63,11 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(
-            f"{where}: {path} is not a model directory, it has no config.json; "
-            f"give the folder that save_pretrained wrote"
-        ) from error
+        what = "is not a model directory, it has no config.json; give the folder that save_pretrained wrote"
+        raise ModelError(f"{where}: {path} {what}") from error
     except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(
-            f"{where}: {path / 'config.json'} cannot be read ({error}); download the model again"
-        ) from error
+        file = path / "config.json"
+        raise ModelError(f"{where}: {file} cannot be read ({error}); download the model again") from error
     if (path / _ADAPTER).is_file():
         raise ModelError(
             f"{where}: {path} is an adapter to another model ({_ADAPTER}); merge it into that model, save the result "
@@ -105,9 +115,7 @@ def _needs_own_code(values: dict[str, Any]) -> bool:
 
 
 def _tokenizer_needs_own_code(path: Path) -> bool:
-    if (path / "tokenizer.json").is_file():  # read as it is
-        return False
-    return "auto_map" in _tokenizer_config(path)
+    return not (path / "tokenizer.json").is_file() and "auto_map" in _tokenizer_config(path)  # the former is read as is
 
 
 def _shards(path: Path) -> list[str]:
@@ -145,14 +153,11 @@ def context_limit(config: dict[str, Any]) -> int | None:
 
 
 def compare_tokenizers(student: Path, teacher: Path) -> None:
-    """Refuse a teacher whose tokens mean something else than the student's.
+    """Refuse a teacher whose tokens mean something else than the student's. Raises ModelError.
 
     Compared are the token → id maps with the special tokens, and the token that ends a response, not vocabulary sizes:
     Qwen pads its embedding differently per model size while the tokenizers are the same. Compared is
     what both sides say: a directory without tokenizer.json, or without eos_token, is taken at its word.
-
-    Raises:
-        ModelError: names the first token that differs, or both ends.
     """
     ours, theirs = _vocabulary(student), _vocabulary(teacher)
     if ours is not None and theirs is not None and ours != theirs:
@@ -248,8 +253,7 @@ def load_model(
 def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
     """Copy the safetensors weights of `checkpoint_dir` into `model`, tied weights staying tied.
 
-    Raises:
-        ModelError: a weight is missing, unknown, or of another shape, or a file cannot be read.
+    Raises ModelError if a weight is missing, unknown, or of another shape, or a file cannot be read.
     """
     import torch
     from safetensors import SafetensorError
@@ -284,20 +288,20 @@ def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
 def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a response: the generation config's, of a model or of its directory, and the tokenizer's.
 
-    Raises:
-        ModelError: there are none.
+    Raises ModelError if there are none.
     """
     if isinstance(model, Path):
-        configured = _configured_eos(model)
+        file = model / "generation_config.json"  # as transformers has it; without that file, of config.json
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_config(model)
+        configured = values.get("eos_token_id")
     else:
         configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: no end-of-sequence token; set eos_token in its tokenizer_config.json"
-        )
+        where = tokenizer.name_or_path
+        raise ModelError(f"{where}: no end-of-sequence token; set eos_token in its tokenizer_config.json")
     return tuple(sorted(ids))
 
 
@@ -305,14 +309,6 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory that was checked by `check_model_dir`."""
     values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return values
-
-
-def _configured_eos(path: Path) -> int | list[int] | None:
-    """As transformers has it: of generation_config.json, or without that file of config.json."""
-    file = path / "generation_config.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_config(path)
-    configured: int | list[int] | None = values.get("eos_token_id")
-    return configured
 
 
 def _first_line(error: Exception) -> str:

@@ -1,12 +1,17 @@
-"""Models that transformers cannot train from as they are: GGUF files, turned once into plain model directories."""
+"""Model directories made of other models: of GGUF files, and with a temperature baked in for a served teacher.
+
+Servers give the logprobs of softmax(z) whatever temperature they sample at, while the teacher's have to be those of
+softmax(z / T), the policy that is sampled and distilled. A copy of the model whose output layer W is W / T gives just
+these. Tied embeddings are untied, since the input side keeps its scale.
+"""
 
 import hashlib
 from pathlib import Path
 
 from kdrl_core.config import ModelConfig, resolve_path
 from kdrl_core.errors import ModelError
-from kdrl_core.ledger import digest, is_published, publish_directory
-from kdrl_core.models.loading import check_model_dir
+from kdrl_core.ledger import Manifest, digest, is_published, publish_directory
+from kdrl_core.models.loading import check_model_dir, load_model, load_tokenizer
 
 _verified: set[Path] = set()
 """Converted models whose bytes this process has compared: they are large, and asked for often."""
@@ -16,10 +21,7 @@ def prepared_model(config: ModelConfig, run_root: Path) -> Path:
     """The Hugging Face model directory of a recipe's model.
 
     A GGUF file is converted on first use into `<artifacts>/models/<stem>-<hash of its path>/`, beside the runs and
-    shared by them.
-
-    Raises:
-        ModelError: the files are missing, or reading GGUF needs a package that is not installed.
+    shared by them. Raises ModelError if files are missing, or reading GGUF needs a package that is not installed.
     """
     check_model_dir(config, role="model")
     source = resolve_path(config.path)
@@ -66,3 +68,34 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
     plain.config.eos_token_id = tokenizer.eos_token_id
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def bake_temperature(model_dir: Path, output: Path, temperature: float) -> Manifest:
+    """Publish the copy of `model_dir` as `output`: an ordinary model directory in the model's own dtype.
+
+    Raises ModelError if the model cannot be loaded or its output layer is not a plain linear one, and ValueError if the
+    temperature is not above 0.
+    """
+    if not temperature > 0.0:
+        raise ValueError(f"temperature: expected a number above 0, given {temperature}")
+    import torch
+
+    model = load_model(model_dir, dtype="auto")
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    if not isinstance(head, torch.nn.Linear) or softcap:
+        raise ModelError(
+            f"{model_dir}: its output layer is no plain linear one, so no temperature can be baked into it"
+        )
+    with torch.no_grad():
+        head.weight = torch.nn.Parameter((head.weight.float() / temperature).to(head.weight.dtype))
+        if head.bias is not None:
+            head.bias = torch.nn.Parameter((head.bias.float() / temperature).to(head.bias.dtype))
+    model.config.tie_word_embeddings = False
+    tokenizer = load_tokenizer(model_dir)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return publish_directory(output, write, metadata={"source": str(model_dir), "temperature": temperature})

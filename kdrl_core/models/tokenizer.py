@@ -12,11 +12,7 @@ from kdrl_core.errors import ModelError
 
 
 def read_tokenizer(path: Path, *, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
-    """The tokenizer of a model directory, from disk only.
-
-    Raises:
-        ModelError: none can be read from there.
-    """
+    """The tokenizer of a model directory, from disk only. Raises ModelError if none can be read from there."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # costs seconds: only where a tokenizer is read
 
     options: dict[str, Any] = {"local_files_only": True}

@@ -25,12 +25,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdrl_core.objectives.public import *  # noqa: F403
+    from kdrl_core.objectives.advantages import group_advantages, kd_mask, shape_rewards, training_signals
+    from kdrl_core.objectives.aggregate import group_mean, token_mean
+    from kdrl_core.objectives.baselines import kd_rkl_loss, sft_loss
+    from kdrl_core.objectives.inputs import BetaSchedule, Objective, Responses, Totals
+    from kdrl_core.objectives.kl import kl_estimate, kl_policy_gradient, recorded_kl, register_estimator
+    from kdrl_core.objectives.loss import LOSS_METRICS, joint_loss, kdrl_loss
+    from kdrl_core.objectives.topk import topk_kl
 else:
 
     def __getattr__(name: str) -> Any:
         """Import torch with the first name that is used: recipes need `kinds` and `inputs` alone, which need none."""
-        public = import_module("kdrl_core.objectives.public")
-        if name not in ("__all__", *public.__all__):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(public, name)
+        if name in __all__:
+            for part in ("inputs", "advantages", "aggregate", "baselines", "kl", "loss", "topk"):
+                if hasattr(module := import_module(f"{__name__}.{part}"), name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "LOSS_METRICS",
+    "BetaSchedule",
+    "Objective",
+    "Responses",
+    "Totals",
+    "group_advantages",
+    "group_mean",
+    "joint_loss",
+    "kd_mask",
+    "kd_rkl_loss",
+    "kdrl_loss",
+    "kl_estimate",
+    "kl_policy_gradient",
+    "recorded_kl",
+    "register_estimator",
+    "sft_loss",
+    "shape_rewards",
+    "token_mean",
+    "topk_kl",
+    "training_signals",
+]

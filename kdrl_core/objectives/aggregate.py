@@ -15,21 +15,17 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.checks import as_float, as_is_response, check_counts, check_num_dims, check_shape
-from kdrl_core.objectives.inputs import Totals
+from kdrl_core.objectives.inputs import Totals, check_group_size, check_positive
 from kdrl_core.objectives.kinds import AGGREGATIONS
-from kdrl_core.objectives.scalars import check_group_size, check_positive
 
 
 def token_mean(values: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:
-    """Sum over response tokens divided by their count.
+    """Sum over response tokens divided by their count, a scalar.
 
     Args:
         values: [B, T]; the gradient flows through. Where `response_mask` is 0 they may be anything.
         response_mask: [B, T], 1 on response tokens.
         total_tokens: the optimiser step's response tokens, for micro-batches; None counts this mask.
-
-    Returns:
-        scalar.
 
     Raises:
         ValueError: shapes differ, a mask entry is neither 0 nor 1, `total_tokens` is no positive number, or neither it
@@ -51,7 +47,7 @@ def group_mean(
     num_groups: float | None = None,
     group_tokens: Tensor | None = None,
 ) -> Tensor:
-    """Mean over groups of (sum over the group's response tokens / their count); a group without tokens counts as 0.
+    """Mean over groups of (sum over the group's response tokens / their count); a group without tokens is 0. A scalar.
 
     Args:
         values: [B, T]; the gradient flows through. Where `response_mask` is 0 they may be anything.
@@ -60,9 +56,6 @@ def group_mean(
         num_groups: the optimiser step's groups, for micro-batches; None: B / G.
         group_tokens: [B] for each response the response tokens of its whole group, for micro-batches that split or
             reorder groups; needs `num_groups`.
-
-    Returns:
-        scalar.
 
     Raises:
         ValueError: shapes do not match, a mask entry is neither 0 nor 1, `group_size` does not divide B or is below 2,

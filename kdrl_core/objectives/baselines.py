@@ -17,18 +17,12 @@ from kdrl_core.objectives.kl import kl_policy_gradient
 
 
 def sft_loss(logprobs: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of the teacher's responses (14), minimised.
+    """Negative log-likelihood of the teacher's responses (14), a scalar, minimised. Raises as `token_mean`.
 
     Args:
         logprobs: [B, T] log π_θ of the teacher's tokens; the gradient flows here. Padding may hold anything.
         response_mask: [B, T], 1 on response tokens.
         total_tokens: response tokens of the whole optimiser step, for micro-batches.
-
-    Returns:
-        scalar.
-
-    Raises:
-        ValueError: as `token_mean`.
     """
     check_num_dims("logprobs", logprobs, "[B, T]")
     return -token_mean(logprobs, response_mask, total_tokens=total_tokens)
@@ -42,7 +36,7 @@ def kd_rkl_loss(
     old_logprobs: Tensor | None = None,
     total_tokens: float | Tensor | None = None,
 ) -> Tensor:
-    """KD-RKL as policy gradient (5), minimised; on-policy its gradient is −mean[R ∇log π_θ].
+    """KD-RKL as policy gradient (5), a scalar, minimised; on-policy its gradient is −mean[R ∇log π_θ].
 
     Args:
         logprobs: [B, T] log π_θ of the sampled tokens; the gradient flows here, through ρ.
@@ -50,9 +44,6 @@ def kd_rkl_loss(
         response_mask: [B, T], 1 on response tokens; padding may hold anything.
         old_logprobs: [B, T] log π_θold; None is strictly on-policy.
         total_tokens: response tokens of the whole optimiser step, for micro-batches.
-
-    Returns:
-        scalar.
 
     Raises:
         ValueError: shapes differ, or a constant logprob of a response token is not finite.

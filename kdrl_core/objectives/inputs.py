@@ -1,12 +1,16 @@
 """What goes into the joint loss: the objective, the responses' tensors, and the counts of the whole optimiser step.
 
 B = prompts × G responses, grouped contiguously; T = response tokens. Every logprob is that of softmax(logits / T) at
-the sampling temperature T. Importing this module imports no torch: recipes make an `Objective` of their fields.
+the sampling temperature T. Importing this module imports no torch: recipes make an `Objective` of their fields. It has
+the checks of plain values too: a `ValueError` names the argument, what was expected and what was given.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from decimal import Decimal
+from numbers import Integral
+from typing import TYPE_CHECKING, SupportsFloat
 
 from kdrl_core.objectives.kinds import ESTIMATORS, OBJECTIVES, ObjectiveKind
 
@@ -114,3 +118,81 @@ class Totals:
     """Groups, for "group_mean"."""
     group_tokens: "Tensor | Sequence[int] | None" = None
     """[B] for each response the response tokens of its whole group, for "group_mean"."""
+
+
+@dataclass(frozen=True, slots=True)
+class BetaSchedule:
+    """β(step) = max(β_init − δ · step, β_min) (Sec. 3.3): `BetaSchedule(init, decay, minimum)(step)`, steps from 0.
+
+    A function of the optimiser step alone, so that a resumed run has the same β. Computed in decimal: the values are
+    those that the formula gives on paper, and the floor is reached at exactly the step that it says (5e-3, 5e-5, 1e-3:
+    step 80).
+
+    Args:
+        init: β_init ≥ 0.
+        decay: δ ≥ 0 per step; 0 keeps β constant.
+        minimum: β_min ≥ 0. Above `init` it is β throughout, as the formula has it; recipes refuse that.
+
+    Raises:
+        ValueError: a value is no finite number or negative, or (when called) `step` is negative or no whole number.
+    """
+
+    init: float
+    decay: float = 0.0
+    minimum: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("init", "decay", "minimum"):
+            check_not_negative(name, getattr(self, name))
+
+    def __call__(self, step: int) -> float:
+        if not (as_number(step) >= 0 and as_number(step).is_integer()):
+            raise ValueError(f"step: expected a whole number of at least 0, given {step!r:.50}")
+        init, decay, minimum = (Decimal(str(value)) for value in (self.init, self.decay, self.minimum))
+        return float(max(init - decay * int(step), minimum))
+
+
+def check_choice(argument: str, name: str, choices: Iterable[str]) -> None:
+    """`name` is one of the variants."""
+    choices = tuple(choices)
+    if name not in choices:
+        raise ValueError(f"{argument}: expected one of {', '.join(choices)}, given {name!r}")
+
+
+def check_not_negative(argument: str, value: object) -> None:
+    """`value` is a finite number of at least 0, or a tensor of one without dimensions."""
+    if not 0.0 <= as_number(value) < math.inf:
+        raise ValueError(f"{argument}: expected a finite number of at least 0, given {value!r:.50}")
+
+
+def check_positive(argument: str, value: object) -> None:
+    """`value` is a finite number above 0, or a tensor of one without dimensions."""
+    if not 0.0 < as_number(value) < math.inf:
+        raise ValueError(f"{argument}: expected a finite number above 0, given {value!r:.50}")
+
+
+def check_log_probability(argument: str, value: object) -> None:
+    """`value` is a finite number of at most 0."""
+    if not -math.inf < as_number(value) <= 0.0:
+        raise ValueError(f"{argument}: expected a finite log-probability, at most 0, given {value!r:.50}")
+
+
+def as_number(value: object) -> float:
+    """`value` as a float; NaN for what is no single number: None, text, a truth value, a vector."""
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat) or getattr(value, "ndim", 0) != 0:
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+
+
+def check_group_size(group_size: object, num_rows: int | None = None) -> None:
+    """`group_size` is an integer of at least 2 and, where `num_rows` is given, divides it."""
+    if isinstance(group_size, bool) or not isinstance(group_size, Integral) or group_size < 2:
+        raise ValueError(f"group_size: expected an integer of at least 2, given {group_size!r}")
+    if num_rows is not None and num_rows % int(group_size):
+        raise ValueError(
+            f"group_size: expected a divisor of the number of responses {num_rows}, given {group_size}; "
+            "pass whole groups, contiguously"
+        )

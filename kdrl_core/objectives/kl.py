@@ -25,29 +25,17 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.checks import as_float, check_num_dims, check_shape
+from kdrl_core.objectives.inputs import check_choice
 from kdrl_core.objectives.kinds import ESTIMATORS, Estimator
 from kdrl_core.objectives.plugins import is_reference, parse_reference
-from kdrl_core.objectives.scalars import check_choice
 
 KLFunction = Callable[[Tensor], Tensor]
 """From R [B, T], with its gradient, to the estimate of each token [B, T]."""
 
 
-def _k1(log_ratio: Tensor) -> Tensor:
-    return -log_ratio.detach() + _gradient_of_k2(log_ratio)
-
-
-def _k2(log_ratio: Tensor) -> Tensor:
-    return 0.5 * log_ratio.square()
-
-
 def _k3(log_ratio: Tensor) -> Tensor:
     e_r_minus_1: Tensor = _MaskableExpm1.apply(log_ratio)
     return e_r_minus_1 - log_ratio
-
-
-def _k3_k2grad(log_ratio: Tensor) -> Tensor:
-    return _k3(log_ratio).detach() + _gradient_of_k2(log_ratio)
 
 
 def _gradient_of_k2(log_ratio: Tensor) -> Tensor:
@@ -73,7 +61,12 @@ def _stop_gradient_unless(condition: Tensor, values: Tensor) -> Tensor:
     return torch.where(condition, values, values.detach())
 
 
-KL_ESTIMATORS: dict[str, KLFunction] = {"k1": _k1, "k2": _k2, "k3": _k3, "k3_k2grad": _k3_k2grad}
+KL_ESTIMATORS: dict[str, KLFunction] = {
+    "k1": lambda log_ratio: -log_ratio.detach() + _gradient_of_k2(log_ratio),
+    "k2": lambda log_ratio: 0.5 * log_ratio.square(),
+    "k3": _k3,
+    "k3_k2grad": lambda log_ratio: _k3(log_ratio).detach() + _gradient_of_k2(log_ratio),
+}
 """The functions of those in `ESTIMATORS` that use the sampled tokens alone."""
 _OWN = tuple(ESTIMATORS)
 assert KL_ESTIMATORS.keys() == {name for name, row in ESTIMATORS.items() if not row.needs_topk}
@@ -108,7 +101,7 @@ def check_estimator(argument: str, name: str, *, with_topk: bool = False) -> Non
         ValueError: no such estimator.
         RecipeError: its file or module cannot be loaded.
     """
-    if is_reference(name) and name not in ESTIMATORS:
+    if name not in ESTIMATORS and is_reference(name):
         _add(name, parse_reference(name).load())
     check_choice(argument, name, ESTIMATORS if with_topk else KL_ESTIMATORS)
 

@@ -25,13 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_core.objectives.advantages import KD_MASKINGS
 from kdrl_core.objectives.aggregate import MEANS
-from kdrl_core.objectives.checks import as_float
+from kdrl_core.objectives.checks import as_float, refuse_bad_input
 from kdrl_core.objectives.inputs import Objective, Responses, Totals
 from kdrl_core.objectives.kinds import ESTIMATORS
-from kdrl_core.objectives.kl import kl_estimate, kl_policy_gradient
-from kdrl_core.objectives.masking import KD_MASKINGS
-from kdrl_core.objectives.refusals import refuse_bad_input
+from kdrl_core.objectives.kl import check_estimator, kl_estimate, kl_policy_gradient
 
 Metrics = dict[str, Tensor]
 
@@ -116,6 +115,8 @@ def joint_loss(responses: Responses, objective: Objective, totals: Totals) -> tu
             (of `entropy` and `topk` where they enter the loss).
         RecipeError: an estimator that is named as `file.py:name` cannot be loaded.
     """
+    check_estimator("kl_estimator", objective.kl_estimator, with_topk=True)
+    check_estimator("ref_kl_estimator", objective.ref_kl_estimator)
     is_response = refuse_bad_input(responses, objective, totals)
     sampled = _sampled(responses, objective, totals, is_response)
     loss, metrics = policy_gradient(responses, objective, sampled)

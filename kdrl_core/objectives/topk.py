@@ -15,16 +15,11 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
-from kdrl_core.objectives.scalars import check_log_probability
+from kdrl_core.objectives.inputs import check_log_probability
 
 
 def topk_kl(
-    student_logits: Tensor,
-    topk_ids: Tensor,
-    topk_logits: Tensor,
-    *,
-    floor: float,
-    response_mask: Tensor | None = None,
+    student_logits: Tensor, topk_ids: Tensor, topk_logits: Tensor, *, floor: float, response_mask: Tensor | None = None
 ) -> Tensor:
     """Reverse KL per token against the renormalised top-K teacher (A.3); lower is closer to the teacher.
 

@@ -37,7 +37,7 @@ from kdrl_core.tables.columns import verdict_columns
 from kdrl_core.tables.schemas import write_table
 from kdrl_core.types import Verdict
 from kdrl_core.verify import Verifier
-from kdrl_core.verify.failures import refuse_failures
+from kdrl_core.verify.screening import refuse_failures
 
 _logger = logging.getLogger("kdrl")
 
@@ -174,13 +174,9 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 @contextmanager
 def hold_work(work: Path, lock_name: str, *, remedy: str) -> Iterator[None]:
-    """Hold the folder `work` alone, and sweep what a kill has left in it.
+    """Hold the folder `work` alone, and sweep what a kill has left in it. `remedy` ends the sentence of the error.
 
-    Args:
-        remedy: end of the error's sentence, behind who holds it.
-
-    Raises:
-        RunLockedError: another process works in it.
+    Raises RunLockedError if another process works in it.
     """
     lock = work / lock_name
     with ExitStack() as stack:

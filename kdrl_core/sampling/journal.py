@@ -24,13 +24,10 @@ _logger = logging.getLogger("kdrl")
 
 
 class Journal:
-    """The responses to some requests, as far as they are there.
+    """The responses to some requests, as far as they are there. The file is made with the first response.
 
-    Args:
-        path: of the file; made with the first response.
-        requests: what is asked; other responses in the file are passed over.
-        settings: what the responses depend on beside their seeds, as text or a hash: lines of other settings count as
-            damaged.
+    `settings`, as text or a hash, are what the responses depend on beside their seeds. Other responses in the file are
+    passed over; lines of other settings count as damaged.
     """
 
     def __init__(self, path: Path, requests: Sequence[RolloutRequest], *, settings: str) -> None:
@@ -69,7 +66,9 @@ class Journal:
             return
         self._found.update(new)
         after_s = time.time() - self._began
-        lines = [self._line({**asdict(one), "call": self._began, "after_s": after_s}) for one in new.values()]
+        values = [{**asdict(one), "call": self._began, "after_s": after_s} for one in new.values()]
+        payloads = [json.dumps(each).encode() for each in values]
+        lines = [self._checksum(payload) + b" " + payload + b"\n" for payload in payloads]
         with storage_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:
@@ -100,10 +99,6 @@ class Journal:
                 listed,
                 len(damaged),
             )
-
-    def _line(self, values: dict[str, Any]) -> bytes:
-        payload = json.dumps(values).encode()
-        return self._checksum(payload) + b" " + payload + b"\n"
 
     def _values(self, line: bytes) -> dict[str, Any]:
         checksum, _, payload = line.partition(b" ")

@@ -1,11 +1,15 @@
-"""What is asked, what answers, and the responses with the columns that every table of responses has."""
+"""What is asked, what answers, and the responses: to train on they keep tokens and logprobs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdrl_core.engines.protocols import RolloutEngine
+import pyarrow as pa
+
+from kdrl_core.engines.protocols import OnFinished, RolloutEngine
 from kdrl_core.ledger import derive_seed
+from kdrl_core.tables.columns import repetition_rate
+from kdrl_core.tables.schemas import ROLLOUTS
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
 
@@ -32,12 +36,10 @@ returns all in the order of the requests; what it returns counts."""
 
 
 def requests_for(prompts: Mapping[str, Sequence[int]], samples: int, *seed_names: object) -> list[RolloutRequest]:
-    """`samples` requests per prompt, those of a prompt together.
+    """`samples` requests per prompt (prompt_id → prompt_token_ids), those of a prompt together, in order.
 
-    Args:
-        prompts: prompt_id → prompt_token_ids, in order.
-        seed_names: a response's seed is `derive_seed(*seed_names, prompt_id, sample)`. So it depends neither on the
-            other prompts nor on the shard.
+    A response's seed is `derive_seed(*seed_names, prompt_id, sample)`. So it does not depend on other prompts or
+    the shard.
     """
     return [
         RolloutRequest(
@@ -52,11 +54,7 @@ def requests_for(prompts: Mapping[str, Sequence[int]], samples: int, *seed_names
 
 
 def engine_source(engine: RolloutEngine, max_response_tokens: int | None = None) -> Source:
-    """A rollout engine as `Source`.
-
-    Args:
-        max_response_tokens: fewer than the engine's own limit; None: that one.
-    """
+    """A rollout engine as `Source`; `max_response_tokens` is a limit below its own."""
 
     def answer(requests: Sequence[RolloutRequest], on_finished: OnResponses) -> list[Response]:
         seeds = {(request.prompt_id, request.sample): request.seed for request in requests}
@@ -90,12 +88,7 @@ def responses_of(rollouts: Sequence[Rollout], seeds: Sequence[int]) -> list[Resp
 
 
 def response_columns(responses: Sequence[Response], ground_truths: Mapping[str, str]) -> dict[str, list[Any]]:
-    """What every table of responses has: `prompt_id`, `sample`, `response`, `ground_truth`, `length`, `finish_reason`
-    and `seed`.
-
-    Args:
-        ground_truths: by prompt_id.
-    """
+    """The columns of every table of responses. `ground_truths` by prompt_id."""
     return {
         "prompt_id": [r.prompt_id for r in responses],
         "sample": [r.sample for r in responses],
@@ -105,3 +98,52 @@ def response_columns(responses: Sequence[Response], ground_truths: Mapping[str, 
         "finish_reason": [r.finish_reason.value for r in responses],
         "seed": [r.seed for r in responses],
     }
+
+
+def generate(
+    engine: RolloutEngine,
+    requests: Sequence[RolloutRequest],
+    *,
+    on_finished: OnFinished,
+    on_progress: Callable[[int, int], None],
+) -> list[Rollout]:
+    """One response per request, in order. `on_finished` hears responses while others are still being generated, so that
+    their verification can begin; `on_progress` hears how many there are by then, and of how many.
+    """
+    done = 0
+
+    def finished(rollouts: Sequence[Rollout]) -> None:
+        nonlocal done
+        done += len(rollouts)
+        on_progress(done, len(requests))
+        on_finished(rollouts)
+
+    return engine.generate(requests, on_finished=finished)
+
+
+def rollouts_table(
+    requests: Sequence[RolloutRequest],
+    rollouts: Sequence[Rollout],
+    problems: Mapping[str, Mapping[str, Any]],
+    *,
+    policy_version: int,
+    engine: str,
+) -> pa.Table:
+    """ROLLOUTS, a row per response, in order. `problems` are rows of the pool by problem_id; `policy_version` is
+    the number of updates behind the sampling policy, -1 for the teacher.
+    """
+    asked = [problems[rollout.prompt_id] for rollout in rollouts]
+    truths = {problem["problem_id"]: problem["answer"] for problem in asked}
+    return pa.Table.from_pydict(
+        {
+            **response_columns(responses_of(rollouts, [request.seed for request in requests]), truths),
+            "prompt": [problem["prompt"] for problem in asked],
+            "prompt_token_ids": [r.prompt_token_ids for r in rollouts],
+            "token_ids": [r.token_ids for r in rollouts],
+            "rollout_logprobs": [r.logprobs for r in rollouts],
+            "repetition_rate": [repetition_rate(r.token_ids) for r in rollouts],
+            "policy_version": [policy_version] * len(rollouts),
+            "engine": [engine] * len(rollouts),
+        },
+        schema=ROLLOUTS,
+    )

@@ -19,7 +19,7 @@ import numpy as np
 from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger import ConstantFiles, Listing
-from kdrl_core.logprobs.batch import deal_batches, token_budget_batches
+from kdrl_core.logprobs.model import deal_batches, token_budget_batches
 from kdrl_core.training.losses import refuse_not_finite, totals_of
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
 from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch
@@ -29,17 +29,14 @@ from kdrl_core.types import ScoreRequest
 
 
 class DeepSpeedTrainer:
-    """`Trainer` over a model directory, with ranks that are processes of their own.
+    """`Trainer` over a model directory, with ranks that are processes of their own; every rank loads it once.
 
     Args:
-        model: directory of the initial policy; every rank loads it once.
         tokenizer: written beside exported weights.
         settings: of the optimiser; micro-batches are a rank's.
-        config: engine, ranks, ZeRO stage, time limits.
         folder: for the ranks' log and their key; made anew.
         runtime: device, torch threads of a rank, and `dtype`: `bfloat16` for bfloat16 weights beside float32 masters
             (stage 0: autocast), or `float32`.
-        trust_remote_code: run code shipped with the model.
 
     Raises:
         EngineError: the ranks cannot be started, or are not ready in time.
@@ -87,15 +84,10 @@ class DeepSpeedTrainer:
 
     @property
     def step(self) -> int:
-        """Updates done so far."""
         return self._step
 
     def update(self, batch: UpdateBatch) -> StepStats:
-        """One optimiser step over all responses of `batch`.
-
-        Raises:
-            EngineError: loss or gradient norm is not finite, and nothing was changed; or a rank failed.
-        """
+        """Raises EngineError if loss or gradient norm is not finite, and nothing was changed; or if a rank failed."""
         lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
         batches = token_budget_batches(lengths, max_tokens=self._micro_batch_tokens)
         dealt, num_idle = deal_batches(batches, ranks=self._config.ranks)
@@ -125,7 +117,7 @@ class DeepSpeedTrainer:
         )
 
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
-        """Logprobs [len(token_ids)] per sequence; every rank goes through all of them."""
+        """Every rank goes through all of the sequences."""
         zeros = [0.0] * len(sequences)
         batch = UpdateBatch(sequences=sequences, advantages=zeros, kd_weights=zeros)
         work = RankWork(batch=batch, passes=[range(len(sequences))], num_idle=0, totals=totals_of(batch))
@@ -138,23 +130,19 @@ class DeepSpeedTrainer:
         return list(ragged(replies[0].arrays["logprobs"], lengths))
 
     def save(self, path: Path) -> Listing:
-        """Write model directory and optimiser, scheduler and step to the folder `path`, as `TorchTrainer.save`."""
         self._command("save", path)
         return self._tokenizer_files.write(path)
 
     def load(self, path: Path) -> None:
-        """Go on from a folder that a trainer's `save` wrote. Raises RunError if it has no trainer state."""
+        """Raises RunError if there is no trainer state."""
         require_state(path)
         self._step = self._command("load", path)
 
     def export_hf(self, path: Path) -> Listing:
-        """Write weights, config, generation config, tokenizer and chat template to the folder `path`, as
-        `TorchTrainer.export_hf`."""
         self._command("export", path)
         return self._tokenizer_files.write(path)
 
     def close(self) -> None:
-        """End the ranks."""
         self._ranks.close()
 
     def _command(self, command: str, path: Path) -> int:

@@ -14,28 +14,17 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from kdrl_core.training.messages import Arrays, RankWork, pack, unpack
+from kdrl_core.training.messages import pack, unpack
 from kdrl_core.training.rank_group import call_back
-
-if TYPE_CHECKING:
-    import torch
-
-    from kdrl_core.training.losses import TokenRecord
 
 _PR_SET_PDEATHSIG = 1
 _SHOW_AT = 0.9
 """Share of a time limit after which a rank prints what it is doing."""
-
-Answer = tuple[dict[str, Any], Arrays]
 
 
 def main() -> int:
@@ -48,14 +37,16 @@ def main() -> int:
     connection = call_back(spec)
     commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, commands), daemon=True).start()
-    rank: _Rank | None = None
+    rank: Any = None
     message = b""
     limit_s = spec["settings"]["start_timeout_s"]
     while True:
         faulthandler.dump_traceback_later(_SHOW_AT * limit_s)  # in the group's log, which ends the error of a time-out
         try:
             if rank is None:
-                rank = _Rank(spec["settings"])
+                from kdrl_core.training.deepspeed_rank import Rank  # takes seconds: after the call back
+
+                rank = Rank(spec["settings"])
                 header, arrays = rank.state()
             else:
                 header, arrays = rank.answer(*unpack(message))
@@ -75,262 +66,6 @@ def _read(connection: Connection, commands: "queue.SimpleQueue[bytes]") -> None:
             commands.put(connection.recv_bytes())
     except (EOFError, OSError):
         os._exit(1)
-
-
-class _Rank:
-    """Model, engine and optimiser of one rank."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        import deepspeed
-        import torch
-        from deepspeed.accelerator import get_accelerator
-
-        from kdrl_core.logprobs.model import LogprobModel
-        from kdrl_core.models.loading import load_model
-        from kdrl_core.training.extensions import use_kernel_lock
-        from kdrl_core.training.torch_trainer import make_optimizer
-        from kdrl_core.training.zero_state import set_weights
-
-        self._settings = settings
-        self._is_bfloat16 = settings["dtype"] == "bfloat16"
-        self._step = 0
-        torch.set_num_threads(settings["num_threads"])
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-        use_kernel_lock()
-        timeout = timedelta(seconds=max(settings["start_timeout_s"], settings["step_timeout_s"]))
-        deepspeed.init_distributed(verbose=False, timeout=timeout)
-        self._model = load_model(Path(settings["model"]), trust_remote_code=settings["trust_remote_code"]).train()
-        if settings["activation_checkpointing"]:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        initial = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
-        self._names = list(initial)
-        optimizer, self._schedule = make_optimizer(
-            self._model, settings["learning_rate"], settings["weight_decay"], settings["warmup_steps"]
-        )
-        self._optimizer = optimizer
-        vectors = max((p.numel() for p in self._model.parameters() if p.ndim == 1), default=0)
-        self._engine: Any = deepspeed.initialize(
-            model=LogprobModel(self._model, temperature=settings["temperature"]),
-            optimizer=optimizer,
-            config=engine_config(settings, whole_below=vectors + 1),
-        )[0]
-        self._device = torch.device(get_accelerator().current_device_name())
-        if self._is_mixed:
-            set_weights(self._engine, self._model, initial)  # not those that bfloat16 has rounded
-        _unname_buffers()
-
-    @property
-    def _is_mixed(self) -> bool:
-        """Whether the model computes with bfloat16 weights; stage 0 has float32 weights and autocast."""
-        return self._is_bfloat16 and self._settings["zero_stage"] > 0
-
-    def state(self) -> Answer:
-        """The answer to a command without results."""
-        return {"step": self._step}, {}
-
-    def answer(self, header: dict[str, Any], arrays: Arrays) -> Answer:
-        """Carry out one command."""
-        commands: dict[str, Callable[[], Answer]] = {
-            "update": lambda: self._update(RankWork.unpack(header, arrays)),
-            "score": lambda: self._score(RankWork.unpack(header, arrays)),
-            "save": lambda: self._save(Path(header["path"])),
-            "export": lambda: self._export(Path(header["path"])),
-            "load": lambda: self._load(Path(header["path"])),
-        }
-        return commands[header["command"]]()
-
-    def _update(self, work: RankWork) -> Answer:
-        import torch
-
-        from kdrl_core.ledger.seeds import derive_seed
-        from kdrl_core.training.losses import TokenRecord
-
-        seed = derive_seed(self._settings["seed"], "update", self._step)
-        torch.manual_seed((seed + torch.distributed.get_rank()) % 2**63)
-        learning_rate = float(self._schedule.get_last_lr()[0])
-        metrics: list[dict[str, float]] = []
-        record = TokenRecord(work.batch)
-        for index in range(len(work.passes)):
-            metrics.append(self._forward_backward(work, index, record))
-        grad_norm = self._step_optimizer()
-        answer = {"metrics": metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "step": self._step}
-        found = {"logprobs": np.concatenate(record.logprobs)}
-        if record.entropies is not None:
-            found["entropies"] = np.concatenate(record.entropies)
-        return answer, found
-
-    def _forward_backward(self, work: RankWork, index: int, record: "TokenRecord") -> dict[str, float]:
-        """One micro-batch: gradients accumulate in the engine, what it finds out in the record; returns metrics."""
-        import torch
-
-        from kdrl_core.logprobs.batch import pad_sequences
-        from kdrl_core.training.losses import micro_batch_loss, micro_batch_statistics
-
-        batch, rows, engine = work.batch, work.passes[index], self._engine
-        is_idle = index >= len(work.passes) - work.num_idle
-        is_last = index == len(work.passes) - 1
-        engine.set_gradient_accumulation_boundary(is_last)
-        padded = pad_sequences([batch.sequences[row] for row in rows], device=self._device)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed):
-            statistics = micro_batch_statistics(engine, batch, rows, padded)
-        loss, found = micro_batch_loss(statistics, batch, rows, padded, work.totals)
-        metrics = {name: float(value) for name, value in found.items()}
-        # The engine takes the mean over ranks, where the loss is a sum.
-        scale = 0.0 if is_idle else float(torch.distributed.get_world_size())
-        if is_last and not self._agree(bool(np.isfinite(list(metrics.values())).all())):
-            scale = float("nan")  # the step is then refused by all ranks for its gradient
-        engine.backward(loss * scale, scale_wrt_gas=False)
-        if is_idle:
-            return {}
-        record.add(statistics, rows, padded)
-        return metrics
-
-    def _score(self, work: RankWork) -> Answer:
-        import torch
-
-        from kdrl_core.logprobs.batch import pad_sequences
-
-        padded = pad_sequences(work.batch.sequences, device=self._device)
-        self._engine.eval()
-        with (
-            torch.no_grad(),
-            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed),
-        ):
-            logprobs = self._engine(padded).logprobs
-        self._engine.train()
-        found = logprobs.cpu()[padded.response_mask.bool().cpu()].numpy()
-        return {"step": self._step}, {"logprobs": found}
-
-    def _agree(self, is_fine: bool) -> bool:
-        """Whether all ranks say so."""
-        import torch
-
-        flag = torch.tensor(float(is_fine), device=self._device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-        return bool(flag.item())
-
-    def _step_optimizer(self) -> float:
-        """Clip and step, unless the gradient is not finite; returns its norm, which then is infinite or NaN."""
-        import torch
-
-        engine = self._engine
-        if self._settings["zero_stage"] == 0:
-            norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._settings["max_grad_norm"])
-            if not torch.isfinite(norm):
-                engine.zero_grad()
-                return float(norm)
-            engine.step()
-        else:
-            engine.step()
-            norm = engine.get_global_grad_norm()
-            if not engine.was_step_applied():
-                return float("nan")
-        self._schedule.step()
-        self._step += 1
-        return float(norm)
-
-    def _export(self, path: Path) -> Answer:
-        from kdrl_core.training.zero_state import full_weights
-
-        is_first = self._is_first()
-        weights = full_weights(self._engine, self._model, keep=is_first)
-        if is_first:
-            self._write_model(path, weights)
-        return self.state()
-
-    def _save(self, path: Path) -> Answer:
-        from kdrl_core.training.torch_trainer import write_state
-        from kdrl_core.training.zero_state import full_moments
-
-        self._export(path)
-        is_first = self._is_first()
-        moments = full_moments(self._engine, self._model, keep=is_first)
-        if is_first:
-            groups = [
-                {**{k: v for k, v in group.items() if k != "params"}, "params": list(range(len(self._names)))}
-                for group in self._optimizer.param_groups
-            ]
-            write_state(
-                path,
-                step=self._step,
-                moments={self._names.index(name): state for name, state in moments.items()},
-                param_groups=groups,
-                schedule=self._schedule.state_dict(),
-            )
-        return self.state()
-
-    def _load(self, path: Path) -> Answer:
-        from kdrl_core.models.loading import load_model
-        from kdrl_core.training.torch_trainer import read_state
-        from kdrl_core.training.zero_state import set_moments, set_weights
-
-        source = load_model(path, trust_remote_code=self._settings["trust_remote_code"])
-        weights = dict(source.named_parameters())
-        set_weights(self._engine, self._model, weights)
-        state, moments = read_state(path)
-        set_moments(self._engine, self._model, {self._names[index]: value for index, value in moments.items()})
-        for group, saved in zip(self._optimizer.param_groups, state["param_groups"], strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
-        self._schedule.load_state_dict(state["schedule"])
-        self._step = state["step"]
-        return self.state()
-
-    def _write_model(self, path: Path, weights: "dict[str, torch.Tensor]") -> None:
-        """A model directory as the plain trainer writes it: a model of float32 weights without storage takes them."""
-        import copy
-
-        import torch
-
-        config = copy.deepcopy(self._model.config)
-        config.dtype = torch.float32
-        with torch.device("meta"):
-            shell = type(self._model)(config)
-        shell.load_state_dict(weights, strict=False, assign=True)
-        shell.tie_weights()
-        shell.generation_config = self._model.generation_config
-        shell.save_pretrained(path)
-
-    def _is_first(self) -> bool:
-        import torch
-
-        return int(torch.distributed.get_rank()) == 0
-
-
-def _unname_buffers() -> None:
-    """Take the names off DeepSpeed's buffers in shared memory, which nobody else does: all ranks have them mapped by
-    now, and without names they are freed with the last rank, however it ends."""
-    import torch
-
-    torch.distributed.barrier()
-    place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{torch.distributed.get_rank()}"
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{place}"):  # noqa: S108
-        buffer.unlink(missing_ok=True)
-
-
-def engine_config(settings: dict[str, Any], *, whole_below: int) -> dict[str, Any]:
-    """DeepSpeed's configuration.
-
-    Args:
-        settings: of the worker.
-        whole_below: ZeRO-3 keeps parameters with fewer numbers on every rank.
-    """
-    stage = settings["zero_stage"]
-    zero: dict[str, Any] = {"stage": stage}
-    if stage == 3:
-        zero["stage3_param_persistence_threshold"] = whole_below
-    if settings["offload_optimizer"]:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": settings["device"] != "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # batches are cut by tokens, so this is only a formality
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings["max_grad_norm"] if stage > 0 else 0.0,
-        "zero_optimization": zero,
-        "bf16": {"enabled": settings["dtype"] == "bfloat16" and stage > 0},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, for the same numbers with and without offload
-        "steps_per_print": None,
-    }
 
 
 if __name__ == "__main__":

@@ -10,15 +10,11 @@ import os
 
 
 class KernelBaton:
-    """`torch.utils.file_baton.FileBaton` by `flock`, on a file of its own beside torch's, which is never deleted.
+    """`torch.utils.file_baton.FileBaton` by `flock`, on a file `.kernel` beside torch's, which is never deleted. It
+    needs none of torch's intervals of waiting and warning.
 
     Everybody gets it in turn, and so nobody relies on what a killed holder has left half-built: ninja builds what is
     not up to date.
-
-    Args:
-        lock_file_path: torch's name for its lock; this one's is `.kernel` behind it.
-        wait_seconds: torch's interval of looking, not needed.
-        warn_after_seconds: when torch warns that it waits, not needed.
     """
 
     def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: int | None = None) -> None:

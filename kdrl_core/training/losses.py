@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from kdrl_core.errors import EngineError
-from kdrl_core.logprobs.batch import PaddedBatch
 from kdrl_core.logprobs.chunked import TokenStatistics
+from kdrl_core.logprobs.model import PaddedBatch
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
 from kdrl_core.training.protocols import Float32s, UpdateBatch
@@ -44,16 +44,8 @@ def totals_of(batch: UpdateBatch) -> Totals:
 def micro_batch_statistics(
     model: Callable[..., TokenStatistics], batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch
 ) -> TokenStatistics:
-    """What the loss of the responses `rows` needs of the policy: one forward pass of a `LogprobModel` (or its engine).
-
-    Args:
-        model: called as `LogprobModel.forward`.
-        batch: the whole step.
-        rows: which of its responses are in `padded`, in order.
-        padded: those responses as tensors.
-
-    Raises:
-        ValueError: as `LogprobModel.forward`.
+    """What the loss of the responses `rows` of a step needs of the policy: one forward pass of a `LogprobModel` (or its
+    engine). `padded` has those responses as tensors, in order. Raises ValueError as `LogprobModel.forward`.
     """
     is_joint = batch.objective.variant.loss == "joint"
     if batch.topk_ids is None or not is_joint:
@@ -65,17 +57,12 @@ def micro_batch_statistics(
 def micro_batch_loss(
     statistics: TokenStatistics, batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch, totals: Totals
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of the responses `rows` of a step, to be back-propagated and summed over micro-batches.
+    """Loss of the responses `rows` of a step, to be back-propagated and summed over micro-batches; its metrics.
 
     Args:
         statistics: [b, T] of `micro_batch_statistics`, with gradient.
-        batch: the whole step.
-        rows: which of its responses are in `padded`, in order.
-        padded: those responses as tensors.
+        padded: the responses `rows` as tensors, in order.
         totals: `totals_of(batch)`.
-
-    Returns:
-        scalar loss; its detached metrics.
 
     Raises:
         ValueError: as `joint_loss` and `sft_loss`.
@@ -104,11 +91,7 @@ def micro_batch_loss(
 
 
 class TokenRecord:
-    """What a trainer finds out about every response token of a step, put together from its micro-batches.
-
-    Args:
-        batch: the step, or a rank's share of it.
-    """
+    """What a trainer finds out about every response token of a step, or of a rank's share of it."""
 
     def __init__(self, batch: UpdateBatch) -> None:
         empty = np.empty(0, np.float32)

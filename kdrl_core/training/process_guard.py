@@ -10,8 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 _POLL_S = 0.1
+
+
+def kill_group(group: int) -> None:
+    """End every process of a group at once; nothing if none is left."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def main() -> int:

@@ -36,17 +36,15 @@ PER_TOKEN = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """How a trainer updates the policy, the same for every step of a stage."""
+    """How a trainer updates the policy, the same for every step of a stage; the fields are those of `StageConfig`."""
 
     temperature: float
     """Of the sampled policy; every logprob is taken at it."""
     learning_rate: float
-    """AdamW's, reached after the warm-up."""
     weight_decay: float
     warmup_steps: int
     """Linear warm-up; the first update already moves."""
     max_grad_norm: float
-    """Gradients are clipped to this norm."""
     micro_batch_tokens: int
     """Padded tokens per forward and backward pass, of each rank."""
     seed: int = 0
@@ -54,7 +52,6 @@ class OptimizerSettings:
 
     @classmethod
     def of(cls, stage: StageConfig, *, seed: int) -> Self:
-        """Those of a recipe's stage, whose fields have the same names."""
         return cls(seed=seed, **{each.name: getattr(stage, each.name) for each in fields(cls) if each.name != "seed"})
 
 

@@ -29,7 +29,7 @@ import kdrl_core
 from kdrl_core.errors import EngineError
 from kdrl_core.training import process_guard
 from kdrl_core.training.messages import Arrays, pack, unpack
-from kdrl_core.training.process_groups import kill_group
+from kdrl_core.training.process_guard import kill_group
 
 WORKER = "kdrl_core.training.deepspeed_worker"
 SPEC = "ranks.json"
@@ -60,7 +60,6 @@ class RankGroup:
         settings: what the workers are told at their start, JSON.
         hostfile: DeepSpeed's; None starts all ranks here.
         master_port: for the ranks' rendezvous; None takes a free one.
-        environment: variables of the ranks.
         start_timeout_s: until every rank has called back and is ready.
 
     Raises:
@@ -104,12 +103,7 @@ class RankGroup:
                 raise
 
     def ask(self, messages: Sequence[bytes], *, doing: str, timeout_s: float) -> list[Reply]:
-        """Send each rank its message and return their answers, by rank.
-
-        Args:
-            messages: one for each rank.
-            doing: named in errors.
-            timeout_s: until the last answer.
+        """Send each rank its message and return their answers, by rank. Errors say what was `doing`.
 
         Raises:
             EngineError: a rank died, raised an error, or did not answer in time; the group is closed.

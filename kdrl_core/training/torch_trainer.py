@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed
-from kdrl_core.logprobs.batch import pad_sequences, token_budget_batches
-from kdrl_core.logprobs.model import LogprobModel
+from kdrl_core.logprobs.model import LogprobModel, pad_sequences, token_budget_batches
 from kdrl_core.models.loading import load_weights_into
 from kdrl_core.training.losses import (
     TokenRecord,
@@ -34,12 +33,9 @@ _STATE = "state.json"
 
 
 class TorchTrainer:
-    """`Trainer` over a transformers model in float32.
+    """`Trainer` over a transformers model in float32, trained in place. `tokenizer` is written beside exported weights.
 
     Args:
-        model: the initial policy; trained in place.
-        tokenizer: written beside exported weights.
-        settings: of the optimiser.
         autocast_dtype: run the forward pass in this dtype (bfloat16 on GPUs); None keeps float32.
         activation_checkpointing: recompute activations in the backward pass.
     """
@@ -67,15 +63,10 @@ class TorchTrainer:
 
     @property
     def step(self) -> int:
-        """Updates done so far."""
         return self._step
 
     def update(self, batch: UpdateBatch) -> StepStats:
-        """One optimiser step over all responses of `batch`.
-
-        Raises:
-            EngineError: loss or gradient norm is not finite; nothing was changed.
-        """
+        """Raises EngineError if loss or gradient norm is not finite; nothing was changed."""
         torch.manual_seed(derive_seed(self._settings.seed, "update", self._step) % 2**63)
         totals = totals_of(batch)
         metrics: defaultdict[str, float] = defaultdict(float)
@@ -107,7 +98,6 @@ class TorchTrainer:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
-        """Logprobs [len(token_ids)] per sequence, in one forward pass."""
         self._model.eval()
         padded = pad_sequences(sequences, device=self._model.device)
         with torch.autocast(
@@ -118,10 +108,7 @@ class TorchTrainer:
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
     def save(self, path: Path) -> Listing:
-        """Write model directory and optimiser, scheduler and step to the folder `path`; returns as `export_hf`.
-
-        Tensors as safetensors, the rest as JSON: equal states are equal bytes, which pickle does not promise.
-        """
+        """Tensors as safetensors, the rest as JSON: equal states are equal bytes, which pickle does not promise."""
         known = self.export_hf(path)
         optimizer = self._optimizer.state_dict()
         write_state(
@@ -134,7 +121,7 @@ class TorchTrainer:
         return known
 
     def load(self, path: Path) -> None:
-        """Go on from a folder that `save` wrote. Raises RunError if it has no trainer state."""
+        """Raises RunError if there is no trainer state."""
         require_state(path)
         load_weights_into(self._model, path)
         state, moments = read_state(path)
@@ -143,8 +130,6 @@ class TorchTrainer:
         self._step = state["step"]
 
     def export_hf(self, path: Path) -> Listing:
-        """Write weights, config, generation config, tokenizer and chat template to the folder `path`. Returns sizes and
-        hashes of the tokenizer's files."""
         self._model.save_pretrained(path)
         return self._tokenizer_files.write(path)
 
@@ -172,11 +157,7 @@ def write_state(
 ) -> None:
     """Write trainer state into the checkpoint `path`, the same for every trainer.
 
-    Args:
-        step: updates done.
-        moments: Adam's state of each parameter, by its place among the model's parameters.
-        param_groups: hyper-parameters, as in the optimiser's `state_dict`.
-        schedule: `state_dict` of the learning rate's schedule.
+    `moments` is Adam's state of each parameter, by its place among the model's parameters.
     """
     tensors = {f"{index}.{name}": value for index, state in moments.items() for name, value in state.items()}
     state = {"step": step, "param_groups": param_groups, "schedule": schedule}

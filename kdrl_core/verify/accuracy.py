@@ -24,19 +24,12 @@ import signal
 from functools import lru_cache
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, NamedTuple
+from typing import Any
 
 from kdrl_core.types import VerdictKind
-from kdrl_core.verify.format import last_box
-from kdrl_core.verify.normalise import (
-    as_based_integer,
-    as_word,
-    decimal_comma,
-    is_doubtful,
-    normalise,
-    same_word,
-)
+from kdrl_core.verify.normalise import as_based_integer, as_word, decimal_comma, is_doubtful, normalise, same_word
 from kdrl_core.verify.objections import constants_of, lost_digits, objection
+from kdrl_core.verify.screening import Outcome, last_box
 
 EXIT_OUT_OF_MEMORY = 86
 """Exit code of a worker that hit its memory limit. It ends because its heap can no longer be trusted."""
@@ -49,14 +42,6 @@ _DIVIDED_BY_ZERO = re.compile(r"/\(*0*\.?0+\)*(?![\d.])", re.ASCII)
 _MAX_ARITHMETIC_CHARS = 1_000
 _AROUND_OPERATOR = re.compile(r"\s*([+\-*/^()])\s*")
 _MATH = re.compile(r"\\boxed|(?<!\\)\$|\\\(|\\\[")
-
-
-class Outcome(NamedTuple):
-    """What a worker found: correct, wrong, no_answer or error. ``extracted`` is an answer that it had to search for."""
-
-    kind: VerdictKind
-    reason: str
-    extracted: str | None = None
 
 
 def start_worker(memory_limit_mb: int) -> None:

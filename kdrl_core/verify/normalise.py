@@ -24,8 +24,11 @@ a comma in an answer as a decimal point.
 import itertools
 import re
 import unicodedata
+from contextlib import suppress
 
 MAX_CHARS = 4_096
+_MAX_VOTE_CHARS = 300
+"""Longer answers are votes as they stand: math-verify's patterns take quadratic time, and there is no deadline here."""
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
 _SUPERSCRIPT_RUN = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
@@ -54,6 +57,7 @@ _SYMBOLS = str.maketrans(
 _NAMES = re.compile(
     r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|infinity)(?![A-Za-z])"
 )
+_COMMANDS = {"infinity": "infty"}
 _CALLED_ROOT = re.compile(r"\\sqrt\s*\(([^()]*)\)")
 _BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
 _FLIPPED = re.compile(r"([+-]?[\d./]+)\s*=\s*([A-Za-z])", re.ASCII)
@@ -142,7 +146,7 @@ def normalise(content: str) -> str:
         content = _without_marks(opened)
     for pattern, replacement in _SYNONYMS:
         content = pattern.sub(replacement, content)
-    content = _CALLED_ROOT.sub(r"\\sqrt{\1}", _NAMES.sub(_command, content))
+    content = _CALLED_ROOT.sub(r"\\sqrt{\1}", _NAMES.sub(lambda name: rf"\{_COMMANDS.get(name[1], name[1])} ", content))
     content = _TEXT_WITH_DIGITS.sub(r"\1", content) if _TEXT_WITH_DIGITS.fullmatch(content) else content
     if _TRIGONOMETRIC.search(content):
         content = _DEGREES.sub(r"(\1\\pi/180)", content)
@@ -242,22 +246,13 @@ def is_doubtful(announcement: str) -> bool:
     return bool(_DENIAL.search(announcement.lower().rpartition("answer")[2].partition("\n")[0]))
 
 
-def _command(name: re.Match[str]) -> str:
-    return r"\infty " if name[1] == "infinity" else rf"\{name[1]} "
-
-
-def _fraction(sign: str, whole: str, fixed: str, period: str) -> str:
-    """``0.1\\overline{6}`` is 1/6."""
-    below = (10 ** len(period) - 1) * 10 ** len(fixed)
-    above = int(whole + fixed + period) - int(whole + fixed)
-    return rf"{sign}\frac{{{above}}}{{{below}}}"
-
-
 def _number(content: str) -> str:
     """Rewrite numbers in other notations. Except for a bare point, they must be the whole content."""
     content = _BARE_POINT.sub("0.", content)
-    if match := _REPEATING.fullmatch(content):
-        return _fraction(*match.groups())
+    if match := _REPEATING.fullmatch(content):  # 0.1\overline{6} is 1/6
+        sign, whole, fixed, period = match.groups()
+        below = (10 ** len(period) - 1) * 10 ** len(fixed)
+        return rf"{sign}\frac{{{int(whole + fixed + period) - int(whole + fixed)}}}{{{below}}}"
     content = _TIMES_TEN.sub(r" \\times ", _PERCENT.sub(r"\\%", content))
     if _SPACED_THOUSANDS.fullmatch(content):
         return _NOT_DIGIT.sub("", content)
@@ -265,3 +260,20 @@ def _number(content: str) -> str:
         if match := pattern.fullmatch(content):
             return match.expand(replacement)
     return content
+
+
+def vote_of(answer: str) -> str:
+    r"""The vote of an answer for maj@k; empty if the answer is blank.
+
+    Two answers cast the same vote if they are written alike after slips are repaired; the ground truth plays no part.
+    The spelling is math-verify's own normalisation of LaTeX: ``\dfrac{1}{2}``, ``1/2`` and ``0.5`` are one vote, as are
+    ``$5$`` and ``5.``. Expressions that are equal only by algebra are different votes.
+    """
+    text = " ".join(normalise(answer).split())
+    if len(text) <= _MAX_VOTE_CHARS:
+        from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+
+        config = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none")
+        with suppress(Exception):  # a foreign parser, and texts that a model wrote; the text itself is then the vote
+            text = normalize_latex(text, config)
+    return "".join(text.split())

@@ -27,11 +27,8 @@ from typing import TypedDict
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
-from kdrl_core.verify.accuracy import Outcome
-from kdrl_core.verify.clock import Clock
-from kdrl_core.verify.format import FormatResult
-from kdrl_core.verify.screening import Job, make_verdict, screen
-from kdrl_core.verify.workers import Workers
+from kdrl_core.verify.screening import FormatResult, Job, Outcome, make_verdict, screen
+from kdrl_core.verify.workers import Clock, Workers
 
 DEFAULT_TIMEOUT_S = 10.0
 DEFAULT_MEMORY_LIMIT_MB = 2_048
@@ -162,17 +159,18 @@ class Verifier:
         return [verdict for verdict in verdicts if verdict is not None]
 
     def verify_ahead(self, items: Iterable[Item], *, require_format: bool = True, think_opened: bool = False) -> None:
-        """Let the workers begin with these items, and return at once.
+        """Let the workers begin with these items, and return at once. Does nothing if they cannot take the items.
 
-        A later `verify_batch` takes what they have found by then and waits for the rest. Its verdicts are the same as
-        without this call. Does nothing if the workers cannot take the items.
+        A later `verify_batch` takes what they have found by then and waits for the rest. Its verdicts do not change.
         """
         settled = (screen(item, require_format=require_format, think_opened=think_opened) for item in items)
         found = (one[1] for one in settled if not isinstance(one, Verdict))
         jobs = dict.fromkeys(job for job in found if isinstance(job, Job))  # in order: the cache keeps the last ones
         with contextlib.suppress(VerificationError, RuntimeError, OSError), self._lock:  # `verify_batch` will see to it
             if len(self._ahead) > self._cache_size:  # nobody has asked for them: a rollout failed, say
-                self._let_go_of_finished()
+                for job in [job for job, future in self._ahead.items() if future.done()]:
+                    if (outcome := self._workers.outcome(self._ahead.pop(job))) is not None:
+                        self._remember(job, outcome)
             for job in jobs:
                 if job not in self._ahead and self._remembered(job) is None:
                     self._ahead[job] = self._workers.submit(self._workers.running(), job)
@@ -258,12 +256,6 @@ class Verifier:
             if not future.done() or self._workers.outcome(future) is not None
         }
 
-    def _let_go_of_finished(self) -> None:
-        for job in [job for job, future in self._ahead.items() if future.done()]:
-            outcome = self._workers.outcome(self._ahead.pop(job))
-            if outcome is not None:
-                self._remember(job, outcome)
-
 
 def verify_batch(
     items: Iterable[Item],
@@ -297,14 +289,11 @@ _shared_lock = threading.Lock()
 
 def verify(response: str, ground_truth: str, *, require_format: bool = True, think_opened: bool = False) -> Verdict:
     """The verdict on one response, by a single worker that stays until this process ends."""
-    return _shared_verifier().verify(response, ground_truth, require_format=require_format, think_opened=think_opened)
-
-
-def _shared_verifier() -> Verifier:
     global _shared
     with _shared_lock:
         if _shared is None or _shared[0] != os.getpid():  # a forked child has no right to its parent's worker
             verifier = Verifier(workers=1)
             atexit.register(verifier.close)
             _shared = (os.getpid(), verifier)
-        return _shared[1]
+        verifier = _shared[1]
+    return verifier.verify(response, ground_truth, require_format=require_format, think_opened=think_opened)

@@ -1,25 +1,53 @@
-r"""The rules around a comparison: which answers need no worker, which no worker may see, and how a verdict is made.
+r"""Everything about a verdict that needs no mathematics: the format, the answer, and the rules around a comparison.
 
-reward = r_format · r_acc (B.1.2). For R1-Zero (``require_format=False``) reward = r_acc; ``format_reward`` is
-reported all the same. If the format is wrong and ``require_format=True``, the kind is ``malformed`` or ``no_answer``;
-``accuracy_reward`` still says whether the last box, if there is one, was right.
+**Format** (r_format, B.1.2). A response has the expected structure when, in this order,
+
+1. it opens with ``<think>``, after white space at most. If the prompt's chat template has already opened the thought
+   (R1-Distill: ``think_opened=True``), ``<think>`` does not occur at all;
+2. ``</think>`` occurs once, after it;
+3. what follows has a last ``\boxed{…}`` that is closed and not empty.
+
+The thought may be empty, and text may surround the box. A response that was cut off fails 2 or 3.
+
+**Answer**: the content of the *last balanced* box outside the thought; earlier boxes, and boxes inside ``<think>``,
+never count. Boxes with only separators between them (``\boxed{1}, \boxed{2} and \boxed{3}``) are one answer of several
+parts, so that offering alternatives does not pay. If the last box is empty (an echo of the prompt's ``\boxed{}``),
+there is no answer; the box before it does not count instead.
 
 A response without a box has no answer. There is one exception, for ``require_format=False``, since base models often
 do not box: if its last 2,000 characters, outside the thought, contain the word "answer", math-verify extracts the
 answer that is announced there ("the final answer is $7$"). A bare last number is never taken for an answer.
+
+**Verdict**: reward = r_format · r_acc (B.1.2). For R1-Zero (``require_format=False``) reward = r_acc;
+``format_reward`` is reported all the same. If the format is wrong and ``require_format=True``, the kind is
+``malformed`` or ``no_answer``; ``accuracy_reward`` still says whether the last box, if there is one, was right.
 
 Answers over ``MAX_ANSWER_CHARS`` characters or ``MAX_NESTING`` brackets deep are not compared (kind ``wrong``, with
 that reason) unless they are literally the ground truth. Everything here is linear in the response's length.
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
+from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
-from kdrl_core.verify.accuracy import Outcome
-from kdrl_core.verify.format import FormatResult, answer_region, check_format, last_box
 
+RULES = 1
+"""Raise this with every change of kdrl_core.verify that changes a verdict. Stored verdicts of other versions are then
+not taken for this one's."""
+
+_OPEN, _CLOSE = "<think>", "</think>"
+# `\\` before anything but `boxed` is a LaTeX line break and must not hide the brace that follows; `\{` is no brace.
+_SEPARATORS = re.compile(
+    r"(?:[\s$,;.&:/|]|\\[()\[\],;:! ]|\\\\|\\q?quad\b|\\text\s*\{\s*(?:,?\s*(?:and|or))?\s*\}"
+    r"|\b(?:and|or|either|perhaps|maybe|possibly)\b)*"
+)
+_MAX_SEPARATOR_CHARS = 70
+_TOKEN = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
 MAX_ANSWER_CHARS = 4_096
 MAX_TRUTH_CHARS = 32_768
 MAX_NESTING = 64
@@ -27,6 +55,118 @@ _TAIL_CHARS = 2_000
 _PLAIN = re.compile(r"[+-]?\d{1,100}(?:\.\d{1,100})?|[A-Za-z]\w{0,99}", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d{1,100}", re.ASCII)
 _UNUSABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatResult:
+    """``kind`` is None if the format is right, else ``MALFORMED`` or ``NO_ANSWER``; ``reason`` says why in words.
+
+    ``answer`` is the last balanced box outside the thought, even if the format is wrong; None without a box.
+    """
+
+    kind: VerdictKind | None
+    answer: str | None
+    reason: str
+
+    @property
+    def is_valid(self) -> bool:
+        return self.kind is None
+
+    @property
+    def reward(self) -> float:
+        """r_format ∈ {0, 1}."""
+        return 1.0 if self.is_valid else 0.0
+
+
+def check_format(response: str, *, think_opened: bool = False) -> FormatResult:
+    r"""Judge the structure of ``response`` and find its answer.
+
+    ``think_opened``: the prompt ends with ``<think>``, so the response starts inside the thought.
+    A wrong tag structure or an unclosed last box is ``MALFORMED``; a missing or empty box is ``NO_ANSWER``.
+    """
+    answer, is_last_closed = last_box(answer_region(response, think_opened=think_opened))
+    tags = _tag_fault(response, think_opened=think_opened)
+    if tags is not None:
+        kind, reason = VerdictKind.MALFORMED, tags
+    elif not is_last_closed:
+        kind, reason = VerdictKind.MALFORMED, r"the last \boxed{ is not closed"
+    elif answer is None:
+        kind, reason = VerdictKind.NO_ANSWER, r"no \boxed{} after </think>"
+    elif not answer:
+        kind, reason = VerdictKind.NO_ANSWER, r"the last \boxed{} is empty"
+    else:
+        return FormatResult(kind=None, answer=answer, reason="the format is right")
+    return FormatResult(kind=kind, answer=answer, reason=reason)
+
+
+def answer_region(response: str, *, think_opened: bool = False) -> str:
+    """The text outside the thought: after the last ``</think>``, or without one, before ``<think>``."""
+    _, closing, after = response.rpartition(_CLOSE)
+    if closing:
+        # A second thought that is never closed is still a thought.
+        return after.partition(_OPEN)[0]
+    return "" if think_opened else response.partition(_OPEN)[0]
+
+
+def last_box(text: str) -> tuple[str | None, bool]:
+    r"""Content of the balanced ``\boxed{…}`` that starts last, and whether no box opened after it.
+
+    Boxes that only separators part from it are included, joined by commas and without repetitions.
+    ``(None, True)`` without any box, ``(None, False)`` if all boxes are unclosed. O(len(text)).
+    """
+    if r"\boxed" not in text:
+        return None, True
+    open_braces: list[tuple[int, int, bool]] = []  # (start of the token, of the content, is it a box)
+    boxes: list[tuple[int, int, int]] = []  # (start of \boxed, of its content, of its closing brace), by closing brace
+    for token in _TOKEN.finditer(text):
+        mark = token.group()
+        if mark[-1] == "{" and mark != r"\{":
+            open_braces.append((token.start(), token.end(), len(mark) > 1))
+        elif mark == "}" and open_braces:
+            start, content, is_box = open_braces.pop()
+            if is_box:
+                boxes.append((start, content, token.start()))
+    last_unclosed = max((start for start, _, is_box in open_braces if is_box), default=-1)
+    if not boxes:
+        return None, last_unclosed < 0
+    boxes.sort()
+    first_of_run, content, end = boxes.pop()
+    is_last_closed = last_unclosed < first_of_run
+    parts = [text[content:end].strip()]
+    while boxes and parts[-1]:
+        start, content, end = boxes.pop()
+        gap = text[end + 1 : first_of_run]
+        if end > first_of_run or len(gap) > _MAX_SEPARATOR_CHARS or not _SEPARATORS.fullmatch(gap):
+            break
+        first_of_run = start
+        part = text[content:end].strip()
+        if part and part != parts[-1]:
+            parts.append(part)
+    return ", ".join(reversed(parts)), is_last_closed
+
+
+def _tag_fault(response: str, *, think_opened: bool) -> str | None:
+    """What is wrong with the think tags, in words; None if they are right."""
+    num_open, num_close = response.count(_OPEN), response.count(_CLOSE)
+    if num_close == 0:
+        return "the thought is never closed: no </think>"
+    if num_close > 1:
+        return f"</think> occurs {num_close} times instead of once"
+    if think_opened:
+        return "<think> occurs again although the prompt opened it" if num_open else None
+    if num_open != 1:
+        return f"<think> occurs {num_open} times instead of once"
+    if not response.lstrip().startswith(_OPEN):
+        return "the response does not open with <think>"
+    return None
+
+
+class Outcome(NamedTuple):
+    """What a worker found: correct, wrong, no_answer or error. ``extracted`` is an answer that it had to search for."""
+
+    kind: VerdictKind
+    reason: str
+    extracted: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +187,8 @@ def screen(
     except (TypeError, ValueError):
         return _unusable("the item is not a (response, ground_truth) pair")
     if not isinstance(response, str) or not isinstance(ground_truth, str):
-        return _unusable(f"response and ground truth must be text, not {_names(response, ground_truth)}")
+        kinds = f"{type(response).__name__} and {type(ground_truth).__name__}"
+        return _unusable(f"response and ground truth must be text, not {kinds}")
     form = check_format(response, think_opened=think_opened)
     truth = ground_truth.strip()
     if not truth:
@@ -120,14 +261,26 @@ def make_verdict(form: FormatResult, outcome: Outcome, *, require_format: bool) 
     )
 
 
+def verifier_version() -> str:
+    """The versions of kdrl's rules and of the installed math-verify. Verdicts of one version can be compared."""
+    return f"{RULES}, math-verify {version('math-verify')}"
+
+
+def refuse_failures(verdicts: Sequence[Verdict], where: str, limit: float) -> None:
+    """Raise VerificationError if a share above `limit` of the verdicts of `where` are timeouts or errors."""
+    failed = [v for v in verdicts if v.kind in (VerdictKind.TIMEOUT, VerdictKind.ERROR)]
+    if len(failed) > limit * len(verdicts):
+        counts = ", ".join(f"{n} {kind}" for kind, n in Counter(v.kind.value for v in failed).items())
+        raise VerificationError(
+            f"{where}: {counts} of {len(verdicts)} verdicts, above verification.max_failed_share={limit}; "
+            f"first: {failed[0].reason}. Raise verification.timeout_s or memory_limit_mb, then resume"
+        )
+
+
 def _unusable(reason: str) -> Verdict:
     return Verdict(
         kind=VerdictKind.ERROR, reward=0.0, format_reward=0.0, accuracy_reward=0.0, extracted=None, reason=reason
     )
-
-
-def _names(*values: object) -> str:
-    return " and ".join(type(value).__name__ for value in values)
 
 
 def _printable(text: str) -> str:

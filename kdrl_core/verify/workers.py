@@ -1,25 +1,78 @@
-"""The worker processes of a verifier, and what became of the jobs that they were given.
+"""The worker processes of a verifier, what became of the jobs that they were given, and for how long they worked.
 
 Pebble owns the processes and the deadline. A pool that breaks (its workers were killed from outside while idle, or
 cannot start) can be discarded; the next job then gets a new pool.
+
+Workers are spawned, but do not import the parent's ``__main__``, as plain spawn would have it. They need nothing from
+it, and importing it may do harm: a script without an ``if __name__ == "__main__"`` guard would fail, and a command line
+that imports torch and Prefect takes seconds per worker and gigabytes of address space, more than the worker's memory
+limit allows.
 """
 
 import contextlib
 import signal
+import sys
 import threading
+import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from multiprocessing import popen_spawn_posix, resource_tracker, spawn
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
+from types import FunctionType, SimpleNamespace
+from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import VerdictKind
-from kdrl_core.verify._spawn import WorkerContext
-from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, Outcome, judge, start_worker
-from kdrl_core.verify.screening import Job
+from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, judge, start_worker
+from kdrl_core.verify.screening import Job, Outcome
+
+if sys.platform == "win32":
+    raise ImportError("kdrl_core.verify needs a POSIX system: it limits the memory and time of worker processes")
 
 _ORPHAN_GRACE_S = 2.0
 """The kernel's timer in the worker fires this much later than the pool's deadline."""
+
+
+def _preparation_data(name: str) -> dict[str, Any]:
+    """As multiprocessing's, without the entries that name the main module."""
+    data = spawn.get_preparation_data(name)
+    return {key: value for key, value in data.items() if not key.startswith("init_main_from")}
+
+
+_SPAWN = SimpleNamespace(**{**vars(spawn), "get_preparation_data": _preparation_data})
+
+
+class _Popen(popen_spawn_posix.Popen):
+    # The standard method with `spawn` bound to ours. It has no hook, and a copy would age with each Python version.
+    _launch = FunctionType(
+        popen_spawn_posix.Popen._launch.__code__,  # type: ignore[attr-defined]
+        {**vars(popen_spawn_posix), "spawn": _SPAWN},
+        "_launch",
+    )
+
+
+class WorkerProcess(SpawnProcess):
+    """A spawned process that starts from an empty ``__main__``. Its parent stops it; it never sees SIGINT."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _Popen:  # noqa: N802 (the name that multiprocessing calls)
+        # Ctrl-C reaches the whole process group, and a worker that is still starting would print a traceback. So SIGINT
+        # is blocked here, and the worker inherits that. The tracker starts first, since its start unblocks SIGINT.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return _Popen(process_obj)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class WorkerContext(SpawnContext):
+    """The ``context`` of a pebble pool."""
+
+    Process = WorkerProcess
 
 
 class Workers:
@@ -93,3 +146,32 @@ def _stop(pool: ProcessPool) -> None:
     with contextlib.suppress(RuntimeError, OSError, ValueError):
         pool.stop()
         pool.join()
+
+
+class Clock:
+    """The time during which at least one of several tasks was running."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = self._total = 0.0
+
+    def start(self) -> None:
+        with self._lock:
+            if not self._running:
+                self._since = time.monotonic()
+            self._running += 1
+
+    def stop(self, _: object = None) -> None:
+        with self._lock:
+            self._running -= 1
+            if not self._running:
+                self._total += time.monotonic() - self._since
+
+    def read(self) -> float:
+        """Seconds since the last call."""
+        with self._lock:
+            now = time.monotonic()
+            total, self._total = self._total + (now - self._since if self._running else 0.0), 0.0
+            self._since = now
+            return total

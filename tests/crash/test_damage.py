@@ -168,7 +168,7 @@ def test_rollouts_that_nothing_was_made_from_may_come_out_otherwise(
 def train_otherwise(monkeypatch: pytest.MonkeyPatch, *, by: float) -> None:
     """As a machine whose sums come out otherwise by about this."""
     monkeypatch.setattr(
-        "kdrl_core.objectives.signals.group_advantages",
+        "kdrl_core.objectives.advantages.group_advantages",
         lambda rewards, *args, **options: group_advantages(rewards, *args, **options) * (1 + by) + by,
     )
 

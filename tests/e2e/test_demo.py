@@ -12,7 +12,7 @@ import pytest
 from support import MARK, TINY, assert_only_private_servers, left_behind
 
 from kdrl_core.ledger import open_run
-from kdrl_core.look.reporting.run_status import run_status
+from kdrl_core.look.reporting.run_summary import run_status
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -15,7 +15,7 @@ from flows.training_stage import training_stage
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import RunPaths, is_published, manifest_of, open_run
-from kdrl_core.look.reporting.run_status import run_status
+from kdrl_core.look.reporting.run_summary import run_status
 from kdrl_core.tables.metrics import load_metrics
 
 SFT = [

@@ -55,7 +55,9 @@ def test_logprobs_are_those_of_the_tempered_distribution(
     with torch.no_grad():
         expected = [dense_logprobs(student, rollout, temperature) for rollout in rollouts]
     assert any(rollout.finish_reason is FinishReason.STOP for rollout in rollouts)  # so EOS's logprob is among them
-    assert largest_gap([rollout.logprobs for rollout in rollouts], expected) < 1e-5
+    assert (
+        largest_gap([rollout.logprobs for rollout in rollouts], expected) < 2e-5
+    )  # in float32 processors differ by up to 1.1e-5
 
 
 def test_response_depends_on_its_request_alone(make_engine: MakeEngine, requests: list[RolloutRequest]) -> None:

@@ -47,7 +47,9 @@ def test_scores_do_not_depend_on_batches_or_order(teacher: Any, rollouts: list[R
 
 def test_student_scores_its_own_tokens_as_it_sampled_them(student: Any, rollouts: list[Rollout]) -> None:
     scores = TransformersScorer(student, temperature=1.0, batch_tokens=512).score(as_requests(rollouts))
-    assert largest_gap(scores, [torch.tensor(rollout.logprobs) for rollout in rollouts]) < 1e-5
+    assert (
+        largest_gap(scores, [torch.tensor(rollout.logprobs) for rollout in rollouts]) < 2e-5
+    )  # in float32 processors differ by up to 1.1e-5
 
 
 def test_a_broken_teacher_is_named(teacher_dir: Any, rollouts: list[Rollout]) -> None:

@@ -130,7 +130,8 @@ def test_logprobs_are_the_engines(make_trainer: MakeTrainer, batch: UpdateBatch,
     trainer, _ = make_trainer(temperature=1.0, micro_batch_tokens=256)
     stats = trainer.update(batch)
     assert [len(logprobs) for logprobs in stats.logprobs] == [len(rollout.token_ids) for rollout in rollouts]
-    assert largest_gap(stats.logprobs, [torch.tensor(rollout.logprobs) for rollout in rollouts]) < 1e-5
+    # In float32 processors differ by up to 1.1e-5.
+    assert largest_gap(stats.logprobs, [torch.tensor(rollout.logprobs) for rollout in rollouts]) < 2e-5
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

@@ -13,8 +13,7 @@ from kdrl_core.data import render_prompts
 from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
 from kdrl_core.engines.transformers_scorer import TransformersScorer
 from kdrl_core.ledger import derive_seed
-from kdrl_core.logprobs.batch import pad_sequences
-from kdrl_core.logprobs.model import LogprobModel
+from kdrl_core.logprobs.model import LogprobModel, pad_sequences
 from kdrl_core.models.tokenizer import read_tokenizer
 from kdrl_core.types import RolloutRequest, ScoreRequest
 

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 
-from kdrl_core.logprobs.batch import PaddedBatch, pad_sequences
 from kdrl_core.logprobs.chunked import TokenStatistics
-from kdrl_core.logprobs.model import LogprobModel
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.types import ScoreRequest
 

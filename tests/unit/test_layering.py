@@ -62,7 +62,7 @@ def test_objectives_import_torch_alone() -> None:
     assert imported_by(*modules_of("kdrl_core/objectives")) & HEAVY == {"torch"}
 
 
-@pytest.mark.parametrize("module", ["kinds", "inputs", "plugins", "schedule"])
+@pytest.mark.parametrize("module", ["kinds", "inputs", "plugins"])
 def test_what_recipes_need_of_the_objectives_imports_nothing_heavy(module: str) -> None:
     assert not imported_by(f"kdrl_core.objectives.{module}") & HEAVY
 

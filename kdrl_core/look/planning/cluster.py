@@ -45,7 +45,6 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Machines."""
         return -(-self.gpus // self.gpus_per_node)
 
     @property
@@ -82,14 +81,9 @@ class Engines:
     score_tokens: int = 2_048
     """Tokens per forward pass that gives the teacher's logprobs."""
 
-    @property
-    def sleeps(self) -> bool:
-        """Whether the rollout engine gives its memory back between phases."""
-        return self.rollout == "vllm"
-
     def engine(self, role: Role) -> EngineName:
         """The engine that generates, or that scores with the teacher or the stage's initial policy."""
-        in_process = self.sleeps and "rollout" not in self.served
+        in_process = self.rollout == "vllm" and "rollout" not in self.served
         reference: EngineName = "vllm" if in_process else "transformers"  # as `StageSession` has it
         return {"rollout": self.rollout, "teacher": self.teacher, "reference": reference}[role]
 
@@ -213,16 +207,9 @@ class Work:
 def work_of(
     recipe: Recipe, stage: str, *, mean_response: float | None = None, mean_prompt: float | None = None
 ) -> Work:
-    """The work of a recipe's stage.
-
-    Args:
-        mean_response: tokens; None: 0.4 of the longest.
-        mean_prompt: tokens; None: 256, or the longest if that is shorter.
-
-    Raises:
-        RecipeError: the stage is no loop of steps (objective sft), or a mean is above its limit.
-        ModelError: a model's shape is not known.
-    """
+    """The work of a recipe's stage. Mean lengths are in tokens; None: 0.4 of the longest response, and 256 for prompts
+    or the longest if that is shorter. Raises RecipeError if the stage is no loop of steps (objective sft), or a mean is
+    above its limit; ModelError if a model's shape is not known."""
     from kdrl_core.data.benchmarks import load_benchmark  # with pyarrow: only where a recipe is planned
 
     config = recipe.stage(stage)

@@ -11,15 +11,27 @@ Verification and hidden (overlapped) work count as 0. A teacher on GPUs of its o
 Bytes that a GPU sends or receives (N parameters, b bytes, R ranks, m micro-batches of a rank):
 ZeRO-0: 2·4·N·(R−1)/R once; ZeRO-2: m·b·N·(R−1)/R and b·N·(R−1)/R; ZeRO-3: 3·m·b·N·(R−1)/R.
 Weight sync writes the new policy once in float32, and every node reads it once.
+
+`rates_of_run` measures rates in a run's own steps, in place of data sheets: tokens per second of its engine, FLOPs per
+second of scorer and trainer, each per GPU of the run's recipe. They hold for the same kind of GPU and engines; FLOPs
+per second hold roughly for other models too. The FLOPs of an update include activations that the run recomputes.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import ceil
+from statistics import median
+from typing import Any
 
-from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
+from kdrl_core.config import Recipe
+from kdrl_core.errors import RunError
+from kdrl_core.ledger import open_run
+from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work, engines_of, gpus_of, work_of
 from kdrl_core.look.planning.memory import engine_weights, kv_bytes
 from kdrl_core.look.planning.placement import Placement, in_flight, replicas, sleeping_models
 from kdrl_core.look.planning.shapes import ModelShape
+from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.schemas import read_table
 
 _EXPORT_BYTES = 4
 """Of a weight in a checkpoint: float32."""
@@ -71,11 +83,8 @@ def step_time(
     *,
     kv_sequences: int | None = None,
 ) -> StepTime:
-    """Predicted seconds of one step.
-
-    Args:
-        kv_sequences: longest sequences that fit into the rollout engine's KV cache; None: no limit.
-    """
+    """Predicted seconds of one step. `kv_sequences`: longest sequences that fit into the rollout engine's KV cache;
+    None: no limit."""
     gpus = placement.student_gpus
     rollout = rollout_s(work, engines, cluster, placement.generating_gpus, rates, kv_sequences=kv_sequences)
     teacher = reference = 0.0
@@ -91,14 +100,17 @@ def step_time(
     bandwidth = cluster.link_bandwidth if gpus <= cluster.gpus_per_node else cluster.network_bandwidth
     exported = _EXPORT_BYTES * work.student.parameters
     saved = exported + _MOMENT_BYTES * work.student.parameters
+    # `transformers` takes the new policy from memory; others from storage.
+    synced = 0.0 if engines.rollout == "transformers" else exported + sync_traffic(work, cluster)
+    moved = sum(sleeping_models(work, engines, placement).values())  # each wakes once in a step
     return StepTime(
         rollout=rollout,
         teacher_score=teacher,
         reference_score=reference,
         update=flops / (rates.update_flops or cluster.peak_flops * cluster.mfu),
         communication=0.0 if rates.has_collectives else gradient_traffic(work, engines, gpus) / bandwidth,
-        weight_sync=_synced(work, engines, cluster) / cluster.storage_bandwidth,
-        offload=_moved(work, engines, placement) / cluster.host_bandwidth,
+        weight_sync=synced / cluster.storage_bandwidth,
+        offload=moved / cluster.host_bandwidth,
         checkpoint=saved / cluster.storage_bandwidth / work.checkpoint_every,
     )
 
@@ -167,13 +179,56 @@ def busiest(work: Work, gpus: int) -> float:
     return max(work.tokens / gpus, float(min(work.context, work.tokens)))
 
 
-def _moved(work: Work, engines: Engines, placement: Placement) -> float:
-    """Bytes that one GPU loads from its host in a step: rollout engine, teacher and reference wake once each."""
-    return sum(sleeping_models(work, engines, placement).values())
+def rates_of_run(run_name: str, *, gpus: int | None = None) -> tuple[Rates, Work]:
+    """Medians over the steps of the last stage that was trained, without the first, a warm-up; and the work of a mean
+    step with the measured prompt and response lengths.
+
+    `gpus`: GPUs of each phase of the run; None: as its recipe says, for each engine and for the trainer. Raises
+    RunError if there is no such run, or it has trained no step; ModelError if the shape of a model is not known.
+    """
+    run = open_run(run_name)
+    trained = [name for name in run.recipe.stages if load_metrics(run, name)]
+    if not trained:
+        raise RunError(
+            f"run {run_name} has no trained steps, so nothing is measured in it; "
+            "give --rollout-tokens-per-s and --mfu, or another run"
+        )
+    stage = trained[-1]
+    rows = load_metrics(run, stage)
+    rows = rows[1:] or rows
+    prompts = read_table(run.paths.rollouts(stage, rows[-1]["step"]))["prompt_token_ids"]
+    mean_prompt = sum(len(ids) for ids in prompts.to_pylist()) / len(prompts)
+    response = sum(row["response/length_mean"] for row in rows) / len(rows)
+    work = work_of(run.recipe, stage, mean_response=response, mean_prompt=mean_prompt)
+    return rates_of(run.recipe, work, rows, gpus=gpus), work
 
 
-def _synced(work: Work, engines: Engines, cluster: Cluster) -> float:
-    """Bytes to and from storage until the rollout engine has the new policy. `transformers` takes it from memory."""
-    if engines.rollout == "transformers":
-        return 0.0
-    return _EXPORT_BYTES * work.student.parameters + sync_traffic(work, cluster)
+def rates_of(recipe: Recipe, work: Work, rows: Sequence[Mapping[str, Any]], *, gpus: int | None = None) -> Rates:
+    """Rates per GPU, from the timings `rows` of steps with the mean work `work`. `gpus` as in `rates_of_run`."""
+    used = gpus_of(recipe) if gpus is None else dict.fromkeys(gpus_of(recipe), gpus)
+
+    def rate(phase: str, flops: float) -> float | None:
+        seconds = median(row[phase] for row in rows)
+        return flops / seconds if seconds > 0.0 else None
+
+    role: Role = "teacher" if work.teacher is not None else "reference"
+    scored = work.teacher or (work.student if work.has_reference else None)
+    scoring = scored.forward_flops(work.tokens, context=work.mean_sequence) / used[role] if scored else 0.0
+    is_checkpointed = engines_of(recipe).is_checkpointed
+    update = work.student.update_flops(
+        busiest(work, used["update"]), context=work.mean_sequence, is_checkpointed=is_checkpointed
+    )
+    return Rates(
+        rollout_tokens_per_s=median(row["throughput/rollout_tokens_per_s"] for row in rows) / used["rollout"],
+        score_flops=rate(f"time/{role}_score_s", scoring) if scored else None,
+        update_flops=rate("time/update_s", update),
+        has_collectives=used["update"] > 1,
+    )
+
+
+def scaled(rates: Rates, measured: Work, planned: Work) -> Rates:
+    """Rates for another student: tokens per second fall as parameters grow; FLOPs per second stay."""
+    if rates.rollout_tokens_per_s is None:
+        return rates
+    factor = measured.student.matmul_parameters / planned.student.matmul_parameters
+    return replace(rates, rollout_tokens_per_s=rates.rollout_tokens_per_s * factor)

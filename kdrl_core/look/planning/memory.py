@@ -54,13 +54,8 @@ class TrainerSettings:
         return 4 if self.precision == "float32" else 2
 
     @property
-    def residual_bytes(self) -> int:
-        """Of a number between layers."""
-        return 2 if self.precision == "bfloat16" else 4
-
-    @property
     def weight_bytes(self) -> int:
-        """Of a weight that the forward pass reads."""
+        """Of a weight that the forward pass reads, and of a number between layers."""
         return 2 if self.precision == "bfloat16" else 4
 
 
@@ -100,9 +95,9 @@ def layer_activation_bytes(shape: ModelShape, settings: TrainerSettings, *, is_p
 def kept_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
     """Activations of `rows` sequences padded to `width` that are kept until their backward pass."""
     tokens = rows * width
-    ends = tokens * (8 + 3 * settings.residual_bytes) * shape.hidden  # embedding and last norm
+    ends = tokens * (8 + 3 * settings.weight_bytes) * shape.hidden  # embedding and last norm
     if settings.is_checkpointed:
-        return ends + shape.layers * tokens * settings.residual_bytes * shape.hidden
+        return ends + shape.layers * tokens * settings.weight_bytes * shape.hidden
     casts = 2 * shape.matmul_parameters if settings.precision == "autocast" else 0
     return ends + shape.layers * _layer_bytes(shape, settings, rows=rows, width=width) + casts
 
@@ -113,7 +108,7 @@ def working_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, wi
     layer: float = tokens * (3 * settings.activation_bytes * shape.intermediate + 8 * shape.hidden)
     if settings.is_checkpointed:
         layer += _layer_bytes(shape, settings, rows=rows, width=width)
-    return max(layer, logprob_bytes(shape, tokens=tokens, width=settings.residual_bytes, has_gradient=True))
+    return max(layer, logprob_bytes(shape, tokens=tokens, width=settings.weight_bytes, has_gradient=True))
 
 
 def _layer_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
@@ -196,11 +191,8 @@ def decode_workspace(shape: ModelShape, *, sequences: int, width: int, tensor_pa
 
 
 def score_workspace(shape: ModelShape, *, tokens: int, width: int, tensor_parallel: int, is_chunked: bool) -> float:
-    """A forward pass that gives logprobs of `tokens` prompt tokens.
-
-    Args:
-        is_chunked: logprobs in chunks of the vocabulary (in process); else float32 logits and logprobs of all `tokens`.
-    """
+    """A forward pass that gives logprobs of `tokens` prompt tokens. If `is_chunked` (in process), in chunks of the
+    vocabulary; else as float32 logits and logprobs of all `tokens`."""
     hidden = tokens * width * (4 * shape.hidden + 3 * shape.intermediate / tensor_parallel)
     if is_chunked:
         return hidden + logprob_bytes(shape, tokens=tokens, width=width, has_gradient=False)

@@ -4,19 +4,9 @@ replicas that generate on GPUs of their own."""
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kdrl_core.look.planning import memory
 from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
-from kdrl_core.look.planning.memory import (
-    Components,
-    decode_workspace,
-    engine_weights,
-    gradient_bytes,
-    kv_bytes,
-    optimizer_bytes,
-    optimizer_step_components,
-    score_workspace,
-    trainer_states,
-    update_components,
-)
+from kdrl_core.look.planning.memory import Components
 from kdrl_core.look.planning.shapes import ModelShape
 
 KV_CACHE = "KV cache"
@@ -83,16 +73,16 @@ def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Pl
     gpus = "student GPUs" if placement.is_split or placement.rollout_gpus else "every GPU"
     training = engines.training(placement.student_gpus)
     resident = _resident(work, engines, placement)
-    between = {**trainer_states(student, training), **resident}
+    between = {**memory.trainer_states(student, training), **resident}
     if engines.rollout == "transformers" or engines.trainer == "torch":
-        between["gradients"] = gradient_bytes(student, training)  # freed when the next update begins
+        between["gradients"] = memory.gradient_bytes(student, training)  # freed when the next update begins
     weights = {"rollout weights": _weights("rollout", student, engines)}
     sync_buffer = {"sync buffer": 4.0 * student.embedding}
 
     def generating(phase: str, context: int, responses: int) -> PhaseMemory:
         sequences = in_flight(work, engines, placement.generating_gpus, responses)
         split = engines.split("rollout")
-        workspace = decode_workspace(student, sequences=sequences, width=engines.width, tensor_parallel=split)
+        workspace = memory.decode_workspace(student, sequences=sequences, width=engines.width, tensor_parallel=split)
         own = {**weights, "workspace": workspace, **(sync_buffer if placement.rollout_gpus else {})}
         where, others = ("rollout GPUs", {}) if placement.rollout_gpus else (gpus, between)
         running = _Running(role="rollout", shape=student, own=own, context=context, sequences=sequences)
@@ -104,9 +94,11 @@ def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Pl
         yield _scoring("teacher", where, others, work.teacher, work, engines, cluster)
     if work.has_reference:
         yield _scoring("reference", gpus, between, student, work, engines, cluster)
-    update = update_components(student, training, micro_batch_tokens=work.micro_batch_tokens, longest=work.context)
+    update = memory.update_components(
+        student, training, micro_batch_tokens=work.micro_batch_tokens, longest=work.context
+    )
     yield PhaseMemory(phase="update", gpus=gpus, components={**update, **resident})
-    step = optimizer_step_components(student, training)
+    step = memory.optimizer_step_components(student, training)
     yield PhaseMemory(phase="optimizer step", gpus=gpus, components={**step, **resident})
     if not placement.rollout_gpus:  # replicas keep what they have while they load
         yield PhaseMemory(phase="weight sync", gpus=gpus, components={**between, **weights, **sync_buffer})
@@ -139,7 +131,7 @@ def host_bytes(work: Work, engines: Engines, cluster: Cluster, placement: Placem
     """Host memory per node for sleeping models and offloaded optimiser states."""
     gpus = min(placement.student_gpus, cluster.gpus_per_node)
     training = engines.training(placement.student_gpus)
-    offloaded = optimizer_bytes(work.student, training) if engines.offloads_optimizer else 0.0
+    offloaded = memory.optimizer_bytes(work.student, training) if engines.offloads_optimizer else 0.0
     return gpus * (offloaded + sum(sleeping_models(work, engines, placement).values()))
 
 
@@ -174,7 +166,7 @@ def _models(work: Work, placement: Placement) -> dict[Role, ModelShape]:
 
 
 def _weights(role: Role, shape: ModelShape, engines: Engines) -> float:
-    return engine_weights(shape, width=engines.width, tensor_parallel=engines.split(role))
+    return memory.engine_weights(shape, width=engines.width, tensor_parallel=engines.split(role))
 
 
 def _scoring(
@@ -188,7 +180,7 @@ def _scoring(
 ) -> PhaseMemory:
     is_vllm = engines.engine(role) == "vllm"
     tokens = engines.score_tokens if is_vllm else max(work.score_tokens_in_process, work.context)
-    workspace = score_workspace(
+    workspace = memory.score_workspace(
         shape, tokens=tokens, width=engines.width, tensor_parallel=engines.split(role), is_chunked=not is_vllm
     )
     phase, own = f"{role}-score", {f"{role} weights": _weights(role, shape, engines), "workspace": workspace}
@@ -201,7 +193,7 @@ def _scoring(
 
 def sequence_bytes(role: Role, shape: ModelShape, engines: Engines, *, context: int) -> float:
     """KV cache of one sequence of `context` tokens on a GPU of the role's engine."""
-    return context * kv_bytes(shape, width=engines.width, tensor_parallel=engines.split(role))
+    return context * memory.kv_bytes(shape, width=engines.width, tensor_parallel=engines.split(role))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

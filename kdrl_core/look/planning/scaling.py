@@ -6,9 +6,8 @@ from dataclasses import replace
 from kdrl_core.config import load_recipe
 from kdrl_core.look.planning.candidates import Candidate
 from kdrl_core.look.planning.cluster import Cluster, Engines, Work, engines_of, work_of
-from kdrl_core.look.planning.conditions import time_alone
 from kdrl_core.look.planning.cost import StepTime, gradient_traffic, sync_traffic
-from kdrl_core.look.planning.stage_plan import StagePlan, plan_stage
+from kdrl_core.look.planning.stage_plan import StagePlan, plan_stage, time_alone
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 RECIPE, STAGE = "paper-1.5b", "stage2"
@@ -17,7 +16,6 @@ _GPU_MEMORY = 80e9
 
 
 def tables() -> dict[str, str]:
-    """Markdown tables by name."""
     recipe = load_recipe(RECIPE)
     work, engines = work_of(recipe, STAGE), engines_of(recipe)
     plans = [plan_stage(work, engines, _cluster(nodes)) for nodes in NODES]

@@ -80,54 +80,26 @@ class ModelShape:
         return passes * self.forward_flops(tokens, context=context) + tokens * 2 * self.embedding
 
 
-def _qwen2(
-    name: str, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, **rest: Any
-) -> ModelShape:
-    return ModelShape(
-        name=name,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=hidden // heads,
-        intermediate=intermediate,
-        qkv_bias=True,
-        **rest,
-    )
-
-
-_SMALL: dict[str, Any] = {"vocabulary": 151_936, "tied": True}
-_LARGE: dict[str, Any] = {"vocabulary": 152_064, "tied": False}
-_R1_7B = (3584, 28, 28, 4, 18_944)
+_SIZES = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "max_context")
+_FIELDS = (*_SIZES, "tied", "qkv_bias")
+_R1_1_5B = (1536, 28, 12, 2, 128, 8960, 151_936, 131_072, False, True)
+_R1_7B = (3584, 28, 28, 4, 128, 18_944, 152_064, 131_072, False, True)
 
 # From the config.json that each model is published with on the Hugging Face Hub, under these names. Skywork-OR1-Math-7B
 # is trained from R1-Distill-Qwen-7B, DeepScaleR-1.5B from R1-Distill-Qwen-1.5B.
+_PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": _R1_1_5B,
+    "DeepScaleR-1.5B-Preview": _R1_1_5B,
+    "DeepSeek-R1-Distill-Qwen-7B": _R1_7B,
+    "Skywork-OR1-Math-7B": _R1_7B,
+    "Qwen2.5-0.5B": (896, 24, 14, 2, 64, 4864, 151_936, 32_768, True, True),
+    "Qwen2.5-1.5B": (1536, 28, 12, 2, 128, 8960, 151_936, 131_072, True, True),
+    "Qwen2.5-3B": (2048, 36, 16, 2, 128, 11_008, 151_936, 32_768, True, True),
+    "Qwen2.5-7B": _R1_7B,
+    "SmolLM2-135M": (576, 30, 9, 3, 64, 1536, 49_152, 8192, True, False),
+}
 KNOWN_SHAPES: dict[str, ModelShape] = {
-    shape.name: shape
-    for shape in (
-        _qwen2(
-            "DeepSeek-R1-Distill-Qwen-1.5B", 1536, 28, 12, 2, 8960, vocabulary=151_936, tied=False, max_context=131_072
-        ),
-        _qwen2("DeepScaleR-1.5B-Preview", 1536, 28, 12, 2, 8960, vocabulary=151_936, tied=False, max_context=131_072),
-        _qwen2("DeepSeek-R1-Distill-Qwen-7B", *_R1_7B, **_LARGE, max_context=131_072),
-        _qwen2("Skywork-OR1-Math-7B", *_R1_7B, **_LARGE, max_context=131_072),
-        _qwen2("Qwen2.5-0.5B", 896, 24, 14, 2, 4864, **_SMALL, max_context=32_768),
-        _qwen2("Qwen2.5-1.5B", 1536, 28, 12, 2, 8960, **_SMALL, max_context=131_072),
-        _qwen2("Qwen2.5-3B", 2048, 36, 16, 2, 11_008, **_SMALL, max_context=32_768),
-        _qwen2("Qwen2.5-7B", *_R1_7B, **_LARGE, max_context=131_072),
-        ModelShape(
-            name="SmolLM2-135M",
-            hidden=576,
-            layers=30,
-            heads=9,
-            kv_heads=3,
-            head_dim=64,
-            intermediate=1536,
-            vocabulary=49_152,
-            tied=True,
-            max_context=8192,
-        ),
-    )
+    name: ModelShape(name=name, **dict(zip(_FIELDS, values, strict=True))) for name, values in _PUBLISHED.items()
 }
 
 
@@ -135,9 +107,7 @@ def shape_of(config: ModelConfig, *, role: str) -> ModelShape:
     """The shape of a recipe's model: from its directory if it exists, else of the published model with its name.
 
     `run:NAME` without a finished run is the student of the shipped recipe NAME: training does not change its shape.
-
-    Raises:
-        ModelError: neither a directory nor a known name, or a directory of another kind of model.
+    Raises ModelError if it is neither, or a directory of another kind of model.
     """
     path = resolve_path(config.path)
     if config.gguf_file is None and (path / "config.json").is_file():

@@ -1,14 +1,19 @@
-"""The plan of a stage on a cluster: the fastest placement that fits; or why none fits, and what would."""
+"""The plan of a stage on a cluster: the fastest placement that fits; or why none fits, and what would.
 
-from collections.abc import Sequence
+`conditions` says what to set or start so that a run of the recipe is as planned. A plan uses all GPUs. But a recipe
+names ranks and servers, and a run itself starts only one vLLM engine per role, in its own process.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import floor
 from typing import Any
 
-from kdrl_core.look.planning.candidates import Candidate, candidates_of, check_gpus
-from kdrl_core.look.planning.cluster import Cluster, Engines, Work
-from kdrl_core.look.planning.cost import Rates, gradient_traffic, rollout_s, sync_traffic
-from kdrl_core.look.planning.placement import host_bytes
-from kdrl_core.look.planning.remedies import remedies_of
+from kdrl_core.config import Recipe
+from kdrl_core.look.planning.candidates import Candidate, candidates_of, check_gpus, remedies_of
+from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
+from kdrl_core.look.planning.cost import Rates, StepTime, gradient_traffic, rollout_s, score_s, sync_traffic
+from kdrl_core.look.planning.placement import KV_CACHE, host_bytes, in_flight, replicas, sequence_bytes
 
 # B.2: 280 KDRL steps ≈ 200 KD-RKL steps ≈ 460 GRPO steps ≈ 80 hours.
 _REPORTED_STEPS = {"kdrl": 280, "kd_rkl": 200, "grpo": 460}
@@ -35,7 +40,6 @@ class StagePlan:
 
     @property
     def step_s(self) -> float | None:
-        """Seconds of a step."""
         return self.best.time.total if self.best else None
 
     @property
@@ -121,11 +125,7 @@ def _candidate_json(plan: StagePlan, candidate: Candidate) -> dict[str, Any]:
 
 
 def plan_stage(work: Work, engines: Engines, cluster: Cluster, rates: Rates | None = None) -> StagePlan:
-    """Judge every placement of a stage.
-
-    Raises:
-        RecipeError: the engines cannot use these GPUs at all.
-    """
+    """Judge every placement of a stage. Raises RecipeError if the engines cannot use these GPUs at all."""
     check_gpus(work, engines, cluster)
     rates = rates or Rates()
     candidates = candidates_of(work, engines, cluster, rates)
@@ -152,3 +152,176 @@ def total_hours(plans: Sequence[StagePlan]) -> float | None:
     """Hours of all stages; None if one does not fit."""
     hours = [plan.hours for plan in plans]
     return None if None in hours else sum(hour for hour in hours if hour is not None)
+
+
+_URLS = "urls=['http://127.0.0.1:8000/v1',…]"
+NOTICED = 0.05
+"""Fewer engines are mentioned if they make a step longer by more than this share."""
+
+
+def conditions(plan: StagePlan, recipe: Recipe) -> list[str]:
+    """Sentences with the settings to add to `kdrl run`; none if the recipe runs as planned, or does not fit."""
+    if (chosen := plan.best) is None:
+        return []
+    return [
+        *_training(plan, recipe, chosen),
+        *_rollouts(plan, recipe, chosen),
+        *_scores(plan, recipe, chosen),
+        *_share(plan, chosen),
+        *_device(recipe),
+    ]
+
+
+def _training(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]:
+    ranks, trainer = chosen.placement.student_gpus, recipe.trainer
+    if trainer.engine == "torch":
+        if ranks > 1:
+            yield (
+                "trainer.engine=torch trains on one GPU alone; on all that are planned: "
+                f"--set trainer.engine=deepspeed --set trainer.ranks={ranks}"
+            )
+        return
+    if trainer.ranks != ranks:
+        yield f"{ranks} GPUs train in this plan, {trainer.ranks} in the recipe: --set trainer.ranks={ranks}"
+    if ranks > plan.cluster.gpus_per_node and trainer.hostfile is None:
+        yield "ranks on several nodes: --set trainer.hostfile=FILE (docs/scaling.md)"
+
+
+def time_alone(plan: StagePlan, chosen: Candidate) -> StepTime:
+    """Time of a step if the vLLM engines that `chosen` does not serve are one per role, in the run's process."""
+    engines, work, cluster, rates, time = plan.engines, plan.work, plan.cluster, plan.rates, chosen.time
+    split = engines.tensor_parallel
+    rollout, teacher, reference = time.rollout, time.teacher_score, time.reference_score
+    if engines.rollout == "vllm" and "rollout" not in engines.served:
+        rollout = rollout_s(work, engines, cluster, split, rates, kv_sequences=_capacity(plan, chosen))
+    in_process = engines.teacher == "vllm" and "teacher" not in engines.served and not chosen.placement.is_split
+    if work.teacher is not None and in_process:
+        teacher = score_s("teacher", work.teacher, work, engines, cluster, split, rates)
+    if work.has_reference and engines.engine("reference") == "vllm":
+        reference = score_s("reference", work.student, work, engines, cluster, split, rates)
+    return replace(time, rollout=rollout, teacher_score=teacher, reference_score=reference)
+
+
+def _capacity(plan: StagePlan, chosen: Candidate) -> int:
+    """Number of longest sequences that fit into the KV cache of an engine in process."""
+    phase, engines = next(phase for phase in chosen.memory if phase.phase == "rollout"), plan.engines
+    others = phase.total - phase.components[KV_CACHE]
+    room = engines.kv_cache_bytes or min(
+        plan.cluster.usable_memory - others, chosen.share - (others - (phase.beside or 0.0))
+    )
+    return int(room / sequence_bytes("rollout", plan.work.student, engines, context=plan.work.context))
+
+
+def _rollouts(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]:
+    engines, alone = plan.engines, time_alone(plan, chosen)
+    count = replicas(engines, "rollout", chosen.placement.generating_gpus)
+    if engines.rollout == "server" or "rollout" in engines.served:
+        yield from _replicas(plan, recipe, chosen, count)
+    if engines.rollout == "transformers" and plan.cluster.gpus > 1:
+        yield "rollout.engine=transformers generates on one GPU alone; on more: --set rollout.engine=vllm"
+    least = NOTICED * chosen.time.total
+    if alone.rollout - chosen.time.rollout > least:
+        yield (
+            f"rollouts count on {count} engines; rollout.engine=vllm is one, of "
+            f"{many(engines.tensor_parallel, 'GPU')} (vllm.tensor_parallel), which takes {alone.rollout:,.0f} s in "
+            f"place of {chosen.time.rollout:,.0f}. More are replicas (kdrl serve --replicas {count}, docs/engines.md): "
+            f'--set rollout.engine=server --set "rollout.server.{_URLS}" --set rollout.server.sleep=true'
+        )
+    if alone.reference_score - chosen.time.reference_score > least:
+        yield (
+            f"scores of the reference policy count on {count} engines; a run has one, which takes "
+            f"{alone.reference_score:,.0f} s in place of {chosen.time.reference_score:,.0f}"
+        )
+
+
+def _scores(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]:
+    placement, engines, alone = chosen.placement, plan.engines, time_alone(plan, chosen)
+    if plan.work.teacher is None:
+        if recipe.stage(plan.work.stage).scores_teacher:
+            yield "the teacher's scores come from teacher.server: neither its GPUs nor its time are in this plan"
+        return
+    if placement.is_split:
+        count = placement.teacher_gpus // engines.tensor_parallel
+        yield (
+            f"the teacher has GPUs of its own: serve it there, {many(count, 'replica')}, and list all in "
+            "teacher.server.urls (docs/teacher-servers.md)"
+        )
+    elif engines.teacher == "transformers" and plan.cluster.gpus > 1:
+        yield "teacher.engine=transformers scores on one GPU alone; on more: --set teacher.engine=vllm"
+    elif alone.teacher_score - chosen.time.teacher_score > NOTICED * chosen.time.total:
+        yield (
+            f"the teacher's scores count on {replicas(engines, 'teacher', placement.student_gpus)} engines; "
+            f"teacher.engine=vllm is one, which takes {alone.teacher_score:,.0f} s in place of "
+            f"{chosen.time.teacher_score:,.0f}. More are served (docs/teacher-servers.md): "
+            f'--set "teacher.server.{_URLS}" --set teacher.server.sleep=true'
+        )
+    if "teacher" in engines.served and not placement.is_split:
+        yield from _listed(recipe, "teacher", replicas(engines, "teacher", placement.student_gpus))
+
+
+def _replicas(plan: StagePlan, recipe: Recipe, chosen: Candidate, count: int) -> Iterator[str]:
+    server, split = recipe.rollout.server, plan.engines.tensor_parallel
+    assert server is not None  # the recipe was validated
+    if split > 1:
+        yield f"replicas have {split} GPUs each: kdrl serve --tensor-parallel {split}"
+    yield from _listed(recipe, "rollout", count)
+    asked = in_flight(plan.work, plan.engines, chosen.placement.generating_gpus, plan.work.responses)
+    room = min(plan.engines.max_sequences, -(-plan.work.responses // count))
+    if asked < room:
+        yield (
+            f"{server.concurrency} requests in flight are {asked} for each replica, which has room for more: "
+            f"--set rollout.server.concurrency={room * count}"
+        )
+
+
+def _listed(recipe: Recipe, role: Role, count: int) -> Iterator[str]:
+    """What to do if the plan has another number of replicas than the recipe lists."""
+    server = recipe.rollout.server if role == "rollout" or recipe.teacher is None else recipe.teacher.server
+    listed = len(server.urls) if server is not None else 0
+    if listed != count:
+        does = "generate" if role == "rollout" else "score"
+        asleep = " --asleep" if server is not None and server.sleep else ""
+        yield (
+            f"{count} replicas {does} in this plan, the recipe lists {listed}: start them with kdrl serve --replicas "
+            f"{count}{asleep} and list all in {role}.server.urls"
+        )
+
+
+def many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _share(plan: StagePlan, chosen: Candidate) -> Iterator[str]:
+    """vLLM takes its whole share, also if the plan needs less, and does not start if others use it."""
+    beside = [phase.beside for phase in chosen.memory if phase.beside is not None]
+    if not beside:
+        return
+    cluster = plan.cluster
+    most = floor(100 * (cluster.usable_memory - max(beside)) / cluster.gpu_memory + 1e-9) / 100
+    if plan.engines.memory_share > most:
+        yield (
+            f"a vLLM engine takes {plan.engines.memory_share:g} of its GPU, beside {max(beside) / 1e9:.1f} GB of "
+            f"others: --set vllm.gpu_memory_utilization={most:g}"
+        )
+    if plan.engines.served:
+        share = min(plan.engines.memory_share, most)
+        yield (
+            "replicas that sleep are started asleep, one model after the other: kdrl serve --asleep "
+            f"--gpu-memory-utilization {share:g}"
+        )
+
+
+def ranks_note(plans: Sequence[StagePlan]) -> str | None:
+    """What to do if stages train on different numbers of GPUs: a recipe has only one `trainer.ranks`."""
+    ranks = [plan.candidates[0].placement.student_gpus for plan in plans if plan.engines.trainer == "deepspeed"]
+    if len(set(ranks)) < 2:
+        return None
+    return (
+        f"{plans[0].work.stage} trains on {ranks[0]} GPUs, {plans[1].work.stage} on {ranks[1]}: stop the run after "
+        f"{plans[0].work.stage}, then kdrl resume RUN --set trainer.ranks={ranks[1]}"
+    )
+
+
+def _device(recipe: Recipe) -> Iterator[str]:
+    if recipe.runtime.device == "cpu":
+        yield "the recipe runs on a CPU, the plan is for GPUs: --set runtime.device=cuda"

@@ -1,19 +1,25 @@
-"""The report of one run: report.html (self-contained), report.md and summary.json."""
+"""The report of one run: report.html (self-contained), report.md and summary.json.
+
+Its figure shows each metric as a faint raw line with its exponential moving average over it (Figures 2–5).
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, select_autoescape
+from plotly.subplots import make_subplots
 
 from kdrl_core.boxes.make import Product, box
 from kdrl_core.config import dump_recipe
 from kdrl_core.data import FilterReport
-from kdrl_core.ledger import Run
+from kdrl_core.evaluation.results import read_results
+from kdrl_core.ledger import Run, checkpoint_label, is_published
 from kdrl_core.ledger.graph import REPORT
-from kdrl_core.look.reporting.figures import dynamics_figure
-from kdrl_core.look.reporting.run_summary import sample_responses, summarize
-from kdrl_core.look.reporting.tables import tables_of
+from kdrl_core.look.reporting.run_summary import sample_responses, summarize, tables_of
+from kdrl_core.tables.metrics import load_metrics
 
 _NUM_SAMPLES = 3
 
@@ -33,7 +39,7 @@ def render_report(run: Run, folder: Path) -> None:
     context: dict[str, Any] = {
         "summary": summary,
         "tables": tables_of(summary),
-        "filters": _filter_reports(run),
+        "filters": filter_reports(run),
         "samples": sample_responses(run, _NUM_SAMPLES),
         "recipe_yaml": dump_recipe(run.recipe),
         "manifest": json.loads(run.paths.manifest.read_text(encoding="utf-8")),
@@ -48,6 +54,96 @@ def render_report(run: Run, folder: Path) -> None:
     (folder / "summary.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
-def _filter_reports(run: Run) -> dict[str, FilterReport]:
+def filter_reports(run: Run) -> dict[str, FilterReport]:
+    """The filter's counts by stage."""
     content = json.loads(run.paths.filter_report.read_text(encoding="utf-8"))
     return {stage: FilterReport.from_json(values) for stage, values in content.items()}
+
+
+_PANELS = [
+    ("reward/mean", "training reward"),
+    ("response/length_mean", "response length, tokens"),
+    ("response/clip_ratio", "clip ratio"),
+    ("kd/kl_unmasked", "KL to teacher, unmasked tokens"),
+    ("entropy", "entropy, nats"),
+    ("accuracy", "periodic accuracy"),
+]
+_SFT_PANEL = ("loss/sft", "SFT loss, nats a token")
+_COLORS = {"stage1": "#7a869a", "stage2": "#2a78d6"}
+_EMA = 0.8
+LOOK: dict[str, Any] = {
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(128,128,128,0.06)",
+    "font": {"family": "system-ui, sans-serif", "size": 12},
+}
+"""Of every figure."""
+
+
+def ema(values: Sequence[float], *, weight: float = _EMA) -> list[float]:
+    """Exponential moving average, debiased at its start."""
+    smoothed, total, norm = [], 0.0, 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        smoothed.append(total / norm)
+    return smoothed
+
+
+def dynamics_figure(run: Run) -> go.Figure:
+    """One panel per metric. Stages follow each other on the step axis."""
+    has_sft = any(run.recipe.stage(stage).objective == "sft" for stage in run.recipe.stages)
+    panels = [*_PANELS, _SFT_PANEL] if has_sft else _PANELS
+    num_rows = -(-len(panels) // 2)
+    titles = [title for _, title in panels]
+    figure = make_subplots(rows=num_rows, cols=2, subplot_titles=titles, vertical_spacing=0.3 / num_rows)
+    offset = 0
+    for stage in run.recipe.stages:
+        rows = load_metrics(run, stage)
+        for position, (name, _) in enumerate(panels):
+            where = {"row": position // 2 + 1, "col": position % 2 + 1}
+            if name == "accuracy":
+                _add_accuracy(figure, run, stage, offset, where)
+            elif rows and rows[0].get(name) is not None:
+                _add_line(figure, stage, [offset + row["step"] for row in rows], [row[name] for row in rows], where)
+        offset += len(rows)
+    figure.update_xaxes(matches="x")  # one step axis for all panels, so that they can be read against each other
+    figure.update_xaxes(title_text="step", row=num_rows)
+    figure.update_layout(
+        height=80 + 260 * num_rows,
+        margin={"l": 48, "r": 16, "t": 48, "b": 40},
+        **LOOK,
+        legend={"orientation": "h", "y": 1.08},
+    )
+    for annotation in figure.layout.annotations:
+        annotation.font.size = 13
+    return figure
+
+
+def _add_line(figure: go.Figure, stage: str, steps: list[int], values: list[float], where: dict[str, int]) -> None:
+    first = not any(trace.legendgroup == stage for trace in figure.data)  # one legend entry a stage
+    line = {"color": _COLORS[stage]}
+    common: dict[str, Any] = {"x": steps, "mode": "lines", "line": line, "legendgroup": stage}
+    figure.add_trace(go.Scatter(y=values, opacity=0.25, showlegend=False, name=f"{stage} raw", **common), **where)
+    figure.add_trace(go.Scatter(y=ema(values), showlegend=first, name=stage, **common), **where)
+
+
+def _add_accuracy(figure: go.Figure, run: Run, stage: str, offset: int, where: dict[str, int]) -> None:
+    points = []
+    for step in range(1, run.recipe.stage(stage).steps + 1):
+        path = run.paths.evaluation(checkpoint_label(stage, step))
+        if is_published(path):
+            benchmarks = read_results(path)["benchmarks"].values()
+            points.append((offset + step, sum(b["accuracy"] for b in benchmarks) / len(benchmarks)))
+    if points:
+        steps, values = zip(*points, strict=True)
+        figure.add_trace(
+            go.Scatter(
+                x=list(steps),
+                y=list(values),
+                mode="lines+markers",
+                line={"color": _COLORS[stage]},
+                legendgroup=stage,
+                showlegend=False,
+                name=stage,
+            ),
+            **where,
+        )

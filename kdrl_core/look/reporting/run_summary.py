@@ -1,13 +1,20 @@
-"""A run in numbers: accuracy of every model, start and end of each stage, paths of its files. Read from the ledger."""
+"""A run's state, and the run in numbers: accuracy of every model, start and end of each stage, paths of its files.
+
+`tables_of` gives them as tables of text, for Markdown, HTML and the terminal alike. All is read from the ledger.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow.compute as pc
 
-from kdrl_core.alarms import Alarm, alarms_of
+from kdrl_core.alarms import Alarm, alarms_of, resume_command, stopping_alarm
+from kdrl_core.boxes.checkpoints import checkpoint_steps
+from kdrl_core.boxes.completion import is_finished
+from kdrl_core.boxes.shards import num_shards, remaining_shards
+from kdrl_core.errors import KdrlError
 from kdrl_core.evaluation.results import read_results
-from kdrl_core.ledger import Run, is_published, manifest_of
+from kdrl_core.ledger import Run, adopted, is_published, lock_holder, manifest_of, open_run
 from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.tables.metrics import load_metrics
 from kdrl_core.tables.schemas import read_table
@@ -52,12 +59,10 @@ class RunSummary:
     paths: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
 
 def summarize(run: Run) -> RunSummary:
-    """Summarize a run, finished or not."""
     models = []
     for label in evaluated_labels(run.recipe):
         if is_published(path := run.paths.evaluation(label)):
@@ -128,3 +133,125 @@ def is_spent(name: str) -> bool:
 def _mean(rows: list[dict[str, Any]], name: str) -> float:
     values = [row[name] for row in rows if row.get(name) is not None]
     return float(sum(values) / max(1, len(values)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Header and rows; the first `num_text` columns are text, the others numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    num_text: int = 1
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured Markdown, without the title."""
+        lines = [self.header, [*["---"] * self.num_text, *["---:"] * (len(self.header) - self.num_text)], *self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def accuracy_table(summary: RunSummary) -> Table:
+    """Accuracy in % with the 95 % interval, one model a row, one benchmark a column."""
+    benchmarks = list(dict.fromkeys(name for model in summary.models for name in model.benchmarks))
+    rows = [[model.name, *(_interval(model.benchmarks.get(name)) for name in benchmarks)] for model in summary.models]
+    return Table(title="Accuracy, % (95 % interval)", header=["model", *benchmarks], rows=rows)
+
+
+def phase_table(summary: RunSummary) -> Table:
+    """Reward, length, clip ratio and KL at the start and the end of each stage."""
+    header = ["stage", "steps", "reward", "length", "clip ratio", "teacher KL", "s"]
+    rows = []
+    for stage in summary.stages:
+        columns = {"reward/mean": 2, "response/length_mean": 0, "response/clip_ratio": 2, "kd/kl_unmasked": 2}
+        cells = [_change(stage.metrics.get(name), digits) for name, digits in columns.items()]
+        rows.append(
+            [
+                f"{stage.stage} {stage.objective}",
+                f"{stage.steps}/{stage.planned_steps}",
+                *cells,
+                f"{stage.seconds:.0f}",
+            ]
+        )
+    return Table(title="Training: means of the first → last fifth of the steps", header=header, rows=rows)
+
+
+def sft_table(summary: RunSummary) -> Table:
+    """What rejection sampling kept (B.2) and the likelihood loss (14); no rows without an SFT stage."""
+    rows = []
+    for stage in summary.stages:
+        if stage.samples is None:
+            continue
+        kept, sampled, covered, problems = (
+            int(stage.samples[name]) for name in ("kept", "sampled", "problems_covered", "problems")
+        )
+        rows.append(
+            [
+                stage.stage,
+                f"{kept:,} of {sampled:,} ({100 * kept / sampled:.0f} %)",
+                f"{covered:,} of {problems:,}",
+                _change(stage.metrics.get("loss/sft"), 4),
+            ]
+        )
+    return Table(title="SFT by rejection sampling", header=["stage", "samples kept", "problems", "loss"], rows=rows)
+
+
+def tables_of(summary: RunSummary) -> list[Table]:
+    """The tables that have rows, in the order in which they are shown."""
+    return [table for table in (accuracy_table(summary), phase_table(summary), sft_table(summary)) if table.rows]
+
+
+def _interval(result: dict[str, float] | None) -> str:
+    if result is None:
+        return "–"
+    return f"{100 * result['accuracy']:.1f} ({100 * result['low']:.1f}–{100 * result['high']:.1f})"
+
+
+def _change(ends: tuple[float, float] | None, digits: int) -> str:
+    return "–" if ends is None else f"{ends[0]:.{digits}f} → {ends[1]:.{digits}f}"
+
+
+def named_status(name: str) -> dict[str, Any]:
+    """`run_status` of a run by name. If the run cannot be opened, its state says why."""
+    try:
+        return run_status(open_run(name))
+    except KdrlError as error:
+        return {"run": name, "state": f"unusable: {error}"}
+
+
+def run_status(run: Run) -> dict[str, Any]:
+    """Plain values: run, recipe, state, progress, reward, alarms, started, steps by stage, parts from other runs."""
+    holder = lock_holder(run.paths.lock)
+    rows = {stage: load_metrics(run, stage) for stage in run.recipe.stages}
+    steps = {stage: found[-1]["step"] + 1 if found else 0 for stage, found in rows.items()}
+    last = next((rows[stage][-1] for stage in reversed(run.recipe.stages) if rows[stage]), {})
+    reward = last.get("reward/mean")
+    if is_finished(run):
+        state = "finished"
+    elif holder is not None:
+        state = f"running ({holder})"
+    else:
+        alarm = stopping_alarm(run)
+        state = f"stopped{f' by {alarm.rule}' if alarm else ''}; {resume_command(run)}"
+    return {
+        "run": run.name,
+        "recipe": run.recipe.name,
+        "state": state,
+        "progress": ", ".join(_stage_progress(run, stage, done) for stage, done in steps.items()),
+        "reward": None if reward is None else round(reward, 3),
+        "alarms": [asdict(alarm) for alarm in alarms_of(run)],
+        "started": run.started_at,
+        "steps": steps,
+        "checkpoints": {stage: checkpoint_steps(run, stage) for stage in run.recipe.stages},
+        "adopted": {one["what"]: one["run"] for one in adopted(run)},
+        "path": str(run.paths.root),
+    }
+
+
+def _stage_progress(run: Run, stage: str, done: int) -> str:
+    """`stage2 12/80`, or of an SFT stage that is still sampling `stage2 samples 3/12`."""
+    config = run.recipe.stage(stage)
+    if config.objective == "sft" and not done and is_published(run.paths.pool):
+        total, left = num_shards(run, stage), len(remaining_shards(run, stage))
+        if 0 < left < total:
+            return f"{stage} samples {total - left}/{total}"
+    return f"{stage} {done}/{config.steps}"

@@ -22,19 +22,10 @@ import duckdb
 import pyarrow as pa
 
 from kdrl_core.errors import DataError
+from kdrl_core.look.rollouts import views
 from kdrl_core.look.rollouts.index_rows import INDEX
 from kdrl_core.look.rollouts.record import PARTS, TIMINGS
-from kdrl_core.look.rollouts.views import (
-    BULKY_PARTS,
-    TIMES,
-    IndexedRun,
-    identifier,
-    index_sql,
-    part_sql,
-    quoted,
-    sql_type,
-    user_views,
-)
+from kdrl_core.look.rollouts.views import TIMES, IndexedRun, identifier, quoted
 
 _MEMORY = "512MB"
 """Memory limit of DuckDB. A query that needs more spills to disk."""
@@ -108,7 +99,7 @@ class Database:
         connection.execute(f"set allowed_paths = [{', '.join(map(quoted, self._files()))}]")
         connection.execute("set enable_external_access = false")
         connection.execute("set lock_configuration = true")
-        connection.execute(f"create view indexed as {index_sql(self._runs)}")
+        connection.execute(f"create view indexed as {views.index_sql(self._runs)}")
         return connection
 
     def _open_views(self, parts: frozenset[str]) -> duckdb.DuckDBPyConnection:
@@ -116,8 +107,8 @@ class Database:
         connection = self._open()
         _add_steps(connection, self._step_rows())
         for part in sorted(parts - {TIMES}):
-            connection.execute(f"create view {part}_part as {part_sql(self._runs, part)}")
-        for statement in user_views(parts):
+            connection.execute(f"create view {part}_part as {views.part_sql(self._runs, part)}")
+        for statement in views.user_views(parts):
             connection.execute(statement)
         return connection
 
@@ -167,10 +158,11 @@ class Database:
         if self._planner is None:
             planner = duckdb.connect(":memory:", config=_CONFINED)
             _add_steps(planner, self._step_rows().slice(0, 1))
-            planner.execute(_one_row("indexed", INDEX.names))
-            for part in BULKY_PARTS:
-                planner.execute(_one_row(f"{part}_part", ["stage", "step", "row", *PARTS[part]]))
-            for statement in user_views([*BULKY_PARTS, TIMES]):
+            planner.execute(f"create table indexed as {views.null_row(INDEX.names)}")
+            for part in views.BULKY_PARTS:
+                names = ["stage", "step", "row", *PARTS[part]]
+                planner.execute(f"create table {part}_part as {views.null_row(names)}")
+            for statement in views.user_views([*views.BULKY_PARTS, TIMES]):
                 planner.execute(statement)
             optimizers = [name for (name,) in planner.execute("from duckdb_optimizers()").fetchall()]
             unused = ",".join(name for name in optimizers if name != "unused_columns")
@@ -202,12 +194,7 @@ def _add_steps(connection: duckdb.DuckDBPyConnection, step_rows: pa.Table) -> No
     )
 
 
-def _one_row(table: str, names: Sequence[str]) -> str:
-    columns = ", ".join(f"null::{sql_type(name)} as {name}" for name in names)
-    return f"create table {table} as select null::varchar as run, {columns}"
-
-
-_NEEDED_FOR = {**{part: {*PARTS[part]} for part in BULKY_PARTS}, TIMES: {*TIMINGS.values()}}
+_NEEDED_FOR = {**{part: {*PARTS[part]} for part in views.BULKY_PARTS}, TIMES: {*TIMINGS.values()}}
 """Part → the columns for which it is joined."""
 
 

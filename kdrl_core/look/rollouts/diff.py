@@ -67,16 +67,11 @@ class Difference:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return {**asdict(self), "counts": self.counts}
 
 
 def compare(store: RolloutStore, before: RolloutFilter, after: RolloutFilter, labels: tuple[str, str]) -> Difference:
-    """Compare the rollouts that meet two filters.
-
-    Raises:
-        DataError: no rollout meets one of them.
-    """
+    """Compare the rollouts that meet two filters. Raises DataError if no rollout meets one of them."""
     sides = [store.aggregate(where, _SQL) for where in (before, after)]
     for rows, label in zip(sides, labels, strict=True):
         if not rows:

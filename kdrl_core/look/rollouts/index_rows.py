@@ -1,15 +1,27 @@
-"""One step's rows of the index, from its files: the single values of each rollout, and the start of its response."""
+"""One step's rows of the index, from its files: the single values of each rollout, and the start of its response;
+the step in numbers, for `kdrl rollouts stats` and the view `steps`; and its records in full, joined from its files,
+each compared with its manifest, with the text of their tokens."""
 
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
 
-from kdrl_core.errors import DamagedArtifactError
-from kdrl_core.look.rollouts.record import PARTS, RECORD, SCALARS
-from kdrl_core.look.rollouts.sources import Stamp, StepFiles, bulky_columns, read_part
+from kdrl_core.config.paths import resolve_path
+from kdrl_core.errors import DamagedArtifactError, KdrlError
+from kdrl_core.ledger import RunPaths
+from kdrl_core.look.rollouts.record import PARTS, RECORD, SCALARS, TIMINGS
+from kdrl_core.look.rollouts.sources import DamagedFile, Stamp, StepFiles, bulky_columns, read_part
+from kdrl_core.types import VerdictKind
 
 PREVIEW_CHARS = 200
 _ENTROPIES = "entropies"
@@ -46,11 +58,10 @@ class IndexedStep:
     damaged: dict[str, str] = field(default_factory=dict)
     """Part → its problem."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """The step in numbers, by `step_summary.SUMMARY_SQL`."""
+    """The step in numbers, by `SUMMARY_SQL`."""
 
     @property
     def key(self) -> tuple[str, int]:
-        """Stage and step."""
         return self.stage, self.step
 
 
@@ -110,3 +121,169 @@ def list_means(lists: pa.ChunkedArray) -> pa.Array:
     totals = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     sums = totals[ends] - totals[ends - sizes]
     return pa.array(sums / np.maximum(sizes, 1), pa.float32(), mask=sizes == 0)
+
+
+_VERDICTS = ", ".join(
+    f"(count(*) filter (verdict = '{kind.value}') / nullif(count(verdict), 0))::float as verdict_{kind.value}"
+    for kind in VerdictKind
+)
+
+SUMMARY_SQL = f"""
+    with groups as (
+        select stage, step, prompt_id, max(reward) as best, min(reward) as worst from rows group by all
+    ), counted as (
+        select stage, step, count(*) as num_groups,
+            count(*) filter (best <= 0) as num_groups_all_wrong, count(*) filter (worst >= 1) as num_groups_all_right
+        from groups group by all
+    ), steps as (
+        select stage, step,
+            count(*) as num_rollouts,
+            avg(reward) as reward_mean,
+            stddev_samp(reward) as reward_std,
+            avg(length) as length_mean,
+            quantile_cont(length, 0.05) as length_p05,
+            quantile_cont(length, 0.5) as length_p50,
+            quantile_cont(length, 0.95) as length_p95,
+            max(length)::double as length_max,
+            avg((finish_reason = 'length')::int) as clip_ratio,
+            avg(repetition_rate) as repetition_mean,
+            avg(repetition_rate) filter (finish_reason = 'length') as repetition_overlong,
+            sum(kl_sum) / nullif(sum(length) filter (kl_sum is not null), 0) as kl_mean,
+            avg(entropy_mean) as entropy,
+            stddev_samp(advantage) as advantage_std,
+            {_VERDICTS}
+        from rows group by all
+    )
+    select * from steps join counted using (stage, step) order by stage, step
+"""
+
+SUMMARY: dict[str, str] = {
+    "num_rollouts": "responses of the step",
+    "reward_mean": "mean reward",
+    "reward_std": "standard deviation of the rewards (N - 1)",
+    "length_mean": "mean length in tokens",
+    "length_p05": "length that 5 % of the responses do not exceed",
+    "length_p50": "median length",
+    "length_p95": "length that 95 % of the responses do not exceed",
+    "length_max": "greatest length",
+    "clip_ratio": "share of responses cut at the limit",
+    "repetition_mean": "mean repetition rate",
+    "repetition_overlong": "mean repetition rate of those cut at the limit; null if there are none",
+    "kl_mean": "KL estimate to the teacher: mean over all tokens of the step",
+    "entropy": "the trainer's entropy: the stage's metric, or the mean of entropy_mean",
+    "advantage_std": "standard deviation of the advantages; 0 if every group agrees",
+    **{f"verdict_{kind.value}": f"share of responses with the verdict {kind.value}" for kind in VerdictKind},
+    "num_groups": "prompts of the step",
+    "num_groups_all_wrong": "prompts of which no response earned more than 0",
+    "num_groups_all_right": "prompts of which every response earned 1",
+}
+"""Columns of a step's summary and what they are."""
+
+
+def summarize_steps(rows: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
+    """The summary of every step in `rows` (columns of the index), by stage and step. NaN and infinity become None."""
+    with duckdb.connect(":memory:", config={"threads": 1}) as connection:
+        connection.register("rows", rows)
+        found = connection.sql(SUMMARY_SQL).to_arrow_table().to_pylist()
+    return {(row.pop("stage"), row.pop("step")): {name: finite(value) for name, value in row.items()} for row in found}
+
+
+def finite(value: Any) -> Any:
+    """`value`, or None for NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def step_table(
+    files: StepFiles, indexed: IndexedStep, columns: Sequence[str], on_damaged: Callable[[DamagedFile], None]
+) -> pa.Table:
+    """The ids of a step's rollouts, and the `columns` that its intact files have, in the order of its rows.
+
+    A file that was damaged since the index was made is reported by `on_damaged` and left out. Raises
+    DamagedArtifactError if rollouts.parquet is damaged.
+    """
+    wanted = list(dict.fromkeys(["prompt_id", "sample", *columns]))
+    if "entropy_mean" in wanted:
+        wanted.append(_ENTROPIES)
+    found: dict[str, pa.ChunkedArray] = {}
+    for part in PARTS:  # rollouts first
+        if part not in files.stamps or part in indexed.damaged:
+            continue
+        try:
+            table = read_part(files, part, wanted)
+        except DamagedArtifactError as error:
+            if part == "rollouts":
+                raise DamagedArtifactError(f"{files.path(part)} {error.problem}", error.remedy) from error
+            on_damaged(DamagedFile(path=files.path(part), problem=error.problem))
+            continue
+        if _ENTROPIES in table.column_names:
+            found["entropy_mean"] = list_means(table[_ENTROPIES])
+        found = {**dict(zip(table.column_names, table.columns, strict=True)), **found}
+    return pa.table(found)
+
+
+def as_records(
+    table: pa.Table, key: tuple[str, str, int], metrics: Mapping[str, Any], columns: Sequence[str]
+) -> pa.Table:
+    """Some rows of `step_table` as records, by `columns`; `key` is run, stage and step. Unknown values are null."""
+    known = {"run": key[0], "stage": key[1], "step": key[2]}
+    known |= {name: metrics.get(timing) for name, timing in TIMINGS.items()}
+    arrays = []
+    for name in columns:
+        kind = RECORD.field(name).type
+        if known.get(name) is not None:
+            arrays.append(pa.repeat(pa.scalar(known[name], kind), len(table)))
+        elif name in table.column_names:
+            arrays.append(table[name].cast(kind))
+        else:
+            arrays.append(pa.nulls(len(table), kind))
+    return pa.table(arrays, schema=pa.schema([RECORD.field(name) for name in columns]))
+
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class TokenReader:
+    """Texts of tokens, if a model of the run is still there. Never runs code from a model folder."""
+
+    def __init__(self, root: Path, stage: str) -> None:
+        self._candidates = list(_tokenizer_files(root, stage))
+        self._lock = threading.Lock()
+        self._tokenizer: Any = None
+
+    def texts(self, token_ids: Sequence[int] | None) -> list[str] | None:
+        """One text per token; joined, they are the decoded response with its special tokens. If several tokens make up
+        a character, the last of them has it and the others are empty. None without a tokenizer."""
+        tokenizer = self._load()
+        if tokenizer is None or token_ids is None:
+            return None
+        ids, texts, shown, start = list(token_ids), [], "", 0
+        for end in range(1, len(ids) + 1):
+            text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            if text.endswith(_BROKEN) and end < len(ids):
+                texts.append("")
+                continue
+            texts.append(text[len(shown) :])
+            # Decode from the last token on: some tokenizers drop a space at the start.
+            start = end - 1
+            shown = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        return texts
+
+    def _load(self) -> Any:
+        with self._lock:
+            while self._tokenizer is None and self._candidates:
+                from tokenizers import Tokenizer  # only where a response is shown in full
+
+                with suppress(Exception):  # each damage of a tokenizer fails in its own way, some in a bare Exception
+                    self._tokenizer = Tokenizer.from_file(str(self._candidates[0]))
+                self._candidates.pop(0)
+            return self._tokenizer
+
+
+def _tokenizer_files(root: Path, stage: str) -> Iterator[Path]:
+    """tokenizer.json files that the stage may have used, most likely first."""
+    paths = RunPaths(root)
+    folders = [*sorted((root / "checkpoints" / stage).glob("step-*"), reverse=True), paths.student]
+    with suppress(OSError, ValueError, yaml.YAMLError, KdrlError, KeyError, TypeError, RecursionError):
+        folders.append(resolve_path(yaml.safe_load(paths.recipe.read_text())["student"]["path"]))
+    folders += sorted((root / "checkpoints").glob("*/step-*"))
+    yield from (file for folder in folders if (file := folder / "tokenizer.json").is_file())

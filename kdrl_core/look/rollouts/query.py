@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import duckdb
@@ -18,16 +17,12 @@ import pyarrow.compute as pc
 from kdrl_core.errors import DamagedArtifactError, DataError, RunError
 from kdrl_core.ledger import RunPaths, lock_holder
 from kdrl_core.look.rollouts.database import FILE_ERRORS
-from kdrl_core.look.rollouts.filters import RolloutFilter
+from kdrl_core.look.rollouts.filters import Page, RolloutFilter, find_page
 from kdrl_core.look.rollouts.index import Progress, RunIndex
-from kdrl_core.look.rollouts.pages import Page, find_page
+from kdrl_core.look.rollouts.index_rows import TokenReader, as_records, finite, step_table
 from kdrl_core.look.rollouts.record import RECORD
 from kdrl_core.look.rollouts.sources import DamagedFile, find_run
-from kdrl_core.look.rollouts.state import Key, State
-from kdrl_core.look.rollouts.step_records import as_records, step_table
-from kdrl_core.look.rollouts.step_summary import finite
-from kdrl_core.look.rollouts.steps import metrics_stamps
-from kdrl_core.look.rollouts.tokens import TokenReader
+from kdrl_core.look.rollouts.state import Key, State, metrics_stamps
 from kdrl_core.look.rollouts.views import IndexedRun
 
 _TOO_MUCH = "this needs more memory than queries may use; choose fewer steps, a stage or a run, or a smaller offset"
@@ -66,24 +61,17 @@ class RolloutStore:
     @classmethod
     def open(cls, runs: Sequence[str | Path], *, progress: Progress | None = None) -> "RolloutStore":
         """Open runs by name (below artifacts/runs) or folder. The first time, an index of each is made, which takes a
-        minute for a million rollouts; `progress` is called with steps read and steps to read.
-
-        Raises:
-            RunError: there is no such run; the message gives the nearest names.
-        """
+        minute for a million rollouts; `progress` is called with steps read and steps to read. Raises RunError if there
+        is no such run; the message gives the nearest names."""
         roots = list(dict.fromkeys(find_run(run) for run in runs))
         if not roots:
             raise RunError("no run is named; give at least one (kdrl status lists them)")
         return cls(roots, progress=progress)
 
     def __enter__(self) -> "RolloutStore":
-        """The store itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the store."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -112,7 +100,6 @@ class RolloutStore:
             return True
 
     def runs(self) -> list[RunInfo]:
-        """The runs that are open."""
         found = []
         for run in self._state.runs:
             steps = run.index.steps
@@ -146,11 +133,8 @@ class RolloutStore:
         limit: int = 100,
         offset: int = 0,
     ) -> Page:
-        """Some of the rollouts that meet `where`, sorted.
-
-        Raises:
-            DataError: there is no such column, or limit or offset is negative.
-        """
+        """Some of the rollouts that meet `where`, sorted. Raises DataError if there is no such column, or limit or
+        offset is negative."""
         where = where or RolloutFilter()
         if limit < 0 or offset < 0:
             raise DataError(f"limit {limit} and offset {offset} must not be negative")
@@ -164,11 +148,7 @@ class RolloutStore:
 
     def record(self, *, run: str, stage: str, step: int, prompt_id: str, sample: int) -> dict[str, Any]:
         """One rollout in full: every column of the record, and `tokens`, the text of each token of the response (None
-        without a tokenizer).
-
-        Raises:
-            DataError: there is no such rollout.
-        """
+        without a tokenizer). Raises DataError if there is no such rollout."""
         found = self._records(run, stage, step, prompt_id, sample)
         if not found:
             raise DataError(f"run {run}, {stage} step {step}: no sample {sample} of prompt {prompt_id!r}")
@@ -230,10 +210,7 @@ class RolloutStore:
 
     def sql(self, query: str, *, limit: int | None = None) -> pa.Table:
         """The result of a query over the views `rollouts`, `steps` and `prompts`: its first `limit` rows, or all.
-
-        Raises:
-            DataError: it is not a single SELECT, or DuckDB refuses it; the message says why.
-        """
+        Raises DataError if it is not a single SELECT, or DuckDB refuses it; the message says why."""
         return self._ask(lambda state: _first_rows(state.database.select(query), limit))
 
     def _records(self, run: str, stage: str, step: int, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,6 @@ class StepFiles:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Stage and step."""
         return self.stage, self.step
 
     def path(self, part: str) -> Path:
@@ -66,11 +66,8 @@ def file_name(part: str) -> str:
 
 
 def find_run(run: str | Path) -> Path:
-    """The folder of a run: by name below artifacts/runs, or a folder anywhere that holds `rollouts/`.
-
-    Raises:
-        RunError: there is no such run; the message gives the nearest names.
-    """
+    """The folder of a run: by name below artifacts/runs, or a folder anywhere that holds `rollouts/`. Raises RunError
+    if there is no such run; the message gives the nearest names."""
     folder = Path(run)
     if (isinstance(run, Path) or os.sep in run or run in (".", "..")) and not folder.is_dir():
         raise RunError(f"{folder}: no such folder; give the name of a run (kdrl status lists them) or its folder")
@@ -113,11 +110,8 @@ def scan(root: Path) -> tuple[list[StepFiles], list[DamagedFile]]:
 
 
 def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
-    """The `columns` that the file has, after its bytes were compared with its manifest, if there is one.
-
-    Raises:
-        DamagedArtifactError: it is damaged, belongs elsewhere, has another schema version, or has no ids.
-    """
+    """The `columns` that the file has, after its bytes were compared with its manifest, if there is one. Raises
+    DamagedArtifactError if it is damaged, belongs elsewhere, has another schema version, or has no ids."""
     path = step.path(part)
     try:
         content = path.read_bytes()
@@ -162,21 +156,15 @@ def _damaged(problem: str) -> DamagedArtifactError:
 
 
 def _folders(parent: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, Path]]:
-    try:
-        with os.scandir(parent) as entries:
-            for entry in entries:
-                if (match := pattern.fullmatch(entry.name)) and entry.is_dir():
-                    yield match[1], Path(entry.path)
-    except OSError:
-        return
+    with suppress(OSError), os.scandir(parent) as entries:
+        for entry in entries:
+            if (match := pattern.fullmatch(entry.name)) and entry.is_dir():
+                yield match[1], Path(entry.path)
 
 
 def _stamps(folder: Path) -> Iterator[tuple[str, Stamp]]:
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if (part := _PART_OF.get(entry.name)) is not None and entry.is_file():
-                    status = entry.stat()
-                    yield part, (status.st_size, status.st_mtime_ns)
-    except OSError:
-        return
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if (part := _PART_OF.get(entry.name)) is not None and entry.is_file():
+                status = entry.stat()
+                yield part, (status.st_size, status.st_mtime_ns)

@@ -10,9 +10,8 @@ import duckdb
 import pyarrow as pa
 
 from kdrl_core.look.rollouts.index import RunIndex
-from kdrl_core.look.rollouts.index_rows import INDEX
+from kdrl_core.look.rollouts.index_rows import INDEX, SUMMARY
 from kdrl_core.look.rollouts.record import BULKY, PARTS, RECORD, TIMINGS
-from kdrl_core.look.rollouts.step_summary import SUMMARY
 
 BULKY_PARTS = tuple(part for part, names in PARTS.items() if names)
 TIMES = "times"
@@ -123,7 +122,7 @@ def index_sql(runs: Sequence[IndexedRun]) -> str:
         for run in runs
         if run.index.files
     ]
-    return " union all ".join(found or [_no_rows(INDEX.names)])
+    return " union all ".join(found or [f"{null_row(INDEX.names)} where false"])
 
 
 def part_sql(runs: Sequence[IndexedRun], part: str) -> str:
@@ -135,7 +134,7 @@ def part_sql(runs: Sequence[IndexedRun], part: str) -> str:
             if part in step.bulky and step.num_rows:
                 alike[tuple(step.bulky[part])].append(run.index.path(step, part))
         found += [files_sql(run.name, part, names, files) for names, files in alike.items()]
-    return " union all ".join(found or [_no_rows(["stage", "step", "row", *PARTS[part]])])
+    return " union all ".join(found or [null_row(["stage", "step", "row", *PARTS[part]]) + " where false"])
 
 
 def files_sql(run: str, part: str, names: Collection[str], files: Sequence[Path]) -> str:
@@ -152,6 +151,7 @@ def _list(files: Iterable[Path]) -> str:
     return f"[{', '.join(map(quoted, files))}]"
 
 
-def _no_rows(names: Iterable[str]) -> str:
+def null_row(names: Iterable[str]) -> str:
+    """A row of nulls with these columns and `run`."""
     columns = ", ".join(f"null::{sql_type(name)} as {name}" for name in names)
-    return f"select null::varchar as run, {columns} where false"
+    return f"select null::varchar as run, {columns}"

@@ -1,22 +1,26 @@
 """The results of a sweep aggregated over seeds: means with 95 % intervals, ranks, differences, accuracy at equal time.
 
 From `SweepResults` to `SweepTable`, without reading a file. kdrl_core.evaluation.statistics computes the intervals.
+
+A claim says that one variant has more of a quantity than another. Its measure is the difference, paired by seed (for
+accuracy also by problem), with its 95 % interval. If the interval lies above zero, the claim holds; below zero, it does
+not; around zero, it is unclear. There is no correction for the number of claims: of twenty real ties, about one is
+judged to hold, or not to hold, by chance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from kdrl_core.evaluation.statistics import Accuracy, Scores, over_seeds, paired_difference
-from kdrl_core.look.sweeps.claims import judge_claims
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
-from kdrl_core.look.sweeps.table import AVERAGE, VALIDATION, Row, Score, SweepTable, TimedRow
+from kdrl_core.look.sweeps.spec import ACCURACY, LENGTH, Claim
+from kdrl_core.look.sweeps.table import AVERAGE, VALIDATION, ClaimVerdict, JudgedClaim, Row, Score, SweepTable, TimedRow
 
 
 def build_table(results: SweepResults) -> SweepTable:
-    """Aggregate over seeds."""
     variants = list(dict.fromkeys(status.variant for status in results.statuses))
     by_variant = {variant: {c.seed: c for c in results.cells if c.variant == variant} for variant in variants}
     models = [cell.model for cell in results.cells] + [reference.model for reference in results.references]
@@ -26,8 +30,8 @@ def build_table(results: SweepResults) -> SweepTable:
     rows = [_variant_row(v, by_variant[v], planned[v], averaged) for v in variants]
     rows = _with_differences(_ranked(rows), by_variant, variants)
     references = [
-        _row(label, group.models, len(group.models.keys() | group.planned), averaged, is_reference=True)
-        for label, group in by_label(results).items()
+        _row(label, models_of, len(models_of.keys() | seeds), averaged, is_reference=True)
+        for label, (models_of, seeds) in by_label(results).items()
     ]
     equal_time_s, timed = _equal_time(by_variant)
     return SweepTable(
@@ -46,15 +50,8 @@ def build_table(results: SweepResults) -> SweepTable:
 
 
 def _cell_record(cell: CellResult) -> dict[str, Any]:
-    means = {name: float(np.mean(list(found.values()))) for name, found in cell.model.scores.items()}
-    return {
-        "run": cell.run,
-        "variant": cell.variant,
-        "seed": cell.seed,
-        "steps": cell.steps,
-        "train_s": cell.train_s,
-        "scores": means,
-    }
+    shown = {name: getattr(cell, name) for name in ("run", "variant", "seed", "steps", "train_s")}
+    return {**shown, "scores": {name: float(np.mean([*found.values()])) for name, found in cell.model.scores.items()}}
 
 
 def _variant_row(label: str, cells: dict[int, CellResult], num_planned: int, averaged: Sequence[str]) -> Row:
@@ -169,3 +166,69 @@ def _score(accuracy: Accuracy) -> Score:
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
+
+
+def judge_claims(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
+    """Every claim over the seeds that both of its sides have."""
+    cells: dict[str, dict[int, CellResult]] = {}
+    for cell in results.cells:
+        cells.setdefault(cell.variant, {})[cell.seed] = cell
+    models = {label: {seed: cell.model for seed, cell in found.items()} for label, found in cells.items()}
+    for label, (references, _) in by_label(results).items():
+        models.setdefault(label, references)
+    return [_judge(claim, cells, models) for claim in claims]
+
+
+def _judge(
+    claim: Claim, cells: Mapping[str, Mapping[int, CellResult]], models: Mapping[str, Mapping[int, ModelScores]]
+) -> JudgedClaim:
+    kind, _, name = claim.measure.partition(":")
+    if kind == ACCURACY:
+        left, right = _answers(models.get(claim.more, {}), name), _answers(models.get(claim.less, {}), name)
+    elif kind == LENGTH:
+        left, right = _lengths(models.get(claim.more, {})), _lengths(models.get(claim.less, {}))
+    else:
+        left, right = _means(cells.get(claim.more, {}), kind), _means(cells.get(claim.less, {}), kind)
+    seeds = sorted(left.keys() & right.keys())
+    problems = sorted(set.intersection(*(set(side[seed]) for seed in seeds for side in (left, right)))) if seeds else []
+    difference = None
+    if problems:
+        ours, theirs = (
+            np.array([[side[seed][problem] for problem in problems] for seed in seeds]) for side in (left, right)
+        )
+        difference = paired_difference({name: ours}, {name: theirs})
+    return JudgedClaim(
+        text=claim.text,
+        source=claim.source,
+        what=f"{claim.more} > {claim.less}, {f'accuracy on {name}' if kind == ACCURACY else kind}",
+        expected=claim.expected,
+        verdict=_verdict(difference, can_tell=kind == ACCURACY or len(seeds) > 1),
+        difference=difference,
+        num_seeds=len(seeds) if problems else 0,
+        is_share=kind == ACCURACY,
+    )
+
+
+def _verdict(difference: Accuracy | None, *, can_tell: bool) -> ClaimVerdict:
+    if difference is None:
+        return ClaimVerdict.MISSING
+    if not can_tell:  # one seed, one number: its interval says nothing
+        return ClaimVerdict.UNCLEAR
+    if difference.low > 0.0:
+        return ClaimVerdict.HOLDS
+    return ClaimVerdict.DOES_NOT if difference.high < 0.0 else ClaimVerdict.UNCLEAR
+
+
+def _answers(models: Mapping[int, ModelScores], benchmark: str) -> dict[int, Mapping[str, float]]:
+    """Seed → problem → share of right samples."""
+    return {seed: model.scores[benchmark] for seed, model in models.items() if benchmark in model.scores}
+
+
+def _lengths(models: Mapping[int, ModelScores]) -> dict[int, Mapping[str, float]]:
+    """Seed → the mean length of the answers to all benchmarks."""
+    return {seed: {"": model.length_mean} for seed, model in models.items()}
+
+
+def _means(cells: Mapping[int, CellResult], metric: str) -> dict[int, Mapping[str, float]]:
+    """Seed → the metric's mean over the last fifth of the steps."""
+    return {seed: {"": cell.late[metric]} for seed, cell in cells.items() if metric in cell.late}

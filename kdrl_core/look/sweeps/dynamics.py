@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from kdrl_core.config import Recipe, diff_recipes
-from kdrl_core.data import FilterReport
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, adopted, is_published, open_run
+from kdrl_core.look.reporting.run_report import filter_reports
 from kdrl_core.look.reporting.run_summary import is_spent, sample_responses, summarize
 from kdrl_core.look.sweeps.results import SweepResults, says_something
 from kdrl_core.look.sweeps.state import CellState
@@ -124,12 +124,10 @@ def _phases(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _filters(run: Run) -> dict[str, str]:
-    path = run.paths.filter_report
-    if not is_published(path):
+    if not is_published(run.paths.filter_report):
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {stage: FilterReport.from_json(values).to_text() for stage, values in content.items()}
+        return {stage: report.to_text() for stage, report in filter_reports(run).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # damaged: `kdrl check` names it
 

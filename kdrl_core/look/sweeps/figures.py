@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from kdrl_core.look.reporting.figures import ema
-from kdrl_core.look.sweeps.dynamics import SweepDynamics, VariantDynamics
+from kdrl_core.look.reporting.run_report import LOOK, ema
+from kdrl_core.look.sweeps.dynamics import Line, SweepDynamics, VariantDynamics
 from kdrl_core.look.sweeps.results import SweepResults, Watched
 from kdrl_core.look.sweeps.table import AVERAGE, SweepTable
 
@@ -105,8 +105,8 @@ def _metric(name: str, title: str, variants: Sequence[VariantDynamics]) -> Panel
     for position, variant in enumerate(variants):
         if name in variant.metrics:
             steps, values = variant.metrics[name]
-            _line(figure, position, variant.label, steps, values, opacity=0.25)
-            _line(figure, position, variant.label, steps, ema(values))
+            _line(figure, position, variant.label, (steps, values), opacity=0.25)
+            _line(figure, position, variant.label, (steps, ema(values)))
     if not figure.data:
         return None
     _style(figure, x_title="step of the last stage")
@@ -123,13 +123,12 @@ def _watched(results: SweepResults, labels: Sequence[str]) -> list[Panel]:
     }
     figures = {key: go.Figure() for key in axes}
     for position, label in enumerate(labels):
-        cells = [cell for cell in results.cells if cell.variant == label]
-        begun = [cell for cell in results.begun if cell.variant == label and cell.watched]
-        points = _points([cell.watched for cell in cells] or [cell.watched for cell in begun])
+        finished = [cell.watched for cell in results.cells if cell.variant == label]
+        points = _points(finished or [watched for watched in results.begun.get(label, []) if watched])
         for key, axis in zip(axes, ("step", "length", "seconds"), strict=True):
             if points:
                 xs, ys = [point[axis] for point in points], [100 * point["accuracy"] for point in points]
-                _line(figures[key], position, label, xs, ys, markers=True)
+                _line(figures[key], position, label, (xs, ys), markers=True)
     found = []
     for key, (title, x_title) in axes.items():
         if figures[key].data:
@@ -190,19 +189,12 @@ def _name_rows(figure: go.Figure, labels: Sequence[str]) -> None:
 
 
 def _line(
-    figure: go.Figure,
-    position: int,
-    label: str,
-    xs: Sequence[float],
-    ys: Sequence[float],
-    *,
-    opacity: float = 1.0,
-    markers: bool = False,
+    figure: go.Figure, position: int, label: str, line: Line, *, opacity: float = 1.0, markers: bool = False
 ) -> None:
     figure.add_trace(
         go.Scatter(
-            x=list(xs),
-            y=list(ys),
+            x=line[0],
+            y=line[1],
             mode="lines+markers" if markers else "lines",
             line={"color": color_of(position), "width": 2 if opacity == 1.0 else 1, "dash": dash_of(position)},
             opacity=opacity,
@@ -217,9 +209,7 @@ def _style(figure: go.Figure, *, x_title: str, height: int = 280) -> None:
     figure.update_layout(
         height=height,
         margin={"l": 48, "r": 12, "t": 8, "b": 40},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(128,128,128,0.06)",
-        font={"family": "system-ui, sans-serif", "size": 12},
+        **LOOK,
         showlegend=False,
         xaxis={"title": {"text": x_title}},
         hovermode="closest",

@@ -1,16 +1,20 @@
-"""From the options of a command to a sweep and its cells. All of them are validated before anything runs."""
+"""From the options of a command to a sweep and its cells. All of them are validated before anything runs.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+A cell waits if another one is making a part of it, so that no work is done twice.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kdrl_core.boxes.preflight import check_inputs
-from kdrl_core.config import Recipe, config_hash, load_recipe, parse_value
+from kdrl_core.boxes.sharing import Part, parts_of
+from kdrl_core.config import config_hash, dump_recipe, load_recipe, parse_value
 from kdrl_core.errors import KdrlError, RecipeError
-from kdrl_core.ledger import require_same_recipe
-from kdrl_core.look.sweeps.cells import Cell, expand
-from kdrl_core.look.sweeps.spec import SweepSpec, load_sweep, validate_sweep
+from kdrl_core.ledger import replace_file, require_same_recipe
+from kdrl_core.look.sweeps.spec import Cell, expand, load_sweep, validate_sweep
 from kdrl_core.look.sweeps.state import Origin, SweepPaths, SweepRecord, read_record
 
 _MAX_NAME = 60
@@ -19,14 +23,10 @@ _VARY = "--vary"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(SweepRecord):
     """A sweep that is ready to run."""
 
-    spec: SweepSpec
-    overrides: tuple[str, ...]
-    share_with: tuple[str, ...]
     cells: tuple[Cell, ...]
-    origin: Origin
 
 
 def make_request(
@@ -79,11 +79,8 @@ def make_request(
 
 
 def _before(source: str | None, name: str | None) -> tuple[dict[str, Any], SweepRecord | None, Origin]:
-    """What a request starts from: the sweep's values, its record if it was started, and what it was made of.
-
-    Raises:
-        RecipeError: there is no such sweep, or `name` is that of a sweep made of another one.
-    """
+    """What a request starts from: the sweep's values, its record if it was started, and what it was made of. Raises
+    RecipeError if there is no such sweep, or `name` is that of a sweep made of another one."""
     file = load_sweep(source) if source is not None and _is_file(source) else None
     made_of = _VARY if source is None else source if file is None else Path(source).name
     record = _started(name or (source if file is None else file.name))
@@ -102,20 +99,34 @@ def _before(source: str | None, name: str | None) -> tuple[dict[str, Any], Sweep
 
 
 def check_request(request: Request) -> None:
-    """Check the inputs of every cell, and the runs that exist already, before anything runs.
-
-    Raises:
-        KdrlError: as `check_inputs` and `require_same_recipe`; the message names the cell.
-    """
+    """Check the inputs of every cell, and the runs that exist already, before anything runs. Raises KdrlError as
+    `check_inputs` and `require_same_recipe`; the message names the cell."""
     seen: set[str] = set()
     for cell in request.cells:
         try:
             require_same_recipe(cell.run, cell.recipe)
-            if (what := _without_seed(cell.recipe)) not in seen:
+            if (what := config_hash(cell.recipe.model_copy(update={"seed": 0}))) not in seen:
                 check_inputs(cell.recipe)
             seen.add(what)
         except KdrlError as error:
-            raise type(error)(*_with_cell(error, request, cell)) from None
+            first, *rest = error.args or ("",)
+            where = f"sweep {request.spec.name}, variant '{cell.variant}', seed {cell.seed}"
+            raise type(error)(f"{where}: {first}", *rest) from None
+
+
+def write_record(request: Request) -> None:
+    """Write the record, and the recipe of each cell."""
+    paths = SweepPaths.of(request.spec.name)
+    for cell in request.cells:
+        replace_file(paths.recipe(cell.run), dump_recipe(cell.recipe).encode())
+    content = {
+        "spec": request.spec.model_dump(mode="json"),
+        "overrides": request.overrides,
+        "share_with": request.share_with,
+        "origin": asdict(request.origin),
+        "cells": [{"run": cell.run, "variant": cell.variant, "seed": cell.seed} for cell in request.cells],
+    }
+    replace_file(paths.record, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def donors_of(request: Request) -> list[str]:
@@ -151,11 +162,48 @@ def _started(name: str | None) -> SweepRecord | None:
     return read_record(name)
 
 
-def _without_seed(recipe: Recipe) -> str:
-    return config_hash(recipe.model_copy(update={"seed": 0}))
+def next_cell(
+    pending: Sequence[Cell], running: Iterable[Cell], made: Collection[str], parts: Mapping[str, Sequence[Part]]
+) -> Cell | None:
+    """The first pending cell that shares no unfinished part with a running cell; None if all have to wait. `made`: keys
+    of the parts that some run has finished; `parts`: of each cell, by the name of its run."""
+    under_way = {part.key for cell in running for part in parts[cell.run]} - set(made)
+    for cell in pending:
+        if not any(part.is_waited_for and part.key in under_way for part in parts[cell.run]):
+            return cell
+    return None
 
 
-def _with_cell(error: KdrlError, request: Request, cell: Cell) -> tuple[Any, ...]:
-    """The error's arguments with the cell in front of its text."""
-    first, *rest = error.args or ("",)
-    return (f"sweep {request.spec.name}, variant '{cell.variant}', seed {cell.seed}: {first}", *rest)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Optimiser steps of a sweep."""
+
+    alone: int
+    """If every cell did all of its stages itself."""
+    shared: int
+    """How many of these are taken over from another cell."""
+    by_part: Mapping[str, tuple[int, int]]
+    """Part → number of cells that have it, and how often it is made."""
+
+    @property
+    def to_train(self) -> int:
+        return self.alone - self.shared
+
+
+def estimate(cells: Sequence[Cell]) -> Estimate:
+    """The work of a sweep from its start, and how much of it is shared."""
+    alone = trained = 0
+    seen: set[str] = set()
+    counts: dict[str, list[int]] = {}
+    for cell in cells:
+        for part in parts_of(cell.recipe):
+            count = counts.setdefault(part.name, [0, 0])
+            count[0] += 1
+            count[1] += part.key not in seen
+            steps = cell.recipe.stage(part.name).steps if part.name in cell.recipe.stages else 0
+            alone += steps
+            trained += 0 if part.key in seen else steps
+            seen.add(part.key)
+    return Estimate(
+        alone=alone, shared=alone - trained, by_part={name: (have, made) for name, (have, made) in counts.items()}
+    )

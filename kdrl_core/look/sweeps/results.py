@@ -1,6 +1,6 @@
 """The results of a sweep's cells, read from their runs: of finished cells, and partial results of the others."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -58,15 +58,6 @@ class CellResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BegunCell:
-    """Partial results of an unfinished cell."""
-
-    variant: str
-    seed: int
-    watched: list[Watched]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceResult:
     """A reference model, which variants share: the student before, the student after an earlier stage, the teacher."""
 
@@ -88,14 +79,14 @@ class SweepResults:
     statuses: list[CellStatus]
     cells: list[CellResult]
     references: list[ReferenceResult]
-    begun: list[BegunCell] = field(default_factory=list)
+    begun: dict[str, list[list[Watched]]] = field(default_factory=dict)
+    """Variant → partial results of its unfinished cells."""
     recipes: dict[str, Recipe] = field(default_factory=dict)
     """Variant → recipe of its first cell as planned; also for variants that have not begun."""
     claims: list[Claim] = field(default_factory=list)
 
     @property
     def missing(self) -> list[CellStatus]:
-        """Cells that are not finished."""
         return [status for status in self.statuses if status.state is not CellState.FINISHED]
 
 
@@ -108,11 +99,8 @@ def read_results_of(
     claims: Sequence[Claim] = (),
     recipes: Mapping[str, Recipe] | None = None,
 ) -> SweepResults:
-    """Read the evaluations and timings of every cell that has them.
-
-    Args:
-        recipes: variant → recipe of its first cell; default: those of the runs that have begun.
-    """
+    """Read the evaluations and timings of every cell that has them. `recipes`: variant → recipe of its first cell;
+    default: those of the runs that have begun."""
     results = SweepResults(
         name=name,
         description=description,
@@ -147,7 +135,7 @@ def _read(results: SweepResults, status: CellStatus, seen: set[tuple[str, int]])
         return status
     stage = run.recipe.stages[-1]
     watched = list(_watched(run, stage, before_s=_before_s(_row(run, stage))))
-    results.begun.append(BegunCell(variant=status.variant, seed=status.seed, watched=watched))
+    results.begun.setdefault(status.variant, []).append(watched)
     return replace(status, detail="; ".join(filter(None, [_progress(run), status.detail])))
 
 
@@ -160,18 +148,8 @@ def _progress(run: Run) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceGroup:
-    """A reference model over its seeds."""
-
-    models: dict[int, ModelScores]
-    """By seed."""
-    planned: set[int]
-    """Seeds that will have one."""
-
-
-def by_label(results: SweepResults) -> dict[str, ReferenceGroup]:
-    """Reference models by the names that tables and claims give them.
+def by_label(results: SweepResults) -> dict[str, tuple[dict[int, ModelScores], set[int]]]:
+    """Reference models by the names that tables and claims give them: their results by seed, and the planned seeds.
 
     If variants have different ones, such as two teachers, the first variant's keeps its plain name and the others are
     called `teacher of VARIANT`. The names do not depend on which of them exist already.
@@ -180,14 +158,14 @@ def by_label(results: SweepResults) -> dict[str, ReferenceGroup]:
     models: dict[str, dict[int, ModelScores]] = {}
     for reference in results.references:
         models.setdefault(reference.group, {})[reference.seed] = reference.model
-    found: dict[str, ReferenceGroup] = {}
+    found: dict[str, tuple[dict[int, ModelScores], set[int]]] = {}
     names: set[str] = set()
     for group, (name, variants) in owners.items():
         label = name if name not in names else f"{name} of {variants[0]}"
         names.add(name)
         if group in models:
             planned = {status.seed for status in results.statuses if status.variant in variants}
-            found[label] = ReferenceGroup(models=models[group], planned=planned)
+            found[label] = models[group], planned
     return found
 
 
@@ -257,20 +235,13 @@ def _before_s(row: StageRow | None) -> float:
 
 
 def _watched(run: Run, stage: str, *, before_s: float) -> Iterator[Watched]:
-    seconds = _cumulative(load_metrics(run, stage), before_s)
-    for step in sorted(seconds):
+    seconds = before_s
+    for row in load_metrics(run, stage):
+        seconds += sum(value for name, value in row.items() if is_spent(name))
+        step = int(row["step"]) + 1
         path = run.paths.evaluation(checkpoint_label(stage, step))
         if is_published(path):
-            yield Watched(step=step, seconds=seconds[step], model=_model(path))
-
-
-def _cumulative(rows: Iterable[Mapping[str, float]], total: float) -> dict[int, float]:
-    """Updates → seconds of all steps until then."""
-    found = {}
-    for row in rows:
-        total += sum(value for name, value in row.items() if is_spent(name))
-        found[int(row["step"]) + 1] = total
-    return found
+            yield Watched(step=step, seconds=seconds, model=_model(path))
 
 
 def _model(path: Path) -> ModelScores:

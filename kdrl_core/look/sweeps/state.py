@@ -9,7 +9,8 @@ artifacts/sweeps/<sweep>/
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -17,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.boxes.completion import is_finished
-from kdrl_core.config import dump_recipe
 from kdrl_core.config.paths import artifacts_root, validate_run_name
 from kdrl_core.errors import KdrlError, RunError
 from kdrl_core.ledger import RunPaths, lock_holder, open_run, replace_file
-from kdrl_core.look.sweeps.cells import Cell
-from kdrl_core.look.sweeps.spec import SweepSpec, validate_sweep
+from kdrl_core.look.sweeps.spec import CellName, SweepSpec, validate_sweep
 
 
 class CellState(StrEnum):
@@ -33,15 +32,6 @@ class CellState(StrEnum):
     FAILED = "failed"
     STOPPED = "stopped"
     PENDING = "pending"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CellRecord:
-    """A cell, as a sweep's record names it."""
-
-    run: str
-    variant: str
-    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +52,7 @@ class SweepRecord:
     overrides: tuple[str, ...]
     share_with: tuple[str, ...]
     """Other sweeps, whose cells may be shared as well."""
-    cells: tuple[CellRecord, ...]
+    cells: tuple[CellName, ...]
     origin: Origin
 
 
@@ -79,7 +69,6 @@ class SweepPaths:
 
     @property
     def record(self) -> Path:
-        """The sweep as it was last started."""
         return self.root / "sweep.json"
 
     @property
@@ -89,43 +78,21 @@ class SweepPaths:
 
     @property
     def report(self) -> Path:
-        """Folder of the tables."""
         return self.root / "report"
 
     def recipe(self, run: str) -> Path:
-        """The recipe of a cell."""
         return self.root / "cells" / f"{run}.yaml"
 
     def log(self, run: str) -> Path:
-        """What a cell's process wrote."""
         return self.root / "logs" / f"{run}.log"
 
     def failure(self, run: str) -> Path:
-        """Why a cell failed."""
         return self.root / "failures" / f"{run}.json"
 
 
 def list_started() -> list[str]:
     """Names of the sweeps that were started."""
     return sorted(path.parent.name for path in artifacts_root().glob("sweeps/*/sweep.json"))
-
-
-def write_record(
-    spec: SweepSpec, overrides: Sequence[str], share_with: Sequence[str], cells: Sequence[Cell], origin: Origin
-) -> SweepPaths:
-    """Write the record, and the recipe of each cell."""
-    paths = SweepPaths.of(spec.name)
-    for cell in cells:
-        replace_file(paths.recipe(cell.run), dump_recipe(cell.recipe).encode())
-    content = {
-        "spec": spec.model_dump(mode="json"),
-        "overrides": list(overrides),
-        "share_with": list(share_with),
-        "origin": asdict(origin),
-        "cells": [{"run": cell.run, "variant": cell.variant, "seed": cell.seed} for cell in cells],
-    }
-    replace_file(paths.record, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    return paths
 
 
 def read_record(name: str) -> SweepRecord:
@@ -140,7 +107,7 @@ def read_record(name: str) -> SweepRecord:
             spec=validate_sweep(content["spec"], origin=str(path)),
             overrides=tuple(content["overrides"]),
             share_with=tuple(content["share_with"]),
-            cells=tuple(CellRecord(**cell) for cell in content["cells"]),
+            cells=tuple(CellName(**cell) for cell in content["cells"]),
             origin=Origin(**content.get("origin", {})),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -150,47 +117,34 @@ def read_record(name: str) -> SweepRecord:
 
 
 def note_failure(paths: SweepPaths, run: str, reason: str) -> None:
-    """Keep why a cell failed."""
     content = {"reason": reason, "at": datetime.now(UTC).isoformat("T", "seconds")}
     replace_file(paths.failure(run), (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
 
-def failure_of(paths: SweepPaths, run: str) -> str | None:
-    """Why a cell failed when it was last started; None if it did not."""
-    try:
-        return str(json.loads(paths.failure(run).read_text(encoding="utf-8"))["reason"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CellStatus:
+class CellStatus(CellName):
     """Where a cell stands."""
 
-    run: str
-    variant: str
-    seed: int
     state: CellState
     detail: str = ""
     """Running: the process. Failed: the reason. Stopped: the command that continues it."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
 
-def cell_status(paths: SweepPaths, cell: CellRecord | Cell) -> CellStatus:
+def cell_status(paths: SweepPaths, cell: CellName) -> CellStatus:
     """The status of a cell, read from its run's files. A run that cannot be opened has failed."""
-    state, detail = state_of(cell.run, failure=failure_of(paths, cell.run))
+    failure = None
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        failure = str(json.loads(paths.failure(cell.run).read_text(encoding="utf-8"))["reason"])
+    state, detail = state_of(cell.run, failure=failure)
     return CellStatus(run=cell.run, variant=cell.variant, seed=cell.seed, state=state, detail=detail)
 
 
 def state_of(run_name: str, *, failure: str | None = None) -> tuple[CellState, str]:
-    """State of a run, and its detail as in `CellStatus`.
-
-    Args:
-        failure: why the run failed when it was last started, if that is known.
-    """
+    """State of a run, and its detail as in `CellStatus`. `failure`: why it failed when it was last started, if that is
+    known."""
     files = RunPaths.of(run_name)
     if holder := lock_holder(files.lock):
         return CellState.RUNNING, holder

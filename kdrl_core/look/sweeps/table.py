@@ -6,10 +6,11 @@
 import csv
 import io
 from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
-from kdrl_core.look.reporting.tables import Table
-from kdrl_core.look.sweeps.claims import JudgedClaim
+from kdrl_core.evaluation.statistics import Accuracy
+from kdrl_core.look.reporting.run_summary import Table
 
 AVERAGE = "avg"
 """Mean of the benchmarks that every row has, without `VALIDATION`."""
@@ -19,12 +20,9 @@ _MISSING = "–"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
+class Score(Accuracy):
     """Accuracy in [0, 1], its interval, and whether it is the best or second best of the variants."""
 
-    mean: float
-    low: float
-    high: float
     rank: int | None = None
 
 
@@ -59,6 +57,33 @@ class TimedRow:
     """Empty if there was none."""
 
 
+class ClaimVerdict(StrEnum):
+    """What the runs say about a claim."""
+
+    HOLDS = "holds"
+    DOES_NOT = "does not hold"
+    UNCLEAR = "unclear"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedClaim:
+    """A claim with its measure."""
+
+    text: str
+    source: str
+    what: str
+    """The comparison in short: `KDRL > GRPO, accuracy on test`."""
+    expected: str
+    """What the source says."""
+    verdict: ClaimVerdict
+    difference: Accuracy | None
+    """More − less, in the quantity's own unit; None if a variant is missing."""
+    num_seeds: int
+    is_share: bool
+    """Whether the quantity is an accuracy, shown in points."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepTable:
     """The result of a sweep."""
@@ -80,7 +105,6 @@ class SweepTable:
     claims: list[JudgedClaim] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
     def accuracy_table(self, *, marked: bool = False) -> Table:
@@ -126,7 +150,6 @@ class SweepTable:
         return Table(title=title, header=["variant", *names, "step", "seeds"], rows=rows)
 
     def claim_table(self) -> Table:
-        """The sweep's claims, judged."""
         rows = [
             [
                 *(claim.text, claim.source, claim.expected, str(claim.verdict), claim.what),
@@ -200,7 +223,7 @@ def _cell(score: Score | None, *, marked: bool = False) -> str:
     return f"{mean} ({100 * score.low:.1f}–{100 * score.high:.1f})"
 
 
-def _signed(score: Score | None) -> str:
+def _signed(score: Accuracy | None) -> str:
     if score is None:
         return _MISSING
     return f"{100 * score.mean:+.1f} ({100 * score.low:+.1f} to {100 * score.high:+.1f})"
@@ -211,7 +234,7 @@ def _measured(claim: JudgedClaim) -> str:
     if found is None:
         return _MISSING
     if claim.is_share:
-        return _signed(Score(mean=found.mean, low=found.low, high=found.high)) + " points"
+        return _signed(found) + " points"
     interval = f"{found.low:+.3g} to {found.high:+.3g}" if claim.num_seeds > 1 else "one seed"
     return f"{found.mean:+.3g} ({interval})"
 

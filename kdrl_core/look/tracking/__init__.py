@@ -5,7 +5,7 @@ where its trackers end, and a run that gets a tracker later sends all it has. Tr
 fails.
 """
 
-from kdrl_core.look.tracking.protocols import Tracker
+from kdrl_core.look.tracking.clients import Tracker
 from kdrl_core.look.tracking.stream import close_tracking, track
 
 __all__ = ["Tracker", "close_tracking", "track"]

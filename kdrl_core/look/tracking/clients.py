@@ -3,20 +3,71 @@
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from kdrl_core.config import TrackerName, dump_recipe
 from kdrl_core.config.changes import leaf_fields
 from kdrl_core.config.paths import artifacts_root
 from kdrl_core.ledger import Run
-from kdrl_core.look.tracking.protocols import Point, Sent, Tracker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """The numbers of one step of a stage, or of an evaluation."""
+
+    group: str
+    """Stage or `summary`; the prefix of every name."""
+    step: int
+    """Within its stage, from 0."""
+    global_step: int
+    """Over all stages, ascending."""
+    time_ms: int
+    """Time of publication since the epoch, so that a point sent again is the same."""
+    values: Mapping[str, float]
+
+
+@dataclass(slots=True, kw_only=True)
+class Sent:
+    """What a tracker has of a run."""
+
+    identity: str | None = None
+    """What the run is called there."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Stage → steps that were sent."""
+    evaluations: list[str] = field(default_factory=list)
+    """Labels."""
+
+
+class Tracker(Protocol):
+    """One client, open for one run."""
+
+    run_id: str | None
+    """What the run is called there; None where it has no name of its own."""
+
+    def log(self, point: Point) -> None:
+        """Send a point."""
+        ...
+
+    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
+        """Send numbers of the whole run; `time_ms` as in a point."""
+        self.log(Point(group="summary", step=0, global_step=0, time_ms=time_ms, values=values))
+
+    def flush(self) -> bool:
+        """Write everything sent so far. Returns True if a kill can no longer lose any of it."""
+        return True
+
+    def close(self, *, complete: bool) -> None:
+        """End. `complete`: everything was sent. The run may be opened again."""
+        ...
+
 
 _MAX_PARAM_CHARS = 6_000
 """Of an MLflow parameter."""
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """Event files in `tracking/tensorboard/<group>/` of the run: `tensorboard --logdir artifacts/runs`."""
 
     run_id: str | None = None
@@ -30,9 +81,6 @@ class TensorBoardTracker:
         writer = self._writers.get(point.group) or self._open(point.group)
         for name, value in point.values.items():
             writer.add_scalar(name, value, point.step, walltime=point.time_ms / 1000.0)
-
-    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
-        self.log(Point(group="summary", step=0, global_step=0, time_ms=time_ms, values=values))
 
     def flush(self) -> bool:
         for writer in self._writers.values():
@@ -57,7 +105,7 @@ class TensorBoardTracker:
         return writer
 
 
-class MLflowTracker:
+class MLflowTracker(Tracker):
     """A run of an MLflow experiment. Points carry the time of their publication, so that one sent twice counts once."""
 
     def __init__(self, run: Run, sent: Sent) -> None:
@@ -78,13 +126,6 @@ class MLflowTracker:
             Metric(f"{point.group}/{name}", value, point.time_ms, point.step) for name, value in point.values.items()
         ]
         self._client.log_batch(self.run_id, metrics=metrics)
-
-    def summarize(self, values: Mapping[str, float], time_ms: int) -> None:
-        self.log(Point(group="summary", step=0, global_step=0, time_ms=time_ms, values=values))
-
-    def flush(self) -> bool:
-        """Every batch is written when it is logged."""
-        return True
 
     def close(self, *, complete: bool) -> None:
         self._client.set_terminated(self.run_id, status="FINISHED" if complete else "KILLED")
@@ -108,7 +149,7 @@ class MLflowTracker:
         return run_id
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """A W&B run in offline mode, in `tracking/wandb/` of the run: `wandb sync` sends it. Nothing is sent from here."""
 
     def __init__(self, run: Run, sent: Sent) -> None:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_core.alarms import Alarm, raised_at_last
-from kdrl_core.alarms.record import _LOOK_AT
+from kdrl_core.alarms import _LOOK_AT, Alarm, raised_at_last
 from kdrl_core.config.alarms import DEFAULTS, AlarmRule, AlarmsConfig, FallRule, JumpRule, ThresholdRule
 
 RULES = AlarmsConfig().rules

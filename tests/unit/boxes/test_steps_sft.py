@@ -25,8 +25,7 @@ from kdrl_core.boxes.shards import num_shards, open_shards
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import Run, create_run, derive_seed, manifest_of, run_lock, sweep_temporaries
-from kdrl_core.look.reporting.run_summary import summarize
-from kdrl_core.look.reporting.tables import sft_table
+from kdrl_core.look.reporting.run_summary import sft_table, summarize
 from kdrl_core.tables.metrics import load_metrics
 
 SFT = [

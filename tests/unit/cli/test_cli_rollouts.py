@@ -89,7 +89,7 @@ def test_show_a_response_in_full(rollouts: Rollouts) -> None:
 
 
 def test_tokens_stand_on_the_colour_of_their_log_ratio() -> None:
-    from flows.cli.rollouts_shown import log_ratios, token_text
+    from flows.cli.rollouts_shared import log_ratios, token_text
 
     record = {
         "teacher_logprobs": [-4.0, -1.0, -0.5, None],
@@ -262,7 +262,7 @@ def test_ranges() -> None:
 
 
 def test_sparklines() -> None:
-    from flows.cli.rollouts_shown import sparkline
+    from flows.cli.rollouts_shared import sparkline
 
     assert sparkline([0.0, 1.0, None, 0.5]) == "▁█ ▅"
     assert sparkline([2.0, 2.0]) == "▁▁"
@@ -273,7 +273,7 @@ def test_sparklines() -> None:
 def test_a_pager_gets_what_is_longer_than_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from flows.cli import rollouts_shown
+    from flows.cli import rollouts_shared
     from flows.cli.shared import PlainConsole
 
     got = tmp_path / "got"
@@ -283,11 +283,11 @@ def test_a_pager_gets_what_is_longer_than_the_terminal(tmp_path: Path, monkeypat
     monkeypatch.setenv("PAGER", str(pager))
     with (tmp_path / "terminal").open("w") as terminal:
         console: Console = PlainConsole(file=terminal, force_terminal=True, width=80, height=10)
-        monkeypatch.setattr(rollouts_shown, "out", console)
-        with rollouts_shown.paged() as shown:
+        monkeypatch.setattr(rollouts_shared, "out", console)
+        with rollouts_shared.paged() as shown:
             shown.print("short \x1b[2J", highlight=False)
         assert not got.exists()
-        with rollouts_shown.paged() as shown:
+        with rollouts_shared.paged() as shown:
             for number in range(20):
                 shown.print(f"line {number} \x1b[2J", highlight=False)
     assert (tmp_path / "terminal").read_text() == "short \\x1b[2J\n"

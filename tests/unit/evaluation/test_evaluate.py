@@ -33,7 +33,7 @@ from kdrl_core.sampling.job import Sampler
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.tables.schemas import read_table
 from kdrl_core.types import VerdictKind
-from kdrl_core.verify import version
+from kdrl_core.verify import screening
 
 STUDENT = "builtin:miniature/student"
 SMALL: dict[str, Any] = {"benchmarks": ["test", "hard"], "samples": 2, "max_problems": 6}
@@ -130,7 +130,7 @@ def test_other_settings_have_a_folder_of_their_own(
 def test_verdicts_of_another_verifier_are_others(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_evaluation(recipe, STUDENT, asking(benchmarks=["test"]))
     before = evaluation_plan.settings_of(plan, plan.benchmarks[0])
-    monkeypatch.setattr(version, "RULES", version.RULES + 1)
+    monkeypatch.setattr(screening, "RULES", screening.RULES + 1)
     assert evaluation_plan.settings_of(plan, plan.benchmarks[0]) != before
 
 

@@ -135,8 +135,7 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
-from kdrl_core.logprobs.batch import pad_sequences
-from kdrl_core.logprobs.model import LogprobModel
+from kdrl_core.logprobs.model import LogprobModel, pad_sequences
 from kdrl_core.types import ScoreRequest
 
 values = json.loads(sys.argv[1])

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from kdrl_core.config import ModelConfig, load_recipe
 from kdrl_core.errors import ModelError, RecipeError
-from kdrl_core.look.planning import KNOWN_SHAPES, Cluster, Engines, Rates, StagePlan, plan_stage, shape_of, work_of
-from kdrl_core.look.planning.cost import gradient_traffic, step_time
+from kdrl_core.look.planning.cluster import Cluster, Engines, work_of
+from kdrl_core.look.planning.cost import Rates, gradient_traffic, step_time
 from kdrl_core.look.planning.placement import KV_CACHE, Placement
 from kdrl_core.look.planning.scaling import tables
-from kdrl_core.look.planning.shapes import shape_from_config
+from kdrl_core.look.planning.shapes import KNOWN_SHAPES, shape_from_config, shape_of
+from kdrl_core.look.planning.stage_plan import StagePlan, plan_stage
 
 DOC = Path(__file__).parents[3] / "docs" / "scaling.md"
 TINY: dict[str, Any] = {

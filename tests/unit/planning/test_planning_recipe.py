@@ -7,22 +7,10 @@ from typing import Any
 import pytest
 
 from kdrl_core.config import load_recipe
-from kdrl_core.look.planning import (
-    Cluster,
-    Engines,
-    Rates,
-    StagePlan,
-    conditions,
-    default_gpus,
-    engines_of,
-    plan_stage,
-    ranks_note,
-    work_of,
-)
-from kdrl_core.look.planning.conditions import time_alone
-from kdrl_core.look.planning.cost import step_time
-from kdrl_core.look.planning.measured import rates_of
+from kdrl_core.look.planning.cluster import Cluster, Engines, default_gpus, engines_of, work_of
+from kdrl_core.look.planning.cost import Rates, rates_of, step_time
 from kdrl_core.look.planning.placement import KV_CACHE, Placement
+from kdrl_core.look.planning.stage_plan import StagePlan, conditions, plan_stage, ranks_note, time_alone
 
 SERVED = ["rollout.engine=server", "rollout.server.urls=['http://127.0.0.1:8000/v1']"]
 

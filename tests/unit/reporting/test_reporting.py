@@ -9,9 +9,16 @@ import pytest
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, publish_directory, replace_file
 from kdrl_core.ledger.graph import evaluated_labels
-from kdrl_core.look.reporting.figures import dynamics_figure, ema
-from kdrl_core.look.reporting.run_summary import ModelRow, RunSummary, StageRow, summarize
-from kdrl_core.look.reporting.tables import Table, accuracy_table, phase_table
+from kdrl_core.look.reporting.run_report import dynamics_figure, ema
+from kdrl_core.look.reporting.run_summary import (
+    ModelRow,
+    RunSummary,
+    StageRow,
+    Table,
+    accuracy_table,
+    phase_table,
+    summarize,
+)
 from kdrl_core.tables.schemas import write_table
 
 

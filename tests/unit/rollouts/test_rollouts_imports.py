@@ -12,8 +12,7 @@ from kdrl_core.config.paths import ASSETS
 from kdrl_core.errors import DataError, ModelError
 from kdrl_core.ledger import verify_published
 from kdrl_core.look.rollouts.diff import compare
-from kdrl_core.look.rollouts.export import export_rollouts
-from kdrl_core.look.rollouts.imports import IMPORTED, import_dump
+from kdrl_core.look.rollouts.files import IMPORTED, export_rollouts, import_dump
 from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 from kdrl_core.look.rollouts.record import RECORD
 

@@ -14,7 +14,6 @@ from rollout_runs import make_run, part_path, publish, step_table, write_step
 from kdrl_core.boxes.check import check_run
 from kdrl_core.ledger import Run, open_run, published_below, sweep_temporaries
 from kdrl_core.look.rollouts import index as index_module
-from kdrl_core.look.rollouts import index_files
 from kdrl_core.look.rollouts.index import RunIndex
 from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 from kdrl_core.look.rollouts.sources import StepFiles
@@ -135,7 +134,7 @@ def test_many_segments_are_joined(run: Run, read: list[int], monkeypatch: pytest
     assert rows(index) == 10 * 6
     table = pq.read_table(index.files[0], columns=["step", "row"])
     assert table["step"].to_pylist() == sorted(table["step"].to_pylist())
-    monkeypatch.setattr(index_files, "MAX_ROWS", 12)
+    monkeypatch.setattr(index_module, "MAX_ROWS", 12)
     for step in range(10, 18):
         write_step(run, "stage2", step)
         index.refresh()
@@ -150,7 +149,7 @@ def test_what_a_reader_may_still_use_stays_for_a_while(run: Run, monkeypatch: py
     os.utime(part_path(run.paths, "stage2", 1, "rewards"), ns=(1, 1))
     index.refresh()
     assert old.exists()
-    monkeypatch.setattr(index_files, "_KEPT_FOR_S", -1.0)
+    monkeypatch.setattr(index_module, "_KEPT_FOR_S", -1.0)
     write_step(run, "stage2", 3)
     index.refresh()
     assert not old.exists()

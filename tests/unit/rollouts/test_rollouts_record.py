@@ -17,7 +17,7 @@ import pytest
 from rollout_runs import NUM_ROWS, part_path
 
 from kdrl_core.errors import DataError
-from kdrl_core.look.rollouts.export import export_rollouts, record_schema
+from kdrl_core.look.rollouts.files import export_rollouts, record_schema
 from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 from kdrl_core.look.rollouts.record import (
     BULKY,

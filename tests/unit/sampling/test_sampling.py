@@ -5,8 +5,7 @@ from typing import Any, cast
 
 from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.ledger import derive_seed
-from kdrl_core.sampling.responses import Response, engine_source, requests_for
-from kdrl_core.sampling.rollouts import generate, rollouts_table
+from kdrl_core.sampling.responses import Response, engine_source, generate, requests_for, rollouts_table
 from kdrl_core.tables.schemas import ROLLOUTS
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 

@@ -132,8 +132,8 @@ def test_stage_flows_work_on_runs_of_their_own_artifacts_folder(
     from flows.evaluation import evaluation
     from flows.filtering import filtering
     from flows.reporting import reporting
-    from flows.run_dir import open_own_run
     from flows.sft_stage import sft_stage
+    from flows.stage_flows import open_own_run
     from flows.training_stage import training_stage
 
     monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path / "artifacts"))

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 
 from kdrl_core.errors import RecipeError
-from kdrl_core.look.sweeps.aggregate import build_table
-from kdrl_core.look.sweeps.cells import expand
-from kdrl_core.look.sweeps.claims import ClaimVerdict, JudgedClaim, judge_claims
+from kdrl_core.look.sweeps.aggregate import build_table, judge_claims
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults
-from kdrl_core.look.sweeps.spec import CLAIM_METRICS, Claim, load_sweep, validate_sweep
+from kdrl_core.look.sweeps.spec import CLAIM_METRICS, Claim, expand, load_sweep, validate_sweep
+from kdrl_core.look.sweeps.table import ClaimVerdict, JudgedClaim
 from kdrl_core.objectives import LOSS_METRICS
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from kdrl_core.look.sweeps.cells import expand
-from kdrl_core.look.sweeps.spec import load_sweep
+from kdrl_core.look.sweeps.spec import expand, load_sweep
 
 DOCS = Path(__file__).parents[3] / "docs"
 BENCHMARKS = ("test", "hard", "ood")

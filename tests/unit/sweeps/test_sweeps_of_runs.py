@@ -12,8 +12,7 @@ from flows.cli import app
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, create_run
-from kdrl_core.look.sweeps.comparison import write_comparison
-from kdrl_core.look.sweeps.of_runs import read_runs
+from kdrl_core.look.sweeps.comparison import read_runs, write_comparison
 from kdrl_core.look.sweeps.state import CellState
 
 

@@ -9,11 +9,11 @@ import pytest
 from browser import look, needs_chromium
 
 from kdrl_core.ledger import Run
-from kdrl_core.look.reporting.figures import ema
+from kdrl_core.look.reporting.run_report import ema
 from kdrl_core.look.sweeps.aggregate import build_table
+from kdrl_core.look.sweeps.comparison import render_markdown, render_page
 from kdrl_core.look.sweeps.dynamics import SweepDynamics, VariantDynamics, mean_lines, read_dynamics
 from kdrl_core.look.sweeps.figures import panels_of
-from kdrl_core.look.sweeps.page import render_markdown, render_page
 from kdrl_core.look.sweeps.results import ModelScores, SweepResults, Watched, read_results_of
 from kdrl_core.look.sweeps.state import CellState, CellStatus
 from kdrl_core.tables.metrics import load_metrics

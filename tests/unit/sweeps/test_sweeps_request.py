@@ -9,23 +9,15 @@ import pytest
 from kdrl_core.errors import ModelError, RecipeError, RunError
 from kdrl_core.ledger import RunPaths, create_run
 from kdrl_core.look.sweeps.comparison import read_sweep, write_sweep_report
-from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request, parse_vary
-from kdrl_core.look.sweeps.state import (
-    CellState,
-    SweepPaths,
-    cell_status,
-    list_started,
-    note_failure,
-    read_record,
-    write_record,
-)
+from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request, parse_vary, write_record
+from kdrl_core.look.sweeps.state import CellState, SweepPaths, cell_status, list_started, note_failure, read_record
 
 pytestmark = pytest.mark.usefixtures("artifacts")
 
 
 def _start(source: str | None = "figure5", **options: Any) -> Request:
     request = make_request(source, **options)
-    write_record(request.spec, request.overrides, request.share_with, request.cells, request.origin)
+    write_record(request)
     return request
 
 

@@ -1,8 +1,8 @@
 """Which cell starts next, and how much work a sweep is."""
 
 from kdrl_core.boxes.sharing import parts_of
-from kdrl_core.look.sweeps import Cell, expand, load_sweep, validate_sweep
-from kdrl_core.look.sweeps.schedule import estimate, next_cell
+from kdrl_core.look.sweeps.request import estimate, next_cell
+from kdrl_core.look.sweeps.spec import Cell, expand, load_sweep, validate_sweep
 
 
 def _cells(**fields: object) -> list[Cell]:

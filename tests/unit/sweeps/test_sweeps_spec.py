@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import RecipeError
-from kdrl_core.look.sweeps import SweepSpec, dump_sweep, expand, list_sweeps, load_sweep, validate_sweep
-from kdrl_core.look.sweeps.cells import as_overrides
+from kdrl_core.look.sweeps.spec import (
+    SweepSpec,
+    as_overrides,
+    dump_sweep,
+    expand,
+    list_sweeps,
+    load_sweep,
+    validate_sweep,
+)
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"
 RATE, STEPS = "stage2.learning_rate", "stage2.steps"

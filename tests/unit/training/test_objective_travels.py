@@ -11,8 +11,8 @@ import torch
 from parity.ranks import make_batch, with_objective, with_topk
 
 from kdrl_core.config import load_recipe
-from kdrl_core.logprobs.batch import pad_sequences
 from kdrl_core.logprobs.chunked import TokenStatistics
+from kdrl_core.logprobs.model import pad_sequences
 from kdrl_core.objectives import Objective, Responses, Totals, joint_loss, training_signals
 from kdrl_core.training.losses import micro_batch_statistics, totals_of
 from kdrl_core.training.messages import RankWork, share_of, unpack

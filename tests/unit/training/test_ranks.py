@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity.ranks import make_batch, with_topk
 
-from kdrl_core.logprobs.batch import deal_batches
+from kdrl_core.logprobs.model import deal_batches
 from kdrl_core.training import process_guard, rank_group
 from kdrl_core.training.losses import totals_of
 from kdrl_core.training.messages import RankWork, pack, share_of, unpack

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdrl_core.logprobs.batch import pad_sequences, token_budget_batches
+from kdrl_core.logprobs.model import pad_sequences, token_budget_batches
 from kdrl_core.types import ScoreRequest
 
 

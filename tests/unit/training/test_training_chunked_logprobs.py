@@ -10,9 +10,15 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from kdrl_core.logprobs.batch import PaddedBatch, pad_sequences
 from kdrl_core.logprobs.chunked import OutputLayer, TopKTeacher, best_tokens, token_statistics
-from kdrl_core.logprobs.model import LogprobModel, has_linear_logits, response_logits, response_logprobs
+from kdrl_core.logprobs.model import (
+    LogprobModel,
+    PaddedBatch,
+    has_linear_logits,
+    pad_sequences,
+    response_logits,
+    response_logprobs,
+)
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.objectives import topk_kl
 from kdrl_core.types import ScoreRequest
@@ -89,7 +95,7 @@ def gap(actual: Tensor, expected: Tensor) -> float:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few columns, so that small vocabularies have several."""
-    monkeypatch.setattr("kdrl_core.logprobs.chunks._MIN_COLUMNS", 1)
+    monkeypatch.setattr("kdrl_core.logprobs.chunked_function._MIN_COLUMNS", 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,7 +126,7 @@ def test_values_and_gradients_are_those_of_full_logits(
     case = make_case(num_tokens, vocabulary, hidden_size, min(k, vocabulary), has_bias=has_bias, seed=seed)
     ours, exact = case.leaves(dtype), case.leaves(torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdrl_core.logprobs.chunks._MIN_COLUMNS", 1)
+        patch.setattr("kdrl_core.logprobs.chunked_function._MIN_COLUMNS", 1)
         found = chunked(case, ours, temperature, chunk_bytes=columns * num_tokens * dtype.itemsize)
         expected = dense(case, exact, temperature)
         differentiate(found, case, which)

@@ -15,8 +15,7 @@ from fastapi import FastAPI
 from unit.ui import handmade
 
 from kdrl_core.look.rollouts.query import RolloutStore
-from kdrl_core.look.ui.app import create_app
-from kdrl_core.look.ui.server import server_of, url_of
+from kdrl_core.look.ui.app import create_app, server_of, url_of
 
 GROUP_SIZE = 16
 SETTINGS = [f"{stage}.group_size={GROUP_SIZE}" for stage in ("stage1", "stage2")]

@@ -18,9 +18,8 @@ from unit.ui.conftest import GROUP_SIZE
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import open_run_dir
 from kdrl_core.look.rollouts.query import RolloutStore
+from kdrl_core.look.ui.api import Live, columns, plain
 from kdrl_core.look.ui.app import create_app
-from kdrl_core.look.ui.live import Live
-from kdrl_core.look.ui.plain import columns, plain
 from kdrl_core.tables.metrics import load_metrics
 
 HERE = "http://127.0.0.1:1234"

@@ -15,10 +15,9 @@ from kdrl_core.errors import DataError, VerificationError
 from kdrl_core.tables.schemas import REWARDS
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import VerdictOptions, Verifier, row_files
-from kdrl_core.verify.grading import MAX_GROUPS, GradingOptions, OnProgress, box_answer, grade_file
+from kdrl_core.verify.grading import MAX_GROUPS, FileTally, GradingOptions, OnProgress, box_answer, grade_file
 from kdrl_core.verify.row_files import VERDICT_NAMES, open_rows
 from kdrl_core.verify.rows import choose_columns
-from kdrl_core.verify.tally import FileTally
 
 ACCURACY = VerdictOptions(require_format=False, think_opened=False)
 FORMAT = VerdictOptions(require_format=True, think_opened=False)

@@ -1,4 +1,4 @@
-"""Format rules (B.1.2): one row per rule of kdrl_core/verify/format.py, and the finding of the answer."""
+"""Format rules (B.1.2): one row per rule of kdrl_core/verify/screening.py, and the finding of the answer."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import check_format
-from kdrl_core.verify.format import answer_region, last_box
+from kdrl_core.verify.screening import answer_region, last_box
 
 MALFORMED, NO_ANSWER = VerdictKind.MALFORMED, VerdictKind.NO_ANSWER
 

@@ -16,7 +16,7 @@ import pytest
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
 from kdrl_core.verify import Verifier, accuracy, verify, verify_batch, workers
-from kdrl_core.verify.accuracy import Outcome
+from kdrl_core.verify.screening import Outcome
 
 CORRECT, WRONG = VerdictKind.CORRECT, VerdictKind.WRONG
 TIMEOUT, ERROR = VerdictKind.TIMEOUT, VerdictKind.ERROR

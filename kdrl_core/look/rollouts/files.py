@@ -1,4 +1,7 @@
-"""Dumps of other trainers as a run for kdrl to show: verl's JSON lines and TRL's Parquet completions.
+"""Rollouts to and from files: export as Parquet, JSON lines or CSV; import of other trainers' dumps as a run to show.
+
+Export writes records (record.py) step by step, and compares every source file with its manifest. Parquet keeps the
+schema with the descriptions of its fields. In CSV, lists are written as JSON.
 
 verl (`trainer.rollout_data_dir`): `<step>.jsonl`, a line a response, with `input`, `output`, `score`, `step`, in newer
 versions `gts`, and whatever the reward function returned beside the score, such as `acc` and `pred`.
@@ -10,6 +13,7 @@ come from verl's `acc` alone. A prompt has no id in a dump, so a hash of its tex
 are numbered in their order. Fields without a column are kept in `reason`, as words.
 """
 
+import csv
 import hashlib
 import json
 import re
@@ -24,9 +28,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kdrl_core.config import did_you_mean
 from kdrl_core.data.text import as_unicode
 from kdrl_core.errors import DataError, ModelError
-from kdrl_core.ledger import RunPaths, publish_file, storage_errors
+from kdrl_core.ledger import RunPaths, publish_file, replace_file, storage_errors
+from kdrl_core.look.rollouts.filters import RolloutFilter
+from kdrl_core.look.rollouts.query import RolloutStore
 from kdrl_core.look.rollouts.record import RECORD, TIMINGS
 from kdrl_core.tables.columns import repetition_rate
 from kdrl_core.tables.schemas import write_table
@@ -75,8 +82,8 @@ def import_dump(
         ModelError: the tokenizer cannot be read.
         StorageError: the folder cannot be written.
     """
-    reader = _READERS[kind]
-    files = _files(source, reader.pattern, kind)
+    pattern, read = _READERS[kind]
+    files = _files(source, pattern, kind)
     if output.exists():
         raise DataError(f"{output} exists; give a new name, or delete it")
     tokenize = None if tokenizer is None else _tokenizer(tokenizer)
@@ -88,7 +95,7 @@ def import_dump(
         try:
             num_rollouts, written = 0, set[int]()
             for number, file in enumerate(files, start=1):
-                for step, row, names in reader.rows(file):
+                for step, row, names in read(file):
                     by_step[step].append(row)
                     rewards = names
                 # A file normally has one step; all of its steps end with it.
@@ -165,13 +172,7 @@ def _trl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
         yield row.pop("step"), row, rewards
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    pattern: re.Pattern[str]
-    rows: Callable[[Path], Iterator[tuple[int, Row, list[str]]]]
-
-
-_READERS = {"verl": _Reader(_VERL_FILE, _verl_rows), "trl": _Reader(_TRL_FILE, _trl_rows)}
+_READERS = {"verl": (_VERL_FILE, _verl_rows), "trl": (_TRL_FILE, _trl_rows)}
 
 
 def _file_step(file: Path) -> int | None:
@@ -225,16 +226,12 @@ def _write(root: Path, stage: str, step: int, rows: Sequence[Row], tokenize: Cal
             row["length"] = len(row["token_ids"])
             row["repetition_rate"] = repetition_rate(row["token_ids"])
     rows = sorted(rows, key=lambda row: row["prompt_id"])  # the responses to a prompt together; verl mixes them
-    clean = [{name: _encodable(value) for name, value in row.items()} for row in rows]
+    # Parquet wants valid UTF-8.
+    clean = [{n: as_unicode(value) if isinstance(value, str) else value for n, value in row.items()} for row in rows]
     path = RunPaths(root).rollouts(stage, step)
     table = pa.Table.from_pylist(clean, schema=IMPORTED)
     publish_file(path, lambda file: write_table(table, file))
     return len(rows)
-
-
-def _encodable(value: Any) -> Any:
-    """A text as valid UTF-8 for Parquet; anything else as it is."""
-    return as_unicode(value) if isinstance(value, str) else value
 
 
 IMPORTED = pa.schema(
@@ -251,3 +248,80 @@ def _tokenizer(folder: Path) -> Callable[[str], list[int]]:
     except Exception as error:  # it raises bare Exceptions
         raise ModelError(f"{folder} has no usable tokenizer.json ({error}); give a model's folder") from error
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+SUFFIXES = (".parquet", ".jsonl", ".csv")
+
+
+def export_rollouts(
+    store: RolloutStore,
+    where: RolloutFilter,
+    path: Path,
+    *,
+    columns: Sequence[str] | None = None,
+    limit: int | None = None,
+    on_step: Callable[[int], None] = lambda rows: None,
+) -> int:
+    """Write the first `limit` rollouts that meet `where` to `path`, in the format of its suffix, sorted by run, stage,
+    step and row; `columns` of the record, None: all. The file appears only once it is complete. Returns the number of
+    rollouts; `on_step` is called with the number so far.
+
+    Raises DataError for an unknown column or suffix; StorageError if the file cannot be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: rollouts are exported as {', '.join(SUFFIXES)}; give a name with one of these")
+    schema = record_schema(columns)
+    counted = 0
+
+    def counting() -> Iterator[pa.Table]:
+        nonlocal counted
+        for table in store.records(where, schema.names):
+            part = table if limit is None else table.slice(0, limit - counted)
+            counted += len(part)
+            on_step(counted)
+            yield part.cast(schema)
+            if limit is not None and counted >= limit:
+                return
+
+    replace_file(path, lambda file: _WRITERS[path.suffix](file, schema, counting()))
+    return counted
+
+
+def record_schema(columns: Sequence[str] | None) -> pa.Schema:
+    """The record's schema, or the schema of `columns`, in their order."""
+    for name in columns or ():
+        if name not in RECORD.names:
+            raise DataError(
+                f"no column {name!r}{did_you_mean(name, RECORD.names)}; there are {', '.join(RECORD.names)}"
+            )
+    names = RECORD.names if columns is None else list(dict.fromkeys(columns))
+    return pa.schema([RECORD.field(name) for name in names], metadata=RECORD.metadata)
+
+
+def _write_parquet(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def _write_jsonl(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for table in tables:
+            for row in table.to_pylist():
+                file.write(json.dumps(row) + "\n")
+
+
+def _write_csv(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(schema.names)
+        for table in tables:
+            for row in table.to_pylist():
+                writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
+
+
+_WRITERS: dict[str, Callable[[Path, pa.Schema, Iterator[pa.Table]], Any]] = {
+    ".parquet": _write_parquet,
+    ".jsonl": _write_jsonl,
+    ".csv": _write_csv,
+}

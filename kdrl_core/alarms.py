@@ -1,0 +1,277 @@
+"""Alarms: rules over the metrics of a stage's steps, what they raised, and the stages that they stop.
+
+**Rules** are pure: the same rows always raise the same alarms. With the values x_0 … x_i of a rule's metric, one per
+step, step i breaches the rule if
+
+    threshold   x_i > above
+    fall        m_i < (1 − share) · max_{j ≤ i} m_j,  where m_j is the mean of x_{j−window+1} … x_j
+    jump        x_i ≥ b + max(min_change, (factor − 1) · |b|)      upwards
+                x_i ≤ b − max(min_change, (1 − 1/factor) · |b|)    downwards, b the median of x_{i−window} … x_{i−1}
+
+The alarm is raised at the `patience`-th breaching step in a row, and not again until a step did not breach. Rules look
+backwards only: later steps do not change what a step raises. Steps whose metric is missing or not finite are skipped.
+
+**Records**: raised alarms are kept in the manifest of the step's update, which is written once, and collected in
+alarms.parquet. So an alarm stays on record when the rules are changed later. Neither file holds the run's name, a date
+or a path: equal runs have equal bytes.
+
+**Stops** have no state of their own. A stage is stopped while it has an alarm of a rule with `stop: true` at a step
+that the recipe's `alarms.acknowledged` does not cover. So a retry or a second `kdrl resume` stops again, before any
+work, until somebody acknowledges the alarm. The history of the run's manifest keeps that with its date.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from kdrl_core.config.alarms import AlarmRule, FallRule, JumpRule, ThresholdRule
+from kdrl_core.errors import StoppedByAlarmError
+from kdrl_core.ledger import Run
+from kdrl_core.tables.metrics import load_alarm_rows
+
+Row = Mapping[str, Any]
+"""A row of metrics.parquet: `step`, and numbers by name."""
+
+_CLIP_RATIO = "response/clip_ratio"
+_LOOK_AT = {
+    "reward_collapse": "Compare responses before and after it, and the mix of verdicts: malformed and no_answer say "
+    "that the form was lost, wrong that the policy was. A KL or gradient norm that rises just before points at the "
+    "learning rate.",
+    "clip_ratio": "Responses are cut before their answer. Read some to the end: reasoning that goes on wants a larger "
+    "max_response_tokens, reasoning that goes round in circles is the policy's fault.",
+    "repetition": "Responses that are cut repeat themselves: the policy has found loops. Read the longest.",
+    "length_explosion": "Read the longest responses: do they think longer, or never stop?",
+    "kl_jump": "Look for the responses with the largest kl_mean, and in them for the tokens on which student and "
+    "teacher part.",
+    "ref_kl_jump": "The policy runs away from where the stage began: look at learning rate and gradient norm.",
+    "entropy_jump": "Falling entropy says that the policy settles on few answers (a group's responses become one), "
+    "rising entropy that it loses what it knew. Compare the responses of one group before and after.",
+    "logprob_gap": "The engine samples from another policy than the trainer trains: weights that did not arrive, "
+    "another temperature or dtype. Of rounding alone, importance weights make up for it (tis_cap).",
+    "timeouts": "Answers that cost the verifier its time limit: read the slow ones. verification.max_failed_share "
+    "stops the stage if they become too many.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """One alarm of one step."""
+
+    stage: str
+    step: int
+    """The step whose update raised it."""
+    rule: str
+    """Name in the recipe's `alarms`."""
+    severity: str
+    metric: str
+    value: float
+    """The value that was compared: the mean for a fall, else the metric."""
+    threshold: float
+    """The limit that it was compared with."""
+    since: int
+    """First of the `patience` steps that breached the rule."""
+    text: str
+    """What happened, in words."""
+
+    @property
+    def advice(self) -> str:
+        """What to look at."""
+        return _LOOK_AT.get(self.rule, "")  # a rule of another version
+
+    def commands(self, run: str) -> list[str]:
+        """Commands that show the step and the steps around it."""
+        before = max(0, self.since - 10)
+        return [
+            f"kdrl rollouts stats {run} --stage {self.stage} --step {before}-{self.step} --all",
+            f"kdrl rollouts show {run} --stage {self.stage} --step {self.step}",
+        ]
+
+
+def sentence(alarm: Alarm) -> str:
+    """One line: `stage2 step 143, reward_collapse (critical): …`."""
+    return f"{alarm.stage} step {alarm.step}, {alarm.rule} ({alarm.severity}): {alarm.text}"
+
+
+def to_metadata(alarms: Sequence[Alarm]) -> list[dict[str, Any]]:
+    """Alarms as the manifest of their step's update holds them."""
+    return [{name: value for name, value in asdict(a).items() if name not in ("stage", "step")} for a in alarms]
+
+
+def load_alarms(run: Run, stage: str) -> list[Alarm]:
+    """Everything that was raised in a stage, ascending by step.
+
+    Raises:
+        DamagedArtifactError: alarms.parquet cannot be read.
+    """
+    return [Alarm(stage=stage, **row) for row in load_alarm_rows(run, stage)]
+
+
+_Breach = tuple[float, float, str]
+"""Value, threshold and what happened in words, at a step at which a rule's condition holds."""
+
+
+def raised_at_last(rows: Sequence[Row], rules: Mapping[str, AlarmRule], *, stage: str) -> list[Alarm]:
+    """The alarms that the last of `rows` raises, in the order of the rules.
+
+    Args:
+        rows: metrics of a stage's steps, ascending by step.
+        rules: by name.
+        stage: noted in the alarms.
+    """
+    raised = []
+    for name, rule in rules.items():
+        points = [row for row in rows if _counts(rule, row)]
+        if not points or points[-1] is not rows[-1]:
+            continue
+        breached = _breach(rule, points, len(points) - 1)
+        first = len(points) - rule.patience
+        if breached is None or first < 0:
+            continue
+        if any(_breach(rule, points, at) is None for at in range(first, len(points) - 1)):
+            continue
+        if first > 0 and _breach(rule, points, first - 1) is not None:
+            continue  # told already
+        value, threshold, text = breached
+        raised.append(
+            Alarm(
+                stage=stage,
+                step=points[-1]["step"],
+                rule=name,
+                severity=rule.severity,
+                metric=rule.metric,
+                value=value,
+                threshold=threshold,
+                since=points[first]["step"],
+                text=text,
+            )
+        )
+    return raised
+
+
+def _counts(rule: AlarmRule, row: Row) -> bool:
+    least = rule.min_clip_ratio if isinstance(rule, ThresholdRule) else 0.0
+    is_cut = least <= 0.0 or (_is_number(share := row.get(_CLIP_RATIO)) and float(share or 0.0) >= least)
+    return _is_number(row.get(rule.metric)) and is_cut
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _breach(rule: AlarmRule, points: Sequence[Row], at: int) -> _Breach | None:
+    """How the step at position `at` breaches the rule; None if it does not."""
+    values = [float(row[rule.metric]) for row in points[: at + 1]]
+    return _CONDITIONS[type(rule)](rule, values)
+
+
+def _above(rule: ThresholdRule, values: Sequence[float]) -> _Breach | None:
+    if values[-1] <= rule.above:
+        return None
+    text = f"{rule.metric} is {_shown(values[-1])}, above {_shown(rule.above)}{_for_steps(rule)}"
+    return values[-1], rule.above, text
+
+
+def _fallen(rule: FallRule, values: Sequence[float]) -> _Breach | None:
+    ends = range(rule.window, len(values) + 1)
+    means = [math.fsum(values[end - rule.window : end]) / rule.window for end in ends]
+    if not means:
+        return None
+    now, best = means[-1], max(means)
+    threshold = (1.0 - rule.share) * best
+    if best < rule.min_best or now >= threshold:
+        return None
+    text = (
+        f"{rule.metric} fell: its mean over {_steps(rule.window)} is {_shown(now)}, {100 * (1 - now / best):.0f} % "
+        f"below its best so far, {_shown(best)}{_for_steps(rule)}"
+    )
+    return now, threshold, text
+
+
+def _jumped(rule: JumpRule, values: Sequence[float]) -> _Breach | None:
+    before = values[-1 - rule.window : -1]
+    if len(before) < rule.window:
+        return None
+    now, base = values[-1], median(before)
+    high = base + max(rule.min_change, (rule.factor - 1.0) * abs(base))
+    low = base - max(rule.min_change, (1.0 - 1.0 / rule.factor) * abs(base))
+    if rule.direction != "down" and now >= high:
+        word, threshold = "rose", high
+    elif rule.direction != "up" and now <= low:
+        word, threshold = "fell", low
+    else:
+        return None
+    text = (
+        f"{rule.metric} {word} to {_shown(now)} from {_shown(base)}, the median of the {_steps(rule.window)} "
+        f"before{_for_steps(rule)}"
+    )
+    return now, threshold, text
+
+
+_CONDITIONS: dict[type[AlarmRule], Callable[[Any, Sequence[float]], _Breach | None]] = {
+    ThresholdRule: _above,
+    FallRule: _fallen,
+    JumpRule: _jumped,
+}
+
+
+def _for_steps(rule: AlarmRule) -> str:
+    return f", {_steps(rule.patience)} in a row" if rule.patience > 1 else ""
+
+
+def _steps(number: int) -> str:
+    return f"{number} step" if number == 1 else f"{number} steps"
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def alarms_of(run: Run) -> list[Alarm]:
+    """All alarms of a run, stage by stage, ascending by step. Raises as `load_alarms`."""
+    return [alarm for stage in run.recipe.stages for alarm in load_alarms(run, stage)]
+
+
+def stopping_alarms(run: Run, stage: str) -> list[Alarm]:
+    """The alarms that keep a stage from going on."""
+    rules = run.recipe.alarms.rules
+    acknowledged = getattr(run.recipe.alarms.acknowledged, stage)
+    seen = -1 if acknowledged is None else acknowledged
+    return [
+        alarm
+        for alarm in load_alarms(run, stage)
+        if alarm.step > seen and alarm.rule in rules and rules[alarm.rule].stop
+    ]
+
+
+def stopping_alarm(run: Run) -> Alarm | None:
+    """The last alarm that keeps the run from going on, of the first stage that has one."""
+    return next((found[-1] for stage in run.recipe.stages if (found := stopping_alarms(run, stage))), None)
+
+
+def resume_command(run: Run) -> str:
+    """The command that continues a run, past an alarm that has stopped it."""
+    alarm = stopping_alarm(run)
+    if alarm is None:
+        return f"kdrl resume {run.name}"
+    return f"kdrl resume {run.name} --set {_acknowledge(alarm)}"
+
+
+def require_not_stopped(run: Run, stage: str) -> None:
+    """Raise StoppedByAlarmError, which says how to go on, if an alarm keeps the stage from going on."""
+    stopping = stopping_alarms(run, stage)
+    if not stopping:
+        return
+    last = stopping[-1]
+    more = f" and {len(stopping) - 1} more before it" if len(stopping) > 1 else ""
+    raise StoppedByAlarmError(
+        f"stopped by an alarm: {sentence(last)}{more} (value {last.value:.6g}, threshold {last.threshold:.6g}). All "
+        f"steps up to {last.step} are published, nothing is lost. Look at it with: {last.commands(run.name)[-1]}. Then "
+        f"go on, with the rule in force: kdrl resume {run.name} --set {_acknowledge(last)}; or with the rule only "
+        f"telling: kdrl resume {run.name} --set alarms.{last.rule}.stop=false"
+    )
+
+
+def _acknowledge(alarm: Alarm) -> str:
+    return f"alarms.acknowledged.{alarm.stage}={alarm.step}"
