@@ -25,7 +25,7 @@ from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.sft import select, sft_step, teacher_sample, verify_samples
 from kdrl_core.boxes.shards import open_shards
 from kdrl_core.boxes.sharing import adopt_parts, parts_of
-from kdrl_core.config import Recipe, list_recipes, load_recipe
+from kdrl_core.config import BetaConfig, Recipe, list_recipes, load_recipe
 from kdrl_core.config.changes import leaf_fields
 from kdrl_core.errors import ForeignFileError
 from kdrl_core.ledger import (
@@ -348,9 +348,10 @@ def test_which_fields_count_for_which_part() -> None:
     recipe = load_recipe("miniature")
     plain = {part.name: part.key for part in parts_of(recipe)}
     told_apart: dict[str, set[str]] = {}
+    known: dict[str, object] = {"objective": "reward_shaping", "beta": BetaConfig(init=0.5)}  # what is read as such
     for field, value in leaf_fields(recipe).items():
         changed = value + 1 if isinstance(value, int | float) else f"{value} changed"
-        other = _with(recipe, field, "reward_shaping" if field.endswith(".objective") else changed)
+        other = _with(recipe, field, known.get(field.rpartition(".")[2], changed))
         told_apart[field] = {part.name for part in parts_of(other) if plain[part.name] != part.key}
     everything = set(plain)
     of_stage2 = {"stage2", "evaluation of stage2"}
