@@ -53,7 +53,7 @@ class DeepSpeedTrainer:
         runtime: RuntimeConfig,
         trust_remote_code: bool = False,
     ) -> None:
-        self._tokenizer_files = ConstantFiles(tokenizer.save_pretrained)
+        self._tokenizer_files = ConstantFiles(lambda folder: tokenizer.save_pretrained(folder))
         self._config = config
         self._micro_batch_tokens = settings.micro_batch_tokens
         self._step = 0

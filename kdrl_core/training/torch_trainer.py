@@ -53,7 +53,7 @@ class TorchTrainer:
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._logprobs = LogprobModel(model, temperature=settings.temperature)
-        self._tokenizer_files = ConstantFiles(tokenizer.save_pretrained)
+        self._tokenizer_files = ConstantFiles(lambda folder: tokenizer.save_pretrained(folder))
         self._settings = settings
         self._autocast_dtype = autocast_dtype
         self._step = 0

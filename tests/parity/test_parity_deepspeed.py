@@ -1,6 +1,7 @@
 """DeepSpeed's ranks against the trainer of one process: the same steps, the same files, each resuming the other's."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from safetensors.torch import load_file
 
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
+from kdrl_core.objectives.kinds import ESTIMATORS
+from kdrl_core.objectives.kl import KL_ESTIMATORS
 from kdrl_core.training.protocols import UpdateBatch
 
 pytestmark = needs_deepspeed
@@ -152,6 +155,16 @@ def test_untied_embeddings_are_exported_as_by_the_plain_trainer(
     assert "lm_head.weight" in load_file(tmp_path / "ours" / "model.safetensors")
 
 
+@pytest.fixture
+def own_estimators() -> Iterator[None]:
+    """Estimators that a test brings are forgotten after it."""
+    known = set(ESTIMATORS)
+    yield
+    for added in set(ESTIMATORS) - known:
+        del ESTIMATORS[added], KL_ESTIMATORS[added]
+
+
+@pytest.mark.usefixtures("own_estimators")
 def test_a_rank_loads_the_estimator_that_the_objective_names(tied_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def fourth(log_ratio):\n    return 0.1 * log_ratio**4\n")
     batch = with_objective(BATCHES[0], kl_estimator=f"{tmp_path / 'mine.py'}:fourth")
