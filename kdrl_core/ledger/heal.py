@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError
 from kdrl_core.ledger.artifact import EVERY, Node
-from kdrl_core.ledger.graph import consumers, needs, node_at
+from kdrl_core.ledger.graph import consumers, node_at
 from kdrl_core.ledger.manifest import (
     DIRECTORY_MANIFEST,
     Manifest,
@@ -190,15 +190,6 @@ def sweep_aside(root: Path) -> int:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f"{ASIDE_PREFIX}{path.name}")
-
-
-def inputs_of(run: "Run", node: Node) -> dict[str, str]:
-    """What `node` is made from now, by the hashes in the manifests: place → sha256. What is not there is left out."""
-    found: dict[str, str] = {}
-    for choice in needs(run.recipe, node):
-        paths = next((paths for each in choice if (paths := published(run, each))), [])
-        found |= {run.relative(path): manifest_of(path).sha256 for path in paths}
-    return found
 
 
 def required_sha256(run: "Run", path: Path) -> str | None:

@@ -14,7 +14,6 @@ RECORD_VERSION = "1"
 VERSION_KEY = b"kdrl.record_version"
 
 _FLOATS = pa.list_(pa.float32())
-_TOKENS = pa.list_(pa.int32())
 
 
 def _of(source: pa.Schema, *names: str) -> list[pa.Field]:
