@@ -56,8 +56,7 @@ def _plain_loop(run: Run) -> tuple[float, dict[str, float]]:
     from kdrl_core.boxes.filter import filter_run
     from kdrl_core.boxes.make import make
     from kdrl_core.boxes.session import close_sessions, stage_session
-    from kdrl_core.boxes.step import rollout, score_step, verify
-    from kdrl_core.boxes.update import update_step
+    from kdrl_core.boxes.step import rollout, score_step, update_step, verify
 
     filter_run(run)
     session = stage_session(run.paths.root, "stage2")

@@ -15,8 +15,7 @@ import torch
 
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.sync import sync_weights
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine, TransformersScorer
 from kdrl_core.engines.vllm_engine import VLLMSettings
 from kdrl_core.engines.vllm_rollout import VLLMRolloutEngine
 from kdrl_core.miniature.models import MiniatureModel, build_model, save_model

@@ -159,8 +159,7 @@ def cost_of_writing(steps: int) -> None:
     from kdrl_core.boxes import make
     from kdrl_core.boxes.filter import filter_run
     from kdrl_core.boxes.session import close_sessions, stage_session
-    from kdrl_core.boxes.step import rollout, score_step, verify
-    from kdrl_core.boxes.update import update_step
+    from kdrl_core.boxes.step import rollout, score_step, update_step, verify
 
     spent: list[float] = []
     publish = make.publish_file

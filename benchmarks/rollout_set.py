@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, publish_file
-from kdrl_core.tables.columns import response_metrics
-from kdrl_core.tables.metrics import rebuild_metrics
-from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE, write_table
+from kdrl_core.sampling.responses import response_metrics
+from kdrl_core.tables.files import rebuild_metrics, write_table
+from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE
 
 NEEDLE = "Kumquat"
 """A word that one response of ten thousand has."""

@@ -17,7 +17,7 @@ from kdrl_core.alarms import Alarm, load_alarms, require_not_stopped, sentence
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.errors import StoppedByAlarmError
 from kdrl_core.ledger import Run
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 EVENT_PREFIX = "kdrl.alarm."
 """Events are `kdrl.alarm.<rule>`; an automation that expects `kdrl.alarm.*` gets all."""

@@ -13,9 +13,9 @@ from prefect.logging import get_logger
 from prefect.states import State
 
 from kdrl_core.alarms import resume_command
+from kdrl_core.boxes.make import read_progress
 from kdrl_core.errors import KdrlError, RunError
 from kdrl_core.ledger import RunPaths, open_run_dir
-from kdrl_core.ledger.run import read_progress
 
 
 def flow_run_name() -> str:

@@ -9,14 +9,13 @@ from uuid import UUID
 from prefect import artifacts, get_run_logger
 from prefect.exceptions import MissingContextError
 
-from kdrl_core.boxes.checkpoints import remaining_steps
-from kdrl_core.boxes.update import StepSummary
+from kdrl_core.boxes.stage import StepSummary, remaining_steps
 from kdrl_core.ledger import Run, manifest_of, open_run_dir
 from kdrl_core.look.reporting.run_summary import accuracy_table, summarize, tables_of
 from kdrl_core.look.sweeps.state import SweepPaths
 from kdrl_core.look.sweeps.table import SweepTable
 from kdrl_core.look.tracking import close_tracking, track
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 _MIN_INTERVAL_S = 2.0
 _TABLE_COLUMNS = [
@@ -147,7 +146,7 @@ class StageProgress:
         for what, path in (("rollouts", run.paths.step(stage, 0).parent), ("metrics", run.paths.metrics(stage))):
             artifacts.create_link_artifact(
                 link=path.as_uri(),
-                link_text=run.relative(path),
+                link_text=run.paths.relative(path),
                 key=artifact_key(run, stage, what, "parquet"),
                 description=f"{what} of {stage}, Parquet",
             )

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows import alarms, shown
-from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.completion import require_trained
 from kdrl_core.boxes.session import close_sessions
-from kdrl_core.boxes.update import StepSummary
+from kdrl_core.boxes.stage import StepSummary, open_stage
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, artifacts_root, checkpoint_label, open_run, run_lock
 from kdrl_core.look.tracking import track

@@ -15,10 +15,10 @@ from prefect import flow, runtime
 from flows import shown
 from flows.guard import guard_children
 from flows.running_cells import DeployedCell, LocalCell
+from kdrl_core.boxes.make import read_progress
 from kdrl_core.boxes.sharing import is_finished_part, parts_of
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import RunPaths, lock_holder, run_lock
-from kdrl_core.ledger.run import read_progress
 from kdrl_core.look.sweeps.comparison import write_sweep_report
 from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request, next_cell, write_record
 from kdrl_core.look.sweeps.spec import Cell

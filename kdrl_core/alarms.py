@@ -29,7 +29,7 @@ from typing import Any
 from kdrl_core.config.alarms import AlarmRule, FallRule, JumpRule, ThresholdRule
 from kdrl_core.errors import StoppedByAlarmError
 from kdrl_core.ledger import Run
-from kdrl_core.tables.metrics import load_alarm_rows
+from kdrl_core.tables.files import load_alarm_rows
 
 Row = Mapping[str, Any]
 """A row of metrics.parquet: `step`, and numbers by name."""

@@ -17,7 +17,7 @@ from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import Box, make
 from kdrl_core.boxes.session import StageSession, stage_session
 from kdrl_core.boxes.sharing import adopt_parts
-from kdrl_core.boxes.update import update_step
+from kdrl_core.boxes.step import update_step
 from kdrl_core.ledger import Run, open_run_dir
 from kdrl_core.look.reporting.run_report import report as report_box
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, RunPaths, create_run, publish_file
-from kdrl_core.tables.metrics import append_metrics
-from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE, write_table
+from kdrl_core.tables.files import append_metrics, write_table
+from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE
 
 PROMPTS = ("q-a", "q-b", "q-c")
 GROUP_SIZE = 2

@@ -16,10 +16,10 @@ from rich.text import Text
 from flows.cli.printed_tables import alarm_line
 from flows.cli.shared import PlainConsole
 from kdrl_core.alarms import Alarm, load_alarms
+from kdrl_core.boxes.make import read_progress
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, RunPaths, lock_holder, open_run_dir
-from kdrl_core.ledger.run import read_progress
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 _INTERVAL_S = 0.5
 _RECENT_STEPS = 10

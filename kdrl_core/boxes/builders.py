@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.boxes.checkpoints import latest_checkpoint
+from kdrl_core.boxes.stage import latest_checkpoint
 from kdrl_core.config import EngineName, LocalEngine, ModelConfig, StageConfig
 from kdrl_core.engines.from_recipe import local_scorer, rollout_engine
 from kdrl_core.engines.http_scorer import HTTPScorer

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from kdrl_core.boxes.checkpoints import latest_checkpoint
+from kdrl_core.boxes.stage import latest_checkpoint
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
 from kdrl_core.ledger import Run, is_published, lock_holder, manifest_of, run_lock, verify_own
 from kdrl_core.ledger.artifact import ARTIFACTS, Node
 from kdrl_core.ledger.graph import REWARDS, ROLLOUTS, STEP, evaluated_labels, final_checkpoint, node_at, required
 from kdrl_core.ledger.heal import ASIDE_PREFIX
-from kdrl_core.ledger.layout import stage_and_step
 from kdrl_core.ledger.manifest import artifact_stem, published_below
-from kdrl_core.tables.metrics import differing_metrics
+from kdrl_core.ledger.names import stage_and_step
+from kdrl_core.tables.files import differing_metrics
 
 _SETTLE_S = 1.0
 
@@ -175,7 +175,7 @@ def _named_inputs(run: Run, artifacts: list[Path]) -> Iterator[Path]:
 
 
 def _finding(run: Run, path: Path, problem: str, remedy: Remedy | None) -> Finding:
-    name = run.relative(path)
+    name = run.paths.relative(path)
     stage, step = stage_and_step(name)
     problem = problem.replace(f"{run.paths.root}/", "").removeprefix(f"{name}/").removeprefix(f"{name} ")
     return Finding(path=name, problem=problem, remedy=remedy or _remedy(run, name, step), stage=stage, step=step)

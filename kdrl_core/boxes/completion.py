@@ -10,7 +10,7 @@ from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Manifest, Run, is_published, manifest_of, verify_own
 from kdrl_core.ledger.graph import CHECKPOINT, STUDENT, Node, final_checkpoint, needs, results
 from kdrl_core.ledger.heal import changed_inputs
-from kdrl_core.tables.metrics import differing_metrics
+from kdrl_core.tables.files import differing_metrics
 from kdrl_core.training.protocols import STATE_DIR
 
 _logger = logging.getLogger("kdrl")

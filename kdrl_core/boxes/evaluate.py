@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.boxes.builders import initial_policy
+from kdrl_core.boxes.make import report_progress
 from kdrl_core.boxes.session import rest_sessions
 from kdrl_core.config import BenchmarkConfig, EngineName, ModelConfig
 from kdrl_core.data.benchmarks import load_benchmark, select_benchmarks
@@ -23,7 +24,6 @@ from kdrl_core.evaluation.outcome import publish_outcome
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, find_intact, is_published, model_identity, verify_own, verify_published
 from kdrl_core.ledger.graph import model_node
-from kdrl_core.ledger.run import report_progress
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.sampling.job import settings_hash
 
@@ -113,5 +113,5 @@ def _plan(run: Run, label: str, config: ModelConfig, benchmarks: Sequence[Benchm
 def _inputs(run: Run, path: Path) -> dict[str, str]:
     """The evaluated model by its hash, where kdrl published it: in this run or in another. Others have no manifest."""
     if path.is_relative_to(run.paths.root):
-        return {run.relative(path): verify_own(run, path).sha256}
+        return {run.paths.relative(path): verify_own(run, path).sha256}
     return {str(path): verify_published(path).sha256} if is_published(path) else {}

@@ -10,8 +10,10 @@ step or shard, `manifests` holds the manifests of the inputs, and the name of a 
 """
 
 import inspect
+import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +24,7 @@ from kdrl_core.boxes.shards import num_shards
 from kdrl_core.ledger import (
     Manifest,
     Run,
+    RunPaths,
     find_intact,
     find_own,
     is_published,
@@ -32,8 +35,7 @@ from kdrl_core.ledger import (
     verify_published,
 )
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
-from kdrl_core.ledger.run import report_progress
-from kdrl_core.tables.schemas import read_table, write_table
+from kdrl_core.tables.files import read_table, write_table
 
 Write = Callable[[Path], Any]
 """Writes a file to the path that it is given, or fills the folder there, as `publish_directory` asks for."""
@@ -209,3 +211,38 @@ def _published(run: Run, choice: Choice) -> list[Node]:
         assert first.stage is not None
         return [first.row.node(first.stage, shard) for shard in range(num_shards(run, first.stage))]
     return [next((node for node in choice if is_published(run.paths.root / node.place)), choice[-1])]
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+_MIN_INTERVAL_S = 0.2
+_last_report = 0.0
+
+
+def report_progress(
+    run: Run, *, stage: str, at: int = 0, phase: str, done: int | None = None, total: int | None = None
+) -> None:
+    """Say which phase of which step or shard is under way, at most five times a second. The file in the scratch folder
+    is a hint: nothing is decided by it, and it may be missing or stale."""
+    global _last_report
+    now = time.monotonic()
+    if now - _last_report < _MIN_INTERVAL_S:
+        return
+    _last_report = now
+    content = {"stage": stage, "step": at, "phase": phase, "done": done, "total": total, "at": time.time()}
+    target = run.paths.scratch / "progress.json"
+    with suppress(OSError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(target)
+
+
+def read_progress(paths: RunPaths) -> dict[str, Any] | None:
+    """The latest report, or None: also for a file that is none, since it only hints."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads((paths.scratch / "progress.json").read_text())
+        kinds = {"stage": str, "step": int, "phase": str}
+        if isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
+            return content
+    return None

@@ -23,7 +23,7 @@ from kdrl_core.engines.sync import RebuildableEngine, sync_weights
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, is_published, open_run_dir, verify_published
 from kdrl_core.models.loading import load_tokenizer
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import read_table
 from kdrl_core.training.protocols import Trainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 from kdrl_core.verify import VerdictOptions, Verifier

@@ -17,18 +17,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdrl_core.boxes.make import Product, box, timed
+from kdrl_core.boxes.make import Product, box, report_progress, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.shards import num_shards, shard_problem_ids
+from kdrl_core.boxes.stage import StepSummary, check_replay, end_step, step_facts, update_table
 from kdrl_core.boxes.step import TO_VERIFY, generate_for, verdicts_of
-from kdrl_core.boxes.update import StepSummary, check_replay, end_step, step_facts, update_table
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import Manifest, prompts_of_step
 from kdrl_core.ledger.graph import SAMPLE_REWARDS, SAMPLE_ROLLOUTS, SFT_DATASET, UPDATE, Node
-from kdrl_core.ledger.run import report_progress
 from kdrl_core.sampling.responses import requests_for, rollouts_table
 from kdrl_core.tables import schemas
-from kdrl_core.tables.columns import score_requests
+from kdrl_core.tables.files import score_requests
 from kdrl_core.training.protocols import UpdateBatch
 
 TEACHER_VERSION = -1

@@ -4,7 +4,7 @@ import pyarrow.compute as pc
 
 from kdrl_core.ledger import Run, find_intact, is_published
 from kdrl_core.ledger.artifact import ARTIFACTS
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import read_table
 
 
 def num_shards(run: Run, stage: str) -> int:

@@ -33,7 +33,7 @@ from kdrl_core.ledger import (
 )
 from kdrl_core.ledger.artifact import ARTIFACTS, Node
 from kdrl_core.ledger.graph import CLAIMED, EVALUATION, checkpoint_label, needs, node_at, part_of, results
-from kdrl_core.tables.metrics import rebuild_metrics
+from kdrl_core.tables.files import rebuild_metrics
 
 _NO_ACCOUNT = ("name", "description", "alarms.*", "tracking.*")
 """Fields that change no byte of any artifact."""
@@ -111,7 +111,7 @@ def _open(run: Run, donors: Iterable[str]) -> list[tuple[Run, set[str]]]:
 
 
 def _adopt(run: Run, donor: Run, part: Part) -> bool:
-    sources = {donor.relative(path): path for path in published_below(donor.paths.root)}
+    sources = {donor.paths.relative(path): path for path in published_below(donor.paths.root)}
     rows = list(ARTIFACTS)
     order = {place: rows.index(node.name) for place in sources if (node := _in(run.recipe, part, place)) is not None}
     try:

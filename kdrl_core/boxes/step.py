@@ -1,26 +1,34 @@
-"""The boxes of an on-policy step before its update:
+"""The boxes of an on-policy step:
 
-prompts ─▶ rollout ─▶ rollouts.parquet ─┬▶ teacher-score ─▶ teacher.parquet, reference.parquet
-                                        └▶ verify ─▶ rewards.parquet
+prompts ─▶ rollout ─▶ rollouts.parquet ─┬▶ teacher-score ─▶ teacher.parquet, reference.parquet ─┐
+                                        └▶ verify ─▶ rewards.parquet ───────────────────────────┴▶ update
+
+The step number gives the `Objective` with its β (Sec. 3.3). With it, rewards become advantages (2) and KD weights
+(Sec. 3.4). The trainer does the rest; update.parquet ends the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
 
-from kdrl_core.boxes.make import Made, Product, box, make, timed
+from kdrl_core.boxes.make import Made, Product, box, make, report_progress, timed
 from kdrl_core.boxes.session import StageSession
+from kdrl_core.boxes.stage import StepSummary, check_replay, end_step, step_facts, update_table
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import prompts_of_step
-from kdrl_core.ledger.graph import REFERENCE, REWARDS, ROLLOUTS, TEACHER
-from kdrl_core.ledger.run import report_progress
-from kdrl_core.sampling.responses import generate, requests_for, rollouts_table
+from kdrl_core.ledger import Manifest, prompts_of_step
+from kdrl_core.ledger.graph import REFERENCE, REWARDS, ROLLOUTS, TEACHER, UPDATE, Node
+from kdrl_core.objectives import Objective, recorded_kl, training_signals
+from kdrl_core.sampling.responses import generate, requests_for, response_metrics, rollouts_table
 from kdrl_core.tables import schemas
-from kdrl_core.tables.columns import from_matrices, score_requests, verdict_columns
+from kdrl_core.tables.files import from_matrices, matrices, ragged, score_requests, verdict_columns
+from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
 from kdrl_core.types import Rollout, RolloutRequest
 from kdrl_core.verify.screening import refuse_failures
 
@@ -120,3 +128,135 @@ def generate_for(
         on_finished=session.work_ahead,
         on_progress=lambda done, total: report(done=done, total=total),
     )
+
+
+# --- update -----------------------------------------------------------------------------------------------------------
+
+
+def update_step(session: StageSession, step: int) -> StepSummary:
+    """Train on a step's files and publish what was done. Raises as `update` and `make` do."""
+    return end_step(session, update, step)
+
+
+@box(UPDATE, is_kept=True, replay=check_replay, phase="update")
+def update(
+    session: StageSession,
+    at: int,
+    manifests: Mapping[Node, Manifest],
+    rollouts: pa.Table,
+    rewards: pa.Table,
+    teacher: pa.Table | None = None,
+    reference: pa.Table | None = None,
+) -> Product:
+    """Train on the files of step `at`. A step whose `update.parquet` is published is replayed: the trainer makes the
+    same update again from the same files.
+
+    Raises:
+        EngineError: loss or gradients are not finite.
+        DamagedArtifactError: the replay gives other metrics than are recorded.
+    """
+    batch = _update_batch(session.config.objective_at(at), rollouts, rewards, teacher, reference)
+    trainer = session.trainer_at(at)
+    session.rest()
+    stats = trainer.update(batch)
+    told = {node.name: manifest.metadata for node, manifest in manifests.items()}
+    metrics = {
+        **response_metrics(rollouts, rewards),
+        **stats.metrics,
+        "beta": batch.objective.beta,
+        **_gap(rollouts, stats),
+        **_sync(told),
+    }
+    tokens = int(sum(rollouts["length"].to_pylist()))
+    return Product(
+        content=update_table(rollouts, stats, **_signals_of(batch, stats)),
+        facts=lambda seconds: step_facts(session, at, metrics, _timings(told, seconds, tokens)),
+    )
+
+
+def _update_batch(
+    objective: Objective,
+    rollouts: pa.Table,
+    rewards: pa.Table,
+    teacher: pa.Table | None,
+    reference: pa.Table | None,
+) -> UpdateBatch:
+    """What the trainer needs of a step, from the tables of its files. A table is None where no such model scores."""
+    teacher_logprobs = None if teacher is None else ragged(teacher["teacher_logprobs"])
+    shaping: dict[str, torch.Tensor] = {}
+    if objective.variant.advantages == "shaped rewards":
+        assert teacher_logprobs is not None  # the recipe has a teacher that scores
+        shaping["student_logprobs"], shaping["response_mask"] = _padded(ragged(rollouts["rollout_logprobs"]))
+        shaping["teacher_logprobs"] = _padded(teacher_logprobs)[0]
+    advantages, kd_weights = training_signals(objective, torch.tensor(rewards["reward"].to_numpy()), **shaping)
+    topk: dict[str, Any] = {}
+    if teacher is not None and objective.needs_topk:
+        topk = {name: matrices(teacher[name]) for name in ("topk_ids", "topk_logprobs")}
+    return UpdateBatch(
+        sequences=score_requests(rollouts),
+        objective=objective,
+        advantages=advantages.tolist(),
+        kd_weights=kd_weights.tolist(),
+        teacher_logprobs=teacher_logprobs,
+        ref_logprobs=None if reference is None else ragged(reference["ref_logprobs"]),
+        rollout_logprobs=None if objective.tis_cap is None else ragged(rollouts["rollout_logprobs"]),
+        **topk,
+    )
+
+
+def _signals_of(batch: UpdateBatch, stats: StepStats) -> dict[str, Any]:
+    """The columns of UPDATE that tell what the step's signals were."""
+    columns: dict[str, Any] = {"advantage": batch.advantages, "kd_weight": batch.kd_weights}
+    columns = {name: np.asarray(values, np.float32) for name, values in columns.items()}
+    if batch.teacher_logprobs is not None:
+        (student, mask), (teacher, _) = _padded(stats.logprobs), _padded(batch.teacher_logprobs)
+        kl_sum = (recorded_kl(student, teacher, batch.objective.kl_estimator) * mask).sum(1)
+        columns["kl_sum"] = kl_sum.numpy()
+        columns["kl_mean"] = (kl_sum / mask.sum(1)).numpy()
+        columns["log_ratio_sum"] = (teacher - student).sum(1).numpy()
+    return columns
+
+
+def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
+    """How far the engine's logprobs are from the trainer's, over all sampled tokens."""
+    engine = rollouts["rollout_logprobs"].combine_chunks().flatten().to_numpy()
+    difference = np.abs(engine - np.concatenate(stats.logprobs))
+    return {"engine/logprob_gap_mean": float(difference.mean()), "engine/logprob_gap_max": float(difference.max())}
+
+
+Told = Mapping[str, Mapping[str, Any]]
+"""What the manifests of a step's files say, by their rows."""
+
+
+def _sync(told: Told) -> dict[str, float]:
+    """What the weight sync before the step's rollouts showed; nothing of an engine that has none."""
+    sync = told["rollouts"].get("sync")
+    return {f"sync/{name}": float(sync[name]) for name in ("gap_mean", "gap_max", "rebuilt")} if sync else {}
+
+
+def _timings(told: Told, update_s: float, tokens: int) -> dict[str, float]:
+    rows = {
+        "time/rollout_s": "rollouts",
+        "time/teacher_score_s": "teacher",
+        "time/reference_score_s": "reference",
+        "time/verify_s": "rewards",
+    }
+    timings = {name: float(told[row]["seconds"]) if row in told else 0.0 for name, row in rows.items()}
+    timings["time/verify_hidden_s"] = float(told["rewards"].get("hidden_seconds", 0.0))
+    if scored := told.get("teacher"):
+        timings["time/teacher_score_hidden_s"] = float(scored.get("hidden_seconds", 0.0))
+    timings["time/update_s"] = update_s
+    if sync := told["rollouts"].get("sync"):
+        timings["sync/seconds"] = float(sync["seconds"])
+    timings["throughput/rollout_tokens_per_s"] = tokens / max(timings["time/rollout_s"], 1e-9)
+    return timings
+
+
+def _padded(rows: Sequence[Float32s]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged rows as [B, T] values, 0 on padding, and their mask."""
+    width = max(len(row) for row in rows)
+    values, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = torch.from_numpy(row)
+        mask[index, : len(row)] = 1.0
+    return values, mask

@@ -1,6 +1,7 @@
 """Recipes: every hyper-parameter of a run as one validated, frozen object. Imports neither torch nor Prefect."""
 
 from kdrl_core.config.alarms import AlarmsConfig
+from kdrl_core.config.answers import BenchmarkConfig, EvaluationConfig, VerificationConfig
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
 from kdrl_core.config.data import DataConfig, DecontaminationConfig
 from kdrl_core.config.faults import did_you_mean
@@ -14,10 +15,9 @@ from kdrl_core.config.load import (
 )
 from kdrl_core.config.models import ModelConfig, ServersConfig
 from kdrl_core.config.paths import resolve_path
-from kdrl_core.config.recipe import BenchmarkConfig, EvaluationConfig, Recipe, VerificationConfig
+from kdrl_core.config.recipe import BetaConfig, Recipe, StageConfig
 from kdrl_core.config.runtime import RuntimeConfig, TrackerName, TrackingConfig, TrainerConfig
 from kdrl_core.config.section import EngineName, LocalEngine
-from kdrl_core.config.stage import BetaConfig, StageConfig
 
 __all__ = [
     "AlarmsConfig", "BenchmarkConfig", "BetaConfig", "DataConfig", "DecontaminationConfig", "EngineName",

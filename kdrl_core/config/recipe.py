@@ -2,82 +2,195 @@
 
 Tables 3 and 5 of the paper fill `StageConfig`; appendix B.1.1 and B.3 fill `DataConfig`; B.1.2 `RewardConfig`;
 Section 4.1 `EvaluationConfig`.
+
+Departure: `mini_batch_prompts` must equal `prompts_per_step`. The paper's 64 / 64 makes every update on-policy
+(π_old = π_θ), and k2's gradient is unbiased only there.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from kdrl_core.config.alarms import AlarmsConfig
+from kdrl_core.config.answers import EvaluationConfig, PromptConfig, RewardConfig, VerificationConfig
+from kdrl_core.config.data import DataConfig
 from kdrl_core.config.models import ModelConfig, TeacherConfig
 from kdrl_core.config.runtime import RolloutConfig, RuntimeConfig, TrackingConfig, TrainerConfig, VLLMConfig
-from kdrl_core.config.section import Positive, Section, Share
-from kdrl_core.config.stage import StageConfig
-from kdrl_core.objectives.kinds import ESTIMATORS
+from kdrl_core.config.section import Positive, Section, require_one_of
+from kdrl_core.objectives.inputs import BetaSchedule, Objective
+from kdrl_core.objectives.kinds import AGGREGATIONS, ESTIMATORS, MASKINGS, OBJECTIVES, ObjectiveKind
+from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 StageName = Literal["stage1", "stage2"]
 
 
-class RewardConfig(Section):
-    """r = r_format · r_acc (B.1.2); R1-Zero uses r_acc alone."""
+class BetaConfig(Section):
+    """β = max(init − decay · step, minimum) (Sec. 3.3); constant when decay is 0."""
 
-    require_format: bool = Field(True, description="multiply by the format reward")
-
-
-class PromptConfig(Section):
-    """How a problem becomes a prompt: the template's text as a user turn of the student's chat template."""
-
-    template: str = Field("{question} Let's think step by step and output the final answer within \\boxed{}.")
-    think_opened: bool | None = Field(None, description="the chat template ends with <think>; null: look at the prompt")
+    init: float = Field(ge=0.0)
+    decay: float = Field(0.0, ge=0.0)
+    minimum: float = Field(0.0, ge=0.0)
 
     @model_validator(mode="after")
-    def _has_question(self) -> Self:
-        if self.template.count("{question}") != 1:
-            raise ValueError("template must contain {question} exactly once")
+    def _minimum_below_init(self) -> Self:
+        if self.minimum > self.init:
+            raise ValueError(f"minimum {self.minimum} is above init {self.init}; β is annealed downwards (Sec. 3.3)")
         return self
 
 
-class VerificationConfig(Section):
-    """Limits of the verifier's worker processes."""
+class TopKConfig(Section):
+    """The Top-K teacher of Sec. 2.3 and A.3, read where kl_estimator is topk."""
 
-    workers: Positive = 2
-    timeout_s: float = Field(10.0, gt=0.0, description="hard limit per answer")
-    memory_limit_mb: Positive = 2_048
-    max_failed_share: Share = Field(0.1, description="timeouts and errors per step beyond which the stage stops")
+    k: Positive = Field(20, description="teacher logits kept per token")
+    floor: float = Field(
+        -20.0, le=0.0, description="log-probability of every other token, −∞ in the paper: what a unit of mass costs"
+    )
+
+
+class SFTConfig(Section):
+    """SFT by rejection sampling (B.2), read where objective is sft: teacher samples → verify → SFT on the right ones.
+
+    The stage's steps, learning_rate, temperature and token limits apply; prompts_per_step and group_size do not.
+    """
+
+    samples: Positive = Field(8, description="teacher samples per problem (B.2: 8)")
+    batch_size: Positive = Field(128, description="responses per optimiser step (B.2: 128)")
+    shard_prompts: Positive = Field(64, description="problems sampled and published together")
+
+
+class CheckpointConfig(Section):
+    """When a stage publishes its weights and optimiser. Steps in between are replayed from their rollouts."""
+
+    every: Positive = Field(1, description="steps between checkpoints")
+    keep_last: Positive = Field(2, description="checkpoints kept besides the stage's final one")
+    keep_every: Positive | None = Field(None, description="keep every Nth step's checkpoint for good")
+
+
+class StageConfig(Section):
+    """One training stage: a column of Table 3 or Table 5."""
+
+    objective: Annotated[str, BeforeValidator(lambda name: require_one_of(name, OBJECTIVES))] = Field(
+        description="grpo (2), kd_rkl (5), kdrl (8), reward_shaping (Sec. 3.1), sft (14)"
+    )
+    data: DataConfig
+    steps: Positive = Field(description="optimiser steps (Tables 3, 5)")
+    prompts_per_step: Positive = Field(description="prompts of a rollout batch (Tables 3, 5: 64)")
+    mini_batch_prompts: Positive = Field(description="prompts per optimiser step (Tables 3, 5: 64)")
+    group_size: int = Field(ge=2, description="rollouts per prompt G (Tables 3, 5: 16)")
+    batch_size: Positive | None = Field(None, description="responses per step, if you want it checked: prompts × G")
+    learning_rate: float = Field(gt=0.0, le=1.0, description="Tables 3, 5: 1e-6")
+    temperature: float = Field(gt=0.0, le=10.0, description="of sampling and of every logprob (Table 3: 0.6)")
+    max_prompt_tokens: Positive = Field(description="longer prompts are filtered out (Tables 3, 5: 1,024)")
+    max_response_tokens: Positive = Field(description="longer responses are cut (Tables 3, 5)")
+    entropy_coef: float = Field(ge=0.0, description="entropy bonus (Tables 3, 5: 1e-3)")
+    beta: BetaConfig | None = Field(None, description="KD coefficient β of (8); not read by grpo and sft")
+    kl_estimator: str = Field("k2", description="Table 3: mse, that is k2 (6); file.py:name for one of your own")
+    kd_masking: Annotated[str, BeforeValidator(lambda name: require_one_of(name, MASKINGS))] = Field(
+        "none", description="reward-guided masking (Sec. 3.4)"
+    )
+    topk: TopKConfig = TopKConfig()
+    sft: SFTConfig = SFTConfig()
+    ref_beta: float = Field(0.0, ge=0.0, description="penalty to the stage's frozen initial policy (Table 3: 1e-3)")
+    ref_kl_estimator: str = Field("k3", description="Table 3: low_var_kl, that is k3 (7)")
+    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation (2)")
+    aggregation: Annotated[str, BeforeValidator(lambda name: require_one_of(name, AGGREGATIONS))] = Field(
+        "token_mean", description="over all response tokens of the step, or (2) to the letter, group by group"
+    )
+    clip_low: float | None = Field(
+        None, ge=0.0, le=1.0, description="clip π_θ / π_old at 1 − clip_low; no effect on-policy, where the ratio is 1"
+    )
+    clip_high: float | None = Field(None, ge=0.0, le=10.0, description="the same at 1 + clip_high; null: not clipped")
+    tis_cap: float | None = Field(
+        None, gt=0.0, description="cap of the truncated importance weights π_θ / π_engine; null: no weights"
+    )
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up; the first update already moves")
+    micro_batch_tokens: Positive = Field(65_536, description="prompt + response tokens, padded, per forward pass")
+    evaluate_every: Positive | None = Field(None, description="steps between periodic evaluations")
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
-    def pool_options(self) -> dict[str, Any]:
-        """Keyword arguments of `Verifier`."""
-        return self.model_dump(exclude={"max_failed_share"})
+    def variant(self) -> ObjectiveKind:
+        """What the objective is made of."""
+        return OBJECTIVES[self.objective]
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the objective needs a teacher: to score responses or, for sft, to give them."""
+        return self.variant.teacher != "none"
 
-class BenchmarkConfig(Section):
-    """One benchmark: Avg@k over `samples` responses a problem; Pass@1 is samples = 1."""
+    @property
+    def scores_teacher(self) -> bool:
+        """Whether the teacher's logprobs enter the objective."""
+        return self.variant.teacher == "scores"
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    file: str = Field(min_length=1)
-    samples: Positive = 1
-    max_problems: Positive | None = Field(None, description="the first N problems only")
+    @property
+    def needs_topk(self) -> bool:
+        """Whether the teacher's best tokens are scored as well (A.3)."""
+        return self.objective_at(0).needs_topk
 
+    @property
+    def responses_per_step(self) -> int:
+        """B = prompts × G."""
+        return self.prompts_per_step * self.group_size
 
-class EvaluationConfig(Section):
-    """Sec. 4.1: temperature 0.6, top-p 1.0, context 32K (8K for Zero), accuracy reward as the criterion."""
+    def objective_at(self, step: int) -> Objective:
+        """The objective of an optimiser step, which counts from 0: the record that goes to the loss as it is."""
+        beta = self.beta
+        return Objective(
+            kind=self.objective,
+            beta=0.0 if beta is None else BetaSchedule(beta.init, beta.decay, beta.minimum)(step),
+            kl_estimator=self.kl_estimator,
+            kd_masking=self.kd_masking,
+            topk_floor=self.topk.floor,
+            group_size=self.group_size,
+            normalize_std=self.normalize_std,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            tis_cap=self.tis_cap,
+            ref_beta=self.ref_beta,
+            ref_kl_estimator=self.ref_kl_estimator,
+            entropy_coef=self.entropy_coef,
+            aggregation=self.aggregation,
+        )
 
-    benchmarks: list[BenchmarkConfig] = Field(min_length=1)
-    periodic: list[str] = Field([], description="benchmarks evaluated during training; never the test set")
-    temperature: float = Field(0.6, ge=0.0, description="0 is greedy")
-    top_p: float = Field(1.0, ge=1.0, le=1.0, description="only 1.0: the paper's setting")
-    max_context_tokens: Positive = 32_768
+    def is_evaluation_due(self, step: int) -> bool:
+        """Whether the policy after `step` updates is evaluated while training goes on."""
+        return self.evaluate_every is not None and step % self.evaluate_every == 0
+
+    @field_validator("kl_estimator", "ref_kl_estimator", mode="before")
+    @classmethod
+    def _known_estimator(cls, name: object, info: ValidationInfo) -> object:
+        """A name of the table, or a reference to a function; a relative path in it becomes absolute."""
+        if is_reference(name):
+            return str(parse_reference(str(name)))
+        is_penalty = info.field_name == "ref_kl_estimator"
+        return require_one_of(
+            name, [known for known, row in ESTIMATORS.items() if row.is_for_reference or not is_penalty]
+        )
 
     @model_validator(mode="after")
-    def _names(self) -> Self:
-        names = [b.name for b in self.benchmarks]
-        if len(set(names)) != len(names):
-            raise ValueError(f"two benchmarks have the same name: {names}")
-        if "avg" in names:
-            raise ValueError("a benchmark cannot be named avg, which tables call the benchmarks' mean; rename it")
-        if unknown := sorted(set(self.periodic) - set(names)):
-            raise ValueError(f"periodic names {unknown}, which are not among the benchmarks {names}")
+    def _consistent(self) -> Self:
+        if self.batch_size is not None and self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by group_size {self.group_size}; "
+                f"set batch_size={self.responses_per_step} (prompts_per_step × group_size) or leave it out"
+            )
+        if self.batch_size is not None and self.batch_size != self.responses_per_step:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not prompts_per_step × group_size = {self.responses_per_step}; "
+                f"set prompts_per_step={self.batch_size // self.group_size} or leave batch_size out"
+            )
+        if self.mini_batch_prompts != self.prompts_per_step:
+            raise ValueError(
+                f"mini_batch_prompts {self.mini_batch_prompts} differs from prompts_per_step {self.prompts_per_step}; "
+                "updates are strictly on-policy (Tables 3, 5: 64 / 64), so set both to the same number"
+            )
+        if self.scores_teacher and self.beta is None:
+            raise ValueError(f"objective {self.objective} needs beta; set beta.init (Table 3: 2e-3) or objective=grpo")
+        if not self.variant.is_masked and self.kd_masking != "none":
+            raise ValueError(f"kd_masking {self.kd_masking} masks the joint loss only; set objective=kdrl")
         return self
 
 

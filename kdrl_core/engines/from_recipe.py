@@ -33,7 +33,7 @@ def rollout_engine(
     engine = engine or recipe.rollout.engine
     common: dict[str, Any] = {"temperature": temperature, "max_response_tokens": max_response_tokens}
     if engine == "transformers":
-        from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+        from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
 
         loaded = _load(recipe, model, config)
         batch_size = recipe.runtime.rollout_batch_size
@@ -84,7 +84,7 @@ def local_scorer(
 
         settings = _vllm_settings(recipe, config, max_model_len=max_tokens, temperature=temperature)
         return VLLMScorer(model, settings, num_tokens=num_tokens, max_topk=max_topk)
-    from kdrl_core.engines.transformers_scorer import TransformersScorer
+    from kdrl_core.engines.transformers_engines import TransformersScorer
 
     return TransformersScorer(
         _load(recipe, model, config),

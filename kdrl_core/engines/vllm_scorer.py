@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdrl_core.engines.protocols import TopKScore
-from kdrl_core.engines.transformers_scorer import refuse_not_finite
+from kdrl_core.engines.transformers_engines import refuse_not_finite
 from kdrl_core.engines.vllm_engine import VLLMEngine, VLLMSettings
 from kdrl_core.models.loading import read_config
 from kdrl_core.types import ScoreRequest

@@ -14,7 +14,7 @@ from kdrl_core.evaluation.lm_eval import LM_EVAL_RESULTS, lm_eval_results
 from kdrl_core.evaluation.results import RESULTS
 from kdrl_core.evaluation.statistics import accuracy, majority, pass_at_k, powers_of_two, standard_error
 from kdrl_core.ledger import manifest_of, publish_directory
-from kdrl_core.tables.schemas import read_table, write_table
+from kdrl_core.tables.files import read_table, write_table
 from kdrl_core.types import FinishReason, VerdictKind
 
 RESPONSES = "responses.parquet"

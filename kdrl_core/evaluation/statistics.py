@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 import numpy as np
 from numpy.typing import NDArray
 
-from kdrl_core.ledger.seeds import derive_seed
+from kdrl_core.ledger.names import derive_seed
 from kdrl_core.verify.normalise import vote_of
 
 _RESAMPLES, _SEED_RESAMPLES = 1_000, 4_000

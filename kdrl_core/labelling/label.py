@@ -31,7 +31,8 @@ from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.sampling.job import Progress, Sampler, SamplingJob, hold_work, settings_hash
 from kdrl_core.sampling.responses import engine_source
-from kdrl_core.tables.schemas import LABELS, read_table, write_table
+from kdrl_core.tables.files import read_table, write_table
+from kdrl_core.tables.schemas import LABELS
 from kdrl_core.verify import Verifier
 
 SETTINGS = "label.json"

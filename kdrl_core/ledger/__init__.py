@@ -3,7 +3,6 @@
 from kdrl_core.config.paths import artifacts_root, validate_run_name
 from kdrl_core.ledger.graph import checkpoint_label, checkpoint_step
 from kdrl_core.ledger.heal import find_intact, find_own, required_sha256, verify_own
-from kdrl_core.ledger.layout import RunPaths
 from kdrl_core.ledger.lock import lock_holder, run_lock
 from kdrl_core.ledger.manifest import (
     Listing,
@@ -16,6 +15,7 @@ from kdrl_core.ledger.manifest import (
     published_below,
     verify_published,
 )
+from kdrl_core.ledger.names import RunPaths, derive_seed, prompts_of_step, uniforms
 from kdrl_core.ledger.publish import (
     ConstantFiles,
     adopt_published,
@@ -38,7 +38,6 @@ from kdrl_core.ledger.run import (
     require_resumable,
     require_same_recipe,
 )
-from kdrl_core.ledger.seeds import derive_seed, prompts_of_step, uniforms
 
 __all__ = [
     "ConstantFiles", "Listing", "Manifest", "Run", "RunPaths", "adopt_published", "adopted", "artifacts_root",

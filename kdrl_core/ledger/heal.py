@@ -242,7 +242,7 @@ def _require_own(run: "Run", path: Path, found: Manifest) -> None:
     used = _use(run, path)
     if used is not None and used[1] != found.sha256:
         raise ForeignFileError(
-            f"{path} is whole, but not the one that {run.relative(used[0])} was made from: its sha256 is "
+            f"{path} is whole, but not the one that {run.paths.relative(used[0])} was made from: its sha256 is "
             f"{found.sha256[:12]}…, that of the other {used[1][:12]}…",
             "one of the two is not of this run: restore it from a backup, or delete it to have it made again",
         )
@@ -253,7 +253,7 @@ def _use(run: "Run", path: Path) -> tuple[Path, str] | None:
 
     What has other bytes whenever it is made is held to none of them; what follows its inputs does not hold them to any.
     """
-    name = run.relative(path)
+    name = run.paths.relative(path)
     node = node_at(name)
     if node is None or not node.row.is_exact:
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kdrl_core.errors import RunLockedError
-from kdrl_core.ledger import memory
+from kdrl_core.ledger.manifest import begin_memory, end_memory
 from kdrl_core.ledger.publish import replace_file, storage_errors
 
 _PATIENCE_S = 0.2
@@ -38,7 +38,7 @@ def run_lock(path: Path) -> Iterator[None]:
         ) from error
     try:
         if lock.lock_counter == 1:
-            memory.begin(path.parent)
+            begin_memory(path.parent)
             holder = {
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
@@ -48,7 +48,7 @@ def run_lock(path: Path) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter == 1:
-            memory.end(path.parent)
+            end_memory(path.parent)
         lock.release()
 
 

@@ -3,6 +3,12 @@
 The manifest of a file is `_<stem>.manifest.json` beside it; the leading underscore keeps Parquet readers of the folder
 from taking it for data. That of a directory is `manifest.json` in it. A manifest holds a checksum of its own, and the
 artifact's place in its run: it vouches for nothing if it was altered, and not for another file's place.
+
+While a process holds a run's lock, it reads no file of the run twice. A published file never changes: one whose inode,
+size and times are still what they were is taken to have its bytes still; any other is read again. Manifests, and which
+files had the bytes of their manifest, are remembered of one step at a time: with the first file of another step all of
+that is forgotten. So damage that shows in no time and no size is found, as without a memory, when a later step or
+process looks at the file.
 """
 
 import hashlib
@@ -10,14 +16,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, cast
 
 import kdrl_core
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, RunError
-from kdrl_core.ledger import memory
 from kdrl_core.ledger.graph import FILTER_REPORT, POOL, node_at
-from kdrl_core.ledger.layout import place_of
+from kdrl_core.ledger.names import place_of
 
 DIRECTORY_MANIFEST = "manifest.json"
 _FILE_MANIFEST = ".manifest.json"
@@ -104,8 +110,8 @@ def manifest_of(path: Path) -> Manifest:
     where = manifest_path(path)
     if not where.is_file():
         raise RunError(f"{path} is not published: it has no manifest {where.name}")
-    stamp = memory.stamp(where)
-    if (known := memory.recall(memory.MANIFEST, path, stamp)) is not None:
+    stamp = stamp_of(where)
+    if (known := recall(Kept.MANIFEST, path, stamp)) is not None:
         return cast(Manifest, known)
     manifest = read_manifest(where)
     place = place_of(path)
@@ -114,7 +120,7 @@ def manifest_of(path: Path) -> Manifest:
             f"{path} belongs elsewhere: it was published as {manifest.artifact}",
             f"move it back there, or delete it{'' if path.is_dir() else f' and {where.name}'} to have it made again",
         )
-    memory.keep(memory.MANIFEST, path, stamp, manifest)
+    keep(Kept.MANIFEST, path, stamp, manifest)
     return manifest
 
 
@@ -151,10 +157,10 @@ def verify_published(path: Path) -> Manifest:
     """
     manifest = manifest_of(path)
     if manifest.files is None:
-        stamp = memory.stamp(path)
-        if memory.recall(memory.BYTES, path, stamp) != manifest.sha256:
+        stamp = stamp_of(path)
+        if recall(Kept.BYTES, path, stamp) != manifest.sha256:
             _compare(path, manifest.size, manifest.sha256)
-            memory.keep(memory.BYTES, path, stamp, manifest.sha256)
+            keep(Kept.BYTES, path, stamp, manifest.sha256)
         return manifest
     for name, expected in manifest.files.items():
         _compare(path / name, expected["size"], expected["sha256"])
@@ -234,3 +240,74 @@ def model_identity(path: Path) -> str:
     for file in sorted(file for file in files if file.name != DIRECTORY_MANIFEST):
         listing.update(f"{file.name} {digest(file)[1]}\n".encode())
     return f"{path.name} sha256 {listing.hexdigest()[:16]}"
+
+
+# --- what a process remembers while it holds a run's lock ------------------------------------------------------------
+
+
+class Kept(StrEnum):
+    """What is remembered of an artifact."""
+
+    MANIFEST = "manifest"
+    BYTES = "bytes"
+    """The hash that they had."""
+    DERIVED = "derived"
+    """Rows that can be rebuilt, which are kept longer than a step."""
+
+
+Stamp = tuple[int, ...]
+
+_held: dict[Path, dict[tuple[Kept, Path], tuple[Stamp, Any]]] = {}
+"""Run whose lock is held → what was read of which artifact → stamp of the file that was read, and what it held."""
+_steps: dict[Path, tuple[str | None, object]] = {}
+"""Run → stage and step of the artifacts that are remembered."""
+
+
+def begin_memory(root: Path) -> None:
+    """The lock of the run in `root` is held from now on; nothing is known."""
+    _held[root] = {}
+    _steps.pop(root, None)
+
+
+def end_memory(root: Path) -> None:
+    """The lock is let go: others may change what they like."""
+    _held.pop(root, None)
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """What changes when a file does; None if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def renamed(before: Stamp | None, path: Path) -> Stamp | None:
+    """The stamp of a file since it was renamed to `path`, which changes the last of its times alone; None if more is
+    another."""
+    after = stamp_of(path)
+    return after if before is not None and after is not None and after[:-1] == before[:-1] else None
+
+
+def keep(what: Kept, path: Path, at: Stamp | None, value: Any) -> None:
+    """Remember what was read of the artifact at `path`, from a file that had the stamp `at`."""
+    if at is None or (root := _root(path)) is None:
+        return
+    node = node_at(path.relative_to(root).as_posix())
+    if node is not None and node.row.per == "step" and not node.row.is_pruned:
+        if _steps.get(root) != (node.stage, node.at):
+            _held[root] = {key: known for key, known in _held[root].items() if key[0] == Kept.DERIVED}
+        _steps[root] = node.stage, node.at
+    _held[root][what, path] = at, value
+
+
+def recall(what: Kept, path: Path, at: Stamp | None) -> Any:
+    """What was read of the artifact when the file had the stamp `at`; None if that is not known."""
+    root = _root(path)
+    known = None if root is None else _held[root].get((what, path))
+    return known[1] if known is not None and known[0] == at else None
+
+
+def _root(path: Path) -> Path | None:
+    return next((root for root in tuple(_held) if path.is_relative_to(root)), None)

@@ -16,19 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.errors import DamagedArtifactError, KdrlError, RunError, StorageError
-from kdrl_core.ledger import heal, memory
-from kdrl_core.ledger.layout import place_of
+from kdrl_core.ledger import heal
 from kdrl_core.ledger.manifest import (
     DIRECTORY_MANIFEST,
+    Kept,
     Listing,
     Manifest,
     digest,
     digest_of_listing,
     file_manifest_path,
     is_published,
+    keep,
     listing,
     manifest_of,
+    renamed,
+    stamp_of,
 )
+from kdrl_core.ledger.names import place_of
 
 _TEMPORARY_PREFIX = ".tmp-"
 _FULL_BELOW_BYTES = 2**20
@@ -62,15 +66,15 @@ def publish_file(
         with _temporary(path) as temporary:
             write(temporary)
             size, sha256 = digest(temporary, durable=True)
-            hashed = memory.stamp(temporary)
+            hashed = stamp_of(temporary)
             made = _manifest(path, inputs, metadata, size=size, sha256=sha256)
             written = heal.settled(path, made, expected).to_bytes()
             temporary.replace(path)
         replace_file(file_manifest_path(path), written)
         heal.forget(path)
     manifest = Manifest.from_bytes(written)
-    memory.keep(memory.MANIFEST, path, memory.stamp(file_manifest_path(path)), manifest)
-    memory.keep(memory.BYTES, path, memory.renamed(hashed, path), sha256)
+    keep(Kept.MANIFEST, path, stamp_of(file_manifest_path(path)), manifest)
+    keep(Kept.BYTES, path, renamed(hashed, path), sha256)
     return manifest
 
 

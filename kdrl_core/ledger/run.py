@@ -1,10 +1,9 @@
-"""A run: its folder, its frozen recipe, the refusal to go on under another one, and what it is doing right now."""
+"""A run: its folder, its frozen recipe, the refusal to go on under another one."""
 
 import hashlib
 import json
 import logging
 import platform
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,15 +18,13 @@ from kdrl_core.config.changes import SAFE_FIELDS
 from kdrl_core.config.paths import artifacts_root
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger.graph import folders
-from kdrl_core.ledger.layout import RunPaths
 from kdrl_core.ledger.lock import run_lock
 from kdrl_core.ledger.manifest import verify_published
+from kdrl_core.ledger.names import RunPaths
 from kdrl_core.ledger.publish import replace_file, require_writable
 
 _VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
 _MIN_FREE_MB = 64
-_MIN_INTERVAL_S = 0.2
-_last_report = 0.0
 _REWRITE = "restore it from a backup, or have it written anew: kdrl run --recipe RECIPE"
 _logger = logging.getLogger("kdrl")
 
@@ -49,13 +46,9 @@ class Run:
         """When the run was created, ISO 8601 in UTC."""
         return _created(self.paths.manifest)
 
-    def relative(self, path: Path) -> str:
-        """`path` as manifests and users write it: relative to the run's folder."""
-        return path.relative_to(self.paths.root).as_posix()
-
     def inputs(self, *paths: Path) -> dict[str, str]:
         """What a new artifact is made from: each published file, verified now, with its hash."""
-        return {self.relative(path): verify_published(path).sha256 for path in paths}
+        return {self.paths.relative(path): verify_published(path).sha256 for path in paths}
 
 
 def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> Run:
@@ -275,32 +268,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def report_progress(
-    run: Run, *, stage: str, at: int = 0, phase: str, done: int | None = None, total: int | None = None
-) -> None:
-    """Say which phase of which step or shard is under way, at most five times a second. The file in the scratch folder
-    is a hint: nothing is decided by it, and it may be missing or stale."""
-    global _last_report
-    now = time.monotonic()
-    if now - _last_report < _MIN_INTERVAL_S:
-        return
-    _last_report = now
-    content = {"stage": stage, "step": at, "phase": phase, "done": done, "total": total, "at": time.time()}
-    target = run.paths.scratch / "progress.json"
-    with suppress(OSError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content))
-        temporary.replace(target)
-
-
-def read_progress(paths: RunPaths) -> dict[str, Any] | None:
-    """The latest report, or None: also for a file that is none, since it only hints."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads((paths.scratch / "progress.json").read_text())
-        kinds = {"stage": str, "step": int, "phase": str}
-        if isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
-            return content
-    return None

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 import torch
 
 from kdrl_core.data.schema import SKYWORK_SCHEMA
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
-from kdrl_core.ledger.seeds import derive_seed
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
+from kdrl_core.ledger.names import derive_seed
 from kdrl_core.miniature.models import MiniatureModel, build_tokenizer, save_model, train_model
 from kdrl_core.miniature.world import BRACKETED_LENGTHS, HARD_LENGTHS, LENGTHS, bracket, sample_questions, solve
 from kdrl_core.types import FinishReason, RolloutRequest

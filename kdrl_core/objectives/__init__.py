@@ -26,18 +26,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdrl_core.objectives.advantages import group_advantages, kd_mask, shape_rewards, training_signals
-    from kdrl_core.objectives.aggregate import group_mean, token_mean
     from kdrl_core.objectives.baselines import kd_rkl_loss, sft_loss
     from kdrl_core.objectives.inputs import BetaSchedule, Objective, Responses, Totals
+    from kdrl_core.objectives.keywords import kdrl_loss
     from kdrl_core.objectives.kl import kl_estimate, kl_policy_gradient, recorded_kl, register_estimator
-    from kdrl_core.objectives.loss import LOSS_METRICS, joint_loss, kdrl_loss
+    from kdrl_core.objectives.loss import LOSS_METRICS, group_mean, joint_loss, token_mean
     from kdrl_core.objectives.topk import topk_kl
 else:
 
     def __getattr__(name: str) -> Any:
         """Import torch with the first name that is used: recipes need `kinds` and `inputs` alone, which need none."""
         if name in __all__:
-            for part in ("inputs", "advantages", "aggregate", "baselines", "kl", "loss", "topk"):
+            for part in ("inputs", "advantages", "baselines", "keywords", "kl", "loss", "topk"):
                 if hasattr(module := import_module(f"{__name__}.{part}"), name):
                     return getattr(module, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

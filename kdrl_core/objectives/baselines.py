@@ -11,9 +11,9 @@ KD-RKL as the paper trains it (B.2) is `kdrl_loss` with zero advantages: with "k
 import torch
 from torch import Tensor
 
-from kdrl_core.objectives.aggregate import token_mean
 from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
 from kdrl_core.objectives.kl import kl_policy_gradient
+from kdrl_core.objectives.loss import token_mean
 
 
 def sft_loss(logprobs: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 and aggregations.
 
 A recipe takes its legal values from here. This module imports no torch, so that a recipe is read in an instant. The
-functions behind the names are in kl.py, advantages.py and aggregate.py; each asserts that it has the same names.
+functions behind the names are in kl.py, advantages.py and loss.py; each asserts that it has the same names.
 """
 
 from collections.abc import Callable

@@ -33,8 +33,7 @@ from kdrl_core.ledger import (
 from kdrl_core.ledger.manifest import file_manifest_path
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
-from kdrl_core.tables.columns import verdict_columns
-from kdrl_core.tables.schemas import write_table
+from kdrl_core.tables.files import verdict_columns, write_table
 from kdrl_core.types import Verdict
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.screening import refuse_failures

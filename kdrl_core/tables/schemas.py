@@ -6,13 +6,9 @@ stage and step are the hive partition (`stage=stage2/step=000012`), not columns.
 order: prompts as drawn, the G responses of a prompt together.
 """
 
-from pathlib import Path
-
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kdrl_core.config import StageConfig
-from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger.artifact import Artifact
 
 SCHEMA_VERSION = "1"
@@ -159,18 +155,3 @@ SCHEMAS = {name: found for name, found in globals().items() if isinstance(found,
 def schema_of(row: Artifact, config: StageConfig) -> pa.Schema:
     """The schema of an artifact's file in a stage: the teacher's has two more columns where the loss is Top-K (A.3)."""
     return SCHEMAS[row.schemas[-1 if config.needs_topk else 0]]
-
-
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write `table` as zstd Parquet; equal tables give equal bytes."""
-    metadata = {**(table.schema.metadata or {}), b"kdrl.schema_version": SCHEMA_VERSION.encode()}
-    pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
-
-
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, without the partition columns. Raises DamagedArtifactError if it is not Parquet."""
-    try:
-        return pq.ParquetFile(path).read(columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        problem = f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}"
-        raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error

@@ -10,13 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdrl_core.ledger.seeds import derive_seed
+from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
 from kdrl_core.models.loading import load_model
 from kdrl_core.training.extensions import use_kernel_lock
-from kdrl_core.training.losses import TokenRecord, micro_batch_loss, micro_batch_statistics
 from kdrl_core.training.messages import Arrays, RankWork
-from kdrl_core.training.torch_trainer import make_optimizer, read_state, write_state
+from kdrl_core.training.torch_trainer import (
+    TokenRecord,
+    make_optimizer,
+    micro_batch_loss,
+    micro_batch_statistics,
+    read_state,
+    write_state,
+)
 from kdrl_core.training.zero_state import full_moments, full_weights, set_moments, set_weights
 
 Answer = tuple[dict[str, Any], Arrays]

@@ -20,11 +20,10 @@ from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger import ConstantFiles, Listing
 from kdrl_core.logprobs.model import deal_batches, token_budget_batches
-from kdrl_core.training.losses import refuse_not_finite, totals_of
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
 from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch
 from kdrl_core.training.rank_group import RankGroup, Reply
-from kdrl_core.training.torch_trainer import require_state
+from kdrl_core.training.torch_trainer import refuse_not_finite, require_state, totals_of
 from kdrl_core.types import ScoreRequest
 
 

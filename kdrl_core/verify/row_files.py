@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.errors import DataError
-from kdrl_core.tables.columns import verdict_columns
+from kdrl_core.tables.files import verdict_columns
 from kdrl_core.tables.schemas import REWARDS
 from kdrl_core.types import Verdict
 from kdrl_core.verify.rows import Batch, Columns, RowError, kind_of

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from kdrl_core.boxes.checkpoints import latest_checkpoint
+from kdrl_core.boxes.stage import latest_checkpoint
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.ledger.manifest import manifest_path
 

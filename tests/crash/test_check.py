@@ -180,7 +180,7 @@ def test_repair_makes_scores_and_verdicts_of_the_past_again(run: Run, whole: Run
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     assert answer["findings"] == []
-    assert sorted(answer["repaired"]) == sorted(run.relative(path) for path in damaged)
+    assert sorted(answer["repaired"]) == sorted(run.paths.relative(path) for path in damaged)
     assert differing(run, whole) == []
     for path in damaged:
         verify_published(path)

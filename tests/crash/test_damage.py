@@ -24,7 +24,7 @@ from kdrl_core.boxes.session import close_sessions
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError
 from kdrl_core.ledger import Run, is_published, open_run, verify_published
 from kdrl_core.objectives import group_advantages
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -144,8 +144,8 @@ def test_rollouts_that_cannot_be_sampled_again_are_refused(
     aside = path.with_name(f".damaged-{path.name}")
     assert (aside if aside.is_file() else path).read_bytes() == left
     after = results(run)
-    assert {name: after[name] for name in before if name in after and name != run.relative(path)} == {
-        name: digest for name, digest in before.items() if name != run.relative(path)
+    assert {name: after[name] for name in before if name in after and name != run.paths.relative(path)} == {
+        name: digest for name, digest in before.items() if name != run.paths.relative(path)
     }
     train(open_run("r", artifacts=tmp_path))  # where they can, the run goes on
     verify_published(path)
@@ -318,7 +318,7 @@ def test_what_was_trained_on_decides_where_file_and_manifest_are_both_damaged(
     truncate(path)
     garble_manifest(path)
     train(run)
-    assert results(run)[run.relative(path)] == results(whole)[run.relative(path)]
+    assert results(run)[run.paths.relative(path)] == results(whole)[run.paths.relative(path)]
 
 
 def test_metrics_of_another_stage_in_their_place(stopped: Run, whole: Run, tmp_path: Path) -> None:
@@ -375,5 +375,5 @@ def test_a_crash_while_a_damaged_file_is_set_aside(
     manifest_for(path).rename(path.with_name(".damaged-_rewards.manifest.json"))
     train(run)
     verify_published(path)
-    assert results(run)[run.relative(path)] == results(whole)[run.relative(path)]
+    assert results(run)[run.paths.relative(path)] == results(whole)[run.paths.relative(path)]
     assert list(run.paths.root.rglob(".damaged-*")) == []

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.completion import student
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
-from kdrl_core.boxes.step import rollout, score_step, verify
-from kdrl_core.boxes.update import update_step
+from kdrl_core.boxes.stage import open_stage
+from kdrl_core.boxes.step import rollout, score_step, update_step, verify
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.ledger.graph import evaluated_labels

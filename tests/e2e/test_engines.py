@@ -12,8 +12,7 @@ from kdrl_core.boxes.completion import require_trained
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.ledger import Run, manifest_of, open_run
-from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import load_metrics, read_table
 
 pytestmark = [
     needs_vllm,

@@ -7,8 +7,7 @@ import pytest
 
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run
-from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import load_metrics, read_table
 
 pytestmark = [
     pytest.mark.slow,

@@ -14,7 +14,7 @@ from flows.full_pipeline import full_pipeline
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.errors import DataError, RecipeError, RunError
 from kdrl_core.ledger import RunPaths, manifest_of, open_run
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 from tasks.boxes import STEP_OPTIONS
 
 ROOT = Path(__file__).parent.parent.parent

@@ -16,7 +16,7 @@ from kdrl_core.boxes.completion import is_finished
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import RunPaths, is_published, manifest_of, open_run
 from kdrl_core.look.reporting.run_summary import run_status
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 SFT = [
     *TINY,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdrl_core.config import resolve_path
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
 from kdrl_core.ledger import derive_seed
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids

@@ -12,7 +12,7 @@ import torch
 from parity.conftest import dense_log_probabilities, dense_logprobs, largest_gap
 from transformers import DynamicCache
 
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger import derive_seed
 from kdrl_core.miniature.models import MiniatureModel, build_model

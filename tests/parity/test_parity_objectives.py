@@ -12,7 +12,7 @@ import torch
 from parity.conftest import dense_log_probabilities, dense_logprobs
 from parity.ranks import with_objective
 
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.models.loading import load_model
 from kdrl_core.training.protocols import OptimizerSettings, UpdateBatch
 from kdrl_core.training.torch_trainer import TorchTrainer

@@ -21,12 +21,11 @@ from vllm_models import needs_vllm, requests, small_model, tokenizer
 from kdrl_core.config import load_recipe
 from kdrl_core.engines.http_rollout import HTTPRolloutEngine
 from kdrl_core.engines.server_pool import ServedModel
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.evaluation.evaluate import evaluate_plan
 from kdrl_core.evaluation.evaluation_plan import EvaluationOptions, plan_evaluation
 from kdrl_core.models.loading import load_model, stop_token_ids
-from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import load_metrics, read_table
 from kdrl_core.types import ScoreRequest
 
 pytestmark = [pytest.mark.slow, needs_vllm]

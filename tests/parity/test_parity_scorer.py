@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity.conftest import dense_logprobs, largest_gap
 
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import EngineError
 from kdrl_core.models.loading import load_model
 from kdrl_core.types import Rollout, ScoreRequest

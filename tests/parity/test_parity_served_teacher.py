@@ -25,7 +25,7 @@ from flows.cli.local_prefect import free_port
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.server_pool import ServedModel
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.models.loading import load_model
 from kdrl_core.models.prepare import bake_temperature
 from kdrl_core.types import ScoreRequest

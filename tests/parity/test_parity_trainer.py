@@ -12,7 +12,7 @@ from parity.conftest import dense_log_probabilities, largest_gap
 from parity.ranks import with_objective
 from safetensors.torch import load_file
 
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.models.loading import load_model
 from kdrl_core.objectives import Objective

@@ -15,7 +15,7 @@ from vllm_models import SETTINGS, STUDENT, needs_vllm, requests, small_model, to
 
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.sync import sync_weights
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.engines.vllm_rollout import VLLMRolloutEngine
 from kdrl_core.engines.vllm_scorer import VLLMScorer
 from kdrl_core.engines.vllm_support import CPU_HEAD_SIZES

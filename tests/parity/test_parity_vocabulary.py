@@ -10,8 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kdrl_core.config import load_recipe
 from kdrl_core.data import render_prompts
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine, TransformersScorer
 from kdrl_core.ledger import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
 from kdrl_core.models.tokenizer import read_tokenizer

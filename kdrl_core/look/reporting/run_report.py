@@ -19,7 +19,7 @@ from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, is_published
 from kdrl_core.ledger.graph import REPORT
 from kdrl_core.look.reporting.run_summary import sample_responses, summarize, tables_of
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 _NUM_SAMPLES = 3
 

@@ -9,15 +9,14 @@ from typing import Any
 import pyarrow.compute as pc
 
 from kdrl_core.alarms import Alarm, alarms_of, resume_command, stopping_alarm
-from kdrl_core.boxes.checkpoints import checkpoint_steps
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.shards import num_shards, remaining_shards
+from kdrl_core.boxes.stage import checkpoint_steps
 from kdrl_core.errors import KdrlError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, adopted, is_published, lock_holder, manifest_of, open_run
 from kdrl_core.ledger.graph import evaluated_labels
-from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import load_metrics, read_table
 
 MODEL_NAMES = {"base": "student before", "stage1": "after stage 1", "stage2": "after stage 2", "teacher": "teacher"}
 _ENDS_SHARE = 0.2

@@ -35,8 +35,8 @@ from kdrl_core.ledger import RunPaths, publish_file, replace_file, storage_error
 from kdrl_core.look.rollouts.filters import RolloutFilter
 from kdrl_core.look.rollouts.query import RolloutStore
 from kdrl_core.look.rollouts.record import RECORD, TIMINGS
-from kdrl_core.tables.columns import repetition_rate
-from kdrl_core.tables.schemas import write_table
+from kdrl_core.sampling.responses import repetition_rate
+from kdrl_core.tables.files import write_table
 from kdrl_core.types import VerdictKind
 
 _VERL_FILE = re.compile(r"(\d+)\.jsonl")

@@ -15,7 +15,7 @@ from kdrl_core.look.reporting.run_report import filter_reports
 from kdrl_core.look.reporting.run_summary import is_spent, sample_responses, summarize
 from kdrl_core.look.sweeps.results import SweepResults, says_something
 from kdrl_core.look.sweeps.state import CellState
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 _NUM_SAMPLES = 2
 _NO_DIFFERENCE = ("name", "description", "seed")

@@ -15,8 +15,7 @@ from kdrl_core.ledger.graph import reference_labels
 from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, summarize
 from kdrl_core.look.sweeps.spec import Claim
 from kdrl_core.look.sweeps.state import CellState, CellStatus
-from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import load_metrics, read_table
 
 _OF_SOME = {"response/repetition_overlong": "response/clip_ratio", "kd/kl_unmasked": "kd/active_frac"}
 """Metrics that are means over some responses or tokens → the share of those. If the share is 0, the mean is void."""

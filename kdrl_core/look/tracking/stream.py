@@ -17,7 +17,7 @@ from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_step, is_published, manifest_of, replace_file
 from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.tracking.clients import CLIENTS, Point, Sent, Tracker
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 _logger = logging.getLogger("kdrl")
 

@@ -19,7 +19,7 @@ from kdrl_core.alarms import (
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DamagedArtifactError, StoppedByAlarmError
 from kdrl_core.ledger import Run, create_run, publish_file
-from kdrl_core.tables.metrics import append_metrics, differing_metrics, rebuild_metrics
+from kdrl_core.tables.files import append_metrics, differing_metrics, rebuild_metrics
 
 
 def alarm(step: int, rule: str = "reward_collapse", **changes: Any) -> Alarm:

@@ -11,12 +11,11 @@ from crash.damage import flip
 from rollout_runs import make_run, publish, step_table
 
 from kdrl_core.boxes import make as make_module
-from kdrl_core.boxes.make import Box, Product, box, make, timed
+from kdrl_core.boxes.make import Box, Product, box, make, read_progress, timed
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Run, manifest_of, verify_own
 from kdrl_core.ledger.graph import ARTIFACTS, ROLLOUTS, Artifact
-from kdrl_core.ledger.run import read_progress
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import read_table
 from tasks.boxes import making, stage_task
 
 WORDS = Artifact(
@@ -56,7 +55,7 @@ def test_a_row_and_a_function_are_an_artifact_with_its_lineage(session: Session)
     assert read_table(made.path)["words"].to_pylist() == [5] * 6  # "step 1 q-a number 0" …
     source = session.run.paths.rollouts("stage2", 1)
     assert made.manifest == verify_own(session.run, made.path)
-    assert made.manifest.inputs == {session.run.relative(source): manifest_of(source).sha256}
+    assert made.manifest.inputs == {session.run.paths.relative(source): manifest_of(source).sha256}
     assert list(made.manifest.metadata) == ["seconds"]
     assert session.calls == [(1, ["prompt_id", "response"])]
 

@@ -11,7 +11,7 @@ import pytest
 
 from kdrl_core.alarms import load_alarms
 from kdrl_core.ledger import Run, derive_seed, is_published, manifest_of, verify_published
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 from kdrl_core.tables.schemas import REFERENCE, REWARDS, ROLLOUTS, TEACHER, UPDATE
 
 STEPS = [("stage1", 0), ("stage1", 1), ("stage2", 0), ("stage2", 1), ("stage2", 2), ("stage2", 3)]

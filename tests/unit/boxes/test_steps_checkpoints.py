@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from crash.tiny_run import open_tiny
 
-from kdrl_core.boxes.checkpoints import (
+from kdrl_core.boxes.stage import (
     checkpoint_steps,
     is_checkpoint_due,
     latest_checkpoint,

@@ -14,7 +14,7 @@ from kdrl_core.ledger import Run
 from kdrl_core.objectives import register_estimator
 from kdrl_core.objectives.kinds import ESTIMATORS
 from kdrl_core.objectives.kl import KL_ESTIMATORS
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 ONE_STAGE = ["stage1=null", "stage2.steps=2"]
 CODE = "def hinge(log_ratio):\n    return (-log_ratio).clamp(min=0)\n"

@@ -15,7 +15,7 @@ from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.step import verify
 from kdrl_core.errors import DataError, VerificationError
 from kdrl_core.ledger import Run, is_published
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 from kdrl_core.types import Verdict, VerdictKind
 
 ONE_STAGE = ["stage1=null", "stage2.steps=2"]

@@ -12,16 +12,15 @@ from crash.tiny_run import differing, finish, open_tiny, results, train, train_s
 from kdrl_core.boxes import make as make_module
 from kdrl_core.boxes import update
 from kdrl_core.boxes.check import check_run
-from kdrl_core.boxes.checkpoints import checkpoint_steps, latest_checkpoint, remaining_steps
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
+from kdrl_core.boxes.stage import checkpoint_steps, latest_checkpoint, remaining_steps
 from kdrl_core.boxes.step import rollout, score_step, verify
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, manifest_of, publish_file
 from kdrl_core.ledger.manifest import manifest_path
-from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table, write_table
+from kdrl_core.tables.files import load_metrics, read_table, write_table
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -47,7 +46,7 @@ def test_two_runs_are_the_same_bytes(finished: Run, tmp_path: Path) -> None:
 def test_another_seed_is_another_run(sparse: Run, tmp_path: Path) -> None:
     other = open_tiny(tmp_path, "other", [*SPARSE, "seed=1"])
     train(other, until=("stage1", 1))
-    name = other.relative(other.paths.rollouts("stage1", 0))
+    name = other.paths.relative(other.paths.rollouts("stage1", 0))
     assert results(other)[name] != results(sparse)[name]
 
 
@@ -96,8 +95,8 @@ def test_a_run_of_a_version_without_entropies_and_alarms_goes_on(sparse: Run, tm
         metadata={name: published.metadata[name] for name in ("metrics", "timings")},
     )
     train(open_tiny(tmp_path, "old", SPARSE))
-    assert run.relative(path) in differing(run, sparse)
-    assert set(differing(run, sparse)) <= {run.relative(path), run.relative(run.paths.alarms("stage2"))}
+    assert run.paths.relative(path) in differing(run, sparse)
+    assert set(differing(run, sparse)) <= {run.paths.relative(path), run.paths.relative(run.paths.alarms("stage2"))}
     assert check_run(run).findings == []
 
 
@@ -118,7 +117,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, lis
             result = function(*arguments, **options)
             artifacts = tmp_path / f"{len(taken):02d}"
             shutil.copytree(run.paths.root, artifacts / "runs" / "r")
-            what = run.relative(arguments[0]) if isinstance(arguments[0], Path) else name
+            what = run.paths.relative(arguments[0]) if isinstance(arguments[0], Path) else name
             taken.append((what, artifacts))
             return result
 

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 from kdrl_core.boxes import make as make_module
 from kdrl_core.boxes import update
-from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.sft import batch_of_step, select, sft_step, teacher_sample, verify_samples
 from kdrl_core.boxes.shards import num_shards, open_shards
+from kdrl_core.boxes.stage import open_stage
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import Run, create_run, derive_seed, manifest_of, run_lock, sweep_temporaries
 from kdrl_core.look.reporting.run_summary import sft_table, summarize
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 SFT = [
     *TINY,

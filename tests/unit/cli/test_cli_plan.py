@@ -11,7 +11,7 @@ from crash.tiny_run import open_tiny, train
 
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.look.planning.cost import rates_of_run
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

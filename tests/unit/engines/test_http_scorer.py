@@ -20,12 +20,11 @@ from kdrl_core.config.paths import ASSETS
 from kdrl_core.config.secrets import register_secret_source, resolve_secret
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.server_pool import ServedModel
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import EngineError, KdrlError, RecipeError, SecretError
 from kdrl_core.ledger import is_published, open_run
 from kdrl_core.models.loading import load_model
-from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import load_metrics, read_table
 from kdrl_core.types import ScoreRequest
 
 TEACHER = ASSETS / "miniature" / "teacher"
@@ -321,7 +320,10 @@ def test_a_run_whose_teacher_fails_is_resumed_to_the_same_bytes_and_the_key_is_n
 
     local = open_tiny(tmp_path / "local", "r", ["stage1=null", "stage2.steps=4"])
     train(local, until=("stage2", 1))
-    for name in (local.relative(local.paths.rollouts("stage2", 0)), local.relative(local.paths.rewards("stage2", 0))):
+    for name in (
+        local.paths.relative(local.paths.rollouts("stage2", 0)),
+        local.paths.relative(local.paths.rewards("stage2", 0)),
+    ):
         assert results(local)[name] == results(run)[name]
     scored = [read_table(each.paths.teacher("stage2", 0))["teacher_logprobs"].to_pylist() for each in (local, run)]
     for ours, theirs in zip(*scored, strict=True):

@@ -7,8 +7,7 @@ import torch
 
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.sync import PROBE_TOKENS, sync_weights
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
-from kdrl_core.engines.transformers_scorer import TransformersScorer
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine, TransformersScorer
 from kdrl_core.errors import EngineError
 from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import RolloutRequest

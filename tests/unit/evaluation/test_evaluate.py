@@ -31,7 +31,7 @@ from kdrl_core.ledger import model_identity, publish_directory, run_lock
 from kdrl_core.sampling import job as job_module
 from kdrl_core.sampling.job import Sampler
 from kdrl_core.sampling.journal import Journal
-from kdrl_core.tables.schemas import read_table
+from kdrl_core.tables.files import read_table
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import screening
 

@@ -14,7 +14,7 @@ from crash.tiny_run import open_tiny
 
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.evaluate import evaluate_model
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
 from kdrl_core.ledger import Run, published_below, sweep_temporaries
 from kdrl_core.types import Rollout, RolloutRequest
 

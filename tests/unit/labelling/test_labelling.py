@@ -13,7 +13,7 @@ from unit.labelling.conftest import LABEL, ROWS, SAMPLES, Scripted, problems_of,
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.config import Recipe, load_recipe, resolve_path
 from kdrl_core.data import PROBLEM_SCHEMA
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
 from kdrl_core.errors import KdrlError
 from kdrl_core.labelling import LabelOptions, label_problems, pass_at_k, plan_labels, work_folder
 from kdrl_core.ledger import create_run, derive_seed

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from vllm_models import needs_vllm
 
 from kdrl_core.boxes.check import Remedy, check_run
-from kdrl_core.boxes.checkpoints import open_stage
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
@@ -25,6 +24,7 @@ from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.sft import select, sft_step, teacher_sample, verify_samples
 from kdrl_core.boxes.shards import open_shards
 from kdrl_core.boxes.sharing import adopt_parts, parts_of
+from kdrl_core.boxes.stage import open_stage
 from kdrl_core.config import BetaConfig, Recipe, list_recipes, load_recipe
 from kdrl_core.config.changes import leaf_fields
 from kdrl_core.errors import ForeignFileError
@@ -58,7 +58,7 @@ from kdrl_core.ledger.graph import (
     required,
     results,
 )
-from kdrl_core.ledger.layout import stage_and_step
+from kdrl_core.ledger.names import stage_and_step
 from kdrl_core.tables.schemas import SCHEMAS, schema_of
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
@@ -110,13 +110,13 @@ def edges_of(run: Run) -> set[tuple[str, str]]:
     found = set()
     for path in published_below(run.paths.root):
         inputs = manifest_of(path).inputs
-        found |= {(name, run.relative(path)) for name in inputs if not Path(name).is_absolute()}
+        found |= {(name, run.paths.relative(path)) for name in inputs if not Path(name).is_absolute()}
     return found
 
 
 def choices_of(run: Run) -> Iterator[tuple[Node, list[set[str]]]]:
     """What the table says of each artifact of the run: places of which one is an input of it, shard by shard."""
-    places = [run.relative(path) for path in published_below(run.paths.root)]
+    places = [run.paths.relative(path) for path in published_below(run.paths.root)]
     for place in places:
         node = node_at(place)
         assert node is not None, place
@@ -229,7 +229,7 @@ def test_files_have_the_schema_that_the_table_names(name: str, made: Callable[[s
     run = made(name)
     files = [path for path in published_below(run.paths.root) if path.suffix == Path(POOL.file).suffix]
     for path in files:
-        node = node_at(run.relative(path))
+        node = node_at(run.paths.relative(path))
         assert node is not None
         if node.row.schemas:
             assert node.stage is not None
@@ -421,7 +421,9 @@ def test_one_row_is_all_that_a_new_artifact_of_a_step_costs(run: Run, monkeypatc
     assert check_run(run).findings == []
 
     rollouts, other = run.paths.rollouts("stage2", 3), run.paths.root / places[3]
-    publish_file(other, lambda file: file.write_bytes(b"values") and None, inputs={run.relative(rollouts): "0" * 64})
+    publish_file(
+        other, lambda file: file.write_bytes(b"values") and None, inputs={run.paths.relative(rollouts): "0" * 64}
+    )
     found = {finding.path: finding for finding in check_run(run).findings}
     assert "was made from other files than are there now" in found[places[3]].problem
     assert found[places[3]].remedy is Remedy.OWNER

@@ -32,7 +32,7 @@ GOLDEN_UNIFORMS = [0.8201981478608876, 0.18924562408645496, 0.8676608148821462]
 
 
 def test_seeds_do_not_depend_on_the_process() -> None:
-    command = "from kdrl_core.ledger.seeds import derive_seed; print(derive_seed(0, 'stage2', 12, 'problem-7', 3))"
+    command = "from kdrl_core.ledger.names import derive_seed; print(derive_seed(0, 'stage2', 12, 'problem-7', 3))"
     seeds = {
         subprocess.run(
             [sys.executable, "-c", command], env={"PYTHONHASHSEED": value}, capture_output=True, text=True, check=True
@@ -122,7 +122,7 @@ def in_a_fresh_process(*, pool: int, prompts: int, step: int, recursion_limit: i
     """Draw one step where no earlier call has filled the cache."""
     command = (
         "import sys\n"
-        "from kdrl_core.ledger.seeds import prompts_of_step\n"
+        "from kdrl_core.ledger.names import prompts_of_step\n"
         f"sys.setrecursionlimit({recursion_limit})\n"
         f"pool = [str(i) for i in range({pool})]\n"
         f"step = prompts_of_step(pool, seed=0, stage='stage1', step={step}, prompts_per_step={prompts})\n"

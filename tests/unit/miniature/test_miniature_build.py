@@ -8,7 +8,7 @@ import pytest
 
 from kdrl_core.config import BenchmarkConfig, ModelConfig, resolve_path
 from kdrl_core.data.benchmarks import load_benchmark
-from kdrl_core.engines.transformers_rollout import TransformersRolloutEngine
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
 from kdrl_core.ledger import derive_seed
 from kdrl_core.miniature.build import MODELS, build
 from kdrl_core.miniature.models import MiniatureModel

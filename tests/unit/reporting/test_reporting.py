@@ -19,7 +19,7 @@ from kdrl_core.look.reporting.run_summary import (
     phase_table,
     summarize,
 )
-from kdrl_core.tables.schemas import write_table
+from kdrl_core.tables.files import write_table
 
 
 def test_ema_golden() -> None:

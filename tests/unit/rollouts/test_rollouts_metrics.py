@@ -8,8 +8,7 @@ import pytest
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger import Run, create_run, publish_file
-from kdrl_core.tables.metrics import append_metrics, differing_metrics, load_metrics, rebuild_metrics
-from kdrl_core.tables.schemas import write_table
+from kdrl_core.tables.files import append_metrics, differing_metrics, load_metrics, rebuild_metrics, write_table
 
 
 @pytest.fixture

@@ -10,17 +10,8 @@ import pytest
 
 from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger import RunPaths, publish_file
-from kdrl_core.tables.schemas import (
-    EVALUATION,
-    REFERENCE,
-    REWARDS,
-    ROLLOUTS,
-    SCHEMA_VERSION,
-    TEACHER,
-    UPDATE,
-    read_table,
-    write_table,
-)
+from kdrl_core.tables.files import read_table, write_table
+from kdrl_core.tables.schemas import EVALUATION, REFERENCE, REWARDS, ROLLOUTS, SCHEMA_VERSION, TEACHER, UPDATE
 
 SCHEMAS = {
     "rollouts": ROLLOUTS,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdrl_core.tables.columns import REPETITION_NGRAM, repetition_rate, response_metrics
+from kdrl_core.sampling.responses import REPETITION_NGRAM, repetition_rate, response_metrics
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ TAGS = [
     "!!python/object/apply:builtins.eval [\"__import__('os').mkdir('MARKER')\"]",
     "!!python/name:os.system",
     "!!python/module:antigravity",
-    "!!python/object:kdrl_core.ledger.layout.RunPaths {root: MARKER}",
+    "!!python/object:kdrl_core.ledger.names.RunPaths {root: MARKER}",
     "!!javascript/function 'x'",
 ]
 ODD_VALUES = [

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from flows.cli.shared import PlainConsole
 from flows.cli.watch import RunView
+from kdrl_core.boxes.make import read_progress
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DataError, KdrlError, StorageError, visible
 from kdrl_core.ledger import create_run, list_runs, publish_directory, replace_file, run_lock
-from kdrl_core.ledger.run import read_progress
 from kdrl_core.look.reporting.run_report import render_report
 from kdrl_core.look.reporting.run_summary import named_status
-from kdrl_core.tables.schemas import write_table
+from kdrl_core.tables.files import write_table
 
 ESCAPES = "\x1b[2J\x1b[31m\x1b]0;title\x07\x1b]8;;http://evil\x1b\\ \x9b1A\x08\x7f\x00\u202e\u2066\u2028"
 MARKUP = "[red]x[/red] [link=http://evil]y[/link] :boom: [/]"

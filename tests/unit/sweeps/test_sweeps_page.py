@@ -16,7 +16,7 @@ from kdrl_core.look.sweeps.dynamics import SweepDynamics, VariantDynamics, mean_
 from kdrl_core.look.sweeps.figures import panels_of
 from kdrl_core.look.sweeps.results import ModelScores, SweepResults, Watched, read_results_of
 from kdrl_core.look.sweeps.state import CellState, CellStatus
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 HOSTILE = "</script><script>alert(1)</script><b>bold"
 

@@ -29,8 +29,7 @@ from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, open_run
 from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.tracking import clients, close_tracking, track
-from kdrl_core.tables.metrics import load_metrics
-from kdrl_core.tables.schemas import read_table, write_table
+from kdrl_core.tables.files import load_metrics, read_table, write_table
 
 ALL: tuple[TrackerName, ...] = ("tensorboard", "mlflow", "wandb")
 Points = dict[str, list[tuple[int, float]]]

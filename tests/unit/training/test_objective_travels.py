@@ -14,8 +14,8 @@ from kdrl_core.config import load_recipe
 from kdrl_core.logprobs.chunked import TokenStatistics
 from kdrl_core.logprobs.model import pad_sequences
 from kdrl_core.objectives import Objective, Responses, Totals, joint_loss, training_signals
-from kdrl_core.training.losses import micro_batch_statistics, totals_of
 from kdrl_core.training.messages import RankWork, share_of, unpack
+from kdrl_core.training.torch_trainer import micro_batch_statistics, totals_of
 
 RECIPE_FIELDS: dict[str, tuple[str, Any]] = {
     "kind": ("objective=reward_shaping", "reward_shaping"),

@@ -21,8 +21,8 @@ from parity.ranks import make_batch, with_topk
 
 from kdrl_core.logprobs.model import deal_batches
 from kdrl_core.training import process_guard, rank_group
-from kdrl_core.training.losses import totals_of
 from kdrl_core.training.messages import RankWork, pack, share_of, unpack
+from kdrl_core.training.torch_trainer import totals_of
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 5))

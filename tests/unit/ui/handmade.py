@@ -8,7 +8,8 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE, write_table
+from kdrl_core.tables.files import write_table
+from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE
 
 SCRIPT = "<script>window.pwned = 1</script>"
 IMAGE = '<img src=x onerror="window.pwned = 2">'

@@ -20,7 +20,7 @@ from kdrl_core.ledger import open_run_dir
 from kdrl_core.look.rollouts.query import RolloutStore
 from kdrl_core.look.ui.api import Live, columns, plain
 from kdrl_core.look.ui.app import create_app
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 HERE = "http://127.0.0.1:1234"
 

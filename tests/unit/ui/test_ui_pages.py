@@ -12,7 +12,7 @@ from unit.ui.conftest import GROUP_SIZE, Visit
 
 from kdrl_core.ledger import open_run_dir
 from kdrl_core.look.reporting.run_report import ema
-from kdrl_core.tables.metrics import load_metrics
+from kdrl_core.tables.files import load_metrics
 
 pytestmark = needs_chromium
 

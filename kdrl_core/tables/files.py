@@ -1,23 +1,97 @@
-"""metrics.parquet, timings.parquet, alarms.parquet: derived from the manifests of the steps' updates.
+"""Parquet files of a run: reading and writing, columns as arrays and records, and a stage's metrics.
 
-Metrics and timings have one row per step; they are apart because the first is reproduced bit by bit by a rerun and the
-second cannot be. Alarms have a row for each that a step raised, and no file if there were none. All can be rebuilt at
-any time, so they have no manifest of their own; they are replaced atomically.
+metrics.parquet, timings.parquet and alarms.parquet are derived from the manifests of the steps' updates. Metrics and
+timings have one row per step; they are apart because the first is reproduced bit by bit by a rerun and the second
+cannot be. Alarms have a row for each that a step raised, and no file if there were none. All can be rebuilt at any
+time, so they have no manifest of their own; they are replaced atomically.
 """
 
+import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from kdrl_core.errors import DamagedArtifactError, RunError
-from kdrl_core.ledger import Run, manifest_of, memory, replace_file
-from kdrl_core.tables.schemas import ALARMS, read_table, write_table
+from kdrl_core.ledger import Run, manifest_of, replace_file
+from kdrl_core.ledger.manifest import Kept, keep, recall, stamp_of
+from kdrl_core.tables.schemas import ALARMS, SCHEMA_VERSION
+from kdrl_core.types import ScoreRequest, Verdict
 
 _logger = logging.getLogger("kdrl")
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write `table` as zstd Parquet; equal tables give equal bytes."""
+    metadata = {**(table.schema.metadata or {}), b"kdrl.schema_version": SCHEMA_VERSION.encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read one Parquet file, without the partition columns. Raises DamagedArtifactError if it is not Parquet."""
+    try:
+        return pq.ParquetFile(path).read(columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        problem = f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}"
+        raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+# Per-token columns become numpy arrays, never Python objects.
+
+
+def ragged(column: pa.ChunkedArray) -> list[NDArray[np.float32]]:
+    """A column of lists as one float32 array [T_i] a row."""
+    array = column.combine_chunks()
+    values, offsets = array.flatten().to_numpy(), array.offsets.to_numpy()
+    offsets = offsets - offsets[0]
+    return [np.array(values[a:b], np.float32) for a, b in itertools.pairwise(offsets)]
+
+
+def matrices(column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    """A column of lists of equally long lists as one array [T_i, K] a row, in the type of its values."""
+    array = column.combine_chunks()
+    inner = array.flatten()
+    values, offsets = inner.flatten().to_numpy(), array.offsets.to_numpy()
+    offsets = offsets - offsets[0]
+    table = values.reshape(len(inner), -1)
+    return [np.array(table[a:b]) for a, b in itertools.pairwise(offsets)]
+
+
+def from_matrices(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
+    """Arrays [T_i, K] as a column of lists of lists."""
+    table = np.concatenate(rows)
+    inner_offsets = np.arange(len(table) + 1, dtype=np.int32) * table.shape[1]
+    outer_offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+    inner = pa.ListArray.from_arrays(pa.array(inner_offsets), pa.array(table.reshape(-1)))
+    return pa.ListArray.from_arrays(pa.array(outer_offsets), inner)
+
+
+def score_requests(table: pa.Table) -> list[ScoreRequest]:
+    """The sequences of a table with `prompt_token_ids` and `token_ids`."""
+    columns = (table[name].to_pylist() for name in ("prompt_token_ids", "token_ids"))
+    return [ScoreRequest(prompt_token_ids=prompt, token_ids=tokens) for prompt, tokens in zip(*columns, strict=True)]
+
+
+def verdict_columns(verdicts: Sequence[Verdict]) -> dict[str, list[Any]]:
+    """Every field of the verdicts by its column; a table's schema takes those that it has."""
+    return {
+        "reward": [v.reward for v in verdicts],
+        "format_reward": [v.format_reward for v in verdicts],
+        "accuracy_reward": [v.accuracy_reward for v in verdicts],
+        "verdict": [v.kind.value for v in verdicts],
+        "extracted": [v.extracted for v in verdicts],
+        "reason": [v.reason for v in verdicts],
+    }
+
+
+# --- a stage's metrics ------------------------------------------------------------------------------------------------
 
 
 def append_metrics(run: Run, stage: str, step: int) -> None:
@@ -98,7 +172,7 @@ def _write(path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
     sink = pa.BufferOutputStream()
     write_table(table, sink)
     replace_file(path, sink.getvalue().to_pybytes())
-    memory.keep(memory.DERIVED, path, memory.stamp(path), table.to_pylist())
+    keep(Kept.DERIVED, path, stamp_of(path), table.to_pylist())
 
 
 def _rows_of_step(run: Run, stage: str, step: int, kind: str) -> list[dict[str, Any]]:
@@ -111,13 +185,13 @@ def _rows_of_step(run: Run, stage: str, step: int, kind: str) -> list[dict[str, 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file. Of a run whose lock this process holds they are read once, and again if the file changed."""
-    if (stamp := memory.stamp(path)) is None:
+    if (stamp := stamp_of(path)) is None:
         return []
-    rows: list[dict[str, Any]] | None = memory.recall(memory.DERIVED, path, stamp)
+    rows: list[dict[str, Any]] | None = recall(Kept.DERIVED, path, stamp)
     if rows is None:
         table = read_table(path)
         if "step" not in table.column_names:
             raise DamagedArtifactError(f"{path} has no column step", "kdrl resume writes it anew")
         rows = table.to_pylist()
-        memory.keep(memory.DERIVED, path, stamp, rows)
+        keep(Kept.DERIVED, path, stamp, rows)
     return [dict(row) for row in rows]

@@ -1,0 +1,209 @@
+"""A stage: where it goes on, how each of its steps ends, which checkpoints it keeps."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from kdrl_core.alarms import Alarm, raised_at_last, to_metadata
+from kdrl_core.boxes.make import Box, Product, box, make
+from kdrl_core.errors import DamagedArtifactError, RunError
+from kdrl_core.ledger import Manifest, Run, find_intact, find_own, is_published, retract
+from kdrl_core.ledger.graph import CHECKPOINT
+from kdrl_core.ledger.heal import ASIDE_PREFIX, forget
+from kdrl_core.tables import schemas
+from kdrl_core.tables.files import append_metrics, load_metrics, rebuild_metrics
+from kdrl_core.training.protocols import StepStats
+
+if TYPE_CHECKING:
+    from kdrl_core.boxes.session import StageSession
+
+_ROUNDING = {"rel_tol": 1e-3, "abs_tol": 1e-5}
+_logger = logging.getLogger("kdrl")
+_NAMES = CHECKPOINT.glob.rpartition("/")[2]
+
+
+def open_stage(run: Run, stage: str) -> range:
+    """Make a stage ready to go on, and the steps that it still has to go through, as `remaining_steps`.
+
+    A damaged checkpoint is set aside: the stage then goes on from the one before, or from its initial policy, and
+    replays the updates since from their published rollouts. Checkpoints beyond the retention are deleted, which an
+    interrupted run may not have come to; metrics that do not hold what the steps' manifests say are rebuilt.
+
+    Raises:
+        ForeignFileError: the latest checkpoint is whole, but not the one that the stage made.
+        RunError: checkpoints are links out of the run.
+    """
+    _refuse_links(run, run.paths.checkpoint(stage, 0).parent)
+    for path in _folders(run, stage).values():
+        if not is_published(path):
+            find_intact(path)
+    while (step := latest_checkpoint(run, stage)) and find_own(run, run.paths.checkpoint(stage, step)) is None:
+        pass  # it no longer counts
+    prune_checkpoints(run, stage)
+    rebuild_metrics(run, stage, num_steps=step)
+    return remaining_steps(run, stage)
+
+
+def checkpoint_steps(run: Run, stage: str) -> list[int]:
+    """Steps of the published checkpoints of a stage, ascending."""
+    return [step for step, path in _folders(run, stage).items() if is_published(path)]
+
+
+def latest_checkpoint(run: Run, stage: str) -> int:
+    """Updates behind the latest checkpoint; 0 is the stage's initial policy, which is not copied."""
+    return max(checkpoint_steps(run, stage), default=0)
+
+
+def remaining_steps(run: Run, stage: str) -> range:
+    """The steps that a stage still has to go through, from its latest checkpoint on.
+
+    Steps whose files are already published are gone through as well, to replay their updates from them.
+    """
+    return range(latest_checkpoint(run, stage), run.recipe.stage(stage).steps)
+
+
+def is_checkpoint_due(run: Run, stage: str, step: int) -> bool:
+    """Whether the policy after `step` updates is to be published."""
+    config = run.recipe.stage(stage)
+    due = step % config.checkpoint.every == 0 or step == config.steps
+    return due or config.is_evaluation_due(step)
+
+
+def prune_checkpoints(run: Run, stage: str) -> list[int]:
+    """Delete checkpoints beyond the recipe's retention, which counts those before the stage's last step; that one is
+    always kept. Returns the deleted. Raises RunError for checkpoints that are links out of the run."""
+    config = run.recipe.stage(stage)
+    _refuse_links(run, run.paths.checkpoint(stage, 0).parent)
+    steps = checkpoint_steps(run, stage)
+    keep = {*[step for step in steps if step != config.steps][-config.checkpoint.keep_last :], config.steps}
+    if every := config.checkpoint.keep_every:
+        keep |= {step for step in steps if step % every == 0}
+    doomed = [step for step in steps if step not in keep]
+    for step in doomed:
+        retract(run.paths.checkpoint(stage, step))
+    for step in _folders(run, stage, prefix=ASIDE_PREFIX):  # damaged ones that the stage has gone past
+        if step not in keep and any(later > step for later in steps):
+            forget(run.paths.checkpoint(stage, step))
+    return doomed
+
+
+def _folders(run: Run, stage: str, *, prefix: str = "") -> dict[int, Path]:
+    """Step → what lies in the place of its checkpoint, published or not; with `prefix`, what was set aside."""
+    found = {}
+    for path in run.paths.checkpoint(stage, 0).parent.glob(f"{prefix}{_NAMES}"):
+        node = CHECKPOINT.find(run.paths.relative(path.with_name(path.name.removeprefix(prefix))))
+        if node is not None and isinstance(node.at, int):
+            found[node.at] = path
+    return dict(sorted(found.items()))
+
+
+def _refuse_links(run: Run, folder: Path) -> None:
+    """Raise RunError if checkpoints lead out of the run: deleting them would delete what is not ours."""
+    root = run.paths.root.resolve()
+    for path in (folder, *folder.glob(_NAMES)):
+        if not path.resolve().is_relative_to(root):
+            raise RunError(
+                f"{path} leads out of the run, to {path.resolve()}; checkpoints are deleted there by the retention, so "
+                "move them into the run, or link the whole artifacts folder (KDRL_ARTIFACTS)"
+            )
+
+
+# --- the end of a step ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSummary:
+    """What the flow needs to tell about a finished step."""
+
+    step: int
+    metrics: dict[str, float]
+    timings: dict[str, float]
+    checkpoint: Path | None
+    replayed: bool
+    alarms: tuple[Alarm, ...] = ()
+    """What the step raised; none of a step that was replayed, which told them when it was made."""
+
+
+@box(CHECKPOINT)
+def checkpoint(session: "StageSession", at: int) -> Product:
+    """Save the policy after `at` updates, with the state of its trainer."""
+    return Product(content=session.trainer_at(at).save)
+
+
+def end_step(session: "StageSession", update: Box, step: int) -> StepSummary:
+    """Make a step's update, which ends it, add its metrics to those of the stage, and save the new policy when one is
+    due. Raises as the box `update` does."""
+    run, stage = session.run, session.stage
+    made = make(session, update, step)
+    recorded = made.manifest.metadata
+    append_metrics(run, stage, step)
+    saved = None
+    if is_checkpoint_due(run, stage, step + 1):
+        saved = make(session, checkpoint, step + 1).path
+        prune_checkpoints(run, stage)
+    alarms = [] if made.reused else recorded["alarms"]
+    return StepSummary(
+        step=step,
+        metrics=recorded["metrics"],
+        timings=recorded["timings"],
+        checkpoint=saved,
+        replayed=made.reused,
+        alarms=tuple(Alarm(stage=stage, step=step, **alarm) for alarm in alarms),
+    )
+
+
+def step_facts(
+    session: "StageSession", step: int, metrics: Mapping[str, float], timings: Mapping[str, float]
+) -> dict[str, Any]:
+    """What an update's manifest says: metrics, timings, and the alarms that the step raises by the recipe's rules, from
+    its metrics and those of the steps before."""
+    before = [row for row in load_metrics(session.run, session.stage) if row["step"] < step]
+    rows = [*before, {"step": step, **metrics}]
+    raised = raised_at_last(rows, session.alarm_rules, stage=session.stage)
+    return {"metrics": metrics, "timings": timings, "alarms": to_metadata(raised)}
+
+
+def check_replay(run: Run, path: Path, published: Manifest, facts: Mapping[str, Any]) -> None:
+    """Compare the metrics of a replayed update with those that are recorded. They are equal on the machine that made
+    them; elsewhere, the order of additions may differ, of which the log warns.
+
+    Raises:
+        DamagedArtifactError: on a CPU, which repeats itself, they differ by more than that.
+    """
+    metrics = facts["metrics"]
+    recorded = published.metadata["metrics"]
+    differing = [name for name, value in metrics.items() if not _same(value, recorded.get(name))]
+    if not differing:
+        return
+    name = max(differing, key=lambda name: abs(metrics[name] - recorded.get(name, math.inf)))
+    told = (
+        f"{path}: its replay gives {name} {metrics[name]!r}, recorded is {recorded.get(name)!r} ({len(differing)} "
+        "metrics differ)"
+    )
+    if run.recipe.runtime.device == "cpu" and not all(
+        math.isclose(metrics[n], recorded.get(n, math.inf), **_ROUNDING) for n in differing
+    ):
+        raise DamagedArtifactError(
+            f"{told}: the policy is not the one that the step was trained with, or these versions train otherwise",
+            f"restore the run from a backup, or delete {path.parent} and the later steps to have them made anew",
+        )
+    _logger.warning("%s: this machine or these versions do not reproduce the run bit by bit", told)
+
+
+def _same(value: float, recorded: float | None) -> bool:
+    return recorded is not None and (value == recorded or (math.isnan(value) and math.isnan(recorded)))
+
+
+def update_table(rows: pa.Table, stats: StepStats, **signals: Any) -> pa.Table:
+    """UPDATE of a step that trained on these rows. Columns that are not given are null."""
+    kind = pa.list_(pa.float32())
+    columns = {field.name: pa.nulls(len(rows), field.type) for field in schemas.UPDATE} | signals
+    columns |= {"prompt_id": rows["prompt_id"], "sample": rows["sample"], "logprobs": pa.array(stats.logprobs, kind)}
+    if stats.entropies is not None:
+        columns["entropies"] = pa.array(stats.entropies, kind)
+    return pa.Table.from_pydict(columns, schema=schemas.UPDATE)

@@ -1,0 +1,70 @@
+"""How a problem is asked, how its answer is judged, and what is evaluated: appendix B.1.2 and Section 4.1."""
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from kdrl_core.config.section import Positive, Section, Share
+
+
+class RewardConfig(Section):
+    """r = r_format · r_acc (B.1.2); R1-Zero uses r_acc alone."""
+
+    require_format: bool = Field(True, description="multiply by the format reward")
+
+
+class PromptConfig(Section):
+    """How a problem becomes a prompt: the template's text as a user turn of the student's chat template."""
+
+    template: str = Field("{question} Let's think step by step and output the final answer within \\boxed{}.")
+    think_opened: bool | None = Field(None, description="the chat template ends with <think>; null: look at the prompt")
+
+    @model_validator(mode="after")
+    def _has_question(self) -> Self:
+        if self.template.count("{question}") != 1:
+            raise ValueError("template must contain {question} exactly once")
+        return self
+
+
+class VerificationConfig(Section):
+    """Limits of the verifier's worker processes."""
+
+    workers: Positive = 2
+    timeout_s: float = Field(10.0, gt=0.0, description="hard limit per answer")
+    memory_limit_mb: Positive = 2_048
+    max_failed_share: Share = Field(0.1, description="timeouts and errors per step beyond which the stage stops")
+
+    @property
+    def pool_options(self) -> dict[str, Any]:
+        """Keyword arguments of `Verifier`."""
+        return self.model_dump(exclude={"max_failed_share"})
+
+
+class BenchmarkConfig(Section):
+    """One benchmark: Avg@k over `samples` responses a problem; Pass@1 is samples = 1."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    file: str = Field(min_length=1)
+    samples: Positive = 1
+    max_problems: Positive | None = Field(None, description="the first N problems only")
+
+
+class EvaluationConfig(Section):
+    """Sec. 4.1: temperature 0.6, top-p 1.0, context 32K (8K for Zero), accuracy reward as the criterion."""
+
+    benchmarks: list[BenchmarkConfig] = Field(min_length=1)
+    periodic: list[str] = Field([], description="benchmarks evaluated during training; never the test set")
+    temperature: float = Field(0.6, ge=0.0, description="0 is greedy")
+    top_p: float = Field(1.0, ge=1.0, le=1.0, description="only 1.0: the paper's setting")
+    max_context_tokens: Positive = 32_768
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [b.name for b in self.benchmarks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two benchmarks have the same name: {names}")
+        if "avg" in names:
+            raise ValueError("a benchmark cannot be named avg, which tables call the benchmarks' mean; rename it")
+        if unknown := sorted(set(self.periodic) - set(names)):
+            raise ValueError(f"periodic names {unknown}, which are not among the benchmarks {names}")
+        return self
