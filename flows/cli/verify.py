@@ -95,7 +95,7 @@ def verify_command(
         verifier = _verifier(workers, timeout_s, memory_limit_mb)
         from kdrl_core.ledger import require_writable
         from kdrl_core.verify.grading import GradingOptions, grade_file
-        from kdrl_core.verify.pool import VerdictOptions
+        from kdrl_core.verify.screening import VerdictOptions
 
         if output is not None:
             require_writable(output.absolute().parent, free_mb=64)

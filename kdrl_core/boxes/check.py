@@ -15,7 +15,7 @@ from kdrl_core.boxes.stage import latest_checkpoint
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
 from kdrl_core.ledger import Run, is_published, lock_holder, manifest_of, run_lock, verify_own
 from kdrl_core.ledger.artifact import ARTIFACTS, Node
-from kdrl_core.ledger.graph import REWARDS, ROLLOUTS, STEP, evaluated_labels, final_checkpoint, node_at, required
+from kdrl_core.ledger.graph import ROLLOUTS, STEP, evaluated_labels, final_checkpoint, node_at, required
 from kdrl_core.ledger.heal import ASIDE_PREFIX
 from kdrl_core.ledger.manifest import artifact_stem, published_below
 from kdrl_core.ledger.names import stage_and_step
@@ -117,19 +117,17 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
     """
     from kdrl_core.boxes.make import make
     from kdrl_core.boxes.session import close_sessions, stage_session
-    from kdrl_core.boxes.step import score_step, verify
+    from kdrl_core.boxes.step import SCORES, verify
 
+    boxes = {each.row.name: each for each in (*SCORES, verify)}
     repaired, refused = [], []
     with run_lock(run.paths.lock):
         for finding in report.findings:
-            if finding.remedy is not Remedy.REPAIR or finding.stage is None or finding.step is None:
+            node = node_at(finding.path)
+            if finding.remedy is not Remedy.REPAIR or node is None or node.stage is None:
                 continue
             try:
-                session = stage_session(run.paths.root, finding.stage)
-                if REWARDS.find(finding.path):
-                    make(session, verify, finding.step)
-                else:
-                    score_step(session, finding.step)
+                make(stage_session(run.paths.root, node.stage), boxes[node.name], node.at)
             except KdrlError as error:
                 refused.append(f"{finding.path}: {error}")
             else:

@@ -36,6 +36,7 @@ from kdrl_core.ledger import (
 )
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
 from kdrl_core.tables.files import read_table, write_table
+from kdrl_core.tables.schemas import SCHEMAS
 
 Write = Callable[[Path], Any]
 """Writes a file to the path that it is given, or fills the folder there, as `publish_directory` asks for."""
@@ -149,12 +150,14 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
         made_by.replay(run, path, found, facts)
         return Made(path=path, manifest=found, reused=True)
     expected = required_sha256(run, path)
-    manifest = _publish(path, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
+    manifest = _publish(row, path, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
     return Made(path=path, manifest=manifest, reused=False)
 
 
-def _publish(path: Path, content: pa.Table | Write, **options: Any) -> Manifest:
+def _publish(row: Artifact, path: Path, content: pa.Table | Write, **options: Any) -> Manifest:
     if isinstance(content, pa.Table):
+        if row.schemas and not any(content.schema.equals(SCHEMAS[name]) for name in row.schemas):
+            raise TypeError(f"{row.name}: the box made a table of another schema than {' or '.join(row.schemas)}")
         return publish_file(path, lambda file: write_table(content, file), **options)
     return (publish_file if path.suffix else publish_directory)(path, content, **options)
 

@@ -189,8 +189,9 @@ class StageSession:
     def verdict_options(self, prompt: str) -> VerdictOptions:
         """Keyword arguments of `Verifier.verify_batch` for responses to prompts that end like this one."""
         if self._verdict_options is None:  # the chat template ends every prompt in the same way
-            reward, opened = self.run.recipe.reward, think_opened(prompt, self.run.recipe)
-            self._verdict_options = {"require_format": reward.require_format, "think_opened": opened}
+            recipe = self.run.recipe
+            options = {**recipe.reward.model_dump(), "think_opened": think_opened(prompt, recipe)}
+            self._verdict_options = cast(VerdictOptions, options)
         return self._verdict_options
 
     def close(self) -> None:

@@ -78,9 +78,12 @@ def reference_score(session: StageSession, at: int, rollouts: pa.Table) -> Produ
     return Product(content=table, facts=timed(hidden_seconds=0.0))
 
 
+SCORES = (teacher_score, reference_score)
+
+
 def score_step(session: StageSession, step: int) -> list[Made]:
     """Score a step's responses with each frozen model that the objective needs; none for plain GRPO."""
-    return [make(session, each, step) for each in (teacher_score, reference_score) if each.row.when(session.config)]
+    return [make(session, each, step) for each in SCORES if each.row.when(session.config)]
 
 
 @box(REWARDS, rollouts=TO_VERIFY)

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import replace_file
 from kdrl_core.types import Verdict, VerdictKind
-from kdrl_core.verify.pool import VerdictOptions, Verifier
+from kdrl_core.verify.pool import Verifier
 from kdrl_core.verify.row_files import VERDICT_NAMES, RowFile
 from kdrl_core.verify.rows import Batch, Columns
-from kdrl_core.verify.screening import answer_region
+from kdrl_core.verify.screening import VerdictOptions, answer_region
 
 MAX_GROUPS = 1_000
 

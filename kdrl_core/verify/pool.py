@@ -23,11 +23,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
-from typing import TypedDict
+from typing import Unpack
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
-from kdrl_core.verify.screening import FormatResult, Job, Outcome, make_verdict, screen
+from kdrl_core.verify.screening import FormatResult, Job, Outcome, VerdictOptions, make_verdict, screen
 from kdrl_core.verify.workers import Clock, Workers
 
 DEFAULT_TIMEOUT_S = 10.0
@@ -40,13 +40,6 @@ _MAX_REPLACEMENTS = 3
 
 Item = tuple[str, str]
 Progress = Callable[[int, int], None]
-
-
-class VerdictOptions(TypedDict):
-    """What a verdict depends on besides response and ground truth."""
-
-    require_format: bool
-    think_opened: bool
 
 
 class Verifier:
@@ -106,20 +99,16 @@ class Verifier:
     ) -> None:
         self.close()
 
-    def verify(
-        self, response: str, ground_truth: str, *, require_format: bool = True, think_opened: bool = False
-    ) -> Verdict:
+    def verify(self, response: str, ground_truth: str, **options: Unpack[VerdictOptions]) -> Verdict:
         """The verdict on one response."""
-        item = (response, ground_truth)
-        return self.verify_batch([item], require_format=require_format, think_opened=think_opened)[0]
+        return self.verify_batch([(response, ground_truth)], **options)[0]
 
     def verify_batch(
         self,
         items: Iterable[Item],
         *,
-        require_format: bool = True,
-        think_opened: bool = False,
         on_progress: Progress | None = None,
+        **options: Unpack[VerdictOptions],
     ) -> list[Verdict]:
         """Verdicts on ``(response, ground_truth)`` pairs, in their order.
 
@@ -132,14 +121,14 @@ class Verifier:
         verdicts: list[Verdict | None] = [None] * len(items)
         waiting: dict[Job, list[tuple[int, FormatResult]]] = {}
         for index, item in enumerate(items):
-            settled = screen(item, require_format=require_format, think_opened=think_opened)
+            settled = screen(item, **options)
             if isinstance(settled, Verdict):
                 verdicts[index] = settled
                 continue
             form, found = settled
             outcome = found if isinstance(found, Outcome) else self._remembered(found)
             if outcome is not None:
-                verdicts[index] = make_verdict(form, outcome, require_format=require_format)
+                verdicts[index] = make_verdict(form, outcome, **options)
             else:
                 assert isinstance(found, Job)
                 waiting.setdefault(found, []).append((index, form))
@@ -150,7 +139,7 @@ class Verifier:
         def settle(job: Job, outcome: Outcome) -> None:
             nonlocal num_done
             for index, form in waiting[job]:
-                verdicts[index] = make_verdict(form, outcome, require_format=require_format)
+                verdicts[index] = make_verdict(form, outcome, **options)
             num_done += len(waiting[job])
             if on_progress is not None:
                 on_progress(num_done, len(items))
@@ -158,12 +147,12 @@ class Verifier:
         self._compute(list(waiting), settle)
         return [verdict for verdict in verdicts if verdict is not None]
 
-    def verify_ahead(self, items: Iterable[Item], *, require_format: bool = True, think_opened: bool = False) -> None:
+    def verify_ahead(self, items: Iterable[Item], **options: Unpack[VerdictOptions]) -> None:
         """Let the workers begin with these items, and return at once. Does nothing if they cannot take the items.
 
         A later `verify_batch` takes what they have found by then and waits for the rest. Its verdicts do not change.
         """
-        settled = (screen(item, require_format=require_format, think_opened=think_opened) for item in items)
+        settled = (screen(item, **options) for item in items)
         found = (one[1] for one in settled if not isinstance(one, Verdict))
         jobs = dict.fromkeys(job for job in found if isinstance(job, Job))  # in order: the cache keeps the last ones
         with contextlib.suppress(VerificationError, RuntimeError, OSError), self._lock:  # `verify_batch` will see to it
@@ -263,9 +252,8 @@ def verify_batch(
     workers: int,
     timeout_s: float,
     memory_limit_mb: int = DEFAULT_MEMORY_LIMIT_MB,
-    require_format: bool = True,
-    think_opened: bool = False,
     on_progress: Progress | None = None,
+    **options: Unpack[VerdictOptions],
 ) -> list[Verdict]:
     """Verdicts on ``(response, ground_truth)`` pairs, in their order, by workers that live for this call.
 
@@ -278,16 +266,14 @@ def verify_batch(
         memory_limit_mb=memory_limit_mb,
     )
     with contextlib.closing(verifier):
-        return verifier.verify_batch(
-            items, require_format=require_format, think_opened=think_opened, on_progress=on_progress
-        )
+        return verifier.verify_batch(items, on_progress=on_progress, **options)
 
 
 _shared: tuple[int, Verifier] | None = None
 _shared_lock = threading.Lock()
 
 
-def verify(response: str, ground_truth: str, *, require_format: bool = True, think_opened: bool = False) -> Verdict:
+def verify(response: str, ground_truth: str, **options: Unpack[VerdictOptions]) -> Verdict:
     """The verdict on one response, by a single worker that stays until this process ends."""
     global _shared
     with _shared_lock:
@@ -296,4 +282,4 @@ def verify(response: str, ground_truth: str, *, require_format: bool = True, thi
             atexit.register(verifier.close)
             _shared = (os.getpid(), verifier)
         verifier = _shared[1]
-    return verifier.verify(response, ground_truth, require_format=require_format, think_opened=think_opened)
+    return verifier.verify(response, ground_truth, **options)

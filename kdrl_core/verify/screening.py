@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
@@ -55,6 +55,15 @@ _TAIL_CHARS = 2_000
 _PLAIN = re.compile(r"[+-]?\d{1,100}(?:\.\d{1,100})?|[A-Za-z]\w{0,99}", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d{1,100}", re.ASCII)
 _UNUSABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+class VerdictOptions(TypedDict, total=False):
+    """What a verdict depends on besides response and ground truth."""
+
+    require_format: bool
+    """Default True: reward = r_format · r_acc; else r_acc alone."""
+    think_opened: bool
+    """Default False. The prompt ends with ``<think>``, so the response starts inside the thought."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +188,10 @@ class Job:
 
 
 def screen(
-    item: Any, *, require_format: bool, think_opened: bool
+    item: Any, **options: Unpack[VerdictOptions]
 ) -> Verdict | tuple[FormatResult, Outcome] | tuple[FormatResult, Job]:
     """Settle an item as far as possible without a worker: a verdict, an outcome, or a job for a worker."""
+    think_opened = options.get("think_opened", False)
     try:
         response, ground_truth = item
     except (TypeError, ValueError):
@@ -200,7 +210,7 @@ def screen(
         answer = _UNUSABLE.sub("\ufffd", form.answer)
         quick = _without_worker(answer, truth)
         return (form, quick) if quick is not None else (form, Job(answer, truth, False))
-    if form.answer is None and not require_format:
+    if form.answer is None and not options.get("require_format", True):
         tail = answer_region(response, think_opened=think_opened)[-_TAIL_CHARS:]
         if "answer" in tail.lower() and r"\boxed" not in tail:
             return form, Job(_UNUSABLE.sub("\ufffd", tail), truth, True)
@@ -244,7 +254,9 @@ def _nesting(text: str) -> int:
     return deepest
 
 
-def make_verdict(form: FormatResult, outcome: Outcome, *, require_format: bool) -> Verdict:
+def make_verdict(form: FormatResult, outcome: Outcome, **options: Unpack[VerdictOptions]) -> Verdict:
+    """The verdict from its two parts, format and accuracy: here the reward is made."""
+    require_format = options.get("require_format", True)
     accuracy = 1.0 if outcome.kind is VerdictKind.CORRECT else 0.0
     kind, reason = outcome.kind, outcome.reason
     if require_format and form.kind is not None:

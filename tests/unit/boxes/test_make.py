@@ -1,6 +1,6 @@
 """What `make` does for every box, shown on one that only this file knows: a row, a function, and a task."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ WORDS = Artifact(
     name="words",
     pattern="rollouts/stage={stage}/step={step:06d}/words.parquet",
     needs=lambda recipe, node: ((ROLLOUTS.node(node.stage, node.at),),),
-    schemas=("WORDS",),
 )
 
 
@@ -84,6 +83,16 @@ def test_what_comes_out_otherwise_is_refused(session: Session) -> None:
     with pytest.raises(DamagedArtifactError, match=r"words\.parquet was made again and came out otherwise"):
         make(session, other, 0)
     assert not path.exists()
+
+
+def test_a_table_of_another_schema_than_the_rows_is_not_published(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = replace(WORDS, schemas=("REWARDS", "REFERENCE"))
+    monkeypatch.setitem(ARTIFACTS, WORDS.name, held)
+    with pytest.raises(TypeError, match="words: the box made a table of another schema than REWARDS or REFERENCE"):
+        make(session, replace(count_words, row=held), 0)
+    assert not (session.run.paths.step("stage2", 0) / "words.parquet").exists()
 
 
 def test_altered_inputs_are_refused(session: Session) -> None:
