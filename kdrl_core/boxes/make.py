@@ -242,7 +242,7 @@ def report_progress(
 
 
 def read_progress(paths: RunPaths) -> dict[str, Any] | None:
-    """The latest report, or None: also for a file that is none, since it only hints."""
+    """The latest report; None if there is no valid one, since the file is only a hint."""
     with suppress(OSError, ValueError, RecursionError):
         content = json.loads((paths.scratch / "progress.json").read_text())
         kinds = {"stage": str, "step": int, "phase": str}

@@ -149,7 +149,7 @@ def _longest(recipe: Recipe, config: dict[str, Any]) -> int:
 
 
 def hostfile_slots(path: Path) -> int:
-    """Ranks that a DeepSpeed hostfile gives. Raises RecipeError if it cannot be read or has a line that is none."""
+    """Ranks that a DeepSpeed hostfile gives. Raises RecipeError if it cannot be read or has an invalid line."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

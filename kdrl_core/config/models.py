@@ -41,14 +41,14 @@ class ServersConfig(Section):
                 parts = urlsplit(url)
                 is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
             except ValueError:  # its message shows what may be a key
-                raise ValueError(f"URL {number} is none; give http://HOST:PORT/v1") from None
+                raise ValueError(f"URL {number} is not an http(s) URL; give http://HOST:PORT/v1") from None
             if parts.username or parts.password or parts.query or parts.fragment:
                 raise ValueError(
                     f"URL {number} carries a user, a password, a query or a fragment; a key does not belong in a "
                     "recipe: set api_key=env:NAME and export NAME"
                 )
             if not is_url:
-                raise ValueError(f"URL {number} is none; give http://HOST:PORT/v1")
+                raise ValueError(f"URL {number} is not an http(s) URL; give http://HOST:PORT/v1")
         return urls
 
     @field_validator("api_key")

@@ -48,7 +48,7 @@ class EvaluationOptions:
         for option in ("samples", "max_problems", "concurrency"):
             number = getattr(self, option)
             if number is not None and number < 1:
-                raise RecipeError(f"{option}: {number} is none; give 1 or more")
+                raise RecipeError(f"{option}: {number} is too small; give 1 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

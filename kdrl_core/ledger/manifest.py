@@ -75,7 +75,7 @@ def file_manifest_path(path: Path) -> Path:
 
 
 def artifact_stem(where: Path) -> str | None:
-    """The stem of the file whose manifest `where` is, or None if it is none of a file."""
+    """Stem of the file that the manifest `where` describes; None for a folder's manifest."""
     if where.name.startswith("_") and where.name.endswith(_FILE_MANIFEST):
         return where.name.removeprefix("_").removesuffix(_FILE_MANIFEST)
     return None
@@ -125,7 +125,7 @@ def manifest_of(path: Path) -> Manifest:
 
 
 def read_manifest(where: Path) -> Manifest:
-    """The manifest in the file `where`. Raises DamagedArtifactError if it is none."""
+    """The manifest in the file `where`. Raises DamagedArtifactError if it is not a valid manifest."""
     try:
         content = json.loads(where.read_text(encoding="utf-8"))
         if content.pop(_CHECKSUM) != _checksum(content):

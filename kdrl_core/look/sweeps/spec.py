@@ -312,7 +312,7 @@ def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> Non
             )
         if kind != ACCURACY and colon:
             raise RecipeError(
-                f"{where}, field 'measure': '{claim.measure}' is none; give accuracy:BENCHMARK or a metric"
+                f"{where}, field 'measure': '{claim.measure}' is not a measure; give accuracy:BENCHMARK or a metric"
             )
         if kind != ACCURACY and kind not in CLAIM_METRICS and not kind.startswith(("time/", "throughput/", "sync/")):
             raise RecipeError(

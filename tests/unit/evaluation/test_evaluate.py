@@ -153,7 +153,7 @@ def test_code_beside_a_model_is_trusted_for_that_model_alone() -> None:
 
 @pytest.mark.parametrize("option", ["samples", "max_problems", "concurrency"])
 def test_no_samples_are_refused(option: str, recipe: Recipe) -> None:
-    with pytest.raises(RecipeError, match=f"{option}: 0 is none; give 1 or more"):
+    with pytest.raises(RecipeError, match=f"{option}: 0 is too small; give 1 or more"):
         plan_evaluation(recipe, STUDENT, asking(**{option: 0}))
 
 

@@ -107,7 +107,7 @@ def _spec(**claim: Any) -> Any:
         ({"more": "teacherr"}, "claim 1, field 'more': no variant 'teacherr', did you mean 'teacher'?"),
         ({"measure": "accuracy:tset"}, "claim 1, field 'measure': no benchmark 'tset', did you mean 'test'?"),
         ({"more": "teacher", "measure": "entropy"}, "claim 1, field 'more': no variant 'teacher'"),
-        ({"measure": "length:test"}, "claim 1, field 'measure': 'length:test' is none"),
+        ({"measure": "length:test"}, "claim 1, field 'measure': 'length:test' is not a measure"),
         ({"measure": "kd/kl_unmaked"}, "claim 1, field 'measure': no metric 'kd/kl_unmaked', did you mean"),
         ({"less": "KDRL"}, "claim 1: 'KDRL' is compared with itself"),
         ({"less": "after stage 2"}, "claim 1, field 'less': no variant 'after stage 2', did you mean 'after stage 1'?"),
