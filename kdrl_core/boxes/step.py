@@ -123,7 +123,7 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
 def generate_for(
     session: StageSession, engine: RolloutEngine, requests: Sequence[RolloutRequest], *, at: int, phase: str
 ) -> list[Rollout]:
-    """Sample responses to the pool's problems. Meanwhile finished ones are counted, verified and scored (by servers)."""
+    """Sample responses to problems of the pool. Finished ones are counted, verified and (on servers) scored early."""
     report = partial(report_progress, session.run, stage=session.stage, at=at, phase=phase)
     return generate(
         engine,

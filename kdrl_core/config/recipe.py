@@ -43,7 +43,7 @@ class TopKConfig(Section):
 
     k: Positive = Field(20, description="teacher logits kept per token")
     floor: float = Field(
-        -20.0, le=0.0, description="log-probability of every other token, −∞ in the paper; −floor is the cost per mass"
+        -20.0, le=0.0, description="log-probability of each other token, −∞ in the paper; mass there costs −floor nats"
     )
 
 
