@@ -17,7 +17,7 @@ or a path: equal runs have equal bytes.
 
 **Stops** have no state of their own. A stage is stopped while it has an alarm of a rule with `stop: true` at a step
 that the recipe's `alarms.acknowledged` does not cover. So a retry or a second `kdrl resume` stops again, before any
-work, until somebody acknowledges the alarm. The history of the run's manifest keeps that with its date.
+work, until somebody acknowledges the alarm. The run's manifest keeps each acknowledgement, dated, in its history.
 """
 
 import math
@@ -36,22 +36,22 @@ Row = Mapping[str, Any]
 
 _CLIP_RATIO = "response/clip_ratio"
 _LOOK_AT = {
-    "reward_collapse": "Compare responses before and after it, and the mix of verdicts: malformed and no_answer say "
-    "that the form was lost, wrong that the policy was. A KL or gradient norm that rises just before points at the "
+    "reward_collapse": "Compare responses and verdicts before and after it. More malformed and no_answer: the policy "
+    "lost the answer format. More wrong: its reasoning got worse. If KL or gradient norm rose just before, suspect the "
     "learning rate.",
-    "clip_ratio": "Responses are cut before their answer. Read some to the end: reasoning that goes on wants a larger "
-    "max_response_tokens, reasoning that goes round in circles is the policy's fault.",
-    "repetition": "Responses that are cut repeat themselves: the policy has found loops. Read the longest.",
+    "clip_ratio": "Responses are cut before their answer. Read some to the end: if the reasoning still makes progress, "
+    "raise max_response_tokens; if it goes round in circles, the policy is at fault.",
+    "repetition": "Responses that are cut repeat themselves: the policy is stuck in loops. Read the longest.",
     "length_explosion": "Read the longest responses: do they think longer, or never stop?",
-    "kl_jump": "Look for the responses with the largest kl_mean, and in them for the tokens on which student and "
-    "teacher part.",
-    "ref_kl_jump": "The policy runs away from where the stage began: look at learning rate and gradient norm.",
-    "entropy_jump": "Falling entropy says that the policy settles on few answers (a group's responses become one), "
-    "rising entropy that it loses what it knew. Compare the responses of one group before and after.",
+    "kl_jump": "Find the responses with the largest kl_mean, and in them the tokens on which student and teacher "
+    "differ most.",
+    "ref_kl_jump": "The policy moves fast away from the stage's initial policy: check learning rate and gradient norm.",
+    "entropy_jump": "Falling entropy: the policy settles on few answers, and the responses of a group become equal. "
+    "Rising entropy: it loses what it knew. Compare the responses of one group before and after.",
     "logprob_gap": "The engine samples from another policy than the trainer trains: weights that did not arrive, "
-    "another temperature or dtype. Of rounding alone, importance weights make up for it (tis_cap).",
-    "timeouts": "Answers that cost the verifier its time limit: read the slow ones. verification.max_failed_share "
-    "stops the stage if they become too many.",
+    "another temperature or dtype. If the cause is rounding alone, importance weights correct for it (tis_cap).",
+    "timeouts": "Some answers exceed the verifier's time limit: read the slow ones. verification.max_failed_share "
+    "stops the stage if there are too many.",
 }
 
 
@@ -109,7 +109,7 @@ def load_alarms(run: Run, stage: str) -> list[Alarm]:
 
 
 _Breach = tuple[float, float, str]
-"""Value, threshold and what happened in words, at a step at which a rule's condition holds."""
+"""Value, threshold and what happened in words, for a step that breaches a rule."""
 
 
 def raised_at_last(rows: Sequence[Row], rules: Mapping[str, AlarmRule], *, stage: str) -> list[Alarm]:
@@ -132,7 +132,7 @@ def raised_at_last(rows: Sequence[Row], rules: Mapping[str, AlarmRule], *, stage
         if any(_breach(rule, points, at) is None for at in range(first, len(points) - 1)):
             continue
         if first > 0 and _breach(rule, points, first - 1) is not None:
-            continue  # told already
+            continue  # raised already
         value, threshold, text = breached
         raised.append(
             Alarm(
@@ -234,7 +234,7 @@ def alarms_of(run: Run) -> list[Alarm]:
 
 
 def stopping_alarms(run: Run, stage: str) -> list[Alarm]:
-    """The alarms that keep a stage from going on."""
+    """The alarms that stop a stage now."""
     rules = run.recipe.alarms.rules
     acknowledged = getattr(run.recipe.alarms.acknowledged, stage)
     seen = -1 if acknowledged is None else acknowledged
@@ -246,12 +246,12 @@ def stopping_alarms(run: Run, stage: str) -> list[Alarm]:
 
 
 def stopping_alarm(run: Run) -> Alarm | None:
-    """The last alarm that keeps the run from going on, of the first stage that has one."""
+    """The last alarm that stops the run now, of the first stage that has one."""
     return next((found[-1] for stage in run.recipe.stages if (found := stopping_alarms(run, stage))), None)
 
 
 def resume_command(run: Run) -> str:
-    """The command that continues a run, past an alarm that has stopped it."""
+    """The command that continues a run. If an alarm has stopped it, the command acknowledges the alarm."""
     alarm = stopping_alarm(run)
     if alarm is None:
         return f"kdrl resume {run.name}"
@@ -259,7 +259,7 @@ def resume_command(run: Run) -> str:
 
 
 def require_not_stopped(run: Run, stage: str) -> None:
-    """Raise StoppedByAlarmError, which says how to go on, if an alarm keeps the stage from going on."""
+    """Raise StoppedByAlarmError if an alarm stops the stage. The error says how to continue."""
     stopping = stopping_alarms(run, stage)
     if not stopping:
         return

@@ -10,15 +10,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 
 def visible(text: str) -> str:
-    """`text` with control characters spelled out, less tab and line break: on a terminal or in a log it can neither
-    rewrite what stands there nor reverse the order in which it is read."""
+    """`text` with control characters as escapes, except tab and line break. So on a terminal or in a log it can neither
+    overwrite other text nor reverse the reading order."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class KdrlError(Exception):
     """Base of every error that kdrl raises on purpose. Its text is meant for the user: one line, cause and remedy.
 
-    It may quote models, data and files of others, and goes to terminals and logs.
+    The text may quote foreign models, data and files, and goes to terminals and logs.
     """
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class DamagedArtifactError(RunError):
 
     Args:
         problem: what is wrong with which file.
-        remedy: what to do about it; left out where whoever catches the error mends it.
+        remedy: what to do about it. Callers that repair the damage themselves show only `problem`.
     """
 
     def __init__(self, problem: str, remedy: str) -> None:

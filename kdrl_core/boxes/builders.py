@@ -1,4 +1,4 @@
-"""What makes the models of a stage as its recipe says: trainer, rollout engines, scorers."""
+"""Builds the models of a stage from the recipe: trainer, rollout engines, scorers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,9 @@ class SyncedEngine:
 
     engine: RolloutEngine
     version: int
-    """Updates behind its weights; -1: it has not been given any."""
+    """Number of updates behind its weights; -1: no weights are loaded yet."""
     sync: SyncReport | None = None
-    """What the weight sync showed; None of an engine that reads them from the trainer's files."""
+    """Result of the weight sync; None for an engine that loads weights without one."""
 
 
 def initial_policy(run: Run, stage: str) -> Path:
@@ -86,7 +86,7 @@ class Builders:
 
     @property
     def num_probes(self) -> int:
-        """Responses that prove a weight sync: one of each replica at least."""
+        """Number of responses that test a weight sync: at least one per replica."""
         server = self.run.recipe.rollout.server
         return max(PROBE_RESPONSES, len(server.urls) if server is not None else 0)
 

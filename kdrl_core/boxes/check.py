@@ -1,7 +1,7 @@
-"""Looks through all that a run has published: which bytes, manifests or steps are not as they were.
+"""Checks everything that a run has published: have bytes, manifests or steps changed?
 
-A resumed run checks what it goes on from; this checks the rest as well, such as the rollouts of steps long past. Loads
-no model library. Repairing, which does, is `repair_run`.
+A resume checks only the artifacts that it continues from. This check covers the others as well, such as the rollouts of
+old steps. It loads no model library; only `repair_run` does.
 """
 
 import time
@@ -24,25 +24,25 @@ from kdrl_core.tables.files import differing_metrics
 _SETTLE_S = 1.0
 
 OnChecked = Callable[[int, int], None]
-"""Called with how many artifacts have been compared, and of how many."""
+"""Called with the number of artifacts compared so far, and the number of all artifacts."""
 
 
 class Remedy(StrEnum):
-    """What makes a damaged artifact whole again."""
+    """What repairs a damaged artifact."""
 
     RESUME = "kdrl resume"
-    """The run goes on from it, and makes it again."""
+    """The run still needs the artifact, and a resume makes it again."""
     REPAIR = "kdrl check --repair"
-    """Verdicts and scores of a step long past: made again from its rollouts."""
+    """For verdicts and scores of old steps: they are made again from the step's rollouts."""
     BACKUP = "a backup"
-    """What is kept of the past, such as the rollouts of a step whose policy is gone. The run goes on without it."""
+    """For records that kdrl cannot make again, such as the rollouts of an old step. The run continues without them."""
     OWNER = "moving or deleting it"
-    """It is whole and lies in a wrong place. Once it is away, what belongs there is made again."""
+    """The artifact is intact but in the wrong place. Once it is gone, the right one is made again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One artifact that is not as it was published."""
+    """One artifact that is missing, or differs from what was published."""
 
     path: str
     """Relative to the run."""
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """What was looked through and found."""
+    """What was checked and what was found."""
 
     num_artifacts: int
     num_bytes: int
@@ -62,10 +62,10 @@ class CheckReport:
 
 
 def check_run(run: Run, *, on_checked: OnChecked | None = None) -> CheckReport:
-    """Compare every artifact of a run with its manifest, every manifest with those of its inputs, and every step with
-    the files that it has to have. Reads only.
+    """Compare every artifact of a run with its manifest, every manifest with the manifests of its inputs, and every
+    step with its required files. Reads only.
 
-    While somebody works on the run, what seems wrong is looked at again: a file may just be on its way.
+    While another process works on the run, findings are checked twice: a file may be about to appear.
     """
     artifacts = list(published_below(run.paths.root))
     findings, num_bytes = _look(run, artifacts, on_checked)
@@ -92,7 +92,7 @@ def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tupl
             found(path, error.problem, Remedy.OWNER)
         except DamagedArtifactError as error:
             found(path, error.problem)
-        except RunError:  # deleted since, as checkpoints are
+        except RunError:  # deleted meanwhile, as old checkpoints are
             pass
         else:
             num_bytes += manifest.size
@@ -110,7 +110,7 @@ def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tupl
 
 
 def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
-    """Make again what `Remedy.REPAIR` applies to. Returns the paths that are whole again, and why others are not.
+    """Make the artifacts again that `Remedy.REPAIR` applies to. Returns the repaired paths, and why others failed.
 
     Raises:
         RunLockedError: another process works on the run.
@@ -137,7 +137,7 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
 
 
 def _set_aside(run: Run) -> Iterator[Path]:
-    """The artifacts of which something lies aside, and nothing in their place."""
+    """The artifacts that were set aside and not made again."""
     for leftover in sorted(run.paths.root.rglob(f"{ASIDE_PREFIX}*")):
         path = leftover.with_name(leftover.name.removeprefix(ASIDE_PREFIX))
         if artifact_stem(path) is None and not is_published(path):
@@ -145,7 +145,7 @@ def _set_aside(run: Run) -> Iterator[Path]:
 
 
 def _required(run: Run) -> Iterator[Path]:
-    """The files that every stage has to have, of every step which is behind a checkpoint or has an update."""
+    """The files that every stage must have, for each step that a checkpoint covers or that has an update."""
     for stage in run.recipe.stages:
         steps = latest_checkpoint(run, stage)
         while is_published(run.paths.update(stage, steps)):
@@ -154,18 +154,18 @@ def _required(run: Run) -> Iterator[Path]:
 
 
 def _present(run: Run) -> Iterator[Path]:
-    """The files and folders that have to be published, if they are there: whoever reads rollouts as one dataset reads
-    every Parquet file that lies among them."""
+    """The files and folders that must be published if they exist. Readers of rollouts as one dataset read every Parquet
+    file among them."""
     names = {row.glob: None for row in ARTIFACTS.values()} | {f"{STEP.glob}/*{Path(ROLLOUTS.file).suffix}": None}
     for name in names:
         yield from (path for path in sorted(run.paths.root.glob(name)) if path.name[0] not in "._")
 
 
 def _named_inputs(run: Run, artifacts: list[Path]) -> Iterator[Path]:
-    """What published artifacts were made from, less what the retention may delete."""
+    """The inputs of published artifacts, except those that the retention may delete."""
     kept = {final_checkpoint(run.recipe, stage) for stage in run.recipe.stages}
     for artifact in artifacts:
-        with suppress(RunError):  # named on its own account
+        with suppress(RunError):  # it has a finding of its own
             for name in manifest_of(artifact).inputs:
                 node, path = node_at(name), run.paths.root / name
                 if path.is_relative_to(run.paths.root) and (node is None or not node.row.is_pruned or node in kept):
@@ -189,7 +189,7 @@ def _remedy(run: Run, name: str, step: int | None) -> Remedy:
 
 
 def _is_past(run: Run, node: Node) -> bool:
-    """Whether a run goes on without it: what it was for has been made."""
+    """Whether the run no longer needs the artifact, for example because later ones exist."""
     if node.row.per == "label":
         return node.at not in evaluated_labels(run.recipe)
     if node.stage is None or node.row.per is None:

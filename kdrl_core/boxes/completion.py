@@ -1,4 +1,4 @@
-"""Whether a run is finished, and the student that it ends in. Loads no model library: whoever only looks on asks it."""
+"""Whether a run is finished, and the student that it produces. Loads no model library, so that viewers can use it."""
 
 import logging
 import shutil
@@ -17,8 +17,8 @@ _logger = logging.getLogger("kdrl")
 
 
 def is_finished(run: Run, *, verify: bool = False) -> bool:
-    """Whether the last checkpoint and all that is made from it are there, and are about each other. With `verify`,
-    whether all that a resume would mend is whole as well: data, metrics, and the last checkpoint of each stage."""
+    """Whether the last checkpoint and everything made from it exist and belong together. With `verify`, everything that
+    a resume would repair must be intact as well: data, metrics, and the last checkpoint of each stage."""
     final = final_checkpoint(run.recipe)
     last = list(dropwhile(lambda node: node != final, results(run.recipe)))
     paths = {node: run.paths.root / node.place for node in last}
@@ -34,13 +34,13 @@ def is_finished(run: Run, *, verify: bool = False) -> bool:
 
 
 def _is_current(run: Run, node: Node, manifest: Manifest) -> bool:
-    """Whether a node was made from what the recipe has it made from, as far as that is still there."""
+    """Whether a node was made from the inputs that the recipe gives it, and those still there are unchanged."""
     wanted = {choice[0].place for choice in needs(run.recipe, node)} if node.name != CHECKPOINT.name else set()
     return wanted <= manifest.inputs.keys() and not changed_inputs(run, manifest)
 
 
 def _is_whole(run: Run) -> bool:
-    """Raises DamagedArtifactError for an artifact that is not as it was; missing data and metrics make it False."""
+    """Whether all results exist and metrics are right. Raises DamagedArtifactError for an artifact that was altered."""
     paths = [run.paths.root / node.place for node in results(run.recipe)]
     missing = [path for path in paths if not is_published(path)]
     for path in paths:
@@ -54,7 +54,7 @@ def _is_whole(run: Run) -> bool:
 
 
 def require_trained(run: Run, stage: str) -> None:
-    """Raise RunError if a stage that was gone through has no last checkpoint: to train nothing is no success."""
+    """Raise RunError if a stage has ended without its last checkpoint: training nothing must not pass as success."""
     final = final_checkpoint(run.recipe, stage).place
     if not is_published(run.paths.root / final):
         raise RunError(
@@ -64,7 +64,7 @@ def require_trained(run: Run, stage: str) -> None:
 
 
 def require_finished(run: Run) -> None:
-    """Raise RunError if a run that was gone through is not finished."""
+    """Raise RunError if a run has ended without being finished."""
     for stage in run.recipe.stages:
         require_trained(run, stage)
     if not is_finished(run):

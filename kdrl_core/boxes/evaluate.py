@@ -1,7 +1,7 @@
 """A model ─▶ evaluate ─▶ evaluation/<label>/{responses.parquet, results.json} (Sec. 4.1).
 
 evaluation/<label>/             published as a whole
-evaluation/.scratch-<label>/    what is sampled of it so far: a shard per benchmark, hidden from readers of the run
+evaluation/.scratch-<label>/    responses sampled so far: a shard per benchmark, hidden from readers of the run
 """
 
 import shutil
@@ -49,10 +49,10 @@ def model_of(run: Run, label: str) -> tuple[Path, ModelConfig]:
 def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate the model behind `label` on the named benchmarks (default: all) and publish responses and results.
 
-    An evaluation that was stopped goes on behind its last response.
+    A stopped evaluation continues after its last response.
 
     Returns:
-        results.json: `label`, `model`, `date` (Unix time), `seconds`, and per benchmark what `benchmark_result` finds.
+        results.json: `label`, `model`, `date` (Unix time), `seconds`, and the `benchmark_result` of each benchmark.
 
     Raises:
         VerificationError: too many verdicts of a benchmark are timeouts or errors.
@@ -84,7 +84,7 @@ def _sample(
     work: Path,
     model: dict[str, str],
 ) -> list[Path]:
-    """The only shard of a benchmark."""
+    """Sample a benchmark. Returns its only shard."""
     settings = settings_hash({"model": model, **settings_of(plan, benchmark)})
     folder, inputs = work / f"{benchmark.name}-{settings[:10]}", {"settings": settings}
     whole = f"evaluation of {plan.name}, {benchmark.name}"
@@ -94,7 +94,7 @@ def _sample(
 
 
 def _plan(run: Run, label: str, config: ModelConfig, benchmarks: Sequence[BenchmarkConfig]) -> EvaluationPlan:
-    """The student's engine is that of rollouts; the teacher is no model that replicas of the student can load."""
+    """The student uses the engine of rollouts; the teacher uses its own, since student replicas cannot load it."""
     recipe = run.recipe
     engine: EngineName = recipe.rollout.engine
     if label == "teacher" and recipe.teacher is not None:
@@ -111,7 +111,7 @@ def _plan(run: Run, label: str, config: ModelConfig, benchmarks: Sequence[Benchm
 
 
 def _inputs(run: Run, path: Path) -> dict[str, str]:
-    """The evaluated model by its hash, where kdrl published it: in this run or in another. Others have no manifest."""
+    """Path → hash of the evaluated model if kdrl published it, in this run or another; else empty."""
     if path.is_relative_to(run.paths.root):
         return {run.paths.relative(path): verify_own(run, path).sha256}
     return {str(path): verify_published(path).sha256} if is_published(path) else {}

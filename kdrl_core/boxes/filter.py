@@ -17,17 +17,17 @@ from kdrl_core.models.prepare import prepared_model
 
 
 class Filtering:
-    """The filter of one run: done once, when the first of its artifacts has to be made."""
+    """The filter of one run. It runs once, when the first of its artifacts is made."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
     @cached_property
     def result(self) -> tuple[pa.Table, dict[str, FilterReport]]:
-        """What is left of the problems of every stage, and the reports by stage.
+        """The problems of every stage that remain, and the reports by stage.
 
         Raises:
-            ModelError: a model cannot be prepared, or the teacher's tokenizer is another one.
+            ModelError: a model cannot be prepared, or the teacher's tokenizer differs.
             DataError: unreadable or malformed input, or a pool too small for one step (SFT: for one batch).
         """
         recipe = self.run.recipe
@@ -74,7 +74,7 @@ def filter_run(run: Run) -> dict[str, FilterReport]:
 
 
 def _check_size(recipe: Recipe, stage: str, num_problems: int) -> None:
-    """Raise DataError if the pool cannot fill a step; of SFT, even if every sample of the teacher were right."""
+    """Raise DataError if the pool cannot fill a step or, for SFT, a batch even if every teacher sample is right."""
     config = recipe.stage(stage)
     if num_problems < config.prompts_per_step:
         raise DataError(

@@ -5,8 +5,8 @@ A *box* is a function from tables to a table, declared with the row of the artif
     @box(REWARDS, rollouts=["prompt_id", "sample", "response"])
     def verify(session, at, rollouts): ...  # -> pa.Table
 
-Its first parameter is what it works with, a stage's session or a run. The others are given by their names: `at` is the
-step or shard, `manifests` holds the manifests of the inputs, and the name of a row stands for the input of that row.
+The first parameter is a stage's session or a run. The others are passed by name: `at` is the step or shard, `manifests`
+holds the manifests of the inputs, and a parameter named like a row gets the input of that row.
 """
 
 import inspect
@@ -39,19 +39,19 @@ from kdrl_core.tables.files import read_table, write_table
 from kdrl_core.tables.schemas import SCHEMAS
 
 Write = Callable[[Path], Any]
-"""Writes a file to the path that it is given, or fills the folder there, as `publish_directory` asks for."""
+"""Writes a file to the given path, or fills the given folder, as `publish_directory` requires."""
 Facts = Callable[[float], Mapping[str, Any]]
-"""What a manifest says besides hashes, given the seconds that the box took."""
+"""Seconds that the box took → what the manifest records besides hashes."""
 
 
 def timed(**more: Any) -> Facts:
-    """The seconds and `more`."""
+    """Facts: the seconds and `more`."""
     return lambda seconds: {"seconds": seconds, **more}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """What a box has made. A box that returns a bare table has made `Product(content=table, facts=timed())`."""
+    """What a box has made. Returning a bare table means `Product(content=table, facts=timed())`."""
 
     content: pa.Table | Write
     facts: Facts = field(default=lambda seconds: {})
@@ -64,7 +64,7 @@ class Made:
     path: Path
     manifest: Manifest
     reused: bool
-    """It was there already."""
+    """It was published before this call."""
 
 
 Compare = Callable[[Run, Path, Manifest, Mapping[str, Any]], None]
@@ -78,17 +78,17 @@ class Box:
     row: Artifact
     function: Callable[..., pa.Table | Product]
     columns: Mapping[str, list[str]] = field(default_factory=dict)
-    """Columns to read by the input's row; all columns of other inputs."""
+    """Input's row → columns to read. Inputs that are not listed are read with all columns."""
     is_kept: bool = False
-    """One made from other inputs stays. Else it is made again, from the inputs that are there."""
+    """Keep an artifact that was made from other inputs. Otherwise it is made again from the present ones."""
     replay: Compare | None = None
-    """The box also runs where its artifact is published, for what it does in memory; `replay` compares the two."""
+    """Run the box even if its artifact is published, for its effect in memory; `replay` compares both results."""
     phase: str | None = None
     """Name of the work in the run's progress."""
 
     @property
     def parameters(self) -> list[str]:
-        """Names of the parameters behind the first."""
+        """Names of the parameters after the first."""
         return list(inspect.signature(self.function).parameters)[1:]
 
 
@@ -126,7 +126,7 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
 
     Raises:
         RunError: an input is not published.
-        DamagedArtifactError: an input was altered, or a damaged artifact was made again and came out otherwise.
+        DamagedArtifactError: an input was altered, or a damaged artifact was made again and came out different.
         ForeignFileError: the artifact is whole, but not the one that belongs there.
     """
     started = time.perf_counter()
@@ -169,12 +169,12 @@ class _Inputs:
     run: Run
     manifests: dict[Node, Manifest]
     in_shards: set[str]
-    """Rows of which every shard is an input."""
+    """Rows whose shards are all inputs."""
 
     @classmethod
     def of(cls, run: Run, box: Box, node: Node) -> "_Inputs":
-        """What the node needs. Only manifests are read of what is neither read nor compared: whoever loaded it into the
-        session has verified it."""
+        """The inputs of a node. If the box neither reads nor compares them, only their manifests are read: the session
+        verified the files when it loaded them."""
         choices = needs(run.recipe, node)
         names = {choice[0].name for choice in choices}
         look = manifest_of if box.is_kept and names.isdisjoint(box.parameters) else verify_published
@@ -191,7 +191,7 @@ class _Inputs:
         return {source.place: manifest.sha256 for source, manifest in self.manifests.items()}
 
     def arguments(self, box: Box, at: At) -> dict[str, Any]:
-        """What the box's parameters ask for. An input that the stage does not have is left to its default."""
+        """The box's arguments by name. A parameter whose input the stage does not have keeps its default."""
         given: dict[str, Any] = {"at": at, "manifests": self.manifests}
         for name in box.parameters:
             sources = [source for source in self.manifests if source.name == name]
@@ -202,7 +202,7 @@ class _Inputs:
         return {name: given[name] for name in box.parameters if name in given}
 
     def _content(self, source: Node, box: Box) -> pa.Table | Path:
-        """An input as its table, or as its path where it is a folder or JSON."""
+        """An input as a table, or as a path if it is a folder or JSON."""
         path = self.run.paths.root / source.place
         return read_table(path, box.columns.get(source.name)) if path.suffix == ".parquet" else path
 
@@ -226,7 +226,7 @@ def report_progress(
     run: Run, *, stage: str, at: int = 0, phase: str, done: int | None = None, total: int | None = None
 ) -> None:
     """Say which phase of which step or shard is under way, at most five times a second. The file in the scratch folder
-    is a hint: nothing is decided by it, and it may be missing or stale."""
+    is a hint: nothing depends on it, and it may be missing or stale."""
     global _last_report
     now = time.monotonic()
     if now - _last_report < _MIN_INTERVAL_S:

@@ -1,4 +1,4 @@
-"""What can be found out about a recipe's inputs without loading a model: in a second, before a run exists."""
+"""Checks of a recipe's inputs that load no model. They take a second and need no run."""
 
 import re
 from importlib.util import find_spec
@@ -49,7 +49,7 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def check_estimators(recipe: Recipe) -> None:
-    """Raise RecipeError if an estimator's file or package is not there. None of it is run."""
+    """Raise RecipeError if an estimator's file or package is not there. Its code is not run."""
     for stage in recipe.stages:
         for field in ("kl_estimator", "ref_kl_estimator"):
             if is_reference(name := getattr(recipe.stage(stage), field)):

@@ -1,7 +1,7 @@
 """What a stage keeps in memory between steps: pool, trainer, engines, scorers, verifier. One per process and stage.
 
-Tasks pass paths and numbers; the models they need are found here, so nothing is reloaded per step. What is in memory is
-always a function of the files: `trainer_at` restores the latest checkpoint, and the updates since are replayed from
+Tasks pass paths and numbers; the models they need are found here, so nothing is reloaded per step. The state in memory
+always follows from the files: `trainer_at` restores the latest checkpoint, and the updates since are replayed from
 their published rollouts.
 """
 
@@ -72,7 +72,7 @@ class StageSession:
         """The trainer, holding the policy after `step` updates.
 
         Raises:
-            RunError: memory and files are at different steps, so going on would train on foreign rollouts.
+            RunError: memory and files are at different steps, so training would use another policy's rollouts.
         """
         with self._lock:
             if self._trainer is None:
@@ -87,7 +87,7 @@ class StageSession:
     def sampler_at(self, step: int, requests: Sequence[RolloutRequest]) -> SyncedEngine:
         """The rollout engine with the weights of the policy after `step` updates.
 
-        An engine that has weights of its own is synced and proved on the first of the step's `requests`.
+        An engine with its own copy of the weights is synced, then tested on the first of the step's `requests`.
 
         Raises:
             EngineError: it cannot be started, or does not sample with the trainer's probabilities.
@@ -123,7 +123,7 @@ class StageSession:
             return self._scorers[role]
 
     def rest(self, *, but: RolloutEngine | TeacherScorer | None = None) -> None:
-        """Have all engines but one give back what memory they can: what works next may need it."""
+        """Have all engines but one free the memory that they can, since the next phase may need it."""
         with self._lock:
             for engine in self._engines():
                 if engine is not but:
@@ -135,7 +135,7 @@ class StageSession:
         return [engine for engine in engines if engine is not None]
 
     def _check_servers(self) -> None:
-        """Raise EngineError if a served teacher cannot score: before responses are sampled for it."""
+        """Raise EngineError if a served teacher cannot score, before responses are sampled for it."""
         teacher = self.run.recipe.teacher
         if self.config.scores_teacher and teacher is not None and teacher.server is not None:
             self.scorer("teacher")
@@ -150,7 +150,7 @@ class StageSession:
 
     @property
     def sft_dataset(self) -> pa.Table:
-        """The stage's kept teacher responses; the teacher is let go of, since it has done its work.
+        """The stage's kept teacher responses. Closes the teacher, which is no longer needed.
 
         Raises DamagedArtifactError if the published dataset was altered.
         """
@@ -173,7 +173,7 @@ class StageSession:
             return self._verifier
 
     def work_ahead(self, rollouts: Sequence[Rollout]) -> None:
-        """Let the verifier, and servers of the teacher, begin with responses to problems of the pool."""
+        """Let the verifier and the teacher's servers start on responses to problems of the pool."""
         if not rollouts:
             return
         scorer = self._scorers.get("teacher")
@@ -195,7 +195,7 @@ class StageSession:
         return self._verdict_options
 
     def close(self) -> None:
-        """Let go of models and processes."""
+        """Close models and processes."""
         with self._lock:
             if self._verifier is not None:
                 self._verifier.close()
@@ -235,7 +235,7 @@ def stage_session(run_dir: str | Path, stage: str) -> StageSession:
 
 
 def rest_sessions() -> None:
-    """Have the engines of every session of the process give back what memory they can."""
+    """Have the engines of every session of the process free the memory that they can."""
     with _sessions_lock:
         for session in _sessions.values():
             session.rest()

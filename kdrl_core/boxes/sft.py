@@ -3,12 +3,12 @@
     pool ─▶ teacher-sample ─▶ verify ─▶ select ─▶ dataset.parquet ─▶ sft-update ─▶ update.parquet, metrics, checkpoint
 
 Every problem of the stage's pool gets `sft.samples` responses of the teacher, at the stage's temperature and response
-limit; those with reward 1 are kept. The seed of a response is that of (seed, stage, "sft", problem, sample), so it
+limit; those with reward 1 are kept. The seed of a response comes from (seed, stage, "sft", problem, sample), so it
 depends neither on the shards nor on the other problems.
 
-The batch of step k is a function of the dataset and k: `sft.batch_size` consecutive responses of one seeded pass over
-all kept responses after another. A pass is ordered by hashes of (seed, stage, epoch, problem, sample), so it does not
-depend on the order or the shards in which the samples were made.
+The batch of step k is a function of the dataset and k: seeded passes over all kept responses follow one another, and
+each batch takes the next `sft.batch_size` responses. A pass is ordered by hashes of (seed, stage, epoch, problem,
+sample), so it does not depend on the order or the shards in which the samples were made.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ from kdrl_core.tables.files import score_requests
 from kdrl_core.training.protocols import UpdateBatch
 
 TEACHER_VERSION = -1
-"""`policy_version` of samples that no student made."""
+"""`policy_version` of the teacher's samples."""
 
 
 @box(SAMPLE_ROLLOUTS, is_kept=True)
@@ -71,10 +71,10 @@ def select(
 ) -> Product:
     """Keep the responses with reward 1 of all shards.
 
-    The manifest counts: `sampled`, `kept`, `problems`, `problems_covered`, and the seconds of what came before.
+    The manifest counts: `sampled`, `kept`, `problems`, `problems_covered`, and the seconds of sampling and verifying.
 
     Raises:
-        DataError: fewer responses are right than one step takes.
+        DataError: fewer responses are right than a batch needs.
     """
     stage, config = session.stage, session.config
     tables: list[pa.Table] = []

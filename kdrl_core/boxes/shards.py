@@ -8,7 +8,7 @@ from kdrl_core.tables.files import read_table
 
 
 def num_shards(run: Run, stage: str) -> int:
-    """Shards of `sft.shard_prompts` problems that the stage's pool is sampled in; the last may be smaller."""
+    """Number of shards of `sft.shard_prompts` problems in the stage's pool; the last may be smaller."""
     return -(-len(_problem_ids(run, stage)) // run.recipe.stage(stage).sft.shard_prompts)
 
 
@@ -19,7 +19,7 @@ def shard_problem_ids(run: Run, stage: str, shard: int) -> list[str]:
 
 
 def remaining_shards(run: Run, stage: str) -> list[int]:
-    """The shards of which something is not published yet, samples or verdicts; none once the dataset is there."""
+    """The shards whose samples or verdicts are not published yet; none once the dataset is there."""
     if is_published(run.paths.sft_dataset(stage)):
         return []
     rows = [row for row in ARTIFACTS.values() if row.per == "shard"]

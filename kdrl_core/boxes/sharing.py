@@ -1,11 +1,11 @@
-"""What two runs have in common: parts of a run that are the same work, and how one run takes over another's.
+"""Sharing between runs: find the parts that are the same work, and take them over from another run.
 
 A *part* is a piece of a run (its pool, a stage, the samples of an SFT stage, the evaluation of one model) with the hash
-of every recipe field that may change a byte of it. Which fields these are, and what belongs to a part, the table of
-artifacts says; a section that is new to recipes counts for every part. Two runs with equal hashes do the same work; the
-one takes the other's artifacts, each compared with its manifest first, under the very manifests that they have: these
-name places and inputs relative to a run, and what an artifact was made from comes along with it. So `kdrl check` and
-resuming find what they would find had the run done the work itself. manifest.json of the run names the run that did it.
+of every recipe field that may change a byte of it. The table of artifacts says which fields these are, and what belongs
+to a part; a section that is new to recipes counts for every part. Parts with equal hashes are the same work, so one run
+takes the other's artifacts. Each is compared with its manifest first, and keeps that manifest, which names places and
+inputs relative to a run. The inputs of an artifact come along with it. So `kdrl check` and resuming work as if the run
+had done the work itself. The run's manifest.json names the run that did it.
 """
 
 import fnmatch
@@ -49,13 +49,13 @@ class Part:
     key: str
     """Hash of the recipe's fields that it depends on: equal keys, equal bytes."""
     results: tuple[str, ...]
-    """Places that are published exactly when it is finished."""
+    """Places of artifacts: all are published exactly when the part is finished."""
     is_waited_for: bool = True
-    """Whether a cell that needs it waits for one that is making it."""
+    """Whether a cell that needs the part waits while another cell makes it."""
 
 
 def parts_of(recipe: Recipe) -> list[Part]:
-    """The parts of a run of `recipe`, in the order in which they come to be."""
+    """The parts of a run of `recipe`, in the order in which they are made."""
     ends: dict[str, list[Node]] = {}
     for node in results(recipe):
         if (name := part_of(recipe, node)) is not None:
@@ -73,15 +73,15 @@ def parts_of(recipe: Recipe) -> list[Part]:
 
 
 def is_finished_part(root: Path, part: Part) -> bool:
-    """Whether the run in `root` has all of a part."""
+    """Whether the run in `root` has finished a part."""
     return all(is_published(root / place) for place in part.results)
 
 
 def adopt_parts(run: Run, donors: Iterable[str]) -> dict[str, str]:
-    """Take over every part that the run does not have and one of the `donors` has finished. Only under the run's lock.
+    """Take over every part that the run lacks and one of the `donors` has finished. Call it only under the run's lock.
 
-    A part is taken whole or not at all: not if the run has begun it itself with other bytes, or holds something that
-    was made from others. Donors that do not exist yet, or cannot be read, are passed over.
+    A part is taken whole or not at all. It is not taken if the run holds other bytes of it, or something that was made
+    from other bytes. Donors that do not exist yet, or cannot be read, are skipped.
 
     Returns:
         what was taken over → from which run.
@@ -104,7 +104,7 @@ def _open(run: Run, donors: Iterable[str]) -> list[tuple[Run, set[str]]]:
         if name != run.name:
             try:
                 other = open_run(name, artifacts=run.paths.root.parent.parent)
-            except KdrlError:  # not begun yet, or somebody's to mend: it is no reason to fail here
+            except KdrlError:  # not begun yet, or damaged: no reason to fail here
                 continue
             others.append((other, {part.key for part in parts_of(other.recipe)}))
     return others
@@ -142,12 +142,12 @@ def _in(recipe: Recipe, part: Part, place: str) -> Node | None:
 
 
 def _misfit(run: Run, part: Part, wanted: Mapping[str, Manifest]) -> str | None:
-    """Why the artifacts do not fit into what the run has; None if they do."""
+    """Why the artifacts do not fit the run's own; None if they do."""
     for place, manifest in wanted.items():
         path = run.paths.root / place
         if is_published(path):
             if manifest_of(path).sha256 != manifest.sha256:
-                return f"{place} is here already, and another one"
+                return f"{place} is here already, with other bytes"
         elif path.is_dir():
             return f"{place} is here without a manifest"
         if required_sha256(run, path) not in (None, manifest.sha256):
@@ -157,7 +157,7 @@ def _misfit(run: Run, part: Part, wanted: Mapping[str, Manifest]) -> str | None:
                 continue
             source = run.paths.root / name
             if not is_published(source) or manifest_of(source).sha256 != sha256:
-                return f"{place} was made from another {name} than is here, if any"
+                return f"{place} was made from {name}, which is missing here or has other bytes"
     return None
 
 
@@ -169,7 +169,7 @@ def _position(recipe: Recipe, node: Node) -> int:
 
 
 def _key(recipe: Recipe, name: str, ends: Sequence[Node], fields: Mapping[str, object]) -> str:
-    """Hash of the fields that the part depends on: those that its artifacts read, or what they were made from."""
+    """Hash of the fields that the part depends on: its artifacts, or anything that they are made from, read them."""
     readers = {node.row.reads(recipe, node) for node in _made_for(recipe, [*ends, *_watched(recipe, name)])}
     counted = {
         field: value
@@ -187,7 +187,7 @@ def _watched(recipe: Recipe, name: str) -> list[Node]:
 
 
 def _made_for(recipe: Recipe, ends: Sequence[Node]) -> set[Node]:
-    """These nodes and all that they are made from; of many steps, the last and the first, which read what all do."""
+    """These nodes and all that they are made from. Of many steps, the first and last: the others read the same."""
     found: set[Node] = set()
     seen: set[tuple[str, str | None, bool]] = set()
     left = list(ends)

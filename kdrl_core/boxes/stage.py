@@ -1,4 +1,4 @@
-"""A stage: where it goes on, how each of its steps ends, which checkpoints it keeps."""
+"""A stage: where it continues, how each of its steps ends, which checkpoints it keeps."""
 
 import logging
 import math
@@ -28,11 +28,11 @@ _NAMES = CHECKPOINT.glob.rpartition("/")[2]
 
 
 def open_stage(run: Run, stage: str) -> range:
-    """Make a stage ready to go on, and the steps that it still has to go through, as `remaining_steps`.
+    """Prepare a stage to continue. Returns its `remaining_steps`.
 
-    A damaged checkpoint is set aside: the stage then goes on from the one before, or from its initial policy, and
-    replays the updates since from their published rollouts. Checkpoints beyond the retention are deleted, which an
-    interrupted run may not have come to; metrics that do not hold what the steps' manifests say are rebuilt.
+    A damaged checkpoint is set aside: the stage then continues from the one before, or from its initial policy, and
+    replays the updates since from their published rollouts. Checkpoints beyond the retention, which an interrupted run
+    may have left, are deleted. Metrics that differ from the steps' manifests are rebuilt.
 
     Raises:
         ForeignFileError: the latest checkpoint is whole, but not the one that the stage made.
@@ -43,7 +43,7 @@ def open_stage(run: Run, stage: str) -> range:
         if not is_published(path):
             find_intact(path)
     while (step := latest_checkpoint(run, stage)) and find_own(run, run.paths.checkpoint(stage, step)) is None:
-        pass  # it no longer counts
+        pass  # find_own has set it aside, so the one before is the latest now
     prune_checkpoints(run, stage)
     rebuild_metrics(run, stage, num_steps=step)
     return remaining_steps(run, stage)
@@ -55,14 +55,14 @@ def checkpoint_steps(run: Run, stage: str) -> list[int]:
 
 
 def latest_checkpoint(run: Run, stage: str) -> int:
-    """Updates behind the latest checkpoint; 0 is the stage's initial policy, which is not copied."""
+    """Number of updates behind the latest checkpoint; 0 is the stage's initial policy, which is not copied."""
     return max(checkpoint_steps(run, stage), default=0)
 
 
 def remaining_steps(run: Run, stage: str) -> range:
-    """The steps that a stage still has to go through, from its latest checkpoint on.
+    """The steps that a stage has left, from its latest checkpoint on.
 
-    Steps whose files are already published are gone through as well, to replay their updates from them.
+    Steps whose files are already published are among them: their updates are replayed from these files.
     """
     return range(latest_checkpoint(run, stage), run.recipe.stage(stage).steps)
 
@@ -75,8 +75,8 @@ def is_checkpoint_due(run: Run, stage: str, step: int) -> bool:
 
 
 def prune_checkpoints(run: Run, stage: str) -> list[int]:
-    """Delete checkpoints beyond the recipe's retention, which counts those before the stage's last step; that one is
-    always kept. Returns the deleted. Raises RunError for checkpoints that are links out of the run."""
+    """Delete checkpoints beyond the recipe's retention. The checkpoint of the last step is always kept and not counted.
+    Returns the deleted steps. Raises RunError for checkpoints that are links out of the run."""
     config = run.recipe.stage(stage)
     _refuse_links(run, run.paths.checkpoint(stage, 0).parent)
     steps = checkpoint_steps(run, stage)
@@ -93,7 +93,7 @@ def prune_checkpoints(run: Run, stage: str) -> list[int]:
 
 
 def _folders(run: Run, stage: str, *, prefix: str = "") -> dict[int, Path]:
-    """Step → what lies in the place of its checkpoint, published or not; with `prefix`, what was set aside."""
+    """Step → path of its checkpoint, published or not; with `prefix`, of a checkpoint that was set aside."""
     found = {}
     for path in run.paths.checkpoint(stage, 0).parent.glob(f"{prefix}{_NAMES}"):
         node = CHECKPOINT.find(run.paths.relative(path.with_name(path.name.removeprefix(prefix))))
@@ -103,7 +103,7 @@ def _folders(run: Run, stage: str, *, prefix: str = "") -> dict[int, Path]:
 
 
 def _refuse_links(run: Run, folder: Path) -> None:
-    """Raise RunError if checkpoints lead out of the run: deleting them would delete what is not ours."""
+    """Raise RunError if checkpoints are links out of the run: deleting them would delete files of others."""
     root = run.paths.root.resolve()
     for path in (folder, *folder.glob(_NAMES)):
         if not path.resolve().is_relative_to(root):
@@ -118,7 +118,7 @@ def _refuse_links(run: Run, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSummary:
-    """What the flow needs to tell about a finished step."""
+    """What the flow reports about a finished step."""
 
     step: int
     metrics: dict[str, float]
@@ -126,7 +126,7 @@ class StepSummary:
     checkpoint: Path | None
     replayed: bool
     alarms: tuple[Alarm, ...] = ()
-    """What the step raised; none of a step that was replayed, which told them when it was made."""
+    """Alarms that the step raised; empty for a replayed step, whose alarms were reported when it was made."""
 
 
 @box(CHECKPOINT)
@@ -136,8 +136,8 @@ def checkpoint(session: "StageSession", at: int) -> Product:
 
 
 def end_step(session: "StageSession", update: Box, step: int) -> StepSummary:
-    """Make a step's update, which ends it, add its metrics to those of the stage, and save the new policy when one is
-    due. Raises as the box `update` does."""
+    """Make a step's update, append its metrics to the stage's metrics, and save a checkpoint if one is due.
+    Raises as the box `update` does."""
     run, stage = session.run, session.stage
     made = make(session, update, step)
     recorded = made.manifest.metadata
@@ -160,8 +160,8 @@ def end_step(session: "StageSession", update: Box, step: int) -> StepSummary:
 def step_facts(
     session: "StageSession", step: int, metrics: Mapping[str, float], timings: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What an update's manifest says: metrics, timings, and the alarms that the step raises by the recipe's rules, from
-    its metrics and those of the steps before."""
+    """What an update's manifest records: metrics, timings, and the alarms that the recipe's rules raise for the step,
+    from its own and earlier metrics."""
     before = [row for row in load_metrics(session.run, session.stage) if row["step"] < step]
     rows = [*before, {"step": step, **metrics}]
     raised = raised_at_last(rows, session.alarm_rules, stage=session.stage)
@@ -169,11 +169,11 @@ def step_facts(
 
 
 def check_replay(run: Run, path: Path, published: Manifest, facts: Mapping[str, Any]) -> None:
-    """Compare the metrics of a replayed update with those that are recorded. They are equal on the machine that made
-    them; elsewhere, the order of additions may differ, of which the log warns.
+    """Compare the metrics of a replayed update with the recorded ones. They are equal on the machine that made them. On
+    another machine sums may be added in another order; then the log warns.
 
     Raises:
-        DamagedArtifactError: on a CPU, which repeats itself, they differ by more than that.
+        DamagedArtifactError: on a CPU, where updates are reproducible, they differ by more than rounding.
     """
     metrics = facts["metrics"]
     recorded = published.metadata["metrics"]

@@ -93,7 +93,7 @@ def verify(session: StageSession, at: int, rollouts: pa.Table) -> Product:
 
 
 def verdicts_of(session: StageSession, rollouts: pa.Table, *, where: str) -> Product:
-    """REWARDS of responses. `where` names them in errors."""
+    """The REWARDS table of responses. `where` names them in errors."""
     items = list(zip(rollouts["response"].to_pylist(), rollouts["ground_truth"].to_pylist(), strict=True))
     hidden_s = session.verifier.hidden_seconds()
     verdicts = session.verifier.verify_batch(items, **session.verdict_options(rollouts["prompt"][0].as_py()))
@@ -123,7 +123,7 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
 def generate_for(
     session: StageSession, engine: RolloutEngine, requests: Sequence[RolloutRequest], *, at: int, phase: str
 ) -> list[Rollout]:
-    """Responses to problems of the pool. Meanwhile finished ones are counted, verified and, by servers, scored."""
+    """Sample responses to problems of the pool. Finished ones are counted, verified and (on servers) scored early."""
     report = partial(report_progress, session.run, stage=session.stage, at=at, phase=phase)
     return generate(
         engine,
@@ -184,7 +184,7 @@ def _update_batch(
     teacher: pa.Table | None,
     reference: pa.Table | None,
 ) -> UpdateBatch:
-    """What the trainer needs of a step, from the tables of its files. A table is None where no such model scores."""
+    """The trainer's input for a step, from the step's tables. A table is None if no such model scores."""
     teacher_logprobs = None if teacher is None else ragged(teacher["teacher_logprobs"])
     shaping: dict[str, torch.Tensor] = {}
     if objective.variant.advantages == "shaped rewards":
@@ -208,7 +208,7 @@ def _update_batch(
 
 
 def _signals_of(batch: UpdateBatch, stats: StepStats) -> dict[str, Any]:
-    """The columns of UPDATE that tell what the step's signals were."""
+    """The columns of UPDATE that record the step's training signals."""
     columns: dict[str, Any] = {"advantage": batch.advantages, "kd_weight": batch.kd_weights}
     columns = {name: np.asarray(values, np.float32) for name, values in columns.items()}
     if batch.teacher_logprobs is not None:
@@ -228,11 +228,11 @@ def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
 
 
 Told = Mapping[str, Mapping[str, Any]]
-"""What the manifests of a step's files say, by their rows."""
+"""Row name → metadata of the manifest of the step's file."""
 
 
 def _sync(told: Told) -> dict[str, float]:
-    """What the weight sync before the step's rollouts showed; nothing of an engine that has none."""
+    """Metrics of the weight sync before the step's rollouts; empty for an engine without weight sync."""
     sync = told["rollouts"].get("sync")
     return {f"sync/{name}": float(sync[name]) for name in ("gap_mean", "gap_max", "rebuilt")} if sync else {}
 

@@ -1,4 +1,4 @@
-"""Alarms of a recipe: which metric, in which state and for how many steps, warns the user and may stop the stage.
+"""Alarms of a recipe: which metric values, over how many steps, warn the user and may stop the stage.
 
 Alarms change no published result, so every field may change on resume. `kdrl_core.alarms` has the arithmetic of the
 rules, docs/alarms.md the reasons for the defaults.
@@ -27,7 +27,7 @@ class AlarmRule(Section):
     """Fields of every rule."""
 
     metric: AlarmMetric = Field(description="column of metrics.parquet")
-    patience: Positive = Field(1, description="steps in a row for which it must hold; then it is told once")
+    patience: Positive = Field(1, description="steps in a row that must breach the rule; then you are told once")
     severity: Severity = "warning"
     stop: bool = Field(False, description="stop the stage once the step is published; resumable (docs/alarms.md)")
 
@@ -36,7 +36,7 @@ class ThresholdRule(AlarmRule):
     """The metric is above a number."""
 
     above: float = Field(description="the metric must be greater")
-    min_clip_ratio: Share = Field(0.0, description="steps count only where this share of responses is cut")
+    min_clip_ratio: Share = Field(0.0, description="skip steps in which a smaller share of responses is cut")
 
 
 class FallRule(AlarmRule):
@@ -44,7 +44,7 @@ class FallRule(AlarmRule):
 
     share: float = Field(gt=0.0, lt=1.0, description="share of the best mean so far that is lost")
     window: Positive = Field(10, description="steps that the mean is taken over")
-    min_best: float = Field(0.05, gt=0.0, description="the best mean must have been this high: below it is noise")
+    min_best: float = Field(0.05, gt=0.0, description="the best mean must be at least this high; below it is noise")
 
 
 class JumpRule(AlarmRule):
@@ -66,7 +66,7 @@ class JumpRule(AlarmRule):
 
 
 class AcknowledgedConfig(Section):
-    """Alarms that somebody has seen: those of steps up to these no longer stop their stage."""
+    """Alarms that somebody has seen. Alarms of steps up to the given one no longer stop the stage."""
 
     stage1: int | None = Field(None, ge=0, description="last step whose alarms were seen")
     stage2: int | None = Field(None, ge=0, description="last step whose alarms were seen")

@@ -26,7 +26,7 @@ class DifficultyConfig(Section):
 
 
 class DecontaminationConfig(Section):
-    """Training problems that overlap evaluation problems are dropped, by shared n-grams of words."""
+    """Drops training problems that overlap evaluation problems, measured by shared n-grams of words."""
 
     files: list[str] = Field(
         [f"builtin:benchmarks/{name}.jsonl" for name in PAPER_BENCHMARKS],

@@ -65,8 +65,8 @@ def _not_a_section(location: Sequence[str], value: Any) -> str:
 def _field_for(section: type[BaseModel], value: Any) -> tuple[str, str] | None:
     """The field of a section that a value was meant for, and the value as `--set` takes it; None if that is unclear.
 
-    Of the fields that take the value it is the only one that has it among its choices, else the first required one,
-    else, in a section without required fields, the only one.
+    Among the fields that accept the value it is the only one with a list of choices, else the first required one, else
+    the only one, if the section has no required fields.
     """
     if value is None or isinstance(value, list):
         return None

@@ -20,18 +20,18 @@ class ModelConfig(Section):
 
 
 class ServersConfig(Section):
-    """Servers of one model that share its work: `kdrl serve`, or what speaks vLLM's API."""
+    """Servers of one model that share its work: `kdrl serve`, or any server with vLLM's API."""
 
     urls: list[str] = Field(min_length=1, description="of each server, up to and with /v1: http://127.0.0.1:8000/v1")
     model: str | None = Field(None, description="name under which they serve it; null: the only one that they serve")
     api_key: str | None = Field(None, description="where the key is, env:NAME or block:NAME (Prefect); never the key")
     timeout_s: float = Field(600.0, gt=0.0, description="of one request")
     retry_for_s: float = Field(
-        600.0, ge=0.0, description="from a request's first fault on, what may pass is tried again for so long"
+        600.0, ge=0.0, description="how long a request is retried after its first fault, if the fault may pass"
     )
     first_pause_s: float = Field(1.0, gt=0.0, description="before the second try; doubled with each, up to 30 s")
     concurrency: Positive = Field(32, description="requests in flight, over all servers")
-    sleep: bool = Field(False, description="they share GPUs with other phases and sleep meanwhile (kdrl serve)")
+    sleep: bool = Field(False, description="they share GPUs with other phases and sleep during those (kdrl serve)")
 
     @field_validator("urls")
     @classmethod
@@ -73,12 +73,12 @@ class ServerConfig(ServersConfig):
     """Servers that score with the teacher's weights in place of this process."""
 
     temperature: float = Field(
-        1.0, gt=0.0, le=10.0, description="baked into the served weights (kdrl bake-teacher); has to be the stage's"
+        1.0, gt=0.0, le=10.0, description="baked into the served weights (kdrl bake-teacher); must equal the stage's"
     )
 
 
 class TeacherConfig(ModelConfig):
     """The teacher: a model directory, which is loaded here unless servers score in its place."""
 
-    engine: LocalEngine = Field("transformers", description="what scores where it is loaded here")
+    engine: LocalEngine = Field("transformers", description="what scores if the model is loaded here")
     server: ServerConfig | None = Field(None, description="servers of its weights; path then gives its tokenizer")

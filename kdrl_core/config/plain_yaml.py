@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 MAX_CHARS = 2**17
-"""Most characters of a text, and of a text with its aliases written out. Shipped recipes have 5,000; a few lines of
+"""Most characters of a text, as given and with its aliases written out. Shipped recipes have 5,000; a few lines of
 aliases can stand for terabytes."""
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -64,7 +64,7 @@ def parse_yaml(text: str, *, hide: bool = False) -> Any:
         if hide:
             raise NotYamlError(_place(error)) from None
         raise NotYamlError(str(error)) from error
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:  # of `!!int x`, …
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:  # such as `!!int x`
         if hide:
             raise NotYamlError("a value is not of the kind that its tag says") from None
         raise NotYamlError(f"a value is not of the kind that its tag says ({error})") from error
@@ -78,7 +78,7 @@ def _place(error: Exception) -> str:
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
-    """About how many characters a node has with its aliases written out; nothing is written for it."""
+    """About how many characters a node has with its aliases written out, counted without writing them."""
     if (size := known.get(id(node))) is not None:
         return size
     if isinstance(node, yaml.ScalarNode):

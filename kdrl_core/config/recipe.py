@@ -43,7 +43,7 @@ class TopKConfig(Section):
 
     k: Positive = Field(20, description="teacher logits kept per token")
     floor: float = Field(
-        -20.0, le=0.0, description="log-probability of every other token, −∞ in the paper: what a unit of mass costs"
+        -20.0, le=0.0, description="log-probability of each other token, −∞ in the paper; mass there costs −floor nats"
     )
 
 
@@ -77,7 +77,7 @@ class StageConfig(Section):
     prompts_per_step: Positive = Field(description="prompts of a rollout batch (Tables 3, 5: 64)")
     mini_batch_prompts: Positive = Field(description="prompts per optimiser step (Tables 3, 5: 64)")
     group_size: int = Field(ge=2, description="rollouts per prompt G (Tables 3, 5: 16)")
-    batch_size: Positive | None = Field(None, description="responses per step, if you want it checked: prompts × G")
+    batch_size: Positive | None = Field(None, description="responses per step, prompts × G; checked if given")
     learning_rate: float = Field(gt=0.0, le=1.0, description="Tables 3, 5: 1e-6")
     temperature: float = Field(gt=0.0, le=10.0, description="of sampling and of every logprob (Table 3: 0.6)")
     max_prompt_tokens: Positive = Field(description="longer prompts are filtered out (Tables 3, 5: 1,024)")
@@ -94,7 +94,7 @@ class StageConfig(Section):
     ref_kl_estimator: str = Field("k3", description="Table 3: low_var_kl, that is k3 (7)")
     normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation (2)")
     aggregation: Annotated[str, BeforeValidator(lambda name: require_one_of(name, AGGREGATIONS))] = Field(
-        "token_mean", description="over all response tokens of the step, or (2) to the letter, group by group"
+        "token_mean", description="mean over all response tokens of the step, or group by group exactly as in (2)"
     )
     clip_low: float | None = Field(
         None, ge=0.0, le=1.0, description="clip π_θ / π_old at 1 − clip_low; no effect on-policy, where the ratio is 1"
@@ -112,7 +112,7 @@ class StageConfig(Section):
 
     @property
     def variant(self) -> ObjectiveKind:
-        """What the objective is made of."""
+        """The parts of the objective: teacher, advantages, loss."""
         return OBJECTIVES[self.objective]
 
     @property
@@ -136,7 +136,7 @@ class StageConfig(Section):
         return self.prompts_per_step * self.group_size
 
     def objective_at(self, step: int) -> Objective:
-        """The objective of an optimiser step, which counts from 0: the record that goes to the loss as it is."""
+        """The objective of an optimiser step, counted from 0. The loss takes this record unchanged."""
         beta = self.beta
         return Objective(
             kind=self.objective,
@@ -162,7 +162,7 @@ class StageConfig(Section):
     @field_validator("kl_estimator", "ref_kl_estimator", mode="before")
     @classmethod
     def _known_estimator(cls, name: object, info: ValidationInfo) -> object:
-        """A name of the table, or a reference to a function; a relative path in it becomes absolute."""
+        """A name of the table, or a reference to a function; a relative path in a reference becomes absolute."""
         if is_reference(name):
             return str(parse_reference(str(name)))
         is_penalty = info.field_name == "ref_kl_estimator"
@@ -243,7 +243,7 @@ class Recipe(Section):
         return self
 
     def _check_estimators(self, name: str) -> None:
-        """The ranks of the DeepSpeed trainer are processes of their own."""
+        """Refuse estimators that only this process knows, since DeepSpeed's ranks are other processes."""
         stage = self.stage(name)
         for field in ("kl_estimator", "ref_kl_estimator"):
             estimator = ESTIMATORS.get(getattr(stage, field))
@@ -254,7 +254,7 @@ class Recipe(Section):
                 )
 
     def _check_server(self, name: str) -> None:
-        """Served logprobs know no temperature but that which is baked into the served weights."""
+        """Refuse a served teacher at another temperature: the served weights have a fixed one baked in."""
         server = self.teacher.server if self.teacher is not None else None
         stage = self.stage(name)
         if server is not None and stage.scores_teacher and server.temperature != stage.temperature:

@@ -1,4 +1,4 @@
-"""Where a run works: what samples, what trains, on which device, what tracks it. None of it changes the method."""
+"""Where a run works: rollout engine, trainer, device, trackers. These fields do not change the method."""
 
 from typing import Literal, Self
 from urllib.parse import urlsplit
@@ -33,13 +33,13 @@ class RolloutConfig(Section):
 
 
 class VLLMConfig(Section):
-    """Of each vLLM engine in this process, of rollouts and of the teacher."""
+    """Settings of each vLLM engine in this process, for rollouts and for the teacher."""
 
     max_num_seqs: Positive = Field(256, description="responses in flight")
     kv_cache_gb: float | None = Field(None, gt=0.0, description="GiB of key-value cache; null: vLLM decides")
     gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of the GPU, weights and cache")
     tensor_parallel: Positive = Field(1, description="GPUs that share one engine")
-    sleep: bool = Field(True, description="memory is given back between phases: weights (GPU) and key-value cache")
+    sleep: bool = Field(True, description="free memory between phases: weights (GPU) and key-value cache")
 
 
 class RuntimeConfig(Section):
@@ -47,7 +47,7 @@ class RuntimeConfig(Section):
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    num_threads: Positive = Field(1, description="torch threads; part of what makes a CPU run bit-identical")
+    num_threads: Positive = Field(1, description="torch threads; CPU runs are bit-identical only at the same number")
     rollout_batch_size: Positive = Field(256, description="responses generated together")
     score_batch_tokens: Positive = Field(65_536, description="padded tokens per scoring forward pass")
 
@@ -55,10 +55,10 @@ class RuntimeConfig(Section):
 class TrainerConfig(Section):
     """What updates the policy. Numbers here do not change the method, only where it runs and its last bits."""
 
-    engine: Literal["torch", "deepspeed"] = Field("torch", description="in this process, or ranks of their own")
+    engine: Literal["torch", "deepspeed"] = Field("torch", description="torch: this process; deepspeed: several ranks")
     ranks: Positive = Field(1, description="processes that train together (deepspeed)")
     zero_stage: Literal[0, 2, 3] = Field(
-        2, description="cut over ranks: 0 nothing, 2 optimiser and gradients, 3 weights as well (deepspeed)"
+        2, description="sharded over ranks: 0 nothing, 2 optimiser and gradients, 3 weights as well (deepspeed)"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     offload_optimizer: bool = Field(False, description="optimiser in the host's memory (deepspeed, zero_stage 2, 3)")
@@ -79,7 +79,7 @@ class TrainerConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where the metrics of a run go beside its own files; read from these, so that nothing depends on it."""
+    """Trackers that get the metrics of a run, as copies from the run's own files. Nothing depends on a tracker."""
 
     trackers: list[TrackerName] = Field([], description="tensorboard, mlflow, wandb (offline); none by default")
     project: str = Field("kdrl", min_length=1, max_length=128, description="MLflow's experiment, W&B's project")

@@ -54,7 +54,7 @@ def may_hold_key(text: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """As much of a user's text as a message needs. Of `FIELD=VALUE` that may hold a key, the field alone."""
+    """A user's text as messages show it: cut if long, and only the field of a `FIELD=VALUE` that may hold a key."""
     if may_hold_key(text):
         name, equals, _ = text.partition("=")
         return name if equals else "(not shown, as it may hold a key)"

@@ -1,4 +1,4 @@
-"""What every part of a recipe is: frozen, strict, without unknown fields."""
+"""The base of every part of a recipe: frozen, strict, without unknown fields."""
 
 from collections.abc import Iterable
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ def require_one_of(value: object, choices: Iterable[str]) -> object:
 
 
 LocalEngine = Literal["transformers", "vllm"]
-"""What samples or scores in this process."""
+"""Engines that sample or score in this process."""
 
 EngineName = Literal[LocalEngine, "server"]
-"""What samples: in this process, or replicas of vLLM."""
+"""Engines that sample: in this process, or as replicas of vLLM (`server`)."""

@@ -20,7 +20,7 @@ class BenchmarkProblem:
 
 
 def select_benchmarks(known: Sequence[BenchmarkConfig], names: Sequence[str] | None) -> list[BenchmarkConfig]:
-    """Those of the known benchmarks that are named, in the order of `known`; all without names.
+    """The benchmarks that are named, in the order of `known`; all if `names` is None.
 
     Raises:
         DataError: a name is not known; the known ones and the nearest are listed.
@@ -35,7 +35,7 @@ def select_benchmarks(known: Sequence[BenchmarkConfig], names: Sequence[str] | N
 
 
 def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
-    """The problems of a benchmark, the first `max_problems` of them.
+    """The problems of a benchmark, at most the first `max_problems`.
 
     Raises:
         DataError: the file is missing, empty, or a row lacks a field; file, row and field are named.

@@ -2,14 +2,14 @@ r"""Training problems that overlap evaluation problems, found by shared n-grams 
 
     overlap(a, b) = |ngrams(a) ∩ ngrams(b)| / min(|ngrams(a)|, |ngrams(b)|)
 
-over distinct n-grams, so that a benchmark problem inside a longer text overlaps wholly. Problems shorter than n words
+over distinct n-grams, so a benchmark problem inside a longer text has overlap 1. Problems shorter than n words
 have no n-gram; they overlap only if their letters and digits are the same. Words are runs of letters or digits after
 NFKC and lower-casing. LaTeX that changes only the look (`\left`, `\dfrac`, `\text`) is left out.
 
-Why a share, and not one n-gram in common: contest problems end in the same sentences ("where m and n are relatively
-prime positive integers. Find m + n"). The 3,052 shipped problems had their overlaps removed before. A rule of one
-shared 13-gram would still drop 220 of them; half of the shorter problem's n-grams drops 4, of which two are benchmark
-problems in other words.
+The rule is a share, not one common n-gram, since contest problems end in the same sentences ("where m and n are
+relatively prime positive integers. Find m + n"). The 3,052 shipped problems had their overlaps removed before. A rule
+of one shared 13-gram would still drop 220 of them. Half of the shorter problem's n-grams drops 4; two of these are
+reworded benchmark problems.
 """
 
 import re

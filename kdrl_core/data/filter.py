@@ -47,7 +47,7 @@ from kdrl_core.errors import DataError, RecipeError
 _BATCH_ROWS = 32_768
 
 QuestionCheck = tuple[npt.NDArray[np.bool_], list[Overlap | None] | None]
-"""Of each row, whether its prompt is short enough; of each such row, its overlap (None: not looked for)."""
+"""Per row, whether its prompt is short enough; per short row, its overlap (None: the rule is off)."""
 
 _REMEDIES = {
     "malformed": "correct the files",

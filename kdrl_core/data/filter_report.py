@@ -8,7 +8,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleCount:
-    """How many rows a rule dropped of those that earlier rules had left."""
+    """How many rows a rule dropped, out of the rows that earlier rules had kept."""
 
     rule: str
     dropped: int

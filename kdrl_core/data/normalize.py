@@ -86,7 +86,7 @@ def normalize_rows(
         if not isinstance(row, dict):
             chunk.reject(position, "row", f"an object is expected, found {kind_of(row)}")
     objects = [row if isinstance(row, dict) else {} for row in rows]
-    # Row by row: the field names of other rows must not matter to a row.
+    # Row by row: the result for a row must not depend on the fields of other rows.
     chunk.columns["question"] = _json_text(chunk, objects, _QUESTION_NAMES, is_needed=True)
     chunk.columns["answer"] = _json_text(chunk, objects, ("answer",), is_needed=True, integers=True)
     chunk.columns["problem_id"] = _json_text(chunk, objects, _ID_NAMES, integers=True)
@@ -131,7 +131,7 @@ def _plain_columns(chunk: Chunk, batch: pa.RecordBatch, data_format: Format) -> 
 def _json_text(
     chunk: Chunk, rows: list[dict[str, Any]], names: Sequence[str], *, is_needed: bool = False, integers: bool = False
 ) -> pa.Array:
-    """Of each row the text of the first of these fields that it has."""
+    """The text of each row: of the first field among `names` that the row has."""
     texts: list[str | None] = []
     for position, row in enumerate(rows):
         name = next((name for name in names if row.get(name) is not None), None)

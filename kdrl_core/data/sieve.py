@@ -1,4 +1,4 @@
-"""The rules of the data filter. Each is a method that keeps some of the rows alive and counts those that it dropped.
+"""The rules of the data filter. Each is a method that keeps some of the rows alive and counts the rows that it drops.
 
 The rules need only small columns (labels, codes, ids, answers), so the same code serves a table in memory and files
 that do not fit. `kdrl_core.data.filter` describes the rules, their order and the reasons for it.
@@ -27,7 +27,7 @@ from kdrl_core.verify.accuracy import UNREADABLE_TRUTH
 _MISSING = -1
 _NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/[1-9]\d{0,40})?|\\frac\{\d{1,40}\}\{[1-9]\d{0,40}\}", re.ASCII)
 _PROBE = r"\boxed{98765432123456789}"
-"""An answer that is no problem's ground truth."""
+"""An answer that is not the ground truth of any problem."""
 _OFF = "off"
 
 Rows = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ class Sieve:
     Args:
         problems: in PROBLEM_SCHEMA; the questions are not read.
         keys: [rows] equal for rows with the same normalised question.
-        digests: rows → hash of each question as it stands. It ranks duplicates in any order of the input.
+        digests: rows → hash of each question, not normalised. It ranks duplicates, whatever the order of the input.
         labels: [rows] failures by label, as from `label_column`, and the names of all labels in the data; None: read
             them from `problems`.
     """
@@ -84,7 +84,7 @@ class Sieve:
         self.alive = self.alive[mask]
 
     def drop_duplicates(self) -> None:
-        """duplicates: of rows with the same normalised question, keep the best labelled, then the first by content."""
+        """duplicates: of rows with the same normalised question, keep the best labelled; ties: first by content."""
         codes = self._keys
         is_kept = np.ones(len(codes), dtype=bool)
         repeated = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
@@ -308,7 +308,7 @@ def unparsable_answers(answers: Iterable[str], limits: VerificationConfig) -> se
     """The answers that math-verify cannot read, so that no response to their problem could be found right.
 
     The verifier's own killable workers read them: each distinct truth is compared with a number, and the verdict says
-    whether the truth is mathematics. A truth that exhausts time or memory counts as unreadable. Plain numbers and
+    whether the truth can be read. A truth that exhausts time or memory counts as unreadable. Plain numbers and
     fractions need no worker.
     """
     doubtful = sorted({answer for answer in answers if not _NUMBER.fullmatch(answer)})

@@ -97,8 +97,8 @@ def _is_list_of_one_string(value: Any) -> bool:
 def _json_values(texts: list[str]) -> list[Any]:
     """The JSON value of each text; None where it is not JSON."""
     try:
-        # All at once, which is much faster. No value can span two texts: the line break between them may not stand in
-        # a JSON string, and the comma would part two elements, but each of these lists must have one.
+        # All at once, which is much faster. No value can span two texts: a JSON string cannot hold the line break
+        # between them, and the comma would make a list of two elements, but each of these lists must have one.
         values: list[Any] = json.loads("[" + ",\n".join(texts) + "]")
         if len(values) == len(texts) and all(_is_list_of_one_string(value) for value in values):
             return values

@@ -167,7 +167,7 @@ class _Rows:
                     report_progress(name, first)
 
     def digests(self, places: pa.Array) -> pa.ChunkedArray:
-        """Hashes of the questions at `places` as they stand, in that order."""
+        """Hashes of the questions at `places`, not normalised, in that order."""
         ordered = places.to_numpy()
         chunks = [chunk for _, table in self.batches(ordered) for chunk in question_digests(table["question"]).chunks]
         return pa.chunked_array(chunks, pa.binary(16))
@@ -219,7 +219,7 @@ class _LengthRule:
         self._limit = limit
         (prompt, _) = render_prompts([_PROBE], tokenizer, recipe)[0]
         rest = len(prompt.encode()) - len(_PROBE)
-        # One byte to spare, for tokenizers that put a blank before the text. If the question stands twice: no shortcut.
+        # One byte to spare, for tokenizers that put a blank before the text. No shortcut if the question appears twice.
         self._max_bytes = limit - rest - 1 if prompt.count(_PROBE) == 1 else -1
 
     def fits(self, questions: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

@@ -3,7 +3,7 @@
 Letter case, LaTeX spelling and punctuation are kept, so two rows are duplicates only if a reader sees the same text.
 Decontamination matches more loosely.
 
-JSON can hold texts that UTF-8 cannot, with halves of surrogate pairs; files and requests cannot have them.
+JSON can hold halves of surrogate pairs. UTF-8 cannot, so such texts fit neither into files nor into requests.
 """
 
 import hashlib
@@ -53,12 +53,12 @@ def question_hashes(normal: pa.Array) -> npt.NDArray[np.uint64]:
 
 
 def question_ids(hashes: npt.NDArray[np.uint64]) -> pa.Array:
-    """`q-` and the 16 hex digits of each hash: the same wherever the question stands."""
+    """`q-` and the 16 hex digits of each hash: the same question gets the same id everywhere."""
     return pa.array([f"q-{number:016x}" for number in hashes.tolist()], pa.string())
 
 
 def question_digests(questions: pa.ChunkedArray) -> pa.ChunkedArray:
-    """16 bytes of the sha256 of each question as it stands, in the input's chunks."""
+    """16 bytes of the sha256 of each question, not normalised, in the input's chunks."""
     kind = pa.binary(16)
     chunks = [
         pa.array([hashlib.sha256(text.encode()).digest()[:16] for text in chunk.to_pylist()], kind)

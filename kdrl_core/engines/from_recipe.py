@@ -20,7 +20,7 @@ def rollout_engine(
     max_response_tokens: int,
     engine: EngineName | None = None,
 ) -> RolloutEngine:
-    """What samples from the model directory `model`; replicas are told to load it.
+    """The engine that samples from the model directory `model`. Replicas are told to load it.
 
     Args:
         temperature: of sampling; 0 is greedy.
@@ -28,7 +28,7 @@ def rollout_engine(
         engine: in place of the recipe's `rollout.engine`.
 
     Raises:
-        EngineError, ModelError: it cannot be started or reached, or the model not be loaded.
+        EngineError, ModelError: the engine cannot be started or reached, or the model cannot be loaded.
     """
     engine = engine or recipe.rollout.engine
     common: dict[str, Any] = {"temperature": temperature, "max_response_tokens": max_response_tokens}
@@ -69,7 +69,7 @@ def local_scorer(
     num_tokens: int,
     max_topk: int = 0,
 ) -> TeacherScorer:
-    """What scores with the frozen model directory `model` in this process, at the student's temperature.
+    """The scorer of the frozen model directory `model`, in this process, at the student's temperature.
 
     Args:
         max_tokens: of the longest prompt and response together.

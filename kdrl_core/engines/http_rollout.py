@@ -1,8 +1,8 @@
 """Rollouts by servers: vLLM replicas (`kdrl serve`) over the OpenAI-compatible `/v1/completions`.
 
-Each replica loads a checkpoint, from a disk that it shares with the trainer, before it samples from it. A replica that
-was away loads it again. A replica that was restarted meanwhile had its initial weights, so its responses of this call
-are sampled again. So all returned responses come from the policy that was loaded.
+Before a replica samples, it loads the checkpoint from a disk that it shares with the trainer. A replica that was away
+loads it again. A replica that restarted during a call had its initial weights, so its responses of this call are
+sampled again. So all returned responses come from the loaded policy.
 """
 
 import logging
@@ -27,7 +27,7 @@ Sampled = tuple[Rollout, str, str]
 
 
 class HTTPRolloutEngine:
-    """`RolloutEngine` over one or more replicas; `max_prompt_tokens`: the longest to come. Raises as `ServerPool`."""
+    """`RolloutEngine` over replicas; `max_prompt_tokens`: of the longest prompt to come. Raises as `ServerPool`."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class HTTPRolloutEngine:
         rollouts: dict[int, Rollout] = {}
         missing = list(range(len(requests)))
         for round_ in range(_MAX_ROUNDS):
-            heard = hear if round_ == 0 else None  # each response is heard once
+            heard = hear if round_ == 0 else None  # each response is reported once
             asked = [(f"response {row}", partial(self._sample, requests[row], limit, heard)) for row in missing]
             found = dict(zip(missing, self._pool.ask_all(asked), strict=True))
             current = self._confirmed()

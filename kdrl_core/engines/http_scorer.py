@@ -57,9 +57,9 @@ class HTTPScorer:
         return found
 
     def score_ahead(self, requests: Sequence[ScoreRequest], k: int = 0) -> None:
-        """Let the servers begin with requests of `score`, or of `score_topk` with this k, and return at once.
+        """Let the servers start on requests of `score`, or of `score_topk` with this k, and return at once.
 
-        The next call takes the results that are there, waits for the others, and drops those that it does not ask for.
+        The next call takes the finished results, waits for the others, and drops results that it does not ask for.
         """
         for request in requests:
             if (key := _key(request, k)) not in self._ahead:
@@ -68,7 +68,7 @@ class HTTPScorer:
                 self._ahead[key].add_done_callback(self._ahead_clock.stop)
 
     def hidden_seconds(self) -> float:
-        """For how long servers have scored responses of `score_ahead` since the last call of this method."""
+        """Seconds in which servers scored responses of `score_ahead`, since the last call of this method."""
         return self._ahead_clock.read()
 
     @property

@@ -43,7 +43,7 @@ class RolloutEngine(Protocol):
     ) -> list[Rollout]:
         """One response per request, in order. `on_finished` gets each response as soon as it is finished.
 
-        `max_response_tokens` is a limit below the engine's own.
+        `max_response_tokens` may lower the engine's own limit.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Calls that may fail for a while: tried again after growing pauses, on threads that end with the program."""
+"""Retries calls that fail for a while, after growing pauses, on threads that end with the program."""
 
 import logging
 import queue
@@ -28,14 +28,14 @@ def retry_transient(
     over: threading.Event,
     advice: str,
 ) -> _Result:
-    """The result of a call that is tried again while it raises TransientError. Raises EngineError once given up.
+    """The result of a call, retried while it raises TransientError. Raises EngineError once it gives up.
 
     Args:
         what: what is asked for, as messages name it.
         retry_for_s: from the first fault to the beginning of the last try.
         first_pause_s: before the second try; doubled with each, up to 30 s, with jitter.
-        over: once set, no pause is waited for and nothing is tried again.
-        advice: end of the message of what was given up.
+        over: once set, a pause ends at once and nothing is retried.
+        advice: end of the message when it gives up.
     """
     started = time.monotonic()
     pauses = wait_exponential_jitter(initial=first_pause_s, max=_MAX_PAUSE_S, jitter=first_pause_s)
@@ -74,7 +74,7 @@ def retry_transient(
 
 
 class DaemonThreads:
-    """Threads that, unlike a ThreadPoolExecutor's, the program's end does not wait for: a request may take minutes."""
+    """Daemon threads: unlike a ThreadPoolExecutor's, they end with the program, even during a long request."""
 
     def __init__(self, count: int, name: str) -> None:
         self._count, self._name = count, name

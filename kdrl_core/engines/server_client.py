@@ -17,7 +17,7 @@ from kdrl_core.errors import EngineError
 _TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
 _MAX_BODY_SHOWN = 200
 _MIN_KEY_CHARS = 8
-"""Shorter keys are not cut out of answers: one such as `EMPTY`, which stands for none, may be a word of theirs."""
+"""Shorter keys are not cut out of answers: a placeholder such as `EMPTY` may be an ordinary word there."""
 _KEEP_ALIVE_S = 2.0
 """Servers hang up on idle connections, vLLM after 5 s; a request on such a connection fails."""
 
@@ -35,8 +35,8 @@ class ServerClient:
 
     Args:
         timeout_s: of one request.
-        field: of the recipe that describes the servers, for messages.
-        key_field: of the recipe, or the option, that names the key, for messages.
+        field: the recipe's field that describes the servers, for messages.
+        key_field: the recipe's field, or the option, that names the key, for messages.
     """
 
     def __init__(self, *, api_key: str | None, connections: int, timeout_s: float, field: str, key_field: str) -> None:
@@ -57,11 +57,11 @@ class ServerClient:
     def answer(
         self, where: str, method: str, url: str, body: dict[str, Any] | None, timeout_s: float | None = None
     ) -> Any:
-        """The JSON of an answer of `where`, the server as messages name it. `timeout_s` may be below the client's own.
+        """The JSON that a server answers; messages call it `where`. `timeout_s` may be below the client's own.
 
         Raises:
-            TransientError: the server may answer otherwise the next time.
-            EngineError: it will not.
+            TransientError: another try may succeed.
+            EngineError: another try cannot succeed.
         """
         limit_s = min(timeout_s or self._timeout_s, self._timeout_s)
         try:

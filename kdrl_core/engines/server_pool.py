@@ -1,7 +1,7 @@
 """Servers of one model that share its work: each request goes to the least busy one and is tried again after a fault.
 
-A fault that cannot pass, or has not passed within `retry_for_s`, is an EngineError. The first one ends all other
-requests of its call.
+A fault that cannot pass, or has not passed within `retry_for_s`, raises EngineError. The first EngineError ends all
+other requests of the same call.
 """
 
 import logging
@@ -21,8 +21,8 @@ from kdrl_core.engines.server_client import ServerClient, TransientError
 from kdrl_core.errors import EngineError
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Sampling parameters of vLLM: sample from all of softmax(logits / T). A vLLM server takes parameters that are not sent
-from the model's generation_config.json."""
+"""Sampling parameters of vLLM: sample from all of softmax(logits / T). If a parameter is not sent, a vLLM server takes
+it from the model's generation_config.json."""
 _MAX_OUT_S = 60.0
 _MAX_DOUBLINGS = 16
 _CONTROL_S = 600.0
@@ -46,9 +46,9 @@ class Server:
     """Up to and with `/v1`."""
     in_flight: int = 0
     asked: int = 0
-    """Requests so far. Among equally busy servers the one with the fewest is next, so that a probe reaches each."""
+    """Requests so far. Among equally busy servers the one with the fewest goes first, so that a probe reaches each."""
     faults: int = 0
-    """Faults in a row; those of requests that were in flight together count once."""
+    """Faults in a row. Faults of requests that were in flight together count once."""
     out_until: float = 0.0
     is_asleep: bool = False
     wakes: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -71,7 +71,7 @@ class ServedModel:
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 600.0
     retry_for_s: float = 600.0
-    """From a request's first fault to the beginning of its last try. Even a slower request is tried twice."""
+    """From a request's first fault to the start of its last try. Even a request that takes longer is tried twice."""
     first_pause_s: float = 1.0
     """Doubled with each try, up to 30 s, with jitter."""
     concurrency: int = 32
@@ -90,10 +90,10 @@ class ServerPool:
     Args:
         served: the servers.
         role: the name of the servers in messages, `teacher` or `rollout`.
-        field: of the recipe that describes the servers.
+        field: the recipe's field that describes the servers.
         max_tokens: prompt and response tokens of the longest request to come, checked against the servers' context.
-        options: the names in messages of `model`, `api_key` and `retry_for_s` if they are not fields of the recipe, and
-            the `remedy` when a request is given up.
+        options: how messages name `model`, `api_key` and `retry_for_s` if these are not fields of the recipe, and the
+            `remedy` when a request is given up.
 
     Raises:
         EngineError: no server can be reached within `retry_for_s`, or one serves another model or too short a context,
@@ -130,7 +130,7 @@ class ServerPool:
         self._over = threading.Event()
         self._ahead = DaemonThreads(served.concurrency, f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
-        """Name under which they serve it."""
+        """Name under which the servers serve the model."""
 
     def close(self) -> None:
         """Close the connections and drop requests in flight. Servers that share their GPUs are put to sleep, if they
@@ -147,7 +147,7 @@ class ServerPool:
         return self._ahead.submit(self._asked, what, attempt, self._over)
 
     def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
-        """The results of named attempts, in order, at most `concurrency` at a time, each at the server that is next.
+        """The results of named attempts, in order, at most `concurrency` at a time, each at the least busy server.
 
         Raises the EngineError of the first attempt that failed; the others are dropped.
         """
@@ -165,7 +165,7 @@ class ServerPool:
     def each(self, what: str, attempt: Attempt[_Result]) -> dict[str, _Result]:
         """URL → result of every server that answers now. At least one must answer within `retry_for_s`.
 
-        The others are not used for a while, and the log says so.
+        Servers that do not answer are not used for a while, and the log says so.
         """
         first: list[Server] = []
 
@@ -242,7 +242,7 @@ class ServerPool:
         return self._client.answer(self.where(server), method, base + path.removeprefix("/.."), body, timeout_s)
 
     def _asked(self, what: str, attempt: Attempt[_Result], over: threading.Event) -> _Result:
-        """The result of an attempt at the server that is next, tried again as `retry_transient` does."""
+        """The result of an attempt at the least busy server, retried as `retry_transient` does."""
         return retry_transient(
             what,
             partial(self._at_a_server, attempt),
@@ -274,7 +274,7 @@ class ServerPool:
 
     def _leave_out(self, server: Server) -> None:
         now = time.monotonic()
-        if now >= server.out_until:  # else a request that was in flight together with this one has put it out
+        if now >= server.out_until:  # else another request in flight has left it out already
             server.faults += 1
             pause = 2.0 ** min(server.faults, _MAX_DOUBLINGS) * self._served.first_pause_s
             server.out_until = now + min(pause, _MAX_OUT_S)

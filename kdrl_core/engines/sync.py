@@ -1,6 +1,6 @@
 """Weight sync with a proof: after an update the engine must sample with the trainer's probabilities.
 
-An engine that keeps old weights, or a mixture of old and new, raises no error; every later rollout is off-policy. So
+An engine that keeps old weights, or a mixture of old and new, raises no error, but its rollouts are off-policy. So
 the engine samples a few short responses, and the trainer computes the logprobs of the same tokens.
 """
 

@@ -1,4 +1,4 @@
-"""The engines of transformers, in this process: for a laptop, and the reference for the other engines.
+"""Engines that run transformers in this process: for a laptop, and as the reference for the other engines.
 
 Rollouts: in each batch a distinct prompt is prefilled once, and its key-value cache is repeated for its samples.
 Finished responses leave the batch, several at a time. A token is drawn by inverting the distribution function of
@@ -70,7 +70,7 @@ class TransformersRolloutEngine:
         """Nothing: the model stays where it is."""
 
     def close(self) -> None:
-        """Nothing: the model goes with the engine."""
+        """Nothing: the model is freed with the engine."""
 
     @torch.inference_mode()
     def _generate_batch(
@@ -247,7 +247,7 @@ class TransformersScorer:
         """Nothing: the model stays where it is."""
 
     def close(self) -> None:
-        """Nothing: the model goes with the scorer."""
+        """Nothing: the model is freed with the scorer."""
 
     def _batches(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[int], PaddedBatch]]:
         lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in requests]

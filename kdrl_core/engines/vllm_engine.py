@@ -7,8 +7,8 @@ vLLM changes the process that it runs in:
   inherit. Both are restored here.
 - Its forward pass keeps state in globals, so two engines never step at the same time.
 - All engines of the process share the process groups, and an engine destroys them at its shutdown. So only the last
-  engine is shut down wholly.
-- On a CPU it would compile a kernel for the ranks of logprobs with a C++ compiler. Nobody reads them, so this is off.
+  engine is shut down completely.
+- On a CPU it would need a C++ compiler for a kernel that ranks logprobs. kdrl does not use it, so this is off.
 """
 
 import gc
@@ -29,7 +29,7 @@ from kdrl_core.models.loading import context_limit, read_config
 
 _BATCHED_TOKENS = 2048
 _PIECE_LOGITS_BYTES = 2**28
-"""Most bytes of float32 logits of the tokens that are scored at once; vLLM holds several arrays of this size."""
+"""Limit on the bytes of the float32 logits of one scoring pass; vLLM holds several arrays of this size."""
 _one_at_a_time = threading.RLock()
 _live: set[int] = set()
 """ids of the open engines of this process."""
@@ -61,8 +61,8 @@ class VLLMSettings:
     sleep: bool = True
     """Whether `VLLMEngine.sleep` frees memory; otherwise it does nothing."""
     own_process: bool = False
-    """Its workers are processes of their own. On GPUs they must be: vLLM has one pool of memory per process that can
-    sleep, so two engines in a process would fall asleep together."""
+    """Its workers are processes of their own. On GPUs they must be: vLLM has one memory pool per process that can
+    sleep, so two engines in one process would sleep together."""
 
 
 class VLLMEngine:
@@ -97,11 +97,11 @@ class VLLMEngine:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if settings.kv_cache_gb is None else int(settings.kv_cache_gb * 2**30),
                 enforce_eager=settings.device == "cpu",
-                # If a prompt comes in two parts, the CPU's sampler cannot take back the random number of the first.
+                # If a prompt comes in two parts, the CPU's sampler cannot undo the random number drawn for the first.
                 enable_chunked_prefill=settings.device != "cpu" or not settings.samples,
                 max_num_batched_tokens=batched_tokens,
                 use_tqdm_on_load=False,
-                enable_prefix_caching=False,  # prompts are short, and the cache would be of old weights
+                enable_prefix_caching=False,  # prompts are short, and the cache would hold old weights
                 logprobs_mode="processed_logprobs",  # of softmax(logits / T)
                 max_logprobs=max(1, settings.max_logprobs),
                 worker_extension_cls=_EXTENSION,
@@ -114,7 +114,7 @@ class VLLMEngine:
 
     def load_weights(self, model: Path) -> None:
         """Load the weights of a model directory of the same architecture. Raises EngineError if they do not fit."""
-        if not any(model.glob("*.safetensors")):  # vLLM would drop its weights, then ask a hub for new ones
+        if not any(model.glob("*.safetensors")):  # vLLM would drop its weights, then look for new ones on the Hub
             raise EngineError(f"vLLM cannot load {model}: no safetensors file is there; give it an exported model")
         self._is_asleep = False  # loading wakes it
         try:
@@ -126,7 +126,7 @@ class VLLMEngine:
     def sleep(self) -> None:
         """Free memory until the engine is used again. Raises EngineError if it fails.
 
-        On a GPU it is that of the key-value cache and the weights, which move to the host; on a CPU that of the cache.
+        On a GPU it frees the key-value cache and moves the weights to the host; on a CPU it frees the cache alone.
         """
         if self._can_sleep and not self._is_asleep:
             self._tell("kdrl_sleep")
@@ -138,7 +138,7 @@ class VLLMEngine:
         parameters: Callable[[int], Mapping[str, Any]],
         on_finished: Callable[[int, Any], None],
     ) -> None:
-        """Run requests, prompts of token ids, and report each result as soon as it is there.
+        """Run requests, each a prompt of token ids, and report each result as soon as it is there.
 
         Args:
             parameters: row → arguments of vLLM's SamplingParams.
@@ -222,7 +222,7 @@ def _batched_tokens(model: Path, settings: VLLMSettings) -> int:
 
 
 def _one_position_more(model: Path, settings: VLLMSettings) -> dict[str, int]:
-    """One more position for a scorer whose sequences fill the context: vLLM samples a token, never attended to."""
+    """One more position for a scorer whose sequences fill the context: vLLM samples a token that nothing attends to."""
     limit = context_limit(read_config(model))
     is_beyond = not settings.samples and limit is not None and settings.max_model_len == limit + 1
     return {"max_position_embeddings": settings.max_model_len} if is_beyond else {}

@@ -1,4 +1,4 @@
-"""kdrl's methods of a vLLM worker: load a checkpoint so that it is surely used, say which one is loaded, sleep.
+"""kdrl's methods of a vLLM worker: load a checkpoint and make vLLM use it, say which one is loaded, sleep.
 
 vLLM loads the class by name (`--worker-extension-cls kdrl_core.engines.vllm_extension.KdrlWorker`) and calls its
 methods through `collective_rpc`. They return dicts, since the server turns anything else into text.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 _INCARNATION = uuid.uuid4().hex
-"""Identity of this process. A worker that was restarted has another one, and its initial weights."""
+"""Identity of this process. A restarted worker has another identity, and its initial weights."""
 
 
 class KdrlWorker:
@@ -27,13 +27,13 @@ class KdrlWorker:
         return self.kdrl_state()
 
     def kdrl_scale_prompt_logprobs(self, temperature: float) -> None:
-        """Make `prompt_logprobs` those of softmax(logits / temperature). Sampling has its own temperature."""
+        """Make `prompt_logprobs` use softmax(logits / temperature). Sampling has its own temperature."""
         worker: Any = self
         worker.model_runner.get_model().logits_processor.scale = 1.0 / temperature
 
     def kdrl_sleep(self) -> dict[str, str]:
-        """Free memory until `kdrl_wake`: on a GPU that of the key-value cache and the weights, which move to the host's
-        memory; on a CPU that of the cache alone. No request may be in flight. Returns `kdrl_state`."""
+        """Free memory until `kdrl_wake`. On a GPU it frees the key-value cache and moves the weights to the host's
+        memory; on a CPU it frees the cache alone. No request may be in flight. Returns `kdrl_state`."""
         worker: Any = self
         if not getattr(self, "kdrl_is_asleep", False):
             if worker.vllm_config.model_config.enable_sleep_mode:

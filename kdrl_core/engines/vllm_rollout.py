@@ -16,7 +16,7 @@ _MAX_SEED = 2**63
 class VLLMRolloutEngine:
     """`RolloutEngine` over vLLM. `model` is the directory of the first policy. Raises EngineError as `VLLMEngine`.
 
-    Each request has a seed of its own. As far as vLLM's kernels allow, a response does not depend on the others.
+    Each request has a seed of its own. A response depends on the others only where vLLM's kernels depend on the batch.
     """
 
     def __init__(

@@ -15,8 +15,8 @@ from kdrl_core.models.loading import read_config
 from kdrl_core.types import ScoreRequest
 
 _SPARE = 4
-"""How many more tokens than k are asked for first, since some may be padding. If more are, a second request asks for as
-many more as there is padding."""
+"""Tokens beyond k in the first request, since some may be padding ids. If that is too few, a second request asks for k
+tokens and one for each padding id."""
 
 _Taken = TypeVar("_Taken")
 

@@ -43,8 +43,8 @@ def model_fault(
 ) -> tuple[str, str] | None:
     """Why vLLM cannot run a model whose sequences have up to `tokens` tokens; None if it can.
 
-    A check is left out if its field of config.json, `config`, is missing. Returns the recipe's field that is in the way
-    (empty: it is the model itself), and what is wrong.
+    `config` is the content of config.json; a check whose field is missing there is skipped. Returns the recipe's field
+    at fault (empty: the model itself), and what is wrong.
     """
     heads, split = config.get("num_attention_heads"), tensor_parallel
     if split > 1 and device == "cpu":
