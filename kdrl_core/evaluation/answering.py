@@ -1,4 +1,4 @@
-"""What answers the problems of a benchmark: a model directory by an engine in this process, or an endpoint."""
+"""Answer the problems of a benchmark: with a model directory and an engine in this process, or with an endpoint."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -19,9 +19,9 @@ from kdrl_core.types import FinishReason
 from kdrl_core.verify import Verifier
 
 _MESSAGE_OVERHEAD_TOKENS = 64
-"""What a chat template adds to a message, at most."""
+"""Upper bound on the tokens that a chat template adds to a message."""
 SamplerOf = Callable[[BenchmarkConfig], Sampler]
-"""What answers a benchmark."""
+"""Benchmark → the sampler that answers it."""
 
 
 def sampler_of_directory(
@@ -30,7 +30,7 @@ def sampler_of_directory(
     """Load a model directory.
 
     Args:
-        describe: what errors call the evaluation of a benchmark.
+        describe: names the evaluation of a benchmark in error texts.
         stack: closes engine and verifier.
 
     Raises:
@@ -43,7 +43,7 @@ def sampler_of_directory(
     tokenizer = load_tokenizer(path, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
     asked = recipe.evaluation.max_context_tokens
     context = min(asked, context_limit(read_config(path)) or asked)
-    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None  # the teacher's, say
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None  # for example the teacher's
     prompts: dict[str, list[tuple[str, list[int]]]] = {}
     limits: dict[str, int] = {}
     for benchmark in plan.benchmarks:
@@ -81,7 +81,7 @@ def sampler_of_directory(
 
 
 def _response_limit(context: int, prompts: Sequence[tuple[str, Sequence[int]]], what: str) -> int:
-    """Most tokens of a response: what the longest prompt leaves of the context. Raises ModelError if that is 0."""
+    """Token limit of a response: the context minus the longest prompt. Raises ModelError if nothing is left."""
     longest = max(len(token_ids) for _, token_ids in prompts)
     if longest >= context:
         raise ModelError(
@@ -92,7 +92,7 @@ def _response_limit(context: int, prompts: Sequence[tuple[str, Sequence[int]]], 
 
 
 def connect(plan: EvaluationPlan, stack: ExitStack) -> ChatEndpoint:
-    """The plan's endpoint, until `stack` ends. Raises as `ChatEndpoint` does."""
+    """Connect to the plan's endpoint; `stack` closes it. Raises as `ChatEndpoint` does."""
     assert plan.endpoint is not None
     evaluation = plan.recipe.evaluation
     endpoint = ChatEndpoint(
@@ -127,19 +127,19 @@ def sampler_of_endpoint(plan: EvaluationPlan, connected: Callable[[], ChatEndpoi
 
 
 def _message_limit(context: int, benchmark: str, messages: Iterable[str]) -> int:
-    """What is left of the context behind the longest question: no token of it is shorter than a byte."""
+    """Token limit of a response: the context minus the bytes of the longest question (a token has one or more)."""
     longest = max(len(message.encode()) for message in messages) + _MESSAGE_OVERHEAD_TOKENS
     if longest >= context:
         raise ModelError(
-            f"evaluation on {benchmark}: a question may have {longest} tokens (its tokenizer is the endpoint's, so "
-            f"bytes count), the context {context}; raise evaluation.max_context_tokens"
+            f"evaluation on {benchmark}: a question may have {longest} tokens (the endpoint's tokenizer is unknown, "
+            f"so its bytes are counted), the context {context}; raise evaluation.max_context_tokens"
         )
     return context - longest
 
 
 def _with_tags(opened: bool | None, responses: Sequence[Response]) -> list[Response]:
-    """With the `<think>` that the server's template has opened: as the recipe says, or if most of the responses that
-    were not cut close it and do not open it."""
+    """Add the `<think>` that the server's template opened. `opened` is the recipe's value. If it is None, the template
+    opened it if most of the responses that were not cut close the thought without opening it."""
     if opened is None:
         finished = [r.text for r in responses if r.finish_reason is FinishReason.STOP]
         closing = sum("</think>" in text and "<think>" not in text for text in finished)

@@ -1,7 +1,7 @@
-"""A model behind an OpenAI-compatible API, `/v1/chat/completions`: whatever serves it, and however it is prompted.
+"""A model behind an OpenAI-compatible API (`/v1/chat/completions`), with any server and any chat template.
 
-Nothing is known there of tokens, weights or the chat template: the question goes as a user's message, the text that
-comes back is judged, its length is what the server counts. So its figures are those of the endpoint as a whole.
+kdrl sees no token ids, weights or chat template here. It sends the question as a user's message, judges the text that
+comes back and takes its length from the server's count. So the figures describe the endpoint as a whole.
 """
 
 import logging
@@ -20,20 +20,20 @@ from kdrl_core.types import FinishReason, RolloutRequest
 
 _MAX_SEED = 2**63
 _CUT_SHARE = 0.9
-"""A response that ends for its length with fewer of its tokens was cut by something else."""
+"""A response cut for its length below this share of its token limit was cut by another limit."""
 _logger = logging.getLogger("kdrl")
 
 
 class ChatEndpoint:
-    """What answers chat completions; faults that may pass are tried again.
+    """Client of an endpoint for chat completions; it tries again after faults that may pass.
 
     Args:
-        config: how it is reached.
+        config: how to reach the endpoint.
         temperature: of sampling.
-        max_context_tokens: of prompt and response, compared with the server's context where it tells that.
+        max_context_tokens: of prompt and response; compared with the server's context if the server reports it.
 
     Raises:
-        EngineError: it cannot be reached, serves another model, or has too short a context.
+        EngineError: the endpoint cannot be reached, serves another model, or has too short a context.
         SecretError: no key where the configuration says.
     """
 
@@ -55,7 +55,7 @@ class ChatEndpoint:
 
     @property
     def model(self) -> str:
-        """The name under which it is served."""
+        """Name under which the model is served."""
         return self._pool.model
 
     def respond(
@@ -66,7 +66,7 @@ class ChatEndpoint:
         messages: Mapping[str, str],
         max_response_tokens: int,
     ) -> list[Response]:
-        """One response per request, in order, as `Source`; `on_finished` hears one at a time.
+        """One response per request, in order (see `Source`); `on_finished` gets one response at a time.
 
         Args:
             requests: their prompt_token_ids are not used.
@@ -74,7 +74,7 @@ class ChatEndpoint:
             max_response_tokens: longer ones are cut.
 
         Raises:
-            EngineError: a request is given up, or cut before it had its tokens.
+            EngineError: a request is given up, or its response is cut well before its token limit.
         """
         told = threading.Lock()
 
@@ -110,13 +110,13 @@ class ChatEndpoint:
             field: max_response_tokens,
             "temperature": self._temperature,
             "seed": request.seed % _MAX_SEED,
-            # Others may not know its fields: what their model sets itself beside top-p holds there.
+            # Other servers may not know vLLM's fields: except for top-p, their model's own sampling defaults apply.
             **(WHOLE_DISTRIBUTION if self._pool.are_vllm else {"top_p": 1.0}),
         }
         try:
             return self._pool.answer(server, "POST", "/chat/completions", body)
         except EngineError as error:
-            if field == "max_tokens" and "max_completion_tokens" in str(error):  # as OpenAI's newer models have it
+            if field == "max_tokens" and "max_completion_tokens" in str(error):  # OpenAI's newer models want it
                 self._limit_field = "max_completion_tokens"
                 return self._chat(server, request, message, max_response_tokens)
             raise
@@ -127,15 +127,15 @@ class ChatEndpoint:
 
 
 def with_thought_tags(text: str, *, think_opened: bool) -> str:
-    """The response with the `<think>` that a chat template put into the prompt, whose end the text may show."""
+    """Prepend the `<think>` that the chat template put into the prompt; a lone `</think>` shows that it did."""
     if "<think>" in text or not (think_opened or "</think>" in text):
         return text
     return f"<think>{text}"
 
 
 def _chat_of(answer: Any, url: str) -> tuple[str, int, FinishReason, bool]:
-    """Text, tokens and finish reason of the only choice, and whether the tokens are those of all of the text: a thought
-    that the server has taken out is put back, and some leave it out of their count."""
+    """Text, tokens and finish reason of the only choice, and whether the tokens surely cover the whole text. A thought
+    that the server has split off is put back into the text; some servers leave it out of their count."""
     try:
         choice = answer["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]

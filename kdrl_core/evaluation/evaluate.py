@@ -3,8 +3,8 @@
     artifacts/evaluations/<name>-<id>/<benchmark>-<settings>/       responses.parquet, results.json, lm_eval.json
     artifacts/evaluations/<name>-<id>/<benchmark>-<settings>.work/  its shards, until it is whole
 
-<id> is a hash of the model and <settings> one of all that its responses and verdicts depend on, so that what was
-evaluated once is found again, and a stopped evaluation goes on behind its last response.
+<id> is a hash of the model. <settings> is a hash of all that its responses and verdicts depend on. So a finished
+evaluation is found again, and a stopped one goes on after its last response.
 """
 
 import json
@@ -30,7 +30,7 @@ from kdrl_core.sampling.job import SamplingJob, hold_work, settings_hash
 from kdrl_core.tables.schemas import EVALUATION
 
 Progress = Callable[[str, int, int], None]
-"""Hears the benchmark, the responses done and those in all."""
+"""Called with the benchmark, the responses done and the responses in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,19 +40,19 @@ class EvaluatedBenchmark:
     name: str
     folder: Path
     result: dict[str, Any]
-    """Of `benchmark_result`."""
+    """As `benchmark_result` returns it."""
     seconds: float
-    """What sampling and judging took, over all calls."""
+    """Time of sampling and judging, over all calls."""
     is_new: bool
     """Whether this call made it."""
 
 
 def evaluate_plan(plan: EvaluationPlan, root: Path, *, on_progress: Progress | None = None) -> list[EvaluatedBenchmark]:
-    """Evaluate, or read what was evaluated before, or go on with what was stopped.
+    """Evaluate; a finished evaluation is only read, a stopped one goes on.
 
     Args:
         root: the artifacts folder.
-        on_progress: responses of earlier calls included.
+        on_progress: its counts include the responses of earlier calls.
 
     Raises:
         EngineError: an engine cannot be started, or the endpoint cannot be reached.
@@ -69,7 +69,7 @@ def evaluate_plan(plan: EvaluationPlan, root: Path, *, on_progress: Progress | N
             refuse_short_context(plan.recipe, read_config(path), plan.model.path)
             load = cache(partial(_directory, plan, path, stack))
             name, identity = plan.name, {"sha256": model_identity(path).rpartition(" ")[2]}
-        else:  # one whose name is given need not be there for what was evaluated before
+        else:  # if the model's name is given, finished evaluations are read without a connection
             endpoint = cache(partial(connect, plan, stack))
             load = cache(partial(sampler_of_endpoint, plan, endpoint, stack))
             served, urls = plan.endpoint.model or endpoint().model, [url.rstrip("/") for url in plan.endpoint.urls]
@@ -102,11 +102,11 @@ def benchmark_job(
     *,
     whole: str | None = None,
 ) -> SamplingJob:
-    """The sampling of one benchmark into shards in `folder`, whose manifests name `inputs`.
+    """The job that samples one benchmark into shards in `folder`; their manifests name `inputs`.
 
     Args:
         load: called when a shard is to be sampled.
-        whole: the benchmark is one shard, which errors call so, and which is sampled again where it is damaged.
+        whole: makes the benchmark one shard. Errors use this name, and a damaged shard is sampled again.
     """
     problems = {problem.problem_id: problem for problem in plan.problems[benchmark.name]}
     return SamplingJob(
@@ -114,7 +114,7 @@ def benchmark_job(
         inputs=inputs,
         ground_truths={problem_id: problem.answer for problem_id, problem in problems.items()},
         samples=benchmark.samples,
-        seed_names=(plan.recipe.seed, "evaluation", benchmark.name),  # a response depends on nothing else that is asked
+        seed_names=(plan.recipe.seed, "evaluation", benchmark.name),  # other benchmarks do not change a response
         shard_prompts=len(problems) if whole else plan.shard_problems(benchmark),
         name=lambda ids: whole or f"{benchmark.name}, problems {ids[0]} to {ids[-1]}",
         max_failed_share=plan.recipe.verification.max_failed_share,
@@ -144,7 +144,7 @@ def _one(
         return _read(benchmark.name, target, is_new=False)
     work = target.with_name(f"{target.name}.work")
     with hold_work(work, "evaluate.lock", remedy=", which evaluates the same; wait for it"):
-        if not find_intact(target, inputs, is_exact=False):  # else made while we waited
+        if not find_intact(target, inputs, is_exact=False):  # else another process made it while we waited
             job = benchmark_job(plan, benchmark, load, work, inputs)
             shards = job.run(on_progress and partial(on_progress, benchmark.name))
             publish_outcome(
@@ -156,12 +156,12 @@ def _one(
                 inputs=inputs,
                 settings=settings,
             )
-        shutil.rmtree(work, ignore_errors=True)  # whoever waited for it does the same
+        shutil.rmtree(work, ignore_errors=True)  # a process that waited for it does the same
     return _read(benchmark.name, target, is_new=True)
 
 
 def _is_intact(target: Path, inputs: dict[str, str]) -> bool:
-    """Looked at without the lock; what is damaged is set aside under it."""
+    """Check without the lock; damaged files are set aside later, under the lock."""
     try:
         return is_published(target) and verify_published(target).inputs == inputs
     except DamagedArtifactError:

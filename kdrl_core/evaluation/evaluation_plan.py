@@ -1,4 +1,4 @@
-"""Which model is to be evaluated on what: settled and checked before a tokenizer or a model is loaded."""
+"""The plan of an evaluation: model, benchmarks and settings, checked before a tokenizer or a model is loaded."""
 
 import hashlib
 import json
@@ -18,19 +18,19 @@ from kdrl_core.models.loading import check_model_dir, context_limit
 from kdrl_core.verify import verifier_version
 
 SHARD_RESPONSES = 512
-"""Responses sampled and published together, about."""
+"""Responses of a shard, approximately."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationOptions:
-    """What may be asked for beside recipe and model. Raises RecipeError where a number is below 1."""
+    """Options beside recipe and model. Raises RecipeError if a number is below 1."""
 
     benchmarks: Sequence[str] = ()
-    """Names of the recipe's, or `NAME=FILE` for one's own; none: all of the recipe's."""
+    """Names from the recipe, or `NAME=FILE` for your own; empty: all of the recipe's."""
     samples: int | None = None
     """Responses per problem, in place of each benchmark's own."""
     max_problems: int | None = None
-    """The first problems of each benchmark only."""
+    """Take only the first problems of each benchmark."""
     gguf_file: str | None = None
     """In the model's directory."""
     served_as: str | None = None
@@ -42,7 +42,7 @@ class EvaluationOptions:
     timeout_s: float = 3600.0
     """Of one request at the endpoint; 32K tokens take a while."""
     retry_for_s: float = 120.0
-    """Faults that may pass are tried again for so long from a request's first fault on."""
+    """How long a request is tried again after its first fault, if the fault may pass."""
 
     def __post_init__(self) -> None:
         for option in ("samples", "max_problems", "concurrency"):
@@ -56,15 +56,15 @@ class EvaluationPlan:
     """A model, benchmarks and settings, all checked."""
 
     recipe: Recipe
-    """Its `evaluation`, `prompt`, `verification` and `runtime` sections apply, and `rollout` but for its engine."""
+    """Its `evaluation`, `prompt`, `verification` and `runtime` sections apply, and `rollout` without its engine."""
     endpoint: ServersConfig | None
     """Where the model is served; None: it is in a directory."""
     model: ModelConfig
     """The model in a directory."""
     engine: EngineName
-    """What samples from a directory."""
+    """Engine that samples from the directory."""
     name: str
-    """Of the model, for folders and tables; an endpoint tells its own."""
+    """Name of the model in folders and tables; an endpoint may report it instead."""
     benchmarks: tuple[BenchmarkConfig, ...]
     problems: dict[str, list[BenchmarkProblem]]
     """By benchmark."""
@@ -78,13 +78,13 @@ def plan_evaluation(recipe: Recipe, model: str, options: EvaluationOptions | Non
     """Settle what is evaluated.
 
     Args:
-        model: directory, `run:NAME`, `builtin:…` or `package:…`; or the URL of an OpenAI-compatible API, up to and with
+        model: directory, `run:NAME`, `builtin:…` or `package:…`; or the URL of an OpenAI-compatible API, which ends in
             `/v1`.
 
     Raises:
         DataError: an unknown benchmark, or a fault in its file, with row and field.
         ModelError: the directory is missing or incomplete.
-        RecipeError: options that contradict each other, or a context shorter than is asked for.
+        RecipeError: options that contradict each other, or a model whose context is too short.
     """
     options = options or EvaluationOptions()
     chosen = _chosen(recipe, options)
@@ -108,7 +108,7 @@ def plan_evaluation(recipe: Recipe, model: str, options: EvaluationOptions | Non
 
 
 def plain_name(name: str) -> str:
-    """As part of a folder's name: a server may call its model anything."""
+    """The name without characters that a folder's name should not have; a server may call its model anything."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80] or "model"
 
 
@@ -140,8 +140,8 @@ def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, A
 
 
 def refuse_short_context(recipe: Recipe, config: dict[str, Any], model: str) -> None:
-    """Raise RecipeError if the model's config.json tells of a shorter context than the evaluation asks for: its figures
-    would be of another setting than those that they are compared with."""
+    """Raise RecipeError if the context in the model's config.json is shorter than the evaluation asks for: its figures
+    could not be compared with those of other models."""
     limit, asked = context_limit(config), recipe.evaluation.max_context_tokens
     if limit is not None and limit < asked:
         raise RecipeError(

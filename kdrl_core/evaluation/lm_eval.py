@@ -1,8 +1,8 @@
 """Results in the shape of lm-evaluation-harness's results file (as 0.4.13 writes it), for the tools that read it.
 
-Departures: what kdrl does not know or is not is left out (versions of the harness and its libraries, `git_hash`, chat
-template, data set path, `bootstrap_iters`), never made up. `n-samples` counts the problems that were asked, as the
-benchmark's `max_problems` has them, under both of its names.
+Departures: kdrl leaves out what it does not know or have (versions of the harness and its libraries, `git_hash`, chat
+template, data set path, `bootstrap_iters`) and makes nothing up. In `n-samples`, both `original` and `effective` are
+the number of problems that were asked, after the benchmark's `max_problems`.
 """
 
 import re
@@ -12,17 +12,17 @@ from typing import Any
 LM_EVAL_RESULTS = "lm_eval.json"
 _SOURCE = "kdrl"
 _VERSION = 1.0
-"""Of the tasks: the harness has a float."""
+"""Version of the tasks: a float, as in the harness."""
 
 
 def lm_eval_results(content: Mapping[str, Any], *, temperature: float, seed: int) -> dict[str, Any]:
-    """`results.json` of an evaluation as lm-evaluation-harness writes it; metric keys are `<metric>,none`.
+    """`results.json` of an evaluation in the form that lm-evaluation-harness writes; metric keys are `<metric>,none`.
 
-    `exact_match` is Avg@k by kdrl's verifier, which is none of the harness's own metrics: figures compare with those
-    of other kdrl evaluations, not with a harness task of the same name.
+    `exact_match` is Avg@k by kdrl's verifier, not a metric of the harness: compare it with other kdrl evaluations, not
+    with a harness task of the same name.
 
     Args:
-        content: `model`, `seconds`, `benchmarks` and, where it is known, `date` of results.json.
+        content: `model`, `seconds`, `benchmarks` and, if known, `date` of results.json.
         temperature: of sampling.
         seed: of the recipe.
     """
@@ -67,7 +67,7 @@ def lm_eval_results(content: Mapping[str, Any], *, temperature: float, seed: int
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """Metric → its value and standard error, None where an evaluation of an older kdrl has kept none."""
+    """Metric → its value and standard error; the error is None if an older kdrl did not keep it."""
     errors: Mapping[str, float] = found.get("stderrs", {})
     passes = {f"pass@{k}": (value, errors.get(f"pass@{k}")) for k, value in found["pass_at_k"].items()}
     majority = found["maj_at_k"], errors.get(f"maj@{found['num_samples']}")
@@ -79,7 +79,7 @@ def _metrics(name: str, num_problems: int, figures: Mapping[str, tuple[float, fl
     for metric, (value, stderr) in figures.items():
         is_known = stderr is not None and num_problems > 1
         metrics[f"{metric},none"] = value
-        metrics[f"{metric}_stderr,none"] = stderr if is_known else "N/A"  # as the harness says that there is none
+        metrics[f"{metric}_stderr,none"] = stderr if is_known else "N/A"  # the harness's word for no error
     return metrics
 
 

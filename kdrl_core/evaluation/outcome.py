@@ -1,4 +1,4 @@
-"""What the responses to benchmarks amount to: the rows that are kept, the figures over them, and their publication."""
+"""Results of benchmarks: the responses that are kept, the figures over them, and their publication."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def publish_outcome(
         inputs: of the manifest.
 
     Returns:
-        results.json. Its `date` and `seconds` are of sampling and judging, over all calls.
+        results.json. Its `date` is the start of sampling; `seconds` is the time of sampling and judging in all calls.
     """
     recipe = plan.recipe
     tables = {name: pa.concat_tables(map(read_table, paths)) for name, paths in shards.items()}
@@ -71,7 +71,7 @@ def benchmark_result(table: pa.Table, samples: int, *, seed: int) -> dict[str, A
     """The figures of one benchmark, as results.json holds them (Sec. 4.1: Avg@k, the accuracy reward alone).
 
     Args:
-        table: EVALUATION of one benchmark, the `samples` responses to a problem together.
+        table: EVALUATION of one benchmark; the `samples` responses to a problem are adjacent rows.
         samples: k of Avg@k.
         seed: of the bootstrap over problems.
 

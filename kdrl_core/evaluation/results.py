@@ -15,7 +15,7 @@ def read_results(path: Path) -> dict[str, Any]:
     `date` is when sampling began, in Unix time; evaluations of older versions have none.
 
     Raises:
-        DamagedArtifactError: the file is lost, or is no such JSON.
+        DamagedArtifactError: the file is missing, or is not such JSON.
     """
     file = path / RESULTS
     try:

@@ -1,13 +1,13 @@
-"""Accuracy of a benchmark, of one model or over several seeds of the same training, and how sure it is.
+"""Accuracy on a benchmark, of one model or over several seeds of the same training, with a 95 % interval.
 
-Two things are drawn by chance: the problems of a benchmark, and the seeds. They are crossed, since every seed answers
-the same problems; so both are drawn anew, independently of each other, and the interval is that of the drawn means
-(percentiles, 95 %). Problems are many, and drawn with replacement (bootstrap). Seeds are few, where a bootstrap's
-interval is far too narrow (over 5 seeds its half-width is 0.63 of what it should be): the mean over seeds is drawn from
-Student's t with S − 1 degrees of freedom around it, at the spread that the seeds have, which is exact where seeds are
-all that varies and normally distributed. With one seed this is the bootstrap over problems alone. The same draws serve
-every model that has as many seeds and problems, which makes differences paired: what a hard problem takes from both
-cancels out.
+Two things are random: the problems of a benchmark, and the seeds. They are crossed, since every seed answers the same
+problems. So both are drawn anew, independently of each other; the interval is the 2.5 and 97.5 percentile of the drawn
+means. Problems are many: they are drawn with replacement (bootstrap). Seeds are few, and a bootstrap's interval would
+be far too narrow (over 5 seeds its half-width is 0.63 of the right one). So the mean over seeds is drawn from Student's
+t with S − 1 degrees of freedom around the observed mean, scaled by the spread of the seeds. This is exact if only the
+seeds vary and are normally distributed. With one seed this is the bootstrap over problems alone. All models with the
+same number of seeds and problems share the same draws, so differences are paired: a problem that is hard for both
+models cancels out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from kdrl_core.verify.normalise import vote_of
 _RESAMPLES, _SEED_RESAMPLES = 1_000, 4_000
 
 Scores = NDArray[np.float64]
-"""[S, P]: of each seed and problem the share of right samples."""
+"""[S, P]: share of right samples of each seed and problem."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ def accuracy(correct: Sequence[Sequence[float]], *, seed: int) -> Accuracy:
     """Avg@k of a benchmark with a percentile bootstrap over problems.
 
     Args:
-        correct: per problem the accuracy rewards of its k samples.
+        correct: accuracy rewards of the k samples, per problem.
         seed: of the bootstrap.
     """
     per_problem = np.array([np.mean(samples) for samples in correct])
@@ -52,7 +52,7 @@ def accuracy(correct: Sequence[Sequence[float]], *, seed: int) -> Accuracy:
 
 
 def standard_error(correct: Sequence[Sequence[float]]) -> float:
-    """Standard error of Avg@k over problems; 0 for a single problem, which says nothing of the spread."""
+    """Standard error of Avg@k over problems; 0 for a single problem, which has no spread."""
     return stdev(fmean(samples) for samples in correct) / sqrt(len(correct)) if len(correct) > 1 else 0.0
 
 
@@ -71,9 +71,9 @@ def powers_of_two(limit: int) -> list[int]:
 def majority(answers: Sequence[str | None], correct: Sequence[float]) -> float:
     """maj@k of one problem: the accuracy of its most frequent answer.
 
-    Answers count as one where `vote_of` spells them alike: no ground truth enters the vote. Tied answers
-    share the win equally (the expected value of a random pick); a response without an answer casts no vote, and without
-    any vote the problem is lost.
+    Answers are equal if `vote_of` spells them alike; the vote uses no ground truth. Tied answers share the win equally
+    (the expected value of a random pick). A response without an answer casts no vote. Without any vote the accuracy
+    is 0.
 
     Args:
         answers: the answer found in each response, None where there is none.
@@ -90,7 +90,7 @@ def majority(answers: Sequence[str | None], correct: Sequence[float]) -> float:
 
 
 def over_seeds(scores: Mapping[str, Scores]) -> Accuracy:
-    """Mean of the benchmarks' accuracies (Table 1's avg; of one benchmark its own) with its interval, within [0, 1].
+    """Mean of the benchmarks' accuracies (Table 1's avg) with its interval, clipped to [0, 1].
 
     Args:
         scores: by benchmark; all with the same seeds in the same order.
@@ -100,7 +100,7 @@ def over_seeds(scores: Mapping[str, Scores]) -> Accuracy:
 
 
 def paired_difference(ours: Mapping[str, Scores], theirs: Mapping[str, Scores]) -> Accuracy:
-    """Ours − theirs as `over_seeds`, of any numbers: the same seeds and problems in the same order."""
+    """Ours − theirs as `over_seeds`, not clipped. Both have the same seeds and problems in the same order."""
     return _summary({name: array - theirs[name] for name, array in ours.items()})
 
 
@@ -115,14 +115,14 @@ def _summary(scores: Mapping[str, Scores]) -> Accuracy:
 
 @lru_cache(maxsize=32)
 def _problem_weights(name: str, count: int) -> NDArray[np.float64]:
-    """[R, P]: how often each is drawn, as shares."""
+    """[R, P]: share of the draws that fall on each problem."""
     rng = np.random.default_rng(derive_seed("bootstrap", name, count))
     return np.asarray(rng.multinomial(count, np.full(count, 1.0 / count), size=_SEED_RESAMPLES) / count)
 
 
 @lru_cache(maxsize=32)
 def _seed_weights(count: int) -> NDArray[np.float64]:
-    """[R, S], rows of sum 1: over values x of the seeds, Σ w x is x̄ + t s / √S. Every draw has its mirror image."""
+    """[R, S], each row sums to 1: with the seeds' values x, Σ w x is x̄ + t s / √S. Every draw has its mirror image."""
     if count == 1:
         return np.ones((_SEED_RESAMPLES, 1))
     rng = np.random.default_rng(derive_seed("bootstrap", "seeds", count))

@@ -1,8 +1,8 @@
-"""Difficulty labels measured: pass@k of a model on problems that have none (B.1.1). Torch waits until it samples.
+"""Measure difficulty labels: pass@k of a model on problems without a label (B.1.1). Only sampling imports torch.
 
-A label is the number of **wrong answers out of num_samples**, as in the published data, and wrong means wrong by
-accuracy alone (`require_format=False`), as in the paper's evaluation (4.1): a problem is as hard as its answer is hard
-to find, however the response is laid out. A box inside the thought is no answer here either.
+A label is the number of **wrong answers out of num_samples**, as in the published data. Wrong means wrong by accuracy
+alone (`require_format=False`), as in the paper's evaluation (4.1): the difficulty of a problem does not depend on the
+format of the response. A box inside the thought is not an answer here either.
 """
 
 from kdrl_core.labelling.label import label_problems, work_folder

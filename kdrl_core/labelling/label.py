@@ -3,9 +3,9 @@
     labels.parquet.work/label.json                  the settings
     labels.parquet.work/shards/shard-00000.parquet  responses and verdicts of some problems, published (docs/labels.md)
 
-A response is a function of the settings, so a labelling that was killed goes on behind its last response and ends with
-the labels of one that was not. Its seed is `derive_seed(seed, "label", problem_id, sample)`: a label depends neither on
-shards nor on the other problems.
+A response is a function of the settings. So a killed labelling goes on after its last response and ends with the same
+labels. The seed of a response is `derive_seed(seed, "label", problem_id, sample)`: a label depends neither on shards
+nor on the other problems.
 """
 
 import hashlib
@@ -52,12 +52,12 @@ def label_problems(
     on_progress: Progress | None = None,
     make_engine: MakeEngine | None = None,
 ) -> LabelSummary:
-    """Measure the labels and write `plan.problems` with them, going on where an earlier call was stopped.
+    """Measure the labels and write `plan.problems` with them; continue where an earlier call stopped.
 
     Args:
         shard_problems: problems sampled and published together.
         keep_work: leave the responses in `work_folder(output)`.
-        on_progress: hears (responses done, responses in all), those of an earlier call included.
+        on_progress: called with (responses done, responses in all), which include earlier calls.
         make_engine: from the plan, the model's directory and its tokenizer; default: the recipe's rollout engine.
 
     Raises:
@@ -160,7 +160,7 @@ def _settings(plan: LabelPlan, path: Path, problems: Collection[Problem], shard_
 
 
 def _write(plan: LabelPlan, output: Path, samples: pa.Table, settings: dict[str, Any]) -> list[int | None]:
-    """Write the output atomically; the failures of each of its rows."""
+    """Write the output atomically and return the failures of each row."""
     measured: Counter[str] = Counter()
     for problem_id, reward in zip(
         samples["problem_id"].to_pylist(), samples["accuracy_reward"].to_pylist(), strict=True
@@ -188,7 +188,7 @@ def work_folder(output: Path) -> Path:
 
 @contextmanager
 def open_work(work: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder, which is new or was begun with the same settings.
+    """Lock the work folder; it must be new, or begun with the same settings.
 
     Raises:
         RunLockedError: another process works in it.

@@ -1,4 +1,4 @@
-"""What is to be labelled, by which model and how: settled and checked before a tokenizer or a model is loaded."""
+"""The plan of a labelling: problems, model and settings, checked before a tokenizer or a model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.models.loading import check_device, check_model_dir, context_limit
 
 ORIGIN_KEY = "kdrl.label."
-"""Before a label's name: metadata of a Parquet file, how the label was measured."""
+"""Prefix of a label's name as a key in a Parquet file's metadata; the value says how the label was measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelPlan:
-    """Problems, those of them to sample, and the settings, all checked."""
+    """Problems, the rows to sample, and the settings, all checked."""
 
     recipe: Recipe
     """Its student is the model that is sampled."""
@@ -28,11 +28,11 @@ class LabelPlan:
     label: str
     """Name that the counts get in `failures`."""
     problems: pa.Table
-    """PROBLEM_SCHEMA, what the output will hold, with the labels there were."""
+    """PROBLEM_SCHEMA: the rows of the output, with the labels that they already have."""
     todo: tuple[int, ...]
-    """Rows of `problems` to sample; of rows with one problem_id the first."""
+    """Rows of `problems` to sample; only the first row of each problem_id."""
     origins: dict[bytes, bytes]
-    """How the labels that there were have been measured: the files' metadata under ORIGIN_KEY."""
+    """How the existing labels were measured: the files' metadata under ORIGIN_KEY."""
 
     @property
     def config(self) -> StageConfig:
@@ -47,20 +47,20 @@ class LabelPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelOptions:
-    """What may be asked for beside recipe and files."""
+    """Options beside recipe and files."""
 
     stage: str | None = None
-    """Default: the recipe's last."""
+    """Default: the recipe's last stage."""
     model: str | None = None
-    """Directory of the model to sample in place of the recipe's student, whose other fields stay; needs `label`."""
+    """Directory of the model to sample; replaces the path of the recipe's student. Needs `label`."""
     label: str | None = None
     """Default: the stage's data.difficulty.student."""
     samples: int | None = None
-    """Default, and if given necessarily, the stage's data.difficulty.num_samples."""
+    """Must equal the stage's data.difficulty.num_samples, which is also the default."""
     only_missing: bool = True
-    """Leave problems alone that have the label."""
+    """Skip problems that already have the label."""
     max_problems: int | None = None
-    """The first problems only; the others are not in the output either."""
+    """Take only the first problems; the output leaves out the others too."""
     on_error: Literal["fail", "drop"] | None = None
     """Malformed rows; default: the stage's data.on_error."""
 
@@ -74,7 +74,7 @@ def plan_labels(recipe: Recipe, files: Sequence[str], options: LabelOptions | No
     Raises:
         RecipeError: no such stage, another number of samples, a model without a label's name, limits beyond the
             model's context, or no GPU.
-        DataError: files, rows, or two questions or answers under one id.
+        DataError: a fault in files or rows, or two questions or answers under one id.
         ModelError: the model's directory is missing or incomplete.
     """
     options = options or LabelOptions()
@@ -135,7 +135,7 @@ def _check_model(recipe: Recipe, stage: str, *, model: str | None) -> None:
 
 
 def _origins(files: Sequence[Path]) -> dict[bytes, bytes]:
-    """Of two files that tell of one label the later is taken."""
+    """Metadata under ORIGIN_KEY; if two files have the same label, the later file counts."""
     origins: dict[bytes, bytes] = {}
     for file in files:
         if file.suffix.lower() == ".parquet":
@@ -145,7 +145,7 @@ def _origins(files: Sequence[Path]) -> dict[bytes, bytes]:
 
 
 def _select(problems: pa.Table, label: str, *, only_missing: bool) -> tuple[int, ...]:
-    """Rows to sample. A problem that stands in several rows is sampled once, for its first row."""
+    """Rows to sample. A problem in several rows is sampled once, for its first row."""
     first: dict[str, tuple[str, str, str]] = {}
     chosen: dict[str, int] = {}
     columns = [problems[name].to_pylist() for name in ("problem_id", "answer", "source", "failures")]

@@ -1,4 +1,4 @@
-"""What a labelling found: the histogram of failures, pass@k, and how far its verdicts are to be trusted."""
+"""Summary of a labelling: the histogram of failures, pass@k, and the shares of failed verdicts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ class LabelSummary:
     num_labelled: int
     """Problems with the label, whether it was measured now or there before."""
     num_sampled: int
-    """Problems whose label was measured by this call and the ones it goes on from."""
+    """Problems whose label this call measured, or an earlier call that it continues."""
     num_too_long: int
-    """Problems left without, since their prompt is over max_prompt_tokens."""
+    """Problems without the label because their prompt is longer than max_prompt_tokens."""
     histogram: tuple[int, ...]
-    """[num_samples + 1] problems by failures; the last were never solved."""
+    """[num_samples + 1]: problems with 0, 1, … failures; those in the last entry were never solved."""
     pass_at: dict[int, float]
     """k → mean over problems of the unbiased pass@k; 1 is the mean accuracy, num_samples the share solved at all."""
     timeout_share: float

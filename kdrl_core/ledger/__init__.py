@@ -1,4 +1,4 @@
-"""The ledger: where a run's files lie, how they are published, and what randomness they are made from."""
+"""The ledger: where a run's files lie, how they are published, and which seeds they are made with."""
 
 from kdrl_core.config.paths import artifacts_root, validate_run_name
 from kdrl_core.ledger.graph import checkpoint_label, checkpoint_step

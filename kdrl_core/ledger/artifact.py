@@ -1,4 +1,4 @@
-"""What an artifact of a run is: a row of the table in `kdrl_core.ledger.graph`, and a node of a run's graph."""
+"""The types of a run's graph: an `Artifact` is a row of the table in `kdrl_core.ledger.graph`, a `Node` an instance."""
 
 import re
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from functools import cached_property
 from kdrl_core.config import Recipe, StageConfig
 
 EVERY = "*"
-"""In place of the number of a shard: all shards. Only the pool tells how many there are."""
+"""In place of the number of a shard: all shards. Their number depends on the pool alone."""
 
 At = int | str | None
-"""Step or shard, label of an evaluated model, or None for what a run or a stage has once."""
+"""Step or shard, label of an evaluated model, or None if a run or a stage has only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Node:
     """One artifact of one run."""
 
     name: str
-    """Its row: `rollouts`, `checkpoint`, …"""
+    """Name of its row: `rollouts`, `checkpoint`, …"""
     stage: str | None = None
     at: At = None
 
@@ -30,12 +30,12 @@ class Node:
 
     @property
     def place(self) -> str:
-        """Path relative to the run; of every shard, a pattern for glob."""
+        """Path relative to the run; a glob pattern if `at` is EVERY."""
         return self.row.place(self.stage, self.at)
 
 
 Choice = tuple[Node, ...]
-"""Something that a node is made from: the first of these nodes that is published."""
+"""Alternatives for one input of a node: it is made from the first of them that is published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +46,19 @@ class Artifact:
     pattern: str
     """Place in the run, with `{stage}`, and `{step:06d}`, `{shard:06d}` or `{label}` where a stage or run has many."""
     needs: Callable[[Recipe, Node], tuple[Choice, ...]] = lambda recipe, node: ()
-    """What a node of the row is made from. Models outside of the run are no nodes."""
+    """Inputs of a node of the row. Models outside of the run are not nodes."""
     when: Callable[[StageConfig], bool] = lambda config: True
     """Whether a stage has it."""
     schemas: tuple[str, ...] = ()
-    """Names in `kdrl_core.tables.schemas`, of which a file has one; none for a folder or JSON."""
+    """Names in `kdrl_core.tables.schemas`; a file has one of them. Empty for a folder or JSON."""
     reads: Callable[[Recipe, Node], tuple[str, ...]] = lambda recipe, node: ()
-    """Those of the `CLAIMED` fields that it depends on, besides those of what it needs. `!` takes fields out again."""
+    """`CLAIMED` fields that it depends on; the fields of its inputs count too. `!` excludes fields again."""
     shared_as: str | None = "{stage}"
     """The part of a run that it belongs to when runs share their work; None: every run makes its own."""
     is_exact: bool = True
-    """Whether it has the same bytes when it is made again. What holds times has not."""
+    """Whether it has the same bytes when it is made again. An artifact that holds times has not."""
     follows: bool = False
-    """Whether it is made again when what it was made from was: so it does not hold that to its bytes."""
+    """Whether it is made again after its inputs are. If so, its inputs need not keep their bytes."""
     is_pruned: bool = False
     """Whether the retention may delete it."""
 
@@ -72,7 +72,7 @@ class Artifact:
         return pattern.format(stage=stage, step=at, shard=at, label=at)
 
     def find(self, place: str) -> Node | None:
-        """The node that lies at `place`; None if that is no place of this row."""
+        """The node that lies at `place`; None if that place is not of this row."""
         if (match := self._regex.fullmatch(place)) is None:
             return None
         found = match.groupdict()
@@ -81,7 +81,7 @@ class Artifact:
 
     @cached_property
     def per(self) -> str | None:
-        """What a stage or run has many of it for: `step`, `shard` or `label`; None if it has one."""
+        """What tells its nodes apart: `step`, `shard` or `label`; None if a stage or run has only one."""
         return next((name for name in ("step", "shard", "label") if f"{{{name}" in self.pattern), None)
 
     @cached_property
@@ -91,7 +91,7 @@ class Artifact:
 
     @cached_property
     def glob(self) -> str:
-        """The places of all its nodes."""
+        """Glob pattern of the places of all its nodes."""
         return re.sub(r"\{.*?\}", "*", self.pattern)
 
     @property

@@ -7,8 +7,8 @@
     checkpoint  checkpoints/{stage}/step-{step:06d}                      from update k − 1
 
 A *node* is one artifact of one run: a row of the table with its stage, and with its step, its shard or its label.
-Everything else is derived from the rows: the path of a node and the node of a path, what a node was made from and what
-may have been made from it, what a finished run has, and what two runs may share.
+Everything else is derived from the rows: the path of a node and the node of a path, the inputs of a node and its
+consumers, the artifacts of a finished run, and what two runs may share.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +21,12 @@ _OF_CHECKPOINT = Artifact(name="label", pattern="{stage}-step-{step:06d}")
 
 
 def evaluated_labels(recipe: Recipe) -> list[str]:
-    """Labels of the final evaluation: the student before, after each stage, and the teacher."""
+    """Labels of the final evaluation: the student before training and after each stage, and the teacher."""
     return ["base", *recipe.stages, *(["teacher"] if recipe.teacher is not None else [])]
 
 
 def reference_labels(recipe: Recipe) -> list[str]:
-    """What a run of `recipe` evaluates beside the model that it makes."""
+    """`evaluated_labels` without the student that the run makes."""
     return [label for label in evaluated_labels(recipe) if label != recipe.stages[-1]]
 
 
@@ -75,7 +75,7 @@ def _alone(*nodes: Node) -> tuple[Choice, ...]:
 
 
 def _beside(*rows: Artifact) -> Callable[[Recipe, Node], tuple[Choice, ...]]:
-    """Made from what these rows have for the same step or shard."""
+    """The inputs are these rows' nodes of the same step or shard."""
     return lambda recipe, node: _alone(*(row.node(node.stage, node.at) for row in rows))
 
 
@@ -127,8 +127,8 @@ def _rolls_out(config: StageConfig) -> bool:
 _TEACHER = ("teacher", "teacher.*")
 _ENGINES = ("rollout.*", "vllm.*", "trainer", "trainer.*")
 CLAIMED = ("stage?.*", "evaluation.*", *_TEACHER, *_ENGINES)
-"""Fields of a recipe that count for those artifacts alone that say so. All others count for every artifact, and so does
-a section that is new to recipes."""
+"""Fields of a recipe that count only for artifacts whose `reads` name them. All other fields count for every artifact,
+also those of a section that is new to recipes."""
 
 
 def _read_by_samples(recipe: Recipe, node: Node) -> tuple[str, ...]:
@@ -137,12 +137,12 @@ def _read_by_samples(recipe: Recipe, node: Node) -> tuple[str, ...]:
 
 
 def _read_by_stage(recipe: Recipe, node: Node) -> tuple[str, ...]:
-    """All of the stage's fields but those that its objective does not read."""
+    """All of the stage's fields except those that its objective does not read."""
     assert node.stage is not None
     config = recipe.stage(node.stage)
     is_read = {
         "sft.*": _samples(config),
-        "beta": _rolls_out(config),  # plain GRPO tells it among its metrics
+        "beta": _rolls_out(config),  # plain GRPO reports it as a metric
         "beta.*": _rolls_out(config),
         "kl_estimator": config.scores_teacher,
         "topk.*": config.needs_topk,
@@ -152,7 +152,7 @@ def _read_by_stage(recipe: Recipe, node: Node) -> tuple[str, ...]:
 
 
 STEP = Artifact(name="step", pattern="rollouts/stage={stage}/step={step:06d}")
-"""The folder of a step's files. It is no artifact itself."""
+"""The folder of a step's files. It is not an artifact itself."""
 _SHARD, _SAMPLES = "samples/stage={stage}/shard={shard:06d}", "samples of {stage}"
 _METRICS = "metrics/stage={stage}"
 
@@ -216,15 +216,15 @@ def folders() -> set[str]:
 
 
 def needs(recipe: Recipe, node: Node) -> tuple[Choice, ...]:
-    """What a node is made from; in each choice the first that is published."""
+    """Inputs of a node: of each choice, the first that is published."""
     return node.row.needs(recipe, node)
 
 
 def consumers(recipe: Recipe, node: Node) -> Iterator[Node]:
     """Every node that may have been made from `node`, in the order of the table.
 
-    That is the inverse of `needs`, under this recipe and under the shorter one that the run may have had before its
-    last stage got more steps.
+    This is the inverse of `needs` for this recipe and for the shorter one that the run may have had before its last
+    stage got more steps.
     """
     yield from _inverse(recipe, node)
     last = recipe.stages[-1]
@@ -251,7 +251,7 @@ def nodes(recipe: Recipe, *, near: Node | None = None) -> Iterator[Node]:
 
 
 def _numbers(recipe: Recipe, row: Artifact, stage: str | None, near: Node | None) -> Iterable[At]:
-    """Steps, shards or labels of a row's nodes. Near a step are those beside it, and the first of other stages."""
+    """Steps, shards or labels of a row's nodes. Near a step are its neighbours, and the first of other stages."""
     if row.per == "label":
         return _labels(recipe, near)
     if row.per is None or stage is None:
@@ -275,7 +275,7 @@ def _labels(recipe: Recipe, near: Node | None) -> Iterator[str]:
 
 
 def results(recipe: Recipe) -> Iterator[Node]:
-    """What a finished run has to have. Its steps and their checkpoints may be of the past, but for the last ones."""
+    """Nodes that a finished run must have. Files of steps may be gone, and checkpoints except each stage's last."""
     for row in ARTIFACTS.values():
         for stage in recipe.stages if row.is_of_stage else (None,):
             if stage is not None and not row.when(recipe.stage(stage)):
@@ -289,8 +289,8 @@ def results(recipe: Recipe) -> Iterator[Node]:
 
 
 def required(recipe: Recipe, stage: str, steps: int) -> Iterator[Node]:
-    """What has to be there once a stage has done `steps` steps: what the table has before steps, and the steps' files.
-    Shards, which only the dataset needs, and checkpoints may be gone."""
+    """Nodes that must exist once a stage has done `steps` steps: the rows before the steps, and the steps' files.
+    Checkpoints may be gone, and so may shards, which only the dataset needs."""
     config = recipe.stage(stage)
     rows = [row for row in ARTIFACTS.values() if not row.is_of_stage or row.when(config)]
     if steps:
@@ -301,7 +301,7 @@ def required(recipe: Recipe, stage: str, steps: int) -> Iterator[Node]:
 
 
 def part_of(recipe: Recipe, node: Node) -> str | None:
-    """Name of the part that a node belongs to when runs share their work; None for what every run makes itself.
+    """Name of the part that a node belongs to when runs share their work; None if every run makes its own.
     The evaluations that a stage makes while it trains belong to the stage."""
     if node.name == EVALUATION.name and (made := labelled_checkpoint(str(node.at))) is not None:
         stage, step = made

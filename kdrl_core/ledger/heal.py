@@ -1,10 +1,10 @@
-"""Damage: an artifact that no longer has its bytes is set aside and made again, and must come out as it was.
+"""Damage: an artifact whose bytes have changed is set aside and made again, and must come out with the same bytes.
 
-All that a run publishes is made from files by rules that give the same bytes again, on a CPU at least. So what is lost
-can be made again, and what was made from it since is still true. Where the bytes come out otherwise (another machine,
-another version, a sampler that is not deterministic), nothing is published: the run is refused with both hashes.
+Making an artifact again gives the same bytes, on a CPU at least. So a lost artifact can be made again, and all that was
+made from it stays valid. If the bytes differ (another machine, another version, a sampler that is not deterministic),
+nothing is published: the error gives both hashes.
 
-In a run an artifact is right if it was made from the files that are there, and is what later ones were made from.
+In a run an artifact is right if it was made from the files that are there, and later ones were made from it.
 """
 
 import logging
@@ -41,19 +41,19 @@ _logger = logging.getLogger("kdrl")
 
 
 def find_intact(path: Path, inputs: Mapping[str, str] | None = None, *, is_exact: bool = True) -> Manifest | None:
-    """The manifest of the artifact at `path` if it is published, has its bytes and was made from `inputs`; else None,
-    and it is to be made (again). One that is damaged is named in the log and set aside. Only under the run's lock.
+    """The manifest of the artifact at `path` if it is published, undamaged and made from `inputs`. None: make it
+    (again). A damaged artifact is named in the log and set aside. Only under the run's lock.
 
-    A folder without manifest is damaged, since folders are published in one rename; a file without manifest may be what
-    a crash left before its manifest was written, and is made anew.
+    A folder without manifest is damaged, since folders are published in one rename. A file without manifest may be left
+    from a crash before its manifest was written; it is made anew.
 
     Args:
-        inputs: what it would be made from now; None: whatever it was made from will do.
-        is_exact: making it again gives the same bytes, and has to. A report, which holds times, is just deleted.
+        inputs: what it would be made from now; None: any inputs will do.
+        is_exact: it must have the same bytes when made again. If not (a report holds times), it is just deleted.
 
     Raises:
-        ForeignFileError: it is another artifact, or a directory holds a file that was not published: setting that aside
-            would end in deleting what somebody put there.
+        ForeignFileError: it is another artifact, or a directory holds a file that was not published. Setting it aside
+            would later delete what somebody put there.
     """
     where = manifest_path(path)
     if not where.is_file():
@@ -84,7 +84,7 @@ def _make_way(path: Path, *, is_exact: bool) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Move an artifact and its manifest to hidden siblings: it is no longer published, but what it was is known."""
+    """Move an artifact and its manifest to hidden siblings: it is no longer published, but its hashes stay known."""
     forget(path)
     where = manifest_path(path)
     if where.is_file() and where.parent == path.parent:
@@ -94,13 +94,13 @@ def set_aside(path: Path) -> None:
 
 
 def forget(path: Path) -> None:
-    """Delete what was set aside of the artifact at `path`."""
+    """Delete the set-aside files of the artifact at `path`."""
     for leftover in (_aside(path), _aside(file_manifest_path(path))):
         delete(leftover)
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a folder with all that is in it, or a link (not what it leads to), if it is there."""
+    """Delete a file, a folder with its content, or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -108,26 +108,26 @@ def delete(path: Path) -> None:
 
 
 def settled(path: Path, made: Manifest, expected: str | None) -> Manifest:
-    """The manifest to publish for the artifact that was `made` for `path`: its own, or, where it was set aside and came
-    out as it was, the one that it had.
+    """The manifest to publish for the artifact at `path`: `made`, or the old manifest if the artifact was set aside and
+    came out the same.
 
     Args:
-        expected: sha256 that something published since was made from; None if nothing was.
+        expected: sha256 that later published artifacts were made from; None if there are none.
 
     Raises:
-        DamagedArtifactError: it is not `expected`, or not what was set aside, as far as is known.
+        DamagedArtifactError: the new hash is not `expected`, or not a known hash of what was set aside.
     """
     if expected is not None and made.sha256 != expected:
-        was = f"what later artifacts were made from had {expected[:12]}…"
+        was = f"later artifacts were made from {expected[:12]}…"
         _refuse_other_bytes(path, made.sha256, was, "restore it from a backup, or start a new run")
     lost = _lost(path)
     if lost is None:
         return made
     known = {lost.published.sha256} if lost.published else set()
-    known |= {lost.found} if lost.found else set()  # right where only the manifest was altered
+    known |= {lost.found} if lost.found else set()  # right if only the manifest was altered
     if expected is None and known and made.sha256 not in known:
         aside = _aside(path) if _aside(path).exists() else path
-        was = f"what was damaged had {' or '.join(sorted(f'{sha256[:12]}…' for sha256 in known))}"
+        was = f"the damaged one had {' or '.join(sorted(f'{sha256[:12]}…' for sha256 in known))}"
         remedy = f"restore it from a backup, start a new run, or, if it is beyond repair, delete {aside}"
         _refuse_other_bytes(path, made.sha256, was, remedy)
     return lost.published if lost.published is not None and _is_same(lost.published, made) else made
@@ -161,7 +161,7 @@ def _lost(path: Path) -> _Lost | None:
 
 
 def _is_same(old: Manifest, new: Manifest) -> bool:
-    """Whether two manifests differ in times and versions alone."""
+    """Whether two manifests differ only in times and versions."""
     facts = ("artifact", "size", "sha256", "inputs", "files")
     return (
         all(getattr(old, fact) == getattr(new, fact) for fact in facts) and old.metadata.keys() == new.metadata.keys()
@@ -171,13 +171,13 @@ def _is_same(old: Manifest, new: Manifest) -> bool:
 def _refuse_other_bytes(path: Path, made: str, was: str, remedy: str) -> None:
     raise DamagedArtifactError(
         f"{path} was made again and came out otherwise: its sha256 is {made[:12]}…, {was}. "
-        "This machine or these versions do not reproduce the run, or what is left is damaged beyond that",
+        "This machine or these versions do not reproduce the run, or both the artifact and its manifest were damaged",
         remedy,
     )
 
 
 def sweep_aside(root: Path) -> int:
-    """Delete what is set aside of artifacts that have been made again; returns how many. Only under the run's lock."""
+    """Delete set-aside files of artifacts that were made again; returns how many. Only under the run's lock."""
     swept = 0
     for leftover in [*root.rglob(f"{ASIDE_PREFIX}*")]:
         artifact = leftover.with_name(leftover.name.removeprefix(ASIDE_PREFIX))
@@ -193,16 +193,16 @@ def _aside(path: Path) -> Path:
 
 
 def required_sha256(run: "Run", path: Path) -> str | None:
-    """The sha256 that the artifact at `path` has to have: that which something published was made from, if anything."""
+    """The sha256 that the artifact at `path` must have because a published one was made from it; None if none was."""
     used = _use(run, path)
     return None if used is None else used[1]
 
 
 def find_own(run: "Run", path: Path, inputs: Mapping[str, str] | None = None) -> Manifest | None:
-    """`find_intact`, and what is intact was made from the files that are there, and is what later ones were made from.
+    """`find_intact`, and more: the artifact was made from the files that are there, and later ones from it.
 
     Raises:
-        ForeignFileError: it is whole, but another one than that.
+        ForeignFileError: it is undamaged, but this does not hold.
     """
     found = find_intact(path, inputs)
     if found is not None:
@@ -211,11 +211,11 @@ def find_own(run: "Run", path: Path, inputs: Mapping[str, str] | None = None) ->
 
 
 def verify_own(run: "Run", path: Path) -> Manifest:
-    """`verify_published`, and more: it was made from the files that are there, and is what later ones were made from.
+    """`verify_published`, and more: the artifact was made from the files that are there, and later ones from it.
 
     Raises:
         DamagedArtifactError, RunError: as `verify_published`.
-        ForeignFileError: it is whole, but another one than that.
+        ForeignFileError: it is undamaged, but this does not hold.
     """
     manifest = verify_published(path)
     _require_own(run, path, manifest)
@@ -223,11 +223,11 @@ def verify_own(run: "Run", path: Path) -> Manifest:
 
 
 def changed_inputs(run: "Run", manifest: Manifest) -> list[str]:
-    """Inputs that are there, have manifests, and are not those that the artifact was made from."""
+    """Published inputs whose hash is no longer the one that the artifact was made from."""
     changed = []
     for name, sha256 in manifest.inputs.items():
         path = run.paths.root / name
-        with suppress(DamagedArtifactError):  # told where that one is looked at
+        with suppress(DamagedArtifactError):  # reported when the input itself is checked
             if not Path(name).is_absolute() and is_published(path) and manifest_of(path).sha256 != sha256:
                 changed.append(name)
     return changed
@@ -251,7 +251,7 @@ def _require_own(run: "Run", path: Path, found: Manifest) -> None:
 def _use(run: "Run", path: Path) -> tuple[Path, str] | None:
     """The first published artifact that names `path` among its inputs, and the sha256 that it names.
 
-    What has other bytes whenever it is made is held to none of them; what follows its inputs does not hold them to any.
+    An artifact that is not exact need not have certain bytes. A consumer that `follows` its inputs requires none.
     """
     name = run.paths.relative(path)
     node = node_at(name)
@@ -268,6 +268,6 @@ def _use(run: "Run", path: Path) -> tuple[Path, str] | None:
 
 
 def published(run: "Run", node: Node) -> list[Path]:
-    """The path of a node if it is published; of all shards, the paths of those that are."""
+    """The path of a node if it is published; for EVERY, the paths of all published shards."""
     paths = sorted(run.paths.root.glob(node.place)) if node.at == EVERY else [run.paths.root / node.place]
     return [path for path in paths if is_published(path)]

@@ -15,7 +15,7 @@ from kdrl_core.ledger.manifest import begin_memory, end_memory
 from kdrl_core.ledger.publish import replace_file, storage_errors
 
 _PATIENCE_S = 0.2
-"""Longer than `lock_holder` of another process holds the lock to see whether it is free."""
+"""Longer than `lock_holder` in another process holds the lock for its test."""
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def lock_holder(path: Path) -> str | None:
         lock.acquire(timeout=0)
     except Timeout:
         return _holder(path.with_suffix(".holder.json"))
-    except OSError:  # on a disk that cannot be written nobody works on a run
+    except OSError:  # nobody can work on a run on a disk that cannot be written
         return None
     lock.release()
     return None

@@ -1,14 +1,13 @@
 """What makes a file or folder an artifact: a manifest, with the hashes of its bytes and of what it was made from.
 
 The manifest of a file is `_<stem>.manifest.json` beside it; the leading underscore keeps Parquet readers of the folder
-from taking it for data. That of a directory is `manifest.json` in it. A manifest holds a checksum of its own, and the
-artifact's place in its run: it vouches for nothing if it was altered, and not for another file's place.
+from taking it for data. The manifest of a directory is `manifest.json` in it. A manifest holds its own checksum and the
+artifact's place in its run: it is refused if it was altered, or if the artifact lies in another place.
 
-While a process holds a run's lock, it reads no file of the run twice. A published file never changes: one whose inode,
-size and times are still what they were is taken to have its bytes still; any other is read again. Manifests, and which
-files had the bytes of their manifest, are remembered of one step at a time: with the first file of another step all of
-that is forgotten. So damage that shows in no time and no size is found, as without a memory, when a later step or
-process looks at the file.
+While a process holds a run's lock, it does not read an unchanged file of the run twice. Published files never change:
+if inode, size and times of a file are the same as before, its bytes are taken to be the same; else it is read again.
+The memory of manifests and of verified files covers one step: the first file of another step clears it. So damage that
+changes neither times nor size is found when a later step or process looks at the file.
 """
 
 import hashlib
@@ -41,24 +40,24 @@ class Manifest:
     """Its path in the run; outside of runs, where folders may be renamed, its name when it was published."""
     size: int
     sha256: str
-    """Of the file's bytes; of a directory, over the sorted lines `sha256 size path` of its files."""
+    """Hash of the file's bytes; for a directory, of the sorted lines `sha256 size path` of its files."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Path relative to the run → sha256."""
     metadata: dict[str, Any] = field(default_factory=dict)
     files: Listing | None = None
-    """Of a directory."""
+    """Only for a directory."""
     created_at: str = ""
     kdrl_version: str = kdrl_core.__version__
 
     def to_bytes(self) -> bytes:
-        """As it is written."""
-        content = json.loads(json.dumps(asdict(self)))  # as it is read: keys are text
+        """Content of the manifest's file."""
+        content = json.loads(json.dumps(asdict(self)))  # as when read back: keys are text
         content[_CHECKSUM] = _checksum(content)
         return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, written: bytes) -> "Manifest":
-        """The manifest that has just been written as these bytes; its checksum is not looked at again."""
+        """The manifest that was just written as these bytes; its checksum is not compared."""
         content = json.loads(written)
         del content[_CHECKSUM]
         return cls(**content)
@@ -105,7 +104,7 @@ def manifest_of(path: Path) -> Manifest:
     Raises:
         RunError: it has none.
         DamagedArtifactError: the manifest itself cannot be read, or was altered.
-        ForeignFileError: it is that of another artifact of a run.
+        ForeignFileError: it belongs to another artifact of a run.
     """
     where = manifest_path(path)
     if not where.is_file():
@@ -153,7 +152,7 @@ def verify_published(path: Path) -> Manifest:
         RunError: not published.
         DamagedArtifactError: size or hash of the artifact, or of a file in it, is not what was published.
         ForeignFileError: it is another artifact of a run, or a directory holds a file that was not published (hidden
-            ones are passed over).
+            files do not count).
     """
     manifest = manifest_of(path)
     if manifest.files is None:
@@ -173,7 +172,7 @@ def verify_published(path: Path) -> Manifest:
 
 
 def digest(path: Path, *, durable: bool = False) -> tuple[int, str]:
-    """Bytes and sha256 of a file; with `durable` they are on the disk when this returns."""
+    """Size and sha256 of a file; with `durable` its bytes are on the disk when this returns."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256")
         if durable:
@@ -182,8 +181,8 @@ def digest(path: Path, *, durable: bool = False) -> tuple[int, str]:
 
 
 def listing(folder: Path, *, durable: bool = False, known: Listing | None = None) -> Listing:
-    """`Manifest.files` of a directory, its manifest left out. `durable` as in `digest`; files that are `known`, and
-    have that size, are not read."""
+    """`Manifest.files` of a directory, without its manifest. `durable` as in `digest`; files in `known` are not read if
+    their size agrees."""
     files: Listing = {}
     for file in _files_of(folder):
         name = _name(file, folder)
@@ -229,12 +228,12 @@ def _compare(path: Path, size: int, sha256: str) -> None:
         )
 
 
-_REMEDY = "restore it from a backup; what a run goes on from, kdrl resume makes again"
+_REMEDY = "restore it from a backup; kdrl resume makes again the files that the run needs"
 
 
 def model_identity(path: Path) -> str:
-    """Name and sha256 of the files of a model directory as they are: two models of one name are told apart, a moved or
-    copied one is the same, one with another tokenizer or chat template is another."""
+    """Name of a model directory and sha256 of its files as they are. It differs for two models of the same name or with
+    another tokenizer or chat template; a moved or copied model keeps it."""
     listing = hashlib.sha256()
     files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     for file in sorted(file for file in files if file.name != DIRECTORY_MANIFEST):
@@ -250,7 +249,7 @@ class Kept(StrEnum):
 
     MANIFEST = "manifest"
     BYTES = "bytes"
-    """The hash that they had."""
+    """Hash of its bytes."""
     DERIVED = "derived"
     """Rows that can be rebuilt, which are kept longer than a step."""
 
@@ -258,24 +257,24 @@ class Kept(StrEnum):
 Stamp = tuple[int, ...]
 
 _held: dict[Path, dict[tuple[Kept, Path], tuple[Stamp, Any]]] = {}
-"""Run whose lock is held → what was read of which artifact → stamp of the file that was read, and what it held."""
+"""Run whose lock is held → kind and artifact → stamp of the file that was read, and the value from it."""
 _steps: dict[Path, tuple[str | None, object]] = {}
 """Run → stage and step of the artifacts that are remembered."""
 
 
 def begin_memory(root: Path) -> None:
-    """The lock of the run in `root` is held from now on; nothing is known."""
+    """Begin with an empty memory: the lock of the run in `root` is held from now on."""
     _held[root] = {}
     _steps.pop(root, None)
 
 
 def end_memory(root: Path) -> None:
-    """The lock is let go: others may change what they like."""
+    """Forget the run: its lock is released, so others may change its files."""
     _held.pop(root, None)
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """What changes when a file does; None if there is no file."""
+    """Facts of a file that change with it: device, inode, size and times; None if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -284,8 +283,8 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 def renamed(before: Stamp | None, path: Path) -> Stamp | None:
-    """The stamp of a file since it was renamed to `path`, which changes the last of its times alone; None if more is
-    another."""
+    """The stamp of a file after its rename to `path`, which changes only the last of its times; None if more
+    changed."""
     after = stamp_of(path)
     return after if before is not None and after is not None and after[:-1] == before[:-1] else None
 

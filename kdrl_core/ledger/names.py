@@ -1,4 +1,4 @@
-"""What has a name in a run: its files and its randomness, both by stage and step.
+"""Names in a run: the paths of its files and the seeds of its draws, both by stage and step.
 
 A *step* k counts from 0. It starts from the policy after k updates, which is checkpoint `step-<k>`; its update makes
 checkpoint `step-<k+1>`. So the rollouts of `step=000012` were sampled from `checkpoints/<stage>/step-000012`.
@@ -25,7 +25,7 @@ _OF_A_RUN = ("recipe.yaml", "manifest.json", "run.lock")
 
 
 def place_of(path: Path) -> str | None:
-    """The path of an artifact in its run, `rollouts/stage=…/…`; None if it lies in no run."""
+    """The path of an artifact in its run, `rollouts/stage=…/…`; None if it is not in a run."""
     path = path.absolute()
     for root in path.parents:
         if root.parent.name == _RUNS and any((root / name).is_file() for name in _OF_A_RUN):
@@ -34,7 +34,7 @@ def place_of(path: Path) -> str | None:
 
 
 def stage_and_step(place: str) -> tuple[str | None, int | None]:
-    """Stage and step that a path in a run belongs to, or None for what belongs to none."""
+    """Stage and step that a path in a run belongs to; None where it belongs to none."""
     for path in (PurePosixPath(place), *PurePosixPath(place).parents):
         if (node := graph.node_at(str(path))) is not None:
             return node.stage, node.at if node.row.per == "step" and isinstance(node.at, int) else None
@@ -145,7 +145,7 @@ class RunPaths:
 
     @property
     def tracking(self) -> Path:
-        """What was sent to trackers, and the files of those that keep theirs here."""
+        """What was sent to trackers, and the files of trackers that write to the run."""
         return self.root / "tracking"
 
     @property
@@ -164,17 +164,17 @@ def derive_seed(*names: object) -> int:
 
 
 def uniforms(seed: int, count: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1) of the counter-based generator keyed by `seed`; a longer draw begins with a shorter."""
+    """`count` numbers in [0, 1) from the counter-based generator keyed by `seed`; a longer draw only adds numbers."""
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
 def prompts_of_step(
     problem_ids: Sequence[str], *, seed: int, stage: str, step: int, prompts_per_step: int
 ) -> list[str]:
-    """The problems of one step: consecutive slices of one shuffled pass over the pool after another.
+    """The problems of one step: a slice of consecutive passes over the pool, each shuffled anew.
 
-    No problem is left out of a pass and none stands twice in a step: where a step spans two passes, the second
-    pass puts the problems that the step already has at its end.
+    Each pass has every problem once, and no step has a problem twice: if a step spans two passes, the second pass
+    ends with the problems that the step already has.
 
     Raises:
         ValueError: the pool is smaller than a step.

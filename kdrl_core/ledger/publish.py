@@ -1,8 +1,8 @@
 """Publication: an artifact exists once its manifest does, and from then on never changes.
 
 A file is written to a hidden sibling, fsynced, renamed; then its manifest (inputs with their hashes, size, sha256) the
-same way. A directory is written to a hidden sibling with its manifest last, fsynced, and renamed as a whole. Whatever a
-crash leaves behind is therefore a hidden sibling or a file without manifest: neither counts.
+same way. A directory is written to a hidden sibling with its manifest last, fsynced, and renamed as a whole. So a crash
+leaves only hidden siblings and files without manifest: neither counts.
 """
 
 import errno
@@ -48,14 +48,14 @@ def publish_file(
 ) -> Manifest:
     """Publish the file that `write` makes.
 
-    A file that was set aside as damaged must come out as it was, and then has its old manifest again.
+    A file that was set aside as damaged must come out with the same bytes; it then gets its old manifest back.
 
     Args:
-        path: where it is to lie.
+        path: where to publish the file.
         write: writes the file to the path it is given.
         inputs: what it was made from: path relative to the run → sha256.
         metadata: further facts for the manifest.
-        expected: sha256 that something published since was made from.
+        expected: sha256 that later published artifacts were made from.
 
     Raises:
         StorageError: no space, or the folder cannot be written; nothing is left behind.
@@ -89,8 +89,8 @@ def publish_directory(
     """Publish the directory that `write` fills; like `publish_file`, in one rename. `write` may return a `Listing` of
     the files that it has put on the disk from memory (`ConstantFiles`): these are not read again.
 
-    A directory that is published already from the same inputs is kept, and its manifest returned; one from other inputs
-    gives way to the new one once that is complete.
+    If the directory is already published from the same inputs, it is kept and its manifest returned. If it was made
+    from other inputs, the new one replaces it once that is complete.
     """
     if kept := heal.find_intact(path, inputs or {}):
         return kept
@@ -142,9 +142,9 @@ class ConstantFiles:
 
 
 def adopt_published(source: Path, path: Path) -> None:
-    """Publish at `path` what is published at `source`, in the same place of another run, and was verified there: the
-    same bytes under the same manifest. Nothing that is published is ever written to again, so its files are linked, and
-    copied only where the file system has no links.
+    """Publish at `path` the artifact `source`, which was verified in the same place of another run: the same bytes
+    under the same manifest. Published files never change, so they are linked; they are copied only where the file
+    system has no links.
 
     Raises:
         DamagedArtifactError: the source has no readable manifest, or was altered while it was copied.
@@ -189,7 +189,7 @@ def retract(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Atomically make `path` a file of these bytes, or the one that `content` writes to the path it is given; durable
+    """Atomically replace the file `path` by these bytes, or by what `content` writes to the path it is given; durable
     when this returns."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +268,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except Exception as error:
-        # safetensors, torch and shutil report a full disk each in its own way, without errno; torch does not say it.
+        # safetensors, torch and shutil report a full disk each in its own way, without errno; torch does not name it.
         foreign = not isinstance(error, KdrlError) and getattr(error, "errno", None) is None
         if foreign and ("No space left" in str(error) or _free_bytes(path.parent) < _FULL_BELOW_BYTES):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -280,7 +280,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing `path` for want of space or permission into a StorageError that says so."""
+    """Turn an OSError from lack of space or permission to write `path` into a StorageError that says so."""
     try:
         yield
     except StorageError:

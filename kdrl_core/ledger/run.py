@@ -1,4 +1,4 @@
-"""A run: its folder, its frozen recipe, the refusal to go on under another one."""
+"""A run: its folder, its frozen recipe, and the refusal to resume it with another recipe."""
 
 import hashlib
 import json
@@ -54,11 +54,11 @@ class Run:
 def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> Run:
     """Make the folder of a new run, or open it again under the same recipe.
 
-    Of a run that has lost one of recipe.yaml and manifest.json the other says whether `recipe` is its recipe; what was
-    lost is then written anew.
+    If a run has lost recipe.yaml or manifest.json, the other file tells whether `recipe` is its recipe. If it is, the
+    lost file is written anew.
 
     Raises:
-        RunError: bad name, or the run exists with a recipe that differs in a field that changes results, or with none.
+        RunError: bad name, or the run's recipe differs in a field that changes results, or is lost with its manifest.
         RunLockedError: another process works on it, so its recipe cannot be changed.
         StorageError: the folder cannot be written or the disk is full.
     """
@@ -85,26 +85,26 @@ def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> R
 
 
 def require_same_recipe(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> None:
-    """Raise the RunError that `create_run` would raise of an existing run; writes nothing."""
+    """Raise the RunError that `create_run` would raise for an existing run; writes nothing."""
     paths = RunPaths.of(name, artifacts)
     if _is_begun(paths):
         _identify(paths, recipe)
 
 
 def require_resumable(run: Run, recipe: Recipe) -> None:
-    """Raise RunError with the fields in which `recipe` differs from the run's so that its results would change."""
+    """Raise RunError if `recipe` differs from the run's in fields that change results; the error lists them."""
     if unsafe := unsafe_changes(run.recipe, recipe):
         raise RunError(
             f"run {run.name} was started with another recipe: {'; '.join(map(str, unsafe))}. "
             "Use another run name, or resume with the recipe it was started with. "
-            f"Safe to change are {', '.join(SAFE_FIELDS)}, and of the last stage more steps"
+            f"Safe to change are {', '.join(SAFE_FIELDS)}, and more steps in the last stage"
         )
 
 
 def record_adoption(run: Run, donor: Run, what: str, artifacts: Mapping[str, str]) -> None:
     """Note in the run's manifest.json that `what` comes from another run: which one, its recipe's hash and versions,
-    when, and a hash over the artifacts (place → sha256) that are taken over. Written before they are, so that none is
-    ever there without it."""
+    when, and a hash over the adopted artifacts (place → sha256). The note is written before them, so that none is ever
+    there without it."""
     listing = "".join(f"{artifacts[place]} {place}\n" for place in sorted(artifacts))
     theirs = _read_manifest(donor.paths)
     entry = {
@@ -117,7 +117,7 @@ def record_adoption(run: Run, donor: Run, what: str, artifacts: Mapping[str, str
         "at": datetime.now(UTC).isoformat("T", "seconds"),
     }
     manifest = dict(_read_manifest(run.paths))
-    kept = [one for one in adopted(run) if one["what"] != what]  # of an adoption that was interrupted
+    kept = [one for one in adopted(run) if one["what"] != what]  # replaces an interrupted adoption
     manifest["adopted"] = [*kept, entry]
     replace_file(run.paths.manifest, _as_json(manifest))
 
@@ -162,7 +162,7 @@ def open_run_dir(run_dir: str | Path) -> Run:
 
 
 def list_runs(artifacts: Path | None = None) -> list[str]:
-    """Names of the runs in the artifacts folder, oldest first; also of one without its recipe.yaml or manifest.json."""
+    """Names of the runs in the artifacts folder, oldest first, also of those that lack recipe.yaml or manifest.json."""
     folder = (artifacts or artifacts_root()) / "runs"
     roots = {path.parent for name in ("manifest.json", "recipe.yaml") for path in folder.glob(f"*/{name}")}
     return [root.name for root in sorted(roots, key=lambda root: (_created(root / "manifest.json"), root))]
@@ -173,10 +173,10 @@ def _is_begun(paths: RunPaths) -> bool:
 
 
 def _identify(paths: RunPaths, recipe: Recipe) -> tuple[Recipe | None, Mapping[str, Any] | None]:
-    """What recipe.yaml and manifest.json of a begun run hold; None for one that is lost or cannot be read.
+    """Contents of recipe.yaml and manifest.json of a begun run; None for a file that is lost or cannot be read.
 
     Raises:
-        RunError: both are lost, or `recipe` is not what the run may be resumed with.
+        RunError: both are lost, or the run may not be resumed with `recipe`.
     """
     kept: Recipe | None = None
     with suppress(RecipeError):
@@ -203,7 +203,7 @@ def _identify(paths: RunPaths, recipe: Recipe) -> tuple[Recipe | None, Mapping[s
 
 
 def _restore_identity(paths: RunPaths, recipe: Recipe) -> None:
-    """Write the run's manifest.json from its recipe.yaml, or the other way round, where one is lost and `recipe` fits.
+    """Write the run's manifest.json from its recipe.yaml, or the other way round, if one is lost and `recipe` fits.
 
     Raises:
         RunError: as `_identify`.

@@ -9,8 +9,8 @@ logits again: with l = log π_v and the gradients g, g_H, g_K of the three resul
 
     ∂/∂z_v = g (1[v = target] − π_v) − g_H π_v (l + H) + g_K π_v (l − log π'_T(v) − KL)
 
-Chunks of columns rather than of tokens: each row of ∂/∂W is one matmul over all tokens, written once to its place. It
-is never read back and added to, so that it needs no float32 copy when the weight is bfloat16.
+The chunks are of columns, not of tokens: so each row of ∂/∂W is one matmul over all tokens, written once to its place.
+It is never read back and added to, so it needs no float32 copy when the weight is bfloat16.
 
 Shapes: N tokens (response tokens only, packed), H hidden size, V vocabulary, K teacher tokens.
 """
@@ -35,7 +35,7 @@ CHUNK_BYTES = 32 * 2**20
 
 
 class OutputLayer(NamedTuple):
-    """What makes logits of hidden states: (hidden Wᵀ + bias) / temperature."""
+    """Turns hidden states into logits: (hidden Wᵀ + bias) / temperature."""
 
     weight: Tensor
     """[V, H]."""
@@ -90,8 +90,8 @@ def token_statistics(
 ) -> TokenStatistics:
     """Logprobs of `target_ids` under the softmax of the layer's logits, on request entropy and Top-K KL.
 
-    Memory beyond inputs and gradients is a few chunks and a few numbers per token, whatever V. The gradient flows to
-    `hidden`, weight and bias, as far as they ask for it, and comes in the dtype of each. It can be taken once.
+    Memory beyond inputs and gradients is a few chunks and a few numbers per token, for any V. The gradient flows to
+    `hidden`, weight and bias if they require it, in the dtype of each. It can be taken once.
 
     Args:
         hidden: [N, H] last hidden states, those that predict the targets.
@@ -99,8 +99,8 @@ def token_statistics(
         target_ids: [N] integers in [0, V).
         with_entropy: compute the entropy as well.
         topk: compute the KL to this teacher as well.
-        compute_dtype: of the matmuls, whose sums are float32 inside; weights are cast chunk by chunk. None: that of
-            autocast where it is on, else that of `hidden`. Everything after a matmul is float32 at least.
+        compute_dtype: of the matmuls, whose sums are float32 inside; weights are cast chunk by chunk. None: the
+            dtype of autocast if it is on, else of `hidden`. Everything after a matmul is float32 at least.
         chunk_bytes: bound on one chunk's float32 logits (256 columns at least).
 
     Returns:
@@ -118,7 +118,7 @@ def token_statistics(
         teacher = topk.logits.detach().to(sum_dtype(hidden)).log_softmax(-1)
     dtype, floor = _compute_dtype(hidden, compute_dtype), 0.0 if topk is None else topk.floor
     settings = ChunkSettings(1.0 / layer.temperature, dtype, chunk_bytes, with_entropy, floor)
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the sums as well
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the sums as well
         found = ChunkedStatistics.apply(
             hidden, layer.weight, layer.bias, target_ids.long(), topk_ids, teacher, settings
         )
@@ -139,7 +139,7 @@ def best_tokens(
 ) -> BestTokens:
     """Logprobs of `target_ids` and of the `k` likeliest tokens, the softmax taken over the whole vocabulary.
 
-    Arguments as `token_statistics`; ids from `num_tokens` on are padding of the embedding, never among the best.
+    Arguments as in `token_statistics`; ids from `num_tokens` on are padding of the embedding and never among the best.
 
     Raises:
         ValueError: shapes do not match, a target is outside [0, V), or `k` is above the number of tokens.

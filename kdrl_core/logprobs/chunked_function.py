@@ -1,6 +1,6 @@
 """The autograd function behind chunked.py, whose docstring has the equations and the shapes.
 
-It goes through the logits a chunk of columns at a time and keeps running sums over them; C columns of a chunk.
+It goes through the logits one chunk of C columns at a time and keeps running sums over them.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 _MIN_COLUMNS = 256
 LOWEST = -1e4
-"""Logits this far below the highest have probability 0 in every dtype; −∞ would make 0 · ∞ of their share."""
+"""Logits this far below the highest have probability 0 in every dtype; −∞ would turn their term into 0 · ∞."""
 
 
 class ChunkSettings(NamedTuple):
@@ -37,7 +37,7 @@ class RunningSums:
         self._with_entropy = with_entropy
 
     def add(self, logits: Tensor) -> None:
-        """Add columns [N, C]; their memory is used up."""
+        """Add columns [N, C], whose memory is overwritten."""
         highest = torch.maximum(self.highest, logits.amax(1))
         shift = (self.highest - highest).clamp_(min=LOWEST)
         shrink = shift.exp()
@@ -52,7 +52,7 @@ class RunningSums:
         self.highest = highest
 
     def clone(self) -> "RunningSums":
-        """The same sums, to be added to alone."""
+        """A copy of the sums; adding to it leaves these as they are."""
         other = RunningSums(0, self.highest.device, self.highest.dtype, with_entropy=self._with_entropy)
         other.highest, other.total, other.weighted = self.highest, self.total, self.weighted
         return other
@@ -81,11 +81,11 @@ def logit_chunks(
         if settings.scale != 1.0:
             logits *= settings.scale
         yield start, logits
-        del logits  # not while the next chunk is computed
+        del logits  # free the memory before the next chunk is computed
 
 
 def inside_chunk(ids: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Which `ids` are in the chunk, and their column, that of the others being any."""
+    """Which `ids` are in the chunk, and the column of each; ids outside of it get any column."""
     position = ids - start
     return (position >= 0) & (position < columns), position.clamp(0, columns - 1)
 
@@ -125,7 +125,7 @@ class ChunkedStatistics(torch.autograd.Function):
         for start, logits in logit_chunks(hidden, weight, bias, settings):
             gather_into(logit, logits, targets[:, None], start)
             if topk_ids is not None and topk_logits is not None:
-                # The Top-K leaves the sums: what is outside must not be a difference of nearly equal numbers.
+                # The sums leave out the Top-K, so that the rest is not a difference of nearly equal numbers.
                 gather_into(topk_logits, logits, topk_ids, start, then_fill=-torch.inf)
             sums.add(logits)
         kl = above_floor = None
@@ -139,11 +139,11 @@ class ChunkedStatistics(torch.autograd.Function):
             sums.add(topk_logits.clone())
             log_sum, entropy = sums.log_sum(), sums.entropy()
             inside = (topk_logits - log_sum[:, None]).clamp(min=LOWEST)
-            share = (outside_highest - log_sum).exp()  # of the running sums in the whole
+            share = (outside_highest - log_sum).exp()  # turns the running sums into probabilities
             above = (outside_highest - log_sum).clamp(min=LOWEST)
             outside_entropy = share * (outside_entropy + above * outside)  # Σ π log π outside
             kl = (inside.exp() * (inside - teacher)).sum(-1) + outside_entropy - settings.floor * share * outside
-            # KL + floor, which the gradient needs: not a difference of nearly equal numbers.
+            # The gradient needs KL + floor, computed here without a difference of nearly equal numbers.
             above_floor = (inside.exp() * (inside - teacher + settings.floor)).sum(-1) + outside_entropy
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -184,7 +184,7 @@ class ChunkedStatistics(torch.autograd.Function):
 
 
 class _Saved(NamedTuple):
-    """What the forward pass keeps, in its order. Each of them is a tensor, or None where it was not asked for."""
+    """What the forward pass keeps, in its order. Each is a tensor, or None if it was not asked for."""
 
     hidden: Tensor
     weight: Tensor
@@ -199,7 +199,7 @@ class _Saved(NamedTuple):
 
 
 class _Slopes(NamedTuple):
-    """∂/∂logit = π (slope · log π + offset); tokens of the Top-K have an offset of their own; `own` is the target's."""
+    """∂/∂logit = π (slope · log π + offset). Top-K tokens have their own offset; the target gets `own` in addition."""
 
     offset: Tensor
     """[N]."""
@@ -214,7 +214,7 @@ class _Slopes(NamedTuple):
 def _slopes(
     saved: _Saved, settings: ChunkSettings, own: Tensor | None, on_entropy: Tensor | None, on_kl: Tensor | None
 ) -> _Slopes | None:
-    """From the gradients of logprobs, entropy and Top-K KL [N]; None if none of them is there."""
+    """Slopes from the gradients of logprobs, entropy and Top-K KL [N]; None without any gradient."""
     on_entropy = on_entropy if settings.with_entropy else None
     on_kl = None if saved.kl is None else on_kl
     if own is None and on_entropy is None and on_kl is None:

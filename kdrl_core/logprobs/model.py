@@ -1,8 +1,8 @@
 """Logprobs, entropy and Top-K KL of response tokens under softmax(logits / T), the policy that is sampled.
 
-A model is asked for the hidden states that predict the response tokens, padding left out, and `token_statistics` does
-the rest. That is right for models whose logits are the output layer of their base model's last hidden states and
-nothing else: `LogprobModel` asks the model itself, once. For any other (scaled or soft-capped logits, as in Gemma 2; an
+The model gives the hidden states that predict the response tokens, without padding; `token_statistics` does the rest.
+This is right only if the logits are the output layer applied to the last hidden states of the base model.
+`LogprobModel` tests the model for this, once. For any other model (scaled or soft-capped logits, as in Gemma 2; an
 output layer that is wrapped or quantised) it takes the model's own logits [B, T, V].
 
 Ragged token lists become padded tensors first: prompts left-padded, responses right-padded. B = responses, P = longest
@@ -66,7 +66,7 @@ def pad_sequences(sequences: Sequence[ScoreRequest], *, device: torch.device | s
 def token_budget_batches(lengths: Sequence[tuple[int, int]], *, max_tokens: int) -> list[list[int]]:
     """Split rows into batches of similar length with at most `max_tokens` padded tokens (at least one row each).
 
-    `lengths` has prompt and response tokens per row; padded are rows × (longest prompt + longest response) of a batch.
+    `lengths` has prompt and response tokens per row; a batch has rows × (longest prompt + longest response) tokens.
     """
     order = sorted(range(len(lengths)), key=lambda row: (sum(lengths[row]), row))
     batches: list[list[int]] = []
@@ -83,13 +83,13 @@ def token_budget_batches(lengths: Sequence[tuple[int, int]], *, max_tokens: int)
 
 
 def deal_batches(batches: Sequence[Sequence[int]], *, ranks: int) -> tuple[list[list[list[int]]], list[int]]:
-    """Deal micro-batches to ranks, to each the same number of passes, which sharded training needs.
+    """Deal micro-batches to ranks: each gets the same number of passes, as sharded training needs.
 
-    Neighbours in `batches`, which are alike in length, run at the same time. Where the number of batches is no multiple
-    of the ranks, the longest ones are halved; where rows run out, ranks repeat a row as an idle pass.
+    Neighbours in `batches` have similar lengths and run at the same time. If the number of batches is not a multiple of
+    the ranks, those with most rows are halved. If there are too few rows, ranks repeat a row as an idle pass.
 
     Returns:
-        the passes of every rank; how many of its last ones are idle.
+        the passes of every rank, and how many of its last passes are idle.
     """
     parts = [list(rows) for rows in batches]
     while len(parts) % ranks:
@@ -109,8 +109,8 @@ def deal_batches(batches: Sequence[Sequence[int]], *, ranks: int) -> tuple[list[
 class LogprobHead(torch.nn.Module):
     """The output layer [V, H] as a function from hidden states to statistics of tokens.
 
-    A module of its own, called like one, so that sharded training (ZeRO-3) gathers the weight before its forward pass
-    and before its backward pass, which needs it again.
+    It is a module of its own, so that sharded training (ZeRO-3) gathers the weight before its forward pass and again
+    before its backward pass.
     """
 
     def __init__(self, output_layer: torch.nn.Linear, *, temperature: float) -> None:
@@ -141,7 +141,7 @@ class LogprobHead(torch.nn.Module):
 
 
 class LogprobModel(torch.nn.Module):
-    """A causal language model that answers with statistics of response tokens instead of logits."""
+    """A causal language model that returns statistics of response tokens instead of logits."""
 
     def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
         super().__init__()
@@ -215,11 +215,11 @@ class LogprobModel(torch.nn.Module):
 
 
 def has_linear_logits(model: PreTrainedModel) -> bool:
-    """Whether logits = output layer(last hidden states of the base model), found out by two tiny forward passes.
+    """Whether logits = output layer(last hidden states of the base model), tested by two tiny forward passes.
 
-    The output layer is fed loud random numbers in place of its input: what comes out of the model must be the linear
-    map of them, so that a soft cap or a scale cannot hide in small logits. And what it would have been fed must be what
-    the base model returns. Draws nothing from torch's random stream.
+    The output layer gets large random numbers in place of its input. The model's logits must be their linear map: with
+    large logits, a soft cap or a scale shows. And the input that was replaced must be what the base model returns.
+    Draws nothing from torch's random stream.
     """
     layer, base = model.get_output_embeddings(), model.base_model
     if type(layer) is not torch.nn.Linear or base is model:
@@ -251,7 +251,7 @@ def has_linear_logits(model: PreTrainedModel) -> bool:
         hook.remove()
         for module, mode in was_training.items():
             module.training = mode
-    # NaN is equal to NaN here: a model of broken weights is not refused by this question.
+    # NaN is equal to NaN here: this test does not refuse a model with broken weights.
     return (
         len(seen) == 1
         and seen[0].shape == hidden.shape
@@ -278,8 +278,8 @@ def response_logits(model: PreTrainedModel, batch: PaddedBatch, *, temperature: 
 def response_logprobs(
     logits: Tensor, batch: PaddedBatch, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Of `response_logits` [B, T, V]: logprobs [B, T] float32 with gradient, 0 on padding; entropy in nats likewise, or
-    None.
+    """From `response_logits` [B, T, V]: logprobs [B, T] float32 with gradient, 0 on padding; likewise the entropy in
+    nats, or None.
     """
     log_probabilities = logits.log_softmax(-1)
     is_response = batch.response_mask.bool()

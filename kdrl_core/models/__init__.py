@@ -1,1 +1,1 @@
-"""Models and tokenizers on disk: found, checked, prepared, loaded."""
+"""Find, check, prepare and load models and tokenizers on disk."""

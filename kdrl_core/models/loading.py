@@ -1,4 +1,4 @@
-"""Model directories: found, checked and compared before anything expensive begins, then loaded through transformers.
+"""Find, check and compare model directories before anything expensive begins; then load them through transformers.
 
 The checks read JSON only, so that a wrong path or a foreign teacher is reported in a second, not after minutes.
 
@@ -39,7 +39,7 @@ def check_device(recipe: Recipe) -> None:
 
 
 def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
-    """The parsed config.json of a model directory, or of a GGUF model an empty dict, after a look at its files.
+    """Check the files of a model directory and return its parsed config.json; for a GGUF model, an empty dict.
 
     Args:
         role: `student` or `teacher`, named in errors.
@@ -93,10 +93,10 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
 
 
 def _check_weight_files(path: Path) -> None:
-    """Raise ModelError if transformers could come to read other weights than safetensors files of this directory."""
+    """Raise ModelError if transformers could read weights from anything but safetensors files of this directory."""
     _shards(path)  # a file that an index names would be opened as a pickle unless it is called safetensors
     values: Any = {}
-    with suppress(OSError, ValueError, RecursionError):  # told where the file is read
+    with suppress(OSError, ValueError, RecursionError):  # reported where the file is read
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if isinstance(values, dict) and values.get("transformers_weights") is not None:
         raise ModelError(
@@ -106,24 +106,24 @@ def _check_weight_files(path: Path) -> None:
 
 
 def _needs_own_code(values: dict[str, Any]) -> bool:
-    """Whether transformers knows no class of its own for a config.json that names one in the model's directory."""
+    """Whether config.json names a class in the model's directory, and transformers has none for this model type."""
     if "auto_map" not in values:
         return False
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # costs a second: rarely asked
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # costs a second: rarely used
 
     return values.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _tokenizer_needs_own_code(path: Path) -> bool:
-    return not (path / "tokenizer.json").is_file() and "auto_map" in _tokenizer_config(path)  # the former is read as is
+    return not (path / "tokenizer.json").is_file() and "auto_map" in _tokenizer_config(path)  # the former needs no code
 
 
 def _shards(path: Path) -> list[str]:
-    """Files that the weight index of a sharded model names; none if there is no index, or one file with all weights,
-    which goes first in transformers as well.
+    """Files that the weight index of a sharded model names; empty if there is no index, or if one file has all weights
+    (transformers prefers it to an index as well).
 
     Raises:
-        ModelError: the index cannot be read, or names what is no safetensors file of this directory.
+        ModelError: the index cannot be read, or names anything but safetensors files of this directory.
     """
     if (path / _WEIGHTS[0]).is_file():
         return []
@@ -143,8 +143,8 @@ def _shards(path: Path) -> list[str]:
 
 
 def context_limit(config: dict[str, Any]) -> int | None:
-    """Most tokens (prompt + response) that a model with this config.json takes, if it says so."""
-    text = config.get("text_config")  # of a model that sees as well
+    """Longest context (prompt + response) of a model with this config.json; None if it does not say."""
+    text = config.get("text_config")  # of a vision-language model
     for part in (config, text if isinstance(text, dict) else {}):
         for name in ("max_position_embeddings", "n_positions"):  # GPT-2 has the latter
             if isinstance(limit := part.get(name), int):
@@ -153,11 +153,11 @@ def context_limit(config: dict[str, Any]) -> int | None:
 
 
 def compare_tokenizers(student: Path, teacher: Path) -> None:
-    """Refuse a teacher whose tokens mean something else than the student's. Raises ModelError.
+    """Raise ModelError if the teacher's tokens differ from the student's.
 
-    Compared are the token → id maps with the special tokens, and the token that ends a response, not vocabulary sizes:
-    Qwen pads its embedding differently per model size while the tokenizers are the same. Compared is
-    what both sides say: a directory without tokenizer.json, or without eos_token, is taken at its word.
+    It compares the token → id maps with the special tokens, and the token that ends a response. It does not compare
+    vocabulary sizes: Qwen pads its embedding differently per model size, but the tokenizers are the same. If one of the
+    directories has no tokenizer.json, or no eos_token, that part is not compared.
     """
     ours, theirs = _vocabulary(student), _vocabulary(teacher)
     if ours is not None and theirs is not None and ours != theirs:
@@ -227,7 +227,7 @@ def load_model(
     from transformers.utils.logging import disable_progress_bar
 
     _check_weight_files(path)
-    # transformers imports DeepSpeed where it is installed, which tells standard output what it takes the device for.
+    # transformers imports DeepSpeed where it is installed; DeepSpeed would print the device that it guesses.
     os.environ.setdefault("DS_ACCELERATOR", device)
     disable_progress_bar()  # a bar per load and save would bury the run's own progress
     model: PreTrainedModel
@@ -240,9 +240,9 @@ def load_model(
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # each file that is not as it should be fails in its own way
+    except Exception as error:  # each kind of broken file fails in its own way
         raise ModelError(f"no model can be loaded from {path}: {_first_line(error)}{trust_hint(error)}") from error
-    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+    if missing := sorted(loading["missing_keys"]):  # transformers would use random numbers in their place
         raise ModelError(
             f"{path} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}; "
             "download the model again, or correct its config.json"
@@ -251,7 +251,7 @@ def load_model(
 
 
 def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
-    """Copy the safetensors weights of `checkpoint_dir` into `model`, tied weights staying tied.
+    """Copy the safetensors weights of `checkpoint_dir` into `model`; tied weights stay tied.
 
     Raises ModelError if a weight is missing, unknown, or of another shape, or a file cannot be read.
     """
@@ -286,12 +286,12 @@ def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
 
 
 def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response: the generation config's, of a model or of its directory, and the tokenizer's.
+    """The ids that end a response: from the generation config of a model or its directory, and from the tokenizer.
 
     Raises ModelError if there are none.
     """
     if isinstance(model, Path):
-        file = model / "generation_config.json"  # as transformers has it; without that file, of config.json
+        file = model / "generation_config.json"  # as in transformers: else config.json
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_config(model)
         configured = values.get("eos_token_id")
     else:

@@ -1,8 +1,8 @@
-"""Model directories made of other models: of GGUF files, and with a temperature baked in for a served teacher.
+"""Model directories made from other models: from GGUF files, and with a temperature baked in for a served teacher.
 
-Servers give the logprobs of softmax(z) whatever temperature they sample at, while the teacher's have to be those of
-softmax(z / T), the policy that is sampled and distilled. A copy of the model whose output layer W is W / T gives just
-these. Tied embeddings are untied, since the input side keeps its scale.
+Servers give the logprobs of softmax(z) at any sampling temperature. But KDRL needs the teacher's logprobs of
+softmax(z / T), since T is the temperature of the policy that is sampled and distilled. So kdrl serves a copy of the
+teacher with the output layer W / T. Tied embeddings are untied, since the input side keeps its scale.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from kdrl_core.ledger import Manifest, digest, is_published, publish_directory
 from kdrl_core.models.loading import check_model_dir, load_model, load_tokenizer
 
 _verified: set[Path] = set()
-"""Converted models whose bytes this process has compared: they are large, and asked for often."""
+"""Converted models that this process has verified: they are large, and used often."""
 
 
 def prepared_model(config: ModelConfig, run_root: Path) -> Path:

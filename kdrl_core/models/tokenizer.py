@@ -1,8 +1,8 @@
-"""Tokenizers, read as their files say.
+"""Read tokenizers as their files define them.
 
-Not through AutoTokenizer where there is a tokenizer.json: transformers 5 picks a class by the model's architecture, and
-that class rebuilds the tokenizer from vocabulary and merges by its own rules. A Qwen2 model with a tokenizer of another
-kind (the miniature) would lose its handling of unknown characters and gain a special token when saved.
+A tokenizer.json is not read through AutoTokenizer: transformers 5 picks a class by the model's architecture, and that
+class rebuilds the tokenizer from vocabulary and merges by its own rules. A Qwen2 model with a tokenizer of another kind
+(the miniature) would lose its handling of unknown characters and gain a special token when saved.
 """
 
 from pathlib import Path

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """Import torch with the first name that is used: recipes need `kinds` and `inputs` alone, which need none."""
+        """Import torch when a name is first used: recipes need only `kinds` and `inputs`, which import no torch."""
         if name in __all__:
             for part in ("inputs", "advantages", "baselines", "keywords", "kl", "loss", "topk"):
                 if hasattr(module := import_module(f"{__name__}.{part}"), name):

@@ -1,4 +1,4 @@
-"""From a step's rewards to what trains: advantages (2), shaped rewards (Sec. 3.1), weights of distillation (Sec. 3.4).
+"""Training signals from a step's rewards: advantages (2), shaped rewards (Sec. 3.1), distillation weights (Sec. 3.4).
 
 Advantages (2): Â_i = (r_i − mean(r)) / (std(r) + ε), mean and std over the G responses to a prompt. Departures: std is
 the unbiased one (N − 1) and ε = 1e-6, as in the paper's framework; a group of equal rewards has Â = 0 exactly, whatever
@@ -38,7 +38,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, normalize_std: bool = 
         eps: ε ≥ 0.
 
     Returns:
-        [B] in the dtype of `rewards`, float32 at least (as for integer or half-precision rewards).
+        [B] in the dtype of `rewards`, float32 at least (for integer or half-precision rewards).
 
     Raises:
         ValueError: `rewards` is not [B] and finite, `group_size` does not divide B or is below 2, or eps < 0.
@@ -103,7 +103,7 @@ def kd_mask(rewards: Tensor, group_size: int, level: str) -> Tensor:
         level: "none" | "response" | "group".
 
     Returns:
-        [B] in the dtype of `rewards`, float32 at least (as for integer or half-precision rewards).
+        [B] in the dtype of `rewards`, float32 at least (for integer or half-precision rewards).
 
     Raises:
         ValueError: unknown level, `rewards` is not [B] and finite, `group_size` does not divide B or is below 2.

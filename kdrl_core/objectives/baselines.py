@@ -1,4 +1,4 @@
-"""The paper's baselines that are not special cases of a flag of `kdrl_loss` (Sec. 2, B.2).
+"""The paper's baselines that no flag of `kdrl_loss` gives (Sec. 2, B.2).
 
     SFT (14)     −(1/Σ|o_i|) Σ_i Σ_t log π_θ(o_{i,t}), o ∼ π_T: forward KL up to a constant (3)
     KD-RKL (5)   −(1/Σ|o_i|) Σ_i Σ_t ρ_{i,t} sg(R_{i,t}), o ∼ π_θ

@@ -1,6 +1,6 @@
 """Checks of tensors, made before any arithmetic: a `ValueError` names the argument, what was expected, what was given.
 
-What is no tensor at all is a `TypeError`. The checks of plain values are in inputs.py.
+A value that is not a tensor raises a `TypeError`. The checks of plain values are in inputs.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,7 @@ def check_num_dims(argument: str, values: Tensor, legend: str) -> None:
 
 
 def check_finite(argument: str, values: Tensor, where: Tensor | None = None) -> None:
-    """No NaN or infinity in `values` ([B] or [B, T]), on padding apart: `where` is True on response tokens."""
+    """No NaN or infinity in `values` ([B] or [B, T]), except on padding: `where` is True on response tokens."""
     is_bad = ~torch.isfinite(values)
     if where is not None:
         is_bad &= where
@@ -49,7 +49,7 @@ def check_finite(argument: str, values: Tensor, where: Tensor | None = None) -> 
 
 
 def check_finite_together(arguments: Iterable[tuple[str, Tensor | None, Tensor]]) -> None:
-    """`check_finite` of each (argument, values, where), None left out, at the cost of one: a GPU is waited for once."""
+    """`check_finite` of each (argument, values, where) whose values are not None, with one wait for the GPU."""
     given = [(argument, values, where) for argument, values, where in arguments if values is not None]
     if given and torch.stack([(~torch.isfinite(values) & where).any() for _, values, where in given]).any():
         for argument, values, where in given:
@@ -161,7 +161,7 @@ def _check_tokens(responses: Responses, objective: Objective, is_response: Tenso
     given = {name: values for name in _PER_TOKEN if (values := getattr(responses, name)) is not None}
     for name, values in given.items():
         check_shape(name, values, responses.logprobs.shape, "[B, T]")
-    # The student's own: divergence is for the caller to see, in the loss, and what is switched off need not be finite.
+    # Where the student has diverged, the caller sees it in the loss. Terms that are switched off need not be finite.
     is_sane = is_response & torch.isfinite(responses.logprobs)
     where = {
         "entropy": is_sane & (objective.entropy_coef > 0.0),

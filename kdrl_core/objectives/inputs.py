@@ -1,8 +1,8 @@
 """What goes into the joint loss: the objective, the responses' tensors, and the counts of the whole optimiser step.
 
 B = prompts × G responses, grouped contiguously; T = response tokens. Every logprob is that of softmax(logits / T) at
-the sampling temperature T. Importing this module imports no torch: recipes make an `Objective` of their fields. It has
-the checks of plain values too: a `ValueError` names the argument, what was expected and what was given.
+the sampling temperature T. Importing this module imports no torch: recipes make an `Objective` of their fields. The
+checks of plain values are here too: a `ValueError` names the argument, what was expected and what was given.
 """
 
 import math
@@ -63,7 +63,7 @@ class Objective:
 
     @property
     def kd_estimator(self) -> str:
-        """Estimator of the distillation term; without one, that of its metrics."""
+        """Estimator of the distillation term; without that term, the estimator of its metrics."""
         return self.kl_estimator if self.variant.distils else "k2"
 
     @property
@@ -85,7 +85,7 @@ class Responses:
     response_mask: "Tensor"
     """[B, T], 1 on response tokens, EOS included."""
     advantages: "Tensor"
-    """[B] Â; zeros leave KD-RKL alone."""
+    """[B] Â; if all are 0, only KD-RKL remains."""
     teacher_logprobs: "Tensor | None" = None
     """[B, T] log π_T; None only where β = 0, or with "topk"."""
     rewards: "Tensor | None" = None
@@ -106,35 +106,34 @@ class Responses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Counts over the whole optimiser step, for micro-batches. None: the batch is the step, and is counted.
+    """Counts over the whole optimiser step, for micro-batches. None: the batch is the whole step, so it is counted.
 
     With them, losses and metrics of micro-batches add up to those of the whole step, however it is cut."""
 
     tokens: "float | Tensor | None" = None
     """Response tokens."""
     kd_tokens: "float | Tensor | None" = None
-    """Those of them on which KD acts, for the metric kd/kl_unmasked."""
+    """Response tokens on which KD acts, for the metric kd/kl_unmasked."""
     num_groups: float | None = None
     """Groups, for "group_mean"."""
     group_tokens: "Tensor | Sequence[int] | None" = None
-    """[B] for each response the response tokens of its whole group, for "group_mean"."""
+    """[B] response tokens of each response's whole group, for "group_mean"."""
 
 
 @dataclass(frozen=True, slots=True)
 class BetaSchedule:
     """β(step) = max(β_init − δ · step, β_min) (Sec. 3.3): `BetaSchedule(init, decay, minimum)(step)`, steps from 0.
 
-    A function of the optimiser step alone, so that a resumed run has the same β. Computed in decimal: the values are
-    those that the formula gives on paper, and the floor is reached at exactly the step that it says (5e-3, 5e-5, 1e-3:
-    step 80).
+    A function of the optimiser step alone, so that a resumed run has the same β. Computed in decimal, so that the
+    values are exact and β reaches the minimum at exactly the right step (5e-3, 5e-5, 1e-3: step 80).
 
     Args:
         init: β_init ≥ 0.
         decay: δ ≥ 0 per step; 0 keeps β constant.
-        minimum: β_min ≥ 0. Above `init` it is β throughout, as the formula has it; recipes refuse that.
+        minimum: β_min ≥ 0. If it is above `init`, β is β_min at every step; recipes refuse that.
 
     Raises:
-        ValueError: a value is no finite number or negative, or (when called) `step` is negative or no whole number.
+        ValueError: a value is negative or not finite, or (when called) `step` is negative or not a whole number.
     """
 
     init: float
@@ -160,13 +159,13 @@ def check_choice(argument: str, name: str, choices: Iterable[str]) -> None:
 
 
 def check_not_negative(argument: str, value: object) -> None:
-    """`value` is a finite number of at least 0, or a tensor of one without dimensions."""
+    """`value` is a finite number of at least 0, or a 0-d tensor of one."""
     if not 0.0 <= as_number(value) < math.inf:
         raise ValueError(f"{argument}: expected a finite number of at least 0, given {value!r:.50}")
 
 
 def check_positive(argument: str, value: object) -> None:
-    """`value` is a finite number above 0, or a tensor of one without dimensions."""
+    """`value` is a finite number above 0, or a 0-d tensor of one."""
     if not 0.0 < as_number(value) < math.inf:
         raise ValueError(f"{argument}: expected a finite number above 0, given {value!r:.50}")
 
@@ -178,7 +177,7 @@ def check_log_probability(argument: str, value: object) -> None:
 
 
 def as_number(value: object) -> float:
-    """`value` as a float; NaN for what is no single number: None, text, a truth value, a vector."""
+    """`value` as a float; NaN if it is not a single number (None, text, a bool, a vector)."""
     if isinstance(value, bool) or not isinstance(value, SupportsFloat) or getattr(value, "ndim", 0) != 0:
         return math.nan
     try:

@@ -6,16 +6,16 @@
     k3 (7)      e^R − R − 1      1 − e^R  unbiased value, biased gradient (that of the *forward* KL)
     k3_k2grad   e^R − R − 1      −R       unbiased in both (beyond the paper)
 
-k1's gradient is not the derivative of its value: that is ∂(−R)/∂log π_θ = 1, free of the teacher and 0 in expectation.
-Nothing here offers it. Off-policy k1 is −ρ sg(R), `kl_policy_gradient`; the others are unbiased on-policy only.
+k1's gradient is not the derivative of its value: ∂(−R)/∂log π_θ = 1 is independent of the teacher and 0 in expectation,
+so it is unused. Off-policy k1 is −ρ sg(R), `kl_policy_gradient`; the others are unbiased on-policy only.
 
-"Unbiased" is per token, at the prefixes that were sampled: no estimator here credits a token with the KL of the tokens
-that follow it, as the paper's (27) does not. Given log-probabilities summed over the response ([B, 1]), the same
-functions estimate the KL of whole sequences, later tokens and all.
+"Unbiased" is per token, at the prefixes that were sampled: like the paper's (27), no estimator here credits a token
+with the KL of later tokens. Given log-probabilities summed over the response ([B, 1]), the same functions estimate the
+KL of whole sequences, later tokens included.
 
 Nothing is clamped: e^R overflows float32 at R > 88, and a clamp would silence exactly the tokens that need the teacher
-most. Yet 0 · ∞ is NaN: so that a mask may come after, an R that is not finite shows in the value and has gradient 0.
-The teacher is a constant everywhere.
+most. If R is not finite, the value shows it and the gradient is 0, so that a mask can follow (0 · ∞ would be NaN). The
+teacher is a constant everywhere.
 """
 
 from collections.abc import Callable
@@ -39,12 +39,12 @@ def _k3(log_ratio: Tensor) -> Tensor:
 
 
 def _gradient_of_k2(log_ratio: Tensor) -> Tensor:
-    """0 in value."""
+    """The value is 0."""
     return log_ratio.detach() * (log_ratio - log_ratio.detach())
 
 
 class _MaskableExpm1(torch.autograd.Function):
-    """e^x − 1 whose gradient stays 0 where a mask has made it 0, also where e^x has overflowed: 0 · ∞ is NaN."""
+    """e^x − 1. Its gradient stays 0 where a mask has made it 0, even if e^x has overflowed (0 · ∞ would be NaN)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ def register_estimator(name: str, function: KLFunction, expectation: str | KLFun
     Args:
         name: a new name, without a colon; one that was registered before is replaced.
         function: from R = log π_T − log π_θ, [B, T] with its gradient, to the estimate of each token [B, T]. Its
-            derivative is what trains. Where R is not finite, no gradient flows into it.
+            derivative trains the student. Where R is not finite, no gradient flows into it.
         expectation: what update.parquet records in its place, an estimator's name or a function of the same kind. Give
-            it where the gradient of `function` is wanted, but its values are no KL.
+            it if `function` has the gradient that you want, but its values are not a KL.
 
     Raises:
         TypeError: `function` or `expectation` cannot be called.
@@ -127,7 +127,7 @@ def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: s
 
     Returns:
         [B, T], float32 at least. Padding is computed like any token: mask it afterwards by `token_mean`, or use
-        `kdrl_loss`. Padding that is not finite leaves no trace in the gradient then.
+        `kdrl_loss`. The gradient then ignores padding that is not finite.
 
     Raises:
         ValueError: the shapes differ, an unknown estimator, or one that returns another shape.
@@ -161,7 +161,7 @@ def kl_policy_gradient(student_logprobs: Tensor, teacher_logprobs: Tensor, ratio
     Args:
         student_logprobs: [B, T]; the gradient flows through ρ only.
         teacher_logprobs: [B, T]; no gradient.
-        ratio: [B, T] ρ = π_θ / π_θold with its gradient; None is on-policy, 1 in value: k1 of `kl_estimate`.
+        ratio: [B, T] ρ = π_θ / π_θold with its gradient; None is on-policy (ρ = 1): k1 of `kl_estimate`.
 
     Returns:
         [B, T], float32 at least; padding as in `kl_estimate`.

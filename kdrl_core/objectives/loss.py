@@ -9,21 +9,21 @@ On-policy with k2 its gradient is −mean[(Â_i + β m_i R_{i,t}) ∇log π_θ],
 response tokens of the whole optimiser step, or `group_mean`; masks never change its denominator.
 
 Departures and additions:
-- k1 is the policy gradient of (5): differentiated, it would be free of the teacher (see kl.py).
-- ρ is clipped only if `clip_low` or `clip_high` is given. Off-policy (`old_logprobs`) it weighs Â and k1's R alone: k2
-  and k3 are taken as they are at the old policy's samples, and are unbiased on-policy only.
+- k1 is the policy gradient of (5): the derivative of its value would be independent of the teacher (see kl.py).
+- ρ is clipped only if `clip_low` or `clip_high` is given. Off-policy (`old_logprobs`) it weighs only Â and k1's R: k2
+  and k3 are computed on the old policy's samples without weights, and are unbiased on-policy only.
 - w = min(π_θold / π_rollout, tis_cap), a constant, corrects for an engine whose probabilities differ from the trainer's
   (truncated importance weighting). It weighs every term that is an expectation over sampled tokens; Top-K sums over the
   vocabulary, and so does the entropy.
 - A coefficient of 0 leaves its term out altogether: at β = 0 this is GRPO to the bit.
 
-The means, from per-token values to one number; their denominators are those of the whole optimiser step, passed in, so
-that the results of micro-batches (or of ranks, summed) add up to the whole batch's:
+Two means turn per-token values into one number. The denominators of the whole optimiser step are passed in, so that
+the results of micro-batches (or ranks) add up to the result of the whole batch:
 
     token_mean  Σ_i Σ_t x_{i,t} / Σ_i |o_i|, over all responses of the step (the default; verl's token-mean)
     group_mean  mean over groups of the same ratio within the group: Eq. 2 to the letter, whose Σ runs over one question
 
-Sums are taken in float32 at least, and returned so.
+Sums are computed and returned in float32 at least.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ metrics of micro-batches add up to the whole batch's."""
 
 
 def joint_loss(responses: Responses, objective: Objective, totals: Totals) -> tuple[Tensor, Metrics]:
-    """The joint loss of (8), minimised: the sum of coefficient × term. The value is a scalar, beside
+    """The joint loss of (8), minimised: the sum of coefficient × term. Returns the scalar loss and its metrics,
     detached 0-d tensors by the names of `LOSS_METRICS`. With the global counts in `totals`, losses and metrics of
     micro-batches add up to those of the whole batch.
 
@@ -77,9 +77,9 @@ def joint_loss(responses: Responses, objective: Objective, totals: Totals) -> tu
     whole.
 
     Raises:
-        ValueError: bad input, naming argument, expected and given, before any arithmetic: shapes that do not match, an
-            unknown variant, a negative coefficient or count, a missing argument, not-finite values on response tokens
-            (of `entropy` and `topk` where they enter the loss).
+        ValueError: bad input, found before any arithmetic: shapes that do not match, an unknown variant, a negative
+            coefficient or count, a missing argument, not-finite values on response tokens (of `entropy` and `topk`
+            where they enter the loss). It names the argument, what was expected and what was given.
         RecipeError: an estimator that is named as `file.py:name` cannot be loaded.
     """
     check_estimator("kl_estimator", objective.kl_estimator, with_topk=True)
@@ -101,7 +101,7 @@ def joint_loss(responses: Responses, objective: Objective, totals: Totals) -> tu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sampled:
-    """What the terms share."""
+    """Tensors that the terms share."""
 
     is_response: Tensor
     """[B, T] bool."""
@@ -230,8 +230,8 @@ def token_mean(values: Tensor, response_mask: Tensor, *, total_tokens: float | T
         total_tokens: the optimiser step's response tokens, for micro-batches; None counts this mask.
 
     Raises:
-        ValueError: shapes differ, a mask entry is neither 0 nor 1, `total_tokens` is no positive number, or neither it
-            nor a single response token is given.
+        ValueError: shapes differ, a mask entry is neither 0 nor 1, `total_tokens` is not a positive number, or it
+            is None and there are no response tokens.
     """
     check_num_dims("values", values, "[B, T]")
     is_response = as_is_response(response_mask, values.shape)
@@ -256,13 +256,13 @@ def group_mean(
         response_mask: [B, T], 1 on response tokens.
         group_size: G ≥ 2; groups contiguous. Not needed with `group_tokens`.
         num_groups: the optimiser step's groups, for micro-batches; None: B / G.
-        group_tokens: [B] for each response the response tokens of its whole group, for micro-batches that split or
-            reorder groups; needs `num_groups`.
+        group_tokens: [B] response tokens of each response's whole group, for micro-batches that split or reorder
+            groups; needs `num_groups`.
 
     Raises:
         ValueError: shapes do not match, a mask entry is neither 0 nor 1, `group_size` does not divide B or is below 2,
-            `num_groups` is no positive number, an entry of `group_tokens` is negative or not finite, or neither way of
-            telling the groups is given.
+            `num_groups` is not a positive number, an entry of `group_tokens` is negative or not finite, or both
+            `group_size` and `group_tokens` are None.
     """
     check_num_dims("values", values, "[B, T]")
     is_response = as_is_response(response_mask, values.shape)

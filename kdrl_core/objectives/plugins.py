@@ -3,7 +3,7 @@
 Reading a recipe checks the form of such a reference and runs nothing. The code runs where the loss is computed: in this
 process, or in every rank of the DeepSpeed trainer. Both load it by the reference, which travels in the `Objective`.
 
-The run's manifest does not hold the sha256 of that code yet; `Reference.file` is what it will have to hash.
+The run's manifest does not hold the sha256 of that code (of `Reference.file`) yet.
 """
 
 import hashlib
@@ -72,10 +72,10 @@ def is_reference(name: object) -> bool:
 
 
 def parse_reference(text: str) -> Reference:
-    """The reference that `text` means. A file that is given relative to the current folder becomes absolute.
+    """The reference in `text`. A file path relative to the current folder becomes absolute.
 
     Raises:
-        RecipeError: `text` is no reference, or a relative path leads to no file.
+        RecipeError: `text` is not a reference, or there is no file at a relative path.
     """
     source, _, function = text.rpartition(":")
     is_file = source.endswith(".py") and source.isprintable()
@@ -86,7 +86,7 @@ def parse_reference(text: str) -> Reference:
     path = Path(source).expanduser()
     reference = Reference(source=str(path.absolute()), function=function)
     if not path.is_absolute():
-        reference.check()  # an absolute path may be that of a finished run, which is shown without it
+        reference.check()  # an absolute path may be from a finished run, which is shown without the file
     return reference
 
 

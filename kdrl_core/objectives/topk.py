@@ -5,10 +5,10 @@
 
 Departure: the paper sets the other logits to −∞, which makes the KL infinite as soon as the student has any mass
 outside the top-K; frameworks hide that behind the smallest number of their dtype. Here the log-probability of those
-tokens is the argument `floor`, so each unit of mass outside costs −floor nats. π'_T is not renormalised for it: the
-K tokens alone sum to 1, and keep their log-probabilities even below the floor: with K = V this is the exact KL whatever
-the floor. Its gradient is linear in the floor (−floor · ∇ mass outside), and that part outweighs the teacher's as the
-floor sinks: the paper finds training on this unstable.
+tokens is the argument `floor`, so each unit of mass outside costs −floor nats. π'_T is not renormalised for it: the K
+tokens alone sum to 1, and may have logprobs below the floor. So with K = V this is the exact KL for any floor. The
+gradient is linear in the floor (−floor · ∇ mass outside); for a low floor this part outweighs the teacher's. The paper
+finds training on this unstable.
 """
 
 import torch

@@ -3,7 +3,7 @@
     shard-00000.parquet    of some prompts; its manifest names the hash of the settings
     shard-00001.jsonl      the responses of the shard that is being sampled (`Journal`)
 
-A job that was stopped goes on behind its last response. Shards of other settings do not count.
+A stopped job goes on after its last response. Shards of other settings do not count.
 """
 
 import hashlib
@@ -41,12 +41,12 @@ from kdrl_core.verify.screening import refuse_failures
 _logger = logging.getLogger("kdrl")
 
 Progress = Callable[[int, int], None]
-"""Hears the responses done, those of earlier calls included, and those in all."""
+"""Called with the responses done (earlier calls included) and the responses in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """What answers the requests of a job, and judges the responses: accuracy alone counts (`require_format=False`)."""
+    """Answers the requests of a job and judges the responses by accuracy alone (`require_format=False`)."""
 
     source: Source
     verifier: Verifier
@@ -60,9 +60,9 @@ class Sampler:
     def sample(
         self, journal: Journal, ground_truths: Mapping[str, str], on_progress: Callable[[int], None]
     ) -> tuple[list[Response], list[Verdict]]:
-        """All responses of the journal, after those that it lacks were asked for, and their verdicts.
+        """Ask for the responses that the journal lacks; return all responses and their verdicts.
 
-        The first responses are judged while the last are still to come. `on_progress` hears how many there are.
+        The first responses are judged while the last are still to come. `on_progress` gets the number of responses.
         """
 
         def items(responses: Sequence[Response]) -> list[tuple[str, str]]:
@@ -90,7 +90,7 @@ class SamplingJob:
     inputs: Mapping[str, str]
     """Of the shards' manifests: the hash of all that a response or a verdict depends on."""
     ground_truths: Mapping[str, str]
-    """By prompt_id: what is sampled, in order."""
+    """By prompt_id; these prompts are sampled, in this order."""
     samples: int
     """Responses per prompt."""
     seed_names: tuple[object, ...]
@@ -98,21 +98,21 @@ class SamplingJob:
     shard_prompts: int
     """Prompts sampled and published together."""
     name: Callable[[Sequence[str]], str]
-    """What errors call a shard with these prompts."""
+    """Names a shard with these prompts in error texts."""
     max_failed_share: float
     schema: pa.Schema
     """Of a shard."""
     more_columns: Callable[[list[str]], dict[str, Any]]
-    """Columns beside those of responses and verdicts, by the rows' prompt_ids."""
+    """Makes the columns beside those of responses and verdicts, from the rows' prompt_ids."""
     load: Callable[[], Sampler]
-    """Called once, when a shard is to be sampled: where all are there, nothing is loaded."""
+    """Called once, when a shard must be sampled; if all shards exist, nothing is loaded."""
     is_timed: bool = False
-    """The shards' manifests tell how many seconds they took, over all calls."""
+    """The shards' manifests hold the seconds that they took, over all calls."""
     heals: bool = False
     """A damaged shard is named in the log and sampled again; else it is refused."""
 
     def run(self, on_progress: Progress | None = None) -> list[Path]:
-        """The shards, in order, after those that are missing were sampled.
+        """Sample the missing shards; return all shards, in order.
 
         Raises:
             VerificationError: too many verdicts of a shard are timeouts or errors.
@@ -173,7 +173,7 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 @contextmanager
 def hold_work(work: Path, lock_name: str, *, remedy: str) -> Iterator[None]:
-    """Hold the folder `work` alone, and sweep what a kill has left in it. `remedy` ends the sentence of the error.
+    """Lock the folder `work`, and delete what a kill has left in it. `remedy` ends the error text.
 
     Raises RunLockedError if another process works in it.
     """

@@ -1,9 +1,9 @@
-"""Responses of an unfinished shard, one line each as they come: they took minutes or money, and survive a kill.
+"""Responses of an unfinished shard, one line each as they come. They cost minutes or money, so they survive a kill.
 
     0123456789abcdef {"prompt_id": …, "sample": …, "text": …, …}
 
 The first word is a checksum of the settings and of the rest of the line. A line that fails it, or does not parse, is
-passed over with a warning, and its response is asked for again; so is a line of an earlier version, without checksum.
+skipped with a warning, and its response is asked for again. So is a line of an earlier version, without checksum.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ _logger = logging.getLogger("kdrl")
 
 
 class Journal:
-    """The responses to some requests, as far as they are there. The file is made with the first response.
+    """The responses to some requests that have come so far. The file is made with the first response.
 
-    `settings`, as text or a hash, are what the responses depend on beside their seeds. Other responses in the file are
-    passed over; lines of other settings count as damaged.
+    `settings`, as text or a hash, are all that the responses depend on beside their seeds. Responses to other requests
+    in the file are skipped; lines of other settings count as damaged.
     """
 
     def __init__(self, path: Path, requests: Sequence[RolloutRequest], *, settings: str) -> None:
@@ -42,17 +42,17 @@ class Journal:
 
     @property
     def missing(self) -> list[RolloutRequest]:
-        """What has no response yet, in order."""
+        """Requests without a response yet, in order."""
         return [request for key, request in self._requests.items() if key not in self._found]
 
     @property
     def responses(self) -> list[Response]:
-        """The responses there are, in the order of the requests."""
+        """The responses so far, in the order of the requests."""
         return [self._found[key] for key in self._requests if key in self._found]
 
     @property
     def seconds(self) -> float:
-        """How long earlier calls took, each until its last response that is here."""
+        """Time of earlier calls, each up to its last response in the file."""
         return sum(self._took.values())
 
     def __len__(self) -> int:

@@ -1,5 +1,5 @@
-"""What is asked, what answers, and the responses: to train on they keep tokens and logprobs. And what is computed from
-them: repetition, the metrics of a step (Figures 2–5)."""
+"""Requests, sources that answer them, and responses; for training, these keep tokens and logprobs. And two figures of
+responses: the repetition rate, and the metrics of a step (Figures 2–5)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ OnResponses = Callable[[Sequence[Response]], None]
 
 
 Source = Callable[[Sequence[RolloutRequest], OnResponses], list[Response]]
-"""Answers requests: an engine in this process, or an endpoint. It tells of each response once it is finished, and
-returns all in the order of the requests; what it returns counts."""
+"""Answers requests: an engine in this process, or an endpoint. It reports each response once it is finished, and
+returns all in the order of the requests; the returned ones count."""
 
 
 def requests_for(prompts: Mapping[str, Sequence[int]], samples: int, *seed_names: object) -> list[RolloutRequest]:
@@ -110,8 +110,8 @@ def generate(
     on_finished: OnFinished,
     on_progress: Callable[[int, int], None],
 ) -> list[Rollout]:
-    """One response per request, in order. `on_finished` hears responses while others are still being generated, so that
-    their verification can begin; `on_progress` hears how many there are by then, and of how many.
+    """One response per request, in order. `on_finished` gets responses while others are still being generated, so that
+    their verification can begin; `on_progress` gets the number of finished responses and of all.
     """
     done = 0
 

@@ -1,1 +1,1 @@
-"""Tables of a run: their schemas, how columns become records, what a step's rows amount to."""
+"""Tables of a run: their schemas, columns as records, and a stage's metrics."""

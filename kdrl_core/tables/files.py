@@ -1,9 +1,9 @@
 """Parquet files of a run: reading and writing, columns as arrays and records, and a stage's metrics.
 
 metrics.parquet, timings.parquet and alarms.parquet are derived from the manifests of the steps' updates. Metrics and
-timings have one row per step; they are apart because the first is reproduced bit by bit by a rerun and the second
-cannot be. Alarms have a row for each that a step raised, and no file if there were none. All can be rebuilt at any
-time, so they have no manifest of their own; they are replaced atomically.
+timings have one row per step; they are separate because a rerun reproduces metrics bit by bit, but not timings. Alarms
+have one row per alarm; without alarms there is no file. All three can be rebuilt at any time, so they have no manifest
+of their own; they are replaced atomically.
 """
 
 import itertools
@@ -80,7 +80,7 @@ def score_requests(table: pa.Table) -> list[ScoreRequest]:
 
 
 def verdict_columns(verdicts: Sequence[Verdict]) -> dict[str, list[Any]]:
-    """Every field of the verdicts by its column; a table's schema takes those that it has."""
+    """The verdicts' fields as columns; a table takes those that its schema has."""
     return {
         "reward": [v.reward for v in verdicts],
         "format_reward": [v.format_reward for v in verdicts],
@@ -105,10 +105,10 @@ def append_metrics(run: Run, stage: str, step: int) -> None:
 
 
 def rebuild_metrics(run: Run, stage: str, *, num_steps: int) -> None:
-    """Write metrics, timings and alarms anew where they do not hold what the manifests of the steps' updates say.
+    """Write metrics, timings and alarms anew where they differ from the manifests of the steps' updates.
 
-    A row whose manifest is lost is kept as it is, up to the last step that left anything; `num_steps` at least are
-    behind the stage. If the row is lost as well, the log says so, and the run goes on without.
+    The stage has done `num_steps` steps or more. A row whose manifest is lost is kept as it is, up to the last step
+    with an update. If the row is lost as well, the log says so, and the run goes on without it.
     """
     for kind, path, rows in _differing(run, stage, num_steps):
         _write(path, kind, rows)
@@ -132,13 +132,13 @@ def load_alarm_rows(run: Run, stage: str) -> list[dict[str, Any]]:
 
 
 def _files(run: Run, stage: str) -> dict[str, Path]:
-    """What update manifests call it → the file that has it."""
+    """Name in the update manifests → file."""
     paths = run.paths
     return {"metrics": paths.metrics(stage), "timings": paths.timings(stage), "alarms": paths.alarms(stage)}
 
 
 def _differing(run: Run, stage: str, num_steps: int) -> Iterator[tuple[str, Path, list[dict[str, Any]]]]:
-    """Kind and path of files that cannot be read or do not hold what the manifests say, with what belongs in them."""
+    """Kind and path of files that cannot be read or differ from the manifests, with the rows that belong in them."""
     updated = [step for step in run.paths.begun_steps(stage) if run.paths.update(stage, step).is_file()]
     for kind, path in _files(run, stage).items():
         is_damaged = False
@@ -176,7 +176,7 @@ def _write(path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _rows_of_step(run: Run, stage: str, step: int, kind: str) -> list[dict[str, Any]]:
-    """One row of metrics or timings, or one for each alarm, of which updates of earlier versions say nothing."""
+    """One row of metrics or timings, or one per alarm; updates of earlier versions have no alarms."""
     metadata = manifest_of(run.paths.update(stage, step)).metadata
     if kind == "alarms":
         return [{"step": step, **alarm} for alarm in metadata.get("alarms", [])]
@@ -184,7 +184,7 @@ def _rows_of_step(run: Run, stage: str, step: int, kind: str) -> list[dict[str, 
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file. Of a run whose lock this process holds they are read once, and again if the file changed."""
+    """The rows of a file. If this process holds the run's lock, it reads them again only after the file has changed."""
     if (stamp := stamp_of(path)) is None:
         return []
     rows: list[dict[str, Any]] | None = recall(Kept.DERIVED, path, stamp)

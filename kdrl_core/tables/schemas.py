@@ -1,6 +1,6 @@
 """Arrow schemas of a step's Parquet files, version 1. A row is one response; `prompt_id` and `sample` join the files.
 
-A version gains nullable columns and loses none: files of earlier kdrl lack `entropies` of UPDATE.
+A version may gain nullable columns and loses none: UPDATE files of earlier kdrl lack `entropies`.
 
 stage and step are the hive partition (`stage=stage2/step=000012`), not columns. Every file has its rows in the same
 order: prompts as drawn, the G responses of a prompt together.
@@ -145,11 +145,11 @@ LABELS = pa.schema(
         _field("seed", pa.uint64(), "of the response, from (seed, 'label', problem_id, sample)"),
     ]
 )
-"""A shard of `kdrl label`; the responses of a problem stand together."""
+"""A shard of `kdrl label`; the responses to a problem are adjacent rows."""
 
 
 SCHEMAS = {name: found for name, found in globals().items() if isinstance(found, pa.Schema)}
-"""By the names that the table of artifacts has for them."""
+"""By their names in the table of artifacts."""
 
 
 def schema_of(row: Artifact, config: StageConfig) -> pa.Schema:

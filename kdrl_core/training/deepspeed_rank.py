@@ -1,4 +1,4 @@
-"""What a rank of a `DeepSpeedTrainer` does: it loads the model once, and carries out one command after the other."""
+"""A rank of a `DeepSpeedTrainer`: it loads the model once, then carries out one command after the other."""
 
 import copy
 import os
@@ -60,7 +60,7 @@ class Rank:
         )[0]
         self._device = torch.device(get_accelerator().current_device_name())
         if self._is_mixed:
-            set_weights(self._engine, self._model, initial)  # not those that bfloat16 has rounded
+            set_weights(self._engine, self._model, initial)  # the float32 weights, before bfloat16 rounded them
         _unname_buffers()
 
     @property
@@ -99,7 +99,7 @@ class Rank:
         return answer, found
 
     def _forward_backward(self, work: RankWork, index: int, record: TokenRecord) -> dict[str, float]:
-        """One micro-batch: gradients accumulate in the engine, what it finds out in the record; returns metrics."""
+        """One micro-batch: adds gradients to the engine and token statistics to the record; returns metrics."""
         batch, rows, engine = work.batch, work.passes[index], self._engine
         is_idle = index >= len(work.passes) - work.num_idle
         is_last = index == len(work.passes) - 1
@@ -109,10 +109,10 @@ class Rank:
             statistics = micro_batch_statistics(engine, batch, rows, padded)
         loss, found = micro_batch_loss(statistics, batch, rows, padded, work.totals)
         metrics = {name: float(value) for name, value in found.items()}
-        # The engine takes the mean over ranks, where the loss is a sum.
+        # The engine takes the mean over ranks, but the loss is a sum over them.
         scale = 0.0 if is_idle else float(torch.distributed.get_world_size())
         if is_last and not self._agree(bool(np.isfinite(list(metrics.values())).all())):
-            scale = float("nan")  # the step is then refused by all ranks for its gradient
+            scale = float("nan")  # then all ranks refuse the step for its gradient
         engine.backward(loss * scale, scale_wrt_gas=False)
         if is_idle:
             return {}
@@ -132,7 +132,7 @@ class Rank:
         return {"step": self._step}, {"logprobs": found}
 
     def _agree(self, is_fine: bool) -> bool:
-        """Whether all ranks say so."""
+        """Whether `is_fine` holds on all ranks."""
         flag = torch.tensor(float(is_fine), device=self._device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
@@ -193,7 +193,7 @@ class Rank:
         return self.state()
 
     def _write_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
-        """A model directory as the plain trainer writes it: a model of float32 weights without storage takes them."""
+        """Write a model directory as the plain trainer does; a model on the meta device takes the float32 weights."""
         config = copy.deepcopy(self._model.config)
         config.dtype = torch.float32
         with torch.device("meta"):
@@ -208,8 +208,8 @@ class Rank:
 
 
 def _unname_buffers() -> None:
-    """Take the names off DeepSpeed's buffers in shared memory, which nobody else does: all ranks have them mapped by
-    now, and without names they are freed with the last rank, however it ends."""
+    """Unlink DeepSpeed's buffers in shared memory, since DeepSpeed does not. All ranks have mapped them by now; without
+    a name they are freed with the last rank, however it ends."""
     torch.distributed.barrier()
     place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{torch.distributed.get_rank()}"
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{place}"):  # noqa: S108

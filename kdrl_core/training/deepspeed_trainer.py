@@ -1,10 +1,10 @@
-"""The trainer on DeepSpeed: N ranks, processes of their own, started once and commanded step by step.
+"""The trainer on DeepSpeed: N rank processes that are started once and get their commands step by step.
 
-Each rank goes through its share of the micro-batches, every loss divided by the global token count, so that the
-gradient is that of one process. Checkpoints are those of `TorchTrainer`: either trainer goes on from the other's, with
-any number of ranks and any ZeRO stage.
+Each rank computes its share of the micro-batches. Every loss is divided by the global token count, so the gradient is
+the same as in one process. Checkpoints have the format of `TorchTrainer`: each trainer can resume from the other's,
+with any number of ranks and any ZeRO stage.
 
-An error in a rank, its death, or silence beyond the time limit is an EngineError, and ends all of them.
+If a rank raises an error, dies, or exceeds the time limit, an EngineError is raised and all ranks end.
 """
 
 import shutil
@@ -28,11 +28,11 @@ from kdrl_core.types import ScoreRequest
 
 
 class DeepSpeedTrainer:
-    """`Trainer` over a model directory, with ranks that are processes of their own; every rank loads it once.
+    """`Trainer` over a model directory. The ranks are processes of their own; each loads the model once.
 
     Args:
         tokenizer: written beside exported weights.
-        settings: of the optimiser; micro-batches are a rank's.
+        settings: of the optimiser; `micro_batch_tokens` is per rank.
         folder: for the ranks' log and their key; made anew.
         runtime: device, torch threads of a rank, and `dtype`: `bfloat16` for bfloat16 weights beside float32 masters
             (stage 0: autocast), or `float32`.
@@ -86,7 +86,7 @@ class DeepSpeedTrainer:
         return self._step
 
     def update(self, batch: UpdateBatch) -> StepStats:
-        """Raises EngineError if loss or gradient norm is not finite, and nothing was changed; or if a rank failed."""
+        """Raises EngineError if loss or gradient norm is not finite (nothing is changed), or if a rank failed."""
         lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
         batches = token_budget_batches(lengths, max_tokens=self._micro_batch_tokens)
         dealt, num_idle = deal_batches(batches, ranks=self._config.ranks)
@@ -116,7 +116,7 @@ class DeepSpeedTrainer:
         )
 
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
-        """Every rank goes through all of the sequences."""
+        """Every rank scores all of the sequences."""
         zeros = [0.0] * len(sequences)
         batch = UpdateBatch(sequences=sequences, advantages=zeros, kd_weights=zeros)
         work = RankWork(batch=batch, passes=[range(len(sequences))], num_idle=0, totals=totals_of(batch))
@@ -157,7 +157,7 @@ class DeepSpeedTrainer:
 
 
 def _sum_metrics(replies: list[Reply]) -> dict[str, float]:
-    """Metrics of the step from those of its micro-batches, added in the order of one process."""
+    """Metrics of the step: the micro-batches' metrics, added in the same order as in one process."""
     metrics: defaultdict[str, float] = defaultdict(float)
     for micro_batches in zip(*(reply.header["metrics"] for reply in replies), strict=True):
         for micro_batch in micro_batches:
@@ -169,7 +169,7 @@ def _sum_metrics(replies: list[Reply]) -> dict[str, float]:
 def _gather(
     name: str, replies: list[Reply], shares: list[RankWork], dealt: list[list[list[int]]], num_rows: int
 ) -> list[Float32s]:
-    """What the ranks found out under `name` about every response, in the order of the batch."""
+    """The ranks' values `name` of every response, in the order of the batch."""
     gathered: list[Float32s] = [np.empty(0, np.float32)] * num_rows
     for reply, share, passes in zip(replies, shares, dealt, strict=True):
         real = passes[: len(passes) - share.num_idle]

@@ -1,7 +1,7 @@
 """One rank of a `DeepSpeedTrainer`: started by DeepSpeed's launcher, waits for commands and carries them out.
 
 Every rank gets the same commands in the same order. Between two of them it only waits, so a model is loaded once per
-stage. A thread reads the socket: when it closes, or the launcher dies, the rank ends at once, also out of a collective
+stage. A thread reads the socket: when it closes, or the launcher dies, the rank ends at once, even inside a collective
 that would wait for ever.
 """
 
@@ -29,9 +29,9 @@ _SHOW_AT = 0.9
 
 def main() -> int:
     """Answer commands until the connection closes."""
-    with suppress(OSError, AttributeError):  # Linux alone knows it
+    with suppress(OSError, AttributeError):  # only Linux has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program ends its ranks itself
     spec = json.loads(Path(sys.argv[1]).read_text())
     os.environ["DS_ACCELERATOR"] = spec["settings"]["device"]  # launchers do not pass it on to other hosts
     connection = call_back(spec)
@@ -41,7 +41,7 @@ def main() -> int:
     message = b""
     limit_s = spec["settings"]["start_timeout_s"]
     while True:
-        faulthandler.dump_traceback_later(_SHOW_AT * limit_s)  # in the group's log, which ends the error of a time-out
+        faulthandler.dump_traceback_later(_SHOW_AT * limit_s)  # to the group's log, which the time-out error quotes
         try:
             if rank is None:
                 from kdrl_core.training.deepspeed_rank import Rank  # takes seconds: after the call back

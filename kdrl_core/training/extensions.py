@@ -1,8 +1,8 @@
-"""The lock under which PyTorch builds its C++ extensions, made the kernel's.
+"""A kernel lock for PyTorch's builds of C++ extensions.
 
 DeepSpeed builds its communication on a CPU, and its optimiser for offloading, through `torch.utils.cpp_extension`.
-There the lock is a file that exists (`FileBaton`): a process that is killed while it has it leaves the file, and every
-later one waits for its deletion, for ever. The kernel's lock ends with the process that holds it.
+Its lock is the existence of a file (`FileBaton`): if a process is killed while it holds the lock, the file stays,
+and every later process waits for ever. A kernel lock ends with the process that holds it.
 """
 
 import fcntl
@@ -11,10 +11,10 @@ import os
 
 class KernelBaton:
     """`torch.utils.file_baton.FileBaton` by `flock`, on a file `.kernel` beside torch's, which is never deleted. It
-    needs none of torch's intervals of waiting and warning.
+    ignores torch's intervals for waiting and warning.
 
-    Everybody gets it in turn, and so nobody relies on what a killed holder has left half-built: ninja builds what is
-    not up to date.
+    Every process gets the lock in turn and then runs ninja, which builds what is not up to date. So a killed process
+    may leave an extension half-built.
     """
 
     def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a trainer and its ranks say to each other: a JSON header and plain arrays, as safetensors. Never a pickle."""
+"""Messages between a trainer and its ranks: a JSON header and plain arrays, as safetensors. Never a pickle."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def pack(header: dict[str, Any], arrays: Arrays | None = None) -> bytes:
-    """One message. NaN and infinity may be among the numbers of the header."""
+    """One message. The header's numbers may be NaN or infinite."""
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     return save({_HEADER: text, **{name: np.ascontiguousarray(a) for name, a in (arrays or {}).items()}})
 
@@ -35,11 +35,11 @@ class RankWork:
     """One rank's share of an optimiser step."""
 
     batch: UpdateBatch
-    """Its responses alone."""
+    """Only the rank's responses."""
     passes: Sequence[Sequence[int]]
-    """Rows of `batch` for every forward and backward pass; as many passes on every rank."""
+    """Rows of `batch` for every forward and backward pass; every rank has the same number of passes."""
     num_idle: int
-    """How many of the last passes only keep the other ranks company: their loss counts nothing."""
+    """How many of the last passes are idle: they run only so that collectives match, and their loss counts 0."""
     totals: Totals
     """Of the whole step, `group_tokens` for the rows of `batch`."""
 
@@ -86,9 +86,9 @@ class RankWork:
 
 
 def share_of(batch: UpdateBatch, passes: Sequence[Sequence[int]], *, num_idle: int, totals: Totals) -> RankWork:
-    """The work of a rank that is dealt `passes`, rows of `batch`.
+    """The work of a rank that gets `passes`, rows of `batch`.
 
-    Its responses are those of the passes in their order, one that stands in two passes only once.
+    Its responses are those of the passes, in their order; a response in two passes is there only once.
     """
     rows = list(dict.fromkeys(row for part in passes for row in part))
     place = {row: index for index, row in enumerate(rows)}

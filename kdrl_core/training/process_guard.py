@@ -1,8 +1,8 @@
 """Runs a command in a process group that does not outlive the program which started it.
 
 Run as a file, with the pid of that program and the command: `python -I process_guard.py PID COMMAND…`, in a session of
-its own. It ends with the command's exit status. When the program is gone, however it died, the kernel is asked to kill
-the whole group, this guard included; no process in it has to cooperate.
+its own. It ends with the command's exit status. When the program is gone, however it died, the guard kills the whole
+group, itself included; no process in it has to cooperate.
 """
 
 import os
@@ -16,7 +16,7 @@ _POLL_S = 0.1
 
 
 def kill_group(group: int) -> None:
-    """End every process of a group at once; nothing if none is left."""
+    """End every process of a group at once; does nothing if none is left."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
 
@@ -30,7 +30,7 @@ def main() -> int:
             os.killpg(0, signal.SIGKILL)
         time.sleep(_POLL_S)
     code = child.returncode
-    return 128 - code if code < 0 else code  # as a shell tells of signals
+    return 128 - code if code < 0 else code  # as a shell reports signals
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Float32s = NDArray[float32]
 Int32s = NDArray[int32]
 
 STATE_DIR = "trainer"
-"""Folder of a checkpoint with optimiser, scheduler and step; apart from the weights, whose folder engines may glob."""
+"""Folder of a checkpoint with optimiser, scheduler and step; not beside the weights, because engines may glob there."""
 
 
 PER_RESPONSE = {"advantages": float64, "kd_weights": float64}
@@ -31,7 +31,7 @@ PER_TOKEN = {
     "topk_ids": int32,
     "topk_logprobs": float32,
 }
-"""Fields of an `UpdateBatch` and the kind of number in them. Ranks are sent all of them."""
+"""Fields of an `UpdateBatch` and the kind of number in them. All of them are sent to the ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +39,16 @@ class OptimizerSettings:
     """How a trainer updates the policy, the same for every step of a stage; the fields are those of `StageConfig`."""
 
     temperature: float
-    """Of the sampled policy; every logprob is taken at it."""
+    """Of the sampled policy; every logprob is at this temperature."""
     learning_rate: float
     weight_decay: float
     warmup_steps: int
-    """Linear warm-up; the first update already moves."""
+    """Linear warm-up; the first update already has a learning rate above 0."""
     max_grad_norm: float
     micro_batch_tokens: int
     """Padded tokens per forward and backward pass, of each rank."""
     seed: int = 0
-    """Of whatever the model draws while training (dropout), derived anew each step."""
+    """Seed of the model's random draws in training (dropout); each step derives its own."""
 
     @classmethod
     def of(cls, stage: StageConfig, *, seed: int) -> Self:
@@ -77,7 +77,7 @@ class UpdateBatch:
     """[T_i, K] their logprobs under softmax(logits / T) over the whole vocabulary."""
 
     def take(self, rows: Sequence[int]) -> Self:
-        """The same step with these of its responses alone."""
+        """The same step with only these responses."""
 
         def pick(name: str) -> Any:
             values = getattr(self, name)
@@ -88,14 +88,14 @@ class UpdateBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """What an optimiser step found out."""
+    """Results of an optimiser step."""
 
     metrics: dict[str, float]
-    """Of the loss, over all tokens of the step, and `optim/grad_norm`, `optim/learning_rate`."""
+    """Metrics of the loss over all tokens of the step, and `optim/grad_norm`, `optim/learning_rate`."""
     logprobs: Sequence[Float32s]
     """The trainer's own logprobs of the sampled tokens, before the update."""
     entropies: Sequence[Float32s] | None = None
-    """The entropy, in nats, of the policy at each of those tokens, before the update; None of SFT, which needs none."""
+    """The entropy, in nats, of the policy at each of those tokens, before the update; None for SFT."""
 
 
 class Trainer(Protocol):
@@ -115,7 +115,7 @@ class Trainer(Protocol):
         ...
 
     def save(self, path: Path) -> Listing:
-        """Write weights and trainer state to an existing empty folder; returns what `publish_directory` asks for."""
+        """Write weights and trainer state to an existing empty folder; returns a listing for `publish_directory`."""
         ...
 
     def load(self, path: Path) -> None:
@@ -127,5 +127,5 @@ class Trainer(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of models and processes; nothing may be asked of it afterwards."""
+        """Release models and processes; the trainer cannot be used afterwards."""
         ...

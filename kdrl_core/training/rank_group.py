@@ -1,8 +1,8 @@
-"""Processes that train together: started by DeepSpeed's launcher, told what to do over a socket, ended together.
+"""Processes that train together: started by DeepSpeed's launcher, commanded over a socket, ended together.
 
-Every rank first of all calls back on a socket, proves that it knows a key that only this program and they know, and
-from then on is under watch: a rank whose connection closes is dead. What ends one rank ends all of them, with one error
-that says which one it was and why. Messages are those of `kdrl_core.training.messages`.
+Every rank first calls back on a socket and proves that it knows the group's secret key. From then on it is watched: a
+rank whose connection closes is dead. If one rank fails, all of them end, with one error that names this rank and the
+reason. Messages are those of `kdrl_core.training.messages`.
 
 The program and its ranks may be on several hosts (a DeepSpeed hostfile); they share the folder of the group.
 """
@@ -40,7 +40,7 @@ _LAST_WORDS_S = 5.0
 _KILLED_S = 5.0
 _LOG_LINES = 30
 _TIME_OUT_LOG_LINES = 90
-"""More of the log where ranks have said in it what they are doing."""
+"""A longer part of the log, since the ranks print there what they are doing."""
 _ROOT = Path(kdrl_core.__file__).parents[1]
 
 
@@ -57,13 +57,13 @@ class RankGroup:
 
     Args:
         folder: an empty folder of the group's own, visible to every rank.
-        settings: what the workers are told at their start, JSON.
+        settings: given to the workers at their start, as JSON.
         hostfile: DeepSpeed's; None starts all ranks here.
         master_port: for the ranks' rendezvous; None takes a free one.
         start_timeout_s: until every rank has called back and is ready.
 
     Raises:
-        EngineError: a rank failed to start, to join, or to be ready in time; none is left.
+        EngineError: a rank failed to start, to join, or to be ready in time; all processes have ended.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class RankGroup:
     def close(self) -> None:
         """End every process of the group."""
         for connection in self._connections:
-            connection.close()  # ranks on other hosts end by it
+            connection.close()  # this ends ranks on other hosts
         guard, self._guard = self._guard, None
         if guard is not None:
             kill_group(guard.pid)
@@ -155,7 +155,7 @@ class RankGroup:
             )
 
     def _accept(self, server: socket.socket, key: bytes, deadline: float) -> None:
-        """Wait for every rank's call. Raises EngineError if one does not come; the others are then hung up on."""
+        """Wait for every rank to call back. Raises EngineError if one does not; closes the other connections then."""
         found: dict[int, tuple[Connection, str]] = {}
         try:
             self._accept_into(found, server, key, deadline)
@@ -169,7 +169,7 @@ class RankGroup:
     def _accept_into(
         self, found: dict[int, tuple[Connection, str]], server: socket.socket, key: bytes, deadline: float
     ) -> None:
-        """Rank → its connection and its place."""
+        """Fill `found`: rank → its connection and its place."""
         server.settimeout(0.2)
         while len(found) < self._num_ranks:
             assert self._guard is not None
@@ -222,7 +222,7 @@ class RankGroup:
         return [replies[rank] for rank in range(self._num_ranks)]
 
     def _failure(self, rank: int, reply: Reply, doing: str, replies: dict[int, Reply]) -> EngineError:
-        """The error of a rank that raised one; or of another that died, which made this one fail."""
+        """The error that a rank raised; or the death of another rank, if that made this one fail."""
         others = {c: other for other, c in enumerate(self._connections) if other not in replies}
         for connection in wait(list(others), timeout=0.5):
             other = others[connection]  # type: ignore[index]
@@ -235,7 +235,7 @@ class RankGroup:
         )
 
     def _death(self, rank: int, doing: str) -> EngineError:
-        """The error of a rank that is gone without a word; the launcher knows how."""
+        """The error for a rank that died; the launcher's exit status says how."""
         assert self._guard is not None
         how = "is gone"
         with suppress(subprocess.TimeoutExpired):
@@ -243,7 +243,7 @@ class RankGroup:
         return EngineError(f"{doing}: rank {rank} ({self._places[rank]}) {how}{self._log_tail()}")
 
     def _log_tail(self, num_lines: int = _LOG_LINES) -> str:
-        """The end of what launcher and ranks have printed, to go behind a message."""
+        """The end of the log of launcher and ranks, to append to a message."""
         with suppress(OSError):
             lines = self._log.read_text(errors="replace").strip().splitlines()[-num_lines:]
             if lines:
@@ -290,7 +290,7 @@ def free_port() -> int:
 
 
 def _authenticate(caller: socket.socket, key: bytes) -> Connection | None:
-    """A connection to a caller that knows the key; None for any other, which is hung up on."""
+    """A connection to a caller that knows the key; None for any other caller, whose connection is closed."""
     seconds = int(_HANDSHAKE_S)
     caller.setblocking(True)
     caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
@@ -307,7 +307,7 @@ def _authenticate(caller: socket.socket, key: bytes) -> Connection | None:
 
 
 def _wait_for_group(group: int) -> None:
-    """Until no process of a killed group is left; those that the kernel holds on to are not waited for."""
+    """Wait until no process of a killed group is left, for a few seconds at most: the kernel may hold on to one."""
     deadline = time.monotonic() + _KILLED_S
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
@@ -323,7 +323,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _status(code: int) -> str:
-    """An exit status in words; the launcher tells of a rank's signal by a status of 256 − signal, a shell by 128 +."""
+    """An exit status in words; the launcher reports a rank's signal as 256 − signal, a shell as 128 + signal."""
     number = -code if code < 0 else 256 - code if code > 192 else code - 128 if code > 128 else 0
     try:
         name = signal.Signals(number).name

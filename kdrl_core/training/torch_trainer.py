@@ -1,5 +1,5 @@
-"""The trainer in plain torch, one process: AdamW, gradient clipping, micro-batches by token budget. Below it stands
-what every trainer shares: from an optimiser step's plain records to the loss of one micro-batch, optimiser, state.
+"""The trainer in plain torch, one process: AdamW, gradient clipping, micro-batches by token budget. Below it is
+what all trainers share: the loss of one micro-batch from a step's plain records, the optimiser, and the state.
 
 The step's global counts come first (`totals_of`). Every micro-batch's loss is divided by them before it is
 back-propagated, so that losses, gradients and metrics of micro-batches add up to the whole step's, however it is cut.
@@ -66,7 +66,7 @@ class TorchTrainer:
         return self._step
 
     def update(self, batch: UpdateBatch) -> StepStats:
-        """Raises EngineError if loss or gradient norm is not finite; nothing was changed."""
+        """Raises EngineError if loss or gradient norm is not finite; nothing is changed then."""
         torch.manual_seed(derive_seed(self._settings.seed, "update", self._step) % 2**63)
         totals = totals_of(batch)
         metrics: defaultdict[str, float] = defaultdict(float)
@@ -108,7 +108,7 @@ class TorchTrainer:
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
     def save(self, path: Path) -> Listing:
-        """Tensors as safetensors, the rest as JSON: equal states are equal bytes, which pickle does not promise."""
+        """Tensors as safetensors, the rest as JSON: equal states give equal bytes, which pickle does not guarantee."""
         known = self.export_hf(path)
         optimizer = self._optimizer.state_dict()
         write_state(
@@ -134,7 +134,7 @@ class TorchTrainer:
         return self._tokenizer_files.write(path)
 
     def close(self) -> None:
-        """Nothing to end: the model goes with this object."""
+        """Does nothing: the model is freed with this object."""
 
 
 # --- the loss of a micro-batch ----------------------------------------------------------------------------------------
@@ -164,8 +164,8 @@ def totals_of(batch: UpdateBatch) -> Totals:
 def micro_batch_statistics(
     model: Callable[..., TokenStatistics], batch: UpdateBatch, rows: Sequence[int], padded: PaddedBatch
 ) -> TokenStatistics:
-    """What the loss of the responses `rows` of a step needs of the policy: one forward pass of a `LogprobModel` (or its
-    engine). `padded` has those responses as tensors, in order. Raises ValueError as `LogprobModel.forward`.
+    """The policy's statistics for the loss of the responses `rows` of a step: one forward pass of a `LogprobModel` (or
+    its engine). `padded` has those responses as tensors, in order. Raises ValueError as `LogprobModel.forward`.
     """
     is_joint = batch.objective.variant.loss == "joint"
     if batch.topk_ids is None or not is_joint:
@@ -211,18 +211,18 @@ def micro_batch_loss(
 
 
 class TokenRecord:
-    """What a trainer finds out about every response token of a step, or of a rank's share of it."""
+    """Logprobs and entropies of all response tokens of a step, or of a rank's share of it."""
 
     def __init__(self, batch: UpdateBatch) -> None:
         empty = np.empty(0, np.float32)
         self.logprobs: list[Float32s] = [empty] * len(batch.sequences)
-        """[T_i] a response."""
+        """[T_i] per response."""
         has_entropies = batch.objective.variant.loss == "joint"
         self.entropies: list[Float32s] | None = [empty] * len(batch.sequences) if has_entropies else None
-        """[T_i] a response, in nats; None of SFT, which computes none."""
+        """[T_i] per response, in nats; None for SFT."""
 
     def add(self, statistics: TokenStatistics, rows: Sequence[int], padded: PaddedBatch) -> None:
-        """Keep what was found out about the responses `rows`, which are in `padded`, in order."""
+        """Keep the statistics of the responses `rows`, which `padded` has in this order."""
         mask = padded.response_mask.bool().cpu()
         _scatter(statistics.logprobs, mask, rows, self.logprobs)
         if self.entropies is not None:
@@ -231,7 +231,7 @@ class TokenRecord:
 
 
 def _scatter(values: torch.Tensor, mask: torch.Tensor, rows: Sequence[int], into: list[Float32s]) -> None:
-    """Each row of `values` [b, T], less padding, to its place."""
+    """Write each row of `values` [b, T], without padding, to its place."""
     found = values.detach().cpu()
     for index, row in enumerate(rows):
         into[row] = found[index][mask[index]].numpy()
@@ -264,7 +264,7 @@ def _pad(values: Sequence[NDArray[Any]] | None, rows: Sequence[int], padded: Pad
 def make_optimizer(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, warmup_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW and its linear warm-up, the same for every trainer. The first update already moves."""
+    """AdamW and its linear warm-up, the same for every trainer. The first update has a learning rate above 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
@@ -281,7 +281,7 @@ def write_state(
 ) -> None:
     """Write trainer state into the checkpoint `path`, the same for every trainer.
 
-    `moments` is Adam's state of each parameter, by its place among the model's parameters.
+    `moments` is Adam's state of each parameter, by its position among the model's parameters.
     """
     tensors = {f"{index}.{name}": value for index, state in moments.items() for name, value in state.items()}
     state = {"step": step, "param_groups": param_groups, "schedule": schedule}

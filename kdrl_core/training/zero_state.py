@@ -1,8 +1,8 @@
-"""Weights and Adam moments of a DeepSpeed engine by parameter, whole and in float32, read and written.
+"""Read and write weights and Adam moments of a DeepSpeed engine by parameter, whole and in float32.
 
-Under ZeRO they lie flattened, padded and cut across ranks, otherwise for every stage and number of ranks. By parameter
-they are what plain torch has, so a checkpoint depends on neither. DeepSpeed's own format does, is a pickle, and is
-overwritten in place.
+ZeRO keeps them flattened, padded and cut across ranks, differently for every stage and number of ranks. By parameter
+they are the same as in plain torch, so a checkpoint depends on neither. DeepSpeed's own format depends on both, is a
+pickle, and is overwritten in place.
 
 Every function here is called by all ranks at the same time. The optimiser is the Adam of torch that DeepSpeed wraps.
 """
@@ -18,7 +18,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @torch.no_grad()
 def full_weights(engine: Any, model: torch.nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Float32 weights by name, on the CPU; empty where not to `keep`, so that one rank alone pays the memory."""
+    """Float32 weights by name, on the CPU; empty without `keep`, so that only one rank needs the memory."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[str, Tensor] = {}
@@ -54,7 +54,7 @@ def full_moments(engine: Any, model: torch.nn.Module, *, keep: bool) -> dict[str
 
 @torch.no_grad()
 def set_weights(engine: Any, model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Take float32 weights, in the engine's own copy as in the model that computes."""
+    """Set float32 weights, in the engine's own copy and in the model that computes."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     for name, parameter in model.named_parameters():
@@ -70,7 +70,7 @@ def set_weights(engine: Any, model: torch.nn.Module, weights: Mapping[str, Tenso
 
 @torch.no_grad()
 def set_moments(engine: Any, model: torch.nn.Module, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Take Adam's state by parameter name; none is that before the first update."""
+    """Set Adam's state by parameter name; empty is the state before the first update."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     if not moments:
@@ -123,7 +123,7 @@ def _flat_parameters(engine: Any, model: torch.nn.Module) -> Iterator[Tensor]:
 
 
 def _step_count(engine: Any) -> Tensor | None:
-    """Updates behind Adam's moments; None before the first."""
+    """Number of updates in Adam's moments; None before the first."""
     state = next(iter(_adam(engine).state.values()), None)
     return state["step"] if state and state["step"] > 0 else None
 
@@ -139,7 +139,7 @@ def _own_part(parameter: Any, value: Tensor) -> Tensor:
 
 
 def _refresh_model(engine: Any) -> None:
-    """Let the model compute with what the float32 copy holds, as DeepSpeed does after a step."""
+    """Copy the float32 weights into the model that computes, as DeepSpeed does after a step."""
     zero = engine.optimizer
     if _is_plain(engine):
         return

@@ -1,4 +1,4 @@
-r"""The accuracy reward r_acc (B.1.2): is the answer mathematically equal to the ground truth? Asked of math-verify.
+r"""The accuracy reward r_acc (B.1.2): is the answer mathematically equal to the ground truth? math-verify decides.
 
 Everything here runs in a worker process of :mod:`kdrl_core.verify.workers`; math-verify and sympy are imported
 there and nowhere else. Departures from plain math-verify:
@@ -7,8 +7,8 @@ there and nowhere else. Departures from plain math-verify:
 - gold always goes first: ``verify(gold, answer)`` is asymmetric;
 - answers and truths are repaired first (:mod:`kdrl_core.verify.normalise`), and some answers are rejected
   (:mod:`kdrl_core.verify.objections`);
-- the ground truth may have no ``\boxed{}`` or ``$``: it is then read as the content of a box, and if it is a plain
-  expression (``7/2``, ``3*10^8``), also as that;
+- the ground truth may have no ``\boxed{}`` or ``$``: it is then read as the content of a box; a plain expression
+  (``7/2``, ``3*10^8``) is also read as arithmetic;
 - an answer is wrong if math-verify reads only a part of it (digits are missing from what it read);
 - intervals and inequalities are compared in both directions (``allow_set_relation_comp``);
 - two tiny numbers are compared in relative terms, since math-verify takes them for equal;
@@ -216,7 +216,7 @@ def _read_content(content: str) -> list[Any]:
 
 
 def _read_arithmetic(content: str) -> Any:
-    """The value of a content of numbers and operators alone (``2**3``, ``7 / 2``); None for any other content."""
+    """The value of a content of only numbers and operators (``2**3``, ``7 / 2``); None for any other content."""
     from sympy.parsing import parse_expr  # type: ignore[import-untyped, unused-ignore]
 
     if len(content) > _MAX_ARITHMETIC_CHARS:
@@ -240,7 +240,7 @@ def _peak_memory_mb() -> float:
     """Peak resident memory of this process.
 
     `ru_maxrss` is only the fall-back: on Linux it starts at the peak of the parent, which may hold models, and so hides
-    what a worker takes.
+    the worker's own memory.
     """
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():

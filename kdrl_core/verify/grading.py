@@ -1,4 +1,4 @@
-r"""Grading a file of responses, JSON Lines or Parquet, however large: `kdrl verify`.
+r"""Grade a file of responses of any size, JSON Lines or Parquet: `kdrl verify`.
 
 The file is read twice. The first pass checks every row, so that a malformed row is reported before a worker starts.
 The second pass judges batch by batch. The output appears as a whole or not at all. A tally counts the verdicts of each
@@ -191,7 +191,7 @@ def grade_file(
     if output is not None:
         _check_names(file, columns, replace=options.replace_columns)
     num_rows = _check_rows(file, tally, on_error=options.on_error, report=report)
-    if output is not None:  # the names of JSON Lines are all known only now
+    if output is not None:  # only now are all names of JSON Lines known
         _check_names(file, columns, replace=options.replace_columns)
     started, computed_before = time.perf_counter(), verifier.num_computed
     verifier.start()
@@ -227,7 +227,7 @@ def box_answer(response: str, *, think_opened: bool = False) -> str:
     if r"\boxed" in region or not region.strip():
         return response
     start = response.rfind("</think>") + len("</think>") if "</think>" in response else 0
-    # A backslash at the end would escape the brace: with a blank after it, it is LaTeX's blank.
+    # A backslash at the end would escape the brace; with a space after it, LaTeX reads a space.
     answer = region.strip() + (" " if region.strip().endswith("\\") else "")
     return rf"{response[:start]}\boxed{{{answer}}}{response[start + len(region) :]}"
 
@@ -263,7 +263,7 @@ def _malformed(fault: str) -> DataError:
 
 
 def _check_names(file: RowFile, columns: Columns, *, replace: bool) -> None:
-    """Raise DataError if a column of the file has the name of a verdict's, unless that column may be replaced."""
+    """Raise DataError if a column of the file is named like a verdict column, unless that column may be replaced."""
     present = [name for name in file.names if name in VERDICT_NAMES]
     if lost := [name for name in (columns.response, columns.truth) if name in present]:
         raise DataError(f"{file.origin}: column '{lost[0]}' is an input, and verdicts have that name; rename it")

@@ -1,4 +1,4 @@
-r"""Repairs of slips of writing, which change no meaning, before math-verify reads an answer or a ground truth.
+r"""Repair slips of writing before math-verify reads an answer or a ground truth. The meaning does not change.
 
 Each repair is applied to answers and ground truths alike, to the whole content of a box:
 
@@ -134,7 +134,7 @@ _BASE_NAMES = {
 
 
 def normalise(content: str) -> str:
-    """The content of a box, repaired as in the table above. A content longer than any answer is left alone."""
+    """The content of a box, repaired as in the table above. A content over MAX_CHARS is not changed."""
     content = content.strip()
     if len(content) > MAX_CHARS:
         return content
@@ -274,6 +274,6 @@ def vote_of(answer: str) -> str:
         from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 
         config = NormalizationConfig(basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none")
-        with suppress(Exception):  # a foreign parser, and texts that a model wrote; the text itself is then the vote
+        with suppress(Exception):  # the parser may fail on a model's text, which is the vote then
             text = normalize_latex(text, config)
     return "".join(text.split())

@@ -113,7 +113,7 @@ class Verifier:
         """Verdicts on ``(response, ground_truth)`` pairs, in their order.
 
         ``on_progress(done, total)`` is called in the calling thread as verdicts become known.
-        Raises VerificationError if the verifier is closed, and nothing because of an item's content.
+        Raises VerificationError if the verifier is closed, but never because of an item's content.
         """
         if self._workers.is_closed:
             raise VerificationError("the verifier is closed; make a new one")
@@ -155,8 +155,8 @@ class Verifier:
         settled = (screen(item, **options) for item in items)
         found = (one[1] for one in settled if not isinstance(one, Verdict))
         jobs = dict.fromkeys(job for job in found if isinstance(job, Job))  # in order: the cache keeps the last ones
-        with contextlib.suppress(VerificationError, RuntimeError, OSError), self._lock:  # `verify_batch` will see to it
-            if len(self._ahead) > self._cache_size:  # nobody has asked for them: a rollout failed, say
+        with contextlib.suppress(VerificationError, RuntimeError, OSError), self._lock:  # `verify_batch` handles it
+            if len(self._ahead) > self._cache_size:  # nobody asked for them, for example if a rollout failed
                 for job in [job for job, future in self._ahead.items() if future.done()]:
                     if (outcome := self._workers.outcome(self._ahead.pop(job))) is not None:
                         self._remember(job, outcome)
@@ -167,7 +167,7 @@ class Verifier:
                     self._ahead[job].add_done_callback(self._ahead_clock.stop)
 
     def hidden_seconds(self) -> float:
-        """For how long workers have judged items of `verify_ahead` since the last call of this method."""
+        """Seconds in which workers judged items of `verify_ahead` since the last call of this method."""
         return self._ahead_clock.read()
 
     def _remembered(self, job: Job) -> Outcome | None:
@@ -201,7 +201,7 @@ class Verifier:
                     future = workers.submit(pool, pending[0])
                     in_flight[future] = pending.popleft()
                 is_broken = not pool.active
-            except (VerificationError, RuntimeError, OSError):  # closed, or the pool broke under our hands
+            except (VerificationError, RuntimeError, OSError):  # closed, or the pool has just broken
                 is_broken = True
             done, _ = wait(in_flight, timeout=0 if is_broken else _POLL_S, return_when=FIRST_COMPLETED)
             for future in done:
@@ -277,7 +277,7 @@ def verify(response: str, ground_truth: str, **options: Unpack[VerdictOptions]) 
     """The verdict on one response, by a single worker that stays until this process ends."""
     global _shared
     with _shared_lock:
-        if _shared is None or _shared[0] != os.getpid():  # a forked child has no right to its parent's worker
+        if _shared is None or _shared[0] != os.getpid():  # a forked child must not use its parent's worker
             verifier = Verifier(workers=1)
             atexit.register(verifier.close)
             _shared = (os.getpid(), verifier)

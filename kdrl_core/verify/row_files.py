@@ -27,12 +27,12 @@ BATCH_ROWS = 1_024
 
 
 class JsonLines:
-    """One object a line. Blank lines are counted, but they are not rows and are not written again."""
+    """One object per line. Blank lines are counted, but they are not rows and are not written again."""
 
     unit = "line"
     """What the file calls its rows in messages."""
     names: list[str]
-    """The columns of the first batch, and any verdict column that `batches` has met since."""
+    """The columns of the first batch, and any verdict column that `batches` has found since."""
 
     def __init__(self, path: Path) -> None:
         self.origin, self._path = str(path), path
@@ -94,7 +94,7 @@ class JsonLines:
 
 
 class Parquet:
-    """A Parquet file of any size and with any number of row groups; used as `JsonLines`."""
+    """A Parquet file of any size and with any number of row groups; same methods as `JsonLines`."""
 
     unit = "row"
 

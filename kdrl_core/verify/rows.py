@@ -41,7 +41,7 @@ def choose_columns(
     expected: str | None = None,
     by: str | None = None,
 ) -> Columns:
-    """The columns to read: the given ones, and for responses and truths otherwise the one with a usual name.
+    """The columns to read: the given ones; for responses and truths, if not given, the one with a usual name.
 
     Raises DataError if a given column is missing, or if no column or several have a usual name.
     """

@@ -37,11 +37,11 @@ from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
 
 RULES = 1
-"""Raise this with every change of kdrl_core.verify that changes a verdict. Stored verdicts of other versions are then
-not taken for this one's."""
+"""Raise this with every change of kdrl_core.verify that changes a verdict. Then stored verdicts of other versions
+are not used for this one."""
 
 _OPEN, _CLOSE = "<think>", "</think>"
-# `\\` before anything but `boxed` is a LaTeX line break and must not hide the brace that follows; `\{` is no brace.
+# `\\` before anything but `boxed` is a LaTeX line break and must not hide the brace that follows; `\{` is not a brace.
 _SEPARATORS = re.compile(
     r"(?:[\s$,;.&:/|]|\\[()\[\],;:! ]|\\\\|\\q?quad\b|\\text\s*\{\s*(?:,?\s*(?:and|or))?\s*\}"
     r"|\b(?:and|or|either|perhaps|maybe|possibly)\b)*"
@@ -120,7 +120,7 @@ def answer_region(response: str, *, think_opened: bool = False) -> str:
 def last_box(text: str) -> tuple[str | None, bool]:
     r"""Content of the balanced ``\boxed{…}`` that starts last, and whether no box opened after it.
 
-    Boxes that only separators part from it are included, joined by commas and without repetitions.
+    Boxes with only separators between them and it are included, joined by commas and without repetitions.
     ``(None, True)`` without any box, ``(None, False)`` if all boxes are unclosed. O(len(text)).
     """
     if r"\boxed" not in text:
@@ -255,7 +255,7 @@ def _nesting(text: str) -> int:
 
 
 def make_verdict(form: FormatResult, outcome: Outcome, **options: Unpack[VerdictOptions]) -> Verdict:
-    """The verdict from its two parts, format and accuracy: here the reward is made."""
+    """The verdict and its reward from the two parts, format and accuracy."""
     require_format = options.get("require_format", True)
     accuracy = 1.0 if outcome.kind is VerdictKind.CORRECT else 0.0
     kind, reason = outcome.kind, outcome.reason

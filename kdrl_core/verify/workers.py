@@ -1,9 +1,9 @@
-"""The worker processes of a verifier, what became of the jobs that they were given, and for how long they worked.
+"""The worker processes of a verifier, the outcomes of their jobs, and the time for which they worked.
 
 Pebble owns the processes and the deadline. A pool that breaks (its workers were killed from outside while idle, or
 cannot start) can be discarded; the next job then gets a new pool.
 
-Workers are spawned, but do not import the parent's ``__main__``, as plain spawn would have it. They need nothing from
+Workers are spawned, but unlike with plain spawn they do not import the parent's ``__main__``. They need nothing from
 it, and importing it may do harm: a script without an ``if __name__ == "__main__"`` guard would fail, and a command line
 that imports torch and Prefect takes seconds per worker and gigabytes of address space, more than the worker's memory
 limit allows.

@@ -179,7 +179,7 @@ def test_a_damaged_file_is_named(damage: Callable[[Path], None], tmp_path: Path)
     with pytest.raises(DamagedArtifactError) as caught:
         verify_published(path)
     assert str(path) in str(caught.value)
-    assert "restore it from a backup; what a run goes on from, kdrl resume makes again" in str(caught.value)
+    assert "restore it from a backup; kdrl resume makes again the files that the run needs" in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -90,7 +90,7 @@ def test_a_changed_recipe_is_refused_with_the_fields(tmp_path: Path, recipe: Rec
     refused, _, safe = message.partition("Safe to change are ")
     assert "description" not in refused
     assert safe.startswith("description, stage?.evaluate_every, stage?.checkpoint.*, verification.workers")
-    assert safe.endswith("and of the last stage more steps")
+    assert safe.endswith("and more steps in the last stage")
     assert "Use another run name" in message
     assert (run.paths.manifest.read_bytes(), run.paths.recipe.read_bytes()) == before
 
