@@ -1,5 +1,5 @@
-"""Every placement of a stage with its memory and time, and whether the engines can use these GPUs at all; what to
-change where no placement fits."""
+"""Every placement of a stage, with its memory and time. Checks whether the engines can use these GPUs at all. If no
+placement fits, lists changes that make one fit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -36,12 +36,12 @@ class Candidate:
 
     @property
     def cramped(self) -> PhaseMemory | None:
-        """A phase whose engine needs more than its share; None without one."""
+        """The first phase whose engine needs more than its share; None if every engine has enough."""
         return next((phase for phase in self.memory if phase.taken > self.share * (1 + 1e-9)), None)
 
     @property
     def reason(self) -> str:
-        """Why it does not fit, with the phase and its largest parts."""
+        """Why the placement does not fit: the phase and its largest parts."""
         worst, cramped = self.worst, self.cramped
         if cramped is not None and worst.total <= self.usable:
             return (
@@ -57,7 +57,7 @@ class Candidate:
 
 
 def candidates_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> list[Candidate]:
-    """All placements: those that fit first, the fastest of them in front."""
+    """All placements: those that fit, fastest first; then the others, least memory first."""
     found = []
     for placement in _placements(work, engines, cluster):
         memory = tuple(phase_memories(work, engines, cluster, placement))
@@ -75,7 +75,7 @@ def _placements(work: Work, engines: Engines, cluster: Cluster) -> Iterator[Plac
     shares = [
         gpus
         for gpus in range(step, cluster.gpus, step)
-        if cluster.gpus <= 16 or gpus % (cluster.gpus // 16) == 0  # sixteenths do where there are hundreds
+        if cluster.gpus <= 16 or gpus % (cluster.gpus // 16) == 0  # above 16 GPUs, only sixteenths
     ]
     for teacher in [0, *(shares if work.teacher is not None and engines.teacher == "vllm" else [])]:
         for rollout in shares if engines.rollout == "server" else [0]:
@@ -96,13 +96,12 @@ def check_gpus(work: Work, engines: Engines, cluster: Cluster) -> None:
         )
     if engines.rollout == "server" and cluster.gpus <= split:
         raise RecipeError(
-            f"rollout.engine=server: the replicas, of vllm.tensor_parallel={split} GPUs each, have GPUs of their own "
-            f"beside the trainer's, and {cluster.gpus} are planned; plan --gpus {2 * split} or more"
+            f"rollout.engine=server: replicas (vllm.tensor_parallel={split} GPUs each) have GPUs of their own, apart "
+            f"from the trainer's, and {cluster.gpus} are planned; plan --gpus {2 * split} or more"
         )
     if cluster.gpus > cluster.gpus_per_node and cluster.gpus % cluster.gpus_per_node:
         raise RecipeError(
-            f"{cluster.gpus} GPUs are no whole number of nodes of {cluster.gpus_per_node}; "
-            "change --gpus or --gpus-per-node"
+            f"{cluster.gpus} GPUs do not fill whole nodes of {cluster.gpus_per_node}; change --gpus or --gpus-per-node"
         )
     if split > min(cluster.gpus, cluster.gpus_per_node) or cluster.gpus % split:
         raise RecipeError(
@@ -145,7 +144,7 @@ _LARGER_GPUS = (24 * GB, 40 * GB, 48 * GB, 80 * GB, 96 * GB, 141 * GB, 192 * GB,
 
 
 def remedies_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> Iterator[str]:
-    """Single changes that make the stage fit. If no change does, the first few of them that do so together."""
+    """Single changes that make the stage fit; if none does alone, the first few that do together. Then other GPUs."""
 
     def fits(work: Work, engines: Engines, cluster: Cluster = cluster) -> bool:
         return candidates_of(work, engines, cluster, rates)[0].fits

@@ -25,15 +25,15 @@ class Cluster:
     gpu_memory: float
     """Bytes."""
     utilization: float = 0.9
-    """Share of the memory that is planned; the rest is for the runtime, collectives and fragmentation."""
+    """Share of the memory that a plan may use; the rest is for the runtime, collectives and fragmentation."""
     peak_flops: float = 312e12
     mfu: float = 0.35
     """Share of the peak that training and scoring reach."""
     memory_bandwidth: float = 2.0e12
     bandwidth_share: float = 0.5
-    """Share of it that decoding reaches."""
+    """Share of the memory bandwidth that decoding reaches."""
     step_overhead_s: float = 0.005
-    """Of a decoding step of any batch: launches, sampling, scheduling."""
+    """Overhead of a decoding step, for any batch size: launches, sampling, scheduling."""
     link_bandwidth: float = 2.0e11
     """Between GPUs of a node, per GPU."""
     network_bandwidth: float = 2.5e10
@@ -41,7 +41,7 @@ class Cluster:
     host_bandwidth: float = 2.0e10
     """Between a GPU and its host's memory."""
     storage_bandwidth: float = 5.0e9
-    """Of the shared storage, over all nodes."""
+    """Shared storage, for all nodes together."""
 
     @property
     def nodes(self) -> int:
@@ -55,9 +55,9 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """The engines of a run. `vllm` sleeps while others use its GPU. `transformers` is one process, on the first GPU,
-    which keeps its models in memory. `server` means replicas on GPUs of their own, which keep their memory too.
-    Replicas that sleep are `vllm` and are listed in `served`."""
+    """The engines of a run. `vllm` sleeps while others use its GPU. `transformers` is one process on the first GPU, and
+    keeps its models in memory. `server` means replicas that have GPUs of their own and never sleep. Replicas that sleep
+    count as `vllm`, and `served` lists their roles."""
 
     rollout: EngineName = "vllm"
     teacher: LocalEngine = "vllm"
@@ -75,16 +75,16 @@ class Engines:
     memory_share: float = 0.9
     """Share of a GPU that a vLLM engine in this process takes: weights, workspace and cache."""
     kv_cache_bytes: float | None = None
-    """KV cache of such an engine, in place of that share."""
+    """Bytes of KV cache of a vLLM engine in process; if given, `memory_share` does not apply."""
     served: tuple[Role, ...] = ()
-    """Roles whose `vllm` engines are replicas. A run has as many as it lists; in its own process it has one."""
+    """Roles whose `vllm` engines are replicas, as many as the recipe lists. Other `vllm` roles have one engine."""
     score_tokens: int = 2_048
     """Tokens per forward pass that gives the teacher's logprobs."""
 
     def engine(self, role: Role) -> EngineName:
-        """The engine that generates, or that scores with the teacher or the stage's initial policy."""
+        """The engine of a role: it generates, or it scores with the teacher or the stage's initial policy."""
         in_process = self.rollout == "vllm" and "rollout" not in self.served
-        reference: EngineName = "vllm" if in_process else "transformers"  # as `StageSession` has it
+        reference: EngineName = "vllm" if in_process else "transformers"  # as in `StageSession`
         return {"rollout": self.rollout, "teacher": self.teacher, "reference": reference}[role]
 
     def split(self, role: Role) -> int:
@@ -153,7 +153,7 @@ def gpus_of(recipe: Recipe) -> dict[Role | Literal["update"], int]:
 
 
 def default_gpus(recipe: Recipe, *, gpus_per_node: int) -> int:
-    """All GPUs that a run of the recipe uses; whole nodes if it needs more than one."""
+    """All GPUs that a run of the recipe uses, rounded up to whole nodes if it needs more than one node."""
     used = gpus_of(recipe)
     apart = used.pop("rollout") if engines_of(recipe).rollout == "server" else 0
     total = max(used.values()) + apart
@@ -169,7 +169,7 @@ class Work:
     steps: int
     student: ModelShape
     teacher: ModelShape | None
-    """Scored on these GPUs; None without a teacher, or if servers elsewhere hold it."""
+    """The teacher that scores on these GPUs; None without a teacher, or if it runs on servers elsewhere."""
     has_reference: bool
     """The stage's initial policy scores as well (stage 1's penalty)."""
     responses: int
@@ -208,14 +208,14 @@ def work_of(
     recipe: Recipe, stage: str, *, mean_response: float | None = None, mean_prompt: float | None = None
 ) -> Work:
     """The work of a recipe's stage. Mean lengths are in tokens; None: 0.4 of the longest response, and 256 for prompts
-    or the longest if that is shorter. Raises RecipeError if the stage is no loop of steps (objective sft), or a mean is
-    above its limit; ModelError if a model's shape is not known."""
-    from kdrl_core.data.benchmarks import load_benchmark  # with pyarrow: only where a recipe is planned
+    (or the longest prompt, if shorter). Raises RecipeError if the stage has no loop of steps (objective sft), or a mean
+    is above its limit; ModelError if a model's shape is not known."""
+    from kdrl_core.data.benchmarks import load_benchmark  # imports pyarrow, so only when planning
 
     config = recipe.stage(stage)
     if config.objective == "sft":
         raise RecipeError(
-            f"{stage}.objective=sft is no loop of rollouts and updates, which is what is planned; plan grpo, kd_rkl, "
+            f"{stage}.objective=sft has no loop of rollouts and updates that could be planned; plan grpo, kd_rkl, "
             f"kdrl or reward_shaping with --set {stage}.objective=…"
         )
     response = _mean(mean_response, MEAN_RESPONSE_SHARE * config.max_response_tokens, config.max_response_tokens)

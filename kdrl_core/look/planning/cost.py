@@ -14,7 +14,7 @@ Weight sync writes the new policy once in float32, and every node reads it once.
 
 `rates_of_run` measures rates in a run's own steps, in place of data sheets: tokens per second of its engine, FLOPs per
 second of scorer and trainer, each per GPU of the run's recipe. They hold for the same kind of GPU and engines; FLOPs
-per second hold roughly for other models too. The FLOPs of an update include activations that the run recomputes.
+per second hold roughly for other models too. The FLOPs of an update include recomputed activations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from kdrl_core.look.planning.shapes import ModelShape
 from kdrl_core.tables.files import load_metrics, read_table
 
 _EXPORT_BYTES = 4
-"""Of a weight in a checkpoint: float32."""
+"""Bytes of a weight in a checkpoint: float32."""
 _MOMENT_BYTES = 8
 
 
@@ -44,7 +44,7 @@ class Rates:
     rollout_tokens_per_s: float | None = None
     """Response tokens, per GPU."""
     score_flops: float | None = None
-    """Reached per second and GPU."""
+    """FLOPs per second and GPU."""
     update_flops: float | None = None
     has_collectives: bool = False
     """The update was measured on several ranks, so its rate includes their collectives."""
@@ -56,14 +56,14 @@ class StepTime:
 
     rollout: float
     teacher_score: float
-    """Without the part that generation hides."""
+    """Without the part that overlaps with generation."""
     reference_score: float
     update: float
     communication: float
     """Collectives of the update."""
     weight_sync: float
     offload: float
-    """Models that sleep and wake."""
+    """Models that go to sleep and wake up."""
     checkpoint: float
     """A step's share of a checkpoint."""
 
@@ -126,10 +126,10 @@ def rollout_s(
 ) -> float:
     """Seconds to generate `responses`; None: those of a step."""
     count = work.responses if responses is None else responses
-    tokens = -(-count // replicas(engines, "rollout", gpus)) * work.mean_response  # of the engine with the most
+    tokens = -(-count // replicas(engines, "rollout", gpus)) * work.mean_response  # of the busiest engine
     if rates.rollout_tokens_per_s is not None:
         return tokens / (rates.rollout_tokens_per_s * engines.split("rollout"))
-    context = work.mean_prompt + work.mean_response / 2  # a response is half done in the mean
+    context = work.mean_prompt + work.mean_response / 2  # on average, a response is half done
     sequences = in_flight(work, engines, gpus, count)
     if kv_sequences is not None:
         sequences = max(1, min(sequences, int(kv_sequences * work.context / work.mean_sequence)))
@@ -179,10 +179,10 @@ def busiest(work: Work, gpus: int) -> float:
 
 
 def rates_of_run(run_name: str, *, gpus: int | None = None) -> tuple[Rates, Work]:
-    """Medians over the steps of the last stage that was trained, without the first, a warm-up; and the work of a mean
-    step with the measured prompt and response lengths.
+    """Median rates over the steps of the last trained stage, without the first step (a warm-up); and the work of a mean
+    step, with the measured prompt and response lengths.
 
-    `gpus`: GPUs of each phase of the run; None: as its recipe says, for each engine and for the trainer. Raises
+    `gpus`: GPUs that each phase of the run used; None: the recipe's numbers for each engine and the trainer. Raises
     RunError if there is no such run, or it has trained no step; ModelError if the shape of a model is not known.
     """
     run = open_run(run_name)

@@ -8,8 +8,8 @@ dtype), in `transformers` with torch's fused attention:
                    b·4·A·D, and a mask of b·s bytes per token of a sequence padded to s
     MLP            b·4·I
 
-With activation checkpointing, a layer keeps only its input, and one layer at a time has the rest. Logprobs are computed
-from hidden states in chunks (docs/memory.md), so no term has tokens × vocabulary.
+With activation checkpointing, a layer keeps only its input, and only one layer at a time holds the rest. Logprobs are
+computed from hidden states in chunks (docs/memory.md), so no term has tokens × vocabulary.
 
 Optimiser: AdamW, two float32 moments per parameter. float32 weights (torch, ZeRO-0) are their own master copy; bfloat16
 weights (ZeRO-2, 3) have a float32 master copy. Gradients are accumulated in float32. ZeRO-2 cuts optimiser and
@@ -25,12 +25,12 @@ Precision = Literal["float32", "bfloat16", "autocast"]
 Components = dict[str, float]
 
 CHUNK_BYTES = 32 * 2**20
-"""Of one chunk of logits; three are alive (kdrl_core.logprobs.chunked)."""
+"""One chunk of logits; three are in memory at a time (kdrl_core.logprobs.chunked)."""
 _MIN_COLUMNS = 256
 _BUCKET = 500_000_000
 """Numbers in a bucket of gradients or gathered weights, DeepSpeed's default."""
 _LIVE_PARAMETERS = 1_000_000_000
-"""Gathered at a time under ZeRO-3, DeepSpeed's default."""
+"""Parameters gathered at a time under ZeRO-3, DeepSpeed's default."""
 _PREFILL_TOKENS = 8_192
 """Tokens of one forward pass of a serving engine, about vLLM's default."""
 _NORM_BYTES: dict[Precision, int] = {"float32": 24, "bfloat16": 16, "autocast": 26}
@@ -50,12 +50,12 @@ class TrainerSettings:
 
     @property
     def activation_bytes(self) -> int:
-        """Of a number in attention and MLP."""
+        """Bytes of a number in attention and MLP."""
         return 4 if self.precision == "float32" else 2
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight that the forward pass reads, and of a number between layers."""
+        """Bytes of a weight in the forward pass, and of a number between layers."""
         return 2 if self.precision == "bfloat16" else 4
 
 
@@ -73,7 +73,7 @@ def trainer_states(shape: ModelShape, settings: TrainerSettings) -> Components:
 
 
 def optimizer_bytes(shape: ModelShape, settings: TrainerSettings) -> float:
-    """Optimiser states of one rank, wherever they are."""
+    """Optimiser states of one rank, on the GPU or in the host's memory."""
     kept = TrainerSettings(precision=settings.precision, zero_stage=settings.zero_stage, ranks=settings.ranks)
     return trainer_states(shape, kept)["optimizer"]
 
@@ -93,7 +93,7 @@ def layer_activation_bytes(shape: ModelShape, settings: TrainerSettings, *, is_p
 
 
 def kept_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
-    """Activations of `rows` sequences padded to `width` that are kept until their backward pass."""
+    """Bytes of activations kept until the backward pass, for `rows` sequences padded to `width`."""
     tokens = rows * width
     ends = tokens * (8 + 3 * settings.weight_bytes) * shape.hidden  # embedding and last norm
     if settings.is_checkpointed:
@@ -155,7 +155,7 @@ def update_components(
     return {
         **trainer_states(shape, settings),
         "gradients": gradient_bytes(shape, settings),
-        # a micro-batch has its own gradient of the embedding, and of an output layer apart from it
+        # a micro-batch has its own gradient of the embedding, and of an untied output layer
         "gradients in flight": settings.weight_bytes * shape.embedding * (1 if shape.tied else 2),
         "activations": kept,
         "working memory": working,
@@ -185,14 +185,14 @@ def kv_bytes(shape: ModelShape, *, width: int, tensor_parallel: int) -> float:
 
 
 def decode_workspace(shape: ModelShape, *, sequences: int, width: int, tensor_parallel: int) -> float:
-    """Float32 logits of a decoding step, thrice, and one prefill pass."""
+    """Three copies of a decoding step's float32 logits, and one prefill pass."""
     prefill = _PREFILL_TOKENS * width * (4 * shape.hidden + 3 * shape.intermediate / tensor_parallel)
     return 3 * 4 * sequences * shape.vocabulary + prefill
 
 
 def score_workspace(shape: ModelShape, *, tokens: int, width: int, tensor_parallel: int, is_chunked: bool) -> float:
-    """A forward pass that gives logprobs of `tokens` prompt tokens. If `is_chunked` (in process), in chunks of the
-    vocabulary; else as float32 logits and logprobs of all `tokens`."""
+    """A forward pass that gives logprobs of `tokens` prompt tokens. `is_chunked` (in process): in chunks of the
+    vocabulary; otherwise float32 logits and logprobs of all `tokens` are in memory."""
     hidden = tokens * width * (4 * shape.hidden + 3 * shape.intermediate / tensor_parallel)
     if is_chunked:
         return hidden + logprob_bytes(shape, tokens=tokens, width=width, has_gradient=False)

@@ -16,7 +16,7 @@ _TEACHER_GPUS = "teacher GPUs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """GPUs of the student, of the teacher, and of replicas that generate; 0: the student's GPUs."""
+    """Number of GPUs for the student, the teacher, and replicas that generate; 0: on the student's GPUs."""
 
     student_gpus: int
     teacher_gpus: int = 0
@@ -52,9 +52,9 @@ class PhaseMemory:
     """`every GPU`, or `student GPUs`, `rollout GPUs`, `teacher GPUs`."""
     components: Components
     sequences: int | None = None
-    """Longest sequences that the KV cache holds; None without a cache."""
+    """Number of longest sequences that the KV cache holds; None without a cache."""
     beside: float | None = None
-    """Bytes of others on a GPU where a vLLM engine of this process takes its share; None elsewhere."""
+    """Bytes of other components on a GPU where a vLLM engine in process takes its share; None on other GPUs."""
 
     @property
     def total(self) -> float:
@@ -63,7 +63,7 @@ class PhaseMemory:
 
     @property
     def taken(self) -> float:
-        """Bytes of the engine that takes a share; 0 without one."""
+        """Bytes of the engine, if it takes a share of the GPU; otherwise 0."""
         return self.total - self.beside if self.beside is not None else 0.0
 
 
@@ -100,11 +100,11 @@ def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Pl
     yield PhaseMemory(phase="update", gpus=gpus, components={**update, **resident})
     step = memory.optimizer_step_components(student, training)
     yield PhaseMemory(phase="optimizer step", gpus=gpus, components={**step, **resident})
-    if not placement.rollout_gpus:  # replicas keep what they have while they load
+    if not placement.rollout_gpus:  # replicas load beside their KV cache, in the phase `rollout`
         yield PhaseMemory(phase="weight sync", gpus=gpus, components={**between, **weights, **sync_buffer})
     if work.evaluation_responses:
         phase = generating("evaluation", work.evaluation_context, work.evaluation_responses)
-        if engines.rollout == "transformers":  # which loads a model of its own
+        if engines.rollout == "transformers":  # evaluation loads a second model
             extra = {**phase.components, "evaluated weights": weights["rollout weights"]}
             yield PhaseMemory(phase=phase.phase, gpus=gpus, components=extra, sequences=phase.sequences)
         else:
@@ -136,7 +136,7 @@ def host_bytes(work: Work, engines: Engines, cluster: Cluster, placement: Placem
 
 
 def sleeping_models(work: Work, engines: Engines, placement: Placement) -> dict[Role, float]:
-    """Bytes of weights by role that leave a GPU of the student while others use it."""
+    """Role → bytes of weights that leave a student GPU while other phases use it."""
     return {
         role: _weights(role, shape, engines)
         for role, shape in _models(work, placement).items()
@@ -211,7 +211,7 @@ class _Running:
 def _with_kv_cache(
     phase: str, gpus: str, others: Components, running: _Running, engines: Engines, cluster: Cluster
 ) -> PhaseMemory:
-    """The phase of an engine beside `others`, with a KV cache in what they leave."""
+    """The phase of an engine beside `others`; its KV cache uses the memory that is left."""
     role, own, sequences = running.role, running.own, running.sequences
     per_sequence = sequence_bytes(role, running.shape, engines, context=running.context)
     engine = "server" if gpus == _TEACHER_GPUS else engines.engine(role)

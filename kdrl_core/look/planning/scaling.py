@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, computed: `python -m kdrl_core.look.planning.scaling` prints them."""
+"""Computes the tables of docs/scaling.md; `python -m kdrl_core.look.planning.scaling` prints them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -72,7 +72,7 @@ def _times(plans: Sequence[StagePlan]) -> Iterator[tuple[str, ...]]:
 
 
 def _engines(work: Work, engines: Engines) -> Iterator[tuple[str, ...]]:
-    """The recipe's engines one by one, and as many as the GPUs take."""
+    """Engines on every GPU, one engine per role, replicas that sleep, and replicas that stay awake."""
     cluster = _cluster(1)
 
     def row(name: str, chosen: Candidate, time: StepTime) -> tuple[str, ...]:

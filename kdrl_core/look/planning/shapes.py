@@ -85,8 +85,8 @@ _FIELDS = (*_SIZES, "tied", "qkv_bias")
 _R1_1_5B = (1536, 28, 12, 2, 128, 8960, 151_936, 131_072, False, True)
 _R1_7B = (3584, 28, 28, 4, 128, 18_944, 152_064, 131_072, False, True)
 
-# From the config.json that each model is published with on the Hugging Face Hub, under these names. Skywork-OR1-Math-7B
-# is trained from R1-Distill-Qwen-7B, DeepScaleR-1.5B from R1-Distill-Qwen-1.5B.
+# From each model's config.json on the Hugging Face Hub, under these names. Skywork-OR1-Math-7B is trained from
+# R1-Distill-Qwen-7B, DeepScaleR-1.5B from R1-Distill-Qwen-1.5B.
 _PUBLISHED: dict[str, tuple[Any, ...]] = {
     "DeepSeek-R1-Distill-Qwen-1.5B": _R1_1_5B,
     "DeepScaleR-1.5B-Preview": _R1_1_5B,
@@ -107,7 +107,7 @@ def shape_of(config: ModelConfig, *, role: str) -> ModelShape:
     """The shape of a recipe's model: from its directory if it exists, else of the published model with its name.
 
     `run:NAME` without a finished run is the student of the shipped recipe NAME: training does not change its shape.
-    Raises ModelError if it is neither, or a directory of another kind of model.
+    Raises ModelError if there is neither, or the directory has a model of another kind.
     """
     path = resolve_path(config.path)
     if config.gguf_file is None and (path / "config.json").is_file():
@@ -119,8 +119,8 @@ def shape_of(config: ModelConfig, *, role: str) -> ModelShape:
         if shape.name in names:
             return shape
     raise ModelError(
-        f"{role}.path={config.path}: {path} has no config.json, and its name is none of the published models that kdrl "
-        f"knows ({', '.join(KNOWN_SHAPES)}); give a model directory (its config.json suffices), or one of these names"
+        f"{role}.path={config.path}: {path} has no config.json, and kdrl knows no published model of that name; give a "
+        f"model directory (its config.json suffices), or one of the known names: {', '.join(KNOWN_SHAPES)}"
     )
 
 
@@ -152,7 +152,7 @@ def shape_from_config(config: Any, *, name: str) -> ModelShape:
 
 
 def _read(path: Path, config: ModelConfig, *, role: str) -> ModelShape:
-    from transformers import AutoConfig  # costs a second: only where there is a directory
+    from transformers import AutoConfig  # takes a second, so only for a directory
 
     where = f"{role}.path={config.path}"
     try:
@@ -160,6 +160,6 @@ def _read(path: Path, config: ModelConfig, *, role: str) -> ModelShape:
         return shape_from_config(found, name=path.name)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
-    except Exception as error:  # each file that is not as it should be fails in its own way
+    except Exception as error:  # each kind of broken file raises its own error
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{where}: {path / 'config.json'} cannot be read ({reason}); download it again") from error

@@ -1,7 +1,7 @@
-"""The plan of a stage on a cluster: the fastest placement that fits; or why none fits, and what would.
+"""The plan of a stage on a cluster: the fastest placement that fits; or why none fits, and which changes help.
 
-`conditions` says what to set or start so that a run of the recipe is as planned. A plan uses all GPUs. But a recipe
-names ranks and servers, and a run itself starts only one vLLM engine per role, in its own process.
+`conditions` says what to set or start so that a run of the recipe follows the plan. A plan uses all GPUs. A run uses
+only the ranks and servers in its recipe, and itself starts one vLLM engine per role, in its own process.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class StagePlan:
 
     @property
     def reported_step_s(self) -> float | None:
-        """Seconds of a step in the paper, for the setting that it reports (B.2). It does not name its GPUs."""
+        """Seconds of a step in the paper, for the setting that it reports (B.2). The paper does not name its GPUs."""
         is_reported = self.work.student.name == _REPORTED_STUDENT and self.work.max_response == _REPORTED_RESPONSE
         steps = _REPORTED_STEPS.get(self.work.objective) if is_reported else None
         return _REPORTED_S / steps if steps else None
@@ -156,7 +156,7 @@ def total_hours(plans: Sequence[StagePlan]) -> float | None:
 
 _URLS = "urls=['http://127.0.0.1:8000/v1',…]"
 NOTICED = 0.05
-"""Fewer engines are mentioned if they make a step longer by more than this share."""
+"""`conditions` mentions that a run has fewer engines if its step takes longer by more than this share."""
 
 
 def conditions(plan: StagePlan, recipe: Recipe) -> list[str]:
@@ -188,7 +188,7 @@ def _training(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[st
 
 
 def time_alone(plan: StagePlan, chosen: Candidate) -> StepTime:
-    """Time of a step if the vLLM engines that `chosen` does not serve are one per role, in the run's process."""
+    """Time of a step if each role without replicas has only one vLLM engine, in the run's process."""
     engines, work, cluster, rates, time = plan.engines, plan.work, plan.cluster, plan.rates, chosen.time
     split = engines.tensor_parallel
     rollout, teacher, reference = time.rollout, time.teacher_score, time.reference_score
@@ -222,14 +222,14 @@ def _rollouts(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[st
     least = NOTICED * chosen.time.total
     if alone.rollout - chosen.time.rollout > least:
         yield (
-            f"rollouts count on {count} engines; rollout.engine=vllm is one, of "
+            f"the rollout time assumes {count} engines; rollout.engine=vllm starts one, of "
             f"{many(engines.tensor_parallel, 'GPU')} (vllm.tensor_parallel), which takes {alone.rollout:,.0f} s in "
-            f"place of {chosen.time.rollout:,.0f}. More are replicas (kdrl serve --replicas {count}, docs/engines.md): "
+            f"place of {chosen.time.rollout:,.0f}. For more: kdrl serve --replicas {count} (docs/engines.md), and "
             f'--set rollout.engine=server --set "rollout.server.{_URLS}" --set rollout.server.sleep=true'
         )
     if alone.reference_score - chosen.time.reference_score > least:
         yield (
-            f"scores of the reference policy count on {count} engines; a run has one, which takes "
+            f"the reference policy's score time assumes {count} engines; a run has one, which takes "
             f"{alone.reference_score:,.0f} s in place of {chosen.time.reference_score:,.0f}"
         )
 
@@ -250,9 +250,9 @@ def _scores(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]
         yield "teacher.engine=transformers scores on one GPU alone; on more: --set teacher.engine=vllm"
     elif alone.teacher_score - chosen.time.teacher_score > NOTICED * chosen.time.total:
         yield (
-            f"the teacher's scores count on {replicas(engines, 'teacher', placement.student_gpus)} engines; "
-            f"teacher.engine=vllm is one, which takes {alone.teacher_score:,.0f} s in place of "
-            f"{chosen.time.teacher_score:,.0f}. More are served (docs/teacher-servers.md): "
+            f"the teacher's score time assumes {replicas(engines, 'teacher', placement.student_gpus)} engines; "
+            f"teacher.engine=vllm starts one, which takes {alone.teacher_score:,.0f} s in place of "
+            f"{chosen.time.teacher_score:,.0f}. For more, serve the teacher (docs/teacher-servers.md): "
             f'--set "teacher.server.{_URLS}" --set teacher.server.sleep=true'
         )
     if "teacher" in engines.served and not placement.is_split:
@@ -292,7 +292,7 @@ def many(count: int, what: str) -> str:
 
 
 def _share(plan: StagePlan, chosen: Candidate) -> Iterator[str]:
-    """vLLM takes its whole share, also if the plan needs less, and does not start if others use it."""
+    """vLLM takes its whole share even if the plan needs less. It does not start if others use a part of that share."""
     beside = [phase.beside for phase in chosen.memory if phase.beside is not None]
     if not beside:
         return

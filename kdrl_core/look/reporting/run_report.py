@@ -76,7 +76,7 @@ LOOK: dict[str, Any] = {
     "plot_bgcolor": "rgba(128,128,128,0.06)",
     "font": {"family": "system-ui, sans-serif", "size": 12},
 }
-"""Of every figure."""
+"""Layout of every figure."""
 
 
 def ema(values: Sequence[float], *, weight: float = _EMA) -> list[float]:
@@ -105,7 +105,7 @@ def dynamics_figure(run: Run) -> go.Figure:
             elif rows and rows[0].get(name) is not None:
                 _add_line(figure, stage, [offset + row["step"] for row in rows], [row[name] for row in rows], where)
         offset += len(rows)
-    figure.update_xaxes(matches="x")  # one step axis for all panels, so that they can be read against each other
+    figure.update_xaxes(matches="x")  # one step axis for all panels, so that they can be compared
     figure.update_xaxes(title_text="step", row=num_rows)
     figure.update_layout(
         height=80 + 260 * num_rows,

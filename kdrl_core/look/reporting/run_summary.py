@@ -1,6 +1,6 @@
 """A run's state, and the run in numbers: accuracy of every model, start and end of each stage, paths of its files.
 
-`tables_of` gives them as tables of text, for Markdown, HTML and the terminal alike. All is read from the ledger.
+`tables_of` gives the numbers as tables of text, for Markdown, HTML and the terminal. All is read from the ledger.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -247,7 +247,7 @@ def run_status(run: Run) -> dict[str, Any]:
 
 
 def _stage_progress(run: Run, stage: str, done: int) -> str:
-    """`stage2 12/80`, or of an SFT stage that is still sampling `stage2 samples 3/12`."""
+    """`stage2 12/80`; `stage2 samples 3/12` while an SFT stage is still sampling."""
     config = run.recipe.stage(stage)
     if config.objective == "sft" and not done and is_published(run.paths.pool):
         total, left = num_shards(run, stage), len(remaining_shards(run, stage))

@@ -1,7 +1,7 @@
 """DuckDB over the files of runs, confined: it reads those files, and neither reads nor writes anything else.
 
-A database is made for one state of the runs and never changed: when steps are added, another one takes its place. Four
-limits hold for a user's query. Against the attacks that are known, each of them suffices alone:
+A database is made for one state of the runs and never changes; when steps are added, a new one replaces it. Four limits
+hold for a user's query. Each of them alone stops the known attacks:
 
 * one SELECT statement in a read-only transaction;
 * no file system and no network, except the listed files of the runs (`enable_external_access`);
@@ -44,7 +44,7 @@ FILE_ERRORS = (
     duckdb.SerializationException,
     duckdb.PermissionException,
 )
-"""What DuckDB raises when a file has changed or is gone (then that it must not look for it elsewhere)."""
+"""What DuckDB raises if a file has changed or is missing (PermissionException: it may not look for it elsewhere)."""
 
 
 class Database:
@@ -87,7 +87,7 @@ class Database:
                 yield from reader
 
     def close(self) -> None:
-        """Close all connections, and delete what was spilled."""
+        """Close all connections, and delete spilled data."""
         for connection in (self._index, self._planner, *self._by_parts.values()):
             if connection is not None:
                 connection.close()
@@ -121,7 +121,7 @@ class Database:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Turn DuckDB's errors into DataErrors with its message, except those about the runs' own files."""
+        """Turn DuckDB's errors into DataErrors with the same message, except errors about the runs' own files."""
         try:
             yield
         except duckdb.CatalogException as error:
@@ -139,7 +139,7 @@ class Database:
             kind = statements[0].type.name
             raise DataError(
                 f"{kind} is not possible here, since rollouts are only read: give a SELECT, WITH, FROM, DESCRIBE or "
-                "SUMMARIZE; to write what it finds, kdrl rollouts export"
+                "SUMMARIZE; to write rollouts to a file: kdrl rollouts export"
             )
 
     def _parts_of(self, query: str) -> set[str]:
@@ -154,7 +154,7 @@ class Database:
         return set(_bulky_scans(json.loads(plan)))
 
     def _plans(self) -> duckdb.DuckDBPyConnection:
-        """The same views over tables of one row: they give the plan of a query without any file."""
+        """The same views over tables of one row: they give the plan of a query without reading a file."""
         if self._planner is None:
             planner = duckdb.connect(":memory:", config=_CONFINED)
             _add_steps(planner, self._step_rows().slice(0, 1))
@@ -195,11 +195,11 @@ def _add_steps(connection: duckdb.DuckDBPyConnection, step_rows: pa.Table) -> No
 
 
 _NEEDED_FOR = {**{part: {*PARTS[part]} for part in views.BULKY_PARTS}, TIMES: {*TIMINGS.values()}}
-"""Part → the columns for which it is joined."""
+"""Part → its columns; it is joined only if a query needs one of them."""
 
 
 def _bulky_scans(node: Any) -> Iterator[str]:
-    """The parts of which a plan reads more than the keys."""
+    """The parts from which a plan reads more than the keys."""
     if isinstance(node, list):
         for each in node:
             yield from _bulky_scans(each)

@@ -6,11 +6,11 @@ schema with the descriptions of its fields. In CSV, lists are written as JSON.
 verl (`trainer.rollout_data_dir`): `<step>.jsonl`, a line a response, with `input`, `output`, `score`, `step`, in newer
 versions `gts`, and whatever the reward function returned beside the score, such as `acc` and `pred`.
 TRL (`log_completions`): `completions_<step>.parquet` with `step`, `prompt`, `completion`, a column of rewards for each
-reward function, `advantage`, and what was logged beside.
+reward function, `advantage`, and other logged columns.
 
-Columns that a dump lacks stay null. There are no tokens, so no logprobs, and lengths only with a tokenizer; verdicts
-come from verl's `acc` alone. A prompt has no id in a dump, so a hash of its text is its id; the responses to a prompt
-are numbered in their order. Fields without a column are kept in `reason`, as words.
+Columns that a dump lacks stay null. A dump has no tokens: so there are no logprobs, and lengths need a tokenizer.
+Verdicts come only from verl's `acc`. A prompt's id is a hash of its text; the responses to a prompt are numbered in
+their order. Fields without a column are kept in `reason`, as text.
 """
 
 import csv
@@ -74,8 +74,8 @@ def import_dump(
         source: the folder with the dump, or one of its files.
         kind: `verl` or `trl`; its responses become the stage of this name.
         output: the new folder.
-        tokenizer: a folder with tokenizer.json, to know tokens, lengths and repetition.
-        on_file: called with files read and files to read.
+        tokenizer: a folder with tokenizer.json; it gives tokens, lengths and repetition rates.
+        on_file: called with the number of files read, and of all files.
 
     Raises:
         DataError: there are no such files, or one is malformed; the message names file, line and field.
@@ -98,7 +98,7 @@ def import_dump(
                 for step, row, names in read(file):
                     by_step[step].append(row)
                     rewards = names
-                # A file normally has one step; all of its steps end with it.
+                # A file normally has one step, and no step continues in the next file.
                 for step in list(by_step):
                     if step in written:
                         raise DataError(f"{file}: step {step} is in an earlier file as well; import one dump at a time")
@@ -137,9 +137,9 @@ def _verl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
             try:
                 content = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: no JSON ({error}); delete the line, or dump it again") from None
+                raise DataError(f"{where}: not JSON ({error}); delete the line, or dump it again") from None
             if not isinstance(content, dict):
-                raise DataError(f"{where}: no JSON object; lines of verl's dump are objects")
+                raise DataError(f"{where}: not a JSON object; each line of verl's dump is one")
             row = _common(where, content, prompt="input", response="output", step=_file_step(file))
             row["ground_truth"] = _text(content.get("gts"))
             row["reward"] = _number(where, "score", content.get("score"))
@@ -183,7 +183,7 @@ def _file_step(file: Path) -> int | None:
 def _common(where: str, content: Row, *, prompt: str, response: str, step: int | None) -> Row:
     texts = {name: _conversation(content.get(name)) for name in (prompt, response)}
     if lacking := [name for name, text in texts.items() if text is None]:
-        raise DataError(f"{where}: field '{lacking[0]}' is missing or no text; is this the right --from?")
+        raise DataError(f"{where}: field '{lacking[0]}' is missing or not text; is this the right --from?")
     found = content.get("step", step)
     if isinstance(found, str) and found.isdecimal():
         found = int(found)

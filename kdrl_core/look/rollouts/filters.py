@@ -37,9 +37,9 @@ class RolloutFilter:
     length_max: float | None = None
     kl_min: float | None = None
     kl_max: float | None = None
-    """Of `kl_mean`, the mean over the response's tokens."""
+    """Limits of `kl_mean`, the mean over the response's tokens."""
     text: str | None = None
-    """Part of the prompt or the response; capitals and small letters are the same."""
+    """Part of the prompt or the response; upper and lower case are the same."""
 
     def __post_init__(self) -> None:
         """Raise DataError for an unknown verdict or finish reason."""
@@ -81,7 +81,7 @@ def order_by(sort: str, *, descending: bool) -> str:
     """`order by` of a sort column. Equal rollouts are sorted by run, stage, step and row. Raises DataError if there is
     no such column; the message names the nearest."""
     if sort not in SORTABLE:
-        # A known column that cannot be sorted by is no typing error.
+        # A known column that cannot be sorted by is not a typo.
         near = "" if sort in RECORD.names else did_you_mean(sort, SORTABLE)
         raise DataError(f"cannot sort by {sort!r}{near}; columns: {', '.join(SORTABLE)}")
     direction = "desc" if descending else "asc"
@@ -133,7 +133,7 @@ def find_page(
 def _steps_of_page(
     counted: list[tuple[Any, ...]], descending: bool, limit: int, offset: int
 ) -> tuple[list[tuple[Any, ...]], int]:
-    """The steps of a page, in order, and the number of rows of the first step that come before it."""
+    """The steps of a page, in order, and the number of rows of the first step that come before the page."""
     ordered = sorted(counted, key=lambda one: one[1:3], reverse=descending)
     ordered.sort(key=lambda one: str(one[0]))
     chosen: list[tuple[Any, ...]] = []

@@ -6,8 +6,8 @@ hidden folder `.index`, which the ledger ignores, or in the user's cache if the 
     catalog.json            the segments; for every step the sizes and times of its files, its damage, its summary
     segment-….parquet       rows of consecutive steps, never changed
 
-A refresh compares size and time of every file of the run. It reads new and changed steps, each file once and compared
-with its manifest, and adds them as a segment. If there are many segments, they are joined. Files are replaced by
+A refresh compares size and time of every file of the run. It reads each file of new and changed steps once, compares it
+with its manifest, and adds these steps as a segment. If there are many segments, they are joined. Files are replaced by
 rename, and old ones stay for a while, since others may be reading them. If two processes refresh at once, the second
 waits, and then finds the work done.
 """
@@ -75,7 +75,7 @@ def read_catalog(folder: Path) -> list[Segment]:
 
 
 def _segment(content: dict[str, Any]) -> Segment:
-    """A segment from the catalog. Raises ValueError for a path outside, since the run may come from a stranger."""
+    """A segment from the catalog. Raises ValueError for a path outside the run, which may come from a stranger."""
     folders = [step["folder"] for step in content["steps"]]
     if not _SEGMENT.fullmatch(content["file"]) or not all(map(_FOLDER.fullmatch, folders)):
         raise ValueError("a path that leads elsewhere")
@@ -127,7 +127,7 @@ def write_segment(folder: Path, steps: list[IndexedStep], table: pa.Table) -> Se
 
 
 def joined(folder: Path, segments: Sequence[Segment]) -> list[Segment]:
-    """The same rows in as few segments as their greatest size allows."""
+    """The same rows in as few segments as `MAX_ROWS` allows."""
     groups: list[list[Segment]] = []
     for segment in segments:
         if groups and sum(one.num_rows for one in groups[-1]) + segment.num_rows <= MAX_ROWS:
@@ -170,7 +170,7 @@ def waiting(path: Path) -> Iterator[None]:
 _STEPS_AT_ONCE = 64
 """Steps that are read before they are written. An interrupted build loses these at most."""
 _JOINED = 16
-"""This many neighbouring segments of similar size are joined: so there are few, and each row is moved rarely."""
+"""This many neighbouring segments of similar size are joined, so segments are few and rows are rarely rewritten."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of steps read, and the number of all."""
@@ -222,7 +222,7 @@ class RunIndex:
         self.segments = []
 
     def refresh(self, progress: Progress | None = None) -> bool:
-        """Bring the index up to date with the run's files. True if anything changed; it reads little if not."""
+        """Bring the index up to date with the run's files. True if anything changed; otherwise it reads little."""
         before = [segment.file for segment in self.segments]
         found, self.missing = scan(self.root)
         if not found:

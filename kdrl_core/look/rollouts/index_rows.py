@@ -1,6 +1,6 @@
-"""One step's rows of the index, from its files: the single values of each rollout, and the start of its response;
-the step in numbers, for `kdrl rollouts stats` and the view `steps`; and its records in full, joined from its files,
-each compared with its manifest, with the text of their tokens."""
+"""What is read from one step's files, each compared with its manifest: the step's rows of the index (single values of
+each rollout, and the start of its response); its summary, for `kdrl rollouts stats` and the view `steps`; and its full
+records, with the text of their tokens."""
 
 import math
 import threading
@@ -177,7 +177,7 @@ SUMMARY: dict[str, str] = {
     "num_groups_all_wrong": "prompts of which no response earned more than 0",
     "num_groups_all_right": "prompts of which every response earned 1",
 }
-"""Columns of a step's summary and what they are."""
+"""Column of a step's summary → its description."""
 
 
 def summarize_steps(rows: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
@@ -273,7 +273,7 @@ class TokenReader:
             while self._tokenizer is None and self._candidates:
                 from tokenizers import Tokenizer  # only where a response is shown in full
 
-                with suppress(Exception):  # each damage of a tokenizer fails in its own way, some in a bare Exception
+                with suppress(Exception):  # each kind of damage raises its own error, some a bare Exception
                     self._tokenizer = Tokenizer.from_file(str(self._candidates[0]))
                 self._candidates.pop(0)
             return self._tokenizer

@@ -1,7 +1,7 @@
 """The rollouts of one or several runs, for `kdrl rollouts` and `kdrl ui`.
 
 Single values come from the index of each run (index.py). Texts and per-token values come from the step's own files; a
-question opens only those that it needs. Runs may be going on: `refresh` adds what was published since.
+query opens only the files that it needs. Runs may still be training: `refresh` adds what was published since.
 """
 
 import threading

@@ -1,8 +1,8 @@
 """The record: everything that is known of one rollout, in one row. It is the join of a step's files (schema.py).
 
-The files on disk stay apart, as each is published when it is made; the record is what the view `rollouts`, exports and
-converted dumps of other trainers hold. Only the ids are never null: a step that is under way has no rewards yet, plain
-GRPO no teacher, a dump of another trainer no tokens.
+On disk the files stay separate, because each is published when it is made. The view `rollouts`, exports, and imported
+dumps of other trainers hold records. Only the ids are never null: an unfinished step has no rewards yet, plain GRPO has
+no teacher, another trainer's dump has no tokens.
 """
 
 import pyarrow as pa
@@ -54,7 +54,7 @@ RECORD = pa.schema(
     ],
     metadata={VERSION_KEY: RECORD_VERSION.encode()},
 )
-"""Version 1. What a field means is in its metadata, `description`."""
+"""Version 1. Each field has a `description` in its metadata."""
 
 TIMINGS = {
     "rollout_s": "time/rollout_s",
@@ -71,16 +71,16 @@ PARTS: dict[str, tuple[str, ...]] = {
     REFERENCE.name: ("ref_logprobs",),
     REWARDS.name: (),
 }
-"""Artifact of a step → the columns of the record that only its file has: texts and values per token, which are read
-when they are asked for. All the others are single values, and lie in the index as well."""
+"""Artifact of a step → the columns of the record that only its file has: texts and values per token, read on demand.
+All other columns are single values, and are also in the index."""
 
 BULKY = tuple(name for names in PARTS.values() for name in names)
 
 SCALARS = tuple(name for name in RECORD.names if name not in {*BULKY, *TIMINGS, "run", "stage", "step", "entropy_mean"})
-"""The columns that the index takes from the files as they are."""
+"""The columns that the index copies from the files unchanged."""
 
 
 def describe(name: str) -> str:
-    """What a column of the record is, in words."""
+    """Description of a column of the record."""
     metadata: dict[bytes, bytes] = RECORD.field(name).metadata
     return metadata[b"description"].decode()

@@ -30,7 +30,7 @@ _VERSION_KEY = b"kdrl.schema_version"
 _PART_OF = {ARTIFACTS[part].file: part for part in PARTS}
 
 Stamp = tuple[int, int]
-"""Size and mtime in ns of a file: published files never change, so another stamp is another file."""
+"""Size and mtime in ns of a file: published files never change, so another stamp means another file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +81,8 @@ def find_run(run: str | Path) -> Path:
     folder = folder.absolute()
     if not any((folder / name).exists() for name in ("rollouts", "manifest.json", "recipe.yaml")):
         raise RunError(
-            f"{folder} is no run: it has no folder rollouts; give the name of a run, its folder, "
-            "or make one of another trainer's dump with kdrl rollouts import"
+            f"{folder} is not a run: it has no folder rollouts; give the name of a run, its folder, "
+            "or import another trainer's dump with kdrl rollouts import"
         )
     return folder
 
@@ -95,7 +95,7 @@ def known_runs() -> list[str]:
 
 
 def scan(root: Path) -> tuple[list[StepFiles], list[DamagedFile]]:
-    """The steps of a run that have rollouts, by stage and step; and missing rollouts of steps with other files."""
+    """The steps of a run that have rollouts, by stage and step; and missing rollouts of steps that have other files."""
     steps: list[StepFiles] = []
     missing: list[DamagedFile] = []
     for stage, stage_folder in _folders(root / "rollouts", _STAGE):
@@ -127,14 +127,14 @@ def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
 
 
 def bulky_columns(step: StepFiles, part: str) -> list[str]:
-    """The columns of the record that this file has and the index has not."""
+    """The columns of the record that are in this file and not in the index."""
     names = pq.read_schema(step.path(part)).names
     return [name for name in PARTS[part] if name in names]
 
 
 def _verify(path: Path, content: bytes) -> None:
     if not file_manifest_path(path).is_file():
-        return  # just renamed, or not of kdrl
+        return  # just published, or not written by kdrl
     manifest = manifest_of(path)
     if len(content) != manifest.size or hashlib.sha256(content).hexdigest() != manifest.sha256:
         raise _damaged(f"is damaged: {len(content)} bytes are not the {manifest.size} that were published")

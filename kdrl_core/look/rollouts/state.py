@@ -1,6 +1,6 @@
 """The files of some runs at one time, and the database over them. A state never changes: a refresh makes a new one.
 
-Steps in numbers are summaries from the index, joined with the stages' metrics.
+The numbers of a step are its summary from the index and its metrics from the stage.
 """
 
 import threading
@@ -36,7 +36,7 @@ class State:
     def __init__(self, runs: Sequence[IndexedRun]) -> None:
         self.runs = [IndexedRun(run.name, run.index.snapshot()) for run in runs]
         self.metrics_stamps = metrics_stamps(self.runs)
-        """Stamps of the files with metrics and timings, which the numbers come from beside the index."""
+        """Stamps of the files with metrics and timings: like the index, a source of the numbers."""
         self.steps = step_rows(self.runs)
         """Every step in numbers."""
         self._metrics: dict[Key, dict[str, Any]] = {
@@ -72,7 +72,7 @@ class State:
 
     def _search(self, where: RolloutFilter) -> pa.Table:
         """Run, stage, step and row of the rollouts whose prompt or response has the text. Reads only steps in which a
-        rollout meets the other conditions. The latest answers are kept, for their next page."""
+        rollout meets the other conditions. The latest results are kept, for their next page."""
         condition, parameters = where.conditions()
         assert where.text
         with self.database.cursor() as cursor:
@@ -106,7 +106,7 @@ class State:
         )
 
     def _there_are(self, run: str, stage: str) -> str:
-        """What there is in place of a missing step, for its error."""
+        """Runs, stages or steps that do exist, for the error about a missing step."""
         if run not in {one.name for one in self.runs}:
             return f"runs that are open: {', '.join(one.name for one in self.runs)}"
         if steps := [key[2] for key in self._indexed if key[:2] == (run, stage)]:

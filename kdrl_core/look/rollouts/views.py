@@ -138,7 +138,7 @@ def part_sql(runs: Sequence[IndexedRun], part: str) -> str:
 
 
 def files_sql(run: str, part: str, names: Collection[str], files: Sequence[Path]) -> str:
-    """The bulky columns `names` of files of one part, with null for the part's others."""
+    """The bulky columns `names` of files of one part, with null for the part's other columns."""
     columns = [f"{name if name in names else 'null'}::{sql_type(name)} as {name}" for name in PARTS[part]]
     return (
         f"select {quoted(run)} as run, stage, step, file_row_number::integer as row, {', '.join(columns)} "

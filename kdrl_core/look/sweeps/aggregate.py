@@ -77,7 +77,7 @@ def _row(
 
 
 def _scores(models: Sequence[ModelScores], averaged: Sequence[str] = ()) -> dict[str, Score]:
-    """By benchmark, and the mean of those that are `averaged`."""
+    """Scores by benchmark, and their mean over the `averaged` benchmarks."""
     arrays = _arrays(models)
     found = {name: over_seeds({name: array}) for name, array in arrays.items()}
     if len(averaged) > 1 and all(name in arrays for name in averaged):
@@ -86,7 +86,7 @@ def _scores(models: Sequence[ModelScores], averaged: Sequence[str] = ()) -> dict
 
 
 def _arrays(models: Sequence[ModelScores], problems: dict[str, list[str]] | None = None) -> dict[str, Scores]:
-    """Benchmark → [seeds, problems], of the problems that all models have."""
+    """Benchmark → [seeds, problems], over the problems that all models have."""
     problems = _common(models) if problems is None else problems
     return {
         name: np.array([[model.scores[name][problem] for problem in ids] for model in models])
@@ -169,7 +169,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def judge_claims(claims: Sequence[Claim], results: SweepResults) -> list[JudgedClaim]:
-    """Every claim over the seeds that both of its sides have."""
+    """Judge every claim, over the seeds that both of its sides have."""
     cells: dict[str, dict[int, CellResult]] = {}
     for cell in results.cells:
         cells.setdefault(cell.variant, {})[cell.seed] = cell

@@ -84,7 +84,7 @@ def render_page(table: SweepTable, results: SweepResults, dynamics: SweepDynamic
 
 
 def render_markdown(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> str:
-    """The page without its figures. Texts of models and data stand in code blocks, so that none is markup."""
+    """The page without its figures. Texts of models and data are in code blocks, so that they cannot act as markup."""
     done = f"{len(table.cells)} of {len(results.statuses)} runs are finished."
     parts = [table.to_markdown().rstrip(), done]
     if dynamics.filters:
@@ -126,11 +126,11 @@ _SAME = {"seed": 0, "name": "recipe", "description": "", "alarms": AlarmsConfig(
 
 
 def read_runs(names: Sequence[str], labels: Mapping[str, str] | None = None) -> SweepResults:
-    """The results of runs so far, finished or not. `names` are in the order of their variants; `labels`: run → name of
-    its variant; default: the run's name; with several seeds the first one's, without its number.
+    """The results of runs so far, finished or not. `names` are in the order of their variants. `labels`: run → name of
+    its variant; default: the run's name, or for several seeds the first run's name without its number.
 
-    Raises RunError if there is no such run, a label is for a run that is not among them, two labels are for one
-    variant, or one is for two.
+    Raises RunError if a run does not exist, a label names a run that is not in `names`, one variant gets two labels, or
+    two variants get the same label.
     """
     labels = labels or {}
     for name in labels:
@@ -159,7 +159,7 @@ def _open(name: str) -> Run:
         return open_run(name)
     except RunError:
         if name in list_started():
-            raise RunError(f"'{name}' is a sweep, no run; for its report: kdrl sweep report {name}") from None
+            raise RunError(f"'{name}' is a sweep, not a run; for its report: kdrl sweep report {name}") from None
         raise
 
 

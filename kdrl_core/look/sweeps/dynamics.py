@@ -47,7 +47,7 @@ class SweepDynamics:
     filters: dict[str, str]
     """The filter's counts by stage, from the first cell that has them."""
     environments: dict[str, list[str]]
-    """Versions, as text → the runs made with them. Parts that a run took over from another are named with it."""
+    """Versions, as text → the runs made with them, and the parts made with them that a run took over from another."""
 
 
 def read_dynamics(results: SweepResults) -> SweepDynamics:
@@ -110,7 +110,7 @@ def mean_lines(runs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Line]:
 
 
 def _phases(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of the last stage by phase, with SFT's sampling of the teacher before its first step."""
+    """Seconds of the last stage by phase, including the teacher's sampling before SFT's first step."""
     totals: dict[str, float] = defaultdict(float)
     for stage in summarize(run).stages:
         if stage.stage == run.recipe.stages[-1] and stage.samples is not None:

@@ -1,7 +1,7 @@
 """The figures of a sweep: accuracies with intervals, training dynamics (Figures 2–5, 7), Figure 6, time by phase.
 
-One small figure each, so that they stand side by side on a desk and one below the other on a phone. Every trace of a
-variant has its name as legend group; the page has one legend for all.
+Figures are small: side by side on a wide screen, one below the other on a phone. The legend group of a trace is the
+name of its variant; the page has one legend for all figures.
 """
 
 import textwrap
@@ -44,12 +44,12 @@ class Panel:
 
 
 def color_of(position: int) -> str:
-    """Of a variant by its position."""
+    """Colour of a variant, by its position."""
     return COLORS[position % len(COLORS)]
 
 
 def dash_of(position: int) -> str:
-    """Of a variant's lines by its position."""
+    """Line style of a variant, by its position."""
     return _DASHES[position // len(COLORS) % len(_DASHES)]
 
 
@@ -65,7 +65,7 @@ def panels_of(table: SweepTable, results: SweepResults, dynamics: SweepDynamics)
 
 
 def _accuracies(table: SweepTable) -> Panel | None:
-    """A dot and its interval for each row; models for reference are open circles."""
+    """A dot and its interval for each row; reference models are open circles."""
     name = AVERAGE if len(table.averaged) > 1 else next(iter([*table.averaged, *table.benchmarks]), "")
     rows = [row for row in table.rows if name in row.scores]
     if not rows:
@@ -156,7 +156,7 @@ def _points(seeds: Sequence[Sequence[Watched]]) -> list[dict[str, float]]:
 
 
 def _phases(variants: Sequence[VariantDynamics]) -> Panel | None:
-    """Seconds of the last stage, a bar a variant, a colour a phase."""
+    """Seconds of the last stage: one bar per variant, one colour per phase."""
     names = sorted(
         {name for variant in variants for name in variant.phases},
         key=lambda name: -sum(variant.phases.get(name, 0.0) for variant in variants),

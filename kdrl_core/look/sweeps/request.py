@@ -1,4 +1,4 @@
-"""From the options of a command to a sweep and its cells. All of them are validated before anything runs.
+"""From the options of a command to a sweep and its cells. All cells are validated before anything runs.
 
 A cell waits if another one is making a part of it, so that no work is done twice.
 """
@@ -41,18 +41,18 @@ def make_request(
 ) -> Request:
     """The sweep that was asked for, with its cells.
 
-    A sweep that was started before goes on as it was started, except for what is given here. A YAML file is read anew,
-    and the options that the sweep was started with are applied to it again.
+    A sweep that was started before keeps its options, except those that are given here. A YAML file is read again, and
+    the sweep's earlier options are applied to it.
 
     Args:
         source: name of a shipped sweep or of one that was started, or path of a YAML file; None: `vary` alone.
         name: of the sweep, its folder and its runs; default: the file's.
-        vary: `FIELD=a,b,c` each, beside what the sweep varies.
+        vary: `FIELD=a,b,c` each, in addition to what the sweep varies.
         overrides: `FIELD=VALUE` of every cell; None: those it was started with.
         share_with: other sweeps that were started, whose finished work may be taken over.
 
     Raises:
-        RecipeError: no such sweep, a cell's recipe is not valid, or `name` is that of a sweep made of another one.
+        RecipeError: no such sweep, a cell's recipe is not valid, or the started sweep `name` has another source.
         RunError: a sweep of `share_with` was not started.
     """
     if source is None and not vary:
@@ -79,8 +79,8 @@ def make_request(
 
 
 def _before(source: str | None, name: str | None) -> tuple[dict[str, Any], SweepRecord | None, Origin]:
-    """What a request starts from: the sweep's values, its record if it was started, and what it was made of. Raises
-    RecipeError if there is no such sweep, or `name` is that of a sweep made of another one."""
+    """What a request starts from: the sweep's values, its record if it was started, and its origin. Raises RecipeError
+    if there is no such sweep, or the started sweep `name` has another source."""
     file = load_sweep(source) if source is not None and _is_file(source) else None
     made_of = _VARY if source is None else source if file is None else Path(source).name
     record = _started(name or (source if file is None else file.name))
@@ -99,7 +99,7 @@ def _before(source: str | None, name: str | None) -> tuple[dict[str, Any], Sweep
 
 
 def check_request(request: Request) -> None:
-    """Check the inputs of every cell, and the runs that exist already, before anything runs. Raises KdrlError as
+    """Check the inputs of every cell, and the runs that exist already, before anything runs. Raises the errors of
     `check_inputs` and `require_same_recipe`; the message names the cell."""
     seen: set[str] = set()
     for cell in request.cells:
@@ -166,7 +166,7 @@ def next_cell(
     pending: Sequence[Cell], running: Iterable[Cell], made: Collection[str], parts: Mapping[str, Sequence[Part]]
 ) -> Cell | None:
     """The first pending cell that shares no unfinished part with a running cell; None if all have to wait. `made`: keys
-    of the parts that some run has finished; `parts`: of each cell, by the name of its run."""
+    of the parts that some run has finished; `parts`: name of a run → parts of its cell."""
     under_way = {part.key for cell in running for part in parts[cell.run]} - set(made)
     for cell in pending:
         if not any(part.is_waited_for and part.key in under_way for part in parts[cell.run]):

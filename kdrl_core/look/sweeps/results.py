@@ -1,4 +1,4 @@
-"""The results of a sweep's cells, read from their runs: of finished cells, and partial results of the others."""
+"""The results of a sweep's cells, read from their runs. Unfinished cells have partial results."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from kdrl_core.look.sweeps.state import CellState, CellStatus
 from kdrl_core.tables.files import load_metrics, read_table
 
 _OF_SOME = {"response/repetition_overlong": "response/clip_ratio", "kd/kl_unmasked": "kd/active_frac"}
-"""Metrics that are means over some responses or tokens → the share of those. If the share is 0, the mean is void."""
+"""Metric that is a mean over some responses or tokens → metric with their share. If that is 0, the mean is void."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class ModelScores:
 
     scores: dict[str, dict[str, float]]
     length_mean: float
-    """Over the responses to all benchmarks, tokens."""
+    """Tokens, mean over the responses to all benchmarks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class ReferenceResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResults:
-    """All of a sweep."""
+    """All results of a sweep."""
 
     name: str
     description: str
@@ -150,8 +150,8 @@ def _progress(run: Run) -> str:
 def by_label(results: SweepResults) -> dict[str, tuple[dict[int, ModelScores], set[int]]]:
     """Reference models by the names that tables and claims give them: their results by seed, and the planned seeds.
 
-    If variants have different ones, such as two teachers, the first variant's keeps its plain name and the others are
-    called `teacher of VARIANT`. The names do not depend on which of them exist already.
+    If variants have different models of one name, such as two teachers, the first variant's keeps the plain name; the
+    others are called `teacher of VARIANT`. The names do not depend on which models have results already.
     """
     owners = _owners(results)
     models: dict[str, dict[int, ModelScores]] = {}

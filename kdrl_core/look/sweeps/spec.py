@@ -77,15 +77,15 @@ class Claim(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     text: str = Field(min_length=1, max_length=200, description="the claim in words")
-    source: str = Field("", description="where it is made: Sec. 3.1")
-    more: str = Field(min_length=1, description="variant, or a model for reference as the table calls it")
+    source: str = Field("", description="where the claim is made, e.g. Sec. 3.1")
+    more: str = Field(min_length=1, description="variant or reference model, by its name in the table")
     less: str = Field(min_length=1, description="likewise")
     expected: Literal["holds", "does not hold", "unclear"] = Field(
         "holds", description="what the source says; unclear: no difference to speak of"
     )
     measure: str = Field(
         min_length=1,
-        description="accuracy:BENCHMARK, length (tokens of the final answers), or a metric of the last stage, which is "
+        description="accuracy:BENCHMARK, length (tokens of the final answers), or a metric of the last stage: "
         "its mean over the last fifth of the steps",
     )
 
@@ -93,12 +93,12 @@ class Claim(BaseModel):
 class SweepSpec(Grid):
     """A sweep, as its file describes it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60, description="also that of its folder")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60, description="also the name of its folder")
     description: str = ""
     recipe: str = Field("miniature", min_length=1, description="name of a shipped recipe, or path of a YAML file")
-    seeds: int | list[int] = Field(1, description="how many, counted from 0, or which")
-    recipes: dict[str, Grid] = Field({}, description="recipe's name → values that are its own, on top of the others")
-    claims: list[Claim] = Field([], description="what the report judges by the runs")
+    seeds: int | list[int] = Field(1, description="number of seeds, counted from 0, or the list of seeds")
+    recipes: dict[str, Grid] = Field({}, description="recipe's name → values for this recipe; they override the others")
+    claims: list[Claim] = Field([], description="claims that the report judges by the runs")
 
     @field_validator("seeds")
     @classmethod
@@ -121,7 +121,7 @@ class SweepSpec(Grid):
         return self.seeds if isinstance(self.seeds, list) else list(range(self.seeds))
 
     def grid_for(self, recipe: Recipe, *, origin: str) -> Grid:
-        """What this sweep varies in a recipe: the general values, overridden by those for the recipe's name. Raises
+        """What this sweep varies in a recipe: the general values, overridden by the values for this recipe. Raises
         RecipeError if the sweep has values by recipe, but none for this one."""
         if not self.recipes:
             return Grid(set=self.set, variants=self.variants, vary=self.vary)
@@ -146,8 +146,8 @@ def list_sweeps() -> list[str]:
 
 def load_sweep(source: str | Path) -> SweepSpec:
     """Read and validate a sweep: the name of a shipped one, or the path of a YAML file. Raises RecipeError if there is
-    none, or a field is unknown, missing or of the wrong kind; file and field are named. What it sets in recipes is
-    validated by `expand`."""
+    none, or a field is unknown, missing or of the wrong kind; file and field are named. `expand` validates the
+    values that the sweep sets in recipes."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         if str(source) not in list_sweeps():
@@ -188,13 +188,13 @@ def _explain(fault: Any) -> str:
     elif fault["type"] == "missing":
         message = "required but not given"
     elif "[key]" in fault["loc"]:
-        message = f"{location[-1]!r} is no name of a field, or no label, of at most 60 characters"
+        message = f"{location[-1]!r} is not a valid field name or label (labels have at most 60 characters)"
     return f"field '{field}': {message}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellName:
-    """Which cell of a sweep it is."""
+    """Identifies a cell of a sweep."""
 
     run: str
     """Name of the run: `<sweep>--<variant>--seed<n>`."""
@@ -217,7 +217,7 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
     of the command line) win in every cell; `origin` names the sweep in errors.
 
     Raises RecipeError if a cell's recipe is not valid (cell, file and field are named), two variants are the same, a
-    label makes no run name, or a claim names what the sweep does not have.
+    label gives no valid run name, or a claim names something that the sweep does not have.
     """
     origin = origin or spec.name
     grid = spec.grid_for(_load(spec, f"sweep {origin}, recipe", [*overrides]), origin=origin)

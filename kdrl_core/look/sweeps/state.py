@@ -5,7 +5,7 @@ artifacts/sweeps/<sweep>/
   cells/<run>.yaml    the recipe of each cell, every field written out
   logs/<run>.log      what the cell's process wrote
   failures/<run>.json why it failed, until it is started again
-  report/             of what there is: sweep.html, sweep.md, sweep.csv, sweep.json
+  report/             of the results so far: sweep.html, sweep.md, sweep.csv, sweep.json
 """
 
 import json
@@ -73,7 +73,7 @@ class SweepPaths:
 
     @property
     def lock(self) -> Path:
-        """The file that a working process holds."""
+        """Lock of the process that runs the sweep."""
         return self.root / "sweep.lock"
 
     @property

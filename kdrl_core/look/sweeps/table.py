@@ -1,6 +1,6 @@
-"""The tables of a sweep: one row a variant, mean over its seeds with 95 % interval; what is missing is shown.
+"""The tables of a sweep: one row per variant, mean over its seeds with 95 % interval. Unfinished cells are listed.
 
-`SweepTable` holds the numbers, and gives them as tables of text, Markdown, CSV and JSON. aggregate.py computes them.
+`SweepTable` holds the numbers and gives them as text, Markdown, CSV and JSON. aggregate.py computes them.
 """
 
 import csv
@@ -47,14 +47,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedRow:
-    """A variant after the training time that the fastest variant took in all."""
+    """A variant, at the total training time of the fastest variant."""
 
     label: str
     seeds: list[int]
     step: int | None
     """Step of its last evaluation within that time."""
     scores: dict[str, Score]
-    """Empty if there was none."""
+    """Empty if there is no such evaluation."""
 
 
 class ClaimVerdict(StrEnum):
@@ -68,7 +68,7 @@ class ClaimVerdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedClaim:
-    """A claim with its measure."""
+    """A claim with its measured difference and its verdict."""
 
     text: str
     source: str
@@ -190,7 +190,7 @@ class SweepTable:
         return "\n\n".join(parts) + "\n"
 
     def to_csv(self) -> str:
-        """One line per row and benchmark, shares in place of per cent."""
+        """One line per row and benchmark, with shares instead of per cent."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         fields = ["variant", "is_reference", "benchmark", "mean", "low", "high", "rank", "num_seeds", "num_planned"]

@@ -1,7 +1,7 @@
 """Metrics of a run in TensorBoard, MLflow or W&B, through their own clients, where the recipe asks for it.
 
-Points are read from the run's published files, and a note beside them says what was sent. So a killed run continues
-where its trackers end, and a run that gets a tracker later sends all it has. Training never waits for a tracker that
+Points are read from the run's published files, and a note beside them says what was sent. So after a kill each tracker
+continues where it stopped, and a tracker that is added later gets all points. Training never waits for a tracker that
 fails.
 """
 

@@ -1,4 +1,4 @@
-"""TensorBoard, MLflow and W&B. Each is opened for a run, new or known, and imported only then."""
+"""TensorBoard, MLflow and W&B. Each client is imported only when it is opened, for a new or a known run."""
 
 import hashlib
 import time
@@ -30,10 +30,10 @@ class Point:
 
 @dataclass(slots=True, kw_only=True)
 class Sent:
-    """What a tracker has of a run."""
+    """What a tracker has received of a run."""
 
     identity: str | None = None
-    """What the run is called there."""
+    """The tracker's id of the run."""
     steps: dict[str, int] = field(default_factory=dict)
     """Stage → steps that were sent."""
     evaluations: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Tracker(Protocol):
     """One client, open for one run."""
 
     run_id: str | None
-    """What the run is called there; None where it has no name of its own."""
+    """The tracker's id of the run; None if the tracker has no ids."""
 
     def log(self, point: Point) -> None:
         """Send a point."""
@@ -59,7 +59,7 @@ class Tracker(Protocol):
         return True
 
     def close(self, *, complete: bool) -> None:
-        """End. `complete`: everything was sent. The run may be opened again."""
+        """Close the client. `complete`: everything was sent. The run may be opened again."""
         ...
 
 
@@ -97,7 +97,7 @@ class TensorBoardTracker(Tracker):
 
         folder, first = self._run.paths.tracking / "tensorboard" / group, self._steps.get(group, 0)
         is_stage = group in self._run.recipe.stages
-        # Points of a killed process from the next step on are void; they are written again.
+        # Void the points that a killed process wrote from the next step on; they are written again.
         writer = SummaryWriter(str(folder), purge_step=first if is_stage and folder.is_dir() else None)
         if is_stage and first == 0:
             writer.add_text("recipe", f"```yaml\n{dump_recipe(self._run.recipe)}```", 0)
@@ -135,7 +135,7 @@ class MLflowTracker(Tracker):
 
         found = self._client.get_experiment_by_name(project)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(project)
-        # A fault may have come after a run was created and before it was noted: find that run.
+        # An earlier process may have failed after it created the run and before it noted the id: find that run.
         identity = _identity(run)
         begun = self._client.search_runs([experiment], filter_string=f"tags.`kdrl.id` = '{identity}'", max_results=1)
         if begun:
@@ -180,7 +180,7 @@ class WandbTracker(Tracker):
         self._run.summary.update({f"summary/{name}": value for name, value in values.items()})
 
     def flush(self) -> bool:
-        """Its service writes at times of its own, and when the run is closed."""
+        """W&B's own service decides when it writes; it writes everything when the run is closed."""
         return False
 
     def close(self, *, complete: bool) -> None:
@@ -188,7 +188,7 @@ class WandbTracker(Tracker):
 
 
 def _identity(run: Run) -> str:
-    """The same for every process that works on a run; another for a new run of the same name."""
+    """An id that every process of a run computes alike; a new run of the same name has another."""
     return hashlib.sha256(f"{run.name} {run.started_at}".encode()).hexdigest()[:12]
 
 
@@ -197,4 +197,4 @@ CLIENTS: dict[TrackerName, Callable[[Run, Sent], Tracker]] = {
     "mlflow": MLflowTracker,
     "wandb": WandbTracker,
 }
-"""How each tracker is opened: with the run, and what the tracker has of it."""
+"""How each tracker is opened: with the run, and what was sent of it."""

@@ -1,4 +1,4 @@
-"""Sends trackers what a run has published and they do not have, in order, and notes it in `tracking/<name>.json`."""
+"""Sends each tracker what a run has newly published, in order, and notes in `tracking/<name>.json` what was sent."""
 
 import atexit
 import json
@@ -22,7 +22,7 @@ from kdrl_core.tables.files import load_metrics
 _logger = logging.getLogger("kdrl")
 
 Metrics = Callable[[str], list[dict[str, Any]]]
-"""Stage → its metrics, which are read when they are asked for."""
+"""Stage → its metrics, read on demand."""
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class _Stream:
         replace_file(_cursor(self.run, self.name), (json.dumps(asdict(self.sent), indent=1) + "\n").encode())
 
 
-# Of this process; closed at its end, if no flow has closed them.
+# Streams of this process. They are closed at its end, if no flow has closed them.
 _streams: dict[tuple[Path, TrackerName], _Stream] = {}
 
 
@@ -144,7 +144,7 @@ def _steps(run: Run, stage: str, sent: Sent, metrics: Metrics) -> Iterator[_Foun
 
 
 def _periodic(run: Run, stage: str, sent: Sent) -> Iterator[_Found]:
-    """Evaluations while the stage trained, at the step whose update made the model."""
+    """Periodic evaluations of a stage, each at the step whose update made the evaluated model."""
     for path in sorted(run.paths.evaluation(stage).parent.glob(f"{stage}-step-*")):  # also of an earlier evaluate_every
         label, step = path.name, checkpoint_step(path.name, stage)
         if step is not None and label not in sent.evaluations and is_published(path):

@@ -1,4 +1,4 @@
-"""What the pages ask for, as JSON below /api. Each function runs in a worker thread, with its own cursor.
+"""The data of the pages, as JSON below /api. Each function runs in a worker thread, with its own cursor.
 
 JSON has no infinities or NaN, and JavaScript rounds integers beyond 2⁵³ (seeds are uint64). These are sent as text.
 """
@@ -17,7 +17,7 @@ from kdrl_core.errors import KdrlError
 from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 EVERY_S = 2.0
-"""Seconds at least between two looks at the disk."""
+"""Minimum seconds between two looks at the disk."""
 
 _PATIENCE_S = 0.5
 _SHARE = 0.1
@@ -26,8 +26,8 @@ _SHARE = 0.1
 class Live:
     """Follows a store; `revision` counts how often something was new.
 
-    A look at thousands of steps takes a second. So it runs in a thread, for which pages wait only a moment, and takes a
-    tenth of the time at most, however many pages ask. With `every_s=0` each call looks.
+    A look at thousands of steps takes a second. So a thread does it, and pages wait for the thread only a moment. Looks
+    take at most a tenth of the time, however many pages ask. With `every_s=0` each call looks.
     """
 
     def __init__(self, store: RolloutStore, *, every_s: float = EVERY_S) -> None:
@@ -38,7 +38,7 @@ class Live:
         self._lock = threading.Lock()
 
     def look(self) -> int:
-        """Look for new steps if it is time to. Returns the revision; a slow look raises it only by the next call.
+        """Look for new steps if it is time to. Returns the revision; a slow look raises it only for the next call.
         Raises KdrlError if the runs could not be read any more."""
         with self._lock:
             if self._looking is None and time.monotonic() >= self._next:
@@ -162,6 +162,6 @@ def plain(value: Any) -> Any:
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as one list per column, with None where a row lacks it. As JSON a third of the size of rows."""
+    """Rows as one list per column, with None where a row lacks it. This JSON is a third of the size of rows."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [plain(row.get(name)) for row in rows] for name in names}

@@ -1,6 +1,6 @@
 """The web app over an open store, by uvicorn on loopback. Answers that are not files are JSON, errors included.
 
-A foreign web page can have its name resolve to 127.0.0.1 (DNS rebinding) and then read the answers, so the Host header
+A foreign web page can make its name resolve to 127.0.0.1 (DNS rebinding) and then read the answers, so the Host header
 must name loopback. No other origin is allowed (no CORS), and requests that a browser marks as coming from another site
 are refused before any query. Responses of models are hostile text: the policy forbids inline scripts and styles, other
 origins, and turning text into HTML.
@@ -136,10 +136,10 @@ def _unknown(_: Request, error: Exception) -> JSONResponse:
 
 HOST = "127.0.0.1"
 USUAL_PORT = 8741
-"""Default port, if it is free: so an address that somebody has noted stays valid."""
+"""Default port, if it is free: so a bookmarked address stays valid."""
 
 _LAST_ANSWERS_S = 1
-"""Seconds that unfinished answers get at the end."""
+"""Seconds that unfinished answers get at shutdown."""
 
 
 def listen(port: int = 0) -> socket.socket:

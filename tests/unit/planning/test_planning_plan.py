@@ -190,7 +190,7 @@ def test_collectives_by_hand() -> None:
 @pytest.mark.parametrize(
     ("gpus", "changes", "message"),
     [
-        (12, {}, "no whole number of nodes"),
+        (12, {}, "do not fill whole nodes of 8"),
         (8, {"tensor_parallel": 3}, "does not divide 8 GPUs"),
         (8, {"tensor_parallel": 8}, "student's 12 attention heads"),
         (8, {"rollout": "transformers", "teacher": "transformers", "trainer": "torch"}, "one process on one GPU"),
@@ -205,7 +205,7 @@ def test_gpus_that_cannot_be_used_are_refused(gpus: int, changes: dict[str, Any]
 
 def test_work_that_cannot_be_planned_is_refused() -> None:
     recipe = load_recipe("paper-1.5b", ["stage2.objective=sft"])
-    with pytest.raises(RecipeError, match=r"stage2.objective=sft is no loop"):
+    with pytest.raises(RecipeError, match=r"stage2.objective=sft has no loop"):
         work_of(recipe, "stage2")
     with pytest.raises(RecipeError, match="above the recipe's limit of 20480"):
         work_of(load_recipe("paper-1.5b"), "stage2", mean_response=30_000)

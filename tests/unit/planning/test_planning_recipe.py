@@ -112,9 +112,9 @@ def test_the_papers_recipe_needs_no_other_ranks_on_its_node() -> None:
     assert plan.best is not None
     assert plan.best.placement.name == "colocated"
     assert len(needed) == 2
-    assert needed[0].startswith("rollouts count on 8 engines; rollout.engine=vllm is one, of 1 GPU")
+    assert needed[0].startswith("the rollout time assumes 8 engines; rollout.engine=vllm starts one, of 1 GPU")
     assert "kdrl serve" in needed[0]
-    assert needed[1].startswith("the teacher's scores count on 8 engines")
+    assert needed[1].startswith("the teacher's score time assumes 8 engines")
 
 
 def test_one_gpu_needs_what_the_recipe_has_and_less_of_the_gpu_for_vllm() -> None:
@@ -208,7 +208,7 @@ def test_replicas_that_sleep_are_the_engines_that_a_plan_counts_on() -> None:
     assert [phase.components for phase in served.best.memory] == [p.components for p in in_process.candidates[0].memory]
     assert time_alone(served, served.best).rollout == served.best.time.rollout
     assert time_alone(served, served.best).teacher_score == served.best.time.teacher_score
-    assert not any("is one, of" in each or "is one, which" in each for each in needed)
+    assert not any("starts one, of" in each or "starts one, which" in each for each in needed)
     loaded = load_recipe("paper-1.5b", [*SLEEPING, f"rollout.server.urls={[f'http://a:{n}/v1' for n in range(1, 9)]}"])
     assert default_gpus(loaded, gpus_per_node=8) == 8
 

@@ -132,13 +132,13 @@ def test_with_a_tokenizer_lengths_are_known(tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    "no json": ("{", r"2\.jsonl line 2: no JSON"),
-    "no object": ("[1]", r"2\.jsonl line 2: no JSON object"),
-    "no prompt": (json.dumps({"output": "x", "score": 1.0, "step": 2}), "field 'input' is missing or no text"),
+    "no json": ("{", r"2\.jsonl line 2: not JSON"),
+    "no object": ("[1]", r"2\.jsonl line 2: not a JSON object"),
+    "no prompt": (json.dumps({"output": "x", "score": 1.0, "step": 2}), "field 'input' is missing or not text"),
     "no step": (json.dumps(verl_line(2, 0, step="two")), "field 'step' is 'two'"),
     "negative step": (json.dumps(verl_line(2, 0, step=-1)), "field 'step' is -1"),
     "no score": (json.dumps(verl_line(2, 0, score="high")), "field 'score' is 'high'; a number is expected"),
-    "deep": ("[" * 100_000, "no JSON"),
+    "deep": ("[" * 100_000, "not JSON"),
 }
 
 

@@ -356,7 +356,7 @@ def test_unknown_runs_are_told_with_the_nearest_name(run: Run, artifacts: Path, 
         RolloutStore.open(["smal"])
     with pytest.raises(RunError, match="no such folder"):
         RolloutStore.open([str(tmp_path / "nowhere")])
-    with pytest.raises(RunError, match="is no run: it has no folder rollouts"):
+    with pytest.raises(RunError, match="is not a run: it has no folder rollouts"):
         RolloutStore.open([tmp_path])
     with pytest.raises(RunError, match="is not allowed"):
         RolloutStore.open(["a;b"])

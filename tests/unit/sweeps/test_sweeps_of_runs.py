@@ -91,7 +91,7 @@ def test_one_run_is_a_report_too(tmp_path: Path) -> None:
 
 FAULTS = {
     "unknown run": (["kdlr"], "no run 'kdlr'"),
-    "sweep": (["my-sweep"], "'my-sweep' is a sweep, no run; for its report: kdrl sweep report my-sweep"),
+    "sweep": (["my-sweep"], "'my-sweep' is a sweep, not a run; for its report: kdrl sweep report my-sweep"),
     "label": (["kdrl", "--label", "kdrl"], "--label kdrl: expected RUN=TEXT"),
     "two labels": (["kdrl", "--label", "kdrl=a", "--label", "kdrl=b"], "kdrl has a label already, a"),
 }

@@ -133,8 +133,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "text as seeds": ({"seeds": "five"}, "field 'seeds': Input should be a valid integer"),
     "seed in a variant": ({"variants": {"a": {"seed": 3}}}, "field 'variants': seed is set by the sweep itself"),
     "name of a run": ({"set": {"name": "x"}}, "field 'set': name is set by the sweep itself"),
-    "no field": ({"set": {"stage2..steps": 1}}, r"'stage2\.\.steps' is no name of a field"),
-    "label of a table's cell": ({"variants": {"a|b": {}}}, r"'a\|b' is no name of a field, or no label"),
+    "no field": ({"set": {"stage2..steps": 1}}, r"'stage2\.\.steps' is not a valid field name"),
+    "label of a table's cell": ({"variants": {"a|b": {}}}, r"'a\|b' is not a valid field name or label"),
     "variant without fields": ({"variants": {"a": None}}, "field 'variants.a': Input should be"),
 }
 

@@ -133,7 +133,7 @@ def test_pages_follow_a_run_that_goes_on(visit: Visit, tmp_path: Path) -> None:
         handmade.write_step(root, "stage1", 1, [{"reward": 0.0, "verdict": "wrong"}] * 4)
         page.clock.fast_forward(5000)
         page.wait_for_selector("[data-chart=reward] path.line[d*=L]")  # without anybody's doing
-        page.wait_for_selector(".live.on >> text=going: going on")
+        page.wait_for_selector(".live.on >> text=going: running")
         assert page.get_attribute("[data-chart=reward] .cross", "visibility") == "visible"  # the pointer is still there
     page.keyboard.press("r")
     page.wait_for_selector("text=8 rollouts")

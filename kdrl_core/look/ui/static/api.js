@@ -1,4 +1,4 @@
-// The server's answers. An error has the server's words.
+// Fetches the server's answers. An error has the server's message.
 
 export async function get(path, params, signal) {
   const query = new URLSearchParams(params).toString();

@@ -44,7 +44,7 @@ async function anyPrompt(context, signal) {
   return null;
 }
 
-/** The two places: as the address says; else another run than the first side's, or another step of the only run. */
+/** The two sides: from the address; else two runs, or two steps of the only run. */
 function choose(params, runs, histories) {
   const seen = runs.filter((run) => histories.get(run).length);
   const first = params.get("run_a") ?? seen[0];
@@ -80,7 +80,7 @@ function column(side, which, responses, { runs, histories, prompt, set }) {
     responses.map((one) => card(one, side)));
 }
 
-/** How the prompt's mean reward went each time that it was drawn; a click puts that time on a side. */
+/** The prompt's mean reward each time that it was drawn; a click shows that step on a side. */
 function historyFigure(runs, histories, onPick) {
   const stages = [...new Set([...histories.values()].flat().map((one) => one.stage))].sort();
   const offsets = new Map();

@@ -20,7 +20,7 @@ export const svg = (tag, props, ...children) => build(document.createElementNS(S
 
 const CONTROL = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
-/** `text` with control characters, invisible ones and those that turn the reading order round spelled out. */
+/** `text` with escapes in place of control characters, invisible ones, and those that change the reading order. */
 export function spelled(text) {
   return String(text ?? "").replace(CONTROL, (found) => {
     const code = found.codePointAt(0).toString(16);
@@ -39,7 +39,7 @@ export function select(props, options, chosen) {
   return element;
 }
 
-/** A group of buttons of which one is pressed. `options`: [value, label, reason it is not there]. */
+/** A group of buttons, one of them pressed. `options`: [value, label, why it is missing]. */
 export function choice(label, options, chosen, onPick) {
   return h("div", { class: "choice", role: "group", "aria-label": label },
     options.map(([value, text, missing]) => h("button", {

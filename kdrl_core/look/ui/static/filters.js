@@ -1,4 +1,4 @@
-// The filters of the table, as a form. An address holds them: what stands in a field is what stands in the address.
+// The filters of the table, as a form. The address holds them, and each field shows its value in the address.
 
 import { h, select, spelled } from "./dom.js";
 import { VERDICTS } from "./format.js";
@@ -7,7 +7,7 @@ const RANGES = [["step", "step", 1], ["reward", "reward", "any"], ["length", "le
 const NAMES = ["run", "stage", "step_min", "step_max", "prompt_id", "sample", "verdict", "finish_reason", "reward_min", "reward_max",
   "length_min", "length_max", "kl_min", "kl_max", "text"];
 
-/** Of an address what the server's filter takes. */
+/** The part of an address that the server's filter takes. */
 export function filterOf(params) {
   return new URLSearchParams([...params].filter(([name, value]) => NAMES.includes(name) && value !== ""));
 }

@@ -1,4 +1,4 @@
-// Numbers and names as people read them. What is missing is an en dash.
+// Numbers and names as people read them. Missing values are an en dash.
 
 const NONE = "–";
 const grouped = new Intl.NumberFormat("en-US");

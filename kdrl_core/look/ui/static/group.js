@@ -62,13 +62,13 @@ export async function groupView(container, params, context, signal) {
 
 const sampleLink = (one, { run, stage, step }) => link("sample", { run, stage, step, prompt: one.prompt_id, sample: one.sample });
 
-/** Prompts of a step: each has one response number 0. */
+/** Prompts of a step, found by their responses with number 0. */
 async function promptsOf({ run, stage, step }, signal) {
   const { rows } = await get("rollouts", { run, stage, step_min: step, step_max: step, sample: 0, sort: "prompt_id", limit: MAX_PROMPTS }, signal);
   return rows.map((row) => row.prompt_id);
 }
 
-/** A line on a group: how many are right, spread, lengths. */
+/** One line about a group: truth, how many are right, reward, lengths, KL. */
 export function summaryOf(responses) {
   const of = (name) => responses.map((one) => one[name]).filter((value) => typeof value === "number");
   const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);

@@ -1,12 +1,12 @@
-// A response as one span a token, coloured by a number that each token has. Colours are CSS: a span only carries its
-// sign as a class and its size, 0 to 100, as --v; so light and dark need no second pass.
+// A response as one span per token, coloured by a number that each token has. CSS makes the colours: a span has the sign
+// as a class and the size, 0 to 100, as --v. So light and dark mode need no second pass.
 
 import { choice, h, spelled } from "./dom.js";
 import { number, signed } from "./format.js";
 
 const SHOWN_PERCENTILE = 0.98;
 
-/** What tokens can be coloured by: values or why there are none, and how to read the ends of the scale. */
+/** The numbers that can colour tokens: values or why there are none, and the meaning of the scale's ends. */
 export function colourings(record, step) {
   const student = record.logprobs ?? record.rollout_logprobs;
   const teacher = record.teacher_logprobs;
@@ -24,7 +24,7 @@ export function colourings(record, step) {
       diverging: true, atLeast: 1, about: "Â, the same for every token of a response", low: "made less likely", high: "more likely" },
     signal: { label: "Â + βR", values: ratio && advantage !== null && isNumber(beta) ? ratio.map((r) => (r === null ? null : advantage + beta * weight * r)) : null,
       missing: !ratio ? noTeacher : advantage === null || !isNumber(beta) ? "β or Â is not recorded" : null, diverging: true,
-      about: `what the update adds up for a token (Eq. 27), β = ${number(beta)}${weight === 0 ? ", teacher masked" : ""}`, low: "made less likely", high: "more likely" },
+      about: `the token's weight in the update (Eq. 27), β = ${number(beta)}${weight === 0 ? ", teacher masked" : ""}`, low: "made less likely", high: "more likely" },
     surprise: { label: "surprise", values: student ? student.map((value) => (isNumber(value) ? -value : null)) : null, missing: student ? null : "no logprobs recorded",
       about: "−log π_θ, nats", low: "expected", high: "rare" },
     none: { label: "plain", values: null, missing: null, about: "" },
@@ -33,7 +33,7 @@ export function colourings(record, step) {
 
 const isNumber = (value) => typeof value === "number";
 
-/** The value that has full colour: beyond it are the outermost 2 %. */
+/** The value that has full colour; 2 % of the values lie beyond it. */
 function limitOf(values, atLeast = 0.05) {
   const sizes = values.filter(isNumber).map(Math.abs).sort((a, b) => a - b);
   return Math.max(atLeast, sizes[Math.floor((sizes.length - 1) * SHOWN_PERCENTILE)] ?? 0);
@@ -107,7 +107,7 @@ export class HeatMap {
 
 const fix = (value) => (isNumber(value) ? value.toFixed(4).replace("-", "−") : value);
 
-/** The text of each token; where no tokenizer is at hand, its number. */
+/** The text of each token; without a tokenizer, its id. */
 const textsOf = (record) => record.tokens ?? (record.token_ids ?? []).map((id) => `[${id}]`);
 
 /** A line break is shown as a sign and breaks the line; an empty token (a byte of a character) as a dot. */

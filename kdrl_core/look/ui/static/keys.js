@@ -5,8 +5,8 @@ import { h } from "./dom.js";
 const KEYS = [
   ["t r c", "trends, rollouts, compare"],
   ["j k  ↓ ↑", "next and previous row, response or prompt"],
-  ["Enter", "open what is marked"],
-  ["Esc", "back to where this came from"],
+  ["Enter", "open the marked row or response"],
+  ["Esc", "back"],
   ["[ ]", "previous and next step"],
   ["/", "full-text search"],
   ["g", "the group of a response: all answers to its prompt"],
@@ -24,7 +24,7 @@ export function showKeys() {
   dialog.showModal();
 }
 
-/** Call what `actions` has for the key; true if there was something. */
+/** Call the action for the key; true if there is one. */
 export function keysOf(event, actions) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || document.getElementById("keys").open) return false;
   const target = event.target;

@@ -1,4 +1,4 @@
-// Draws the view that the address names, follows runs that go on, and hands keys to the view.
+// Draws the view that the address names, follows runs in progress, and hands keys to the view.
 
 import { get } from "./api.js";
 import { h, spelled } from "./dom.js";
@@ -25,7 +25,7 @@ async function look() {
   Object.assign(context, found);
   const going = found.runs.filter((run) => run.is_running).map((run) => run.name);
   const live = document.querySelector(".live");
-  live.textContent = going.length ? `${going.join(", ")}: going on` : "";
+  live.textContent = going.length ? `${going.join(", ")}: running` : "";
   live.classList.toggle("on", going.length > 0);
   showDamage(found.damaged);
   return isNew;

@@ -1,7 +1,7 @@
 // The figures of the trends view, and the question that each answers.
 //
-// lines: [name, label]; a name is a column of a step or one of its metrics. With several runs a figure shows its first
-// line of each. `band`: from, to. `mix`: parts of a whole, a figure a run.
+// lines: [name, label]; a name is a column of a step or one of its metrics. With several runs, a figure shows one line
+// per run, the first that has values. `band`: from, to. `mix`: parts of a whole, one figure per run.
 
 import { fixed, number, percent } from "./format.js";
 
@@ -31,7 +31,7 @@ export const PANELS = [
 
 export const valueOf = (row, name) => row[name] ?? row.metrics[name] ?? null;
 
-/** Metrics that no figure above shows, a figure each. */
+/** Metrics that no figure above shows, one figure each. */
 export function otherPanels(rows) {
   const shown = new Set(PANELS.flatMap((panel) => [...(panel.lines ?? panel.mix)].map(([name]) => name)));
   const same = new Set(["reward/mean", "response/length_mean", "response/length_max", "response/clip_ratio", "response/repetition_overlong", "step"]);

@@ -79,7 +79,7 @@ function stepOf(params) {
   return from !== null && from !== "" && from === to ? Number(from) : null;
 }
 
-/** What the server is asked for. */
+/** The query for the server. */
 export function queryOf(params, page) {
   const query = filterOf(params);
   query.set("sort", params.get("sort") ?? "step");
@@ -102,7 +102,7 @@ function summary(row, several) {
     facts.map(([name, value]) => [h("span", { class: "soft" }, `${name} `), h("span", {}, value), "  "]));
 }
 
-/** On a narrow screen those that tell responses apart; the rest is in the sample view. */
+/** On a narrow screen, only columns that tell responses apart; the sample view has the rest. */
 function columnsOf(context) {
   const several = context.runs.length > 1, isNarrow = matchMedia("(max-width: 700px)").matches;
   const narrow = { step: "46px", verdict: "90px", length: "58px", response: "minmax(140px, 1fr)" };

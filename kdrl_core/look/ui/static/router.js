@@ -5,7 +5,7 @@ export function parse(hash = location.hash) {
   return { view: path || "trends", params: new URLSearchParams(query) };
 }
 
-/** An address; of `params` (object or URLSearchParams) what is empty is left out, lists are repeated. */
+/** An address from `params` (object or URLSearchParams); empty values are left out, lists are repeated. */
 export function link(view, params = {}) {
   const query = new URLSearchParams();
   for (const [name, value] of params instanceof URLSearchParams ? params : Object.entries(params))

@@ -70,7 +70,7 @@ export async function sampleView(container, params, context, signal) {
 
 const idOf = (params) => ({ run: params.get("run") ?? "", stage: params.get("stage") ?? "", step: Number(params.get("step")), prompt_id: params.get("prompt") ?? "" });
 
-/** The numbers that everyone looks at first, then whatever else the record has. */
+/** The main numbers first, then all others of the record. */
 function numbers(record) {
   const first = NUMBERS.filter(([name]) => record[name] !== undefined && record[name] !== null).map(([name, format]) => [name, format(record[name])]);
   const known = new Set(NUMBERS.map(([name]) => name));

@@ -1,6 +1,6 @@
-// A table of any number of rows: only those in sight exist, pages of them come from the server when they are needed.
+// A table of any number of rows: only rows in sight have elements, and the server sends pages of rows on demand.
 //
-// Browsers end elements at some 17 million pixels, which is half a million rows. Beyond MAX_PX the scroll bar is
+// Browsers limit an element to about 17 million pixels, half a million rows. Beyond MAX_PX the scroll bar is
 // coarse (a pixel is several rows), while wheel, keys and touch still move by rows.
 
 import { h } from "./dom.js";

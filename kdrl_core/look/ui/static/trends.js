@@ -1,4 +1,4 @@
-// Trends over steps, of one run or several over one another. A click on a point goes to that step.
+// Trends over steps, of one run or of several in the same figures. A click on a point goes to that step.
 
 import { steps as loadSteps } from "./api.js";
 import { Chart } from "./chart.js";
