@@ -3,7 +3,7 @@
 Tables 3 and 5 of the paper fill `StageConfig`; appendix B.1.1 and B.3 fill `DataConfig`; B.1.2 `RewardConfig`;
 Section 4.1 `EvaluationConfig`.
 
-Departure: `mini_batch_prompts` must equal `prompts_per_step`. The paper's 64 / 64 makes every update on-policy
+Restriction: `mini_batch_prompts` must equal `prompts_per_step`. The paper's 64 / 64 makes every update on-policy
 (π_old = π_θ), and k2's gradient is unbiased only there.
 """
 

@@ -36,7 +36,6 @@ from kdrl_core.tables.schemas import LABELS
 from kdrl_core.verify import Verifier
 
 SETTINGS = "label.json"
-_ENGINE = "transformers"
 _COUNTED = ["problem_id", "sample", "verdict", "accuracy_reward", "finish_reason", "length"]
 MakeEngine = Callable[[LabelPlan, Path, Any], RolloutEngine]
 Problem = dict[str, Any]
@@ -155,7 +154,7 @@ def _settings(plan: LabelPlan, path: Path, problems: Collection[Problem], shard_
         "max_response_tokens": config.max_response_tokens,
         "prompt.think_opened": recipe.prompt.think_opened,
         "runtime.dtype": recipe.runtime.dtype,
-        "engine": _ENGINE,
+        "engine": recipe.rollout.engine,
     }
 
 

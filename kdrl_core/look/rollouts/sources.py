@@ -136,8 +136,10 @@ def _verify(path: Path, content: bytes) -> None:
     if not file_manifest_path(path).is_file():
         return  # just published, or not written by kdrl
     manifest = manifest_of(path)
-    if len(content) != manifest.size or hashlib.sha256(content).hexdigest() != manifest.sha256:
+    if len(content) != manifest.size:
         raise _damaged(f"is damaged: {len(content)} bytes are not the {manifest.size} that were published")
+    if (found := hashlib.sha256(content).hexdigest()) != manifest.sha256:
+        raise _damaged(f"is damaged: its sha256 is {found[:12]}…, published was {manifest.sha256[:12]}…")
 
 
 def _require_readable(schema: pa.Schema) -> None:

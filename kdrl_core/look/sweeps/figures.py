@@ -17,7 +17,7 @@ from kdrl_core.look.sweeps.results import SweepResults, Watched
 from kdrl_core.look.sweeps.table import AVERAGE, SweepTable
 
 COLORS = ("#3b82d6", "#d9622b", "#2a9d74", "#8e6bc9", "#b8891b", "#cf5a94", "#1f9bb3", "#7d8797")
-"""Distinct on white, on black, and for most colour-blind readers. The ninth variant starts again, with dashed lines."""
+"""Distinct on white, on black, and for most colour-blind readers. The ninth variant starts again, with dotted lines."""
 _DASHES = ("solid", "dot", "dash")
 _LABEL_WIDTH = 18
 _PANELS = {

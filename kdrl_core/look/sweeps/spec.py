@@ -44,7 +44,7 @@ CLAIM_METRICS = (
     *get_args(AlarmMetric),
     *("beta", "optim/learning_rate", "ratio/mean", "ratio/clipped_frac", "sft/epoch"),
 )
-"""Metrics of a step that a claim may be about; `time/…` and `throughput/…` as well."""
+"""Metrics of a step that a claim may be about; `time/…`, `throughput/…` and `sync/…` as well."""
 
 FieldPath = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$")]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f|]*[A-Za-z0-9][^\x00-\x1f\x7f|]*$", max_length=60)]
