@@ -1,10 +1,10 @@
 """Is the estimator right? Expected value and gradient of every KL estimator, over all responses of a small world.
 
 Nothing is sampled: student and teacher are autoregressive softmax models over a few tokens, the last of which ends a
-response, and every response is enumerated with its probability, in float64. What kdrl's own functions return for each
-is compared with the exact reverse KL and its exact gradients, differentiated from the definition:
+response, and every response is enumerated with its probability, in float64. kdrl's own functions are compared with the
+exact reverse KL and its exact gradients, which are differentiated from the definition:
 
-- token: Σ_prefix π(prefix) ∇KL(π(·|prefix) ‖ π_T(·|prefix)), prefixes held as they were sampled: what (27) is made of;
+- token: Σ_prefix π(prefix) ∇KL(π(·|prefix) ‖ π_T(·|prefix)), prefixes fixed as they were sampled; (27) uses this one;
 - whole: ∇ Σ_o π(o) log(π(o) / π_T(o)), which also credits a token with the KL of what follows.
 
 Columns: value and sd, expectation and standard deviation of the estimate over responses, as multiples of the exact KL;
@@ -31,7 +31,7 @@ _COLUMNS = ("value", "sd", "error\ntoken", "error\nwhole", "cosine", "variance")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What an estimator comes to in expectation."""
+    """Expected value and gradient of an estimator."""
 
     estimator: str
     value: float
@@ -75,13 +75,13 @@ class World:
         return torch.where(self.mask, log_probabilities.gather(-1, self.tokens[..., None])[..., 0], 0.0)
 
     def gradient(self, scalar: Tensor) -> Tensor:
-        """By the student's parameters, flat."""
+        """Gradient by the student's parameters, flattened."""
         gradients = torch.autograd.grad(scalar, self.parameters, retain_graph=True)
         return torch.cat([gradient.flatten() for gradient in gradients])
 
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
         """The KL, its gradient per token, and its gradient over whole responses."""
-        # A prefix π(o_<t) is the sum of the responses that begin with it, so each may count its own prefixes.
+        # π(o_<t) is the sum over the responses that begin with o_<t, so each response counts its own prefixes.
         kl = (self.student.exp() * (self.student - self.teacher)).sum(-1)
         per_token = (self.probabilities.detach() * torch.where(self.mask, kl, 0.0).sum(1)).sum()
         whole = (self.probabilities * (self.logprobs - self.teacher_logprobs).sum(1)).sum()
@@ -111,7 +111,7 @@ class World:
 
 
 def rows(world: World) -> list[Row]:
-    """Every estimator, and what kdrl does not offer: k1 as a naive loss would differentiate it."""
+    """Every estimator. For comparison also k1 differentiated as a loss, which kdrl does not offer."""
     found = []
     for name in ("k1", "k2", "k3", "k3_k2grad"):
         found.append(world.row(f"{name}, per token", _losses(world, name)))
@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=3, help="tokens, the end of the response included")
     parser.add_argument("--length", type=int, default=3, help="longest response in tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the two models")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the two models")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()

@@ -2,7 +2,7 @@
 
 A million problems are made from the shipped real ones, each with numbers and words of its own, in the columns of
 Skywork-OR1-RL-Data. The rules are the paper's (recipe paper-1.5b), the tokenizer is R1-Distill's (Qwen's vocabulary).
-Each filter runs in a process of its own, on one core, and its peak memory is the kernel's figure for it. Most prompts
+Each filter runs in a process of its own, on one core; the kernel reports its peak memory. Most prompts
 are too short in bytes to be too long in tokens; tokenising the other 3 % is more work than all the rest.
 """
 

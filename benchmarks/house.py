@@ -1,29 +1,29 @@
-"""What one training step runs through, and how long the code is: the targets of a house that is easy to change.
+"""What one training step runs through, and how long the code is, beside the target for each figure.
 
     python benchmarks/house.py                       # this checkout
     python benchmarks/house.py OLD NEW --turns 3     # two, their step times measured in turns
     python benchmarks/house.py --json
 
 The step is one of the miniature's second stage (KDRL, a checkpoint every step), run by `kdrl run` in one process. It
-begins when the manifest of update.parquet of one step is renamed into place and ends with that of the next, so all of
-a step is in it once: the flow, the boxes, metrics, checkpoint, retention. Nothing of kdrl is imported here, so any
-checkout can be measured, whatever its modules are called. How each figure is counted:
+begins when the manifest of one update.parquet is renamed into place, and ends when the next one is. So each part of a
+step counts once: the flow, the boxes, metrics, checkpoint, retention. This script imports nothing of kdrl, so it can
+measure any checkout, whatever its modules are called. How each figure is counted:
 
     files, functions    whose code runs in the step, in any thread (sys.setprofile); functions by code object, so a
                         comprehension counts as one; generated code (dataclasses) does not count
-    opens               audit events `open` of a file or folder of the run; pyarrow and safetensors open theirs unseen
+    opens               audit events `open` of a file or folder of the run, without those by pyarrow and safetensors
     hashes              calls of hashlib.file_digest
     manifest reads      opens of a `*manifest.json` of the run for reading, apart from those for fsync
     Parquet opens       new pyarrow.parquet.ParquetFile; `--parquet` lists them by file
-    step time           median over the steps after the warm-up, in runs without any probe; the CPU time is that of the
+    step time           median over the steps after the warm-up, in runs without any probe; also the CPU time of the
                         process, which other programs on the machine disturb less
     functions, files    of kdrl_core by `ast`: a function is its whole `def`; self and cls are no parameters
     upward imports      against STOREYS in the checkout's tests/unit/test_layering.py, if it is there
     lines               of all *.py in kdrl_core, tasks and flows
 
-Before the house was rebuilt (commit 9d4b643) this gives 80 opens, 17 hashes, 19 manifest reads and 9 Parquet opens. Of
-kdrl_core 44 files run, besides the tracker's one; how many functions depends a little on the data: 311 with 4 prompts a
-step, 323 with 16.
+Commit 9d4b643, before the rebuild, has 80 opens, 17 hashes, 19 manifest reads and 9 Parquet opens. There 44 files of
+kdrl_core run, without the tracker's. The number of functions depends a little on the data: 311 with 4 prompts a step,
+323 with 16.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main() -> None:
     """Command line of the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = Path(__file__).resolve().parent.parent
-    parser.add_argument("checkouts", type=Path, nargs="*", default=[here], help="default: the one of this script")
+    parser.add_argument("checkouts", type=Path, nargs="*", default=[here], help="default: the checkout of this script")
     parser.add_argument("--turns", type=int, default=1, help="runs of each checkout for the step time; 0: none")
     parser.add_argument("--steps", type=int, default=30, help="steps of each of these runs")
     parser.add_argument("--prompts", type=int, default=16, help="prompts per step; 8 rollouts each, up to 64 tokens")
@@ -219,7 +219,7 @@ def _run(checkout: Path, mode: str, *, first: int, last: int, prompts: int, step
 
 
 def _code(checkout: Path) -> dict[str, Any]:
-    """What the files say."""
+    """Counts from the source files."""
     lines = {file: len(file.read_text().splitlines()) for package in _PRODUCT for file in _files(checkout / package)}
     functions = [each for file in _files(checkout / "kdrl_core") for each in _functions(file)]
     upward = _upward_imports(checkout)

@@ -119,7 +119,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _memory(*, reset: bool = False) -> int:
-    """Peak bytes since the last reset; with `reset`, those in use now."""
+    """Peak bytes since the last reset; with `reset`, the bytes in use now."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         if reset:

@@ -1,9 +1,9 @@
-"""How fast a million rollouts are looked through, beside pandas: `make bench-rollout-queries FOLDER=/some/disk`.
+"""How fast kdrl queries a million rollouts, compared with pandas: `make bench-rollout-queries FOLDER=/some/disk`.
 
-The run is generated once (`benchmarks/rollout_set.py` says how: 977 steps of 64 × 16, 7 GB, a few minutes) and kept in
-the folder. Each question is put in fresh processes, so that its time includes the program's start; the median of three
-is shown, and the greatest peak memory (the kernel's figure). pandas answers from the same files, once. They come from
-the page cache as far as there is memory. At the end a real miniature is trained for some steps, to see what writing a
+The run is generated once (see `benchmarks/rollout_set.py`: 977 steps of 64 × 16, 7 GB, a few minutes) and kept in
+the folder. Each question runs in fresh processes, so its time includes the program's start. The table has the median of
+three runs and the greatest peak memory (from the kernel). pandas answers once, from the same files. The page cache
+holds the files if memory suffices. At the end a real miniature is trained for some steps, to see what writing a
 step's rollouts costs.
 """
 
@@ -83,22 +83,22 @@ print(len(rows[found | rows["prompt"].str.contains(sys.argv[2], case=False, rege
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A command in processes of their own."""
+    """What a command costs, in fresh processes."""
 
     seconds: float
     """Median."""
     cpu_s: float
-    """Median of user and system time: what it takes of a machine that is busy otherwise."""
+    """Median of user plus system time, which other work on the machine disturbs less."""
     peak_mib: float
-    """Greatest."""
+    """Greatest of all runs."""
 
     def cells(self) -> list[str]:
-        """As the table has them."""
+        """The cells of its row."""
         return [f"{self.seconds:.2f}", f"{self.cpu_s:.2f}", f"{self.peak_mib:,.0f}"]
 
 
 def measure(command: Sequence[str | Path], *, times: int = 3) -> Measured:
-    """Run a command; SystemExit with what it says if it fails."""
+    """Run a command several times. Raises SystemExit with its stderr if it fails."""
     seconds, cpu, peak = [], [], 0.0
     for _ in range(times):
         started = time.perf_counter()
@@ -196,8 +196,8 @@ def cost_of_writing(steps: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the generated run lies, or is to lie: 8 GB")
-    parser.add_argument("--steps", type=int, default=977, help="of the generated run, of 1,024 rollouts")
+    parser.add_argument("folder", type=Path, help="folder of the generated run, which is made if missing: 8 GB")
+    parser.add_argument("--steps", type=int, default=977, help="steps of the generated run, 1,024 rollouts each")
     parser.add_argument("--miniature-steps", type=int, default=20)
     arguments = parser.parse_args()
     run = arguments.folder.absolute() / "runs" / f"rollouts-{arguments.steps}"

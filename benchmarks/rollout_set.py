@@ -1,10 +1,10 @@
 """A generated run with as many rollouts as wanted, for `benchmarks/rollout_queries.py`.
 
-Its files are those of a run: the same schemas, zstd, hashes and manifests, and metrics by step, so that everything that
-reads a run reads it; there are no models. Lengths are log-normal (median 320 tokens, σ 0.75) and bounded: 16 to 2,048
-tokens, 420 on average (1,700 characters), where R1-Distill models write several thousands. Tokens, texts and logprobs
-are cut out of one stream of eight million, at other places for each response, so that a file is about as hard to
-compress as a real one, and writing is fast: 977 steps of 64 prompts × 16 responses are 7 GB, and take 3 to 5 minutes on
+It has a run's schemas, zstd, hashes and manifests, and metrics by step, so every command that reads a run can read it.
+It has no models. Lengths are log-normal (median 320 tokens, σ 0.75) and bounded: 16 to 2,048
+tokens, 420 on average (1,700 characters); R1-Distill models write several thousand. Tokens, texts and logprobs are cut
+out of one stream of eight million, at another place for each response: writing is fast, and a file is about as hard to
+compress as a real one: 977 steps of 64 prompts × 16 responses are 7 GB, and take 3 to 5 minutes on
 one core.
 """
 
@@ -24,7 +24,7 @@ from kdrl_core.tables.files import rebuild_metrics, write_table
 from kdrl_core.tables.schemas import REWARDS, ROLLOUTS, TEACHER, UPDATE
 
 NEEDLE = "Kumquat"
-"""A word that one response of ten thousand has."""
+"""A word in one of ten thousand responses."""
 _STREAM_TOKENS = 8_000_000
 _MAX_TOKENS = 2_048
 _POOL = 12_000

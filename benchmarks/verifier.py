@@ -1,9 +1,9 @@
-"""How right, fast and safe the verifier is, beside math-verify alone: `make bench-verify`.
+"""How right, fast and safe the verifier is, compared with math-verify alone: `make bench-verify`.
 
 1. Agreement with the labelled cases of tests/data/verifier, by source.
 2. Throughput on the 961 cases: one process of math-verify against the verifier's workers, both started and warm, taking
    turns. The verifier's cache is off, so that nothing is computed less often.
-3. Hostile answers mixed with as many ordinary ones: wall time and its bound, the workers' peak memory, what is left.
+3. Hostile answers mixed with as many ordinary ones: wall time and its bound, the workers' peak memory, processes left.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def show_throughput(alone: Alone, rounds: int) -> None:
 
 
 def hostile_answers(count: int, seed: int = 0) -> list[str]:
-    """`count` distinct answers that hang, allocate or break what reads them."""
+    """`count` distinct answers on which a reader hangs, runs out of memory or breaks."""
     rng = random.Random(seed)
     makers = [
         lambda n: f"9^{{9^{{9^{{{n}}}}}}}",
@@ -212,7 +212,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Measure the verifier.")
     parser.add_argument("--only", choices=["agreement", "throughput", "hostile"])
-    parser.add_argument("--rounds", type=int, default=5, help="of the throughput comparison")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the throughput comparison")
     parser.add_argument("--hostile", type=int, default=1_000, help="hostile answers, with as many ordinary ones")
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds for an answer in the hostile run")
     parser.add_argument("--memory", type=int, default=1_024, help="MiB for a worker in the hostile run")

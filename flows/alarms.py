@@ -1,7 +1,7 @@
 """Raised alarms in Prefect: an event that automations can wait for, a Markdown artifact, a line in the log.
 
 When a stage is opened, the alarms of its last step are sent again, because a crash may have kept them from being sent.
-The id of an event is a function of run, step and rule, and the server keeps one event per id.
+The id of an event depends only on run, stage, step and rule, and the server keeps one event per id.
 """
 
 import logging
@@ -43,7 +43,7 @@ def step_ended(run: Run, stage: str, alarms: Iterable[Alarm]) -> None:
         try:
             require_not_stopped(run, stage)
         except StoppedByAlarmError:
-            close_sessions()  # an orderly end, after which this process may go on with the stage from its files
+            close_sessions()  # end in order: this process may continue the stage later, from its files
             raise
 
 

@@ -12,7 +12,7 @@ from tasks.boxes import evaluate
 
 @flow(name="kdrl-evaluation", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])
 def evaluation(run_dir: str) -> None:
-    """Evaluate the student before, after each stage, and the teacher, on every benchmark of the recipe."""
+    """Evaluate the initial student, the student after each stage, and the teacher, on every benchmark of the recipe."""
     run = open_own_run(run_dir)
     with run_lock(run.paths.lock):
         for label in evaluated_labels(run.recipe):

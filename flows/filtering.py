@@ -10,6 +10,6 @@ from tasks.boxes import filter_problems
 
 @flow(name="kdrl-filtering", flow_run_name=hooks.flow_run_name, on_failure=[hooks.on_failure])
 def filtering(run_dir: str) -> None:
-    """Filter the problems of every stage of an existing run, unless the pool is there."""
+    """Filter the problems of every stage of an existing run, unless the pool exists already."""
     with run_lock(open_own_run(run_dir).paths.lock):
         shown.filtered(run_dir, filter_problems(run_dir))

@@ -17,7 +17,7 @@ from tasks.secrets import register_blocks
 
 
 def default_run_name() -> str:
-    """The name in the parameters, or one from recipe and flow-run id, so that a retry goes on with the same files."""
+    """The parameter `run_name`, or recipe and flow-run id: a retry has the same name and continues the same files."""
     parameters = runtime.flow_run.parameters
     flow_run_id = str(runtime.flow_run.id)[:8]
     return parameters.get("run_name") or f"{parameters.get('recipe', 'miniature').split('/')[-1]}-{flow_run_id}"
@@ -30,13 +30,13 @@ def full_pipeline(
     overrides: list[str] | None = None,
     share_with: list[str] | None = None,
 ) -> str:
-    """Run the whole method, or go on with it where the files of `run_name` end. Returns the run's folder.
+    """Run the whole method, or continue it where the files of `run_name` end. Returns the run's folder.
 
     Args:
         recipe: name of a shipped recipe, or path of a YAML file.
         run_name: folder below artifacts/runs; an existing run is resumed.
-        overrides: changes to the recipe, `stage2.steps=100` each.
-        share_with: runs from which finished parts of the same work are taken over (docs/sweeps.md).
+        overrides: changes to the recipe, each like `stage2.steps=100`.
+        share_with: other runs; their finished parts of the same work are taken over (docs/sweeps.md).
     """
     register_blocks()
     loaded = load_recipe(recipe, overrides or [])

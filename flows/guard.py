@@ -1,8 +1,8 @@
-"""Ends the children of a program that is killed (SIGKILL), which could not end them itself: a Prefect server, say.
+"""Ends the children (e.g. a Prefect server) of a program that was killed (SIGKILL) and cannot end them itself.
 
 A guard is a small process that reads from a pipe; the program holds the other end. When the program ends, the pipe
 closes, and the guard terminates every process that still has the program's mark in its environment. After an orderly
-end there is none.
+end no such process is left.
 """
 
 import os
@@ -15,7 +15,7 @@ _GRACE_S = 5.0
 
 
 def guard_children() -> None:
-    """From now on, have the children of this process ended if this process is killed."""
+    """Start a guard: if this process is killed, the guard ends its children."""
     mark = secrets.token_hex(8)
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
     guard = subprocess.Popen(

@@ -51,7 +51,7 @@ def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
 
 
 def _way_on(root: Path) -> str:
-    """The command that continues the run, past an alarm that has stopped it."""
+    """The command that continues the run, also if an alarm has stopped it."""
     try:
         return resume_command(open_run_dir(root))
     except KdrlError:  # the run may be what failed

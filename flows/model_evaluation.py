@@ -23,17 +23,17 @@ def model_evaluation(
     api_key: str | None = None,
     concurrency: int = 32,
 ) -> list[str]:
-    """Evaluate a model as `kdrl evaluate` does. Returns the folders of responses and results, by benchmark.
+    """Evaluate a model as `kdrl evaluate` does. Returns each benchmark's folder of responses and results.
 
     Args:
         model: Hugging Face directory, `run:NAME`, or URL of an OpenAI-compatible API.
         recipe: name of a shipped recipe, or path of a YAML file.
-        benchmarks: names of the recipe's, or `NAME=FILE`; None: all of the recipe's.
+        benchmarks: names from the recipe, or `NAME=FILE`; None: all in the recipe.
         samples: responses per problem; None: each benchmark's own.
-        max_problems: the first problems of each benchmark only.
+        max_problems: use only that many problems of each benchmark, the first ones.
         gguf_file: GGUF file in the directory.
-        overrides: changes to the recipe, `evaluation.temperature=1.0` each.
-        served_as: model at the URL; None: the only one there.
+        overrides: changes to the recipe, each like `evaluation.temperature=1.0`.
+        served_as: name of the model at the URL; None: the URL serves only one.
         api_key: `env:NAME` or `block:NAME`.
         concurrency: requests in flight at the URL.
     """

@@ -45,7 +45,7 @@ class LocalCell:
             )
 
     def is_over(self) -> bool:
-        """Whether it has ended, whatever the result."""
+        """Whether it has ended, in success or failure."""
         if self._process.poll() is None:
             return False
         if self._process.returncode < 0:  # killed: it told Prefect nothing, and left its children behind
@@ -63,11 +63,11 @@ class LocalCell:
         return told[-1] if told else f"exit code {code} ({self._log})"
 
     def interrupt(self) -> None:
-        """Ask it to end, which takes seconds."""
+        """Ask it to end. This takes seconds."""
         self._process.terminate()
 
     def stop(self) -> None:
-        """Wait for its end, then force it, with its children."""
+        """Wait until it ends; after a timeout, kill it and its children."""
         try:
             self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -108,7 +108,7 @@ class DeployedCell:
         _force(self._id, Cancelling())
 
     def stop(self) -> None:
-        """Its worker ends it."""
+        """Do nothing: its worker ends it."""
 
 
 def _create_subflow(client: SyncPrefectClient, run: str, parameters: dict[str, Any]) -> FlowRun:
@@ -124,7 +124,7 @@ def _create_subflow(client: SyncPrefectClient, run: str, parameters: dict[str, A
 
 
 def _stand_in() -> None:
-    """The task that Prefect wants between a flow run and the flow run below it."""
+    """The task that Prefect requires between a flow run and the flow run below it."""
 
 
 def _force(flow_run_id: UUID, state: State[Any]) -> None:
@@ -133,7 +133,7 @@ def _force(flow_run_id: UUID, state: State[Any]) -> None:
 
 
 def _run(flow_run_id: str) -> int:
-    """The process of one cell. Its last line says what went wrong."""
+    """Run one cell in this process. The last line of the output says what went wrong."""
     from prefect.flow_engine import load_flow_run, run_flow
 
     from kdrl_core.boxes.session import close_sessions

@@ -32,7 +32,7 @@ def artifact_key(of: Run | str, *parts: str) -> str:
 
 
 class _CoreLog(logging.Handler):
-    """Shows what `kdrl_core` logs (files reused or damaged, work tried again) in the flow or task run of the caller."""
+    """Sends what `kdrl_core` logs (files reused or damaged, work tried again) to the log of the caller's flow run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -45,7 +45,7 @@ class _CoreLog(logging.Handler):
 _core = logging.getLogger("kdrl")
 _core.addHandler(_CoreLog())
 _core.setLevel(logging.INFO)
-_core.propagate = False  # or Prefect's root handler would show it twice
+_core.propagate = False  # otherwise Prefect's root handler would show it twice
 
 
 def run_opened(run: Run) -> None:
@@ -54,7 +54,7 @@ def run_opened(run: Run) -> None:
 
 
 def nothing_to_do(run: Run) -> None:
-    """Say that a run is finished. Trackers that were added to the recipe since get its metrics."""
+    """Say that a run is finished. Send its metrics to trackers that were added to the recipe since."""
     track(run)
     close_tracking()
     get_run_logger().info("nothing to do: run %s is finished, %s", run.name, run.paths.report / "report.html")
@@ -108,7 +108,7 @@ class StageProgress:
             self._set_progress(100.0 * (summary.step + 1) / self._steps)
 
     def sampled(self, shards: int, total: int) -> None:
-        """`shards` of `total` shards of teacher samples are there, with their verdicts."""
+        """`shards` of `total` shards of teacher samples are published, with their verdicts."""
         self._logger.info("%s sampled shard %d/%d", self._stage, shards, total)
         if self._samples is None:
             key = artifact_key(self._run, self._stage, "samples")
@@ -117,7 +117,7 @@ class StageProgress:
             artifacts.update_progress_artifact(artifact_id=self._samples, progress=100.0 * shards / total)
 
     def selected(self) -> None:
-        """The dataset is there."""
+        """The dataset is published."""
         counts = manifest_of(self._run.paths.sft_dataset(self._stage)).metadata
         self._logger.info(
             "%s kept %d of %d teacher samples, on %d of %d problems",

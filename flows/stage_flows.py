@@ -1,6 +1,6 @@
 """What the stage flows share: opening a run by its folder, the frame of a stage's loop, and what follows each step.
 
-Anyone who may start a deployment sets `run_dir`, so it must be checked.
+Anyone who can start a deployment can choose `run_dir`, so it is checked.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from tasks.secrets import register_blocks
 
 def open_own_run(run_dir: str | Path) -> Run:
     """Open a run by its folder, which must lie in this worker's artifacts. Its recipe may name Prefect blocks. Raises
-    RunError if the folder lies elsewhere, or `open_run` refuses it; nothing is written then."""
+    RunError, before anything is written, if the folder lies elsewhere or `open_run` refuses it."""
     register_blocks()
     runs = artifacts_root() / "runs"
     folder = Path(run_dir).absolute()
@@ -54,7 +54,7 @@ def step_ended(run: Run, stage: str, summary: StepSummary, progress: shown.Stage
 
 
 def evaluate_if_due(run: Run, stage: str, step: int, progress: shown.StageProgress) -> None:
-    """Evaluate the policy after `step` updates; a resumed stage makes up for one that was interrupted."""
+    """Evaluate the policy after `step` updates; a resumed stage repeats an evaluation that was interrupted."""
     if step and run.recipe.evaluation.periodic and run.recipe.stage(stage).is_evaluation_due(step):
         label = checkpoint_label(stage, step)
         progress.evaluated(label, evaluate(str(run.paths.root), label, run.recipe.evaluation.periodic))

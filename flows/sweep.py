@@ -53,16 +53,16 @@ def sweep(
     Args:
         source: name of a shipped sweep, or path of a YAML file; None: `vary` alone.
         name: of the sweep; an existing one is continued.
-        recipe: in place of the sweep's.
-        seeds: how many, or which.
-        vary: `FIELD=a,b,c` each.
-        overrides: `FIELD=VALUE` of every cell.
+        recipe: replaces the sweep's recipe.
+        seeds: number of seeds, or a list of them.
+        vary: fields and their values, each like `FIELD=a,b,c`.
+        overrides: changes to every cell, each like `FIELD=VALUE`.
         share_with: other sweeps whose finished work may be taken over.
-        workers: cells at a time.
-        deployment: of the full pipeline, `kdrl/full-pipeline`, whose workers run the cells; they share the artifacts.
+        workers: number of cells that run at a time.
+        deployment: e.g. `kdrl/full-pipeline`; its workers run the cells, and must share this artifacts folder.
 
     Raises:
-        RunError: a cell is not finished; the others are.
+        RunError: at least one cell is not finished at the end.
     """
     request = make_request(
         source, name=name, recipe=recipe, seeds=seeds, vary=vary, overrides=overrides, share_with=share_with
@@ -107,7 +107,7 @@ class Cells:
 
     def run(self) -> None:
         """Run until no cell is left. If this is interrupted, the running cells are stopped."""
-        guard_children()  # the same if it is killed
+        guard_children()  # stops them if this process is killed
         with ExitStack() as stack:
             stack.callback(self._stop_all)
             while self._pending or self._running:
@@ -156,7 +156,7 @@ class Cells:
             else:
                 reason = process.reason() or status.detail
                 note_failure(self._paths, run, reason)
-                _logger.warning("cell %s failed: %s; the others go on, it does with: kdrl resume %s", run, reason, run)
+                _logger.warning("cell %s failed: %s; others go on. To continue it: kdrl resume %s", run, reason, run)
 
     def _tell(self) -> None:
         if time.monotonic() - self._told > _TELL_EVERY_S:
@@ -177,7 +177,7 @@ class Cells:
 
 
 def _prepare_models(cells: list[Cell]) -> None:
-    """Convert GGUF models before two cells would do so at the same time."""
+    """Convert GGUF models first, so that no two cells do so at the same time."""
     for cell in cells:
         for model in (cell.recipe.student, cell.recipe.teacher):
             if model is not None and model.gguf_file is not None:

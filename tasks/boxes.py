@@ -1,6 +1,6 @@
 """The boxes of the DAG as Prefect tasks, from one factory: plain values in, plain values out.
 
-What a task run is called is a template over the task's parameters: `stage`, and `at`, its step or shard.
+The name of a task run is a template over the task's parameters: `stage`, and `at`, its step or shard.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def stage_task(
 
     Args:
         run_name: default: `<stage>-<step>-<name>`.
-        options: of the task, besides `STEP_OPTIONS`.
+        options: options of the task; they override `STEP_OPTIONS`.
     """
 
     def body(run_dir: str, stage: str, at: int | None = None) -> R:
@@ -80,7 +80,7 @@ def making(box: Box) -> Callable[..., str]:
 
 
 def _task(body: Callable[..., R], name: str, run_name: str, **options: Any) -> Task[..., R]:
-    body.__qualname__ = body.__name__ = name  # by which Prefect tells tasks of one file apart
+    body.__qualname__ = body.__name__ = name  # Prefect tells tasks of one file apart by this
     return task(name=name, task_run_name=run_name, **{**STEP_OPTIONS, **options})(body)
 
 
@@ -93,13 +93,13 @@ def _filtered(run: Run) -> dict[str, str]:
 
 
 filter_problems = run_task("filter", _filtered)
-"""Filter the problems of every stage. Returns the filter's table per stage; empty if the pool is there."""
+"""Filter the problems of every stage. Returns the filter's table per stage; empty if the pool exists already."""
 
 rollout = stage_task("rollout", making(step.rollout))
 teacher_score = stage_task("teacher-score", _scored)
 verify = stage_task("verify", making(step.verify))
 update = stage_task("update", update_step, retries=0)
-"""One optimiser step from the files of a step. It is not tried again: the trainer in memory may have made it."""
+"""One optimiser step from the files of a step. It is never tried again: the trainer in memory may have made it."""
 
 teacher_sample = stage_task(
     "teacher-sample", making(sft.teacher_sample), run_name="{stage}-shard-{at:06d}-teacher-sample"
@@ -119,12 +119,12 @@ def evaluate(run_dir: str, label: str, benchmarks: list[str] | None = None) -> d
 
 
 def adopt(run_dir: str, donors: Sequence[str] | None) -> None:
-    """Take over the parts that `donors` have finished and the run has not; no task without donors."""
+    """Take over the parts that `donors` have finished and the run has not. Without donors no task runs."""
     if donors:
         adopt_from(run_dir, list(donors))
 
 
 @task(name="adopt", **STEP_OPTIONS)
 def adopt_from(run_dir: str, donors: list[str]) -> dict[str, str]:
-    """Returns part → run that it was taken over from."""
+    """Take over the parts. Returns part → the run that it came from."""
     return adopt_parts(open_run_dir(run_dir), donors)

@@ -7,7 +7,7 @@ from kdrl_core.errors import SecretError
 
 
 def load_block(name: str) -> str:
-    """The secret in a Prefect Secret block. Raises SecretError if the server has none of that name."""
+    """The secret in a Prefect Secret block. Raises SecretError if the server has no block of that name."""
     try:
         return str(Secret.load(name).get())  # type: ignore[union-attr]
     except ValueError:

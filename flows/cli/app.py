@@ -149,7 +149,7 @@ def status(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A recipe, to see every field with its default filled in.")
+        str | None, typer.Argument(metavar="[NAME]", help="A recipe to print with every default filled in.")
     ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -202,7 +202,7 @@ def print_summary(opened: Any, console: PlainConsole = out) -> None:
 
 
 def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose: bool) -> None:
-    """Run the flow here, with the progress display beside it; KdrlError if it fails."""
+    """Run the flow here, with the progress display. Raises KdrlError if it fails."""
     from flows.cli.local_prefect import use_private_prefect
     from flows.cli.watch import watching
     from kdrl_core.ledger import RunPaths, open_run

@@ -23,8 +23,8 @@ def check(
 ) -> None:
     """Compare every published file of a run with its manifest: hashes, sizes, inputs, missing steps.
 
-    It only reads, so you may use it while the run is going on. `kdrl resume` checks the files that it continues from,
-    and makes damaged ones again; this command also finds damage in past steps. Exit code 1 if damage is left.
+    Without --repair it only reads, so you may use it during the run. `kdrl resume` checks the files that it continues
+    from, and makes damaged ones again; this command also finds damage in past steps. Exit code 1 if damage is left.
     """
     from kdrl_core.boxes.check import check_run, repair_run
     from kdrl_core.ledger import open_run
@@ -61,8 +61,8 @@ def recover(run_name: RunArgument, as_json: JsonOption = False) -> None:
     """Free a run that Prefect still shows as running although its process was killed.
 
     On the server of PREFECT_API_URL, flow runs of RUN that are running, pending or being cancelled become Crashed,
-    which also frees their concurrency slots. Unfinished files are deleted; published files stay. While a process holds
-    the run's lock, the command refuses. Then continue: kdrl resume RUN, or the deployment with the same run name.
+    which also frees their concurrency slots. Unfinished files are deleted; published files stay. The command is refused
+    while a process holds the run's lock. Then continue: kdrl resume RUN, or the deployment with the same run name.
     """
     with errors():
         from kdrl_core.ledger import lock_holder, open_run, run_lock, sweep_temporaries

@@ -57,8 +57,8 @@ def filter_command(
 ) -> None:
     """Filter problems by a stage's rules, and say what each rule dropped.
 
-    Files may be larger than memory. The output can be an entry of a stage's data.files, and it does not depend on the
-    order of the rows. Example:
+    Files may be larger than memory. The output does not depend on the order of the rows. A stage can read it
+    (data.files). Example:
 
     kdrl filter --recipe paper-1.5b --input 'data/skywork-or1-math/*.parquet' --output data/pool.parquet
     """
@@ -75,7 +75,7 @@ def filter_command(
         if inputs:
             changes |= {"files": inputs}
             if not any(override.startswith(f"{name}.data.format=") for override in overrides or []):
-                changes |= {"format": "auto"}  # the recipe's is that of its own files
+                changes |= {"format": "auto"}  # the recipe's format is for its own files
         config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
         loaded = loaded.model_copy(update={name: config})
         try:
@@ -156,14 +156,14 @@ def label(
     samples: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Responses per problem; must be the stage's data.difficulty.num_samples, the default."
+            min=1, help="Responses per problem; only the default is allowed, the stage's data.difficulty.num_samples."
         ),
     ] = None,
     only_missing: Annotated[
-        bool, typer.Option("--only-missing/--all", help="Problems without the label, or all of them anew.")
+        bool, typer.Option("--only-missing/--all", help="Label the problems that lack the label, or all of them again.")
     ] = True,
     max_problems: Annotated[
-        int | None, typer.Option(min=1, help="Take the first N problems only, for the output as well.")
+        int | None, typer.Option(min=1, help="Read only the first N problems; the output has only these.")
     ] = None,
     shard_problems: Annotated[int, typer.Option(min=1, help="Problems sampled and saved together.")] = 64,
     overrides: SetOption = None,
@@ -174,10 +174,10 @@ def label(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure difficulty labels: sample every problem, count the wrong answers (pass@k), write them with it.
+    """Measure difficulty labels: sample each problem, count its wrong answers, write the count with the problem.
 
-    Interrupt it whenever you like (Ctrl-C): the same command goes on where it stopped. The output is what a stage's
-    data.files and `kdrl filter` read.
+    You may interrupt it at any time (Ctrl-C): the same command continues where it stopped. A stage (data.files) and
+    `kdrl filter` can read the output.
     """
     from kdrl_core.config import DataConfig, load_recipe
     from kdrl_core.ledger import require_writable

@@ -1,7 +1,7 @@
 """`make demo`: the whole pipeline through a real Prefect server and worker, on loopback.
 
 Starts server, work pool, deployments and worker, then `prefect deployment run kdrl/full-pipeline --watch`; prints the
-result, and the next commands to try. On success, failure and Ctrl-C alike, it stops all that it has started.
+result, and the next commands to try. At the end it stops all that it has started, also after a failure or Ctrl-C.
 """
 
 import json
@@ -80,7 +80,7 @@ class Processes:
         return f"{' | '.join(lines[-3:])} (all of it: {self.log(name)})"
 
     def last_line(self, name: str, *, containing: str) -> str | None:
-        """The end of the last line of a program's output that contains the text, from the text on; None without one."""
+        """The last line of a program's output that has the text, from the text on; None if no line has it."""
         lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
         found = [line[line.index(containing) :] for line in lines if containing in line]
         return found[-1] if found else None
@@ -153,7 +153,7 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
         with watching(paths, _console):
             exit_code = flow_run.wait()
     if exit_code != 0:
-        # The failure hook says cause and remedy in one line of the worker's log.
+        # The failure hook writes cause and remedy into the worker's log, as one line.
         cause = processes.last_line("worker", containing=f"{run_name} failed: ") or processes.tail("flow-run")
         _console.say(f"error: {cause} (all of it: {processes.log('worker')})")
         return exit_code

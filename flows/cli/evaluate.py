@@ -35,35 +35,35 @@ def evaluate(
         int | None, typer.Option(min=1, help="Responses per problem; default: each benchmark's own.")
     ] = None,
     max_problems: Annotated[
-        int | None, typer.Option(min=1, help="The first N problems of each benchmark only.")
+        int | None, typer.Option(min=1, help="Use only the first N problems of each benchmark.")
     ] = None,
     gguf_file: Annotated[str | None, typer.Option(metavar="FILE", help="GGUF file in the directory.")] = None,
     served_as: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Model at the URL; default: the only one there.")
+        str | None, typer.Option(metavar="NAME", help="Name of the model at the URL; default: the only one.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(metavar="env:NAME|block:NAME", help="Where the URL's key is; never the key.")
+        str | None, typer.Option(metavar="env:NAME|block:NAME", help="Where the URL's key is, not the key itself.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at the URL.")] = 32,
-    timeout: Annotated[float, typer.Option(min=1.0, metavar="S", help="Seconds of one request at the URL.")] = 3600.0,
+    timeout: Annotated[float, typer.Option(min=1.0, metavar="S", help="Limit of one request in seconds.")] = 3600.0,
     retry_for: Annotated[
         float,
         typer.Option(
-            min=0.0, metavar="S", help="Seconds from a request's first fault on in which what may pass is tried again."
+            min=0.0, metavar="S", help="Seconds after a request's first fault in which temporary faults are retried."
         ),
     ] = 120.0,
     overrides: SetOption = None,
     lm_eval: Annotated[
         Path | None,
-        typer.Option("--lm-eval", metavar="FILE", help="Write all results in lm-evaluation-harness's JSON shape."),
+        typer.Option("--lm-eval", metavar="FILE", help="Write all results in lm-evaluation-harness's JSON format."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a model: Avg@k, pass@k and maj@k with 95 % intervals, response lengths, every response kept.
 
-    Prompt, temperature, context and engine are the recipe's (--set evaluation.temperature=0.6). What was evaluated
-    before with the same model, problems and settings is read, not sampled again. Interrupt it whenever you like
-    (Ctrl-C): the same command goes on where it stopped.
+    The recipe sets prompt, temperature, context and engine (--set evaluation.temperature=0.6). Earlier results with the
+    same model, problems and settings are read, not sampled again. You may interrupt it at any time (Ctrl-C): the same
+    command continues where it stopped.
 
     \b
     kdrl evaluate models/Qwen2.5-3B -r paper-1.5b -b aime24 -b math500
@@ -99,7 +99,7 @@ def evaluate(
             require_writable(lm_eval.absolute().parent, free_mb=1)
         from kdrl_core.evaluation.evaluate import combined_lm_eval, evaluate_plan
 
-        told = "the same command goes on behind the last response"
+        told = "the same command continues after the last response"
         with interruptible(told), counted_progress(err, "responses") as progress:
             found = evaluate_plan(plan, root, on_progress=progress)
         if lm_eval is not None:

@@ -1,6 +1,6 @@
 """Prefect for one process or one demo: its own home below the artifacts folder, no analytics, loopback only.
 
-Imports no Prefect itself: its settings are read from the environment when it is first imported.
+This module imports no Prefect, because Prefect reads its settings from the environment when it is first imported.
 """
 
 import logging
@@ -27,7 +27,7 @@ _MIN_FREE_MB = 64
 
 
 class PortError(KdrlError, OSError):
-    """A port is taken."""
+    """A port is taken, or is not a port number."""
 
 
 class _Warnings(logging.Handler):
@@ -79,9 +79,9 @@ def prefect_home() -> Path:
 
 
 def free_port(wanted: int | None = None) -> int:
-    """`wanted` if it is free on loopback, or any free port. Raises PortError if `wanted` is taken or is no port."""
+    """`wanted` if it is free on loopback, or any free port. Raises PortError if `wanted` is taken or not a port."""
     if wanted is not None and not 0 < wanted < 2**16:
-        raise PortError(f"{wanted} is no port; choose one between 1024 and 65535, e.g. make demo PORT=4200")
+        raise PortError(f"{wanted} is not a port; choose one between 1024 and 65535, e.g. make demo PORT=4200")
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", wanted or 0))

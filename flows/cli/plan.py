@@ -45,7 +45,7 @@ def plan(
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: as many as the GPUs need.")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
     utilization: Annotated[
-        float, typer.Option(min=0.1, max=1.0, help="Share of the memory that is planned; the rest is the runtime's.")
+        float, typer.Option(min=0.1, max=1.0, help="Share of the memory that a plan may use; CUDA gets the rest.")
     ] = 0.9,
     mean_response_tokens: Annotated[
         float | None, typer.Option(min=1, help="Mean response length; default: 0.4 of the longest, an assumption.")
@@ -57,30 +57,30 @@ def plan(
         float | None, typer.Option(min=0.001, help="Response tokens per second and GPU; default: from the bandwidth.")
     ] = None,
     peak_tflops: Annotated[
-        float, typer.Option(min=0.001, help="Of one GPU in bfloat16. A100 312, H100 989 (data sheets, dense).")
+        float, typer.Option(min=0.001, help="Peak of one GPU in bfloat16. A100 312, H100 989 (data sheets, dense).")
     ] = 312.0,
     mfu: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the peak that training and scoring reach.")
     ] = 0.35,
     memory_bandwidth: Annotated[
-        float, typer.Option(min=0.001, help="Of one GPU, GB/s. A100 80GB 2,039, H100 3,350 (data sheets).")
+        float, typer.Option(min=0.001, help="GB/s of one GPU. A100 80GB 2,039, H100 3,350 (data sheets).")
     ] = 2000.0,
-    network_bandwidth: Annotated[float, typer.Option(min=0.001, help="Between nodes, GB/s per GPU.")] = 25.0,
-    storage_bandwidth: Annotated[float, typer.Option(min=0.001, help="Of the shared storage in all, GB/s.")] = 5.0,
+    network_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s per GPU between nodes.")] = 25.0,
+    storage_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of the shared storage in all.")] = 5.0,
     from_run: Annotated[
         str | None, typer.Option(metavar="RUN", help="Take tokens/s, FLOPs/s and lengths from this run's own steps.")
     ] = None,
     run_gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of each phase of --from-run; default: what its recipe says.")
+        int | None, typer.Option(min=1, help="GPUs that each phase of --from-run had; default: from its recipe.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether a recipe fits the GPUs, where its models go, and how long a step and all stages take.
 
-    Nothing is loaded: the models' config.json suffices, and for the published models of the shipped recipes their
-    names. Memory is counted per GPU for each phase (rollout, teacher-score, update, …) and each component (weights,
-    gradients, optimizer, activations, KV cache, …). Placements: colocated, where every GPU does every phase in turn,
-    and split, where some GPUs hold the teacher alone; with rollout.engine=server some only generate. The fastest
+    No model is loaded. kdrl reads only its config.json; of published models in the shipped recipes it needs the name
+    alone. Memory is counted per GPU for each phase (rollout, teacher-score, update, …) and each component (weights,
+    gradients, optimizer, activations, KV cache, …). Colocated placements run every phase on every GPU in turn. Split
+    placements give the teacher GPUs of its own; with rollout.engine=server, some GPUs only generate. The fastest
     placement that fits is chosen. If none fits, the output says why, and what to change.
 
     The recipe sets engines, ZeRO stage, activation checkpointing and tensor parallelism: change them with --set, as for
@@ -243,7 +243,7 @@ def _number(value: float) -> str:
 
 
 def _span(hours: float, gpus: int) -> str:
-    """Time in the unit of its size, and what it costs where that is worth a number."""
+    """Time in a fitting unit; from an hour on, also in GPU-hours."""
     if hours * 60 < 1:
         return f"{_number(hours * 3600)} seconds"
     if hours < 1:

@@ -42,7 +42,7 @@ def grid(
     overflow: OverflowMethod = "ellipsis",
     **rest: Any,
 ) -> RichTable:
-    """A plain table. `kinds` has a letter a column: l and r say where it is aligned, L and R that it is not wrapped."""
+    """A plain table. `kinds` has one letter per column: l or L aligns it left, r or R right; L and R do not wrap."""
     table = RichTable(box=SIMPLE_HEAD, show_edge=False, **rest)
     for column, kind in zip(header, kinds, strict=True):
         table.add_column(column, justify="left" if kind in "lL" else "right", no_wrap=kind in "LR", overflow=overflow)
@@ -52,14 +52,14 @@ def grid(
 
 
 def print_rows(header: list[str], rows: list[list[str]], *, num_text: int = 1) -> None:
-    """Print a table whose first `num_text` columns are text, which is folded where it is long."""
+    """Print a table whose first `num_text` columns are text. Long cells are folded."""
     kinds = "".join("r" if place >= num_text else "L" if num_text == 1 else "l" for place in range(len(header)))
     table = grid(header, kinds, rows, overflow="fold")
     (out if out.is_terminal else PlainConsole(width=PIPED_WIDTH)).print(table)
 
 
 def _print_table(table: "Table") -> None:
-    """With intervals on a line of their own: otherwise a row of six benchmarks would be too wide."""
+    """Print intervals on a line of their own: otherwise a row of six benchmarks would be too wide."""
     out.print(table.title, style="bold")
     print_rows(table.header, _broken(table), num_text=table.num_text)
     out.print()
@@ -75,8 +75,8 @@ _SHOWN_ALARMS = 10
 
 
 def print_alarms(opened: Any, *, are_told: bool) -> None:
-    """Print a line for each alarm that the run has raised, newest last, unless they `are_told` already; and the command
-    that shows the newest."""
+    """Print a line for each alarm of the run, newest last (not if they `are_told` already), and the command that shows
+    the newest one."""
     from kdrl_core.alarms import alarms_of
 
     raised = alarms_of(opened)

@@ -28,17 +28,17 @@ class Replica:
     """One server and how it is started."""
 
     url: str
-    """Up to and with `/v1`."""
+    """Ends in `/v1`."""
     command: Sequence[str]
     environment: Mapping[str, str]
-    """Beside that of this process."""
+    """Added to the environment of this process."""
 
 
 def serve_replicas(replicas: Sequence[Replica], *, asleep: bool, say: Callable[[str], None]) -> None:
-    """Run replicas until this process is interrupted. However it ends, no replica outlives it. If `asleep`, they sleep
+    """Run replicas until this process is interrupted. No replica outlives it, however it ends. If `asleep`, they sleep
     as soon as they answer. `say` gets a text when all answer, and when one has ended and starts again.
 
-    Raises EngineError if one ends again and again before it answers; KeyboardInterrupt on Ctrl-C.
+    Raises EngineError if one ends three times before it has ever answered; KeyboardInterrupt on Ctrl-C.
     """
     guard_children()
     running = [_Running(replica, asleep=asleep) for replica in replicas]
@@ -66,7 +66,7 @@ def _look_after(running: "Sequence[_Running]", say: Callable[[str], None]) -> No
                 how = f"replica {each.replica.url} ended with {status}"
                 if each.starts >= _STARTS and not each.has_ever_answered:
                     raise EngineError(f"{how}, {each.starts} times before it answered; its own messages are above")
-                say(f"{how}; it is started anew")
+                say(f"{how}; it is started again")
                 each.restart()
         each.ask()
     time.sleep(_POLL_S)
@@ -80,12 +80,12 @@ class _Running:
         self.asleep = asleep
         self.starts = 1
         self.next_start = 0.0
-        """When it may be started again, should it end."""
+        """Earliest time of its next start, if it ends."""
         self.has_answered = self.has_ever_answered = False
         self.process = self._launch()
 
     def restart(self) -> None:
-        """Once it has ended."""
+        """Start it again after it has ended."""
         self.starts = 1 if self.has_answered else self.starts + 1
         self.next_start = time.monotonic() + min(_MAX_PAUSE_S, 2.0**self.starts)
         self.has_answered = False
@@ -96,7 +96,7 @@ class _Running:
         return subprocess.Popen(self.replica.command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def ask(self) -> None:
-        """Ask whether it answers, unless it has answered already. If `asleep`, have it sleep then."""
+        """Ask whether it answers, unless it has answered already. If `asleep`, put it to sleep when it answers."""
         if self.has_answered:
             return
         with suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=_ANSWER_S) as client:

@@ -26,8 +26,8 @@ def report(
     """Compare runs: report.html (one page, no network), report.md, report.csv and report.json in a folder.
 
     Runs that differ only in their seed are one variant, with intervals over problems and seeds; every other run is a
-    variant of its own. The others are compared with the first run's variant. A run that is not finished is shown with
-    what it has, and listed as missing.
+    variant of its own. All others are compared with the first run's variant. An unfinished run is shown with the
+    results that it has, and is listed as missing.
 
     \b
     kdrl report mine --output report

@@ -51,12 +51,12 @@ def diff(
 
     \b
     kdrl rollouts diff first 140 150                  two steps of the last stage
-    kdrl rollouts diff first stage2:0-39 240-279      stretches of steps: more problems are in both
+    kdrl rollouts diff first stage2:0-39 240-279      ranges of steps: more problems are in both
     kdrl rollouts diff grpo kdrl --stage stage2       two runs, problem by problem
     kdrl rollouts diff grpo kdrl --step 143           two runs at the same step
     kdrl rollouts diff first 0-39 240-279 --prompt q-1f…   one problem: the responses themselves
 
-    Each step draws a part of the pool: two steps share problems only if the pool was used up between them.
+    A step draws a part of the pool: two steps share problems only if the whole pool was drawn in between.
     """
     from kdrl_core.look.rollouts.diff import compare
 
@@ -97,7 +97,7 @@ def _filters(
     names = [info.name for info in infos]
     if selected:
         if steps is not None:
-            raise DataError("--step is for two runs; of one run the steps are named: kdrl rollouts diff RUN STEP STEP")
+            raise DataError("--step is for two runs; for one run, name two steps: kdrl rollouts diff RUN STEP STEP")
         made, last = [], stage or next(iter(reversed(infos[0].stages)), None)
         for text in selected:
             match = _STEPS.fullmatch(text)
@@ -268,7 +268,7 @@ def stats(
     every_step: Annotated[
         bool,
         typer.Option(
-            "--all", help=f"One line per step; otherwise more than {_SHOWN_STEPS} steps are averaged in groups."
+            "--all", help=f"One line per step; without it, more than {_SHOWN_STEPS} steps are averaged in groups."
         ),
     ] = False,
     as_json: JsonOption = False,

@@ -32,11 +32,11 @@ def export(
         typer.Option(metavar="A,B,C", help="Columns of the record; default: all (kdrl rollouts sql --help)."),
     ] = None,
     where: "RolloutFilter",
-    limit: Annotated[int | None, typer.Option(min=1, help="Most rollouts to write.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Write at most N rollouts.")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write rollouts, whole or in part, to one file: Parquet, JSON lines or CSV.
+    """Write rollouts, all or some, to one file: Parquet, JSON lines or CSV.
 
     \b
     kdrl rollouts export first -o first.parquet                            everything, with the documented schema
@@ -70,7 +70,7 @@ def import_command(
     kind: Annotated[Dump, typer.Option("--from", help="The trainer that wrote it.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="RUN", help="Name of a new run, or a new folder.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the model, for tokens, lengths and repetition.")
+        Path | None, typer.Option(help="Folder of the model's tokenizer; adds tokens, lengths and repetition.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -81,8 +81,8 @@ def import_command(
     kdrl rollouts import out/completions --from trl --output theirs       log_completions=True
     kdrl rollouts stats theirs
 
-    Columns that the dump lacks stay empty: verl and TRL write no tokens and no logprobs. TRL's reward is the sum of the
-    columns of its reward functions.
+    Columns that the dump lacks stay empty: verl and TRL write no tokens and no logprobs. TRL's reward is the sum of
+    its reward functions' columns.
     """
     from kdrl_core.ledger import RunPaths
     from kdrl_core.look.rollouts.files import import_dump

@@ -31,11 +31,11 @@ _QUICK_STEPS = 50
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="RUN…", help="Names of runs (see: kdrl status), or folders of runs.")
 ]
-StageOption = Annotated[str | None, typer.Option(help="Of one stage, e.g. stage2.")]
+StageOption = Annotated[str | None, typer.Option(help="Only this stage, e.g. stage2.")]
 StepsOption = Annotated[
-    str | None, typer.Option("--step", metavar="STEP", help="Of one step, 143, or several: 140-150, 140-, -20.")
+    str | None, typer.Option("--step", metavar="STEP", help="Only this step, 143, or a range: 140-150, 140-, -20.")
 ]
-PromptOption = Annotated[str | None, typer.Option("--prompt", metavar="ID", help="Of one prompt, by its prompt_id.")]
+PromptOption = Annotated[str | None, typer.Option("--prompt", metavar="ID", help="Only this prompt, by its prompt_id.")]
 FILTER_OPTIONS: dict[str, Any] = {
     "stage": StageOption,
     "step": StepsOption,
@@ -52,7 +52,7 @@ FILTER_OPTIONS: dict[str, Any] = {
         str | None, typer.Option(metavar="RANGE", help="Mean KL to the teacher over its tokens, e.g. 0.5-.")
     ],
     "text": Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Part of the prompt or the response, in any case.")
+        str | None, typer.Option(metavar="TEXT", help="Part of prompt or response, upper or lower case.")
     ],
 }
 """Options by the field of RolloutFilter that they fill. A range fills two: `<name>_min` and `<name>_max`."""
@@ -60,7 +60,7 @@ FILTER_OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def open_store(runs: Sequence[str]) -> Iterator["RolloutStore"]:
-    """The runs' rollouts. Shows a progress bar while a large index is made, and damaged files at the end."""
+    """The runs' rollouts. Shows a progress bar while a large index is made, and names damaged files at the end."""
     from kdrl_core.look.rollouts.query import RolloutStore
 
     with ExitStack() as stack:
@@ -84,7 +84,7 @@ def open_store(runs: Sequence[str]) -> Iterator["RolloutStore"]:
 
 
 def whole_range(option: str, text: str | None) -> tuple[int | None, int | None]:
-    """As `number_range`, of whole numbers."""
+    """`number_range` for whole numbers."""
     low, high = number_range(option, text)
     for end in (low, high):
         if end is not None and end != int(end):
@@ -135,12 +135,12 @@ with_filter = with_options("where", FILTER_OPTIONS, make_filter)
 
 
 def print_json(data: Any) -> None:
-    """Print JSON in ASCII, which no terminal takes for anything else."""
+    """Print JSON in ASCII, so that no terminal can mistake it for control characters."""
     typer.echo(json.dumps(data, indent=1, default=_plain))
 
 
 def _plain(value: Any) -> Any:
-    """A number for DuckDB's sums of whole numbers, a text for all else that JSON has nothing for."""
+    """DuckDB's sums of whole numbers as numbers, and all else that JSON does not know as text."""
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return str(value)
@@ -168,8 +168,8 @@ _VERDICT_STYLES = {"correct": "green", "wrong": "red", "malformed": "yellow", "n
 
 
 def sparkline(values: Sequence[float | None], *, width: int = _SPARK_WIDTH) -> str:
-    """Means of up to `width` stretches of the values as bars, from the least to the greatest. A stretch without any
-    value is a space."""
+    """Up to `width` bars, each the mean of a stretch of values, scaled from the least to the greatest mean. A stretch
+    without values is a space."""
     means = [mean(part) for part in stretches(list(values), width)]
     known = [value for value in means if value is not None]
     if not known:
@@ -187,7 +187,7 @@ def stretches(values: list[Any], count: int) -> list[list[Any]]:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of the values that are not None; None without one."""
+    """Mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -218,7 +218,7 @@ def widths(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
 
 
 def fits(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int) -> bool:
-    """Whether a table of these fits the console."""
+    """Whether a table of these rows fits the console."""
     return sum(widths(columns, rows)) + _GAP * (len(columns) - 1) <= width
 
 
@@ -279,7 +279,7 @@ def log_ratios(record: dict[str, Any]) -> list[float | None] | None:
 
 @contextmanager
 def paged() -> Iterator[PlainConsole]:
-    """A console. On a terminal, output that is longer than it goes through a pager."""
+    """A console. On a terminal, output that is longer than the screen goes through a pager."""
     if not out.is_terminal:
         yield PlainConsole(width=None if "COLUMNS" in os.environ else PIPED_WIDTH)
         return

@@ -40,10 +40,10 @@ def show(
         str, typer.Option(help="Column to sort by, e.g. reward, length, kl_mean, repetition_rate.")
     ] = "step",
     descending: Annotated[bool, typer.Option("--desc", help="Greatest first.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="How many to show; default: 20, with --full 1.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many to show; default: 20, or 1 with --full.")] = None,
     offset: Annotated[int, typer.Option(min=0, help="How many to skip.")] = 0,
     full: Annotated[
-        bool, typer.Option("--full", help="In full: every token, coloured by its teacher–student log-ratio.")
+        bool, typer.Option("--full", help="Show whole responses, each token coloured by teacher–student log-ratio.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,7 +52,7 @@ def show(
     \b
     kdrl rollouts show first --step 143 --verdict malformed          what went wrong at step 143
     kdrl rollouts show first --sort kl_mean --desc --limit 5         where student and teacher differ most
-    kdrl rollouts show first --text "wait, wait" --length 500-       long ones that say so
+    kdrl rollouts show first --text "wait, wait" --length 500-       long ones with these words
     kdrl rollouts show first --step 143 --prompt q-1f… --sample 3    one in full
     kdrl rollouts show first --prompt q-1f… --sort step              one problem over the whole run
 
@@ -154,7 +154,7 @@ def _print_record(record: dict[str, Any], console: PlainConsole) -> None:
 def _print_unlikeliest(
     record: dict[str, Any], tokens: list[str], ratios: list[float | None], console: PlainConsole
 ) -> None:
-    """The tokens that the teacher finds unlikely where the student did not."""
+    """The tokens that the teacher finds least likely compared with the student."""
     known = sorted((ratio, place) for place, ratio in enumerate(ratios) if ratio is not None and ratio < 0)
     teacher, rows = record["teacher_logprobs"], []
     for ratio, place in known[:_UNLIKELIEST]:
@@ -171,7 +171,7 @@ _CELL_CHARS = 60
 
 
 class SQLCommand(TyperCommand):
-    """Adds the views' columns to the help, which are read only then."""
+    """Adds the views' columns to the help. They are loaded only for the help."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """List the views and their columns."""
@@ -189,11 +189,11 @@ class SQLCommand(TyperCommand):
 
 
 def sql(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN… QUERY", help="Runs, and last the query, in quotes.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN… QUERY", help="Runs, then the query in quotes.")],
     limit: Annotated[int, typer.Option(min=0, help="Rows to print; 0: all.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask runs anything: DuckDB's SQL over the views rollouts, steps and prompts.
+    """Query runs with DuckDB's SQL over the views rollouts, steps and prompts.
 
     \b
     kdrl rollouts sql first "select step, reward_mean, clip_ratio from steps where stage = 'stage2'"
@@ -230,7 +230,7 @@ def sql(
 
 
 def _print_records(rows: list[dict[str, Any]], console: PlainConsole) -> None:
-    """A line a column, where a row is too wide for the console."""
+    """Print one line per column, for rows that are too wide for the console."""
     for number_, row in enumerate(rows):
         console.print(f"row {number_}", style="bold")
         lines = [[name, one_line(_shown(value))] for name, value in row.items()]

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 _OF_KDRL = (
     *("--logprobs-mode", "processed_logprobs"),  # of softmax(logits / T)
-    *("--generation-config", "vllm"),  # else the model's own top-k, top-p and penalties hold where none is sent
+    *("--generation-config", "vllm"),  # else requests get the model's own top-k, top-p and penalties by default
     *("--worker-extension-cls", "kdrl_core.engines.vllm_extension.KdrlWorker"),
     "--disable-uvicorn-access-log",  # a line for every response
-    "--no-enable-prefix-caching",  # a cache would have to forget old weights
+    "--no-enable-prefix-caching",  # its entries would be stale after a weight sync
 )
 
 
 def serve(
     model: Annotated[Path, typer.Option(metavar="DIR", help="The student, or a teacher of kdrl bake-teacher.")],
     max_model_len: Annotated[
-        int, typer.Option(min=2, help="Most tokens of prompt and response together (a teacher needs one more).")
+        int, typer.Option(min=2, help="Limit of prompt and response together, in tokens (a teacher needs one more).")
     ],
     replicas: Annotated[int, typer.Option(min=1, help="Number of servers, on consecutive GPUs and ports.")] = 1,
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Port of the first server.")] = 8000,
@@ -38,33 +38,33 @@ def serve(
             help="Address to listen on. Anyone who reaches it may load weights: use loopback or a closed network."
         ),
     ] = "127.0.0.1",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; as runtime.dtype of the recipe.")] = "bfloat16",
-    cpu: Annotated[bool, typer.Option("--cpu", help="vLLM's CPU build.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, like runtime.dtype of the recipe.")] = "bfloat16",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use vLLM's CPU build.")] = False,
     kv_cache_gb: Annotated[float | None, typer.Option(help="GiB of key-value cache; default: vLLM's choice.")] = None,
     gpu_memory_utilization: Annotated[
         float,
         typer.Option(
-            min=0.01, max=1.0, help="Share of the GPU for weights and cache. All servers of one GPU together: below 1."
+            min=0.01, max=1.0, help="Share of the GPU for weights and cache. Servers that share a GPU: below 1 in all."
         ),
     ] = 0.9,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs of a replica.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs per replica.")] = 1,
     asleep: Annotated[
         bool,
         typer.Option(
-            "--asleep", help="Sleep as soon as it answers, so that others can use its GPU until a run wakes it."
+            "--asleep", help="Put each replica to sleep when it first answers. Its GPU is free until a run wakes it."
         ),
     ] = False,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Responses in flight in a replica.")] = 256,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most responses in flight per replica.")] = 256,
     max_logprobs: Annotated[
-        int, typer.Option(min=1, help="Most likeliest tokens that a request may ask for (Top-K).")
+        int, typer.Option(min=1, help="How many of the likeliest tokens a request may ask for (Top-K).")
     ] = 32,
 ) -> None:
     """Start replicas of vLLM's OpenAI-compatible server, set up as kdrl needs them; Ctrl-C ends them.
 
     Each replica holds the whole model and has its own port and GPUs, taken from CUDA_VISIBLE_DEVICES in order. A
-    replica that ends is started again, and the run loads its weights again. Once all answer, kdrl prints the settings
-    with which a run uses them. If their GPUs also train or score, start them with --asleep, and add
-    rollout.server.sleep=true or teacher.server.sleep=true to the run.
+    replica that ends is started again, and the run loads its weights again. kdrl prints the settings with which a run
+    uses the replicas. If their GPUs also train or score, start them with --asleep, and add rollout.server.sleep=true or
+    teacher.server.sleep=true to the run.
 
     \b
     kdrl serve --model models/student --max-model-len 21504 --replicas 8
@@ -85,14 +85,14 @@ def serve(
             *("--tensor-parallel-size", str(tensor_parallel), "--max-logprobs", str(max_logprobs)),
             *_OF_KDRL,
         ]
-        if max_model_len > limit:  # a teacher's one more token, which nothing attends to
+        if max_model_len > limit:  # a teacher's one more token; no other token attends to it
             arguments += ["--hf-overrides", json.dumps({"max_position_embeddings": max_model_len})]
         if kv_cache_gb is not None:
             arguments += ["--kv-cache-memory-bytes", str(int(kv_cache_gb * 2**30))]
-        if cpu:  # its sampler cannot go on with half a prompt
+        if cpu:  # its sampler cannot work on half a prompt
             arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
             arguments += ["--max-num-batched-tokens", str(max(2048, max_model_len))]
-        else:  # on a CPU kdrl's worker gives the cache back without that mode
+        else:  # not on a CPU: there kdrl's worker frees the cache without sleep mode
             arguments += ["--gpu-memory-utilization", str(gpu_memory_utilization), "--enable-sleep-mode"]
         servers = [
             _replica(number, arguments, host=host, port=port + number, devices=devices, split=tensor_parallel)
@@ -122,7 +122,7 @@ def _context_of(model: Path, asked: int) -> int:
 def _require_servable(
     model: Path, device: str, dtype: str, tokens: int, kv_cache_gb: float | None, tensor_parallel: int
 ) -> None:
-    """Raise EngineError for what vLLM would refuse, before it starts and with the remedy."""
+    """Raise EngineError, with the remedy, for what vLLM would refuse after its start."""
     from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
     from kdrl_core.models.loading import read_config
 
@@ -144,7 +144,7 @@ def _require_servable(
 def _replica(
     number: int, arguments: Sequence[str], *, host: str, port: int, devices: Sequence[str] | None, split: int
 ) -> "Replica":
-    """How the `number`-th server is started; `devices` are the GPUs of all, `split` for each."""
+    """How server `number` is started. `devices` are the GPUs of all servers; each gets `split` of them."""
     from flows.cli.replicas import Replica
 
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -175,7 +175,7 @@ def visible_devices(count: int) -> list[str]:
 
 
 def _require_free(host: str, port: int) -> None:
-    """Raise EngineError if nobody can listen there: vLLM finds out only when its model is loaded."""
+    """Raise EngineError if the port cannot be used: vLLM notices it only after it has loaded the model."""
     try:
         with socket.create_server((host, port)):
             pass
@@ -191,7 +191,7 @@ def bake_teacher(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the copy is written.")],
 ) -> None:
-    """Divide a teacher's output layer by the temperature, so that a server's logprobs are those of softmax(logits / T).
+    """Divide a teacher's output layer by the temperature, so that a server returns logprobs of softmax(logits / T).
 
     Serve the copy (`vllm serve DIR --max-logprobs 32`) and set teacher.server.urls and teacher.server.temperature.
     """

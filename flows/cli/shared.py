@@ -22,10 +22,10 @@ from kdrl_core.errors import DataError, KdrlError, visible
 
 
 class PlainConsole(Console):
-    """Shows text as it is, since models, data and files of others write what kdrl prints.
+    """Shows text as it is: much of what kdrl prints comes from models or from other people's files.
 
-    Markup and emoji codes mean nothing, numbers get no colour, and control characters, which could rewrite what stands
-    on the terminal, are spelled out.
+    Markup and emoji codes have no effect, and numbers get no colour. Control characters are spelled out, because they
+    could rewrite the terminal.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -72,7 +72,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Errors meant for the user end the program with one line and exit code 1."""
+    """A KdrlError ends the program with one line and exit code 1."""
     try:
         yield
     except KdrlError as error:
@@ -97,8 +97,8 @@ def interruptible(told: str) -> Iterator[None]:
 def with_options(
     parameter: str, options: Mapping[str, Any], fill: Callable[..., Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command: it has `options` (name → annotated type, None by default) in place of its `parameter`, which
-    gets what `fill` makes of their values, given by name. A KdrlError of `fill` ends the program as any other."""
+    """Decorate a command: `options` (name → annotated type, default None) take the place of its `parameter`, which gets
+    `fill(**values)`. A KdrlError in `fill` ends the program like any other."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def call(**given: Any) -> None:
@@ -126,7 +126,7 @@ def check_output(
     written_as: str = "Parquet",
     suffixes: Sequence[str] = (".parquet",),
 ) -> None:
-    """Raise DataError unless `what` can be written to `output`: right suffix, no input, not there without --force."""
+    """Raise DataError if `what` cannot be written to `output`: wrong suffix, an input, or it exists without --force."""
     if output.suffix not in suffixes:
         raise DataError(
             f"--output {output}: {what} are written as {written_as}; give a name that ends in {' or '.join(suffixes)}"
@@ -156,7 +156,7 @@ class LogLines:
 
 @contextmanager
 def counted_progress(console: Console, unit: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Called with what is done, how many and of how many (None: not known): a bar on a terminal, else a log."""
+    """Yields `progress(name, done, total)`, total None if unknown. It shows a bar on a terminal, else log lines."""
     if not console.is_terminal:
         lines = LogLines(console)
         yield lambda name, done, total: lines.show(

@@ -22,18 +22,18 @@ SweepArgument = Annotated[
 StartedArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="Name of a sweep that was started.")]
 ASKED: dict[str, Any] = {
     "name": Annotated[
-        str | None, typer.Option(help="Name of the sweep, of its folder and its runs; default: the file's.")
+        str | None, typer.Option(help="Name of the sweep, its folder and its runs; default: from the file.")
     ],
     "recipe": Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="In place of the sweep's recipe: a shipped one, or a YAML file."),
+        typer.Option("--recipe", "-r", help="Replaces the sweep's recipe: a shipped one, or a YAML file."),
     ],
     "seeds": Annotated[
         str | None, typer.Option(help="How many seeds, e.g. 5, or which, e.g. 0,3,7; default: the sweep's.")
     ],
     "vary": Annotated[
         list[str] | None,
-        typer.Option("--vary", metavar="FIELD=A,B,C", help="Run every value, of every variant. Repeatable."),
+        typer.Option("--vary", metavar="FIELD=A,B,C", help="Run every variant with each value. Repeatable."),
     ],
     "overrides": SetOption,
     "share_with": Annotated[
@@ -41,17 +41,17 @@ ASKED: dict[str, Any] = {
         typer.Option(
             "--share-with",
             metavar="SWEEP",
-            help="Take finished work that is the same from this sweep as well. Repeatable.",
+            help="Also take over the same work that this sweep has finished. Repeatable.",
         ),
     ],
 }
-"""Options that say what a sweep is made of, by the parameters of `make_request`."""
+"""Options that define a sweep, by the parameter of `make_request` that they fill."""
 WorkersOption = Annotated[
     int, typer.Option(min=1, help="Cells at a time; each has a process and needs a core or a GPU.")
 ]
 DeploymentOption = Annotated[
     str | None,
-    typer.Option(help="Have the workers of a deployment run the cells, e.g. kdrl/full-pipeline (docs/sweeps.md)."),
+    typer.Option(help="Let the workers of a deployment run the cells, e.g. kdrl/full-pipeline (docs/sweeps.md)."),
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")]
 
@@ -77,7 +77,7 @@ def vary_only(
     if context.invoked_subcommand is not None:
         if verbose or workers != 1 or any(value not in (None, []) for value in asked.values()):
             with errors():
-                raise RecipeError(f"options go behind the command: kdrl sweep {context.invoked_subcommand} … --vary …")
+                raise RecipeError(f"options go after the command: kdrl sweep {context.invoked_subcommand} … --vary …")
         return
     if not asked["vary"]:
         typer.echo(context.get_help())
@@ -230,7 +230,7 @@ def _seeds(text: str | None) -> int | list[int] | None:
 
 
 def _tell_events() -> None:
-    """Print what the sweep logs about its cells. `use_private_prefect` has warnings printed."""
+    """Print what the sweep logs about its cells, except warnings: `use_private_prefect` prints those."""
     handler = logging.Handler(logging.INFO)
     handler.addFilter(lambda record: record.levelno < logging.WARNING)
     handler.emit = lambda record: err.say(record.getMessage())  # type: ignore[method-assign]

@@ -12,14 +12,14 @@ from flows.cli.shared import counted_progress, err, errors, out
 def ui(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs (see: kdrl status), or folders.")],
     port: Annotated[
-        int, typer.Option(min=0, max=65_535, help="Where to listen, on 127.0.0.1; 0: 8741 if it is free, else any.")
+        int, typer.Option(min=0, max=65_535, help="Port on 127.0.0.1; 0: 8741 if it is free, else any free one.")
     ] = 0,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the web browser.")] = False,
 ) -> None:
     """Look through runs in a web browser: trends over steps, tables of rollouts, tokens, groups, two runs side by side.
 
-    You may use it while a run is going on. It only reads, but the first time it makes an index of the rollouts. It
-    listens on loopback alone; from elsewhere, use a tunnel: ssh -L 8741:127.0.0.1:8741 HOST. Ctrl-C ends it.
+    You may use it while a run is going on. It only reads, except that it first makes an index of the rollouts. It
+    listens on loopback alone; from another machine, use a tunnel: ssh -L 8741:127.0.0.1:8741 HOST. Ctrl-C ends it.
 
     \b
     kdrl ui first grpo

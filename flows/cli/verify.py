@@ -38,21 +38,21 @@ def verify_command(
         typer.Option(metavar="COL", help="Column with 1 or true where the response is right: measures the verifier."),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(metavar="COL", help="Summary for each value of this column as well.")
+        str | None, typer.Option(metavar="COL", help="Also print a summary for each value of this column.")
     ] = None,
     require_format: Annotated[
         bool | None,
         typer.Option(
             "--format/--no-format",
             help="Reward = format × accuracy (<think>…</think>, then a box), or accuracy alone. "
-            "Default: --format, with --box --no-format.",
+            "Default: --format; with --box: --no-format.",
         ),
     ] = None,
     think_opened: Annotated[
         bool, typer.Option("--think-opened", help="The prompts end with <think>: responses begin inside the thought.")
     ] = False,
     box: Annotated[
-        bool, typer.Option("--box", help=r"Bare answers: an answer without a \boxed{} is put into one as a whole.")
+        bool, typer.Option("--box", help=r"Bare answers: put an answer without a \boxed{} into one.")
     ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Worker processes that compare answers; default: one per CPU.")
@@ -73,8 +73,8 @@ def verify_command(
     """Verify the responses in a file: correct, wrong, malformed, no_answer, timeout or error, and why.
 
     Prints a summary. With --output it also writes every row unchanged, followed by the columns reward, format_reward,
-    accuracy_reward, verdict, extracted and reason. Files may be larger than memory. No answer, however hostile, costs
-    more than --timeout. Examples:
+    accuracy_reward, verdict, extracted and reason. Files may be larger than memory. Even a hostile answer
+    costs at most --timeout. Examples:
 
     kdrl verify samples.jsonl --no-format --output verified.jsonl
 
@@ -135,7 +135,7 @@ def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "V
 
 
 def _warn(tally: "FileTally") -> None:
-    """Warn of rows that were left out and of answers about which nothing is known."""
+    """Warn about rows that were left out, and about timeouts and errors."""
     kinds, lines = tally.total.kinds, []
     if tally.num_dropped:
         lines.append(f"dropped {_count(tally.num_dropped, 'malformed row')}; the first: {tally.first_dropped}")

@@ -1,4 +1,4 @@
-"""A live display of a run, read from its files: for the process that runs, and for any other."""
+"""A live display of a run, read from its files, by the process that runs it or by any other."""
 
 import threading
 import time
@@ -28,8 +28,8 @@ _Loaded = TypeVar("_Loaded")
 
 @contextmanager
 def watching(paths: RunPaths, console: PlainConsole, *, with_alarms: bool = False) -> Iterator[None]:
-    """Show a run while the context is open: a live table on a terminal, a line per step elsewhere. `with_alarms`: lines
-    for alarms too; not in the process that runs, whose log has them."""
+    """Show a run while the context is open: a live table on a terminal, a line per step elsewhere. `with_alarms`: also
+    lines for alarms. Leave it off in the process that runs: its log has the alarms."""
     stop = threading.Event()
     show = _show_table if console.is_terminal else _show_lines
     thread = threading.Thread(target=show, args=(RunView(paths), console, stop, with_alarms), daemon=True)
@@ -177,7 +177,7 @@ class RunView:
 
 
 def _tokens_per_s(row: dict[str, Any]) -> float:
-    """Of sampling; of the update in an SFT step, which samples nothing."""
+    """Tokens/s of sampling; in an SFT step, which does not sample, of the update."""
     return float(row.get("throughput/rollout_tokens_per_s", row.get("throughput/update_tokens_per_s", 0.0)))
 
 

@@ -40,7 +40,7 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
         ["run", "table1", "--share-with", "figure2"],
         ["no sweep 'figure2' was started here"],
     ),
-    "options before the command": (["--seeds", "3", "run", "table1"], ["options go behind the command"]),
+    "options before the command": (["--seeds", "3", "run", "table1"], ["options go after the command"]),
 }
 
 
