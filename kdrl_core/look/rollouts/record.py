@@ -1,4 +1,4 @@
-"""The record: everything that is known of one rollout, in one row. It is the join of a step's files (tables/schemas.py).
+"""The record: everything that is known of one rollout, in one row. It joins a step's files (tables/schemas.py).
 
 On disk the files stay separate, because each is published when it is made. The view `rollouts`, exports, and imported
 dumps of other trainers hold records. Only the ids are never null: an unfinished step has no rewards yet, plain GRPO has
