@@ -16,6 +16,7 @@ from kdrl_core.ledger import Run, is_published, verify_own, verify_published
 from kdrl_core.ledger.graph import initial_checkpoint
 from kdrl_core.models.loading import load_model
 from kdrl_core.models.prepare import prepared_model
+from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import OptimizerSettings, Trainer
 from kdrl_core.training.torch_trainer import TorchTrainer
@@ -109,7 +110,7 @@ class Builders:
         """
         recipe, config = self.run.recipe, self._config
         limits = {
-            "num_tokens": len(self.tokenizer),
+            "num_tokens": num_token_ids(self.tokenizer),
             "max_tokens": config.max_prompt_tokens + config.max_response_tokens,  # of the longest prompt and response
         }
         if role == "reference":

@@ -14,6 +14,7 @@ from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit
+from kdrl_core.models.vocabulary import check_embedding, vocabulary_of
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 
@@ -32,6 +33,8 @@ def check_inputs(recipe: Recipe) -> None:
         if server is not None and server.api_key is not None and is_known(server.api_key):
             resolve_secret(server.api_key)
         compare_tokenizers(resolve_path(recipe.student.path), resolve_path(recipe.teacher.path))
+        student_tokens = vocabulary_of(resolve_path(recipe.student.path))
+        check_embedding(student_tokens, teacher, where=f"teacher.path={recipe.teacher.path}, the student's tokenizer")
     for name in recipe.stages:
         try:
             find_files(recipe.stage(name).data)

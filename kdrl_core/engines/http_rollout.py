@@ -16,6 +16,7 @@ from kdrl_core.engines.protocols import OnFinished
 from kdrl_core.engines.server_client import TransientError, completion_of
 from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, ServedModel, Server, ServerPool
 from kdrl_core.errors import EngineError
+from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
 _MAX_ROUNDS = 3
@@ -40,6 +41,7 @@ class HTTPRolloutEngine:
         max_prompt_tokens: int,
     ) -> None:
         self._tokenizer = tokenizer
+        self._num_tokens = num_token_ids(tokenizer)
         self._stop_ids = list(stop_ids)
         self._temperature = temperature
         self._max_response_tokens = max_response_tokens
@@ -122,6 +124,11 @@ class HTTPRolloutEngine:
         except TransientError:
             self._incarnations.pop(server.url, None)  # it may return with other weights
             raise
+        if (highest := max(token_ids)) >= self._num_tokens:
+            raise EngineError(
+                f"rollout server {server.url} sampled the id {highest}, but the tokenizer ends at "
+                f"{self._num_tokens - 1}; start it anew with this release's kdrl serve, which samples no padding"
+            )
         rollout = Rollout(
             prompt_id=request.prompt_id,
             sample=request.sample,

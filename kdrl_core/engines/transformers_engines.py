@@ -3,7 +3,8 @@
 Rollouts: in each batch a distinct prompt is prefilled once, and its key-value cache is repeated for its samples.
 Finished responses leave the batch, several at a time. A token is drawn by inverting the distribution function of
 softmax(logits / T) at a number that depends only on (seed, position), so a response is a function of its request and
-the weights.
+the weights. Ids that the tokenizer does not have, padding of the embedding, are never drawn; logprobs are those of the
+whole softmax, as the trainer's.
 
 Scores: the logprobs of given tokens under softmax(logits / T).
 """
@@ -15,13 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from kdrl_core.engines.decoding import Decoding, has_usable_cache
 from kdrl_core.engines.protocols import OnFinished, TopKScore
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger.names import uniforms
-from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
+from kdrl_core.logprobs.model import (
+    LogprobModel,
+    PaddedBatch,
+    pad_sequences,
+    token_budget_batches,
+)
+from kdrl_core.logprobs.passes import refuse_padding_fault
 from kdrl_core.models.loading import load_weights_into
+from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest, ScoreRequest
 
 _COMPACT_BELOW = 0.75
@@ -48,6 +57,9 @@ class TransformersRolloutEngine:
         self._temperature = temperature
         self._max_response_tokens = max_response_tokens
         self._batch_size = batch_size
+        self._num_tokens = num_token_ids(tokenizer)
+        refuse_padding_fault(model)
+        self._uses_cache = has_usable_cache(model)
 
     def load_weights(self, checkpoint_dir: Path) -> None:
         load_weights_into(self._model, checkpoint_dir)
@@ -77,7 +89,8 @@ class TransformersRolloutEngine:
         self, requests: Sequence[RolloutRequest], on_finished: OnFinished | None, limit: int
     ) -> list[Rollout]:
         device = self._model.device
-        logits, cache, lengths, padding = self._prefill(requests)
+        prompts = [request.prompt_token_ids for request in requests]
+        decoding = Decoding(self._model, prompts, limit=limit, uses_cache=self._uses_cache)
         draws = torch.from_numpy(np.stack([uniforms(request.seed, limit) for request in requests])).to(device)
         tokens = torch.zeros(len(requests), limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(requests), limit, device=device)
@@ -92,10 +105,8 @@ class TransformersRolloutEngine:
                 on_finished(new)
 
         rows = torch.arange(len(requests), device=device)  # original row of each row still in the batch
-        mask = torch.cat([padding, padding.new_ones(len(requests), limit)], dim=1)
-        prompt_width = padding.shape[1]
         for position in range(limit):
-            chosen, chosen_logprobs = self._sample(logits, draws[rows, position])
+            chosen, chosen_logprobs = self._sample(decoding.logits, draws[rows, position])
             active = ~stopped[rows]
             tokens[rows[active], position] = chosen[active]
             logprobs[rows[active], position] = chosen_logprobs[active]
@@ -109,15 +120,9 @@ class TransformersRolloutEngine:
             if num_remaining < _COMPACT_BELOW * len(rows):
                 finish(rows[~remaining].tolist())
                 keep = remaining.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                rows, chosen, lengths, mask = rows[keep], chosen[keep], lengths[keep], mask[keep]
-            logits = self._model(
-                input_ids=chosen[:, None],
-                attention_mask=mask[:, : prompt_width + position + 1],
-                position_ids=(lengths + position)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+                decoding.keep(keep)
+                rows, chosen = rows[keep], chosen[keep]
+            decoding.append(chosen)
 
         finish([row for row in range(len(requests)) if row not in rollouts])
         return [rollouts[row] for row in range(len(requests))]
@@ -149,49 +154,38 @@ class TransformersRolloutEngine:
             )
         ]
 
-    def _prefill(
-        self, requests: Sequence[RolloutRequest]
-    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
-        """Next-token logits [B, V], cache, prompt lengths [B] and prompt mask [B, P] of left-padded prompts."""
-        device = self._model.device
-        distinct: dict[tuple[int, ...], int] = {}
-        for request in requests:
-            distinct.setdefault(tuple(request.prompt_token_ids), len(distinct))
-        width = max(len(prompt) for prompt in distinct)
-        ids = torch.zeros(len(distinct), width, dtype=torch.long)
-        mask = torch.zeros(len(distinct), width, dtype=torch.long)
-        for row, prompt in enumerate(distinct):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._model.config)
-        output = self._model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        source = torch.tensor([distinct[tuple(r.prompt_token_ids)] for r in requests], device=device)
-        cache.batch_select_indices(source)
-        mask = mask.to(device)[source]
-        return output.logits[source, -1], cache, mask.sum(1), mask
-
     def _sample(self, logits: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [B] and their logprobs [B] from logits [B, V] and draws [B] in [0, 1)."""
         logits = logits.float()
         if not torch.isfinite(logits).all():
             raise EngineError("the policy's logits are not finite: training has diverged; lower learning_rate")
         if self._temperature == 0.0:
-            chosen = logits.argmax(-1)
+            chosen = logits[:, : self._num_tokens].argmax(-1)
             log_probabilities = logits.log_softmax(-1)
         else:
             log_probabilities = (logits / self._temperature).log_softmax(-1)
-            distribution = log_probabilities.double().exp().cumsum(-1)
-            chosen = torch.searchsorted(distribution, (draws * distribution[:, -1])[:, None], right=True).squeeze(1)
-            chosen = chosen.clamp(max=logits.shape[-1] - 1)
+            chosen = invert(log_probabilities.double().exp().cumsum(-1), draws, num_tokens=self._num_tokens)
         return chosen, log_probabilities.gather(-1, chosen[:, None]).squeeze(1)
+
+
+def invert(cumulative: torch.Tensor, draws: torch.Tensor, *, num_tokens: int) -> torch.Tensor:
+    """Tokens [B] below `num_tokens` at which cumulative probabilities [B, V] pass the draws [B] in [0, 1).
+
+    A draw that falls on padding of the embedding is drawn once more, from the other tokens, with the part of the number
+    that lies beyond them. So tokens come from the distribution without padding, and other draws are as without this.
+    """
+
+    def search(values: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        found = torch.searchsorted(values, points[:, None], right=True).squeeze(1)
+        return found.clamp(max=values.shape[1] - 1)
+
+    total = cumulative[:, -1]
+    chosen = search(cumulative, draws * total)
+    if num_tokens < cumulative.shape[1] and (is_padding := chosen >= num_tokens).any():
+        known, beyond = cumulative[:, :num_tokens].contiguous(), (draws * total - cumulative[:, num_tokens - 1])
+        again = beyond / (total - cumulative[:, num_tokens - 1]).clamp(min=torch.finfo(total.dtype).tiny)
+        chosen = torch.where(is_padding, search(known, again.clamp(0.0, 1.0) * known[:, -1]), chosen)
+    return chosen
 
 
 class TransformersScorer:
@@ -250,9 +244,22 @@ class TransformersScorer:
         """Nothing: the model is freed with the scorer."""
 
     def _batches(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[int], PaddedBatch]]:
+        refuse_unknown_tokens(requests, self._model.get_input_embeddings())
         lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in requests]
         for rows in token_budget_batches(lengths, max_tokens=self._batch_tokens):
             yield rows, pad_sequences([requests[row] for row in rows], device=self._model.device)
+
+
+def refuse_unknown_tokens(requests: Sequence[ScoreRequest], embedding: Any) -> None:
+    """Raise EngineError at the first token that the embedding has no row for."""
+    size = getattr(embedding, "num_embeddings", None)
+    for row, request in enumerate(requests):
+        highest = max([*request.prompt_token_ids, *request.token_ids], default=0)
+        if size is not None and highest >= size:
+            raise EngineError(
+                f"request {row} has the token id {highest}, but the scoring model's embedding has {size} rows; an "
+                "earlier kdrl could sample padding of the student's embedding: start the run anew"
+            )
 
 
 def refuse_not_finite(scores: Sequence[NDArray[np.float32]]) -> None:

@@ -123,6 +123,10 @@ class VLLMEngine:
         except Exception as error:
             raise EngineError(f"vLLM cannot load {model}: {_first_line(error)}") from error
 
+    def sample_below(self, num_tokens: int) -> None:
+        """Sample no id from `num_tokens` on. Raises EngineError if it fails."""
+        self._tell("kdrl_sample_below", num_tokens)
+
     def sleep(self) -> None:
         """Free memory until the engine is used again. Raises EngineError if it fails.
 
@@ -178,9 +182,9 @@ class VLLMEngine:
                 f"{self._max_model_len} that vLLM was started for; raise max_prompt_tokens, or drop longer prompts"
             )
 
-    def _tell(self, method: str) -> None:
+    def _tell(self, method: str, *arguments: int) -> None:
         with _one_at_a_time, _failing_as_engine():
-            self._engine.collective_rpc(method)
+            self._engine.collective_rpc(method, args=arguments)
 
     def _add(self, name: str, prompt: Sequence[int], parameters: Mapping[str, Any]) -> None:
         from vllm import SamplingParams

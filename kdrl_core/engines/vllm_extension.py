@@ -8,7 +8,13 @@ import ctypes
 import mmap
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from kdrl_core.errors import ModelError
+from kdrl_core.models.tokenizer import num_token_ids, read_tokenizer
+from kdrl_core.models.vocabulary import vocabulary_of
 
 _INCARNATION = uuid.uuid4().hex
 """Identity of this process. A restarted worker has another identity, and its initial weights."""
@@ -23,8 +29,16 @@ class KdrlWorker:
         self.kdrl_wake()
         worker.reload_weights(weights_path=path)
         renew_output_layer(worker.model_runner.get_model())
+        trusts = bool(worker.vllm_config.model_config.trust_remote_code)
+        if (num_tokens := num_token_ids_in(Path(path), trust_remote_code=trusts)) is not None:
+            self.kdrl_sample_below(num_tokens)
         worker.kdrl_weights = path
         return self.kdrl_state()
+
+    def kdrl_sample_below(self, num_tokens: int) -> None:
+        """Sample no id from `num_tokens` on: padding of the embedding, which the tokenizer does not have."""
+        worker: Any = self
+        sample_below(worker.model_runner.sampler, num_tokens)
 
     def kdrl_scale_prompt_logprobs(self, temperature: float) -> None:
         """Make `prompt_logprobs` use softmax(logits / temperature). Sampling has its own temperature."""
@@ -55,6 +69,52 @@ class KdrlWorker:
     def kdrl_state(self) -> dict[str, str]:
         """`weights`, the directory that was loaded last (empty: the initial weights), and `incarnation`."""
         return {"weights": getattr(self, "kdrl_weights", ""), "incarnation": _INCARNATION}
+
+
+def num_token_ids_in(folder: Path, *, trust_remote_code: bool) -> int | None:
+    """`num_token_ids` of the tokenizer in a model directory; None if it has none."""
+    if (tokens := vocabulary_of(folder)) is not None:
+        return 1 + max(tokens.values())
+    with suppress(ModelError):
+        return num_token_ids(read_tokenizer(folder, trust_remote_code=trust_remote_code))
+    return None
+
+
+def sample_below(sampler: Any, num_tokens: int) -> None:
+    """Have a sampler of vLLM draw ids below `num_tokens` alone. Logprobs stay those of the whole softmax, as the
+    trainer's; vLLM's own limits on tokens would change them.
+
+    vLLM has two samplers; which one runs depends on the device and on its settings.
+    """
+    sampler.kdrl_num_tokens = num_tokens
+    if hasattr(sampler, "kdrl_is_limited"):
+        return
+    sampler.kdrl_is_limited = True
+
+    def without_padding(logits: Any) -> Any:
+        if sampler.kdrl_num_tokens >= logits.shape[-1]:
+            return logits
+        masked = logits.clone()
+        masked[:, sampler.kdrl_num_tokens :] = float("-inf")
+        return masked
+
+    if hasattr(sampler, "_sample_random"):  # model runner V2: logits are divided by T here, and greedy is a case of it
+        draw = sampler._sample_random
+
+        def sample(logits: Any, *rest: Any) -> tuple[Any, Any]:
+            return draw(without_padding(logits), *rest)[0], logits
+
+        sampler._sample_random = sample
+        return
+    random, greedy = sampler.topk_topp_sampler.forward, sampler.greedy_sample
+
+    def sample_random(logits: Any, *rest: Any) -> tuple[Any, Any]:
+        masked = without_padding(logits)
+        tokens, logprobs = random(masked, *rest)
+        return tokens, logprobs if masked is logits else sampler.compute_logprobs(logits)
+
+    sampler.topk_topp_sampler.forward = sample_random
+    sampler.greedy_sample = lambda logits: greedy(without_padding(logits))
 
 
 def renew_output_layer(model: Any) -> None:

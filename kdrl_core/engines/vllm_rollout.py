@@ -8,6 +8,7 @@ from typing import Any
 from kdrl_core.engines.protocols import OnFinished
 from kdrl_core.engines.vllm_engine import VLLMEngine, VLLMSettings
 from kdrl_core.errors import EngineError
+from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 
 _MAX_SEED = 2**63
@@ -30,8 +31,8 @@ class VLLMRolloutEngine:
         max_response_tokens: int,
     ) -> None:
         self._settings = settings
-        self._engine = VLLMEngine(model, settings)
         self._tokenizer = tokenizer
+        self._engine = self._started(model)
         self._stop_ids = list(stop_ids)
         self._temperature = temperature
         self._max_response_tokens = max_response_tokens
@@ -42,7 +43,12 @@ class VLLMRolloutEngine:
     def rebuild(self, checkpoint_dir: Path) -> None:
         """Start the engine again from a checkpoint. Raises EngineError as `VLLMEngine`."""
         self._engine.close()
-        self._engine = VLLMEngine(checkpoint_dir, self._settings)
+        self._engine = self._started(checkpoint_dir)
+
+    def _started(self, model: Path) -> VLLMEngine:
+        engine = VLLMEngine(model, self._settings)
+        engine.sample_below(num_token_ids(self._tokenizer))
+        return engine
 
     def generate(
         self,

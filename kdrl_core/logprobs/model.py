@@ -5,12 +5,16 @@ This is right only if the logits are the output layer applied to the last hidden
 `LogprobModel` tests the model for this, once. For any other model (scaled or soft-capped logits, as in Gemma 2; an
 output layer that is wrapped or quantised) it takes the model's own logits [B, T, V].
 
+The model always runs in eval mode, in training too: the policy that is trained is the one that was sampled, so no kind
+of dropout is on. Its config keeps the dropout values.
+
 Ragged token lists become padded tensors first: prompts left-padded, responses right-padded. B = responses, P = longest
 prompt, T = longest response of the batch.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from kdrl_core.logprobs.chunked import (
     best_tokens,
     token_statistics,
 )
+from kdrl_core.logprobs.passes import forward, refuse_padding_fault, set_checkpointing
 from kdrl_core.objectives import topk_kl
 from kdrl_core.types import ScoreRequest
 
@@ -141,16 +146,26 @@ class LogprobHead(torch.nn.Module):
 
 
 class LogprobModel(torch.nn.Module):
-    """A causal language model that returns statistics of response tokens instead of logits."""
+    """A causal language model that returns statistics of response tokens instead of logits. `model` itself is put into
+    eval mode and stays there."""
 
     def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
         super().__init__()
         self.model = model
+        self.train()
+        refuse_padding_fault(model)
         self.temperature = temperature
         self.head: LogprobHead | None = None
         """None: the model's own logits are used."""
         if has_linear_logits(model):
             self.head = LogprobHead(model.get_output_embeddings(), temperature=temperature)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, except that the model stays in eval mode. Only the layers of `checkpoint_activations` learn the
+        mode, since they recompute in training mode alone."""
+        super().train(mode)
+        set_checkpointing(self.model, mode)
+        return self
 
     def forward(
         self,
@@ -264,13 +279,14 @@ def has_linear_logits(model: PreTrainedModel) -> bool:
 def response_logits(model: PreTrainedModel, batch: PaddedBatch, *, temperature: float) -> Tensor:
     """Forward `batch`: logits / T [B, T, V] float32 of its response tokens, with gradient; padding holds anything."""
     width = batch.response_ids.shape[1]
-    logits = model(
+    logits = forward(
+        model,
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
         logits_to_keep=width + 1,
-    ).logits[:, :-1]
+    ).logits[:, -width - 1 : -1]
     scaled: Tensor = logits.float() / temperature
     return scaled
 
@@ -293,8 +309,12 @@ def response_logprobs(
 
 def _response_hidden(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
     """[B · T, H] last hidden states that predict the response tokens, with gradient."""
-    hidden: Tensor = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+    hidden: Tensor = forward(
+        model.base_model,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
     ).last_hidden_state
     return hidden[:, -batch.response_ids.shape[1] - 1 : -1].flatten(0, 1)
 

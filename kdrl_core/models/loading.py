@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.errors import ModelError, RecipeError
 from kdrl_core.models.tokenizer import read_tokenizer, trust_hint
+from kdrl_core.models.vocabulary import check_embedding, vocabulary_of
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +85,8 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{where}: {path / 'config.json'} is not a JSON object; download the model again")
     _check_weight_files(path)
+    check_embedding(vocabulary_of(path), values, where=where)
+    _generation_config(path)
     if not config.trust_remote_code and (_needs_own_code(values) or _tokenizer_needs_own_code(path)):
         raise ModelError(
             f"{where}: {path} comes with code of its own (auto_map), which is not run unasked; "
@@ -159,7 +162,7 @@ def compare_tokenizers(student: Path, teacher: Path) -> None:
     vocabulary sizes: Qwen pads its embedding differently per model size, but the tokenizers are the same. If one of the
     directories has no tokenizer.json, or no eos_token, that part is not compared.
     """
-    ours, theirs = _vocabulary(student), _vocabulary(teacher)
+    ours, theirs = vocabulary_of(student), vocabulary_of(teacher)
     if ours is not None and theirs is not None and ours != theirs:
         ids = {**theirs, **ours}
         token = min((t for t in ids if ours.get(t) != theirs.get(t)), key=lambda t: ids[t])
@@ -175,21 +178,6 @@ def compare_tokenizers(student: Path, teacher: Path) -> None:
             f"{their_end!r}; it would unteach stopping, so give a teacher with the student's eos_token "
             "(tokenizer_config.json)"
         )
-
-
-def _vocabulary(path: Path) -> dict[str, int] | None:
-    """token → id with added tokens, or None where the tokenizer is not kept as tokenizer.json."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        vocabulary = values["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
-            vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-        return {**vocabulary, **{added["content"]: added["id"] for added in values.get("added_tokens", [])}}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
 
 
 def _tokenizer_config(path: Path) -> dict[str, Any]:
@@ -211,8 +199,13 @@ def _eos_token(path: Path) -> str | None:
 
 
 def load_tokenizer(path: Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a directory; `chat_template` replaces its own. Raises ModelError if it cannot be loaded."""
+    """The tokenizer of a directory; `chat_template` replaces its own.
+
+    Raises ModelError if it cannot be loaded, or has an id beyond the embedding of the model in that directory.
+    """
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(path, trust_remote_code=trust_remote_code)
+    if (path / "config.json").is_file():
+        check_embedding(tokenizer.get_vocab(), read_config(path), where=str(path))
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
@@ -291,9 +284,8 @@ def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int
     Raises ModelError if there are none.
     """
     if isinstance(model, Path):
-        file = model / "generation_config.json"  # as in transformers: else config.json
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else read_config(model)
-        configured = values.get("eos_token_id")
+        values = _generation_config(model)  # as in transformers: else config.json
+        configured = (read_config(model) if values is None else values).get("eos_token_id")
     else:
         configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
@@ -309,6 +301,18 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory that was checked by `check_model_dir`."""
     values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return values
+
+
+def _generation_config(path: Path) -> dict[str, Any] | None:
+    """generation_config.json; None without one. transformers would take a broken one for a missing one, and responses
+    would not end where they should."""
+    file = path / "generation_config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read ({error}); download it again") from error
 
 
 def _first_line(error: Exception) -> str:

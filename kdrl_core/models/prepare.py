@@ -11,6 +11,7 @@ from pathlib import Path
 from kdrl_core.config import ModelConfig, resolve_path
 from kdrl_core.errors import ModelError
 from kdrl_core.ledger import Manifest, digest, is_published, publish_directory
+from kdrl_core.models.export import companions, export_model
 from kdrl_core.models.loading import check_model_dir, load_model, load_tokenizer
 
 _verified: set[Path] = set()
@@ -66,7 +67,7 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
     plain.generation_config = loaded.generation_config
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
     plain.config.eos_token_id = tokenizer.eos_token_id
-    plain.save_pretrained(folder)
+    export_model(plain, folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -95,7 +96,7 @@ def bake_temperature(model_dir: Path, output: Path, temperature: float) -> Manif
     tokenizer = load_tokenizer(model_dir)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        export_model(model, folder)
+        companions(model_dir, tokenizer)(folder)
 
     return publish_directory(output, write, metadata={"source": str(model_dir), "temperature": temperature})

@@ -30,6 +30,12 @@ def read_tokenizer(path: Path, *, trust_remote_code: bool = False, gguf_file: st
         ) from error
 
 
+def num_token_ids(tokenizer: Any) -> int:
+    """1 + the highest id of a tokenizer, `len(tokenizer)` unless ids are left out. Ids of a model from there on are
+    padding of its embedding."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def trust_hint(error: Exception) -> str:
     """What to add to the remedy if transformers refused to run code that it found beside the files."""
     if "trust_remote_code" not in str(error):

@@ -12,6 +12,8 @@ import torch
 
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
+from kdrl_core.logprobs.passes import checkpoint_activations
+from kdrl_core.models.export import export_model
 from kdrl_core.models.loading import load_model
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork
@@ -43,9 +45,9 @@ class Rank:
         use_kernel_lock()
         timeout = timedelta(seconds=max(settings["start_timeout_s"], settings["step_timeout_s"]))
         deepspeed.init_distributed(verbose=False, timeout=timeout)
-        self._model = load_model(Path(settings["model"]), trust_remote_code=settings["trust_remote_code"]).train()
+        self._model = load_model(Path(settings["model"]), trust_remote_code=settings["trust_remote_code"])
         if settings["activation_checkpointing"]:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self._model)
         initial = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
         self._names = list(initial)
         optimizer, self._schedule = make_optimizer(
@@ -201,7 +203,7 @@ class Rank:
         shell.load_state_dict(weights, strict=False, assign=True)
         shell.tie_weights()
         shell.generation_config = self._model.generation_config
-        shell.save_pretrained(path)
+        export_model(shell, path)
 
     def _is_first(self) -> bool:
         return int(torch.distributed.get_rank()) == 0

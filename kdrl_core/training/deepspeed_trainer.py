@@ -20,6 +20,7 @@ from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger import ConstantFiles, Listing
 from kdrl_core.logprobs.model import deal_batches, token_budget_batches
+from kdrl_core.models.export import companions
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
 from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch
 from kdrl_core.training.rank_group import RankGroup, Reply
@@ -52,7 +53,7 @@ class DeepSpeedTrainer:
         runtime: RuntimeConfig,
         trust_remote_code: bool = False,
     ) -> None:
-        self._tokenizer_files = ConstantFiles(lambda folder: tokenizer.save_pretrained(folder))
+        self._companions = ConstantFiles(companions(model, tokenizer))
         self._config = config
         self._micro_batch_tokens = settings.micro_batch_tokens
         self._step = 0
@@ -130,7 +131,7 @@ class DeepSpeedTrainer:
 
     def save(self, path: Path) -> Listing:
         self._command("save", path)
-        return self._tokenizer_files.write(path)
+        return self._companions.write(path)
 
     def load(self, path: Path) -> None:
         """Raises RunError if there is no trainer state."""
@@ -139,7 +140,7 @@ class DeepSpeedTrainer:
 
     def export_hf(self, path: Path) -> Listing:
         self._command("export", path)
-        return self._tokenizer_files.write(path)
+        return self._companions.write(path)
 
     def close(self) -> None:
         self._ranks.close()

@@ -48,7 +48,7 @@ class OptimizerSettings:
     micro_batch_tokens: int
     """Padded tokens per forward and backward pass, of each rank."""
     seed: int = 0
-    """Seed of the model's random draws in training (dropout); each step derives its own."""
+    """Seed of random draws that the model's code may make; each step derives its own. Dropout is off."""
 
     @classmethod
     def of(cls, stage: StageConfig, *, seed: int) -> Self:

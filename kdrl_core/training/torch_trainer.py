@@ -21,7 +21,14 @@ from transformers import PreTrainedModel
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed
 from kdrl_core.logprobs.chunked import TokenStatistics
-from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
+from kdrl_core.logprobs.model import (
+    LogprobModel,
+    PaddedBatch,
+    pad_sequences,
+    token_budget_batches,
+)
+from kdrl_core.logprobs.passes import checkpoint_activations
+from kdrl_core.models.export import companions, export_model, source_of
 from kdrl_core.models.loading import load_weights_into
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
@@ -49,11 +56,11 @@ class TorchTrainer:
         autocast_dtype: torch.dtype | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        self._model = model.train()
+        self._model = model
         if activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         self._logprobs = LogprobModel(model, temperature=settings.temperature)
-        self._tokenizer_files = ConstantFiles(lambda folder: tokenizer.save_pretrained(folder))
+        self._companions = ConstantFiles(companions(source_of(model), tokenizer))
         self._settings = settings
         self._autocast_dtype = autocast_dtype
         self._step = 0
@@ -98,13 +105,11 @@ class TorchTrainer:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
-        self._model.eval()
         padded = pad_sequences(sequences, device=self._model.device)
         with torch.autocast(
             self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
         ):
             logprobs = self._logprobs(padded).logprobs.cpu().numpy()
-        self._model.train()
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
     def save(self, path: Path) -> Listing:
@@ -130,8 +135,8 @@ class TorchTrainer:
         self._step = state["step"]
 
     def export_hf(self, path: Path) -> Listing:
-        self._model.save_pretrained(path)
-        return self._tokenizer_files.write(path)
+        export_model(self._model, path)
+        return self._companions.write(path)
 
     def close(self) -> None:
         """Does nothing: the model is freed with this object."""
