@@ -42,9 +42,12 @@ class Decoding:
             mask[row, self._width - len(prompt) :] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
         self._cache = DynamicCache(config=model.config) if uses_cache else None
+        layers = [] if self._cache is None else self._cache.layers
+        self._is_plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
         source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
-        self._select(source)
+        if len(distinct) < len(prompts):
+            self._select(source)
         self.logits: Tensor = logits[source]
         """[rows, V] of each row's next token."""
         self._ids = ids[source]
@@ -84,9 +87,9 @@ class Decoding:
     def _select(self, rows: Tensor) -> None:
         if self._cache is None:
             return
-        if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers):
+        if self._is_plain:
             self._cache.batch_select_indices(rows)
-        else:  # layers with recurrent states have this alone, and it takes any rows as well
+        else:  # the only method that takes the rows of recurrent states as well
             self._cache.reorder_cache(rows)  # type: ignore[arg-type]
 
 
@@ -108,12 +111,14 @@ def has_usable_cache(model: PreTrainedModel) -> bool:
 
 
 def _tried(model: PreTrainedModel, *, uses_cache: bool) -> Tensor:
-    """Logits of every step of a small batch that repeats a prompt and drops a row."""
+    """Logits of every step of a small batch whose rows are repeated, dropped and put in another order."""
     prompts, tokens = probe_batch(model)
-    decoding = Decoding(model, [*prompts, prompts[0]], limit=2, uses_cache=uses_cache)
+    decoding = Decoding(model, prompts, limit=2, uses_cache=uses_cache)
+    decoding._is_plain = False  # the method for any cache also takes rows of a plain one
     found = [decoding.logits]
-    decoding.append(tokens[:3])
-    found.append(decoding.logits)
-    decoding.keep(torch.tensor([1, 2], device=model.device))
-    decoding.append(tokens[3:5])
-    return torch.cat([*found, decoding.logits])
+    for rows in ([1, 0, 1], [2, 1]):
+        decoding.keep(torch.tensor(rows, device=model.device))
+        decoding.append(tokens[: len(rows)])
+        tokens = tokens[len(rows) :]
+        found.append(decoding.logits)
+    return torch.cat(found)
