@@ -135,7 +135,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, lis
 def test_crash_after_each_publication(snapshots: tuple[Run, list[tuple[str, Path]]]) -> None:
     whole, taken = snapshots
     assert len(taken) >= 25
-    for what, artifacts in taken:
+    for what, artifacts in taken[::2]:  # the campaign of tests/crash kills a run at the others as well
         run = open_tiny(artifacts, "r", [f"stage2.steps={whole.recipe.stage('stage2').steps}", *OVERRIDES])
         train(run)
         assert [f for f in differing(run, whole) if not _is_superseded(f)] == [], f"after {what}"
