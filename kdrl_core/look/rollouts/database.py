@@ -61,7 +61,8 @@ class Database:
 
     @contextmanager
     def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection with the view `indexed` only, for our own queries."""
+        """A connection with the view `indexed` only, for our own queries. Raises DamagedIndexError."""
+        self._require_intact()
         with self._lock:
             if self._index is None:
                 self._index = self._open()
@@ -74,7 +75,9 @@ class Database:
         Raises:
             DataError: the query is not one SELECT, or DuckDB cannot answer it; the message says why.
             FILE_ERRORS: a file changed since the runs were looked at.
+            DamagedIndexError: an index is damaged.
         """
+        self._require_intact()
         with self._told():
             self._require_select(query)
             with self._lock:
@@ -92,6 +95,10 @@ class Database:
             if connection is not None:
                 connection.close()
         self._spill.cleanup()
+
+    def _require_intact(self) -> None:
+        for run in self._runs:
+            run.index.require_intact()
 
     def _open(self) -> duckdb.DuckDBPyConnection:
         """A new database that can read only the runs' files."""

@@ -42,7 +42,11 @@ class RolloutFilter:
     """Part of the prompt or the response; upper and lower case are the same."""
 
     def __post_init__(self) -> None:
-        """Raise DataError for an unknown verdict or finish reason."""
+        """Raise DataError for an unknown verdict or finish reason, a number that no rollout can have, or broken text."""
+        for name in ("step_min", "step_max", "sample"):
+            require_int(name, getattr(self, name))
+        for name in ("run", "stage", "prompt_id", "text"):
+            require_text(name, getattr(self, name))
         for name, given, known in (
             ("verdict", self.verdicts or (), [kind.value for kind in VerdictKind]),
             ("finish reason", (self.finish_reason,) if self.finish_reason else (), [one.value for one in FinishReason]),
@@ -66,6 +70,24 @@ class RolloutFilter:
             parts.append(f"{column} {operator} ?")
             parameters.append(value)
         return " and ".join(parts), parameters
+
+
+MOST = 2**31 - 1
+"""The greatest step, sample, limit or offset."""
+
+
+def require_int(name: str, value: int | None) -> None:
+    """Raise DataError for a number that no column holds."""
+    if value is not None and not 0 <= value <= MOST:
+        raise DataError(f"{name} {value:.3g} is out of range: give a whole number from 0 to {MOST:,}")
+
+
+def require_text(name: str, value: str | None) -> None:
+    """Raise DataError for a text that is not Unicode, such as bytes of another encoding on the command line."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name} {value!r} is not valid UTF-8; give it in UTF-8") from None
 
 
 _CONDITIONS = {
