@@ -220,7 +220,11 @@ class RolloutStore:
         Raises DataError if it is not a single SELECT, or DuckDB refuses it; the message says why."""
         require_int("limit", limit)
         require_text("query", query)
-        return self._ask(lambda state: _first_rows(state.database.select(query), limit))
+
+        def ask(state: State) -> pa.Table:
+            return state.database.interruptible(lambda: _first_rows(state.database.select(query), limit))
+
+        return self._ask(ask)
 
     def _records(self, run: str, stage: str, step: int, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:
         require_int("step", step)

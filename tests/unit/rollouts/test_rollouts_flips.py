@@ -18,7 +18,8 @@ from kdrl_core.look.ui.app import create_app
 
 FLIPS = 9
 """In each file, at random places. Below them, as many in the last bytes, where Parquet has its footer."""
-SQL = "select step, count(*) n, sum(reward) r, sum(length) l, sum(kl_sum) kl, max(seed) s from rollouts group by 1 order by 1"
+SQL = "select step, count(*), sum(reward), sum(length), sum(kl_sum), max(seed) from rollouts group by 1 order by 1"
+OURS = "select stage, avg(advantage) a, max(response_preview) p from rows group by 1"
 ADDRESSES = (
     "/api/steps",
     "/api/rollouts?sort=kl_mean&descending=true",
