@@ -57,9 +57,9 @@ def _decoded(response: httpx.Response) -> Iterator[bytes]:
     """The body in pieces of limited size."""
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding in ("", "identity"):
-        yield from response.iter_raw(_PIECE)
+        yield from response.iter_raw()
     elif encoding in ("gzip", "x-gzip", "deflate"):
-        yield from _inflated(response.iter_raw(_PIECE), may_be_raw=encoding == "deflate")
+        yield from _inflated(response.iter_raw(), may_be_raw=encoding == "deflate")
     else:
         raise httpx.DecodingError("its encoding was not asked for")
 

@@ -1,4 +1,4 @@
-"""Looking at somebody else's files is harmless: FIFOs, devices, links, huge files, small ones that decode to gigabytes."""
+"""Looking at somebody else's files is harmless: FIFOs, devices, links, huge files, small ones that become huge."""
 
 import json
 import os
