@@ -4,11 +4,12 @@ A FIFO in place of a file would make its reader wait for ever, and a link to /de
 """
 
 import errno
+import io
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kdrl_core.errors import KdrlError, visible
 
@@ -32,7 +33,7 @@ class UnusableFileError(KdrlError, OSError):
         return visible(f"{self.path} {self.problem}")
 
 
-def open_regular(path: Path, *, most_bytes: int = MOST_BYTES, follow_links: bool = False) -> BinaryIO:
+def open_regular(path: Path, *, most_bytes: int = MOST_BYTES, follow_links: bool = False) -> io.BufferedReader:
     """Open an ordinary file for reading; never waits for another process.
 
     Args:

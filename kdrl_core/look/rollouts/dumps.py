@@ -14,8 +14,9 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
@@ -76,7 +77,7 @@ def _verl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
             if isinstance(content.get("acc"), bool | int | float):
                 acc = _number(where, "acc", content["acc"])
                 row["accuracy_reward"] = acc
-                row["verdict"] = (VerdictKind.CORRECT if acc >= 1 else VerdictKind.WRONG).value
+                row["verdict"] = (VerdictKind.CORRECT if acc is not None and acc >= 1 else VerdictKind.WRONG).value
             row["reason"] = _words({name: value for name, value in content.items() if name not in _VERL_FIELDS})
             yield row.pop("step"), row, ["score"]
 
@@ -113,7 +114,7 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _opened(file: Path) -> BinaryIO:
+def _opened(file: Path) -> BufferedReader:
     try:
         return open_regular(file, most_bytes=2**63, follow_links=True)
     except OSError as error:

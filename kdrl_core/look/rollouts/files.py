@@ -176,7 +176,11 @@ def export_rollouts(
             if limit is not None and counted >= limit:
                 return
 
-    writers = {".parquet": _write_parquet, ".jsonl": _write_jsonl, ".csv": partial(_write_csv, quote=quote_formulas)}
+    writers: dict[str, Callable[[Path, pa.Schema, Iterator[pa.Table]], int]] = {
+        ".parquet": _write_parquet,
+        ".jsonl": _write_jsonl,
+        ".csv": partial(_write_csv, quote=quote_formulas),
+    }
     num_formulas = 0
 
     def write(file: Path) -> None:

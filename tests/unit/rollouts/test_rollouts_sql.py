@@ -194,7 +194,7 @@ def test_a_run_that_goes_on_is_queried_as_it_is_now(store: RolloutStore, run: Ru
     "query",
     [
         "select list_sum(range(3000000000))",
-        "select repeat('x', 8000000000)",
+        "select repeat('x', 4000000000)",
         "select list(i) from range(3000000000) t(i)",
         "select len(list_sort(range(3000000000)))",
     ],
