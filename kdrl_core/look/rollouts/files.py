@@ -138,6 +138,8 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+_Writer = Callable[[Path, pa.Schema, Iterator[pa.Table]], int]
+"""Writes a file; returns the number of texts that look like formulas."""
 
 
 def export_rollouts(
@@ -176,11 +178,8 @@ def export_rollouts(
             if limit is not None and counted >= limit:
                 return
 
-    writers: dict[str, Callable[[Path, pa.Schema, Iterator[pa.Table]], int]] = {
-        ".parquet": _write_parquet,
-        ".jsonl": _write_jsonl,
-        ".csv": partial(_write_csv, quote=quote_formulas),
-    }
+    csv_writer = partial(_write_csv, quote=quote_formulas)
+    writers: dict[str, _Writer] = {".parquet": _write_parquet, ".jsonl": _write_jsonl, ".csv": csv_writer}
     num_formulas = 0
 
     def write(file: Path) -> None:
