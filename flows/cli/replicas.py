@@ -100,10 +100,14 @@ class _Running:
         if self.has_answered:
             return
         with suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=_ANSWER_S) as client:
-            if client.get(f"{self.replica.url}/models").is_success:
+            with client.stream("GET", f"{self.replica.url}/models") as answer:  # its body is not read
+                is_up = answer.is_success
+            if is_up:
                 if self.asleep:
                     workers = self.replica.url.removesuffix("/v1") + "/collective_rpc"
-                    client.post(workers, json={"method": "kdrl_sleep"}, timeout=_SLEEP_S).raise_for_status()
+                    body = {"method": "kdrl_sleep"}
+                    with client.stream("POST", workers, json=body, timeout=_SLEEP_S) as answer:
+                        answer.raise_for_status()
                 self.has_answered = self.has_ever_answered = True
 
     def end(self, grace_s: float) -> None:

@@ -33,6 +33,10 @@ def export(
     ] = None,
     where: "RolloutFilter",
     limit: Annotated[int | None, typer.Option(min=1, help="Write at most N rollouts.")] = None,
+    quote_formulas: Annotated[
+        bool,
+        typer.Option("--quote-formulas", help="CSV: put ' before texts that begin with =, +, -, @, tab or CR."),
+    ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,7 +47,8 @@ def export(
     kdrl rollouts export first -o wrong.jsonl --step 143 --verdict wrong
     kdrl rollouts export a b -o rewards.csv --columns run,stage,step,prompt_id,sample,reward,length
 
-    The file appears only once it is complete. In CSV, lists are written as JSON.
+    The file appears only once it is complete. In CSV, lists are written as JSON. A spreadsheet may run a
+    text that begins with =, +, - or @ as a formula: such texts are counted, and quoted with --quote-formulas.
     """
     from kdrl_core.look.rollouts.files import SUFFIXES, export_rollouts
 
@@ -55,9 +60,20 @@ def export(
             if not total:
                 raise DataError("no rollout meets these conditions; nothing was written")
             total = min(total, limit or total)
+            formulas: list[int] = []
             written = export_rollouts(
-                store, where, output, columns=names, limit=limit, on_step=lambda done: progress("writing", done, total)
+                store,
+                where,
+                output,
+                columns=names,
+                limit=limit,
+                quote_formulas=quote_formulas,
+                on_formulas=formulas.append,
+                on_step=lambda done: progress("writing", done, total),
             )
+        if formulas:
+            fate = "quoted" if quote_formulas else "a spreadsheet may run them as formulas; see --quote-formulas"
+            err.say(f"{formulas[0]:,} texts begin with =, +, -, @, tab or CR: {fate}", style="yellow")
         if as_json:
             print_json({"path": str(output), "rollouts": written, "bytes": output.stat().st_size})
         else:

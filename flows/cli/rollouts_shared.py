@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from flows.cli.printed_tables import PIPED_WIDTH, grid
-from flows.cli.shared import PlainConsole, counted_progress, err, out, with_options
+from flows.cli.shared import PlainConsole, counted_progress, err, interruptible, out, with_options
 from kdrl_core.errors import DataError, visible
 
 if TYPE_CHECKING:
@@ -63,18 +63,18 @@ def open_store(runs: Sequence[str]) -> Iterator["RolloutStore"]:
     """The runs' rollouts. Shows a progress bar while a large index is made, and names damaged files at the end."""
     from kdrl_core.look.rollouts.query import RolloutStore
 
-    with ExitStack() as stack:
-        shown: Callable[[str, int, int | None], None] | None = None
+    with interruptible("nothing was changed"), ExitStack() as stack:
+        with ExitStack() as bar:
+            shown: Callable[[str, int, int | None], None] | None = None
 
-        def progress(done: int, total: int) -> None:
-            nonlocal shown
-            if shown is None and total > _QUICK_STEPS:
-                shown = stack.enter_context(counted_progress(err, "steps"))
-            if shown is not None:
-                shown("indexing", done, total)
+            def progress(done: int, total: int) -> None:
+                nonlocal shown
+                if shown is None and total > _QUICK_STEPS:
+                    shown = bar.enter_context(counted_progress(err, "steps"))
+                if shown is not None:
+                    shown("indexing", done, total)
 
-        store = RolloutStore.open(runs, progress=progress)
-    with store:
+            store = stack.enter_context(RolloutStore.open(runs, progress=progress))
         yield store
         damaged = store.damaged
         for file in damaged[:_TOLD_DAMAGED]:
@@ -87,7 +87,7 @@ def whole_range(option: str, text: str | None) -> tuple[int | None, int | None]:
     """`number_range` for whole numbers."""
     low, high = number_range(option, text)
     for end in (low, high):
-        if end is not None and end != int(end):
+        if end is not None and not end.is_integer():
             raise DataError(f"{option} {text}: steps are whole numbers")
     return None if low is None else int(low), None if high is None else int(high)
 

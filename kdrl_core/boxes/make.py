@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from kdrl_core.boxes.shards import num_shards
+from kdrl_core.config.small_files import read_json
 from kdrl_core.ledger import (
     Manifest,
     Run,
@@ -243,8 +244,8 @@ def report_progress(
 
 def read_progress(paths: RunPaths) -> dict[str, Any] | None:
     """The latest report; None if there is no valid one, since the file is only a hint."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads((paths.scratch / "progress.json").read_text())
+    with suppress(OSError, ValueError):
+        content = read_json(paths.scratch / "progress.json")
         kinds = {"stage": str, "step": int, "phase": str}
         if isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
             return content

@@ -13,6 +13,7 @@ from kdrl_core.config.faults import did_you_mean, explain
 from kdrl_core.config.plain_yaml import MAX_CHARS, NotYamlError, parse_yaml
 from kdrl_core.config.recipe import Recipe
 from kdrl_core.config.secrets import may_hold_key, shown
+from kdrl_core.config.small_files import read_small
 from kdrl_core.errors import RecipeError
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
@@ -43,8 +44,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_fields(path: Path, *, what: str) -> dict[str, Any]:
     """The fields of a YAML file. Raises RecipeError if it has none; the message calls the file `what`."""
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_CHARS + 1)
+        text = read_small(path, most_bytes=4 * MAX_CHARS, follow_links=True).decode()
         values = parse_yaml(text, hide=may_hold_key(text))
     except (NotYamlError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{what} {path}: cannot be read as YAML: {_one_line(error)}") from error

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from kdrl_core.engines.answer_body import ACCEPTED, BodyTooLargeError, most_bytes, read_body
 from kdrl_core.errors import EngineError
 
 _TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)}
@@ -45,7 +46,7 @@ class ServerClient:
         self._field, self._key_field = field, key_field
         _allow_connections(connections)
         self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers={"Accept-Encoding": ACCEPTED, **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
             follow_redirects=False,  # the key is for these servers alone
             trust_env=False,
             limits=httpx.Limits(max_connections=connections, keepalive_expiry=_KEEP_ALIVE_S),
@@ -70,6 +71,8 @@ class ServerClient:
             raise TransientError(f"{where} did not answer within {limit_s:g} s") from None
         except httpx.TransportError as error:
             raise TransientError(f"{where} cannot be reached ({type(error).__name__})") from None
+        except BodyTooLargeError as error:
+            raise TransientError(f"{where} sent {error}, more than was asked for") from None
         except httpx.DecodingError:
             raise TransientError(f"{where} sent an answer that cannot be decoded") from None
         status = response.status_code
@@ -94,13 +97,8 @@ class ServerClient:
     ) -> tuple[httpx.Response, bytes]:
         """An answer and its body. httpx limits the wait for each piece; the deadline limits the whole body."""
         deadline = time.monotonic() + limit_s
-        content = bytearray()
         with self._client.stream(method, url, json=body, timeout=limit_s) as response:
-            for piece in response.iter_bytes():
-                content += piece
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the body takes too long")
-        return response, bytes(content)
+            return response, read_body(response, most=most_bytes(body), deadline=deadline)
 
     def _holds_key(self, content: bytes) -> bool:
         """Whether a server has sent the key back, in any way that JSON may write it."""

@@ -1,9 +1,9 @@
 """Results of a published evaluation, read back."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import DamagedArtifactError
 
 RESULTS = "results.json"
@@ -19,10 +19,10 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     file = path / RESULTS
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(file)
         if not isinstance(content["benchmarks"], dict):
             raise TypeError("benchmarks is no object")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedArtifactError(
             f"{file} cannot be read ({type(error).__name__}: {error})",
             f"kdrl check says what else is damaged; move {path} away and go on: it is made anew",

@@ -20,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from kdrl_core.config.small_files import read_json, why
 from kdrl_core.data import PROBLEM_SCHEMA, render_prompts, think_opened
 from kdrl_core.engines.from_recipe import rollout_engine
 from kdrl_core.engines.protocols import RolloutEngine
@@ -201,13 +202,13 @@ def open_work(work: Path, settings: dict[str, Any]) -> Iterator[None]:
 def _bind(work: Path, settings: dict[str, Any]) -> None:
     file = work / SETTINGS
     remedy = "give another --output, or delete the folder to begin again"
-    if not file.is_file():
+    if not file.exists():
         replace_file(file, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{file} cannot be read ({error}); {remedy}") from error
+        found = read_json(file)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read ({why(error)}); {remedy}") from error
     if not isinstance(found, dict):
         raise RunError(f"{file} holds no settings; {remedy}")
     names = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))

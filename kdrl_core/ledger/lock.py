@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import RunLockedError
 from kdrl_core.ledger.manifest import begin_memory, end_memory
 from kdrl_core.ledger.publish import replace_file, storage_errors
@@ -69,7 +70,7 @@ def lock_holder(path: Path) -> str | None:
 
 def _holder(file: Path) -> str:
     try:
-        holder = json.loads(file.read_text())
+        holder = read_json(file)
         return f"pid {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import kdrl_core
+from kdrl_core.config.small_files import open_regular, read_json, why
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, RunError
 from kdrl_core.ledger.graph import FILTER_REPORT, POOL, node_at
 from kdrl_core.ledger.names import place_of
@@ -126,7 +127,7 @@ def manifest_of(path: Path) -> Manifest:
 def read_manifest(where: Path) -> Manifest:
     """The manifest in the file `where`. Raises DamagedArtifactError if it is not a valid manifest."""
     try:
-        content = json.loads(where.read_text(encoding="utf-8"))
+        content = read_json(where)
         if content.pop(_CHECKSUM) != _checksum(content):
             raise ValueError("it was altered: its checksum is not that of its content")
         manifest = Manifest(**content)
@@ -135,7 +136,7 @@ def read_manifest(where: Path) -> Manifest:
             if outside := [name for name in manifest.files if name.startswith("/") or ".." in Path(name).parts]:
                 raise ValueError(f"it lists {outside[0]}, which is not below it")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"it has no {error}" if isinstance(error, KeyError) else why(error)
         raise _unreadable(where, reason) from error
     return manifest
 
@@ -173,7 +174,7 @@ def verify_published(path: Path) -> Manifest:
 
 def digest(path: Path, *, durable: bool = False) -> tuple[int, str]:
     """Size and sha256 of a file; with `durable` its bytes are on the disk when this returns."""
-    with path.open("rb") as file:
+    with open_regular(path, most_bytes=2**63, follow_links=True) as file:
         found = hashlib.file_digest(file, "sha256")
         if durable:
             os.fsync(file.fileno())
@@ -219,13 +220,12 @@ def _checksum(content: Mapping[str, Any]) -> str:
 def _compare(path: Path, size: int, sha256: str) -> None:
     if not path.is_file():
         raise DamagedArtifactError(f"{path} was published but is missing", _REMEDY)
-    actual_size, actual = digest(path)
-    if (actual_size, actual) != (size, sha256):
-        raise DamagedArtifactError(
-            f"{path} is damaged: {actual_size} bytes with sha256 {actual[:12]}…, "
-            f"published were {size} bytes with {sha256[:12]}…",
-            _REMEDY,
-        )
+    if (actual_size := path.stat().st_size) != size:
+        problem = f"{path} is damaged: {actual_size} bytes are not the {size} that were published"
+        raise DamagedArtifactError(problem, _REMEDY)
+    if (actual := digest(path)[1]) != sha256:
+        problem = f"{path} is damaged: its sha256 is {actual[:12]}…, published was {sha256[:12]}…"
+        raise DamagedArtifactError(problem, _REMEDY)
 
 
 _REMEDY = "restore it from a backup; kdrl resume makes again the files that the run needs"

@@ -16,6 +16,7 @@ import kdrl_core
 from kdrl_core.config import Recipe, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
 from kdrl_core.config.changes import SAFE_FIELDS
 from kdrl_core.config.paths import artifacts_root
+from kdrl_core.config.small_files import read_json, why
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger.graph import folders
 from kdrl_core.ledger.lock import run_lock
@@ -135,16 +136,16 @@ def open_run(name: str, *, artifacts: Path | None = None) -> Run:
         RunError: no such run (the nearest names are given), or recipe.yaml is not the one that the manifest records.
     """
     paths = RunPaths.of(name, artifacts)
-    if paths.recipe.is_file() and not paths.manifest.is_file():
+    if paths.recipe.exists() and not paths.manifest.exists():
         raise RunError(
             f"{paths.manifest} is missing; to have it written anew: kdrl run --recipe {paths.recipe} --name {name}"
         )
-    if not paths.manifest.is_file():
+    if not paths.manifest.exists():
         known = list_runs(artifacts)
         listing = f"runs here: {', '.join(known[-8:])}" if known else "there are none yet; start one with kdrl run"
         raise RunError(f"no run '{name}' in {paths.root.parent}; {listing}")
     manifest = _read_manifest(paths)
-    if not paths.recipe.is_file():
+    if not paths.recipe.exists():
         raise RunError(f"{paths.recipe} is missing; {_REWRITE} --name {name}, with the recipe it was started with")
     recipe = load_recipe(paths.recipe)
     if config_hash(recipe) not in (manifest.get("config_hash"), manifest.get("announced_config_hash")):
@@ -221,16 +222,16 @@ def _restore_identity(paths: RunPaths, recipe: Recipe) -> None:
 
 def _created(path: Path) -> str:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["created_at"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(read_json(path)["created_at"])
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
 def _read_manifest(paths: RunPaths) -> Mapping[str, Any]:
     try:
-        manifest = json.loads(paths.manifest.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{paths.manifest} cannot be read ({error}); {_REWRITE} --name {paths.name}") from error
+        manifest = read_json(paths.manifest)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{paths.manifest} cannot be read ({why(error)}); {_REWRITE} --name {paths.name}") from error
     if not isinstance(manifest, dict):
         raise RunError(f"{paths.manifest} is not a manifest; {_REWRITE} --name {paths.name}")
     return manifest

@@ -7,13 +7,13 @@ run code when they are loaded, and an adapter names another model to fetch. Code
 where the recipe says `trust_remote_code: true`.
 """
 
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
+from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import ModelError, RecipeError
 from kdrl_core.models.tokenizer import read_tokenizer, trust_hint
 from kdrl_core.models.vocabulary import check_embedding, vocabulary_of
@@ -62,7 +62,7 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
             raise ModelError(f"{where}: no file {config.gguf_file} in {path}; correct {role}.gguf_file")
         return {}
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_json(path / "config.json", follow_links=True)
     except FileNotFoundError as error:
         what = "is not a model directory, it has no config.json; give the folder that save_pretrained wrote"
         raise ModelError(f"{where}: {path} {what}") from error
@@ -100,7 +100,7 @@ def _check_weight_files(path: Path) -> None:
     _shards(path)  # a file that an index names would be opened as a pickle unless it is called safetensors
     values: Any = {}
     with suppress(OSError, ValueError, RecursionError):  # reported where the file is read
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_json(path / "config.json", follow_links=True)
     if isinstance(values, dict) and values.get("transformers_weights") is not None:
         raise ModelError(
             f"{path / 'config.json'} names weights of its own choice (transformers_weights); "
@@ -131,7 +131,7 @@ def _shards(path: Path) -> list[str]:
     if (path / _WEIGHTS[0]).is_file():
         return []
     try:
-        names = sorted(set(json.loads((path / _WEIGHTS[1]).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(path / _WEIGHTS[1], follow_links=True)["weight_map"].values()))
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -184,7 +184,7 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
     """tokenizer_config.json; empty without one."""
     file = path / "tokenizer_config.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(read_json(file, follow_links=True))
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, OSError, RecursionError) as error:
@@ -299,7 +299,7 @@ def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory that was checked by `check_model_dir`."""
-    values: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_json(path / "config.json", follow_links=True)
     return values
 
 
@@ -308,7 +308,7 @@ def _generation_config(path: Path) -> dict[str, Any] | None:
     would not end where they should."""
     file = path / "generation_config.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(read_json(file, follow_links=True))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, OSError, RecursionError) as error:

@@ -4,11 +4,11 @@ Embeddings are padded, Qwen's differently per model size. Engines sample no id b
 teacher may be padded as they like. An id beyond the embedding is refused here.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import ModelError
 
 
@@ -18,7 +18,7 @@ def vocabulary_of(path: Path) -> dict[str, int] | None:
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file, follow_links=True)
         vocabulary = values["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}

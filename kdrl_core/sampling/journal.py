@@ -11,15 +11,19 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdrl_core.config.small_files import read_small
 from kdrl_core.ledger import storage_errors
 from kdrl_core.sampling.responses import Response
 from kdrl_core.types import FinishReason, RolloutRequest
 
 _MAX_LISTED = 8
+_MOST_BYTES = 2**33
+"""Most bytes of a journal: a shard of 1,024 responses of 32K tokens has 1 GB."""
 _logger = logging.getLogger("kdrl")
 
 
@@ -36,7 +40,9 @@ class Journal:
         self._requests = {(request.prompt_id, request.sample): request for request in requests}
         self._found: dict[tuple[str, int], Response] = {}
         self._took: dict[float, float] = {}
-        content = path.read_bytes() if path.is_file() else b""
+        content = b""
+        with suppress(FileNotFoundError):
+            content = read_small(path, most_bytes=_MOST_BYTES)
         self._is_cut = bool(content) and not content.endswith(b"\n")
         self._read(content)
 

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from kdrl_core.config.small_files import why
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Run, manifest_of, replace_file
 from kdrl_core.ledger.manifest import Kept, keep, recall, stamp_of
+from kdrl_core.tables.decoded import METRICS, READ, open_parquet
 from kdrl_core.tables.schemas import ALARMS, SCHEMA_VERSION
 from kdrl_core.types import ScoreRequest, Verdict
 
@@ -33,13 +35,20 @@ def write_table(table: pa.Table, path: Path) -> None:
     pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, without the partition columns. Raises DamagedArtifactError if it is not Parquet."""
+def read_table(path: Path, columns: list[str] | None = None, *, most_bytes: int = READ) -> pa.Table:
+    """Read one Parquet file, without the partition columns.
+
+    Raises DamagedArtifactError if it is not Parquet, or decodes to more than `most_bytes`.
+    """
+    remedy = "kdrl check RUN says what mends it"
     try:
-        return pq.ParquetFile(path).read(columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        problem = f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}"
-        raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
+        with open_parquet(path, columns=columns, most_bytes=most_bytes) as file:
+            return file.read(columns=columns)
+    except DamagedArtifactError as error:
+        raise DamagedArtifactError(f"{path} {error.problem}", remedy) from error
+    except (pa.ArrowException, OSError) as error:
+        problem = f"{path} cannot be read as Parquet: {(why(error).splitlines() or [''])[0]}"
+        raise DamagedArtifactError(problem, remedy) from error
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -189,7 +198,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
     rows: list[dict[str, Any]] | None = recall(Kept.DERIVED, path, stamp)
     if rows is None:
-        table = read_table(path)
+        table = read_table(path, most_bytes=METRICS)
         if "step" not in table.column_names:
             raise DamagedArtifactError(f"{path} has no column step", "kdrl resume writes it anew")
         rows = table.to_pylist()

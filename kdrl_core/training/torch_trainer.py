@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed
 from kdrl_core.logprobs.chunked import TokenStatistics
@@ -301,7 +302,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, torch.Te
     for key, value in load_file(path / STATE_DIR / _TENSORS).items():
         index, _, name = key.partition(".")
         moments[int(index)][name] = value
-    return json.loads((path / STATE_DIR / _STATE).read_text()), dict(moments)
+    return read_json(path / STATE_DIR / _STATE), dict(moments)
 
 
 def require_state(path: Path) -> None:

@@ -30,6 +30,7 @@ from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work, engine
 from kdrl_core.look.planning.memory import engine_weights, kv_bytes
 from kdrl_core.look.planning.placement import Placement, in_flight, replicas, sleeping_models
 from kdrl_core.look.planning.shapes import ModelShape
+from kdrl_core.tables.decoded import LOOKED_AT
 from kdrl_core.tables.files import load_metrics, read_table
 
 _EXPORT_BYTES = 4
@@ -195,7 +196,8 @@ def rates_of_run(run_name: str, *, gpus: int | None = None) -> tuple[Rates, Work
     stage = trained[-1]
     rows = load_metrics(run, stage)
     rows = rows[1:] or rows
-    prompts = read_table(run.paths.rollouts(stage, rows[-1]["step"]))["prompt_token_ids"]
+    path = run.paths.rollouts(stage, rows[-1]["step"])
+    prompts = read_table(path, ["prompt_token_ids"], most_bytes=LOOKED_AT)["prompt_token_ids"]
     mean_prompt = sum(len(ids) for ids in prompts.to_pylist()) / len(prompts)
     response = sum(row["response/length_mean"] for row in rows) / len(rows)
     work = work_of(run.recipe, stage, mean_response=response, mean_prompt=mean_prompt)

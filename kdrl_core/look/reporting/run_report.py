@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 
 from kdrl_core.boxes.make import Product, box
 from kdrl_core.config import dump_recipe
+from kdrl_core.config.small_files import read_json
 from kdrl_core.data import FilterReport
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, is_published
@@ -42,7 +43,7 @@ def render_report(run: Run, folder: Path) -> None:
         "filters": filter_reports(run),
         "samples": sample_responses(run, _NUM_SAMPLES),
         "recipe_yaml": dump_recipe(run.recipe),
-        "manifest": json.loads(run.paths.manifest.read_text(encoding="utf-8")),
+        "manifest": read_json(run.paths.manifest),
     }
     figure = dynamics_figure(run).to_html(
         full_html=False, include_plotlyjs=True, config={"responsive": True, "displaylogo": False}, div_id="dynamics"
@@ -56,7 +57,7 @@ def render_report(run: Run, folder: Path) -> None:
 
 def filter_reports(run: Run) -> dict[str, FilterReport]:
     """The filter's counts by stage."""
-    content = json.loads(run.paths.filter_report.read_text(encoding="utf-8"))
+    content = read_json(run.paths.filter_report)
     return {stage: FilterReport.from_json(values) for stage, values in content.items()}
 
 

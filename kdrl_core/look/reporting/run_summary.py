@@ -12,10 +12,11 @@ from kdrl_core.alarms import Alarm, alarms_of, resume_command, stopping_alarm
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.shards import num_shards, remaining_shards
 from kdrl_core.boxes.stage import checkpoint_steps
-from kdrl_core.errors import KdrlError
+from kdrl_core.errors import KdrlError, visible
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, adopted, is_published, lock_holder, manifest_of, open_run
 from kdrl_core.ledger.graph import evaluated_labels
+from kdrl_core.tables.decoded import LOOKED_AT
 from kdrl_core.tables.files import load_metrics, read_table
 
 MODEL_NAMES = {"base": "student before", "stage1": "after stage 1", "stage2": "after stage 2", "teacher": "teacher"}
@@ -116,7 +117,7 @@ def sample_responses(run: Run, count: int) -> list[dict[str, Any]]:
     path = run.paths.evaluation(run.recipe.stages[-1])
     if not is_published(path):
         return []
-    table = read_table(path / "responses.parquet")
+    table = read_table(path / "responses.parquet", most_bytes=LOOKED_AT)
     return [
         row
         for right in (1.0, 0.0)
@@ -210,11 +211,13 @@ def _change(ends: tuple[float, float] | None, digits: int) -> str:
 
 
 def named_status(name: str) -> dict[str, Any]:
-    """`run_status` of a run by name. If the run cannot be opened, its state says why."""
+    """`run_status` of a run by name. If the run cannot be read, its state says why: it must not hide the others."""
     try:
         return run_status(open_run(name))
     except KdrlError as error:
         return {"run": name, "state": f"unusable: {error}"}
+    except Exception as error:  # whatever a damaged or foreign file makes of its reader
+        return {"run": name, "state": f"unusable: {type(error).__name__}: {visible(' '.join(str(error).split()))}"}
 
 
 def run_status(run: Run) -> dict[str, Any]:

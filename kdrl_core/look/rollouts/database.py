@@ -10,13 +10,17 @@ hold for a user's query. Each of them alone stops the known attacks:
 """
 
 import json
+import os
+import resource
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -38,6 +42,17 @@ _CONFINED: dict[str, str | bool | int | float | list[str]] = {
     "preserve_insertion_order": False,
     "memory_limit": _MEMORY,
 }
+_AT_ONCE_BYTES = 2**32
+"""Address space that a user's query may take beyond what the process has. DuckDB's own limit leaves out the values of
+one expression, so `list_sum(range(3000000000))` would take 34 GB."""
+_PER_CORE_BYTES = 2**27
+"""Address space that the threads of a query reserve."""
+_TOO_MUCH = (
+    f"the query needs more memory than queries may use ({_MEMORY}, and {_AT_ONCE_BYTES / 2**30:.0f} GiB in one "
+    "piece); ask for less at once: fewer steps, columns or rows, no list of all values"
+)
+_INTERRUPTED_WITHIN_S = 5.0
+_Result = TypeVar("_Result")
 FILE_ERRORS = (
     duckdb.IOException,
     duckdb.InvalidInputException,
@@ -56,12 +71,15 @@ class Database:
         self._lock = threading.Lock()
         self._index: duckdb.DuckDBPyConnection | None = None
         self._spill = tempfile.TemporaryDirectory(prefix="kdrl-query-")
+        self._cursors: list[duckdb.DuckDBPyConnection] = []
+        """Those that answer a user's query now."""
         self._planner: duckdb.DuckDBPyConnection | None = None
         self._by_parts: dict[frozenset[str], duckdb.DuckDBPyConnection] = {}
 
     @contextmanager
     def cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection with the view `indexed` only, for our own queries."""
+        """A connection with the view `indexed` only, for our own queries. Raises DamagedIndexError."""
+        self._require_intact()
         with self._lock:
             if self._index is None:
                 self._index = self._open()
@@ -74,17 +92,41 @@ class Database:
         Raises:
             DataError: the query is not one SELECT, or DuckDB cannot answer it; the message says why.
             FILE_ERRORS: a file changed since the runs were looked at.
+            DamagedIndexError: an index is damaged.
         """
-        with self._told():
+        self._require_intact()
+        with self._told(), limited_memory():
             self._require_select(query)
             with self._lock:
                 parts = frozenset(self._parts_of(query))
                 if parts not in self._by_parts:
                     self._by_parts[parts] = self._open_views(parts)
-            with _read_only(self._by_parts[parts]) as cursor:
+            with self._read_only(self._by_parts[parts]) as cursor:
                 reader = cursor.sql(query).to_arrow_reader(10_000)
                 yield pa.RecordBatch.from_pylist([], schema=reader.schema)
                 yield from reader
+
+    def interruptible(self, work: Callable[[], _Result]) -> _Result:
+        """The result of `work`, which queries this database in a thread of its own. Ctrl-C interrupts it at once;
+        DuckDB itself would notice it only at the end."""
+        future: Future[_Result] = Future()
+
+        def answer() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # raised again where the result is asked for
+                future.set_exception(error)
+
+        threading.Thread(target=answer, name="kdrl-query", daemon=True).start()
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            give_up = time.monotonic() + _INTERRUPTED_WITHIN_S
+            while not future.done() and time.monotonic() < give_up:
+                for cursor in [*self._cursors]:
+                    cursor.interrupt()
+                wait([future], timeout=0.05)
+            raise
 
     def close(self) -> None:
         """Close all connections, and delete spilled data."""
@@ -92,6 +134,10 @@ class Database:
             if connection is not None:
                 connection.close()
         self._spill.cleanup()
+
+    def _require_intact(self) -> None:
+        for run in self._runs:
+            run.index.require_intact()
 
     def _open(self) -> duckdb.DuckDBPyConnection:
         """A new database that can read only the runs' files."""
@@ -120,10 +166,25 @@ class Database:
         return files
 
     @contextmanager
+    def _read_only(self, connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor within a transaction that cannot write."""
+        with connection.cursor() as cursor:
+            cursor.execute("begin transaction read only")
+            self._cursors.append(cursor)
+            try:
+                yield cursor
+            finally:
+                self._cursors.remove(cursor)
+                with suppress(duckdb.Error):
+                    cursor.execute("rollback")
+
+    @contextmanager
     def _told(self) -> Iterator[None]:
         """Turn DuckDB's errors into DataErrors with the same message, except errors about the runs' own files."""
         try:
             yield
+        except (duckdb.OutOfMemoryException, MemoryError):
+            raise DataError(_TOO_MUCH) from None
         except duckdb.CatalogException as error:
             raise DataError(f"the query failed: {error}\nThe views are rollouts, steps and prompts") from None
         except duckdb.Error as error:
@@ -145,10 +206,10 @@ class Database:
     def _parts_of(self, query: str) -> set[str]:
         """The parts whose bulky columns the query needs: those that DuckDB's plan reads."""
         try:
-            with _read_only(self._plans()) as cursor:
+            with self._read_only(self._plans()) as cursor:
                 plan = cursor.execute(f"explain (format json) {query}").fetchall()[0][1]
         except duckdb.Error:
-            with _read_only(self._plans()) as cursor:
+            with self._read_only(self._plans()) as cursor:
                 cursor.execute(query).fetchall()  # fails too, with a message about the query alone
             raise
         return set(_bulky_scans(json.loads(plan)))
@@ -172,16 +233,31 @@ class Database:
         return self._planner
 
 
+_limits = threading.Lock()
+_limited: list[tuple[int, int]] = []
+"""One entry for each query that runs: the limits before the first."""
+
+
 @contextmanager
-def _read_only(connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A cursor within a transaction that cannot write."""
-    with connection.cursor() as cursor:
-        cursor.execute("begin transaction read only")
-        try:
-            yield cursor
-        finally:
-            with suppress(duckdb.Error):
-                cursor.execute("rollback")
+def limited_memory() -> Iterator[None]:
+    """Limit the address space of this process while a user's query runs. Does nothing where the system cannot."""
+    with _limits:
+        before = _limited[0] if _limited else resource.getrlimit(resource.RLIMIT_AS)
+        if not _limited:
+            with suppress(OSError, ValueError):
+                pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+                most = pages * resource.getpagesize() + _AT_ONCE_BYTES + _PER_CORE_BYTES * (os.cpu_count() or 1)
+                if before[0] == resource.RLIM_INFINITY or most < before[0]:
+                    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+        _limited.append(before)
+    try:
+        yield
+    finally:
+        with _limits:
+            _limited.pop()
+            if not _limited:
+                with suppress(OSError, ValueError):
+                    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _add_steps(connection: duckdb.DuckDBPyConnection, step_rows: pa.Table) -> None:

@@ -3,49 +3,35 @@
 Export writes records (record.py) step by step, and compares every source file with its manifest. Parquet keeps the
 schema with the descriptions of its fields. In CSV, lists are written as JSON.
 
-verl (`trainer.rollout_data_dir`): `<step>.jsonl`, a line a response, with `input`, `output`, `score`, `step`, in newer
-versions `gts`, and whatever the reward function returned beside the score, such as `acc` and `pred`.
-TRL (`log_completions`): `completions_<step>.parquet` with `step`, `prompt`, `completion`, a column of rewards for each
-reward function, `advantage`, and other logged columns.
-
-Columns that a dump lacks stay null. A dump has no tokens: so there are no logprobs, and lengths need a tokenizer.
-Verdicts come only from verl's `acc`. A prompt's id is a hash of its text; the responses to a prompt are numbered in
-their order. Fields without a column are kept in `reason`, as text.
+An import reads the dumps that dumps.py describes. They have no tokens: so there are no logprobs, and lengths need a
+tokenizer. A prompt's id is a hash of its text; the responses to a prompt are numbered in their order.
 """
 
 import csv
 import hashlib
 import json
-import re
 import secrets
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import did_you_mean
+from kdrl_core.config.small_files import read_small
 from kdrl_core.data.text import as_unicode
 from kdrl_core.errors import DataError, ModelError
 from kdrl_core.ledger import RunPaths, publish_file, replace_file, storage_errors
-from kdrl_core.look.rollouts.filters import RolloutFilter
+from kdrl_core.look.rollouts.dumps import DUMP_READERS, Row, dump_files
+from kdrl_core.look.rollouts.filters import RolloutFilter, require_int
 from kdrl_core.look.rollouts.query import RolloutStore
 from kdrl_core.look.rollouts.record import RECORD, TIMINGS
 from kdrl_core.sampling.responses import repetition_rate
 from kdrl_core.tables.files import write_table
-from kdrl_core.types import VerdictKind
-
-_VERL_FILE = re.compile(r"(\d+)\.jsonl")
-_TRL_FILE = re.compile(r"completions_(\d+)\.parquet")
-_VERL_FIELDS = {"input", "output", "gts", "score", "step", "acc", "pred"}
-_TRL_FIELDS = {"step", "prompt", "completion", "advantage"}
-_MAX_STEP = 10**9
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +68,7 @@ def import_dump(
         ModelError: the tokenizer cannot be read.
         StorageError: the folder cannot be written.
     """
-    pattern, read = _READERS[kind]
-    files = _files(source, pattern, kind)
+    read, files = DUMP_READERS[kind], dump_files(source, kind)
     if output.exists():
         raise DataError(f"{output} exists; give a new name, or delete it")
     tokenize = None if tokenizer is None else _tokenizer(tokenizer)
@@ -111,108 +96,6 @@ def import_dump(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Imported(path=output, stage=kind, num_steps=len(written), num_rollouts=num_rollouts, reward_columns=rewards)
-
-
-def _files(source: Path, pattern: re.Pattern[str], kind: str) -> list[Path]:
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise DataError(f"{source}: no such file or folder")
-    found = [(int(match[1]), path) for path in source.rglob("*") if (match := pattern.fullmatch(path.name))]
-    if not found:
-        named = {
-            "verl": "<step>.jsonl (trainer.rollout_data_dir)",
-            "trl": "completions_<step>.parquet (log_completions)",
-        }
-        raise DataError(f"{source} has no dump of {kind}: files are called {named[kind]}")
-    return [path for _, path in sorted(found)]
-
-
-def _verl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file} line {number}"
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error}); delete the line, or dump it again") from None
-            if not isinstance(content, dict):
-                raise DataError(f"{where}: not a JSON object; each line of verl's dump is one")
-            row = _common(where, content, prompt="input", response="output", step=_file_step(file))
-            row["ground_truth"] = _text(content.get("gts"))
-            row["reward"] = _number(where, "score", content.get("score"))
-            row["extracted"] = _text(content.get("pred"))
-            if isinstance(acc := content.get("acc"), bool | int | float):
-                row["accuracy_reward"] = float(acc)
-                row["verdict"] = (VerdictKind.CORRECT if acc >= 1 else VerdictKind.WRONG).value
-            row["reason"] = _words({name: value for name, value in content.items() if name not in _VERL_FIELDS})
-            yield row.pop("step"), row, ["score"]
-
-
-def _trl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
-    try:
-        table = pq.ParquetFile(file).read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    rewards = [
-        field.name
-        for field in table.schema
-        if field.name not in _TRL_FIELDS and (pa.types.is_floating(field.type) or pa.types.is_integer(field.type))
-    ]
-    for number, content in enumerate(table.to_pylist()):
-        where = f"{file} row {number}"
-        row = _common(where, content, prompt="prompt", response="completion", step=_file_step(file))
-        scores = [_number(where, name, content[name]) for name in rewards]
-        known = [score for score in scores if score is not None]
-        row["reward"] = sum(known) if known else None
-        row["advantage"] = _number(where, "advantage", content.get("advantage"))
-        row["reason"] = _words({name: value for name, value in content.items() if name not in _TRL_FIELDS})
-        yield row.pop("step"), row, rewards
-
-
-_READERS = {"verl": (_VERL_FILE, _verl_rows), "trl": (_TRL_FILE, _trl_rows)}
-
-
-def _file_step(file: Path) -> int | None:
-    match = _VERL_FILE.fullmatch(file.name) or _TRL_FILE.fullmatch(file.name)
-    return int(match[1]) if match else None
-
-
-def _common(where: str, content: Row, *, prompt: str, response: str, step: int | None) -> Row:
-    texts = {name: _conversation(content.get(name)) for name in (prompt, response)}
-    if lacking := [name for name, text in texts.items() if text is None]:
-        raise DataError(f"{where}: field '{lacking[0]}' is missing or not text; is this the right --from?")
-    found = content.get("step", step)
-    if isinstance(found, str) and found.isdecimal():
-        found = int(found)
-    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < _MAX_STEP:
-        raise DataError(f"{where}: field 'step' is {found!r}; a whole number is expected")
-    return {"prompt": texts[prompt], "response": texts[response], "step": found}
-
-
-def _conversation(value: Any) -> str | None:
-    """A text as it is; a list of messages as lines of role and content; None for anything else."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
-        return "\n".join(f"{one.get('role') or ''}: {_text(one.get('content')) or ''}" for one in value)
-    return None
-
-
-def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _number(where: str, name: str, value: Any) -> float | None:
-    if value is None or isinstance(value, bool | int | float):
-        return None if value is None or value != value else float(value)
-    raise DataError(f"{where}: field '{name}' is {value!r}; a number is expected")
-
-
-def _words(extra: Row) -> str | None:
-    return ", ".join(f"{name} {_text(value)}" for name, value in extra.items() if value is not None) or None
 
 
 def _write(root: Path, stage: str, step: int, rows: Sequence[Row], tokenize: Callable[[str], list[int]] | None) -> int:
@@ -244,13 +127,19 @@ def _tokenizer(folder: Path) -> Callable[[str], list[int]]:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_str(read_small(folder / "tokenizer.json", follow_links=True).decode())
     except Exception as error:  # it raises bare Exceptions
         raise ModelError(f"{folder} has no usable tokenizer.json ({error}); give a model's folder") from error
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes a text that begins with one of these for a formula, and may run it."""
+
+
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+_Writer = Callable[[Path, pa.Schema, Iterator[pa.Table]], int]
+"""Writes a file; returns the number of texts that look like formulas."""
 
 
 def export_rollouts(
@@ -260,16 +149,22 @@ def export_rollouts(
     *,
     columns: Sequence[str] | None = None,
     limit: int | None = None,
+    quote_formulas: bool = False,
+    on_formulas: Callable[[int], None] = lambda cells: None,
     on_step: Callable[[int], None] = lambda rows: None,
 ) -> int:
     """Write the first `limit` rollouts that meet `where` to `path`, in the format of its suffix, sorted by run, stage,
     step and row; `columns` of the record, None: all. The file appears only once it is complete. Returns the number of
     rollouts; `on_step` is called with the number so far.
 
+    `on_formulas` is called with the number of cells of a CSV file that a spreadsheet may take for formulas, if there
+    are any. With `quote_formulas` these begin with a quote, so that it takes them for text.
+
     Raises DataError for an unknown column or suffix; StorageError if the file cannot be written.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: rollouts are exported as {', '.join(SUFFIXES)}; give a name with one of these")
+    require_int("limit", limit)
     schema = record_schema(columns)
     counted = 0
 
@@ -283,7 +178,17 @@ def export_rollouts(
             if limit is not None and counted >= limit:
                 return
 
-    replace_file(path, lambda file: _WRITERS[path.suffix](file, schema, counting()))
+    csv_writer = partial(_write_csv, quote=quote_formulas)
+    writers: dict[str, _Writer] = {".parquet": _write_parquet, ".jsonl": _write_jsonl, ".csv": csv_writer}
+    num_formulas = 0
+
+    def write(file: Path) -> None:
+        nonlocal num_formulas
+        num_formulas = writers[path.suffix](file, schema, counting())
+
+    replace_file(path, write)
+    if num_formulas:
+        on_formulas(num_formulas)
     return counted
 
 
@@ -298,30 +203,33 @@ def record_schema(columns: Sequence[str] | None) -> pa.Schema:
     return pa.schema([RECORD.field(name) for name in names], metadata=RECORD.metadata)
 
 
-def _write_parquet(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+def _write_parquet(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)
+    return 0
 
 
-def _write_jsonl(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+def _write_jsonl(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
     with path.open("w", encoding="utf-8") as file:
         for table in tables:
             for row in table.to_pylist():
                 file.write(json.dumps(row) + "\n")
+    return 0
 
 
-def _write_csv(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+def _write_csv(path: Path, schema: pa.Schema, tables: Iterator[pa.Table], *, quote: bool) -> int:
+    """Write the file; returns the number of texts that look like formulas."""
+    num_formulas = 0
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(schema.names)
         for table in tables:
             for row in table.to_pylist():
-                writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
-
-
-_WRITERS: dict[str, Callable[[Path, pa.Schema, Iterator[pa.Table]], Any]] = {
-    ".parquet": _write_parquet,
-    ".jsonl": _write_jsonl,
-    ".csv": _write_csv,
-}
+                cells = [json.dumps(value) if isinstance(value, list) else value for value in row.values()]
+                for place, cell in enumerate(cells):
+                    if isinstance(cell, str) and cell.startswith(_FORMULA):
+                        num_formulas += 1
+                        cells[place] = f"'{cell}" if quote else cell
+                writer.writerow(cells)
+    return num_formulas

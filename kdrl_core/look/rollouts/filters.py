@@ -42,7 +42,14 @@ class RolloutFilter:
     """Part of the prompt or the response; upper and lower case are the same."""
 
     def __post_init__(self) -> None:
-        """Raise DataError for an unknown verdict or finish reason."""
+        """Raise DataError for an unknown verdict or finish reason, an impossible number or broken text."""
+        for name in ("step_min", "step_max", "sample"):
+            require_int(name, getattr(self, name))
+        for field in fields(self):
+            if (value := getattr(self, field.name)) != value:
+                raise DataError(f"{field.name} is not a number; give one, or leave it out")
+        for name in ("run", "stage", "prompt_id", "text"):
+            require_text(name, getattr(self, name))
         for name, given, known in (
             ("verdict", self.verdicts or (), [kind.value for kind in VerdictKind]),
             ("finish reason", (self.finish_reason,) if self.finish_reason else (), [one.value for one in FinishReason]),
@@ -66,6 +73,27 @@ class RolloutFilter:
             parts.append(f"{column} {operator} ?")
             parameters.append(value)
         return " and ".join(parts), parameters
+
+
+MOST = 2**31 - 1
+"""The greatest step, sample, limit or offset."""
+
+
+def require_int(name: str, value: int | None) -> None:
+    """Raise DataError for a number that no column holds."""
+    if value is not None and not 0 <= value <= MOST:
+        if -MOST <= value < 0:
+            raise DataError(f"{name} {value} must not be negative")
+        shown = str(value) if abs(value) < 10**20 else f"{str(value)[:20]}…"
+        raise DataError(f"{name} {shown} is out of range: give a whole number from 0 to {MOST:,}")
+
+
+def require_text(name: str, value: str | None) -> None:
+    """Raise DataError for a text that is not Unicode, such as bytes of another encoding on the command line."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name} {value!r} is not valid UTF-8; give it in UTF-8") from None
 
 
 _CONDITIONS = {

@@ -6,6 +6,8 @@ hidden folder `.index`, which the ledger ignores, or in the user's cache if the 
     catalog.json            the segments; for every step the sizes and times of its files, its damage, its summary
     segment-….parquet       rows of consecutive steps, never changed
 
+Both have checksums (segments.py). What is damaged is made anew, and the log says so.
+
 A refresh compares size and time of every file of the run. It reads each file of new and changed steps once, compares it
 with its manifest, and adds these steps as a segment. If there are many segments, they are joined. Files are replaced by
 rename, and old ones stay for a while, since others may be reading them. If two processes refresh at once, the second
@@ -13,124 +15,66 @@ waits, and then finds the work done.
 """
 
 import hashlib
-import json
+import logging
 import os
-import re
-import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from kdrl_core.errors import StorageError
-from kdrl_core.ledger import replace_file
+from kdrl_core.errors import StorageError, visible
+from kdrl_core.ledger.manifest import Stamp, stamp_of
 from kdrl_core.look.rollouts.index_rows import IndexedStep, index_step, summarize_steps
-from kdrl_core.look.rollouts.record import RECORD_VERSION
+from kdrl_core.look.rollouts.segments import (
+    DamagedIndexError,
+    Segment,
+    check_segment,
+    read_catalog,
+    read_segment,
+    save_catalog,
+    write_segment,
+)
 from kdrl_core.look.rollouts.sources import DamagedFile, StepFiles, file_name, scan
 
-CATALOG = "catalog.json"
-_VERSION = f"1.{RECORD_VERSION}"
 MAX_ROWS = 2**18
 """Most rows of a joined segment, so that it fits into memory easily."""
-_ROWS_PER_GROUP = 2**14
+_MAX_BYTES = 2**30
+"""Most bytes of a joined segment in memory."""
 _KEPT_FOR_S = 600.0
-_SEGMENT = re.compile(r"segment-[0-9a-f]{16}\.parquet")
-_FOLDER = re.compile(r"rollouts/stage=[A-Za-z0-9._-]+/step=\d{6,9}")
 _PATIENCE_S = 300.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Segment:
-    """One file of the index."""
-
-    file: str
-    size: int
-    steps: list[IndexedStep]
-
-    @property
-    def num_rows(self) -> int:
-        """Rollouts in it."""
-        return sum(step.num_rows for step in self.steps)
-
-
-def read_catalog(folder: Path) -> list[Segment]:
-    """The segments in the catalog whose files exist; none if the catalog cannot be read or has another version."""
-    try:
-        content = json.loads((folder / CATALOG).read_bytes())
-        if content["version"] != _VERSION:
-            return []
-        segments = [_segment(one) for one in content["segments"]]
-        return [one for one in segments if _has_size(folder / one.file, one.size)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
-
-
-def _segment(content: dict[str, Any]) -> Segment:
-    """A segment from the catalog. Raises ValueError for a path outside the run, which may come from a stranger."""
-    folders = [step["folder"] for step in content["steps"]]
-    if not _SEGMENT.fullmatch(content["file"]) or not all(map(_FOLDER.fullmatch, folders)):
-        raise ValueError("a path that leads elsewhere")
-    steps = [IndexedStep(**step) for step in content["steps"]]
-    for step in steps:
-        step.stamps = {part: (stamp[0], stamp[1]) for part, stamp in step.stamps.items()}
-    return Segment(file=content["file"], size=content["size"], steps=steps)
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
-
-
-def save_catalog(folder: Path, segments: Sequence[Segment]) -> None:
-    content = {"version": _VERSION, "segments": [asdict(segment) for segment in segments]}
-    replace_file(folder / CATALOG, json.dumps(content, separators=(",", ":")).encode())
+_logger = logging.getLogger("kdrl")
 
 
 def still_true(folder: Path, segment: Segment, found: list[StepFiles]) -> Segment | None:
-    """The segment without steps that are gone or have changed; None if no step is left."""
+    """The segment without steps that are gone or have changed; None if no step is left. Raises DamagedIndexError if its
+    rows are needed and damaged."""
     stamps = {step.key: step.stamps for step in found}
     kept = [step for step in segment.steps if stamps.get(step.key) == step.stamps]
     if len(kept) == len(segment.steps):
         return segment
     if not kept:
         return None
-    try:
-        rows = _rows(folder, segment)
-    except (OSError, pa.ArrowException):
-        return None
+    rows = read_segment(folder, segment)
     lost = {step.key for step in segment.steps} - {step.key for step in kept}
     for stage, step in lost:
         rows = rows.filter(pc.invert(pc.and_(pc.equal(rows["stage"], stage), pc.equal(rows["step"], step))))
     return write_segment(folder, kept, rows)
 
 
-def _rows(folder: Path, segment: Segment) -> pa.Table:
-    return pq.ParquetFile(folder / segment.file).read()
-
-
-def write_segment(folder: Path, steps: list[IndexedStep], table: pa.Table) -> Segment:
-    """A new segment with these rows."""
-    path = folder / f"segment-{secrets.token_hex(8)}.parquet"
-    replace_file(path, lambda file: pq.write_table(table, file, compression="zstd", row_group_size=_ROWS_PER_GROUP))
-    return Segment(file=path.name, size=path.stat().st_size, steps=steps)
-
-
 def joined(folder: Path, segments: Sequence[Segment]) -> list[Segment]:
     """The same rows in as few segments as `MAX_ROWS` allows."""
     groups: list[list[Segment]] = []
     for segment in segments:
-        if groups and sum(one.num_rows for one in groups[-1]) + segment.num_rows <= MAX_ROWS:
+        together = [*groups[-1], segment] if groups else []
+        rows, size = sum(one.num_rows for one in together), sum(one.num_bytes for one in together)
+        if together and rows <= MAX_ROWS and size <= _MAX_BYTES:
             groups[-1].append(segment)
         else:
             groups.append([segment])
@@ -139,7 +83,7 @@ def joined(folder: Path, segments: Sequence[Segment]) -> list[Segment]:
         if len(group) == 1:
             made += group
         else:
-            table = pa.concat_tables([_rows(folder, segment) for segment in group])
+            table = pa.concat_tables([read_segment(folder, segment) for segment in group])
             made.append(write_segment(folder, [step for segment in group for step in segment.steps], table))
     return made
 
@@ -169,6 +113,8 @@ def waiting(path: Path) -> Iterator[None]:
 
 _STEPS_AT_ONCE = 64
 """Steps that are read before they are written. An interrupted build loses these at most."""
+_READ_AT_ONCE = 8
+_WORKERS = min(4, os.cpu_count() or 1)
 _JOINED = 16
 """This many neighbouring segments of similar size are joined, so segments are few and rows are rarely rewritten."""
 
@@ -185,6 +131,9 @@ class RunIndex:
         self.segments: list[Segment] = []
         self.missing: list[DamagedFile] = []
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._unusable: set[Path] = set()
+        self._compared: dict[Path, Stamp | None] = {}
+        """Segments that were found intact, and the stamps that their files had then."""
 
     @property
     def steps(self) -> list[IndexedStep]:
@@ -213,52 +162,69 @@ class RunIndex:
         """A copy of the index that a later refresh does not change."""
         taken = RunIndex(self.root)
         taken.folder, taken.segments, taken.missing = self.folder, list(self.segments), self.missing
+        taken._compared = self._compared
         return taken
 
-    def discard(self) -> None:
-        """Drop the index; the next refresh makes a new one. For an index whose files have changed."""
-        with suppress(OSError):
-            (self.folder / CATALOG).unlink()
-        self.segments = []
+    def require_intact(self) -> None:
+        """Raise DamagedIndexError if a segment is not as it was written. Reads each segment once; after that, only
+        those whose files have changed."""
+        stamps = {segment.file: stamp_of(self.folder / segment.file) for segment in self.segments}
+        new = [one for one in self.segments if self._compared.get(self.folder / one.file) != stamps[one.file]]
+        if not new:
+            return
+        with ThreadPoolExecutor(max_workers=_WORKERS) as pool:
+            for _ in pool.map(partial(check_segment, self.folder), new):
+                pass
+        self._compared.update({self.folder / one.file: stamps[one.file] for one in new})
 
-    def refresh(self, progress: Progress | None = None) -> bool:
-        """Bring the index up to date with the run's files. True if anything changed; otherwise it reads little."""
+    def refresh(self, progress: Progress | None = None, *, fault: str | None = None) -> bool:
+        """Bring the index up to date with the run's files. True if anything changed; otherwise it reads little.
+
+        `fault`: what a query of the index failed with. Its damaged segments are then made anew, or all if none is.
+        """
         before = [segment.file for segment in self.segments]
         found, self.missing = scan(self.root)
         if not found:
             self.segments = []
             return bool(before)
-        for folder in _places(self.root):
-            segments = read_catalog(folder)
-            known = {step.key: step.stamps for segment in segments for step in segment.steps}
-            if segments and known == {step.key: step.stamps for step in found}:
-                self.folder, self.segments = folder, segments
-                return before != [segment.file for segment in segments]
-        self._build(found, progress)
+        if fault is None:
+            stamps = {step.key: step.stamps for step in found}
+            for folder in self._places():
+                segments = read_catalog(folder).segments
+                if segments and stamps == {step.key: step.stamps for segment in segments for step in segment.steps}:
+                    self.folder, self.segments = folder, segments
+                    return before != [segment.file for segment in segments]
+        self._build(found, progress, fault)
         return before != [segment.file for segment in self.segments]
 
-    def _build(self, found: list[StepFiles], progress: Progress | None) -> None:
-        for folder in _places(self.root):
+    def _places(self) -> list[Path]:
+        return [place for place in _places(self.root) if place not in self._unusable]
+
+    def _build(self, found: list[StepFiles], progress: Progress | None, fault: str | None) -> None:
+        at_fault = self.folder
+        for folder in self._places():
             with suppress(OSError, StorageError):
                 folder.mkdir(parents=True, exist_ok=True)
                 if os.access(folder, os.W_OK):
-                    self._build_in(folder, found, progress)
+                    self._build_in(folder, found, progress, fault if folder == at_fault else None)
                     return
+            if fault is not None and folder == at_fault:
+                self._unusable.add(folder)  # damaged, and somebody else's
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="kdrl-index-")
-        self._build_in(Path(self._temporary.name), found, progress)
+        self._build_in(Path(self._temporary.name), found, progress, fault)
 
-    def _build_in(self, folder: Path, found: list[StepFiles], progress: Progress | None) -> None:
+    def _build_in(self, folder: Path, found: list[StepFiles], progress: Progress | None, fault: str | None) -> None:
         with waiting(folder / "lock"):
             self.folder = folder
-            self.segments = [kept for old in read_catalog(folder) if (kept := still_true(folder, old, found))]
+            self.segments = self._kept(folder, found, fault)
             known = {step.key for segment in self.segments for step in segment.steps}
             todo = [step for step in found if step.key not in known]
             done = 0
             if progress is not None and todo:
                 progress(0, len(todo))
             for batch in _batches(todo):
-                self.segments.append(_read_steps(folder, batch))
+                self.segments += _read_steps(folder, batch)
                 save_catalog(folder, self.segments)
                 done += len(batch)
                 if progress is not None:
@@ -266,6 +232,25 @@ class RunIndex:
             self._join()
             save_catalog(folder, self.segments)
             sweep(folder, {segment.file for segment in self.segments})
+
+    def _kept(self, folder: Path, found: list[StepFiles], fault: str | None) -> list[Segment]:
+        """The segments in `folder` that still hold. Says in the log what does not because it is damaged."""
+        catalog = read_catalog(folder)
+        kept, problems = [], list(catalog.problems)
+        for old in catalog.segments:
+            try:
+                if fault is not None:
+                    check_segment(folder, old)
+                if (true := still_true(folder, old, found)) is not None:
+                    kept.append(true)
+            except DamagedIndexError as error:
+                problems.append(error.problem)
+        if fault is not None and not problems:
+            kept, problems = [], [fault]
+        if problems:
+            told = f"{problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}"
+            _logger.warning("%s", visible(f"index {folder}: {told}; what is damaged in it is made anew"))
+        return kept
 
     def _join(self) -> None:
         """Join `_JOINED` neighbours of similar size, unless the file would become too large for memory."""
@@ -275,7 +260,8 @@ class RunIndex:
             small = [number for number, one in enumerate(self.segments) if len(one.steps) < size]
             for start, stop in reversed(_consecutive(small)):
                 if stop - start >= _JOINED:
-                    self.segments[start:stop] = joined(self.folder, self.segments[start:stop])
+                    with suppress(DamagedIndexError):  # the first query finds it and has it made anew
+                        self.segments[start:stop] = joined(self.folder, self.segments[start:stop])
             size *= _JOINED
 
 
@@ -302,9 +288,19 @@ def _batches(todo: Sequence[StepFiles]) -> Iterator[Sequence[StepFiles]]:
         yield from ([step] for step in under_way)
 
 
-def _read_steps(folder: Path, batch: Sequence[StepFiles]) -> Segment:
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        read = list(pool.map(index_step, batch))
+def _read_steps(folder: Path, batch: Sequence[StepFiles]) -> Iterator[Segment]:
+    """Steps as a segment, or as several if their rows take much memory."""
+    read: list[tuple[IndexedStep, pa.Table]] = []
+    with ThreadPoolExecutor(max_workers=_WORKERS) as pool:
+        for start in range(0, len(batch), _READ_AT_ONCE):
+            read += pool.map(index_step, batch[start : start + _READ_AT_ONCE])
+            is_last = start + _READ_AT_ONCE >= len(batch)
+            if is_last or sum(rows.nbytes for _, rows in read) > _MAX_BYTES:
+                yield _written(folder, read)
+                read = []
+
+
+def _written(folder: Path, read: Sequence[tuple[IndexedStep, pa.Table]]) -> Segment:
     table = pa.concat_tables([rows for _, rows in read])
     summaries = summarize_steps(table)
     for step, _ in read:

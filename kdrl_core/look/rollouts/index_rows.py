@@ -14,9 +14,10 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
+from kdrl_core.config import read_fields
 from kdrl_core.config.paths import resolve_path
+from kdrl_core.config.small_files import read_small
 from kdrl_core.errors import DamagedArtifactError, KdrlError
 from kdrl_core.ledger import RunPaths
 from kdrl_core.look.rollouts.record import PARTS, RECORD, SCALARS, TIMINGS
@@ -24,6 +25,8 @@ from kdrl_core.look.rollouts.sources import DamagedFile, Stamp, StepFiles, bulky
 from kdrl_core.types import VerdictKind
 
 PREVIEW_CHARS = 200
+_MOST_BYTES = 2**28
+"""Most bytes of a step's rows of the index in memory; 1,024 rollouts have half a MB."""
 _ENTROPIES = "entropies"
 
 INDEX = pa.schema(
@@ -85,7 +88,7 @@ def index_step(files: StepFiles) -> tuple[IndexedStep, pa.Table]:
             if _ENTROPIES in table.column_names:
                 values["entropy_mean"] = list_means(table[_ENTROPIES])
         except (DamagedArtifactError, pa.ArrowException, KeyError) as error:
-            problem = error.problem if isinstance(error, DamagedArtifactError) else str(error).splitlines()[0]
+            problem = error.problem if isinstance(error, DamagedArtifactError) else (str(error).splitlines() or [""])[0]
             step.damaged[part] = problem.removeprefix(f"{files.path(part)} ")
             if part == "rollouts":
                 break
@@ -96,7 +99,12 @@ def index_step(files: StepFiles) -> tuple[IndexedStep, pa.Table]:
     if ids is None:
         return step, INDEX.empty_table()
     step.num_rows = len(ids)
-    return step, _table(step, columns)
+    table = _table(step, columns)
+    if table.nbytes > _MOST_BYTES:
+        step.damaged["rollouts"] = f"has single values of {table.nbytes:,} bytes, more than {_MOST_BYTES:,}"
+        step.num_rows, step.bulky = 0, {}
+        return step, INDEX.empty_table()
+    return step, table
 
 
 def _table(step: IndexedStep, columns: dict[str, Any]) -> pa.Table:
@@ -274,7 +282,7 @@ class TokenReader:
                 from tokenizers import Tokenizer  # only where a response is shown in full
 
                 with suppress(Exception):  # each kind of damage raises its own error, some a bare Exception
-                    self._tokenizer = Tokenizer.from_file(str(self._candidates[0]))
+                    self._tokenizer = Tokenizer.from_str(read_small(self._candidates[0], follow_links=True).decode())
                 self._candidates.pop(0)
             return self._tokenizer
 
@@ -283,7 +291,7 @@ def _tokenizer_files(root: Path, stage: str) -> Iterator[Path]:
     """tokenizer.json files that the stage may have used, most likely first."""
     paths = RunPaths(root)
     folders = [*sorted((root / "checkpoints" / stage).glob("step-*"), reverse=True), paths.student]
-    with suppress(OSError, ValueError, yaml.YAMLError, KdrlError, KeyError, TypeError, RecursionError):
-        folders.append(resolve_path(yaml.safe_load(paths.recipe.read_text())["student"]["path"]))
+    with suppress(OSError, ValueError, KdrlError, KeyError, TypeError):
+        folders.append(resolve_path(read_fields(paths.recipe, what="recipe")["student"]["path"]))
     folders += sorted((root / "checkpoints").glob("*/step-*"))
     yield from (file for folder in folders if (file := folder / "tokenizer.json").is_file())

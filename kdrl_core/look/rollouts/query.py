@@ -17,15 +17,18 @@ import pyarrow.compute as pc
 from kdrl_core.errors import DamagedArtifactError, DataError, RunError
 from kdrl_core.ledger import RunPaths, lock_holder
 from kdrl_core.look.rollouts.database import FILE_ERRORS
-from kdrl_core.look.rollouts.filters import Page, RolloutFilter, find_page
+from kdrl_core.look.rollouts.filters import Page, RolloutFilter, find_page, require_int, require_text
 from kdrl_core.look.rollouts.index import Progress, RunIndex
 from kdrl_core.look.rollouts.index_rows import TokenReader, as_records, finite, step_table
 from kdrl_core.look.rollouts.record import RECORD
+from kdrl_core.look.rollouts.segments import DamagedIndexError
 from kdrl_core.look.rollouts.sources import DamagedFile, find_run
 from kdrl_core.look.rollouts.state import Key, State, metrics_stamps
 from kdrl_core.look.rollouts.views import IndexedRun
 
 _TOO_MUCH = "this needs more memory than queries may use; choose fewer steps, a stage or a run, or a smaller offset"
+_FAULTS = (duckdb.Error, pa.ArrowException, UnicodeDecodeError, DamagedIndexError)
+"""What a query of ours may fail with if an index is damaged."""
 _Answer = TypeVar("_Answer")
 
 __all__ = ["DamagedFile", "Page", "RolloutFilter", "RolloutStore", "RunInfo"]
@@ -54,6 +57,7 @@ class RolloutStore:
         self._retired: list[State] = []
         self._tokens: dict[tuple[Path, str], TokenReader] = {}
         self._damaged_since: dict[Path, DamagedFile] = {}
+        self._has_renewed = False
         for run in self._runs:
             run.index.refresh(progress)
         self._state = State(self._runs)
@@ -92,12 +96,15 @@ class RolloutStore:
             changed = [run.index.refresh() for run in self._runs]
             if not any(changed) and metrics_stamps(self._runs) == self._state.metrics_stamps:
                 return False
-            self._retired.append(self._state)
-            self._state = State(self._runs)
-            for old in self._retired[:-2]:  # earlier callers may still be reading the newer ones
-                old.database.close()
-            del self._retired[:-2]
+            self._replace_state()
             return True
+
+    def _replace_state(self) -> None:
+        self._retired.append(self._state)
+        self._state = State(self._runs)
+        for old in self._retired[:-2]:  # earlier callers may still be reading the newer ones
+            old.database.close()
+        del self._retired[:-2]
 
     def runs(self) -> list[RunInfo]:
         found = []
@@ -134,10 +141,10 @@ class RolloutStore:
         offset: int = 0,
     ) -> Page:
         """Some of the rollouts that meet `where`, sorted. Raises DataError if there is no such column, or limit or
-        offset is negative."""
+        offset is negative or too large."""
         where = where or RolloutFilter()
-        if limit < 0 or offset < 0:
-            raise DataError(f"limit {limit} and offset {offset} must not be negative")
+        require_int("limit", limit)
+        require_int("offset", offset)
 
         def ask(state: State) -> Page:
             with state.database.cursor() as cursor:
@@ -211,9 +218,18 @@ class RolloutStore:
     def sql(self, query: str, *, limit: int | None = None) -> pa.Table:
         """The result of a query over the views `rollouts`, `steps` and `prompts`: its first `limit` rows, or all.
         Raises DataError if it is not a single SELECT, or DuckDB refuses it; the message says why."""
-        return self._ask(lambda state: _first_rows(state.database.select(query), limit))
+        require_int("limit", limit)
+        require_text("query", query)
+
+        def ask(state: State) -> pa.Table:
+            return state.database.interruptible(lambda: _first_rows(state.database.select(query), limit))
+
+        return self._ask(ask)
 
     def _records(self, run: str, stage: str, step: int, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:
+        require_int("step", step)
+        require_int("sample", sample)
+        require_text("prompt_id", prompt_id)
         state, key = self._state, (run, stage, step)
         table = step_table(*state.files(key), RECORD.names, self._note_damaged)
         wanted = pc.equal(table["prompt_id"], prompt_id)
@@ -232,26 +248,37 @@ class RolloutStore:
             return self._tokens.setdefault((root, stage), TokenReader(root, stage))
 
     def _ask(self, question: Callable[[State], _Answer]) -> _Answer:
-        """Answer from the present state. If a file has changed meanwhile, try again after a refresh, then after making
-        new indexes."""
-        for remedy in (self.refresh, self._renew):
+        """Answer from the present state. If that fails because files have changed, try again after a refresh, then
+        after making anew what is damaged of the indexes.
+
+        Raises:
+            DataError: the answer takes too much memory, or DuckDB cannot give it.
+            DamagedArtifactError: a file of the runs cannot be read.
+        """
+        for remedy in (lambda _: self.refresh(), self._renew, None):
             try:
                 return question(self._state)
-            except FILE_ERRORS:
-                remedy()
             except duckdb.OutOfMemoryException:
                 raise DataError(_TOO_MUCH) from None
-        try:
-            return question(self._state)
-        except FILE_ERRORS as error:
-            problem = f"a file of the runs cannot be read: {str(error).splitlines()[0]}"
-            raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
+            except _FAULTS as error:
+                if remedy is not None:
+                    remedy(error)
+                elif isinstance(error, FILE_ERRORS):
+                    problem = f"a file of the runs cannot be read: {_first_line(error)}"
+                    raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
+                else:
+                    raise DataError(f"DuckDB cannot answer this: {_first_line(error)}") from error
+        raise AssertionError("unreachable")
 
-    def _renew(self) -> None:
+    def _renew(self, error: Exception) -> None:
+        """Make anew what is damaged of the indexes. An error that says nothing of files does so once only: the question
+        itself may be at fault."""
         with self._lock:
-            for run in self._runs:
-                run.index.discard()
-            self.refresh()
+            if not self._has_renewed or isinstance(error, (DamagedIndexError, *FILE_ERRORS)):
+                self._has_renewed = True
+                for run in self._runs:
+                    run.index.refresh(fault=f"a query failed ({_first_line(error)})")
+            self._replace_state()
 
 
 _HISTORY_SQL = """
@@ -271,6 +298,10 @@ def _first_rows(batches: Iterator[pa.RecordBatch], limit: int | None) -> pa.Tabl
         if limit is not None and num_rows >= limit:
             break
     return pa.Table.from_batches(found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _names(roots: Sequence[Path]) -> list[str]:

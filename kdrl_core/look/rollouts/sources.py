@@ -16,16 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import did_you_mean
+from kdrl_core.config.small_files import read_small, why
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import artifacts_root, manifest_of, validate_run_name
 from kdrl_core.ledger.artifact import ARTIFACTS
 from kdrl_core.ledger.manifest import file_manifest_path
-from kdrl_core.look.rollouts.record import PARTS
+from kdrl_core.look.rollouts.record import PARTS, RECORD
+from kdrl_core.tables.decoded import LOOKED_AT, decodable
 from kdrl_core.tables.schemas import SCHEMA_VERSION
 
 _STAGE = re.compile(r"stage=([A-Za-z0-9][A-Za-z0-9._-]*)")
 _STEP = re.compile(r"step=(\d{6,9})")
 _VERSION_KEY = b"kdrl.schema_version"
+_MOST_BYTES = 2**33
+"""Most bytes of a file of a step."""
 
 _PART_OF = {ARTIFACTS[part].file: part for part in PARTS}
 
@@ -111,19 +115,15 @@ def scan(root: Path) -> tuple[list[StepFiles], list[DamagedFile]]:
 
 def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
     """The `columns` that the file has, after its bytes were compared with its manifest, if there is one. Raises
-    DamagedArtifactError if it is damaged, belongs elsewhere, has another schema version, or has no ids."""
-    path = step.path(part)
+    DamagedArtifactError if it is damaged, belongs elsewhere, has another schema version, has no ids, or is too large in
+    memory: what the record takes of a file must fit, even if `columns` are fewer, since queries read the rest."""
+    content = _verified(step.path(part))
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _damaged(f"cannot be read: {error.strerror}") from error
-    _verify(path, content)
-    try:
-        file = pq.ParquetFile(pa.BufferReader(content))
+        file = decodable(lambda: pa.BufferReader(content), most_bytes=LOOKED_AT, columns=[*RECORD.names, *columns])
         _require_readable(file.schema_arrow)
         return file.read(columns=[name for name in columns if name in file.schema_arrow.names])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _damaged(f"cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        raise _damaged(f"cannot be read as Parquet: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def bulky_columns(step: StepFiles, part: str) -> list[str]:
@@ -132,14 +132,19 @@ def bulky_columns(step: StepFiles, part: str) -> list[str]:
     return [name for name in PARTS[part] if name in names]
 
 
-def _verify(path: Path, content: bytes) -> None:
-    if not file_manifest_path(path).is_file():
-        return  # just published, or not written by kdrl
-    manifest = manifest_of(path)
-    if len(content) != manifest.size:
-        raise _damaged(f"is damaged: {len(content)} bytes are not the {manifest.size} that were published")
-    if (found := hashlib.sha256(content).hexdigest()) != manifest.sha256:
-        raise _damaged(f"is damaged: its sha256 is {found[:12]}…, published was {manifest.sha256[:12]}…")
+def _verified(path: Path) -> bytes:
+    """The bytes of a file, which are those of its manifest, if it has one."""
+    manifest = manifest_of(path) if file_manifest_path(path).is_file() else None  # just published, or not by kdrl
+    size = _MOST_BYTES if manifest is None else manifest.size
+    try:
+        if manifest is not None and (found := path.stat().st_size) != size:
+            raise _damaged(f"is damaged: {found} bytes are not the {size} that were published")
+        content = read_small(path, most_bytes=min(size, _MOST_BYTES), follow_links=True)
+    except OSError as error:
+        raise _damaged(f"cannot be read: {why(error)}") from error
+    if manifest is not None and (sha256 := hashlib.sha256(content).hexdigest()) != manifest.sha256:
+        raise _damaged(f"is damaged: its sha256 is {sha256[:12]}…, published was {manifest.sha256[:12]}…")
+    return content
 
 
 def _require_readable(schema: pa.Schema) -> None:

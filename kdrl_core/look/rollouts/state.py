@@ -23,6 +23,7 @@ from kdrl_core.look.rollouts.index_rows import SUMMARY, IndexedStep, finite
 from kdrl_core.look.rollouts.record import TIMINGS
 from kdrl_core.look.rollouts.sources import StepFiles
 from kdrl_core.look.rollouts.views import IndexedRun, files_sql
+from kdrl_core.tables.decoded import METRICS
 from kdrl_core.tables.files import read_table
 
 Key = tuple[str, str, int]
@@ -166,7 +167,7 @@ def _metrics(run: IndexedRun, stage: str) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for path in (paths.metrics(stage), paths.timings(stage)):
         with suppress(KdrlError, KeyError):
-            for row in read_table(path).to_pylist() if path.is_file() else []:
+            for row in read_table(path, most_bytes=METRICS).to_pylist() if path.is_file() else []:
                 values = {name: finite(float(value)) for name, value in row.items() if isinstance(value, int | float)}
                 values.pop("step", None)
                 found.setdefault(row["step"], {}).update(values)

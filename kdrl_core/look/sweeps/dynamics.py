@@ -1,6 +1,5 @@
 """The last stage of a sweep's cells: metrics by step, time by phase, a few responses."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -9,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from kdrl_core.config import Recipe, diff_recipes
+from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, adopted, is_published, open_run
 from kdrl_core.look.reporting.run_report import filter_reports
@@ -136,7 +136,7 @@ def _environments(runs: Sequence[Run]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         with suppress(KdrlError, OSError, ValueError):
-            manifest = json.loads(run.paths.manifest.read_text(encoding="utf-8"))
+            manifest = read_json(run.paths.manifest)
             found[_versions(manifest)].append(run.name)
             for part in adopted(run):
                 if _versions(part) != _versions(manifest):

@@ -15,6 +15,7 @@ from kdrl_core.ledger.graph import reference_labels
 from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, summarize
 from kdrl_core.look.sweeps.spec import Claim
 from kdrl_core.look.sweeps.state import CellState, CellStatus
+from kdrl_core.tables.decoded import LOOKED_AT
 from kdrl_core.tables.files import load_metrics, read_table
 
 _OF_SOME = {"response/repetition_overlong": "response/clip_ratio", "kd/kl_unmasked": "kd/active_frac"}
@@ -245,7 +246,9 @@ def _watched(run: Run, stage: str, *, before_s: float) -> Iterator[Watched]:
 
 def _model(path: Path) -> ModelScores:
     verify_published(path)
-    table = read_table(path / "responses.parquet").select(["benchmark", "prompt_id", "accuracy_reward", "length"])
+    table = read_table(
+        path / "responses.parquet", ["benchmark", "prompt_id", "accuracy_reward", "length"], most_bytes=LOOKED_AT
+    )
     means = table.group_by(["benchmark", "prompt_id"], use_threads=False).aggregate([("accuracy_reward", "mean")])
     scores: dict[str, dict[str, float]] = {}
     for row in means.to_pylist():

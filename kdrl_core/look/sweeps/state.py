@@ -19,6 +19,7 @@ from typing import Any
 
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.config.paths import artifacts_root, validate_run_name
+from kdrl_core.config.small_files import read_json, why
 from kdrl_core.errors import KdrlError, RunError
 from kdrl_core.ledger import RunPaths, lock_holder, open_run, replace_file
 from kdrl_core.look.sweeps.spec import CellName, SweepSpec, validate_sweep
@@ -98,11 +99,11 @@ def list_started() -> list[str]:
 def read_record(name: str) -> SweepRecord:
     """A sweep that was started. Raises RunError if there is none of that name, or its record cannot be read."""
     path = SweepPaths.of(name).record
-    if not path.is_file():
+    if not path.exists():
         known = ", ".join(list_started()) or "none yet"
         raise RunError(f"no sweep '{name}' was started here (started: {known}); start it with: kdrl sweep run {name}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return SweepRecord(
             spec=validate_sweep(content["spec"], origin=str(path)),
             overrides=tuple(content["overrides"]),
@@ -110,9 +111,9 @@ def read_record(name: str) -> SweepRecord:
             cells=tuple(CellName(**cell) for cell in content["cells"]),
             origin=Origin(**content.get("origin", {})),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} cannot be read ({error}); have it written anew: kdrl sweep run, with the options it had"
+            f"{path} cannot be read ({why(error)}); have it written anew: kdrl sweep run, with the options it had"
         ) from error
 
 
@@ -136,8 +137,8 @@ class CellStatus(CellName):
 def cell_status(paths: SweepPaths, cell: CellName) -> CellStatus:
     """The status of a cell, read from its run's files. A run that cannot be opened has failed."""
     failure = None
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        failure = str(json.loads(paths.failure(cell.run).read_text(encoding="utf-8"))["reason"])
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        failure = str(read_json(paths.failure(cell.run))["reason"])
     state, detail = state_of(cell.run, failure=failure)
     return CellStatus(run=cell.run, variant=cell.variant, seed=cell.seed, state=state, detail=detail)
 

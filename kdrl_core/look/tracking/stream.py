@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.config import TrackerName
+from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import KdrlError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_step, is_published, manifest_of, replace_file
@@ -116,7 +117,7 @@ def _cursor(run: Run, name: str) -> Path:
 
 def _read(run: Run, name: str) -> Sent:
     with suppress(OSError, ValueError, TypeError):
-        return Sent(**json.loads(_cursor(run, name).read_text(encoding="utf-8")))
+        return Sent(**read_json(_cursor(run, name)))
     return Sent()
 
 

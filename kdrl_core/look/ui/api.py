@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse
 
 from kdrl_core.errors import KdrlError
+from kdrl_core.look.rollouts.filters import MOST
 from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 EVERY_S = 2.0
@@ -72,7 +73,7 @@ MAX_ROWS = 500
 GROUP_CHARACTERS = 20_000
 """Characters of each response of a group; the sample view has all."""
 
-_MAX_OFFSET = 2**31 - 1
+_Whole = Annotated[int, Query(ge=0, le=MOST)]
 _SMALL = (str, int, float, bool, type(None))
 
 
@@ -111,17 +112,17 @@ def api_of(store: RolloutStore, *, look_every_s: float = EVERY_S) -> APIRouter:
         sort: str = "step",
         descending: bool = False,
         limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 100,
-        offset: Annotated[int, Query(ge=0, le=_MAX_OFFSET)] = 0,
+        offset: _Whole = 0,
     ) -> JSONResponse:
         page = store.page(where, sort=sort, descending=descending, limit=limit, offset=offset)
         return JSONResponse({"total": page.total, "rows": [plain(row) for row in page.rows]})
 
     @api.get("/rollout")
-    def rollout(run: str, stage: str, step: int, prompt_id: str, sample: int) -> JSONResponse:
+    def rollout(run: str, stage: str, step: _Whole, prompt_id: str, sample: _Whole) -> JSONResponse:
         return JSONResponse(plain(store.record(run=run, stage=stage, step=step, prompt_id=prompt_id, sample=sample)))
 
     @api.get("/group")
-    def group(run: str, stage: str, step: int, prompt_id: str) -> JSONResponse:
+    def group(run: str, stage: str, step: _Whole, prompt_id: str) -> JSONResponse:
         found = store.group(run=run, stage=stage, step=step, prompt_id=prompt_id)
         return JSONResponse({"responses": [_without_tokens(one) for one in found]})
 

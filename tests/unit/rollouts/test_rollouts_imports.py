@@ -187,3 +187,28 @@ def test_odd_but_right_dumps(tmp_path: Path) -> None:
     assert by_response["It is 0."]["reward"] is None
     assert by_response["y"]["prompt"] == "user: x"
     assert by_response["? half \x00"]["reason"] == 'format_score 0.5, extra {"a": [1]}'
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("score", "1" + "0" * 400, "'score' is 1000.*…; a number up to 3.4e38"),
+        ("score", "NaN", "'score' is nan; a number up to"),
+        ("score", "1e999", "'score' is inf; a number up to"),
+        ("score", "-1e300", "'score' is -1e\\+300; a number up to"),
+        ("score", "[1]", r"'score' is \[1\]; a number is expected"),
+        ("acc", "1" + "0" * 400, "'acc' is 1000"),
+        ("step", "1" + "0" * 25, "'step' is 10000000000000000000000000; a whole number from 0 to 999,999,999"),
+        ("step", '"' + "1" * 5000 + '"', "'step' is '1111.*…; a whole number"),
+        ("step", "1e25", r"'step' is 1e\+25; a whole number"),
+        ("step", "-1", "'step' is -1; a whole number"),
+        ("score", "1" * 5000, "not JSON"),
+    ],
+)
+def test_numbers_that_no_column_holds_are_told(tmp_path: Path, field: str, value: str, told: str) -> None:
+    (tmp_path / "7.jsonl").write_text(f'{{"input": "a", "output": "b", "score": 1, "step": 1, "{field}": {value}}}\n')
+    with pytest.raises(DataError, match=told) as raised:
+        import_dump(tmp_path, "verl", tmp_path / "run")
+    assert "7.jsonl line 1" in str(raised.value)
+    assert len(str(raised.value)) < 400
+    assert not (tmp_path / "run").exists()

@@ -14,8 +14,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rollout_runs import NUM_ROWS, part_path
+from rollout_runs import NUM_ROWS, make_run, part_path, write_step
+from typer.testing import CliRunner
 
+from flows.cli.app import app
 from kdrl_core.errors import DataError
 from kdrl_core.look.rollouts.files import export_rollouts, record_schema
 from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
@@ -134,6 +136,28 @@ def test_jsonl_and_csv(whole: RolloutStore, tmp_path: Path) -> None:
     assert rows[0].keys() == set(RECORD.names)
     assert (rows[1]["sample"], rows[1]["extracted"], rows[0]["extracted"]) == ("1", "7", "")
     assert json.loads(rows[0]["token_ids"]) == lines[0]["token_ids"]
+
+
+def test_texts_that_a_spreadsheet_would_run_are_told_and_quoted(artifacts: Path, tmp_path: Path) -> None:
+    hostile = ["=1+1", "+1", "-1", "@x", "\tx", "\rx"]
+    run = make_run(artifacts, "formulas", steps=0)
+    write_step(run, "stage2", 0, response=hostile)
+    with RolloutStore.open([run.name]) as store:
+        for quote, expected in ((False, hostile), (True, [f"'{text}" for text in hostile])):
+            told: list[int] = []
+            path = tmp_path / f"{quote}.csv"
+            columns = ["response", "kl_sum", "log_ratio_sum"]  # negative numbers are none
+            export_rollouts(store, EVERYTHING, path, columns=columns, quote_formulas=quote, on_formulas=told.append)
+            with path.open(newline="") as file:
+                assert [row["response"] for row in csv.DictReader(file)] == expected
+            assert told == [6]
+        export_rollouts(store, EVERYTHING, path, columns=["prompt"], on_formulas=told.append)
+        export_rollouts(store, EVERYTHING, tmp_path / "x.jsonl", quote_formulas=True, on_formulas=told.append)
+        assert told == [6]
+        assert json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])["response"] == "=1+1"
+    done = CliRunner().invoke(app, ["rollouts", "export", "formulas", "-o", str(tmp_path / "cli.csv")])
+    assert "6 texts begin with =, +, -, @, tab or CR: a spreadsheet may run them" in " ".join(done.stderr.split())
+    assert "--quote-formulas" in done.stderr
 
 
 def test_some_columns_and_rows_alone(whole: RolloutStore, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """SQL over rollouts: right answers, read-only, and confined to the files of the runs."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,3 +188,59 @@ def test_a_run_that_goes_on_is_queried_as_it_is_now(store: RolloutStore, run: Ru
     write_step(run, "stage2", 3)
     store.refresh()
     assert store.sql("select max(step) s, count(response) n from rollouts").to_pylist() == [{"s": 3, "n": 24}]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select list_sum(range(3000000000))",
+        "select repeat('x', 4000000000)",
+        "select list(i) from range(3000000000) t(i)",
+        "select len(list_sort(range(3000000000)))",
+    ],
+)
+def test_a_query_cannot_fill_the_memory(run: Run, query: str) -> None:
+    """In a process of its own, so that its peak is the query's."""
+    script = (
+        "import resource, sys\n"
+        "from kdrl_core.errors import DataError\n"
+        "from kdrl_core.look.rollouts.query import RolloutStore\n"
+        "with RolloutStore.open([sys.argv[1]]) as store:\n"
+        "    try:\n"
+        "        store.sql(sys.argv[2])\n"
+        "    except DataError as error:\n"
+        "        print(error)\n"
+        "    print(store.sql('select count(*) n from rollouts').to_pylist())\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, resource.getrlimit(resource.RLIMIT_AS)[0])\n"
+    )
+    command = [sys.executable, "-c", script, str(run.paths.root), query]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    told, after, used = done.stdout.splitlines()
+    assert told.startswith("the query needs more memory than queries may use")
+    assert after == "[{'n': 18}]"
+    peak_mib, limit = map(int, used.split())
+    assert peak_mib < 5000
+    assert limit == resource.getrlimit(resource.RLIMIT_AS)[0]
+
+
+ENDLESS = "select count(*) from range(100000000000) a, range(1000) b where a.range * b.range % 7 = 3"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_query_ends_on_a_signal_and_leaves_nothing(run: Run, tmp_path: Path, number: signal.Signals) -> None:
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    command = [sys.executable, "-m", "flows.cli", "rollouts", "sql", str(run.paths.root), ENDLESS]
+    environment = {**os.environ, "TMPDIR": str(spill)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not any(spill.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1.0)
+        asked = time.monotonic()
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 130, told
+    assert time.monotonic() - asked < 5
+    assert told == "interrupted; nothing was changed\n"
+    assert list(spill.iterdir()) == []
