@@ -15,6 +15,7 @@ from prefect import flow, runtime
 from flows import shown
 from flows.guard import guard_children
 from flows.running_cells import DeployedCell, LocalCell
+from flows.stopping import stoppable
 from kdrl_core.boxes.make import read_progress
 from kdrl_core.boxes.sharing import is_finished_part, parts_of
 from kdrl_core.errors import RunError
@@ -37,6 +38,7 @@ def sweep_run_name() -> str:
 
 
 @flow(name="kdrl-sweep", flow_run_name=sweep_run_name)
+@stoppable
 def sweep(
     source: str | None = "table1",
     name: str | None = None,
