@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -19,12 +20,14 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
-from flows.signals import LIMIT_S, Signals
+from flows.signals import Signals
 from kdrl_core.errors import KdrlError, RunError, Stopped
 from kdrl_core.ledger.run_log import told
 from kdrl_core.training.process_guard import kill_group
 
-_STOP_TIMEOUT_S = LIMIT_S - 1.0
+_GRACE_S = 4.0
+_STOP_TIMEOUT_S = 5.5
+"""A cell that is asked to stop ends sooner than its sweep has to."""
 
 
 class LocalCell:
@@ -140,7 +143,8 @@ def run_cell(flow_run_id: str) -> int:
 
     from kdrl_core.boxes.session import close_sessions
 
-    with Signals(lambda text: print(text, flush=True), "error: stopped with the sweep, within a step") as came:
+    tell, last_words = partial(print, flush=True), "error: stopped with the sweep, within a step"
+    with Signals(tell, last_words, grace_s=_GRACE_S, limit_s=_STOP_TIMEOUT_S) as came:
         try:
             run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))
         except (Stopped, KeyboardInterrupt) as stop:

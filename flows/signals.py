@@ -37,11 +37,16 @@ _publishing = 0
 class Signals:
     """Handles the stop signals of this process while the context is open. To be entered in the main thread."""
 
-    def __init__(self, tell: Callable[[str], None], last_words: str) -> None:
+    def __init__(
+        self, tell: Callable[[str], None], last_words: str, *, grace_s: float = GRACE_S, limit_s: float = LIMIT_S
+    ) -> None:
         """`tell` prints a line; `last_words` are printed if the process has to end in the middle of its work."""
         self.number: signal.Signals | None = None
         """The first signal that came."""
+        self.is_told = False
+        """Whether the user has been told the last words."""
         self._tell, self._last_words = tell, last_words
+        self._grace_s, self._limit_s = grace_s, limit_s
         self._count = 0
         self._is_interrupted = self._is_overdue = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -72,6 +77,8 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         global _handling
+        if self._count:  # the program is ending; the limits hold for what is left of it
+            return
         _handling = None
         for number, previous in self._previous.items():
             signal.signal(number, previous)
@@ -115,7 +122,7 @@ class Signals:
             count += 1
             now = time.monotonic()
             if count == 1:
-                overdue_at, end_at = now + GRACE_S, now + LIMIT_S
+                overdue_at, end_at = now + self._grace_s, now + self._limit_s
                 if not self._is_interrupted:
                     self._say(f"{self.name}: stopping when the work in hand is published; once more to stop at once")
             else:
@@ -126,7 +133,8 @@ class Signals:
             self._tell(text)
 
     def _end(self) -> None:
-        self._say(self._last_words)
+        if not self.is_told:
+            self._say(self._last_words)
         os._exit(self.exit_code)
 
 

@@ -46,10 +46,11 @@ def stoppable(body: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(body)
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
+        if runtime.flow_run.id is None:  # called as a plain function
+            return body(*args, **kwargs)
         if not _running:
             forget_stop()
-        own = UUID(str(runtime.flow_run.id))
-        _running.append(own)
+        _running.append(UUID(str(runtime.flow_run.id)))
         try:
             with publishing(), own_sigterm(_sigterm_in_a_worker):
                 return body(*args, **kwargs)

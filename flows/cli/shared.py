@@ -134,6 +134,7 @@ def interruptible(way_on: str) -> Iterator[None]:
             text = told_last
         except Stopped as stop:
             text = told_last if came.number else f"{stop}"
+        came.is_told = True
         with suppress(OSError, ValueError):
             err.say(text)
     raise SystemExit(came.exit_code if came.number else 1)

@@ -7,7 +7,7 @@ import typer
 
 from flows.cli.printed_tables import print_comparison, print_rows
 from flows.cli.shared import JsonOption, SetOption, err, errors, interruptible, out, with_options
-from kdrl_core.errors import RecipeError, RunError
+from kdrl_core.errors import RecipeError, RunError, Stopped
 
 app = typer.Typer(
     no_args_is_help=False,
@@ -217,6 +217,8 @@ def _run(sweep: str | None, asked: dict[str, Any], workers: int, deployment: str
             _tell_events()
             try:
                 sweep_flow(source=sweep, **asked, workers=workers, deployment=deployment)
+            except Stopped:
+                raise
             except RunError:
                 _print_if_there(started)
                 raise

@@ -52,7 +52,7 @@ def run_lock(path: Path, *, keeps_log: bool = True) -> Iterator[None]:
                 }
                 replace_file(_holder_file(path), json.dumps(holder).encode())
                 if keeps_log:
-                    session.enter_context(logging_to(path.parent))
+                    session.enter_context(logging_to(path.with_suffix(".log")))
             yield
     finally:
         if is_outermost:
