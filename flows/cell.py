@@ -6,7 +6,7 @@ import sys
 from flows.private_prefect import without_foreign_files
 
 with without_foreign_files():
-    import prefect  # noqa: F401 (reads its settings)
+    import prefect.context  # noqa: F401 (reads the settings)
 
 from flows.running_cells import run_cell
 

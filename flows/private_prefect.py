@@ -30,7 +30,7 @@ def quiet() -> None:
 def private_environment(home: Path, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment of a private server on loopback and of its clients: nothing of Prefect's that was inherited, and
     no proxy before loopback."""
-    url = f"http://127.0.0.1:{port}"
+    home, url = home.absolute(), f"http://127.0.0.1:{port}"
     environment = {name: value for name, value in inherited.items() if not name.upper().startswith("PREFECT_")}
     for name in ("no_proxy", "NO_PROXY"):
         hosts = [host for host in environment.get(name, "").split(",") if host.strip()]

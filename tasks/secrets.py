@@ -19,7 +19,7 @@ def load_block(name: str) -> str:
         ) from None
     except (HTTPError, PrefectException) as error:
         raise SecretError(
-            f"block:{name}: the Prefect server cannot be asked ({type(error).__name__}); start it, set PREFECT_API_URL, "
+            f"block:{name}: the Prefect server cannot be asked ({type(error).__name__}); start it, "
             "or name an environment variable, env:NAME"
         ) from error
 

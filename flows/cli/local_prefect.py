@@ -161,7 +161,7 @@ def _import_prefect() -> None:
     """Import Prefect, which reads its settings. Raises ServerError if they are not valid."""
     try:
         with without_foreign_files():
-            import prefect.settings  # noqa: F401
+            import prefect.context  # noqa: F401 (reads the settings)
     except Exception as error:  # pydantic's, or of a settings file
         said = " ".join(str(error).split())
         raise ServerError(

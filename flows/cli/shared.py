@@ -108,6 +108,11 @@ def _say_last(text: str) -> None:
         err.say(f"error: {text}", style="red")
 
 
+def _say_at_the_end(text: str) -> None:
+    err.show_cursor()  # a live display may have hidden it
+    err.say(text)
+
+
 def _keep_traceback(error: Exception) -> str | None:
     """The file that now holds the traceback of an error; None if it cannot be written."""
     content = redact("".join(traceback.format_exception(error)))
@@ -126,7 +131,7 @@ def interruptible(way_on: str) -> Iterator[None]:
     is printed, the exit code is the shell's for the signal. If this process is killed, a guard ends its children."""
     guard_children()
     told_last = f"interrupted; {way_on}"
-    with Signals(err.say, told_last) as came:
+    with Signals(_say_at_the_end, told_last) as came:
         try:
             yield
             return

@@ -96,7 +96,7 @@ def test_twice_at_once_a_closed_terminal_and_a_kill(artifacts: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
 def test_a_sweep_stops_with_its_cells(artifacts: Path, how: str) -> None:
-    vary = ["--vary", "stage2.beta.init=1e-3,2e-3", "--workers", "2", "--seeds", "1"]
+    vary = ["--vary", "stage2.beta.init=0.5,1.0", "--workers", "2", "--seeds", "1"]
     terminal = _start(artifacts, "sweep", "--name", "s", "--recipe", "miniature", *vary, *SETS)
     terminal.wait_until(lambda: any(artifacts.glob("runs/s-*/rollouts/stage=stage2/*/update.parquet")), "a cell")
     if how == "Ctrl-C":

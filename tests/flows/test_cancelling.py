@@ -20,7 +20,7 @@ from kdrl_core.errors import Stopped
 from kdrl_core.ledger import open_run
 from kdrl_core.ledger.run_log import last_error, log_file
 
-STEPS = [*TINY, "stage2.steps=40", "stage2.evaluate_every=null"]
+STEPS = [*TINY, "stage2.steps=6", "stage2.evaluate_every=null"]
 
 
 def _cancel(flow_run_id: UUID, state: Any) -> None:
@@ -74,7 +74,7 @@ def test_a_cancelled_run_stops_and_is_cancelled(
         return
     monkeypatch.undo()
     monkeypatch.setenv("KDRL_ARTIFACTS", str(artifacts))
-    full_pipeline(recipe="miniature", run_name=name, overrides=[*STEPS, "stage2.steps=40"])
+    full_pipeline(recipe="miniature", run_name=name, overrides=STEPS)
     assert is_finished(open_run(name))
 
 
@@ -88,7 +88,7 @@ def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("flows.sweep.stop_if_cancelled", look)
     with pytest.raises(Stopped, match="cancelled in Prefect; go on with: kdrl sweep run s"):
-        sweep(source=None, name="s", recipe="miniature", vary=["stage2.beta.init=1e-3"], overrides=STEPS, seeds=1)
+        sweep(source=None, name="s", recipe="miniature", vary=["stage2.beta.init=0.5"], overrides=STEPS, seeds=1)
     assert _states("sweep-s") == {"sweep-s": "Cancelled: cancelled in Prefect; go on with: kdrl sweep run s"}
     (cell,) = artifacts.glob("runs/s-*")
     assert _states(cell.name)[cell.name].startswith(("Cancelled: stopped by SIGTERM", "Cancelled: cancelled"))
