@@ -51,7 +51,7 @@ _warnings = _Warnings(logging.WARNING)
 
 def use_private_prefect(*, log_level: str) -> Callable[[], None]:
     """Make Prefect ready without any set-up; call it before Prefect is imported. Returns a function that waits until
-    the server answers; it raises ServerError if it does not.
+    the server answers. Raises ServerError, and so does that function, if it does not.
 
     With PREFECT_API_URL set, flows are shown on that server. Otherwise a temporary one is started on loopback, and
     nothing of the user's Prefect reaches it.
@@ -62,7 +62,8 @@ def use_private_prefect(*, log_level: str) -> Callable[[], None]:
         quiet()
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
         _import_prefect()
-        return _probe
+        _probe()
+        return lambda: None
     environment = private_environment(prefect_home(), free_port(), os.environ)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]

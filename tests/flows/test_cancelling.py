@@ -74,7 +74,7 @@ def test_a_cancelled_run_stops_and_is_cancelled(
         return
     monkeypatch.undo()
     monkeypatch.setenv("KDRL_ARTIFACTS", str(artifacts))
-    full_pipeline(recipe="miniature", run_name=name, overrides=STEPS)
+    full_pipeline(recipe="miniature", run_name=name, overrides=STEPS)  # the same process has forgotten the wish
     assert is_finished(open_run(name))
 
 
@@ -92,12 +92,3 @@ def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.
     assert _states("sweep-s") == {"sweep-s": "Cancelled: cancelled in Prefect; go on with: kdrl sweep run s"}
     (cell,) = artifacts.glob("runs/s-*")
     assert _states(cell.name)[cell.name].startswith(("Cancelled: stopped by SIGTERM", "Cancelled: cancelled"))
-
-
-def test_a_stop_is_forgotten_before_the_next_flow(artifacts: Path) -> None:
-    from kdrl_core.ledger.stop import request_stop
-
-    request_stop("an earlier flow was cancelled")
-    overrides = ["stage1=null", "stage2.steps=1", *(one for one in TINY if "stage1" not in one)]
-    full_pipeline(recipe="miniature", run_name="next", overrides=overrides)
-    assert is_finished(open_run("next"))
