@@ -37,7 +37,7 @@ def main() -> None:
     sizes += [f"mini_batch_prompts={arguments.prompts}", "group_size=8", "evaluate_every=null"]
     recipe = load_recipe("miniature", ["stage1=null", *(f"stage2.{size}" for size in sizes)])
     with tempfile.TemporaryDirectory() as folder:
-        use_private_prefect(log_level="CRITICAL")
+        use_private_prefect(log_level="CRITICAL")()
         plain, phases = _plain_loop(create_run("plain", recipe, artifacts=Path(folder)))
         flow, inside = _flow_loop(create_run("flow", recipe, artifacts=Path(folder)))
     table = Table("what", "value")

@@ -7,6 +7,7 @@ from flows.evaluation import evaluation
 from flows.filtering import filtering
 from flows.reporting import reporting
 from flows.sft_stage import sft_stage
+from flows.stopping import stoppable
 from flows.training_stage import training_stage
 from kdrl_core.boxes.completion import is_finished, require_finished
 from kdrl_core.boxes.preflight import check_inputs
@@ -24,6 +25,7 @@ def default_run_name() -> str:
 
 
 @flow(name="kdrl", flow_run_name=default_run_name, on_failure=[hooks.on_failure], on_crashed=[hooks.on_failure])
+@stoppable
 def full_pipeline(
     recipe: str = "miniature",
     run_name: str | None = None,

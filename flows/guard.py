@@ -15,7 +15,9 @@ _GRACE_S = 5.0
 
 
 def guard_children() -> None:
-    """Start a guard: if this process is killed, the guard ends its children."""
+    """Start a guard, unless there is one: if this process is killed, the guard ends its children."""
+    if _pipes:
+        return
     mark = secrets.token_hex(8)
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
     guard = subprocess.Popen(

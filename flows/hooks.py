@@ -16,6 +16,7 @@ from kdrl_core.alarms import resume_command
 from kdrl_core.boxes.make import read_progress
 from kdrl_core.errors import KdrlError, RunError
 from kdrl_core.ledger import RunPaths, open_run_dir
+from kdrl_core.ledger.run_log import log_file
 
 
 def flow_run_name() -> str:
@@ -33,7 +34,7 @@ def on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
     lines = [f"**{flow_run.name}** failed: {state.message}"]
     if progress := read_progress(RunPaths(root)):
         lines.append(f"- last seen: {progress['stage']}, step {progress['step']}, {progress['phase']}")
-    lines.append(f"- files: `{root}`")
+    lines += [f"- files: `{root}`", f"- log: `{log_file(root)}`"]
     lines.append(f"- go on with: `{_way_on(root)}`")
     get_logger("kdrl").error(" ".join(line.replace("`", "").replace("*", "").removeprefix("- ") for line in lines))
     artifact = ArtifactCreate(

@@ -3,6 +3,7 @@
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
+from flows.stopping import stoppable
 from kdrl_core.config import load_recipe
 from kdrl_core.evaluation.evaluate import evaluate_plan
 from kdrl_core.evaluation.evaluation_plan import EvaluationOptions, plan_evaluation
@@ -11,6 +12,7 @@ from tasks.secrets import register_blocks
 
 
 @flow(name="kdrl-model-evaluation")
+@stoppable
 def model_evaluation(
     model: str,
     recipe: str = "miniature",

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -19,10 +20,14 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
-from kdrl_core.errors import RunError
+from flows.signals import Signals
+from kdrl_core.errors import KdrlError, RunError, Stopped
+from kdrl_core.ledger.run_log import told
 from kdrl_core.training.process_guard import kill_group
 
-_STOP_TIMEOUT_S = 20.0
+_GRACE_S = 4.0
+_STOP_TIMEOUT_S = 5.5
+"""A cell that is asked to stop ends sooner than its sweep has to."""
 
 
 class LocalCell:
@@ -36,7 +41,7 @@ class LocalCell:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.running_cells", str(self._flow_run.id)],
+                [sys.executable, "-m", "flows.cell", str(self._flow_run.id)],
                 env={**os.environ, "PREFECT_API_URL": api.rstrip("/"), "PREFECT_LOGGING_LEVEL": "INFO"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -132,29 +137,25 @@ def _force(flow_run_id: UUID, state: State[Any]) -> None:
         client.set_flow_run_state(flow_run_id, state, force=True)
 
 
-def _run(flow_run_id: str) -> int:
+def run_cell(flow_run_id: str) -> int:
     """Run one cell in this process. The last line of the output says what went wrong."""
     from prefect.flow_engine import load_flow_run, run_flow
 
     from kdrl_core.boxes.session import close_sessions
-    from kdrl_core.errors import KdrlError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))
-    except KdrlError as error:
-        print(f"error: {' '.join(str(error).split())}", flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("error: stopped with the sweep", flush=True)
-        return 130
-    except Exception as error:
-        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
-        raise
-    finally:
-        close_sessions()
+    tell, last_words = partial(print, flush=True), "error: stopped with the sweep, within a step"
+    with Signals(tell, last_words, grace_s=_GRACE_S, limit_s=_STOP_TIMEOUT_S) as came:
+        try:
+            run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))
+        except (Stopped, KeyboardInterrupt) as stop:
+            print(f"error: {'stopped with the sweep' if came.number else stop}", flush=True)
+            return came.exit_code if came.number else 1
+        except KdrlError as error:
+            print(f"error: {told(error)}", flush=True)
+            return 1
+        except Exception as error:
+            print(f"error: {told(error)}", flush=True)
+            raise
+        finally:
+            close_sessions()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_run(sys.argv[1]))

@@ -43,7 +43,7 @@ class _CoreLog(logging.Handler):
 
 
 _core = logging.getLogger("kdrl")
-_core.addHandler(_CoreLog())
+_core.addHandler(_CoreLog(logging.INFO))
 _core.setLevel(logging.INFO)
 _core.propagate = False  # otherwise Prefect's root handler would show it twice
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows import alarms, shown
+from flows.stopping import stop_if_cancelled
 from kdrl_core.boxes.completion import require_trained
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.boxes.stage import StepSummary, open_stage
@@ -46,10 +47,12 @@ def stage_loop(run: Run, stage: str) -> Iterator[tuple[range, shown.StageProgres
 
 
 def step_ended(run: Run, stage: str, summary: StepSummary, progress: shown.StageProgress) -> None:
-    """Show and track a published step, send its alarms, and evaluate its policy if that is due."""
+    """Show and track a published step, send its alarms, and evaluate its policy if that is due. Raises Stopped if the
+    work is to stop here."""
     progress.step(summary)
     track(run)
     alarms.step_ended(run, stage, summary.alarms)
+    stop_if_cancelled()
     evaluate_if_due(run, stage, summary.step + 1, progress)
 
 

@@ -15,6 +15,7 @@ from prefect import flow, runtime
 from flows import shown
 from flows.guard import guard_children
 from flows.running_cells import DeployedCell, LocalCell
+from flows.stopping import stop_if_cancelled, stoppable
 from kdrl_core.boxes.make import read_progress
 from kdrl_core.boxes.sharing import is_finished_part, parts_of
 from kdrl_core.errors import RunError
@@ -37,6 +38,7 @@ def sweep_run_name() -> str:
 
 
 @flow(name="kdrl-sweep", flow_run_name=sweep_run_name)
+@stoppable
 def sweep(
     source: str | None = "table1",
     name: str | None = None,
@@ -106,7 +108,7 @@ class Cells:
         self._told = time.monotonic()
 
     def run(self) -> None:
-        """Run until no cell is left. If this is interrupted, the running cells are stopped."""
+        """Run until no cell is left. If this is interrupted or cancelled, the running cells are stopped."""
         guard_children()  # stops them if this process is killed
         with ExitStack() as stack:
             stack.callback(self._stop_all)
@@ -115,6 +117,7 @@ class Cells:
                 while len(self._running) < self._workers and (cell := self._next()) is not None:
                     self._start(cell)
                 self._tell()
+                stop_if_cancelled()
                 time.sleep(_POLL_S)
 
     def _next(self) -> Cell | None:

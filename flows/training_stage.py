@@ -10,6 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import hooks
 from flows.stage_flows import evaluate_if_due, open_own_run, stage_loop, step_ended
+from flows.stopping import stoppable
 from kdrl_core.errors import RunError
 from tasks.boxes import rollout, teacher_score, update, verify
 
@@ -23,6 +24,7 @@ _SCORE_AND_VERIFY: Any = ThreadPoolTaskRunner(max_workers=2)
     task_runner=_SCORE_AND_VERIFY,
     on_failure=[hooks.on_failure],
 )
+@stoppable
 def training_stage(run_dir: str, stage: str) -> None:
     """Train one stage of an existing run from its latest checkpoint to its last step."""
     run = open_own_run(run_dir)

@@ -49,6 +49,10 @@ class StoppedByAlarmError(RunError):
     """An alarm whose rule says `stop: true` has stopped a stage; nothing is lost."""
 
 
+class Stopped(RunError):  # noqa: N818 (no error: the user asked for it)
+    """Work ended early because somebody asked for it; what was in hand is published."""
+
+
 class DamagedArtifactError(RunError):
     """A published file no longer has the bytes that its manifest recorded.
 

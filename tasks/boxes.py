@@ -3,13 +3,14 @@
 The name of a task run is a template over the task's parameters: `stage`, and `at`, its step or shard.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
-from prefect.states import State
+from prefect.states import Cancelled, State
 
 from kdrl_core.boxes import completion, sft, step
 from kdrl_core.boxes.evaluate import evaluate_model
@@ -18,7 +19,9 @@ from kdrl_core.boxes.make import Box, make
 from kdrl_core.boxes.session import StageSession, stage_session
 from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.boxes.step import update_step
+from kdrl_core.errors import Stopped
 from kdrl_core.ledger import Run, open_run_dir
+from kdrl_core.ledger.stop import stop_if_requested
 from kdrl_core.look.reporting.run_report import report as report_box
 
 R = TypeVar("R")
@@ -80,8 +83,17 @@ def making(box: Box) -> Callable[..., str]:
 
 
 def _task(body: Callable[..., R], name: str, run_name: str, **options: Any) -> Task[..., R]:
-    body.__qualname__ = body.__name__ = name  # Prefect tells tasks of one file apart by this
-    return task(name=name, task_run_name=run_name, **{**STEP_OPTIONS, **options})(body)
+    @functools.wraps(body)
+    def stoppable(*args: Any, **kwargs: Any) -> Any:
+        """The work, or the state Cancelled if this process is to stop: then nothing new is begun."""
+        try:
+            stop_if_requested()
+            return body(*args, **kwargs)
+        except Stopped as stop:
+            return Cancelled(message=str(stop), data=stop)  # the flow gets the exception
+
+    stoppable.__qualname__ = stoppable.__name__ = name  # Prefect tells tasks of one file apart by this
+    return task(name=name, task_run_name=run_name, **{**STEP_OPTIONS, **options})(stoppable)
 
 
 def _scored(session: StageSession, at: int) -> list[str]:
@@ -112,19 +124,22 @@ export = run_task("export-student", making(completion.student))
 report = run_task("report", making(report_box))
 
 
-@task(name="evaluate", task_run_name="evaluate-{label}", **STEP_OPTIONS)
-def evaluate(run_dir: str, label: str, benchmarks: list[str] | None = None) -> dict[str, Any]:
-    """Evaluate `base`, `teacher`, a stage's result or a checkpoint. Returns its results."""
+def _evaluated(run_dir: str, label: str, benchmarks: list[str] | None = None) -> dict[str, Any]:
     return evaluate_model(open_run_dir(run_dir), label, benchmarks)
+
+
+def _adopted(run_dir: str, donors: list[str]) -> dict[str, str]:
+    return adopt_parts(open_run_dir(run_dir), donors)
+
+
+evaluate = _task(_evaluated, "evaluate", "evaluate-{label}")
+"""Evaluate `base`, `teacher`, a stage's result or a checkpoint: `(run_dir, label, benchmarks)`. Returns its results."""
+
+adopt_from = _task(_adopted, "adopt", "adopt")
+"""Take over the parts that other runs have finished: `(run_dir, donors)`. Returns part → the run that it came from."""
 
 
 def adopt(run_dir: str, donors: Sequence[str] | None) -> None:
     """Take over the parts that `donors` have finished and the run has not. Without donors no task runs."""
     if donors:
         adopt_from(run_dir, list(donors))
-
-
-@task(name="adopt", **STEP_OPTIONS)
-def adopt_from(run_dir: str, donors: list[str]) -> dict[str, str]:
-    """Take over the parts. Returns part → the run that it came from."""
-    return adopt_parts(open_run_dir(run_dir), donors)

@@ -37,6 +37,8 @@ LEFT_OUT = {
     "*/.scratch/*": "working files, which may be deleted at any time",
     "*.lock": "empty; held by the process that works there",
     "*.holder.json": "process id, host and time of that process",
+    "*.log*": "logs have times",
+    "*.error.json": "the error that ended the last session, with its time",
     "*/report/report.html": "its figures show times; summary.json beside it has the rest",
 }
 """Files that are not compared, and why. Patterns of the path below the artifacts folder."""

@@ -61,11 +61,12 @@ def run(
     """
     from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
-    from kdrl_core.ledger import require_same_recipe, validate_run_name
+    from kdrl_core.ledger import RunPaths, require_free, require_same_recipe, validate_run_name
 
     with errors():
         loaded = load_recipe(recipe, overrides or [])
         run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
+        require_free(RunPaths.of(run_name).lock)
         require_same_recipe(run_name, loaded)
         check_inputs(loaded)
         _run_in_process(recipe, run_name, overrides or [], verbose=verbose)
@@ -83,10 +84,11 @@ def resume(
     """
     from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
-    from kdrl_core.ledger import open_run, require_resumable
+    from kdrl_core.ledger import open_run, require_free, require_resumable
 
     with errors():
         opened = open_run(run_name)
+        require_free(opened.paths.lock)
         loaded = load_recipe(opened.paths.recipe, overrides or [])
         require_resumable(opened, loaded)
         from kdrl_core.boxes.completion import is_finished
@@ -128,6 +130,7 @@ def status(
                 out.print_json(data=rows)
                 return
             _print_rows(rows, _STATUS_COLUMNS)
+            _print_last_errors(rows)
             return
         opened = open_run(run_name)
         from kdrl_core.look.reporting.run_summary import run_status
@@ -142,6 +145,7 @@ def status(
             out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
         _print_rows([run_status(opened)], _STATUS_COLUMNS)
+        _print_last_errors([run_status(opened)])
         print_alarms(opened, are_told=watch and not out.is_terminal)
         print_summary(opened)
 
@@ -208,11 +212,12 @@ def _run_in_process(recipe: str, run_name: str, overrides: list[str], *, verbose
     from kdrl_core.ledger import RunPaths, open_run
 
     with interruptible(f"go on with: kdrl resume {run_name}"):
-        use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
+        wait_for_server = use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
         err.print(f"run {run_name}: starting …")
         from flows.full_pipeline import full_pipeline
         from kdrl_core.boxes.session import close_sessions
 
+        wait_for_server()
         try:
             with nullcontext() if verbose else watching(RunPaths.of(run_name), err):
                 full_pipeline(recipe=recipe, run_name=run_name, overrides=overrides)
@@ -230,9 +235,16 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     out.print(grid(columns, "L".ljust(len(columns), "l"), lines))
 
 
+def _print_last_errors(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if found := row.get("last_error"):
+            out.say(f"last error of {row['run']}, {found['at'][:16]}: {found['error']} (log: {found['log']})")
+
+
 def main() -> None:
     """Entry point of the `kdrl` program."""
-    app()
+    with errors():
+        app()
 
 
 if __name__ == "__main__":

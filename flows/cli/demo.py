@@ -49,14 +49,14 @@ class Processes:
         self._log_dir = log_dir
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
 
-    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(self, name: str, command: Sequence[str], cwd: Path = _PROJECT) -> subprocess.Popen[bytes]:
         """Start a program in the background, its output in `<name>.log`."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("wb") as log:
             process = subprocess.Popen(
                 command,
                 env=self._environment,
-                cwd=_PROJECT,
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -139,7 +139,8 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
         processes = Processes(server_environment(port), prefect_home() / "logs")
         stack.callback(processes.stop_all)
         _console.say(f"Prefect server   http://127.0.0.1:{port}")
-        server = processes.start("server", [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)])
+        command = [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        server = processes.start("server", command, cwd=prefect_home())  # where no settings of others lie
         _wait_until_healthy(server, processes, port)
         _console.say("work pool        kdrl (process)")
         processes.call("work-pool", [prefect, "work-pool", "create", POOL, "--type", "process", "--overwrite"])

@@ -1,33 +1,41 @@
-"""Prefect for one process or one demo: its own home below the artifacts folder, no analytics, loopback only.
+"""Prefect for one process or one demo: a server of its own on loopback, or the user's, asked once whether it answers.
 
-This module imports no Prefect, because Prefect reads its settings from the environment when it is first imported.
+This module imports no Prefect before the environment is set, because Prefect reads its settings when it is first
+imported.
 """
 
+import atexit
 import logging
 import os
 import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from flows.cli.shared import err
-from flows.guard import guard_children
+from flows.private_prefect import IS_PRIVATE, private_environment, quiet, without_foreign_files
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import artifacts_root
 from kdrl_core.ledger.publish import require_writable
-
-_QUIET = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-}
-
-_OWN_ORIGIN = "http://127.0.0.1"
-"""By default Prefect lets every web page use its API: a page in a browser could run code on this machine."""
+from kdrl_core.training.process_guard import kill_group
 
 _MIN_FREE_MB = 64
+_START_S = 120.0
+_STOP_S = 1.5
+_PROBE_S = 5.0
 
 
 class PortError(KdrlError, OSError):
     """A port is taken, or is not a port number."""
+
+
+class ServerError(KdrlError, ConnectionError):
+    """A Prefect server does not answer, or cannot be started."""
 
 
 class _Warnings(logging.Handler):
@@ -41,31 +49,88 @@ class _Warnings(logging.Handler):
 _warnings = _Warnings(logging.WARNING)
 
 
-def use_private_prefect(*, log_level: str) -> None:
-    """Set the environment so that Prefect needs no set-up. Call it before Prefect is imported.
+def use_private_prefect(*, log_level: str) -> Callable[[], None]:
+    """Make Prefect ready without any set-up; call it before Prefect is imported. Returns a function that waits until
+    the server answers. Raises ServerError, and so does that function, if it does not.
 
-    With PREFECT_API_URL set, flows are shown on that server; otherwise Prefect starts a temporary one on loopback.
+    With PREFECT_API_URL set, flows are shown on that server. Otherwise a temporary one is started on loopback, and
+    nothing of the user's Prefect reaches it.
     """
     logging.getLogger("kdrl").addHandler(_warnings)
-    os.environ.update(_QUIET)
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
-    if "PREFECT_API_URL" not in os.environ:
-        guard_children()
-        os.environ.setdefault("PREFECT_HOME", str(prefect_home()))
-        os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
-        os.environ["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = _OWN_ORIGIN
+    if os.environ.get("PREFECT_API_URL", "").strip():
+        os.environ.pop(IS_PRIVATE, None)
+        quiet()
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
+        _import_prefect()
+        _probe()
+        return lambda: None
+    environment = private_environment(prefect_home(), free_port(), os.environ)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment, PREFECT_LOGGING_LEVEL=log_level)
+    _drop_unusable_proxies()
+    server = PrivateServer(environment)
+    _import_prefect()
+    return server.wait
+
+
+class PrivateServer:
+    """A Prefect server in a session of its own, so that signals to this process's group do not end it first. It ends
+    with this process; if this process is killed, its guard ends it."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        home = Path(environment[IS_PRIVATE])
+        self._health = f"{environment['PREFECT_API_URL']}/health"
+        self._log = home / "logs" / f"server-of-{os.getpid()}.log"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        empty = home / "empty"
+        empty.mkdir(exist_ok=True)
+        # As Prefect starts its own temporary server; `prefect server start` takes two seconds more.
+        port = environment["PREFECT_API_URL"].rpartition(":")[2].removesuffix("/api")
+        place = ["--host", "127.0.0.1", "--port", port, "--log-level", "error", "--lifespan", "on"]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", *place],
+                env={**environment, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"},
+                cwd=empty,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        atexit.register(self.stop)
+
+    def wait(self) -> None:
+        """Wait until it answers. Raises ServerError."""
+        deadline = time.monotonic() + _START_S
+        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                raise ServerError(
+                    f"the temporary Prefect server ended with exit code {self._process.returncode}: "
+                    f"{''.join(said)} (all of it: {self._log})"
+                )
+            with suppress(urllib.error.URLError, OSError), without_proxy.open(self._health, timeout=2):
+                return
+            time.sleep(0.1)
+        raise ServerError(f"the temporary Prefect server did not answer within {_START_S:.0f} s; its log: {self._log}")
+
+    def stop(self) -> None:
+        """End it. What it holds is on disk, and nothing of a run depends on it."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_S)
+        kill_group(self._process.pid)
+        self._process.wait()
+        with suppress(OSError):
+            self._log.unlink()
 
 
 def server_environment(port: int) -> dict[str, str]:
     """The environment of a private server on loopback and of its clients."""
-    return {
-        **os.environ,
-        **_QUIET,
-        "PREFECT_HOME": str(prefect_home()),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{_OWN_ORIGIN}:{port}",
-    }
+    return private_environment(prefect_home(), port, os.environ)
 
 
 def prefect_home() -> Path:
@@ -91,3 +156,58 @@ def free_port(wanted: int | None = None) -> int:
                 f"e.g. make demo PORT={(wanted or 0) + 1}"
             ) from error
         return int(probe.getsockname()[1])
+
+
+def _import_prefect() -> None:
+    """Import Prefect, which reads its settings. Raises ServerError if they are not valid."""
+    try:
+        with without_foreign_files():
+            import prefect.context  # noqa: F401 (reads the settings)
+    except Exception as error:  # pydantic's, or of a settings file
+        said = " ".join(str(error).split())
+        raise ServerError(
+            f"the settings of Prefect are not valid ({said[:300]}); correct them (environment, profile, prefect.toml), "
+            "or unset PREFECT_API_URL: then kdrl uses a Prefect of its own, without them"
+        ) from error
+
+
+def _probe() -> None:
+    """Ask the user's server once, with the user's settings. Raises ServerError if it does not answer."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    url = PREFECT_API_URL.value()
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(sync_client=True, httpx_settings={"timeout": _PROBE_S}) as client,
+        ):
+            fault = client.api_healthcheck()
+    except Exception as error:  # the URL, a proxy or a certificate cannot be used at all
+        fault = error
+    if fault is not None:
+        proxies = sorted(name for name in os.environ if name.lower() in _PROXIES)
+        hint = f" through the proxy of {', '.join(proxies)}" if proxies else ""
+        raise ServerError(
+            f"the Prefect server of PREFECT_API_URL, {url}, does not answer{hint} ({_told(fault)}); start it, "
+            "or unset PREFECT_API_URL: then kdrl uses a server of its own"
+        ) from fault
+
+
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
+def _drop_unusable_proxies() -> None:
+    """Forget proxies that httpx cannot use at all, such as SOCKS without its package: no client could be made."""
+    import httpx
+
+    for name in [name for name in os.environ if name.lower() in _PROXIES]:
+        try:
+            httpx.HTTPTransport(proxy=os.environ[name]).close()
+        except Exception as error:
+            err.say(f"warning: {name} is ignored: it cannot be used ({_told(error)})")
+            del os.environ[name]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")

@@ -3,11 +3,12 @@
 import functools
 import inspect
 import os
-import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.text import Text
 
-from kdrl_core.errors import DataError, KdrlError, visible
+from flows.guard import guard_children
+from flows.signals import Signals
+from kdrl_core.config.paths import artifacts_root
+from kdrl_core.config.secrets import redact
+from kdrl_core.errors import DataError, KdrlError, Stopped, visible
+from kdrl_core.ledger.run_log import log_of, told
 
 
 class PlainConsole(Console):
@@ -70,28 +76,73 @@ OnErrorOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 
+_NOT_OURS = ("prefect.", "httpx", "httpcore", "requests.", "urllib3.", "torch.")
+"""Modules whose exceptions tell of a server, a network or a device that failed."""
+
+
 @contextmanager
 def errors() -> Iterator[None]:
-    """A KdrlError ends the program with one line and exit code 1."""
+    """An error ends the program with one line and exit code 1. The traceback is in the run's log, or in a file of its
+    own if the command works on no run."""
     try:
         yield
     except KdrlError as error:
-        err.say(f"error: {' '.join(str(error).splitlines())}", style="red")
+        _say_last(_with_log(" ".join(str(error).splitlines()), log_of(error)))
         raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except Exception as error:
+        text, log = redact(told(error)), log_of(error) or _keep_traceback(error)
+        is_ours = not isinstance(error, OSError | MemoryError) and not type(error).__module__.startswith(_NOT_OURS)
+        _say_last(_with_log(f"{text}; this is a bug in kdrl, please report it" if is_ours else text, log))
+        raise SystemExit(1) from None
+
+
+def _with_log(text: str, log: str | None) -> str:
+    return text if log is None else f"{text} (log: {log})"
+
+
+def _say_last(text: str) -> None:
+    with suppress(OSError, ValueError):  # the terminal may be gone
+        err.say(f"error: {text}", style="red")
+
+
+def _say_at_the_end(text: str) -> None:
+    err.show_cursor()  # a live display may have hidden it
+    err.say(text)
+
+
+def _keep_traceback(error: Exception) -> str | None:
+    """The file that now holds the traceback of an error; None if it cannot be written."""
+    content = redact("".join(traceback.format_exception(error)))
+    for folder in (artifacts_root() / "logs", Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"kdrl-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+            file.write_text(f"{redact(' '.join(sys.argv))}\n{content}", encoding="utf-8")
+            return str(file)
+    return None
 
 
 @contextmanager
-def interruptible(told: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the program in order: workers and servers stop, `told` is printed, exit code 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        err.print(f"interrupted; {told}")
-        raise SystemExit(130) from None
+def interruptible(way_on: str) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP end the program in order, soon (`flows.signals`): workers and servers stop, `way_on`
+    is printed, the exit code is the shell's for the signal. If this process is killed, a guard ends its children."""
+    guard_children()
+    told_last = f"interrupted; {way_on}"
+    with Signals(_say_at_the_end, told_last) as came:
+        try:
+            yield
+            return
+        except KeyboardInterrupt:
+            text = told_last
+        except Stopped as stop:
+            text = told_last if came.number else f"{stop}"
+        came.is_told = True
+        with suppress(OSError, ValueError):
+            err.say(text)
+    raise SystemExit(came.exit_code if came.number else 1)
 
 
 def with_options(

@@ -7,7 +7,7 @@ import typer
 
 from flows.cli.printed_tables import print_comparison, print_rows
 from flows.cli.shared import JsonOption, SetOption, err, errors, interruptible, out, with_options
-from kdrl_core.errors import RecipeError, RunError
+from kdrl_core.errors import RecipeError, RunError, Stopped
 
 app = typer.Typer(
     no_args_is_help=False,
@@ -197,7 +197,9 @@ def report(sweep: StartedArgument, as_json: JsonOption = False) -> None:
 
 
 def _run(sweep: str | None, asked: dict[str, Any], workers: int, deployment: str | None, verbose: bool) -> None:
+    from kdrl_core.ledger import require_free
     from kdrl_core.look.sweeps.request import check_request, make_request
+    from kdrl_core.look.sweeps.state import SweepPaths
 
     with errors():
         request = make_request(sweep, **asked)
@@ -205,14 +207,18 @@ def _run(sweep: str | None, asked: dict[str, Any], workers: int, deployment: str
         from flows.cli.local_prefect import use_private_prefect
 
         started = request.spec.name
+        require_free(SweepPaths.of(started).lock)
         with interruptible(f"go on with: kdrl sweep run {started}"):
-            use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
+            wait_for_server = use_private_prefect(log_level="INFO" if verbose else "CRITICAL")
             err.print(f"sweep {started}: starting …")
             from flows.sweep import sweep as sweep_flow
 
+            wait_for_server()
             _tell_events()
             try:
                 sweep_flow(source=sweep, **asked, workers=workers, deployment=deployment)
+            except Stopped:
+                raise
             except RunError:
                 _print_if_there(started)
                 raise

@@ -11,6 +11,7 @@ holds the manifests of the inputs, and a parameter named like a row gets the inp
 
 import inspect
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -38,6 +39,8 @@ from kdrl_core.ledger import (
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
 from kdrl_core.tables.files import read_table, write_table
 from kdrl_core.tables.schemas import SCHEMAS
+
+_logger = logging.getLogger("kdrl")
 
 Write = Callable[[Path], Any]
 """Writes a file to the given path, or fills the given folder, as `publish_directory` requires."""
@@ -139,6 +142,7 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
     hashes = None if inputs is None else inputs.hashes
     found = find_own(run, path, hashes) if row.is_exact else find_intact(path, hashes, is_exact=False)
     if found is not None and made_by.replay is None:
+        _logger.debug("%s is published, reused", node.place)
         return Made(path=path, manifest=found, reused=True)
     inputs = inputs or _Inputs.of(run, made_by, node)
     if made_by.phase is not None:
@@ -152,6 +156,7 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
         return Made(path=path, manifest=found, reused=True)
     expected = required_sha256(run, path)
     manifest = _publish(row, path, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
+    _logger.debug("%s made and published in %.2f s", node.place, time.perf_counter() - started)
     return Made(path=path, manifest=manifest, reused=False)
 
 

@@ -31,6 +31,7 @@ from kdrl_core.ledger import (
     verify_published,
 )
 from kdrl_core.ledger.manifest import file_manifest_path
+from kdrl_core.ledger.stop import stop_if_requested
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
 from kdrl_core.tables.files import verdict_columns, write_table
@@ -117,6 +118,7 @@ class SamplingJob:
         Raises:
             VerificationError: too many verdicts of a shard are timeouts or errors.
             DamagedArtifactError: a shard was altered.
+            Stopped: somebody asked for it; all shards so far are published.
             StorageError: no space, or the folder cannot be written.
         """
         ids = list(self.ground_truths)
@@ -137,6 +139,7 @@ class SamplingJob:
             path.with_suffix(".jsonl").unlink(missing_ok=True)
             paths.append(path)
             tell(start * self.samples, len(part) * self.samples)
+            stop_if_requested()
         return paths
 
     def _is_there(self, path: Path) -> bool:
@@ -180,7 +183,7 @@ def hold_work(work: Path, lock_name: str, *, remedy: str) -> Iterator[None]:
     lock = work / lock_name
     with ExitStack() as stack:
         try:
-            stack.enter_context(run_lock(lock))
+            stack.enter_context(run_lock(lock, keeps_log=False))
         except RunLockedError as error:
             holder = lock_holder(lock) or "another process"
             raise RunLockedError(f"{work} is in use by {holder}{remedy}") from error

@@ -11,12 +11,14 @@ limit allows.
 
 import contextlib
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from multiprocessing import popen_spawn_posix, resource_tracker, spawn
+from multiprocessing import popen_spawn_posix, resource_tracker, spawn, util
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from types import FunctionType, SimpleNamespace
@@ -42,25 +44,37 @@ def _preparation_data(name: str) -> dict[str, Any]:
     return {key: value for key, value in data.items() if not key.startswith("init_main_from")}
 
 
+def _in_own_session(path: str, arguments: Sequence[str], passed: Sequence[int]) -> int:
+    """As multiprocessing's `spawnv_passfds`, in a new session: Ctrl-C, `timeout` and a closed terminal signal the whole
+    group of the parent, which stops its workers itself."""
+    process = subprocess.Popen(
+        arguments, executable=path, pass_fds=passed, restore_signals=False, start_new_session=True
+    )
+    process.returncode = 0  # multiprocessing waits for it, `subprocess` must not
+    return process.pid
+
+
 _SPAWN = SimpleNamespace(**{**vars(spawn), "get_preparation_data": _preparation_data})
+_UTIL = SimpleNamespace(**{**vars(util), "spawnv_passfds": _in_own_session})
 
 
 class _Popen(popen_spawn_posix.Popen):
-    # The standard method with `spawn` bound to ours. It has no hook, and a copy would age with each Python version.
+    # The standard method with `spawn` and `util` bound to ours. It has no hook, and a copy would age with each version
+    # of Python.
     _launch = FunctionType(
         popen_spawn_posix.Popen._launch.__code__,  # type: ignore[attr-defined]
-        {**vars(popen_spawn_posix), "spawn": _SPAWN},
+        {**vars(popen_spawn_posix), "spawn": _SPAWN, "util": _UTIL},
         "_launch",
     )
 
 
 class WorkerProcess(SpawnProcess):
-    """A spawned process that starts from an empty ``__main__``. Its parent stops it; it never sees SIGINT."""
+    """A spawned process that starts from an empty ``__main__``, in a session of its own. Its parent stops it."""
 
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> _Popen:  # noqa: N802 (the name that multiprocessing calls)
-        # Ctrl-C reaches the whole process group, and a worker that is still starting would print a traceback. So SIGINT
-        # is blocked here, and the worker inherits that. The tracker starts first, since its start unblocks SIGINT.
+        # Whoever sends it SIGINT by its pid gets no traceback: it is blocked here, and the worker inherits that. The
+        # tracker starts first, since its start unblocks SIGINT.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

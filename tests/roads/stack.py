@@ -70,6 +70,12 @@ class Stack:
         assert found, said
         return found[1]
 
+    def find(self, name: str) -> str:
+        """The id of the only flow run of this name."""
+        asked = {"flow_runs": {"name": {"any_": [name]}}}
+        (found,) = httpx.post(f"{self.api}/flow_runs/filter", json=asked, timeout=5).json()
+        return str(found["id"])
+
     def state(self, flow_run_id: str) -> str:
         """Name of a flow run's state; `unreachable` while the server is."""
         return str(self._flow_run(flow_run_id).get("state_name", "unreachable"))

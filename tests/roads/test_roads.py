@@ -18,7 +18,8 @@ from support import TINY
 
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config import load_recipe
-from kdrl_core.ledger import Run, create_run, open_run
+from kdrl_core.ledger import Run, create_run, lock_holder, open_run
+from kdrl_core.ledger.run_log import log_file
 
 LONG = [*TINY, "stage2.steps=12", "stage1.evaluate_every=null", "stage2.evaluate_every=null"]
 HIT = 3
@@ -216,3 +217,30 @@ def test_kdrl_run_leaves_no_server_behind(artifacts: Path, tmp_path: Path, whole
         check_end(stack, whole, published)
     finally:
         stack.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["deployment", "kdrl run"])
+def test_a_cancelled_flow_run_stops_after_publishing(stack: Stack, whole: Run, by: str) -> None:
+    """`prefect flow-run cancel`: a worker also sends SIGTERM; for `kdrl run` nobody but the run itself looks."""
+    if by == "deployment":
+        flow_run = stack.begin("r", LONG)
+    else:
+        stack.start("run", KDRL, "run", "--name", "r", *(part for one in LONG for part in ("--set", one)))
+    published = wait_for_hit(stack)
+    if by == "kdrl run":
+        flow_run = stack.find("r")
+    assert "scheduled for cancellation" in stack.call(PREFECT, "flow-run", "cancel", flow_run)
+    assert ended(stack, flow_run) == "Cancelled", stack.tails()
+    run = open_run("r")
+    stack.wait("the run is free", lambda: lock_holder(run.paths.lock) is None)
+    log = log_file(run.paths.root).read_text()
+    assert re.search(r"session ends: (cancelled in Prefect|stopped by its worker); go on with: kdrl resume r", log), log
+    if by == "kdrl run":
+        assert stack.running["run"].wait(30) == 1
+        assert "cancelled in Prefect; go on with: kdrl resume r" in stack.log("run")
+    steps = sorted(path.parent.name for path in run.paths.root.glob("rollouts/stage=stage2/*/update.parquet"))
+    assert len(steps) < 12
+    assert run.paths.checkpoint("stage2", len(steps)).is_dir()  # the last step is published whole
+    stack.call(KDRL, "resume", "r")
+    check_end(stack, whole, published)

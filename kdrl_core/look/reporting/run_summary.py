@@ -16,6 +16,7 @@ from kdrl_core.errors import KdrlError, visible
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, adopted, is_published, lock_holder, manifest_of, open_run
 from kdrl_core.ledger.graph import evaluated_labels
+from kdrl_core.ledger.run_log import last_error
 from kdrl_core.tables.decoded import LOOKED_AT
 from kdrl_core.tables.files import load_metrics, read_table
 
@@ -242,6 +243,7 @@ def run_status(run: Run) -> dict[str, Any]:
         "reward": None if reward is None else round(reward, 3),
         "alarms": [asdict(alarm) for alarm in alarms_of(run)],
         "started": run.started_at,
+        "last_error": None if state == "finished" or holder else last_error(run.paths.root),
         "steps": steps,
         "checkpoints": {stage: checkpoint_steps(run, stage) for stage in run.recipe.stages},
         "adopted": {one["what"]: one["run"] for one in adopted(run)},

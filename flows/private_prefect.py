@@ -1,0 +1,64 @@
+"""A Prefect that knows nothing of the user's: settings of a private server and of the programs that talk to it.
+
+Prefect reads settings from the environment, from `.env`, `prefect.toml` and `pyproject.toml` in the working directory,
+and from a profile. So the environment is cleaned, the profile is one that does not exist, and Prefect is first imported
+in an empty folder: it reads its settings then, and never again. Importing this module imports no Prefect.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+IS_PRIVATE = "KDRL_PRIVATE_PREFECT"
+"""Environment variable with the home of the private Prefect: programs that kdrl starts use it as well."""
+
+_QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+_OWN_ORIGIN = "http://127.0.0.1"
+"""By default Prefect lets every web page use its API: a page in a browser could run code on this machine."""
+_LOOPBACK = ("127.0.0.1", "localhost")
+
+
+def quiet() -> None:
+    """No analytics, whoever's the server is."""
+    os.environ.update(_QUIET)
+
+
+def private_environment(home: Path, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a private server on loopback and of its clients: nothing of Prefect's that was inherited, and
+    no proxy before loopback."""
+    home, url = home.absolute(), f"http://127.0.0.1:{port}"
+    environment = {name: value for name, value in inherited.items() if not name.upper().startswith("PREFECT_")}
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [host for host in environment.get(name, "").split(",") if host.strip()]
+        environment[name] = ",".join([*hosts, *(host for host in _LOOPBACK if host not in hosts)])
+    return {
+        **environment,
+        **_QUIET,
+        IS_PRIVATE: str(home),
+        "PREFECT_HOME": str(home),
+        "PREFECT_PROFILES_PATH": str(home / "no-profiles.toml"),
+        "PREFECT_API_URL": f"{url}/api",
+        "PREFECT_SERVER_UI_API_URL": f"{url}/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{_OWN_ORIGIN}:{port}",
+    }
+
+
+@contextmanager
+def without_foreign_files() -> Iterator[None]:
+    """Import Prefect inside: its settings are then not those of files in the working directory. Without effect where
+    the server is the user's."""
+    if IS_PRIVATE not in os.environ:
+        yield
+        return
+    before = Path.cwd()
+    empty = Path(os.environ[IS_PRIVATE]) / "empty"
+    empty.mkdir(parents=True, exist_ok=True)
+    os.chdir(empty)
+    try:
+        yield
+    finally:
+        os.chdir(before)

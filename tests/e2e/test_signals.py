@@ -1,0 +1,126 @@
+"""Commands in a terminal, and in a process group that is signalled whole, as `timeout` does it."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support import MARK, TINY, left_behind
+from terminal import CTRL_C, Terminal
+
+KDRL = str(Path(sys.executable).with_name("kdrl"))
+SETS = [part for value in (*TINY, "stage2.steps=400") for part in ("--set", value)]
+LIMIT_S = 10.0
+
+
+def _start(artifacts: Path, *arguments: str) -> Terminal:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return Terminal([KDRL, *arguments], {**environment, MARK: str(artifacts), "KDRL_ARTIFACTS": str(artifacts)})
+
+
+def _step(artifacts: Path, number: int, run: str = "r") -> Path:
+    return artifacts / "runs" / run / "rollouts" / "stage=stage2" / f"step={number:06d}" / "update.parquet"
+
+
+def _ends(terminal: Terminal, artifacts: Path, code: int, way_on: str) -> None:
+    got, seconds = terminal.ended(30)
+    assert got == code, terminal.said
+    assert seconds < LIMIT_S, terminal.said
+    assert way_on in terminal.said
+    assert "Traceback" not in terminal.said
+    assert left_behind(str(artifacts)) == []
+
+
+def test_ctrl_c_in_a_terminal_and_sigterm_to_the_group(artifacts: Path) -> None:
+    terminal = _start(artifacts, "run", "--name", "r", *SETS)
+    terminal.wait_until(_step(artifacts, 1).exists, "stage 2")
+    assert _foreign_to_the_group(terminal, artifacts)  # the server and the verifier's workers
+    terminal.type(CTRL_C)
+    _ends(terminal, artifacts, 130, "interrupted; go on with: kdrl resume r")
+    log = (artifacts / "runs" / "r" / "run.log").read_text()
+    assert "session ends: stopped by Ctrl-C; go on with: kdrl resume r" in log
+    done = len(list((artifacts / "runs" / "r").glob("rollouts/stage=stage2/*/update.parquet")))
+    checkpoints = sorted((artifacts / "runs" / "r" / "checkpoints" / "stage2").iterdir())
+    assert checkpoints[-1].name == f"step-{done:06d}"  # what was in hand is published whole
+    assert not (artifacts / "runs" / "r" / "run.holder.json").exists()
+
+    terminal = _start(artifacts, "resume", "r")
+    terminal.wait_until(_step(artifacts, done + 1).exists, "a further step")
+    terminal.signal_group(signal.SIGTERM)
+    _ends(terminal, artifacts, 143, "interrupted; go on with: kdrl resume r")
+
+
+def _foreign_to_the_group(terminal: Terminal, artifacts: Path) -> list[str]:
+    """Command lines of the program's children. None of them may be in its process group."""
+    children = psutil.Process(terminal.process.pid).children(recursive=True)
+    in_group = [c for c in children if os.getpgid(c.pid) == terminal.process.pid]
+    names = [" ".join(child.cmdline()) for child in in_group]
+    assert not [name for name in names if "resource_tracker" not in name], names
+    return [" ".join(child.cmdline()) for child in children if child not in in_group]
+
+
+@pytest.mark.slow
+def test_twice_at_once_a_closed_terminal_and_a_kill(artifacts: Path) -> None:
+    terminal = _start(artifacts, "run", "--name", "r", *SETS)
+    terminal.wait_until(_step(artifacts, 1).exists, "stage 2")
+    terminal.type(CTRL_C)
+    time.sleep(0.2)
+    terminal.type(CTRL_C)
+    began = time.monotonic()
+    _ends(terminal, artifacts, 130, "interrupted; go on with: kdrl resume r")
+    assert time.monotonic() - began < 5
+
+    terminal = _start(artifacts, "resume", "r")
+    terminal.wait_until(_step(artifacts, 6).exists, "stage 2")
+    terminal.close()
+    code, seconds = terminal.ended(30)
+    assert code == 129
+    assert seconds < LIMIT_S
+    assert left_behind(str(artifacts)) == []
+
+    terminal = _start(artifacts, "resume", "r")
+    time.sleep(1.5)  # while Prefect and torch are being imported
+    terminal.type(CTRL_C)
+    _ends(terminal, artifacts, 130, "interrupted; go on with: kdrl resume r")
+
+    terminal = _start(artifacts, "resume", "r")
+    terminal.wait_until(_step(artifacts, 30).exists, "stage 2")
+    terminal.process.kill()
+    assert terminal.ended(5)[0] == -signal.SIGKILL
+    assert left_behind(str(artifacts)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_sweep_stops_with_its_cells(artifacts: Path, how: str) -> None:
+    vary = ["--vary", "stage2.beta.init=0.5,1.0", "--workers", "2", "--seeds", "1"]
+    terminal = _start(artifacts, "sweep", "--name", "s", "--recipe", "miniature", *vary, *SETS)
+    terminal.wait_until(lambda: any(artifacts.glob("runs/s-*/rollouts/stage=stage2/*/update.parquet")), "a cell")
+    if how == "Ctrl-C":
+        terminal.type(CTRL_C)
+    else:
+        terminal.signal_group(signal.SIGTERM)
+    _ends(terminal, artifacts, 130 if how == "Ctrl-C" else 143, "interrupted; go on with: kdrl sweep run s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("command", ["evaluate", "label"])
+def test_evaluate_and_label_stop_after_the_last_response(
+    artifacts: Path, tmp_path: Path, command: str, how: str
+) -> None:
+    labels = str(tmp_path / "labels.parquet")
+    arguments = {
+        "evaluate": ["evaluate", "builtin:miniature/student", "-r", "miniature", "--samples", "400"],
+        "label": ["label", "-r", "miniature", "-i", "builtin:miniature/stage2.parquet", "-o", labels, "--all"],
+    }[command]
+    terminal = _start(artifacts, *arguments)
+    terminal.wait_until(lambda: any((*artifacts.rglob("*.jsonl"), *tmp_path.rglob("*.jsonl"))), "the first response")
+    if how == "Ctrl-C":
+        terminal.type(CTRL_C)
+    else:
+        terminal.signal_group(signal.SIGTERM)
+    _ends(terminal, artifacts, 130 if how == "Ctrl-C" else 143, "interrupted; the same command")

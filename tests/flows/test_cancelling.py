@@ -1,0 +1,94 @@
+"""A flow run that is cancelled in Prefect, by its UI or by `prefect flow-run cancel`, stops after what is in hand."""
+
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.states import Cancelled, Cancelling
+from support import TINY
+
+from flows import stopping
+from flows.full_pipeline import full_pipeline
+from flows.sweep import sweep
+from kdrl_core.boxes.completion import is_finished
+from kdrl_core.boxes.stage import checkpoint_steps
+from kdrl_core.errors import Stopped
+from kdrl_core.ledger import open_run
+from kdrl_core.ledger.run_log import last_error, log_file
+
+STEPS = [*TINY, "stage2.steps=6", "stage2.evaluate_every=null"]
+
+
+def _cancel(flow_run_id: UUID, state: Any) -> None:
+    """As `prefect flow-run cancel` and the UI do."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, state)
+
+
+def _states(*names: str) -> dict[str, str]:
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=list(names))))
+    return {run.name: f"{run.state_name}: {run.state.message if run.state else ''}" for run in found}
+
+
+@pytest.fixture
+def cancel_at_step_2(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Somebody cancels `whose(flow runs of this process, outermost first)` when step 2 of stage 2 is published."""
+
+    def cancel(whose: int, state: Any) -> None:
+        monkeypatch.setattr(stopping, "_LOOK_EVERY_S", 0.0)
+        original = stopping.stop_if_cancelled
+
+        def look() -> None:
+            if runtime.flow_run.parameters.get("stage") == "stage2":
+                run = open_run(Path(runtime.flow_run.parameters["run_dir"]).name)
+                if max(checkpoint_steps(run, "stage2")) == 3:
+                    _cancel(stopping._running[whose], state)
+            original()
+
+        monkeypatch.setattr("flows.stage_flows.stop_if_cancelled", look)
+
+    return cancel
+
+
+@pytest.mark.parametrize(("whose", "state"), [(0, Cancelling), (1, Cancelled)])
+def test_a_cancelled_run_stops_and_is_cancelled(
+    artifacts: Path, cancel_at_step_2: Any, monkeypatch: pytest.MonkeyPatch, whose: int, state: Any
+) -> None:
+    """The whole pipeline by `prefect flow-run cancel`, or its stage by the state that the UI can force."""
+    cancel_at_step_2(whose, state())
+    name = f"cancelled-{whose}"
+    with pytest.raises(Stopped, match=f"cancelled in Prefect; go on with: kdrl resume {name}"):
+        full_pipeline(recipe="miniature", run_name=name, overrides=STEPS)
+    told = f"Cancelled: cancelled in Prefect; go on with: kdrl resume {name}"
+    assert _states(name, f"{name}-stage2") == {name: told, f"{name}-stage2": told}
+    run = open_run(name)
+    assert max(checkpoint_steps(run, "stage2")) == 3
+    assert last_error(run.paths.root) is None
+    assert told.removeprefix("Cancelled: ") in log_file(run.paths.root).read_text()
+    if whose:
+        return
+    monkeypatch.undo()
+    monkeypatch.setenv("KDRL_ARTIFACTS", str(artifacts))
+    full_pipeline(recipe="miniature", run_name=name, overrides=STEPS)  # the same process has forgotten the wish
+    assert is_finished(open_run(name))
+
+
+def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = stopping.stop_if_cancelled
+
+    def look() -> None:
+        if any(artifacts.glob("runs/s-*/rollouts/stage=stage1/*/update.parquet")):
+            _cancel(stopping._running[0], Cancelling())
+        original()
+
+    monkeypatch.setattr("flows.sweep.stop_if_cancelled", look)
+    with pytest.raises(Stopped, match="cancelled in Prefect; go on with: kdrl sweep run s"):
+        sweep(source=None, name="s", recipe="miniature", vary=["stage2.beta.init=0.5"], overrides=STEPS, seeds=1)
+    assert _states("sweep-s") == {"sweep-s": "Cancelled: cancelled in Prefect; go on with: kdrl sweep run s"}
+    (cell,) = artifacts.glob("runs/s-*")
+    assert _states(cell.name)[cell.name].startswith(("Cancelled: stopped by SIGTERM", "Cancelled: cancelled"))
