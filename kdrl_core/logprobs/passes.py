@@ -26,7 +26,7 @@ def forward(model: torch.nn.Module, **arguments: Any) -> Any:
 
 
 @cache
-def _parameters(kind: type[torch.nn.Module]) -> frozenset[str] | None:
+def _parameters(kind: Any) -> frozenset[str] | None:
     """Names of the arguments of a model class; None if it takes any."""
     parameters = inspect.signature(kind.forward).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
