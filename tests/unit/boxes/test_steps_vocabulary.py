@@ -8,8 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from crash.tiny_run import finish, open_tiny, train
+from crash.tiny_run import open_tiny, train
 
+from kdrl_core.boxes.completion import student
+from kdrl_core.boxes.make import make
 from kdrl_core.boxes.preflight import check_inputs
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config import ModelConfig, load_recipe
@@ -45,10 +47,10 @@ def padded(name: str, rows: int, path: Path) -> Path:
 def test_no_padding_is_sampled_and_the_source_decides_how_to_generate(
     rows: tuple[int, int], tmp_path: Path, fast_sessions: None
 ) -> None:
-    student, teacher = padded("student", rows[0], tmp_path / "s"), padded("teacher", rows[1], tmp_path / "t")
-    (student / "generation_config.json").write_text(REFUSED)
-    (student / "preprocessor_config.json").write_text("{}")
-    options = [f"student.path={student}", f"teacher.path={teacher}", "stage2.kl_estimator=topk"]
+    source, teacher = padded("student", rows[0], tmp_path / "s"), padded("teacher", rows[1], tmp_path / "t")
+    (source / "generation_config.json").write_text(REFUSED)
+    (source / "preprocessor_config.json").write_text("{}")
+    options = [f"student.path={source}", f"teacher.path={teacher}", "stage2.kl_estimator=topk"]
     options += [f"{stage}.steps={steps}" for stage, steps in STEPS.items()]
 
     def opened() -> Run:
@@ -58,7 +60,7 @@ def test_no_padding_is_sampled_and_the_source_decides_how_to_generate(
     train(opened(), until=("stage2", 1))
     run = opened()
     train(run)
-    finish(run)
+    make(run, student)
     close_sessions()
     for stage, steps in STEPS.items():
         assert all(row["engine/logprob_gap_max"] < 1e-4 for row in load_metrics(run, stage))
@@ -91,9 +93,8 @@ def larger(tmp_path: Path) -> Path:
     """The student with one token more in its tokenizer than rows in its embedding."""
     path = tmp_path / "larger"
     shutil.copytree(MINIATURE / "student", path)
-    values = json.loads((path / "tokenizer.json").read_text())
-    added = {**values["added_tokens"][0], "content": "<extra>", "id": TOKENS + 3}
-    return edited(path, "tokenizer.json", added_tokens=[*values["added_tokens"], added])
+    model = json.loads((path / "tokenizer.json").read_text())["model"]
+    return edited(path, "tokenizer.json", model={**model, "vocab": {**model["vocab"], "<extra>": TOKENS + 3}})
 
 
 def test_a_token_beyond_the_embedding_is_refused_before_any_work(larger: Path, tmp_path: Path) -> None:
