@@ -2,12 +2,11 @@
 
 from prefect import flow, runtime
 
-from flows import hooks, shown
+from flows import hooks, shown, stopping
 from flows.evaluation import evaluation
 from flows.filtering import filtering
 from flows.reporting import reporting
 from flows.sft_stage import sft_stage
-from flows.stopping import stoppable
 from flows.training_stage import training_stage
 from kdrl_core.boxes.completion import is_finished, require_finished
 from kdrl_core.boxes.preflight import check_inputs
@@ -19,13 +18,12 @@ from tasks.secrets import register_blocks
 
 def default_run_name() -> str:
     """The parameter `run_name`, or recipe and flow-run id: a retry has the same name and continues the same files."""
-    parameters = runtime.flow_run.parameters
-    flow_run_id = str(runtime.flow_run.id)[:8]
+    parameters, flow_run_id = runtime.flow_run.parameters, str(runtime.flow_run.id)[:8]
     return parameters.get("run_name") or f"{parameters.get('recipe', 'miniature').split('/')[-1]}-{flow_run_id}"
 
 
 @flow(name="kdrl", flow_run_name=default_run_name, on_failure=[hooks.on_failure], on_crashed=[hooks.on_failure])
-@stoppable
+@stopping.stoppable
 def full_pipeline(
     recipe: str = "miniature",
     run_name: str | None = None,
