@@ -13,6 +13,7 @@ import torch
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
 from kdrl_core.models.loading import load_model
+from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork
 from kdrl_core.training.torch_trainer import (
@@ -36,6 +37,7 @@ class Rank:
         from deepspeed.accelerator import get_accelerator
 
         self._settings = settings
+        expect_code(settings["code"])
         self._is_bfloat16 = settings["dtype"] == "bfloat16"
         self._step = 0
         torch.set_num_threads(settings["num_threads"])
