@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from crash.damage import damage_something
-from crash.lives import Life, Lives
-from crash.tiny_run import open_tiny, results
+from crash.damage import damage_index, damage_journal, damage_something
+from crash.lives import Life, Lives, Trouble
+from crash.tiny_run import WORKERS_TIMEOUT_S, figures, for_workers, label, open_tiny, results
 
 from kdrl_core.ledger import Run, lock_holder
 
@@ -28,6 +28,8 @@ SPARSE = ["stage2.steps=7", "stage2.checkpoint.every=3"]
 _RANDOM = "a random instant"
 _RANDOM_SHARE = 0.25
 _DAMAGE_SHARE = 0.3
+_WITH_WORKERS = 3
+"""Each third run has answers that need workers, which are killed and suspended, and measures a label."""
 
 
 @dataclass(slots=True)
@@ -40,6 +42,11 @@ class Report:
     """Kills by fault point, or `a random instant`."""
     damaged: int = 0
     """Artifacts damaged between a death and the next life."""
+    indexes_damaged: int = 0
+    journals_damaged: int = 0
+    suspended: int = 0
+    """Lives that were suspended for longer than an answer may take, with all that they had started."""
+    workers_killed: int = 0
     healing_points: set[str] = field(default_factory=set)
     """Fault points that only lives after damage pass."""
     runs: int = 0
@@ -68,6 +75,8 @@ class Report:
         return [
             f"kills               {self.kills} in {self.runs} runs, {self.killed_at[_RANDOM]} at random instants",
             f"resumes             {self.kills}, {self.damaged} of them after damage to an artifact",
+            f"besides             {self.indexes_damaged} indexes and {self.journals_damaged} journals damaged, "
+            f"{self.suspended} lives suspended, {self.workers_killed} workers killed",
             f"fault points        {covered} of {len(self.points)} covered",
             f"while healing       {healing} of {len(self.healing_points)} covered",
             f"bytes compared      {self.bytes_compared:,}, {self.rows_compared:,} rows of tables",
@@ -93,14 +102,18 @@ def campaign(folder: Path, *, kills: int, seed: int, show: bool = False) -> Repo
         assert life.finished
         report.points = set(life.points)
         passes = Counter(life.points)
+        harder = [*SPARSE, *for_workers(folder)]
+        whole_harder = open_tiny(folder / "undisturbed-workers", "tiny", harder)
+        assert lives.live(folder / "undisturbed-workers", "tiny").finished
         while report.kills < kills or report.missed:
             report.runs += 1
             artifacts = folder / f"run-{report.runs}"
-            run = open_tiny(artifacts, "tiny", SPARSE)
+            is_harder = report.runs % _WITH_WORKERS == 0
+            run = open_tiny(artifacts, "tiny", harder if is_harder else SPARSE)
             before = report.kills
             _finish_with_kills(lives, run, artifacts, report, passes, life.seconds, kills, rng)
             assert report.kills > before, f"nothing can be killed at {sorted(report.missed)}"
-            _compare(run, whole, report)
+            _compare(run, whole_harder if is_harder else whole, report)
             shutil.rmtree(artifacts)
             report.seconds = time.monotonic() - started
             if show:
@@ -126,27 +139,45 @@ def _finish_with_kills(
     """Lives of one run until one comes to its end. Each dies where the campaign has killed least."""
     is_damaged = False
     while True:
+        trouble = _trouble(run, whole_s, rng)
         healing = sorted(report.healing_points, key=lambda point: report.killed_at[point]) if is_damaged else []
         if report.kills >= kills and not report.missed:
-            life = lives.live(artifacts, run.name)
+            life = lives.live(artifacts, run.name, trouble=trouble)
         elif rng.random() < _RANDOM_SHARE:
-            life = lives.live(artifacts, run.name, after_s=rng.uniform(0.0, whole_s / 4))
+            life = lives.live(artifacts, run.name, after_s=rng.uniform(0.0, whole_s / 4), trouble=trouble)
             _count(life, _RANDOM, report)
         elif healing and rng.random() < 0.8:
-            life = lives.live(artifacts, run.name, die_at=healing[0])
+            life = lives.live(artifacts, run.name, die_at=healing[0], trouble=trouble)
             _count(life, healing[0], report)
         else:
             least = min(report.killed_at[point] for point in report.points)
             point = rng.choice(sorted(p for p in report.points if report.killed_at[p] == least))
             # Seldom passed: the first time. Often passed: a little way into the run.
-            life = lives.live(artifacts, run.name, die_at=point, skip=rng.randrange(1 + passes[point] // 12))
+            skip = rng.randrange(1 + passes[point] // 12)
+            life = lives.live(artifacts, run.name, die_at=point, skip=skip, trouble=trouble)
             _count(life, point, report)
         report.healing_points |= set(life.points) - report.points
+        if trouble is not None and trouble.kind == "suspend":
+            report.suspended += life.troubled > 0
+        else:
+            report.workers_killed += life.troubled
         if life.finished:
             return
         assert lock_holder(run.paths.lock) is None  # the kernel's lock ends with its holder
         is_damaged = rng.random() < _DAMAGE_SHARE and damage_something(run, rng)
         report.damaged += is_damaged
+        report.indexes_damaged += rng.random() < _DAMAGE_SHARE and damage_index(run, rng)
+        report.journals_damaged += rng.random() < _DAMAGE_SHARE and damage_journal(run, rng)
+
+
+def _trouble(run: Run, whole_s: float, rng: random.Random) -> Trouble | None:
+    """What comes over the next life of a run whose answers need workers."""
+    if run.recipe.verification.timeout_s != WORKERS_TIMEOUT_S or rng.random() < 0.3:
+        return None
+    after_s = rng.uniform(0.5, whole_s / 2)
+    if rng.random() < 0.5:
+        return Trouble(kind="kill workers", after_s=after_s)
+    return Trouble(kind="suspend", after_s=after_s, seconds=WORKERS_TIMEOUT_S + 1)
 
 
 def _count(life: Life, point: str, report: Report) -> None:
@@ -162,6 +193,10 @@ def _compare(run: Run, whole: Run, report: Report) -> None:
     report.lost += [f"run {report.runs}: {name}" for name in theirs if name not in ours]
     report.surplus += [f"run {report.runs}: {name}" for name in ours if name not in theirs]
     report.differences += [f"run {report.runs}: {name}" for name in ours if ours[name] != theirs.get(name)]
+    if [step | {"run": ""} for step in figures(run)] != [step | {"run": ""} for step in figures(whole)]:
+        report.differences.append(f"run {report.runs}: figures of its index")
+    if run.recipe.verification.timeout_s == WORKERS_TIMEOUT_S and label(run).read_bytes() != label(whole).read_bytes():
+        report.differences.append(f"run {report.runs}: its labels")
     report.leftovers += [str(path) for path in run.paths.root.rglob(".tmp-*")]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from kdrl_core.boxes.stage import latest_checkpoint
 from kdrl_core.ledger import Run, is_published
 from kdrl_core.ledger.manifest import manifest_path
+from kdrl_core.look.rollouts.query import RolloutStore
 
 Damage = Callable[[Path], None]
 
@@ -51,6 +52,32 @@ def manifest_for(path: Path) -> Path:
     """The manifest of an artifact, or of the directory that a file is in."""
     inside = (folder / "manifest.json" for folder in path.parents if folder.parent.name != "runs")
     return next((where for where in inside if where.is_file()), manifest_path(path))
+
+
+def flip_a_bit(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    if content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def damage_journal(run: Run, rng: random.Random) -> bool:
+    """Flip a bit of a journal of responses, the run's own or that of its labelling; whether there was one."""
+    artifacts = run.paths.root.parent.parent
+    journals = sorted(path for path in artifacts.rglob("*.jsonl") if path.stat().st_size)
+    if journals:
+        flip_a_bit(rng.choice(journals), rng)
+    return bool(journals)
+
+
+def damage_index(run: Run, rng: random.Random) -> bool:
+    """Look at the run, and flip a bit of the index that this leaves; whether there was something to look at."""
+    if not any(run.paths.root.glob("rollouts/*/*/rollouts.parquet")):
+        return False
+    with RolloutStore.open([run.paths.root]) as store:
+        store.steps()
+    flip_a_bit(rng.choice(sorted(path for path in (run.paths.root / ".index").rglob("*") if path.is_file())), rng)
+    return True
 
 
 def damage_something(run: Run, rng: random.Random) -> bool:

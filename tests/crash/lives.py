@@ -10,10 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
+
+import psutil
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,45 @@ class Life:
     points: tuple[str, ...]
     """The fault points that it passed; the last is where it died, if it was to die at one."""
     seconds: float
+    troubled: int
+    """Processes that were suspended or killed from outside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What may come over a life from outside."""
+
+    kind: Literal["suspend", "kill workers"]
+    after_s: float
+    seconds: float = 0.0
+    """How long the life and all that it started are suspended."""
+
+    def come(self, pid: int) -> int:
+        """Wait, and do it to the process `pid`. Returns how many processes it came over."""
+        time.sleep(self.after_s)
+        with suppress(psutil.Error):
+            life = psutil.Process(pid)
+            children = life.children(recursive=True)
+            if self.kind == "kill workers":
+                return sum(_signal(child, signal.SIGKILL) for child in children if _is_worker(child))
+            told = [each for each in (life, *children) if _signal(each, signal.SIGSTOP)]
+            time.sleep(self.seconds)
+            return sum(_signal(each, signal.SIGCONT) for each in reversed(told))
+        return 0
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> bool:
+    with suppress(psutil.Error):
+        process.send_signal(number)
+        return True
+    return False
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """Whether it judges answers; the others are multiprocessing's own."""
+    with suppress(psutil.Error):
+        return "spawn_main" in " ".join(process.cmdline())
+    return False
 
 
 class Lives:
@@ -49,18 +92,31 @@ class Lives:
         self._process.wait(60)
 
     def live(
-        self, artifacts: Path, name: str, *, die_at: str | None = None, skip: int = 0, after_s: float | None = None
+        self,
+        artifacts: Path,
+        name: str,
+        *,
+        die_at: str | None = None,
+        skip: int = 0,
+        after_s: float | None = None,
+        trouble: Trouble | None = None,
     ) -> Life:
-        """One life of the run, to its end or its death."""
+        """One life of the run, to its end or its death. `trouble` comes over it from outside meanwhile."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         command = {"artifacts": str(artifacts), "name": name, "die_at": die_at, "skip": skip, "after_s": after_s}
+        command["trouble"] = None if trouble is None else asdict(trouble)
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         if answer["status"] not in (0, -signal.SIGKILL):
             raise RuntimeError(f"a life ended with {answer['status']}: {command}")
-        return Life(finished=answer["status"] == 0, points=tuple(answer["points"]), seconds=answer["seconds"])
+        return Life(
+            finished=answer["status"] == 0,
+            points=tuple(answer["points"]),
+            seconds=answer["seconds"],
+            troubled=answer["troubled"],
+        )
 
 
 def _serve() -> None:
@@ -75,10 +131,13 @@ def _serve() -> None:
             os.close(reader)
             _live(command, writer, tiny_run)
         os.close(writer)
-        with os.fdopen(reader) as points:
-            passed = points.read().splitlines()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with ThreadPoolExecutor(1) as pool:
+            trouble = command["trouble"] and pool.submit(Trouble(**command["trouble"]).come, child)
+            with os.fdopen(reader) as points:
+                passed = points.read().splitlines()
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         answer = {"status": status, "points": passed, "seconds": time.monotonic() - started}
+        answer["troubled"] = trouble.result() if trouble else 0
         print(json.dumps(answer), flush=True)
 
 
@@ -100,6 +159,8 @@ def _live(command: dict[str, Any], writer: int, tiny_run: Any) -> None:
         run = open_run(command["name"], artifacts=Path(command["artifacts"]))
         tiny_run.train(run)
         tiny_run.finish(run)
+        if run.recipe.verification.timeout_s == tiny_run.WORKERS_TIMEOUT_S:
+            tiny_run.label(run)
     except BaseException:
         import traceback
 

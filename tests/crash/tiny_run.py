@@ -1,6 +1,7 @@
 """A run of seconds through `kdrl_core.boxes` alone, without Prefect."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.stage import open_stage
 from kdrl_core.boxes.step import rollout, score_step, update_step, verify
-from kdrl_core.config import load_recipe
+from kdrl_core.config import load_recipe, resolve_path
+from kdrl_core.labelling import LabelOptions, label_problems, plan_labels
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.reporting.run_report import report
+from kdrl_core.look.rollouts.query import RolloutStore
 
 TINY = [
     "stage1.steps=2",
@@ -38,6 +41,40 @@ TINY = [
     "alarms.clip_ratio.patience=1",
 ]
 """Overrides that make the miniature a matter of seconds."""
+
+
+WORKERS_TIMEOUT_S = 2.0
+
+
+def for_workers(folder: Path) -> list[str]:
+    """Overrides with which every answer needs a worker to be judged: 7 is written as 14/2 in the problems' answers."""
+    problems = json.loads(resolve_path("builtin:miniature/stage1.json").read_text())
+    for problem in problems:
+        problem["answer"] = rf"\frac{{{2 * int(problem['answer'])}}}{{2}}"
+    (file := folder / "problems.json").write_text(json.dumps(problems))
+    fields = (f"files=['{file}']", "format=auto", "missing_labels=keep")
+    stages = [f"{stage}.data.{field}" for stage in ("stage1", "stage2") for field in fields]
+    return [*stages, f"verification.timeout_s={WORKERS_TIMEOUT_S}"]
+
+
+def label(run: Run) -> Path:
+    """Measure a label beside the run, in shards, with journals."""
+    output = run.paths.root.parent.parent / "labels.parquet"
+    plan = plan_labels(run.recipe, ["builtin:miniature/stage1.json"], LabelOptions(stage="stage1", max_problems=12))
+    if not output.exists():
+        label_problems(plan, output, shard_problems=4)
+    return output
+
+
+def figures(run: Run) -> list[dict[str, object]]:
+    """What the index of the rollouts says of every step, times left out."""
+    with RolloutStore.open([run.paths.root]) as store:
+        assert not store.damaged
+        steps = store.steps()
+    for step in steps:
+        metrics = step["metrics"]
+        step["metrics"] = {n: v for n, v in metrics.items() if not n.startswith(("time/", "throughput/", "sync/"))}
+    return steps
 
 
 def open_tiny(artifacts: Path, name: str, overrides: Sequence[str] = ()) -> Run:
@@ -84,7 +121,7 @@ def results(run: Run) -> dict[str, str]:
     return {
         file.relative_to(run.paths.root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(files)
-        if file.name != "timings.parquet" and not file.is_relative_to(run.paths.scratch)
+        if file.name != "timings.parquet" and not any(p[0] == "." for p in file.relative_to(run.paths.root).parts)
     }
 
 
