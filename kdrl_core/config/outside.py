@@ -25,7 +25,7 @@ _CODE = ("stage?.kl_estimator", "stage?.ref_kl_estimator")
 _NO_CONTENT = ("trainer.hostfile",)
 """Paths that are made absolute, but whose content changes no result."""
 _READ_WITH_WEIGHTS = (
-    *("config*.json", "generation_config.json", "adapter_config.json", WEIGHTS[1]),
+    *("config*.json", "generation_config.json", "adapter_config.json"),
     *("*token*.json", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.codes"),  # tokenizers
     *("chat_template*", "*.jinja", "additional_chat_templates/*"),
 )
@@ -71,11 +71,12 @@ def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:
         model = recipe.student if slot == _MODELS[0] else recipe.teacher
         assert model is not None  # it has a slot
         return model_files(model.model_copy(update={"path": text}))
-    found = expanded(text)
-    if _matches(slot, _CODE):
+    if not _matches(slot, _CODE):
+        found = [path for path in expanded(text) if path.is_file()]
+    else:
         code = parse_reference(text).located() if is_reference(text) else None
-        found = [] if code is None else [code]
-    if not (found := [path for path in found if path.is_file()]):
+        found = [code] if code is not None and code.is_file() else []
+    if not found:
         return {}
     root = os.path.commonpath([path.parent for path in found])
     return {path.relative_to(root).as_posix(): path for path in found}
@@ -88,7 +89,8 @@ def model_files(model: ModelConfig) -> dict[str, Path]:
         return {}
     patterns = [*_READ_WITH_WEIGHTS, *(["**/*.py"] if model.trust_remote_code else [])]
     found = {path for pattern in patterns for path in folder.glob(pattern)}
-    found |= {folder / name for name in (shards(folder) or WEIGHTS[:1])}
+    split = shards(folder)
+    found |= {folder / name for name in ([WEIGHTS[1], *split] if split else WEIGHTS[:1])}
     if model.gguf_file is not None:
         found = {folder / model.gguf_file}
     return {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}

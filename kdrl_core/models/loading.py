@@ -223,6 +223,9 @@ def load_model(
             f"{path} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}; "
             "download the model again, or correct its config.json"
         )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model._tied_weights_keys and head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False  # the files hold a head of their own: an export must say so
     return model.to(device).eval()
 
 
