@@ -14,6 +14,7 @@ from pathlib import Path
 from kdrl_core.boxes.stage import latest_checkpoint
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
 from kdrl_core.ledger import (
+    Outside,
     Run,
     differences,
     identify,
@@ -70,6 +71,9 @@ class CheckReport:
 
     num_artifacts: int
     num_bytes: int
+    num_outside: int
+    """Models, data and code outside of the run that were compared with what it recorded; 0 for a run of an earlier
+    version of kdrl, which has recorded nothing."""
     findings: list[Finding]
 
 
@@ -85,8 +89,11 @@ def check_run(run: Run, *, on_checked: OnChecked | None = None) -> CheckReport:
         time.sleep(_SETTLE_S)
         again, _ = _look(run, [run.paths.root / name for name in findings], None)
         findings = {name: finding for name, finding in again.items() if name in findings}
-    findings |= {one.path: one for one in _outside(run)}
-    return CheckReport(num_artifacts=len(artifacts), num_bytes=num_bytes, findings=list(findings.values()))
+    recorded = outside_of(run)
+    findings |= {one.path: one for one in _outside(run, recorded)}
+    return CheckReport(
+        num_artifacts=len(artifacts), num_bytes=num_bytes, num_outside=len(recorded), findings=list(findings.values())
+    )
 
 
 def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tuple[dict[str, Finding], int]:
@@ -122,9 +129,8 @@ def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tupl
     return findings, num_bytes
 
 
-def _outside(run: Run) -> Iterator[Finding]:
+def _outside(run: Run, recorded: Outside) -> Iterator[Finding]:
     """What the recipe names outside of the run and is not there, or has another content than was recorded."""
-    recorded = outside_of(run)
     found = identify(run.recipe, reads_all=True)
     for slot, path, told in differences(recorded, found):
         yield Finding(path=path, problem=f"{slot}: {told}", remedy=Remedy.RESTORE)

@@ -82,15 +82,12 @@ def other_kind(path: Path, config: Mapping[str, Any]) -> str | None:
     packed = next((name for name in found if _PACKED.search(name) and found[name].dtype not in _FLOATS), None)
     part = config.get("quantization_config") or config.get("compression_config")
     if part or packed is not None:
-        said = (
-            f"{packed} has the type {found[packed].dtype}"
-            if packed is not None
-            else "config.json has quantization_config"
-        )
         method = f", {part['quant_method']}" if isinstance(part, dict) and "quant_method" in part else ""
+        said = f"config.json has quantization_config{method}"
+        if packed is not None:
+            said = f"{packed} has the type {found[packed].dtype}{method}"
         return (
-            f"has quantised weights ({said}{method}), which are not loaded here; give the model in bfloat16, float16 or "
-            "float32"
+            f"has quantised weights ({said}), which are not loaded here; give the model in bfloat16, float16 or float32"
         )
     if senses := [name for name in _OTHER_SENSES if config.get(name)]:
         return (

@@ -67,9 +67,11 @@ def cut(model: Path) -> None:
 
 
 def quantised(model: Path) -> None:
-    rewrite(
-        model, lambda weights: weights.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(2, dtype=torch.int32)})
-    )
+    def pack(weights: dict[str, torch.Tensor]) -> None:
+        del weights["model.layers.0.mlp.up_proj.weight"]
+        weights["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(2, dtype=torch.int32)
+
+    rewrite(model, pack)
 
 
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
