@@ -49,11 +49,8 @@ def check(
                 out.print(grid(["artifact", "problem", "made whole by"], "lll", rows, overflow="fold"))
             verdict = f"{len(report.findings)} damaged" if report.findings else "all as published"
             size = report.num_bytes / 2**20
-            outside = (
-                f"{report.num_outside} models, data and code files outside of the run" if report.num_outside else ""
-            )
-            compared = " and ".join(filter(None, (f"{report.num_artifacts} artifacts, {size:,.1f} MiB", outside)))
-            out.say(f"{compared} compared: {verdict}")
+            outside = f", {report.num_outside} places outside of the run" if report.num_outside else ""
+            out.say(f"{report.num_artifacts} artifacts, {size:,.1f} MiB{outside} compared: {verdict}")
         if report.findings:
             raise SystemExit(1)
 

@@ -27,7 +27,7 @@ from kdrl_core.ledger.publish import replace_file, require_writable
 _VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
 _MIN_FREE_MB = 64
 _REWRITE = "restore it from a backup, or have it written anew: kdrl run --recipe RECIPE"
-_CARRIED = ("adopted", "outside")
+_CARRIED = ("adopted", "outside", "served_teacher")
 """Keys of manifest.json that stay when it is written anew."""
 _logger = logging.getLogger("kdrl")
 
@@ -122,9 +122,19 @@ def settle_outside(run: Run) -> Outside:
     if now != recorded:
         if new := sorted(found.keys() - recorded.keys()):
             _logger.info("the content of %s is recorded in %s from now on", ", ".join(new), run.paths.manifest)
-        with run_lock(run.paths.lock):
-            replace_file(run.paths.manifest, _as_json({**_read_manifest(run.paths), "outside": now}))
+        note(run, "outside", now)
     return now
+
+
+def note(run: Run, key: str, value: Any) -> Any:
+    """Write a value into the run's manifest.json; returns the one before. Raises RunLockedError if it differs and
+    another process works on the run."""
+    if _read_manifest(run.paths).get(key) == value:
+        return value
+    with run_lock(run.paths.lock):
+        manifest = _read_manifest(run.paths)
+        replace_file(run.paths.manifest, _as_json({**manifest, key: value}))
+    return manifest.get(key)
 
 
 def require_same_outside(run: Run) -> tuple[Outside, Outside]:
@@ -165,10 +175,8 @@ def record_adoption(run: Run, donor: Run, what: str, artifacts: Mapping[str, str
         "sha256": hashlib.sha256(listing.encode()).hexdigest(),
         "at": datetime.now(UTC).isoformat("T", "seconds"),
     }
-    manifest = dict(_read_manifest(run.paths))
     kept = [one for one in adopted(run) if one["what"] != what]  # replaces an interrupted adoption
-    manifest["adopted"] = [*kept, entry]
-    replace_file(run.paths.manifest, _as_json(manifest))
+    note(run, "adopted", [*kept, entry])
 
 
 def adopted(run: Run) -> list[dict[str, Any]]:
