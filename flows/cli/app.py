@@ -84,7 +84,7 @@ def resume(
     """
     from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
-    from kdrl_core.ledger import open_run, require_free, require_resumable
+    from kdrl_core.ledger import open_run, require_free, require_resumable, require_same_recipe
 
     with errors():
         opened = open_run(run_name)
@@ -96,6 +96,7 @@ def resume(
         if loaded == opened.recipe and is_finished(opened, verify=True):
             out.print(f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}")
             return
+        require_same_recipe(run_name, loaded)
         check_inputs(loaded)
         _run_in_process(str(opened.paths.recipe), run_name, overrides or [], verbose=verbose)
 

@@ -21,7 +21,8 @@ def check(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every published file of a run with its manifest: hashes, sizes, inputs, missing steps.
+    """Compare every published file of a run with its manifest: hashes, sizes, inputs, missing steps. Models, data and
+    code that the recipe names are compared with the hashes that the run has recorded.
 
     Without --repair it only reads, so you may use it during the run. `kdrl resume` checks the files that it continues
     from, and makes damaged ones again; this command also finds damage in past steps. Exit code 1 if damage is left.
@@ -48,7 +49,8 @@ def check(
                 out.print(grid(["artifact", "problem", "made whole by"], "lll", rows, overflow="fold"))
             verdict = f"{len(report.findings)} damaged" if report.findings else "all as published"
             size = report.num_bytes / 2**20
-            out.print(f"{report.num_artifacts} artifacts, {size:,.1f} MiB compared: {verdict}")
+            outside = f", {report.num_outside} places outside of the run" if report.num_outside else ""
+            out.say(f"{report.num_artifacts} artifacts, {size:,.1f} MiB{outside} compared: {verdict}")
         if report.findings:
             raise SystemExit(1)
 

@@ -13,7 +13,18 @@ from pathlib import Path
 
 from kdrl_core.boxes.stage import latest_checkpoint
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
-from kdrl_core.ledger import Run, is_published, lock_holder, manifest_of, run_lock, verify_own
+from kdrl_core.ledger import (
+    Outside,
+    Run,
+    differences,
+    identify,
+    is_published,
+    lock_holder,
+    manifest_of,
+    outside_of,
+    run_lock,
+    verify_own,
+)
 from kdrl_core.ledger.artifact import ARTIFACTS, Node
 from kdrl_core.ledger.graph import ROLLOUTS, STEP, evaluated_labels, final_checkpoint, node_at, required
 from kdrl_core.ledger.heal import ASIDE_PREFIX
@@ -36,6 +47,8 @@ class Remedy(StrEnum):
     """For verdicts and scores of old steps: they are made again from the step's rollouts."""
     BACKUP = "a backup"
     """For records that kdrl cannot make again, such as the rollouts of an old step. The run continues without them."""
+    RESTORE = "restoring it"
+    """For models, data and code outside of the run: only their owner can restore them. The run refuses to go on."""
     OWNER = "moving or deleting it"
     """The artifact is intact but in the wrong place. Once it is gone, the right one is made again."""
 
@@ -45,7 +58,7 @@ class Finding:
     """One artifact that is missing, or differs from what was published."""
 
     path: str
-    """Relative to the run."""
+    """Relative to the run; for a model, data or code, as the recipe names it."""
     problem: str
     remedy: Remedy
     stage: str | None = None
@@ -58,12 +71,15 @@ class CheckReport:
 
     num_artifacts: int
     num_bytes: int
+    num_outside: int
+    """Models, data and code outside of the run that were compared with what it recorded; 0 for a run of an earlier
+    version of kdrl, which has recorded nothing."""
     findings: list[Finding]
 
 
 def check_run(run: Run, *, on_checked: OnChecked | None = None) -> CheckReport:
-    """Compare every artifact of a run with its manifest, every manifest with the manifests of its inputs, and every
-    step with its required files. Reads only.
+    """Compare every artifact of a run with its manifest, every manifest with the manifests of its inputs, every step
+    with its required files, and the models, data and code outside of the run with what the run recorded. Reads only.
 
     While another process works on the run, findings are checked twice: a file may be about to appear.
     """
@@ -73,7 +89,11 @@ def check_run(run: Run, *, on_checked: OnChecked | None = None) -> CheckReport:
         time.sleep(_SETTLE_S)
         again, _ = _look(run, [run.paths.root / name for name in findings], None)
         findings = {name: finding for name, finding in again.items() if name in findings}
-    return CheckReport(num_artifacts=len(artifacts), num_bytes=num_bytes, findings=list(findings.values()))
+    recorded = outside_of(run)
+    findings |= {one.path: one for one in _outside(run, recorded)}
+    return CheckReport(
+        num_artifacts=len(artifacts), num_bytes=num_bytes, num_outside=len(recorded), findings=list(findings.values())
+    )
 
 
 def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tuple[dict[str, Finding], int]:
@@ -107,6 +127,15 @@ def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tupl
         for path in differing_metrics(run, stage, num_steps=latest_checkpoint(run, stage)):
             found(path, "does not hold what the steps' manifests say")
     return findings, num_bytes
+
+
+def _outside(run: Run, recorded: Outside) -> Iterator[Finding]:
+    """What the recipe names outside of the run and is not there, or has another content than was recorded."""
+    found = identify(run.recipe, reads_all=True)
+    for slot, path, told in differences(recorded, found):
+        yield Finding(path=path, problem=f"{slot}: {told}", remedy=Remedy.RESTORE)
+    for slot in sorted(recorded.keys() - found.keys()):
+        yield Finding(path=recorded[slot]["path"], problem=f"{slot}: is missing", remedy=Remedy.RESTORE)
 
 
 def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:

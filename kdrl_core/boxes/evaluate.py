@@ -22,7 +22,15 @@ from kdrl_core.evaluation.evaluate import benchmark_job
 from kdrl_core.evaluation.evaluation_plan import EvaluationPlan, settings_of
 from kdrl_core.evaluation.outcome import publish_outcome
 from kdrl_core.evaluation.results import read_results
-from kdrl_core.ledger import Run, find_intact, is_published, model_identity, verify_own, verify_published
+from kdrl_core.ledger import (
+    Run,
+    find_intact,
+    is_published,
+    model_identity,
+    settle_outside,
+    verify_own,
+    verify_published,
+)
 from kdrl_core.ledger.graph import model_node
 from kdrl_core.models.prepare import prepared_model
 from kdrl_core.sampling.job import settings_hash
@@ -56,6 +64,7 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
 
     Raises:
         VerificationError: too many verdicts of a benchmark are timeouts or errors.
+        RunError: models or benchmarks are not those that the run began with.
     """
     target = run.paths.evaluation(label)
     work = target.with_name(f".scratch-{label}")
@@ -65,6 +74,7 @@ def evaluate_model(run: Run, label: str, benchmarks: Sequence[str] | None = None
     if find_intact(target, inputs, is_exact=False):
         content = read_results(target)
     else:
+        settle_outside(run)
         rest_sessions()
         plan = _plan(run, label, config, wanted)
         with ExitStack() as stack:

@@ -10,7 +10,7 @@ from kdrl_core.boxes.make import Product, box, make
 from kdrl_core.config import Recipe
 from kdrl_core.data import FilterReport, filter_problems, read_problems
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import Run
+from kdrl_core.ledger import Run, settle_outside
 from kdrl_core.ledger.graph import FILTER_REPORT, POOL
 from kdrl_core.models.loading import compare_tokenizers, load_tokenizer
 from kdrl_core.models.prepare import prepared_model
@@ -28,9 +28,11 @@ class Filtering:
 
         Raises:
             ModelError: a model cannot be prepared, or the teacher's tokenizer differs.
+            RunError: models or data are not those that the run began with.
             DataError: unreadable or malformed input, or a pool too small for one step (SFT: for one batch).
         """
         recipe = self.run.recipe
+        settle_outside(self.run)
         student = initial_policy(self.run, recipe.stages[0])
         if recipe.teacher is not None:  # again: models that were GGUF files have a readable tokenizer only now
             compare_tokenizers(student, prepared_model(recipe.teacher, self.run.paths.root))

@@ -5,6 +5,7 @@ always follows from the files: `trainer_at` restores the latest checkpoint, and 
 their published rollouts.
 """
 
+import logging
 import shutil
 import threading
 from collections.abc import Sequence
@@ -16,21 +17,29 @@ import pyarrow.compute as pc
 
 from kdrl_core.boxes.builders import Builders, SyncedEngine, intact_initial_policy
 from kdrl_core.config import StageConfig
+from kdrl_core.config.outside import code_sources
 from kdrl_core.data import think_opened
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.sync import RebuildableEngine, sync_weights
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import Run, is_published, open_run_dir, verify_published
+from kdrl_core.ledger import Run, is_published, note, open_run_dir, settle_outside, verify_published
 from kdrl_core.models.loading import load_tokenizer
+from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.tables.files import read_table
 from kdrl_core.training.protocols import Trainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 from kdrl_core.verify import VerdictOptions, Verifier
 
+_logger = logging.getLogger("kdrl")
+
 
 class StageSession:
-    """The models of one stage of one run, made when first needed."""
+    """The models of one stage of one run, made when first needed.
+
+    Raises:
+        RunError: models, data or code outside of the run are not those that it began with.
+    """
 
     def __init__(self, run: Run, stage: str) -> None:
         import torch
@@ -48,6 +57,7 @@ class StageSession:
         self._pool: dict[str, dict[str, Any]] | None = None
         self._verdict_options: VerdictOptions | None = None
         self.alarm_rules = run.recipe.alarms.rules
+        expect_code(code_sources(settle_outside(run), run.recipe))
         torch.set_num_threads(run.recipe.runtime.num_threads)
         policy = intact_initial_policy(run, stage)
         self.tokenizer = load_tokenizer(
@@ -119,8 +129,16 @@ class StageSession:
         with self._lock:
             self.rest(but=self._scorers.get(role))
             if role not in self._scorers:
-                self._scorers[role] = self._builders.scorer(role)
+                scorer = self._scorers[role] = self._builders.scorer(role)
+                if isinstance(scorer, HTTPScorer):
+                    self._note_served(scorer.says)
             return self._scorers[role]
+
+    def _note_served(self, says: dict[str, Any]) -> None:
+        """Record what the teacher's servers say of their model, whose weights kdrl does not see."""
+        before = note(self.run, "served_teacher", says)
+        if before not in (None, says):
+            _logger.warning("the teacher's servers now say of their model: %s; earlier in this run: %s", says, before)
 
     def rest(self, *, but: RolloutEngine | TeacherScorer | None = None) -> None:
         """Have all engines but one free the memory that they can, since the next phase may need it."""

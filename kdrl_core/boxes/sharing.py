@@ -1,11 +1,12 @@
 """Sharing between runs: find the parts that are the same work, and take them over from another run.
 
 A *part* is a piece of a run (its pool, a stage, the samples of an SFT stage, the evaluation of one model) with the hash
-of every recipe field that may change a byte of it. The table of artifacts says which fields these are, and what belongs
-to a part; a section that is new to recipes counts for every part. Parts with equal hashes are the same work, so one run
-takes the other's artifacts. Each is compared with its manifest first, and keeps that manifest, which names places and
-inputs relative to a run. The inputs of an artifact come along with it. So `kdrl check` and resuming work as if the run
-had done the work itself. The run's manifest.json names the run that did it.
+of every recipe field that may change a byte of it. Files that the recipe names count by their content. The table of
+artifacts says which fields these are, and what belongs to a part; a section that is new to recipes counts for every
+part. Parts with equal hashes are the same work, so one run takes the other's artifacts. Each is compared with its
+manifest first, and keeps that manifest, which names places and inputs relative to a run. The inputs of an artifact come
+along with it. So `kdrl check` and resuming work as if the run had done the work itself. The run's manifest.json names
+the run that did it.
 """
 
 import fnmatch
@@ -17,15 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdrl_core.config import Recipe
-from kdrl_core.config.changes import leaf_fields
+from kdrl_core.config.changes import leaves
+from kdrl_core.config.outside import filled
 from kdrl_core.errors import DamagedArtifactError, KdrlError
 from kdrl_core.ledger import (
     Manifest,
+    Outside,
     Run,
     adopt_published,
     is_published,
     manifest_of,
     open_run,
+    outside_of,
     published_below,
     record_adoption,
     required_sha256,
@@ -54,13 +58,15 @@ class Part:
     """Whether a cell that needs the part waits while another cell makes it."""
 
 
-def parts_of(recipe: Recipe) -> list[Part]:
-    """The parts of a run of `recipe`, in the order in which they are made."""
+def parts_of(recipe: Recipe, outside: Outside | None = None) -> list[Part]:
+    """The parts of a run of `recipe`, in the order in which they are made. `outside`: what the run has recorded of the
+    files that the recipe names; their content then counts in place of their paths."""
     ends: dict[str, list[Node]] = {}
     for node in results(recipe):
         if (name := part_of(recipe, node)) is not None:
             ends.setdefault(name, []).append(node)
-    fields = leaf_fields(recipe)
+    recorded = outside or {}
+    fields = leaves(filled(recipe, lambda slot, text: recorded[slot]["sha256"] if slot in recorded else text))
     return [
         Part(
             name=name,
@@ -88,7 +94,7 @@ def adopt_parts(run: Run, donors: Iterable[str]) -> dict[str, str]:
     """
     others = _open(run, donors)
     taken: dict[str, str] = {}
-    for part in parts_of(run.recipe):
+    for part in parts_of(run.recipe, outside_of(run)):
         if is_finished_part(run.paths.root, part):
             continue
         for donor, keys in others:
@@ -104,9 +110,10 @@ def _open(run: Run, donors: Iterable[str]) -> list[tuple[Run, set[str]]]:
         if name != run.name:
             try:
                 other = open_run(name, artifacts=run.paths.root.parent.parent)
+                keys = {part.key for part in parts_of(other.recipe, outside_of(other))}
             except KdrlError:  # not begun yet, or damaged: no reason to fail here
                 continue
-            others.append((other, {part.key for part in parts_of(other.recipe)}))
+            others.append((other, keys))
     return others
 
 

@@ -14,6 +14,7 @@ from kdrl_core.config.load import (
     read_fields,
 )
 from kdrl_core.config.models import ModelConfig, ServersConfig
+from kdrl_core.config.outside import anchored, expanded
 from kdrl_core.config.paths import resolve_path
 from kdrl_core.config.recipe import BetaConfig, Recipe, StageConfig
 from kdrl_core.config.runtime import RuntimeConfig, TrackerName, TrackingConfig, TrainerConfig
@@ -22,7 +23,7 @@ from kdrl_core.config.section import EngineName, LocalEngine
 __all__ = [
     "AlarmsConfig", "BenchmarkConfig", "BetaConfig", "DataConfig", "DecontaminationConfig", "EngineName",
     "EvaluationConfig", "FieldChange", "LocalEngine", "ModelConfig", "Recipe", "RuntimeConfig", "ServersConfig",
-    "StageConfig", "TrackerName", "TrackingConfig", "TrainerConfig", "VerificationConfig", "config_hash",
-    "did_you_mean", "diff_recipes", "dump_recipe", "list_recipes", "load_recipe", "parse_value", "read_fields",
-    "resolve_path", "unsafe_changes",
+    "StageConfig", "TrackerName", "TrackingConfig", "TrainerConfig", "VerificationConfig", "anchored",
+    "config_hash", "did_you_mean", "diff_recipes", "dump_recipe", "expanded", "list_recipes", "load_recipe",
+    "parse_value", "read_fields", "resolve_path", "unsafe_changes",
 ]  # fmt: skip

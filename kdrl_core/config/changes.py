@@ -60,10 +60,11 @@ def _is_safe(change: FieldChange, new: Recipe) -> bool:
 
 def leaf_fields(recipe: Recipe) -> dict[str, Any]:
     """Every field of a recipe that is not a section, by its path: `stage2.beta.init`."""
-    return _leaves(recipe.model_dump(mode="json"))
+    return leaves(recipe.model_dump(mode="json"))
 
 
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The same of plain values."""
     if isinstance(value, dict) and value:
-        return {k: v for key, child in value.items() for k, v in _leaves(child, f"{prefix}{key}.").items()}
+        return {k: v for key, child in value.items() for k, v in leaves(child, f"{prefix}{key}.").items()}
     return {prefix.removesuffix("."): value}

@@ -10,6 +10,8 @@ from pathlib import Path
 from kdrl_core.errors import RecipeError, RunError
 
 ASSETS = Path(__file__).parent.parent / "assets"
+SCHEMES = ("run", "builtin", "package")
+"""What may stand before a colon in place of a plain path."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.config import DataConfig, resolve_path
+from kdrl_core.config import DataConfig, expanded, resolve_path
 from kdrl_core.data.chunk import RowFault
 from kdrl_core.data.normalize import (
     Format,
@@ -81,18 +81,14 @@ def find_files(data: DataConfig) -> list[Path]:
     """The files of `data.files`, with globs expanded in sorted order. Raises DataError if an entry matches no file."""
     files: list[Path] = []
     for entry in data.files:
-        path = resolve_path(entry)
+        path, found = resolve_path(entry), expanded(entry)
         if path.is_dir():
             raise DataError(f"data.files: {entry} is a folder; name its files, e.g. {entry.rstrip('/')}/*.parquet")
-        if path.exists():
-            files.append(path)
-        elif glob.has_magic(str(path)):
-            found = sorted(found for found in Path(path.anchor).glob(str(path)[len(path.anchor) :]) if found.is_file())
-            if not found:
-                raise DataError(f"data.files: {entry} matches no file; check the folder and the pattern")
-            files += found
-        else:
+        if not found and glob.has_magic(str(path)):
+            raise DataError(f"data.files: {entry} matches no file; check the folder and the pattern")
+        if not found:
             raise DataError(f"data.files: {entry} does not exist (looked at {path}); check the path")
+        files += found
     return files
 
 

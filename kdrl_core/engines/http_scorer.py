@@ -72,6 +72,11 @@ class HTTPScorer:
         return self._ahead_clock.read()
 
     @property
+    def says(self) -> dict[str, Any]:
+        """What its servers say of the model: `ServerPool.says`."""
+        return self._pool.says
+
+    @property
     def sleeps(self) -> bool:
         """Whether its servers share GPUs with the rollout engine, so that the two take turns."""
         return self._pool.sleeps

@@ -127,6 +127,8 @@ class ServerPool:
         )
         self.are_vllm = True
         """Whether all servers that were reached call themselves vLLM."""
+        self.says: dict[str, Any] = {}
+        """What the first server, if it can be reached, says of the model: its name, and from where it was loaded."""
         self._over = threading.Event()
         self._ahead = DaemonThreads(served.concurrency, f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
@@ -295,6 +297,9 @@ class ServerPool:
                     f"{where} serves {', '.join(sorted(models))}, not "
                     f"{self._served.model or 'one model alone'}; set {self._options['model']} to one of them"
                 )
+            root = models[name].get("root")
+            if server is self.servers[0] or not self.says:
+                self.says = {"model": name, "root": root and self._client.without_key(str(root))}
             self.are_vllm = self.are_vllm and models[name].get("owned_by") == "vllm"
             context = models[name].get("max_model_len")
             if max_tokens is not None and isinstance(context, int) and context < max_tokens + 1:

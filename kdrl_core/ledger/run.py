@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import kdrl_core
-from kdrl_core.config import Recipe, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
+from kdrl_core.config import Recipe, anchored, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
 from kdrl_core.config.changes import SAFE_FIELDS
 from kdrl_core.config.paths import artifacts_root
 from kdrl_core.config.small_files import read_json, why
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger.graph import folders
+from kdrl_core.ledger.identity import Outside, differences, identify, is_outside, unmoved
 from kdrl_core.ledger.lock import run_lock
 from kdrl_core.ledger.manifest import verify_published
 from kdrl_core.ledger.names import RunPaths
@@ -27,6 +28,8 @@ from kdrl_core.ledger.publish import replace_file, require_writable
 _VERSIONED = ("torch", "transformers", "prefect", "pyarrow", "math-verify", "numpy")
 _MIN_FREE_MB = 64
 _REWRITE = "restore it from a backup, or have it written anew: kdrl run --recipe RECIPE"
+_CARRIED = ("adopted", "outside", "served_teacher")
+"""Keys of manifest.json that stay when it is written anew."""
 _logger = logging.getLogger("kdrl")
 
 
@@ -56,22 +59,25 @@ def create_run(name: str, recipe: Recipe, *, artifacts: Path | None = None) -> R
     """Make the folder of a new run, or open it again under the same recipe.
 
     If a run has lost recipe.yaml or manifest.json, the other file tells whether `recipe` is its recipe. If it is, the
-    lost file is written anew.
+    lost file is written anew. The run's recipe has absolute paths.
 
     Raises:
-        RunError: bad name, or the run's recipe differs in a field that changes results, or is lost with its manifest.
+        RunError: bad name, or the run's recipe differs in a field that changes results, or is lost with its manifest;
+            or a file that the recipe names is not what it was (`settle_outside`).
         RunLockedError: another process works on it, so its recipe cannot be changed.
         StorageError: the folder cannot be written or the disk is full.
     """
     paths = RunPaths.of(name, artifacts)
     require_writable(paths.root.parent, free_mb=_MIN_FREE_MB)
+    given, recipe = recipe, anchored(recipe)
     if not _is_begun(paths):
         with run_lock(paths.lock):
             replace_file(paths.recipe, dump_recipe(recipe).encode())
-            _write_manifest(paths, recipe, history=[])
+            _write_manifest(paths, recipe, history=[], outside=identify(recipe))
         return Run(paths, recipe)
-    _restore_identity(paths, recipe)
+    _restore_identity(paths, given)
     run = open_run(name, artifacts=artifacts)
+    settle_outside(Run(paths, recipe))
     changes = diff_recipes(run.recipe, recipe)
     if not changes:
         return run
@@ -90,16 +96,69 @@ def require_same_recipe(name: str, recipe: Recipe, *, artifacts: Path | None = N
     paths = RunPaths.of(name, artifacts)
     if _is_begun(paths):
         _identify(paths, recipe)
+        require_same_outside(Run(paths, anchored(recipe)))
 
 
 def require_resumable(run: Run, recipe: Recipe) -> None:
-    """Raise RunError if `recipe` differs from the run's in fields that change results; the error lists them."""
-    if unsafe := unsafe_changes(run.recipe, recipe):
+    """Raise RunError if `recipe` differs from the run's in fields that change results; the error lists them. A path may
+    change if what it names now has the content that the run has recorded: a model that was moved."""
+    if unsafe := unsafe_changes(anchored(run.recipe), unmoved(anchored(run.recipe), anchored(recipe), outside_of(run))):
         raise RunError(
             f"run {run.name} was started with another recipe: {'; '.join(map(str, unsafe))}. "
             "Use another run name, or resume with the recipe it was started with. "
             f"Safe to change are {', '.join(SAFE_FIELDS)}, and more steps in the last stage"
         )
+
+
+def settle_outside(run: Run) -> Outside:
+    """Compare the models, data and code that the recipe names with what manifest.json has recorded of them, and record
+    what is new there. Returns all that is recorded.
+
+    Raises:
+        RunError: a content differs.
+        RunLockedError: there is something to record, but another process works on the run.
+    """
+    recorded, found = require_same_outside(run)
+    now = {**recorded, **found}
+    if now != recorded:
+        if new := sorted(found.keys() - recorded.keys()):
+            _logger.info("the content of %s is recorded in %s from now on", ", ".join(new), run.paths.manifest)
+        note(run, "outside", now)
+    return now
+
+
+def note(run: Run, key: str, value: Any) -> Any:
+    """Write a value into the run's manifest.json; returns the one before. Raises RunLockedError if it differs and
+    another process works on the run."""
+    if _read_manifest(run.paths).get(key) == value:
+        return value
+    with run_lock(run.paths.lock):
+        manifest = _read_manifest(run.paths)
+        replace_file(run.paths.manifest, _as_json({**manifest, key: value}))
+    return manifest.get(key)
+
+
+def require_same_outside(run: Run) -> tuple[Outside, Outside]:
+    """What is recorded and what is there now. Raises RunError as `settle_outside` does; writes nothing."""
+    recorded = outside_of(run)
+    found = identify(run.recipe, recorded)
+    if changed := [f"{slot}={path}: {told}" for slot, path, told in differences(recorded, found)]:
+        raise RunError(
+            f"run {run.name} began with other files than are there now: {'; '.join(changed)}. "
+            "Restore the files that it began with, or start a new run with these"
+        )
+    return recorded, found
+
+
+def outside_of(run: Run) -> Outside:
+    """What the run's manifest.json has recorded of models, data and code outside of the run; empty for a run of an
+    earlier version of kdrl, and if the manifest is lost."""
+    found: object = {}
+    with suppress(RunError, OSError):
+        found = _read_manifest(run.paths).get("outside", {})
+    if not is_outside(found):
+        raise RunError(f"{run.paths.manifest}, 'outside': not what kdrl wrote; {_REWRITE} --name {run.name}")
+    return found
 
 
 def record_adoption(run: Run, donor: Run, what: str, artifacts: Mapping[str, str]) -> None:
@@ -117,10 +176,8 @@ def record_adoption(run: Run, donor: Run, what: str, artifacts: Mapping[str, str
         "sha256": hashlib.sha256(listing.encode()).hexdigest(),
         "at": datetime.now(UTC).isoformat("T", "seconds"),
     }
-    manifest = dict(_read_manifest(run.paths))
     kept = [one for one in adopted(run) if one["what"] != what]  # replaces an interrupted adoption
-    manifest["adopted"] = [*kept, entry]
-    replace_file(run.paths.manifest, _as_json(manifest))
+    note(run, "adopted", [*kept, entry])
 
 
 def adopted(run: Run) -> list[dict[str, Any]]:
@@ -195,7 +252,7 @@ def _identify(paths: RunPaths, recipe: Recipe) -> tuple[Recipe | None, Mapping[s
             f"{paths.root} holds artifacts, but no readable recipe.yaml or manifest.json says what they are; "
             "restore one of them, or use another run name"
         )
-    elif recorded.get("config_hash") != config_hash(recipe):
+    elif recorded.get("config_hash") not in (config_hash(recipe), config_hash(anchored(recipe))):
         raise RunError(
             f"{paths.recipe} is missing or cannot be read, and the recipe given is not the one that the run was "
             "started with; give that one, or use another run name"
@@ -216,6 +273,8 @@ def _restore_identity(paths: RunPaths, recipe: Recipe) -> None:
             _write_manifest(paths, kept, history=[])
     elif kept is None:
         _logger.warning("%s is missing or cannot be read; it is written anew", paths.recipe)
+        if recorded is not None and recorded.get("config_hash") != config_hash(recipe):
+            recipe = anchored(recipe)
         with run_lock(paths.lock):
             replace_file(paths.recipe, dump_recipe(recipe).encode())
 
@@ -237,10 +296,20 @@ def _read_manifest(paths: RunPaths) -> Mapping[str, Any]:
     return manifest
 
 
-def _write_manifest(paths: RunPaths, recipe: Recipe, *, history: list[Any], announced: Recipe | None = None) -> None:
-    created, taken_over = _created(paths.manifest) if paths.manifest.is_file() else "", []
+def _write_manifest(
+    paths: RunPaths,
+    recipe: Recipe,
+    *,
+    history: list[Any],
+    announced: Recipe | None = None,
+    outside: Outside | None = None,
+) -> None:
+    created, carried = _created(paths.manifest) if paths.manifest.is_file() else "", {}
     with suppress(RunError, OSError):
-        taken_over = _read_manifest(paths).get("adopted", [])
+        old = _read_manifest(paths)
+        carried = {key: old[key] for key in _CARRIED if old.get(key)}
+    if outside:
+        carried["outside"] = outside
     manifest: dict[str, Any] = {
         "run": paths.name,
         "recipe": recipe.name,
@@ -252,9 +321,7 @@ def _write_manifest(paths: RunPaths, recipe: Recipe, *, history: list[Any], anno
     }
     if announced is not None:
         manifest["announced_config_hash"] = config_hash(announced)
-    if taken_over:
-        manifest["adopted"] = taken_over
-    replace_file(paths.manifest, _as_json(manifest))
+    replace_file(paths.manifest, _as_json({**manifest, **carried}))
 
 
 def _as_json(manifest: Mapping[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
+from kdrl_core.config.outside import WEIGHTS, shards
 from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import ModelError, RecipeError
 from kdrl_core.models.tokenizer import read_tokenizer, trust_hint
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ADAPTER = "adapter_config.json"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def check_device(recipe: Recipe) -> None:
@@ -74,11 +74,11 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
             f"{where}: {path} is an adapter to another model ({_ADAPTER}); merge it into that model, save the result "
             "with save_pretrained and give its folder"
         )
-    if not any((path / name).is_file() for name in _WEIGHTS):
+    if not any((path / name).is_file() for name in WEIGHTS):
         raise ModelError(
-            f"{where}: {path} has no {_WEIGHTS[0]}; only safetensors weights are loaded, convert them first"
+            f"{where}: {path} has no {WEIGHTS[0]}; only safetensors weights are loaded, convert them first"
         )
-    if missing := [name for name in _shards(path) if not (path / name).is_file()]:
+    if missing := [name for name in shards(path) if not (path / name).is_file()]:
         raise ModelError(f"{where}: {path} lacks {missing[0]}, which its weight index names; download the model again")
     if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         raise ModelError(f"{where}: {path} has no tokenizer files; copy the model's tokenizer.json beside its weights")
@@ -97,14 +97,14 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
 
 def _check_weight_files(path: Path) -> None:
     """Raise ModelError if transformers could read weights from anything but safetensors files of this directory."""
-    _shards(path)  # a file that an index names would be opened as a pickle unless it is called safetensors
+    shards(path)  # a file that an index names would be opened as a pickle unless it is called safetensors
     values: Any = {}
     with suppress(OSError, ValueError, RecursionError):  # reported where the file is read
         values = read_json(path / "config.json", follow_links=True)
     if isinstance(values, dict) and values.get("transformers_weights") is not None:
         raise ModelError(
             f"{path / 'config.json'} names weights of its own choice (transformers_weights); "
-            f"remove that entry: weights are read from {_WEIGHTS[0]}, or the files of its index"
+            f"remove that entry: weights are read from {WEIGHTS[0]}, or the files of its index"
         )
 
 
@@ -119,30 +119,6 @@ def _needs_own_code(values: dict[str, Any]) -> bool:
 
 def _tokenizer_needs_own_code(path: Path) -> bool:
     return not (path / "tokenizer.json").is_file() and "auto_map" in _tokenizer_config(path)  # the former needs no code
-
-
-def _shards(path: Path) -> list[str]:
-    """Files that the weight index of a sharded model names; empty if there is no index, or if one file has all weights
-    (transformers prefers it to an index as well).
-
-    Raises:
-        ModelError: the index cannot be read, or names anything but safetensors files of this directory.
-    """
-    if (path / _WEIGHTS[0]).is_file():
-        return []
-    try:
-        names = sorted(set(read_json(path / _WEIGHTS[1], follow_links=True)["weight_map"].values()))
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise ModelError(f"{path / _WEIGHTS[1]} cannot be read ({error}); download the model again") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{path / _WEIGHTS[1]} names {name!r}, which is no safetensors file beside it; "
-                "convert the weights, or download the model again"
-            )
-    return names
 
 
 def context_limit(config: dict[str, Any]) -> int | None:
@@ -240,6 +216,9 @@ def load_model(
             f"{path} lacks {len(missing)} weights of a {type(model).__name__}, the first is {missing[0]}; "
             "download the model again, or correct its config.json"
         )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model._tied_weights_keys and head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False  # the files hold a head of their own: an export must say so
     return model.to(device).eval()
 
 
@@ -253,7 +232,7 @@ def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
     from safetensors.torch import load_file
 
     weights: dict[str, torch.Tensor] = {}
-    for name in _shards(checkpoint_dir) or [_WEIGHTS[0]]:
+    for name in shards(checkpoint_dir) or [WEIGHTS[0]]:
         try:
             weights.update(load_file(checkpoint_dir / name))
         except (OSError, SafetensorError) as error:

@@ -3,7 +3,8 @@
 Reading a recipe checks the form of such a reference and runs nothing. The code runs where the loss is computed: in this
 process, or in every rank of the DeepSpeed trainer. Both load it by the reference, which travels in the `Objective`.
 
-The run's manifest does not hold the sha256 of that code (of `Reference.file`) yet.
+A run's manifest holds the sha256 of that code (of `Reference.located`). A session tells it to `expect_code`, also in
+the ranks; from then on other code at that place is refused. What is compared is what runs: no cached bytecode is used.
 """
 
 import hashlib
@@ -11,8 +12,9 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -20,6 +22,8 @@ from typing import Any, cast
 from kdrl_core.errors import RecipeError
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_expected: dict[str, str] = {}
+"""`Reference.source` → sha256 that its file must have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +50,31 @@ class Reference:
         if self.file is not None and not self.file.is_file():
             raise RecipeError(f"{self}: file {self.file} does not exist; correct the path before ':{self.function}'")
 
+    def located(self) -> Path | None:
+        """The file that defines the function, without running code to find it. None: there is no such module, or its
+        package is not a folder on the disk."""
+        if self.file is not None:
+            return self.file
+        package, *inner = self.source.split(".")
+        spec = importlib.util.find_spec(package) if _is_installed(package) else None
+        if spec is None:
+            return None
+        places = [Path(place).joinpath(*inner) for place in spec.submodule_search_locations or ()]
+        files = [file for place in places for file in (place / "__init__.py", place.with_suffix(".py"))]
+        if not inner and spec.origin is not None:
+            files.append(Path(spec.origin))
+        return next((file for file in files if file.is_file()), None)
+
     def load(self) -> Callable[..., Any]:
-        """Import the file or module and return the function.
+        """Import the file or module and return the function. What was imported once is not read again.
 
         Raises:
-            RecipeError: it does not exist or cannot be imported, or has no such function.
+            RecipeError: it does not exist or cannot be imported, has no such function, or is not the expected code.
         """
-        self.check()
         try:
-            module = importlib.import_module(self.source) if self.file is None else _import_file(self.file)
+            module = sys.modules.get(self._module) or self._imported()
+        except RecipeError:
+            raise
         except Exception as error:  # whatever the user's code raises
             raise RecipeError(
                 f"{self}: {self.source} cannot be imported: {type(error).__name__}: {error}; correct it there"
@@ -64,6 +84,59 @@ class Reference:
             what = "is not callable" if hasattr(module, self.function) else "is not there"
             raise RecipeError(f"{self}: {self.function} {what} in {self.source}; name a function that it defines")
         return cast("Callable[..., Any]", found)
+
+    @property
+    def _module(self) -> str:
+        """Name in `sys.modules`. A file is in no package and may have any name; another content is another module."""
+        if self.file is None:
+            return self.source
+        return f"kdrl_plugin_{hashlib.sha256(f'{self.source}{_expected.get(self.source)}'.encode()).hexdigest()[:16]}"
+
+    def _imported(self) -> ModuleType:
+        self.check()
+        file = self.located()
+        content = b"" if file is None else file.read_bytes()
+        found, expected = hashlib.sha256(content).hexdigest(), _expected.get(self.source)
+        if expected not in (None, found):
+            raise RecipeError(
+                f"{self}: {file} has sha256 {found[:12]}…, the run began with {expected and expected[:12]}…; "
+                "restore that file, or start a new run with the new code"
+            )
+        if self.file is None:
+            return importlib.import_module(self.source)
+        spec = importlib.util.spec_from_file_location(
+            self._module, self.file, loader=_Loader(self._module, self.source, content)
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[self._module] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[self._module]
+            raise
+        return module
+
+
+class _Loader(SourceFileLoader):
+    """Runs the bytes that were compared, and no bytecode of an earlier content."""
+
+    def __init__(self, name: str, path: str, content: bytes) -> None:
+        super().__init__(name, path)
+        self._content = content
+
+    def get_code(self, fullname: str) -> Any:
+        return self.source_to_code(self._content, self.path)
+
+
+def expect_code(recorded: Mapping[str, str]) -> None:
+    """From now on, `load` refuses other code: `recorded` maps `Reference.source` to the sha256 of its file."""
+    _expected.update(recorded)
+
+
+def expected_code() -> dict[str, str]:
+    """What `expect_code` was told in this process."""
+    return dict(_expected)
 
 
 def is_reference(name: object) -> bool:
@@ -95,19 +168,3 @@ def _is_installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # a module without a spec, like __main__
         return False
-
-
-def _import_file(file: Path) -> ModuleType:
-    """The module of a file, imported once per process. It is in no package and may have any name."""
-    name = f"kdrl_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None  # the name ends with .py
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]

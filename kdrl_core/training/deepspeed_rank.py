@@ -15,6 +15,7 @@ from kdrl_core.logprobs.model import LogprobModel, pad_sequences
 from kdrl_core.logprobs.passes import checkpoint_activations
 from kdrl_core.models.export import export_model
 from kdrl_core.models.loading import load_model
+from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork
 from kdrl_core.training.torch_trainer import (
@@ -38,6 +39,7 @@ class Rank:
         from deepspeed.accelerator import get_accelerator
 
         self._settings = settings
+        expect_code(settings["code"])
         self._is_bfloat16 = settings["dtype"] == "bfloat16"
         self._step = 0
         torch.set_num_threads(settings["num_threads"])

@@ -21,6 +21,7 @@ from kdrl_core.errors import EngineError
 from kdrl_core.ledger import ConstantFiles, Listing
 from kdrl_core.logprobs.model import deal_batches, token_budget_batches
 from kdrl_core.models.export import companions
+from kdrl_core.objectives.plugins import expected_code
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
 from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch
 from kdrl_core.training.rank_group import RankGroup, Reply
@@ -66,6 +67,7 @@ class DeepSpeedTrainer:
             "device": runtime.device,
             "num_threads": runtime.num_threads,
             "trust_remote_code": trust_remote_code,
+            "code": expected_code(),
             "zero_stage": config.zero_stage,
             "activation_checkpointing": config.activation_checkpointing,
             "offload_optimizer": config.offload_optimizer,

@@ -31,6 +31,7 @@ def test_the_key_reaches_the_server_and_nothing_else(artifacts: Path, caplog: py
         full_pipeline(recipe="miniature", run_name="served", overrides=served(server.url, "block:teacher-key"))
         assert f"Bearer {KEY}" in server.seen_keys
     assert is_finished(open_run("served"))
+    assert json.loads(open_run("served").paths.manifest.read_text())["served_teacher"]["model"]
     assert "tried again in" in caplog.text
     assert KEY not in caplog.text
     with get_client(sync_client=True) as client:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kdrl_core.boxes.preflight import check_inputs
 from kdrl_core.boxes.sharing import Part, parts_of
-from kdrl_core.config import config_hash, dump_recipe, load_recipe, parse_value
+from kdrl_core.config import anchored, config_hash, dump_recipe, load_recipe, parse_value
 from kdrl_core.errors import KdrlError, RecipeError
 from kdrl_core.ledger import replace_file, require_same_recipe
 from kdrl_core.look.sweeps.spec import Cell, expand, load_sweep, validate_sweep
@@ -115,10 +115,10 @@ def check_request(request: Request) -> None:
 
 
 def write_record(request: Request) -> None:
-    """Write the record, and the recipe of each cell."""
+    """Write the record, and the recipe of each cell, with absolute paths: workers may have another current folder."""
     paths = SweepPaths.of(request.spec.name)
     for cell in request.cells:
-        replace_file(paths.recipe(cell.run), dump_recipe(cell.recipe).encode())
+        replace_file(paths.recipe(cell.run), dump_recipe(anchored(cell.recipe)).encode())
     content = {
         "spec": request.spec.model_dump(mode="json"),
         "overrides": request.overrides,

@@ -1,5 +1,7 @@
 """Estimators of one's own: registered under a name, or named in a recipe as file.py:name or package.module:name."""
 
+import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from kdrl_core.errors import RecipeError
 from kdrl_core.objectives import kdrl_loss, kl_estimate, recorded_kl, register_estimator
 from kdrl_core.objectives.kinds import AGGREGATIONS, ESTIMATORS, MASKINGS, OBJECTIVES
 from kdrl_core.objectives.kl import KL_ESTIMATORS
+from kdrl_core.objectives.plugins import expect_code, parse_reference
 
 STUDENT = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)
 TEACHER = torch.tensor([[-0.5, -4.0]], dtype=torch.float64)  # R = 0.5, −2
@@ -189,3 +192,42 @@ def test_the_recipes_legal_values_are_the_tables(field: str, table: Iterable[str
         load_recipe("miniature", [f"stage2.{field}=nonsense"])
     *most, last = map(repr, table)
     assert f"Input should be {', '.join(most)} or {last}, got 'nonsense'" in str(caught.value)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_other_code_than_expected_is_not_run(file: Path, tmp_path: Path) -> None:
+    began = sha256(file)
+    file.write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n{HINGE}")
+    expect_code({str(file): began})
+    with pytest.raises(RecipeError) as caught:
+        kl_estimate(STUDENT, TEACHER, f"{file}:hinge")
+    told = f"{file} has sha256 {sha256(file)[:12]}…, the run began with {began[:12]}…; restore that file"
+    assert told in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_each_run_of_a_process_has_the_code_that_it_began_with(file: Path) -> None:
+    """Also if the file has the same size and time as before, where Python would run its cached bytecode."""
+    name, before = f"{file}:hinge", file.stat()
+    expect_code({str(file): sha256(file)})
+    assert kl_estimate(STUDENT, TEACHER, name).tolist() == [[0.0, 2.0]]
+    file.write_text(HINGE.replace("-log_ratio", "+log_ratio"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert kl_estimate(STUDENT, TEACHER, name).tolist() == [[0.0, 2.0]]  # the run goes on with what it has loaded
+    expect_code({str(file): sha256(file)})
+    assert kl_estimate(STUDENT, TEACHER, name).tolist() == [[0.5, 0.0]]
+
+
+def test_a_module_is_found_without_running_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "kdrl_test_located"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError\n")
+    (package / "losses.py").write_text(HINGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert parse_reference("kdrl_test_located.losses:hinge").located() == package / "losses.py"
+    assert parse_reference("kdrl_test_located:hinge").located() == package / "__init__.py"
+    assert parse_reference("kdrl_test_located.none:hinge").located() is None
+    assert parse_reference("kdrl_no_such_package:hinge").located() is None

@@ -1,0 +1,162 @@
+"""The files outside of a run that its recipe names: models, problems, benchmarks, plugged-in code.
+
+A *slot* is a place in the recipe that names such files: `teacher.path`, `stage1.data.files.0`, `stage2.kl_estimator`.
+"""
+
+import fnmatch
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdrl_core.config.load import validate_recipe
+from kdrl_core.config.models import ModelConfig
+from kdrl_core.config.paths import SCHEMES, resolve_path
+from kdrl_core.config.recipe import Recipe
+from kdrl_core.config.small_files import read_json
+from kdrl_core.errors import ModelError
+from kdrl_core.objectives.plugins import is_reference, parse_reference
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_MODELS = ("student.path", "teacher.path")
+_DATA = ("stage?.data.files.*", "stage?.data.decontamination.files.*", "evaluation.benchmarks.*.file")
+_CODE = ("stage?.kl_estimator", "stage?.ref_kl_estimator")
+_NO_CONTENT = ("trainer.hostfile",)
+"""Paths that are made absolute, but whose content changes no result."""
+_READ_WITH_WEIGHTS = (
+    *("config*.json", "generation_config.json", "adapter_config.json"),
+    *("*token*.json", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.codes"),  # tokenizers
+    *("chat_template*", "*.jinja", "additional_chat_templates/*"),
+)
+"""What transformers may read in a model's folder beside weights and code."""
+
+
+def slots_of(recipe: Recipe) -> dict[str, str]:
+    """Slot → what the recipe says there."""
+    return {
+        slot: holder[key] for slot, holder, key in _places(recipe.model_dump(mode="json"), (*_MODELS, *_DATA, *_CODE))
+    }
+
+
+def with_slots(recipe: Recipe, told: Callable[[str, str], str]) -> Recipe:
+    """The recipe with `told(slot, text)` in place of each slot's text."""
+    values = filled(recipe, told)
+    return recipe if values == recipe.model_dump(mode="json") else validate_recipe(values, origin=recipe.name)
+
+
+def filled(recipe: Recipe, told: Callable[[str, str], str]) -> dict[str, Any]:
+    """As `with_slots`, as plain values."""
+    values: dict[str, Any] = recipe.model_dump(mode="json")
+    for slot, holder, key in _places(values, (*_MODELS, *_DATA, *_CODE, *_NO_CONTENT)):
+        holder[key] = told(slot, holder[key])
+    return values
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that it means the same files from every folder. `builtin:…`, `package:…` and
+    `run:…` stay, as they do not depend on the current folder."""
+    return with_slots(recipe, lambda slot, text: text if _is_symbolic(slot, text) else str(resolve_path(text)))
+
+
+def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:
+    """The files that `text` means in a slot of the recipe, by a name that stays when they move together. Empty: there
+    are none.
+
+    Raises:
+        ModelError: the index of a model's weights cannot be read.
+        RecipeError: a `package:` path names a package that is not installed.
+    """
+    if slot in _MODELS:
+        model = recipe.student if slot == _MODELS[0] else recipe.teacher
+        assert model is not None  # it has a slot
+        return model_files(model.model_copy(update={"path": text}))
+    if not _matches(slot, _CODE):
+        found = [path for path in expanded(text) if path.is_file()]
+    else:
+        code = parse_reference(text).located() if is_reference(text) else None
+        found = [code] if code is not None and code.is_file() else []
+    if not found:
+        return {}
+    root = os.path.commonpath([path.parent for path in found])
+    return {path.relative_to(root).as_posix(): path for path in found}
+
+
+def model_files(model: ModelConfig) -> dict[str, Path]:
+    """The files that decide what is loaded from a model's folder: config, tokenizer, weights; code if it is trusted."""
+    folder = resolve_path(model.path)
+    if not folder.is_dir():
+        return {}
+    patterns = [*_READ_WITH_WEIGHTS, *(["**/*.py"] if model.trust_remote_code else [])]
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    split = shards(folder)
+    found |= {folder / name for name in ([WEIGHTS[1], *split] if split else WEIGHTS[:1])}
+    if model.gguf_file is not None:
+        found = {folder / model.gguf_file}
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}
+
+
+def shards(path: Path) -> list[str]:
+    """Files that the weight index of a sharded model names; empty if there is no index, or if one file has all weights
+    (transformers prefers it to an index as well).
+
+    Raises:
+        ModelError: the index cannot be read, or names anything but safetensors files of this directory.
+    """
+    return sorted(set(weight_map(path).values()))
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Weight → its file, as the index says. Empty and errors as `shards`."""
+    if (path / WEIGHTS[0]).is_file():
+        return {}
+    try:
+        files = dict(read_json(path / WEIGHTS[1], follow_links=True)["weight_map"])
+        names = sorted(set(files.values()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ModelError(f"{path / WEIGHTS[1]} cannot be read ({error}); download the model again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{path / WEIGHTS[1]} names {name!r}, which is no safetensors file beside it; "
+                "convert the weights, or download the model again"
+            )
+    return files
+
+
+def expanded(entry: str) -> list[Path]:
+    """The file of a recipe's entry, or the files that match it as a glob, sorted. Empty: there are none."""
+    path = resolve_path(entry)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(path)):
+        return []
+    return sorted(found for found in Path(path.anchor).glob(str(path)[len(path.anchor) :]) if found.is_file())
+
+
+def code_sources(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> dict[str, str]:
+    """Python file or module of each plugged-in function → sha256 of its recorded file."""
+    found = {}
+    for slot, text in slots_of(recipe).items():
+        if slot in recorded and _matches(slot, _CODE):
+            (file,) = recorded[slot]["files"].values()
+            found[parse_reference(text).source] = file["sha256"]
+    return found
+
+
+def _is_symbolic(slot: str, text: str) -> bool:
+    return _matches(slot, _CODE) or text.partition(":")[0] in SCHEMES
+
+
+def _places(value: Any, patterns: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(child, str) and _matches(f"{prefix}{key}", patterns):
+            yield f"{prefix}{key}", value, key
+        else:
+            yield from _places(child, patterns, f"{prefix}{key}.")
+
+
+def _matches(slot: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(slot, pattern) for pattern in patterns)
