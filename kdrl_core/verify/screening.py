@@ -36,14 +36,14 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
 
-RULES = 1
+RULES = 2
 """Raise this with every change of kdrl_core.verify that changes a verdict. Then stored verdicts of other versions
 are not used for this one."""
 
 _OPEN, _CLOSE = "<think>", "</think>"
 # `\\` before anything but `boxed` is a LaTeX line break and must not hide the brace that follows; `\{` is not a brace.
 _SEPARATORS = re.compile(
-    r"(?:[\s$,;.&:/|]|\\[()\[\],;:! ]|\\\\|\\q?quad\b|\\text\s*\{\s*(?:,?\s*(?:and|or))?\s*\}"
+    r"(?:[\s$,;.&:/|]|\\[()\[\],;:! ]|\\\\|\\q?quad\b|\\text\s*\{\s*+(?:(?:,\s*+)?(?:and|or)\s*+)?\}"
     r"|\b(?:and|or|either|perhaps|maybe|possibly)\b)*"
 )
 _MAX_SEPARATOR_CHARS = 70
