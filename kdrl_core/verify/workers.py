@@ -140,10 +140,11 @@ class Workers:
         return Finding(Outcome(VerdictKind.TIMEOUT, reason), is_certain=False)
 
     def discard(self, pool: ProcessPool) -> None:
-        """Stop a broken pool. Whoever needs workers next makes a new one."""
+        """Stop a broken pool, unless another thread does. Whoever needs workers next makes a new one."""
         with self._lock:
-            if self.pool is pool:
-                self.pool = None
+            if self.pool is not pool:
+                return
+            self.pool = None
         _stop(pool)
 
     def close(self) -> None:
