@@ -44,7 +44,7 @@ _LOOK_AT = {
     "no_reward": "No response earns a reward, so the policy cannot learn from rewards. Read some, with their verdicts. "
     "All malformed: does the end of the prompt fit the format (prompt.think_opened)? All no_answer: do responses end "
     "before their box? All wrong: compare them with the ground truths; perhaps these are of the wrong column.",
-    "format_wrong": "Right answers earn no reward, since their format is wrong. Read the reasons of malformed verdicts: "
+    "format_wrong": "Right answers earn no reward: their format is wrong. Read the reasons of malformed verdicts: "
     "do the responses have the tags that this prompt asks for (prompt.think_opened)? reward.require_format=false "
     "rewards accuracy alone.",
     "clip_ratio": "Responses are cut before their answer. Read some to the end: if the reasoning still makes progress, "

@@ -122,7 +122,7 @@ def sampler_of_endpoint(plan: EvaluationPlan, connected: Callable[[], ChatEndpoi
             source=partial(endpoint.respond, messages=asked, max_response_tokens=limit),
             verifier=verifier,
             prompts=dict.fromkeys(asked, ()),
-            think_opened=False,
+            think_opened="closed" if plan.recipe.prompt.think_opened == "closed" else False,
             mend=partial(_with_tags, plan.recipe.prompt.think_opened),
         )
 
