@@ -105,6 +105,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_ranks_start_after_others_were_killed_while_they_built(tmp_path: Path, built: Path) -> None:
     """PyTorch's lock is a file: whoever is killed while holding it leaves it for ever."""
     (built / "lock").touch()

@@ -59,6 +59,7 @@ def test_interrupted_demo_leaves_no_process_and_can_be_resumed(artifacts: Path) 
     assert run_status(open_run("e2e"))["state"] == "stopped; kdrl resume e2e"
 
 
+@pytest.mark.slow
 def test_failed_flow_gives_its_exit_status(artifacts: Path) -> None:
     """A flow that fails on the worker, after every check that the demo itself can make."""
     process = _demo(artifacts, "--set", "stage1.data.max_problems=2")

@@ -82,6 +82,7 @@ def test_engines_that_share_a_device_take_turns(tmp_path: Path, monkeypatch: pyt
     assert set(awake) == {("engine", 1), ("update", 0)}
 
 
+@pytest.mark.slow
 def test_the_first_step_is_that_of_transformers_and_torch(tmp_path: Path) -> None:
     """The same prompts and rules; other random numbers draw the responses."""
     runs: list[Run] = []

@@ -194,6 +194,7 @@ def test_two_at_once(stack: Stack, whole: Run) -> None:
     assert differing(open_run("r"), whole) == []
 
 
+@pytest.mark.slow
 def test_kdrl_run_leaves_no_server_behind(artifacts: Path, tmp_path: Path, whole: Run) -> None:
     stack = Stack(artifacts, tmp_path / "logs")
     stack.environment.pop("PREFECT_API_URL")

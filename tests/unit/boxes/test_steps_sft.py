@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrl_core.boxes import make as make_module
-from kdrl_core.boxes import update
+from kdrl_core.boxes import stage as stage_module
 from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import close_sessions, stage_session
@@ -145,7 +145,7 @@ def test_crash_after_each_publication(whole: Run, tmp_path: Path, monkeypatch: p
         return wrapper
 
     with monkeypatch.context() as patched:
-        for module in (make_module, update):
+        for module in (make_module, stage_module):
             for name in ("publish_file", "publish_directory", "append_metrics"):
                 if hasattr(module, name):
                     patched.setattr(module, name, noting(getattr(module, name)))

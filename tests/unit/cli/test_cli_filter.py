@@ -18,6 +18,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_papers_rules_on_the_shipped_problems(tmp_path: Path, r1_tokenizer_dir: Path) -> None:
     output = tmp_path / "pool.parquet"
     arguments = ("--recipe", "paper-1.5b", "--input", PROBLEMS, "--tokenizer", r1_tokenizer_dir, "--output", output)

@@ -172,8 +172,10 @@ print(json.dumps({"peak": memory("VmHWM") - before}))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "is_checkpointed"),
+    [(1, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (2, False), (2, True)))],
+)
 def test_the_peak_of_a_training_step_is_within_the_plan(rows: int, is_checkpointed: bool) -> None:
     """Resident memory of a process beyond weights, gradients and moments: at most the plan, and 3/4 of it at least."""
     config = tiny(
