@@ -102,6 +102,9 @@ bench: setup  ## print the step's time by phase, Prefect's share and peak memory
 bench-verify: setup  ## print how right, fast and safe the verifier is, beside math-verify alone
 	@$(BIN)/python benchmarks/verifier.py
 
+bench-regexes: setup  ## print how the time of every regex of verifier and data filter grows with its text
+	@$(BIN)/python benchmarks/regex_growth.py
+
 bench-logprobs: setup  ## print peak memory and time of the logprobs at Qwen's vocabulary, full and in chunks (5 minutes)
 	@$(BIN)/python benchmarks/logprob_memory.py
 

@@ -4,6 +4,8 @@
 step, step i breaches the rule if
 
     threshold   x_i > above
+    floor       x_i ≤ above
+    gap         x_i − y_i > above, y another metric
     fall        m_i < (1 − share) · max_{j ≤ i} m_j,  where m_j is the mean of x_{j−window+1} … x_j
     jump        x_i ≥ b + max(min_change, (factor − 1) · |b|)      upwards
                 x_i ≤ b − max(min_change, (1 − 1/factor) · |b|)    downwards, b the median of x_{i−window} … x_{i−1}
@@ -26,7 +28,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from kdrl_core.config.alarms import AlarmRule, FallRule, JumpRule, ThresholdRule
+from kdrl_core.config.alarms import AlarmRule, FallRule, FloorRule, GapRule, JumpRule, ThresholdRule
 from kdrl_core.errors import StoppedByAlarmError
 from kdrl_core.ledger import Run
 from kdrl_core.tables.files import load_alarm_rows
@@ -39,6 +41,12 @@ _LOOK_AT = {
     "reward_collapse": "Compare responses and verdicts before and after it. More malformed and no_answer: the policy "
     "lost the answer format. More wrong: its reasoning got worse. If KL or gradient norm rose just before, suspect the "
     "learning rate.",
+    "no_reward": "No response earns a reward, so the policy cannot learn from rewards. Read some, with their verdicts. "
+    "All malformed: does the end of the prompt fit the format (prompt.think_opened)? All no_answer: do responses end "
+    "before their box? All wrong: compare them with the ground truths; perhaps these are of the wrong column.",
+    "format_wrong": "Right answers earn no reward: their format is wrong. Read the reasons of malformed verdicts: "
+    "do the responses have the tags that this prompt asks for (prompt.think_opened)? reward.require_format=false "
+    "rewards accuracy alone.",
     "clip_ratio": "Responses are cut before their answer. Read some to the end: if the reasoning still makes progress, "
     "raise max_response_tokens; if it goes round in circles, the policy is at fault.",
     "repetition": "Responses that are cut repeat themselves: the policy is stuck in loops. Read the longest.",
@@ -153,7 +161,8 @@ def raised_at_last(rows: Sequence[Row], rules: Mapping[str, AlarmRule], *, stage
 def _counts(rule: AlarmRule, row: Row) -> bool:
     least = rule.min_clip_ratio if isinstance(rule, ThresholdRule) else 0.0
     is_cut = least <= 0.0 or (_is_number(share := row.get(_CLIP_RATIO)) and float(share or 0.0) >= least)
-    return _is_number(row.get(rule.metric)) and is_cut
+    metrics = [rule.metric, rule.less] if isinstance(rule, GapRule) else [rule.metric]
+    return all(_is_number(row.get(metric)) for metric in metrics) and is_cut
 
 
 def _is_number(value: Any) -> bool:
@@ -163,6 +172,8 @@ def _is_number(value: Any) -> bool:
 def _breach(rule: AlarmRule, points: Sequence[Row], at: int) -> _Breach | None:
     """How the step at position `at` breaches the rule; None if it does not."""
     values = [float(row[rule.metric]) for row in points[: at + 1]]
+    if isinstance(rule, GapRule):
+        values = [value - float(row[rule.less]) for value, row in zip(values, points, strict=False)]
     return _CONDITIONS[type(rule)](rule, values)
 
 
@@ -170,6 +181,22 @@ def _above(rule: ThresholdRule, values: Sequence[float]) -> _Breach | None:
     if values[-1] <= rule.above:
         return None
     text = f"{rule.metric} is {_shown(values[-1])}, above {_shown(rule.above)}{_for_steps(rule)}"
+    return values[-1], rule.above, text
+
+
+def _not_above(rule: FloorRule, values: Sequence[float]) -> _Breach | None:
+    if values[-1] > rule.above:
+        return None
+    text = f"{rule.metric} is {_shown(values[-1])}, not above {_shown(rule.above)}{_for_steps(rule)}"
+    return values[-1], rule.above, text
+
+
+def _apart(rule: GapRule, values: Sequence[float]) -> _Breach | None:
+    if values[-1] <= rule.above:
+        return None
+    text = (
+        f"{rule.metric} is above {rule.less} by {_shown(values[-1])}, more than {_shown(rule.above)}{_for_steps(rule)}"
+    )
     return values[-1], rule.above, text
 
 
@@ -211,6 +238,8 @@ def _jumped(rule: JumpRule, values: Sequence[float]) -> _Breach | None:
 
 _CONDITIONS: dict[type[AlarmRule], Callable[[Any, Sequence[float]], _Breach | None]] = {
     ThresholdRule: _above,
+    FloorRule: _not_above,
+    GapRule: _apart,
     FallRule: _fallen,
     JumpRule: _jumped,
 }

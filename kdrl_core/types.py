@@ -6,6 +6,7 @@ P = prompts per step, G = group size (responses per prompt), B = P × G, grouped
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -71,3 +72,8 @@ class ScoreRequest:
 
     prompt_token_ids: Sequence[int]
     token_ids: Sequence[int]
+
+
+ThinkOpened = bool | Literal["closed"]
+"""How a prompt leaves the thought: True if it ends with ``<think>``, so that the response starts inside the thought;
+"closed" if it ends with ``</think>``, so that the response has no thought of its own; False if it does neither."""

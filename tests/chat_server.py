@@ -91,7 +91,10 @@ class ChatServer:
         if fault == "garbage":
             self._send(handler, {"choices": [{"message": {"content": ["no text"]}, "finish_reason": "stop"}]})
             return
-        ids = self._tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+        variables = body.get("chat_template_kwargs", {})
+        ids = self._tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, tokenize=False, **variables
+        )
         prompt = self._tokenizer(ids, add_special_tokens=False)["input_ids"]
         request = RolloutRequest(prompt_id="", sample=0, prompt_token_ids=prompt, seed=body["seed"])
         (rollout,) = self._engine.generate(

@@ -51,6 +51,10 @@ def verify_command(
     think_opened: Annotated[
         bool, typer.Option("--think-opened", help="The prompts end with <think>: responses begin inside the thought.")
     ] = False,
+    think_closed: Annotated[
+        bool,
+        typer.Option("--think-closed", help="The prompts end with </think>: responses have no thought, and no tags."),
+    ] = False,
     box: Annotated[
         bool, typer.Option("--box", help=r"Bare answers: put an answer without a \boxed{} into one.")
     ] = False,
@@ -84,6 +88,8 @@ def verify_command(
         from kdrl_core.verify.row_files import open_rows, suffixes_like
         from kdrl_core.verify.rows import choose_columns
 
+        if think_opened and think_closed:
+            raise DataError("--think-opened and --think-closed: prompts end in one way; leave one of them out")
         rows = open_rows(file)
         if output is not None:
             suffixes = suffixes_like(file)
@@ -100,7 +106,8 @@ def verify_command(
         if output is not None:
             require_writable(output.absolute().parent, free_mb=64)
         verdicts = VerdictOptions(
-            require_format=not box if require_format is None else require_format, think_opened=think_opened
+            require_format=not box if require_format is None else require_format,
+            think_opened="closed" if think_closed else think_opened,
         )
         options = GradingOptions(verdicts=verdicts, on_error=on_error.value, replace_columns=force, box=box)
         target = None if output is None else output.absolute()

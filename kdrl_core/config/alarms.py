@@ -39,6 +39,19 @@ class ThresholdRule(AlarmRule):
     min_clip_ratio: Share = Field(0.0, description="skip steps in which a smaller share of responses is cut")
 
 
+class FloorRule(ThresholdRule):
+    """The metric is not above a number."""
+
+    above: float = Field(description="the metric must not be greater")
+
+
+class GapRule(ThresholdRule):
+    """The metric is above another one by more than a number."""
+
+    less: AlarmMetric = Field(description="column of metrics.parquet that is subtracted from the metric")
+    above: float = Field(description="the difference must be greater")
+
+
 class FallRule(AlarmRule):
     """The mean of the last `window` steps has fallen by a share of the best such mean so far."""
 
@@ -74,6 +87,8 @@ class AcknowledgedConfig(Section):
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "reward_collapse": {"metric": "reward/mean", "share": 0.3, "patience": 3, "severity": "critical"},
+    "no_reward": {"metric": "reward/mean", "above": 0.0, "patience": 5, "severity": "critical"},
+    "format_wrong": {"metric": "reward/accuracy", "less": "reward/mean", "above": 0.1, "patience": 5},
     "clip_ratio": {"metric": "response/clip_ratio", "above": 0.5, "patience": 5},
     "repetition": {
         "metric": "response/repetition_overlong",
@@ -99,6 +114,8 @@ class AlarmsConfig(Section):
     """The rules; a rule that is null is off."""
 
     reward_collapse: FallRule | None = _default(FallRule, "reward_collapse")
+    no_reward: FloorRule | None = _default(FloorRule, "no_reward")
+    format_wrong: GapRule | None = _default(GapRule, "format_wrong")
     clip_ratio: ThresholdRule | None = _default(ThresholdRule, "clip_ratio")
     repetition: ThresholdRule | None = _default(ThresholdRule, "repetition")
     length_explosion: JumpRule | None = _default(JumpRule, "length_explosion")

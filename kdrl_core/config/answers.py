@@ -1,10 +1,19 @@
 """How a problem is asked, how its answer is judged, and what is evaluated: appendix B.1.2 and Section 4.1."""
 
+import json
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from kdrl_core.config.section import Positive, Section, Share
+from kdrl_core.types import ThinkOpened
+
+_SET_BY_KDRL = (
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize",
+    "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
+"""Arguments of transformers' `apply_chat_template` that are no variables of the template, or that kdrl sets."""
 
 
 class RewardConfig(Section):
@@ -17,7 +26,13 @@ class PromptConfig(Section):
     """How a problem becomes a prompt: the template's text as a user turn of the student's chat template."""
 
     template: str = Field("{question} Let's think step by step and output the final answer within \\boxed{}.")
-    think_opened: bool | None = Field(None, description="the chat template ends with <think>; null: look at the prompt")
+    think_opened: ThinkOpened | None = Field(
+        None,
+        description="true: the prompt ends with <think>; closed: with </think>; false: with neither; null: look at it",
+    )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        {}, description="variables of the chat template, such as enable_thinking: false"
+    )
 
     @model_validator(mode="after")
     def _has_question(self) -> Self:
@@ -25,12 +40,26 @@ class PromptConfig(Section):
             raise ValueError("template must contain {question} exactly once")
         return self
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _plain_variables(cls, variables: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name, value in variables.items():
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} is not the name of a variable; give names such as enable_thinking")
+            if name in _SET_BY_KDRL:
+                raise ValueError(f"kdrl itself sets {name}; leave it out")
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError:
+                raise ValueError(f"{name} must be a plain JSON value, and JSON has neither NaN nor infinity") from None
+        return variables
+
 
 class VerificationConfig(Section):
     """Limits of the verifier's worker processes."""
 
     workers: Positive = 2
-    timeout_s: float = Field(10.0, gt=0.0, description="hard limit per answer")
+    timeout_s: float = Field(10.0, gt=0.0, description="seconds of CPU time per answer, a hard limit")
     memory_limit_mb: Positive = 2_048
     max_failed_share: Share = Field(0.1, description="timeouts and errors per step beyond which the stage stops")
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from kdrl_core.config import BenchmarkConfig, DecontaminationConfig
 from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark
 
+_NO_WORD = re.compile(r"\W")
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _LOOKS = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|mathbf|operatorname|quad|qquad|big|Big)(?![a-zA-Z])")
 _FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
@@ -51,7 +52,7 @@ def evaluation_problems(config: DecontaminationConfig) -> dict[str, list[Benchma
 
 
 def _name(file: str) -> str:
-    return re.sub(r"\W", "_", file.split("/")[-1].rsplit(".", 1)[0])
+    return _NO_WORD.sub("_", file.split("/")[-1].rsplit(".", 1)[0])
 
 
 class Decontaminator:

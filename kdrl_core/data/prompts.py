@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.errors import ModelError
 from kdrl_core.models.tokenizer import read_tokenizer
+from kdrl_core.types import ThinkOpened
 
 _BATCH_ROWS = 512
 
@@ -28,6 +29,7 @@ class ChatTokenizer(Protocol):
         chat_template: str | None,
         add_generation_prompt: bool,
         tokenize: bool,
+        **variables: Any,
     ) -> Any: ...
 
 
@@ -77,20 +79,23 @@ def render_prompts(
             [{"role": "user", "content": recipe.prompt.template.replace("{question}", question)}]
             for question in questions[start : start + _BATCH_ROWS]
         ]
-        texts: list[str] = _render(turns, tokenizer, chat_template)
+        texts: list[str] = _render(turns, tokenizer, chat_template, recipe)
         token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompts += [(text, list(ids)) for text, ids in zip(texts, token_ids, strict=True)]
     return prompts
 
 
-def think_opened(prompt: str, recipe: Recipe) -> bool:
-    """Whether the rendered prompt ends with `<think>` (as R1-Distill's chat template does), so that the response starts
-    inside the thought. The recipe's `prompt.think_opened` overrides this.
+def think_opened(prompt: str, recipe: Recipe) -> ThinkOpened:
+    """How the rendered prompt ends: True with `<think>` (as R1-Distill's chat template does), so that the response
+    starts inside the thought; "closed" with `</think>` (as Qwen3's does with enable_thinking=false), so that it has no
+    thought; else False. The recipe's `prompt.think_opened` overrides this.
 
     The chat template ends every prompt in the same way, so the answer for one prompt holds for all.
     """
     if recipe.prompt.think_opened is not None:
         return recipe.prompt.think_opened
+    if prompt.rstrip().endswith("</think>"):
+        return "closed"
     return prompt.rstrip().endswith("<think>")
 
 
@@ -105,12 +110,21 @@ def _check_thought_is_kept(tokenizer: ChatTokenizer) -> None:
             )
 
 
-def _render(turns: list[list[dict[str, str]]], tokenizer: ChatTokenizer, chat_template: str | None) -> list[str]:
+def _render(
+    turns: list[list[dict[str, str]]], tokenizer: ChatTokenizer, chat_template: str | None, recipe: Recipe
+) -> list[str]:
     try:
         texts: list[str] = tokenizer.apply_chat_template(
-            turns, chat_template=chat_template, add_generation_prompt=True, tokenize=False
+            turns,
+            chat_template=chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **recipe.prompt.chat_template_kwargs,
         )
     except Exception as error:  # transformers renders in a sandbox, but a template may raise anything
         reason = " ".join(str(error).split())
-        raise ModelError(f"the chat template cannot be rendered ({reason}); correct student.chat_template") from error
+        also = " or prompt.chat_template_kwargs" if recipe.prompt.chat_template_kwargs else ""
+        raise ModelError(
+            f"the chat template cannot be rendered ({reason}); correct student.chat_template{also}"
+        ) from error
     return texts

@@ -22,7 +22,7 @@ from kdrl_core.data.filter_report import RuleCount
 from kdrl_core.errors import DataError
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import Verifier
-from kdrl_core.verify.accuracy import UNREADABLE_TRUTH
+from kdrl_core.verify.accuracy import FAILED_COMPARISON, UNREADABLE_TRUTH
 
 _MISSING = -1
 _NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/[1-9]\d{0,40})?|\\frac\{\d{1,40}\}\{[1-9]\d{0,40}\}", re.ASCII)
@@ -320,5 +320,5 @@ def unparsable_answers(answers: Iterable[str], limits: VerificationConfig) -> se
     return {
         answer
         for answer, verdict in zip(doubtful, verdicts, strict=True)
-        if verdict.kind in failed or verdict.reason == UNREADABLE_TRUTH
+        if verdict.kind in failed or verdict.reason.startswith((UNREADABLE_TRUTH, FAILED_COMPARISON))
     }

@@ -15,7 +15,7 @@ from kdrl_core.evaluation.evaluation_plan import EvaluationPlan
 from kdrl_core.models.loading import check_device, context_limit, load_tokenizer, read_config
 from kdrl_core.sampling.job import Sampler
 from kdrl_core.sampling.responses import Response, engine_source
-from kdrl_core.types import FinishReason
+from kdrl_core.types import FinishReason, ThinkOpened
 from kdrl_core.verify import Verifier
 
 _MESSAGE_OVERHEAD_TOKENS = 64
@@ -96,7 +96,10 @@ def connect(plan: EvaluationPlan, stack: ExitStack) -> ChatEndpoint:
     assert plan.endpoint is not None
     evaluation = plan.recipe.evaluation
     endpoint = ChatEndpoint(
-        plan.endpoint, temperature=evaluation.temperature, max_context_tokens=evaluation.max_context_tokens
+        plan.endpoint,
+        temperature=evaluation.temperature,
+        max_context_tokens=evaluation.max_context_tokens,
+        chat_template_kwargs=plan.recipe.prompt.chat_template_kwargs,
     )
     stack.callback(endpoint.close)
     return endpoint
@@ -119,7 +122,7 @@ def sampler_of_endpoint(plan: EvaluationPlan, connected: Callable[[], ChatEndpoi
             source=partial(endpoint.respond, messages=asked, max_response_tokens=limit),
             verifier=verifier,
             prompts=dict.fromkeys(asked, ()),
-            think_opened=False,
+            think_opened="closed" if plan.recipe.prompt.think_opened == "closed" else False,
             mend=partial(_with_tags, plan.recipe.prompt.think_opened),
         )
 
@@ -137,11 +140,11 @@ def _message_limit(context: int, benchmark: str, messages: Iterable[str]) -> int
     return context - longest
 
 
-def _with_tags(opened: bool | None, responses: Sequence[Response]) -> list[Response]:
+def _with_tags(opened: ThinkOpened | None, responses: Sequence[Response]) -> list[Response]:
     """Add the `<think>` that the server's template opened. `opened` is the recipe's value. If it is None, the template
     opened it if most of the responses that were not cut close the thought without opening it."""
     if opened is None:
         finished = [r.text for r in responses if r.finish_reason is FinishReason.STOP]
         closing = sum("</think>" in text and "<think>" not in text for text in finished)
         opened = 2 * closing > len(finished)
-    return [replace(r, text=with_thought_tags(r.text, think_opened=opened)) for r in responses]
+    return [replace(r, text=with_thought_tags(r.text, think_opened=opened is True)) for r in responses]

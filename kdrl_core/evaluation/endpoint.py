@@ -31,14 +31,23 @@ class ChatEndpoint:
         config: how to reach the endpoint.
         temperature: of sampling.
         max_context_tokens: of prompt and response; compared with the server's context if the server reports it.
+        chat_template_kwargs: variables of the server's chat template; sent if there are any (vLLM takes them).
 
     Raises:
         EngineError: the endpoint cannot be reached, serves another model, or has too short a context.
         SecretError: no key where the configuration says.
     """
 
-    def __init__(self, config: ServersConfig, *, temperature: float, max_context_tokens: int) -> None:
+    def __init__(
+        self,
+        config: ServersConfig,
+        *,
+        temperature: float,
+        max_context_tokens: int,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self._temperature = temperature
+        self._variables = {"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {}
         self._limit_field = "max_tokens"
         self._pool = ServerPool(
             served_model(config),
@@ -111,6 +120,7 @@ class ChatEndpoint:
             "temperature": self._temperature,
             "seed": request.seed % _MAX_SEED,
             # Other servers may not know vLLM's fields: except for top-p, their model's own sampling defaults apply.
+            **self._variables,
             **(WHOLE_DISTRIBUTION if self._pool.are_vllm else {"top_p": 1.0}),
         }
         try:

@@ -124,7 +124,7 @@ def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, A
         "samples": benchmark.samples,
         "temperature": recipe.evaluation.temperature,
         "max_context_tokens": recipe.evaluation.max_context_tokens,
-        "prompt": recipe.prompt.model_dump(),
+        "prompt": {name: value for name, value in recipe.prompt.model_dump().items() if value != {}},
         "seed": recipe.seed,
         "verification": [recipe.verification.timeout_s, recipe.verification.memory_limit_mb],
         "verifier": verifier_version(),

@@ -35,7 +35,7 @@ from kdrl_core.ledger.stop import stop_if_requested
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
 from kdrl_core.tables.files import verdict_columns, write_table
-from kdrl_core.types import Verdict
+from kdrl_core.types import ThinkOpened, Verdict
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.screening import refuse_failures
 
@@ -53,8 +53,8 @@ class Sampler:
     verifier: Verifier
     prompts: Mapping[str, Sequence[int]]
     """Token ids by prompt_id."""
-    think_opened: bool
-    """Whether the prompts have opened `<think>` already."""
+    think_opened: ThinkOpened
+    """How the prompts leave the thought."""
     mend: Callable[[Sequence[Response]], Sequence[Response]] = list
     """Applied to the responses of a shard before they are judged and published."""
 

@@ -12,7 +12,9 @@ there and nowhere else. Departures from plain math-verify:
 - an answer is wrong if math-verify reads only a part of it (digits are missing from what it read);
 - intervals and inequalities are compared in both directions (``allow_set_relation_comp``);
 - two tiny numbers are compared in relative terms, since math-verify takes them for equal;
-- an exception during a comparison gives the verdict ``error``; math-verify would say "not equal".
+- if the truth cannot be read, the verdict is ``error``. If reading the answer or comparing it raises an exception, the
+  verdict is ``wrong``, and its reason names the exception;
+- a reading without a value (``1:00`` is 1/0 to math-verify) is left out, and the text is compared.
 """
 
 import contextlib
@@ -35,19 +37,22 @@ EXIT_OUT_OF_MEMORY = 86
 """Exit code of a worker that hit its memory limit. It ends because its heap can no longer be trusted."""
 
 UNREADABLE_TRUTH = "the ground truth is not readable as mathematics, and the texts differ"
+FAILED_COMPARISON = "the comparison failed: "
+"""The beginning of a reason. The answer is not taken for right, and the exception follows."""
 
 _MEMORY_ALARM = 0.75
-_ARITHMETIC = re.compile(r"[\d.+\-*/^()]*\d[\d.+\-*/^()]*", re.ASCII)
-_DIVIDED_BY_ZERO = re.compile(r"/\(*0*\.?0+\)*(?![\d.])", re.ASCII)
+_ARITHMETIC = re.compile(r"[.+\-*/^()]*+\d[\d.+\-*/^()]*+", re.ASCII)
+_DIVIDED_BY_ZERO = re.compile(r"/\(*+(?:0++(?:\.0++)?+|\.0++)(?![\d.])", re.ASCII)
 _MAX_ARITHMETIC_CHARS = 1_000
-_AROUND_OPERATOR = re.compile(r"\s*([+\-*/^()])\s*")
+_AROUND_OPERATOR = re.compile(r" ?([+\-*/^()]) ?")
 _MATH = re.compile(r"\\boxed|(?<!\\)\$|\\\(|\\\[")
 
 
 def start_worker(memory_limit_mb: int) -> None:
     """Initializer of a worker: set limits, then import and compare once, so that no item pays for the start."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's Python handler would wait for C code to return
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGPROF})  # the parent may block them
     limit = memory_limit_mb * 2**20
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError, ValueError):  # macOS refuses RLIMIT_AS
@@ -59,21 +64,28 @@ def start_worker(memory_limit_mb: int) -> None:
     compare_answer(r"\frac{1}{2}+\sqrt{2}", r"0.5+\sqrt{2}")
 
 
-def judge(answer: str, ground_truth: str, is_text: bool, time_limit_s: float, memory_limit_mb: int) -> Outcome:
+class _BrokenTruthError(Exception):
+    """The ground truth cannot be read."""
+
+
+def judge(answer: str, ground_truth: str, is_text: bool, cpu_limit_s: float, memory_limit_mb: int) -> Outcome:
     """The task of a worker: compare a box's content, or (``is_text``) the end of an unboxed response, with the truth.
 
-    The pool enforces the deadline. The kernel timer ends a worker whose parent was killed during the comparison.
+    The kernel's timer ends this process after ``cpu_limit_s`` of its CPU time. A stopped process, a suspended machine
+    and a step of the clock use none. The parent waits for the outcome, for a limited time.
     """
-    signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
     peak_before = _peak_memory_mb()
     try:
         outcome = compare_text(answer, ground_truth) if is_text else compare_answer(answer, ground_truth)
     except MemoryError:
         os._exit(EXIT_OUT_OF_MEMORY)
-    except Exception as error:  # whatever sympy raises on this input is a finding about the input
-        outcome = Outcome(VerdictKind.ERROR, f"the comparison failed: {_describe(error)}")
+    except _BrokenTruthError as error:
+        outcome = Outcome(VerdictKind.ERROR, f"the ground truth cannot be read: {error}")
+    except Exception as error:  # whatever sympy raises on this answer is a finding about the answer
+        outcome = Outcome(VerdictKind.WRONG, f"{FAILED_COMPARISON}{_describe(error)}")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
     # sympy and math-verify catch MemoryError in places and then say "not equal": do not believe that answer.
     peak = _peak_memory_mb()
     if outcome.kind is not VerdictKind.CORRECT and peak > peak_before and peak > _MEMORY_ALARM * memory_limit_mb:
@@ -145,7 +157,7 @@ def _compare(golds: list[Any], answers: list[Any]) -> Outcome:
             except Exception as error:
                 failure = error
     if failure is not None:
-        return Outcome(VerdictKind.ERROR, f"the comparison failed: {_describe(failure)}")
+        return Outcome(VerdictKind.WRONG, f"{FAILED_COMPARISON}{_describe(failure)}")
     if all(isinstance(answer, str) for answer in answers):
         return Outcome(VerdictKind.WRONG, "not readable as mathematics, and its text differs from the ground truth")
     if all(isinstance(gold, str) for gold in golds):
@@ -180,12 +192,25 @@ def _are_tiny_and_apart(gold: Any, answer: Any) -> bool:
 
 @lru_cache(maxsize=256)  # the G responses of a prompt share it
 def _read_truth(ground_truth: str) -> list[Any]:
+    """The readings of a ground truth. Raises _BrokenTruthError if reading it raises an exception."""
     from math_verify import parse
 
     truth = _content_of(ground_truth)
-    if _MATH.search(truth):  # a whole solution
-        return parse(ground_truth, parsing_timeout=None, raise_on_error=True)
-    return _readings(truth, is_truth=True)
+    try:
+        if _MATH.search(truth):  # a whole solution
+            return _with_value(parse(ground_truth, parsing_timeout=None, raise_on_error=True))
+        return _readings(truth, is_truth=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _BrokenTruthError(_describe(error)) from error
+
+
+def _with_value(readings: list[Any]) -> list[Any]:
+    """The readings without those that are no number at all: 1/0 and 0/0, which sympy cannot compare."""
+    from sympy import nan, zoo  # type: ignore[import-untyped, unused-ignore]
+
+    return [reading for reading in readings if reading is not zoo and reading is not nan]
 
 
 @lru_cache(maxsize=256)
@@ -212,7 +237,7 @@ def _read_content(content: str) -> list[Any]:
     """math-verify's readings of a box with this content: a sympy object if it finds one, then the text that it read."""
     from math_verify import parse
 
-    return list(parse(rf"\boxed{{{content}}}", parsing_timeout=None, raise_on_error=True))
+    return _with_value(parse(rf"\boxed{{{content}}}", parsing_timeout=None, raise_on_error=True))
 
 
 def _read_arithmetic(content: str) -> Any:
@@ -221,7 +246,7 @@ def _read_arithmetic(content: str) -> Any:
 
     if len(content) > _MAX_ARITHMETIC_CHARS:
         return None
-    expression = _AROUND_OPERATOR.sub(r"\1", content)
+    expression = _AROUND_OPERATOR.sub(r"\1", " ".join(content.split()))
     if not _ARITHMETIC.fullmatch(expression) or _DIVIDED_BY_ZERO.search(expression):
         return None
     try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import replace_file
-from kdrl_core.types import Verdict, VerdictKind
+from kdrl_core.types import ThinkOpened, Verdict, VerdictKind
 from kdrl_core.verify.pool import Verifier
 from kdrl_core.verify.row_files import VERDICT_NAMES, RowFile
 from kdrl_core.verify.rows import Batch, Columns
@@ -221,7 +221,7 @@ def grade_file(
     return tally
 
 
-def box_answer(response: str, *, think_opened: bool = False) -> str:
+def box_answer(response: str, *, think_opened: ThinkOpened = False) -> str:
     r"""The response with all text outside the thought put in a ``\boxed{}``, unless a box is there already."""
     region = answer_region(response, think_opened=think_opened)
     if r"\boxed" in region or not region.strip():

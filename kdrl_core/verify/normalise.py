@@ -23,6 +23,7 @@ a comma in an answer as a decimal point.
 
 import itertools
 import re
+import string
 import unicodedata
 from contextlib import suppress
 
@@ -75,7 +76,7 @@ ANNOUNCEMENT = re.compile(
     re.IGNORECASE,
 )
 _STATEMENT = re.compile(
-    r"[A-Za-z][A-Za-z ,'’-]*(?:\b(?:is|are|equals|equal to)\b\s*:?|(?=\s\$[^$]+\$\.?$))\s*(?=\S)"
+    r"[A-Za-z][A-Za-z ,'’-]*(?:\b(?:is|are|equals|equal to)\b\s*+(?::\s*+(?=\S)|(?=\S))|(?=\s\$[^$]+\$\.?$)\s)"
     r"|[\u4e00-\u9fff，、]+(?:是|为|等于)\s*(?=\S)",
     re.IGNORECASE,
 )
@@ -86,11 +87,13 @@ _DENIAL = re.compile(
     r"twice|double|triple|half|third|quarter|reciprocal|inverse|square|cube|root)\b|n['’]t\b|[不非没]",
     re.IGNORECASE,
 )
-_DELIMITED = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]")
+_DELIMITED = re.compile(r"\$[^$]*+(\$)?|\\\((?:(?!\\\)).)*+(\\\))?|\\\[(?:(?!\\\]).)*+(\\\])?")
+"""A formula between delimiters. One that is not closed goes on to the end, and has no group."""
 _PROSE = re.compile(r"[A-Za-zÀ-ÿ\u4e00-\u9fff ,.:;'’，。、*]*")
 _STEP = re.compile(r"\bstep \d+\s*[:.]", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.;]\s*[A-Za-z :]*$")
-_CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore)\b[A-Za-z, ]*$", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.;]\s*+[A-Za-z :]*+$")
+_CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.IGNORECASE)
+_WORDS_AT_END = string.ascii_letters + ", "
 _WORD_FIRST = re.compile(r"[A-Za-z]{3,}")
 _MATHS = re.compile(r"[\d$\\]")
 
@@ -114,7 +117,7 @@ _WHOLE = (
 )
 """Patterns of numbers that are the whole content, and their replacements."""
 
-_TEXT_WITH_DIGITS = re.compile(r"\\text\s*\{([^{}]*\d[^{}]*)\}")
+_TEXT_WITH_DIGITS = re.compile(r"\\text\s*\{([^{}\d]*+\d[^{}]*+)\}")
 _SYNONYMS = (
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"\\langle(?![A-Za-z])"), "("),
@@ -122,7 +125,7 @@ _SYNONYMS = (
     (re.compile(r"^\\mathbb\s*(?:\{\s*R\s*\}|R)$"), r"(-\\infty,\\infty)"),
 )
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
+_DEGREES = re.compile(r"(?<!\d)(\d++(?:\.\d++)?+)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
 
 _DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})|([+-]?\d{4,}),(\d+)", re.ASCII)
 _BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?(\d{1,2}|[a-z]{3,9})\}?\s*\}|(\d))", re.ASCII)
@@ -134,12 +137,15 @@ _BASE_NAMES = {
 
 
 def normalise(content: str) -> str:
-    """The content of a box, repaired as in the table above. A content over MAX_CHARS is not changed."""
-    content = content.strip()
+    """The content of a box, repaired as in the table above. A content that is over MAX_CHARS, or would be after its
+    symbols are written out (one character can become 18), is not changed."""
+    written = content = content.strip()
     if len(content) > MAX_CHARS:
         return content
     if not content.isascii():
         content = _ascii_maths(content)
+        if len(content) > MAX_CHARS:
+            return written
     content = _without_marks(content)
     opened = _announced(content)
     if opened is not None:
@@ -150,7 +156,7 @@ def normalise(content: str) -> str:
     content = _TEXT_WITH_DIGITS.sub(r"\1", content) if _TEXT_WITH_DIGITS.fullmatch(content) else content
     if _TRIGONOMETRIC.search(content):
         content = _DEGREES.sub(r"(\1\\pi/180)", content)
-    return _number(content)
+    return _number(content) if len(content) <= MAX_CHARS else written
 
 
 def decimal_comma(content: str, *, is_truth: bool = False) -> str | None:
@@ -232,9 +238,10 @@ def _announced(content: str) -> str | None:
     if match is None:
         return None
     before = text[: match.start()]
-    words = _DELIMITED.sub(" ", _STEP.sub(" ", before))
-    is_introduction = _PROSE.fullmatch(words) and (not _DELIMITED.search(before) or _SENTENCE_END.search(before))
-    if not is_introduction and not _CONCLUSION.search(before):
+    words = _DELIMITED.sub(lambda formula: " " if formula.lastindex else formula[0], _STEP.sub(" ", before))
+    has_formula = any(formula.lastindex for formula in _DELIMITED.finditer(before))
+    is_introduction = _PROSE.fullmatch(words) and (not has_formula or _SENTENCE_END.search(before))
+    if not is_introduction and not _CONCLUSION.search(before, len(before.rstrip(_WORDS_AT_END))):
         return None
     said = _CLOSING_WORDS.sub("", text[match.end() :]).strip()
     is_denied = _DENIAL.search(words) or _DENIAL.search(text, match.start())

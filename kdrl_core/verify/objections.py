@@ -10,10 +10,10 @@ from kdrl_core.verify.normalise import ANNOUNCEMENT, MAX_CHARS
 
 _SENTENCE_CHARS = 200
 _RELATION = re.compile(r"\\(?:n?leq?|n?geq?|neq?|lt|gt|not|leqslant|geqslant)(?![A-Za-z])|[<>]|!=")
-_ALTERNATIVES_IN_BRACKETS = re.compile(r"[(\[][^()\[\],]*\bor\b[^()\[\],]*[)\]]")
+_ALTERNATIVES_IN_BRACKETS = re.compile(r"[(\[](?:(?!\bor\b)[^()\[\],])*+or\b[^()\[\],]*+[)\]]")
 _UNIT = re.compile(
-    r"\d[\d.,{}\\,\s]{0,20}?(?:\\(?:text|mathrm|rm)\w*\s*\{)?\s*([A-Za-z]+)\s*\}?(?:\s*\^\s*\{?(\d)\}?)?\s*\}?\.?$"
-    r"|(\^\s*\{?\s*\\circ\s*\}?)$"
+    r"\d[\d.,{}\\,\s]{0,20}?(?:\\(?:text|mathrm|rm)\w*\s*\{)?\s*([A-Za-z]++)\s*+\}?(?:\s*+\^\s*+\{?(\d)\}?)?+\s*+\}?\.?$"
+    r"|(\^\s*+(?:\{\s*+)?\\circ\s*+\}?)$"
 )
 _DOLLAR = re.compile(r"\\?\$")
 _CHANGING = re.compile(
@@ -28,7 +28,11 @@ _LOGIC = re.compile(
 )
 _UNION = re.compile(r"\\cup(?![A-Za-z])")
 _ROW_BREAK = re.compile(r"\\\\(?![A-Za-z])")
-_SUM_OF_SYMBOLS = re.compile(r"[^=]*[A-Za-z][^=]*[+\-*/][^=]*=[^=]*|[^=]*[+\-*/][^=]*[A-Za-z][^=]*=[^=]*")
+_BRACKET = re.compile(r"[(\[{]")
+_ANY_LETTER = re.compile(r"[A-Za-z]")
+_OPERATOR = re.compile(r"[+\-*/]")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_NO_DIGIT = re.compile(r"\D+")
 _QUANTITY = re.compile(r"[-+]?(?:\d|\\(?:d?frac|sqrt|pi)(?![A-Za-z]))")
 _WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|[^\x00-\x7f]|\\lim(?![A-Za-z])")
 _LETTER = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
@@ -51,7 +55,7 @@ _UNITS = {
 }  # fmt: skip
 """Each spelling of a unit, with the number of the unit. Different units are different quantities."""
 
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*\^\s*\{?\s*-?\d\s*\}?", re.ASCII)
+_UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*\^\s*+(?:\{\s*+)?-?\d\s*\}?", re.ASCII)
 
 
 def objection(answer: str, truth: str) -> str | None:
@@ -69,11 +73,11 @@ def objection(answer: str, truth: str) -> str | None:
     is_formula = not _WORDS.search(answer)
     if is_formula and _LOGIC.search(answer) and not _LOGIC.search(truth):
         return "a chain of logic where the ground truth is a value"
-    if is_formula and _UNION.search(answer) and not re.search(r"[(\[{]", answer):
+    if is_formula and _UNION.search(answer) and not _BRACKET.search(answer):
         return "a union of what are no sets"
     if is_formula and _ROW_BREAK.search(answer) and r"\begin" not in answer and not _ROW_BREAK.search(truth):
         return "several lines where the ground truth has one"
-    if _SUM_OF_SYMBOLS.fullmatch(truth[:MAX_CHARS]) and "=" not in answer and not _LETTER.search(answer):
+    if _is_sum_of_symbols(truth[:MAX_CHARS]) and "=" not in answer and not _LETTER.search(answer):
         return "a value where the ground truth is an equation"
     changing = {word.lower() for word in _CHANGING.findall(answer)} - {w.lower() for w in _CHANGING.findall(truth)}
     if changing and _QUANTITY.match(answer):
@@ -82,6 +86,12 @@ def objection(answer: str, truth: str) -> str | None:
     if given is not None and expected is not None and given != expected:
         return "another unit than the ground truth's"
     return None
+
+
+def _is_sum_of_symbols(truth: str) -> bool:
+    """Whether the truth is one equation with a letter and an operator on its left side: ``x + y = 2``."""
+    left, equals, right = truth.partition("=")
+    return bool(equals and "=" not in right and _ANY_LETTER.search(left) and _OPERATOR.search(left))
 
 
 def _unit(content: str) -> tuple[int, str] | None:
@@ -98,7 +108,7 @@ def constants_of(content: str) -> list[str]:
     if _WORDS.search(content):
         return []
     sides = [side.strip() for side in content.strip("()").split("=")]
-    constants = [side for side in sides if side and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", side))]
+    constants = [side for side in sides if side and not _ANY_LETTER.search(_COMMAND.sub("", side))]
     return constants if len(constants) > 1 else []
 
 
@@ -107,5 +117,5 @@ def lost_digits(content: str, read: str) -> bool:
 
     It drops what it takes for a unit: of ``3 \text{ or so, or } 4 \text{ m}`` it reads 3. Powers of units do not count.
     """
-    written, understood = (re.sub(r"\D", "", _UNIT_POWER.sub("", text)) for text in (content, read))
+    written, understood = (_NO_DIGIT.sub("", _UNIT_POWER.sub("", text)) for text in (content, read))
     return written != understood

@@ -5,11 +5,14 @@ The rules are in :mod:`kdrl_core.verify.screening` and :mod:`kdrl_core.verify.ac
 
 What the verifier promises, for any input:
 
-- an item costs at most ``timeout_s`` of a worker (kind ``timeout``: worker killed and replaced) and about
+- an item costs at most ``timeout_s`` of a worker's CPU time (kind ``timeout``: worker killed and replaced) and about
   ``memory_limit_mb`` (kind ``error``), and it does not affect the other items;
+- a verdict does not depend on what happens to the machine. An item whose worker dies, or gives no result without using
+  its CPU time, is judged once more, alone, before that becomes its verdict. A stopped process group, a suspended
+  machine and a step of the clock are not counted;
 - verdicts come in the order of the items; the call does not raise because of an item's content;
-- no worker outlives ``close()`` or the end of this process. If this process is killed, a worker ends within the time
-  limit.
+- no worker outlives ``close()`` or the end of this process. If this process is killed, a worker ends within the limit
+  of its CPU time.
 
 At most two items per worker are in flight, so that a broken pool can be replaced without losing an item.
 """
@@ -18,7 +21,6 @@ import atexit
 import contextlib
 import os
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -28,7 +30,7 @@ from typing import Unpack
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
 from kdrl_core.verify.screening import FormatResult, Job, Outcome, VerdictOptions, make_verdict, screen
-from kdrl_core.verify.workers import Clock, Workers
+from kdrl_core.verify.workers import AwakeTime, Clock, Finding, Workers
 
 DEFAULT_TIMEOUT_S = 10.0
 DEFAULT_MEMORY_LIMIT_MB = 2_048
@@ -36,6 +38,9 @@ MIN_MEMORY_LIMIT_MB = 384
 
 _START_GRACE_S = 60.0  # a worker that has to start may take this long on a busy machine
 _POLL_S = 0.25
+_WAITS = 5.0
+_WAIT_GRACE_S = 5.0
+"""A comparison that is alive has at least a fifth of a CPU. Otherwise it is given up after this many seconds more."""
 _MAX_REPLACEMENTS = 3
 
 Item = tuple[str, str]
@@ -74,6 +79,7 @@ class Verifier:
         self._cache: OrderedDict[Job, Outcome] = OrderedDict()  # least recently used first
         self._ahead: dict[Job, Future[Outcome]] = {}
         self._ahead_clock = Clock()
+        self._alone = threading.Lock()
 
     @property
     def num_computed(self) -> int:
@@ -158,8 +164,8 @@ class Verifier:
         with contextlib.suppress(VerificationError, RuntimeError, OSError), self._lock:  # `verify_batch` handles it
             if len(self._ahead) > self._cache_size:  # nobody asked for them, for example if a rollout failed
                 for job in [job for job, future in self._ahead.items() if future.done()]:
-                    if (outcome := self._workers.outcome(self._ahead.pop(job))) is not None:
-                        self._remember(job, outcome)
+                    if (finding := self._workers.finding(self._ahead.pop(job))) is not None:
+                        self._remember(job, finding.outcome)
             for job in jobs:
                 if job not in self._ahead and self._remembered(job) is None:
                     self._ahead[job] = self._workers.submit(self._workers.running(), job)
@@ -187,53 +193,75 @@ class Verifier:
 
     def _compute(self, jobs: Sequence[Job], settle: Callable[[Job, Outcome], None]) -> None:
         """Have workers judge ``jobs``; calls ``settle`` once for each, in this thread."""
+        doubtful: list[Job] = []
+
+        def finish(job: Job, finding: Finding) -> None:
+            self._remember(job, finding.outcome)
+            settle(job, finding.outcome)
+
+        self._judge(
+            jobs,
+            self._taken_ahead(jobs),
+            num_at_once=2 * self.workers,
+            finish=lambda job, finding: finish(job, finding) if finding.is_certain else doubtful.append(job),
+        )
+        if doubtful:
+            with self._alone:
+                self._judge(doubtful, {}, num_at_once=1, finish=finish)
+
+    def _judge(
+        self,
+        jobs: Sequence[Job],
+        in_flight: "dict[Future[Outcome], Job]",
+        *,
+        num_at_once: int,
+        finish: Callable[[Job, Finding], None],
+    ) -> None:
+        """Have workers judge ``jobs``, some of which are in flight; calls ``finish`` once for each."""
         workers = self._workers
-        in_flight = self._taken_ahead(jobs)
         begun = set(in_flight.values())
         pending = deque(job for job in jobs if job not in begun)
         num_replacements = 0
-        last_progress = time.monotonic()
-        pool = None
+        awake = AwakeTime(longest_s=2 * _POLL_S)
+        running_since: dict[Future[Outcome], float] = {}
+        wait_s = _WAITS * self.timeout_s + _WAIT_GRACE_S
+        last_progress, pool = awake.look(), None
         while pending or in_flight:
             try:
                 pool = pool or workers.running()
-                while pending and len(in_flight) < 2 * self.workers:
+                while pending and len(in_flight) < num_at_once:
                     future = workers.submit(pool, pending[0])
                     in_flight[future] = pending.popleft()
                 is_broken = not pool.active
             except (VerificationError, RuntimeError, OSError):  # closed, or the pool has just broken
                 is_broken = True
             done, _ = wait(in_flight, timeout=0 if is_broken else _POLL_S, return_when=FIRST_COMPLETED)
-            for future in done:
+            now = awake.look()
+            findings = {future: workers.finding(future) for future in done}
+            for future in in_flight.keys() - done:
+                if future.running() and now - running_since.setdefault(future, now) > wait_s:
+                    findings[future] = workers.give_up(future, wait_s)
+            for future, finding in findings.items():
                 job = in_flight.pop(future)
-                outcome = workers.outcome(future)
-                if outcome is None:
+                if finding is None:
                     pending.append(job)
                     is_broken = True
                     continue
-                num_replacements, last_progress = 0, time.monotonic()
-                self._remember(job, outcome)
-                settle(job, outcome)
-            # Two rounds in flight, each within its deadline; beyond that the pool itself is stuck.
-            patience_s = 2 * self.timeout_s + _START_GRACE_S
-            if is_broken or time.monotonic() - last_progress > patience_s:
+                num_replacements, last_progress = 0, now
+                finish(job, finding)
+            # The longest wait for a comparison, and the start of a worker. Beyond that the pool itself is stuck.
+            if is_broken or now - last_progress > wait_s + _START_GRACE_S:
                 pending.extend(in_flight.values())
                 in_flight.clear()
                 if not pending:
                     break
                 num_replacements += 1
                 if workers.is_closed or num_replacements > _MAX_REPLACEMENTS:
-                    reason = (
-                        "the verifier was closed before this item was judged"
-                        if workers.is_closed
-                        else f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
-                    )
-                    for job in pending:
-                        settle(job, Outcome(VerdictKind.ERROR, reason))
+                    _end(pending, finish, is_closed=workers.is_closed)
                     return
                 if pool is not None:
                     workers.discard(pool)
-                pool, last_progress = None, time.monotonic()
+                pool, last_progress = None, awake.look()
 
     def _taken_ahead(self, jobs: Sequence[Job]) -> "dict[Future[Outcome], Job]":
         """The jobs that workers have begun with, without those whose pool has broken since."""
@@ -242,8 +270,18 @@ class Verifier:
         return {
             future: job
             for future, job in ahead.items()
-            if not future.done() or self._workers.outcome(future) is not None
+            if not future.done() or self._workers.finding(future) is not None
         }
+
+
+def _end(jobs: Iterable[Job], finish: Callable[[Job, Finding], None], *, is_closed: bool) -> None:
+    """Finish jobs that no worker will judge."""
+    if is_closed:
+        reason = "the verifier was closed before this item was judged"
+    else:
+        reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
+    for job in jobs:
+        finish(job, Finding(Outcome(VerdictKind.ERROR, reason), is_certain=True))
 
 
 def verify_batch(

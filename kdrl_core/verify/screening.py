@@ -4,7 +4,8 @@ r"""Everything about a verdict that needs no mathematics: the format, the answer
 
 1. it opens with ``<think>``, after white space at most. If the prompt's chat template has already opened the thought
    (R1-Distill: ``think_opened=True``), ``<think>`` does not occur at all;
-2. ``</think>`` occurs once, after it;
+2. ``</think>`` occurs once, after it. If the chat template has also closed the thought (Qwen3 without thinking:
+   ``think_opened="closed"``), neither tag occurs;
 3. what follows has a last ``\boxed{…}`` that is closed and not empty.
 
 The thought may be empty, and text may surround the box. A response that was cut off fails 2 or 3.
@@ -34,16 +35,16 @@ from importlib.metadata import version
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from kdrl_core.errors import VerificationError
-from kdrl_core.types import Verdict, VerdictKind
+from kdrl_core.types import ThinkOpened, Verdict, VerdictKind
 
-RULES = 1
+RULES = 2
 """Raise this with every change of kdrl_core.verify that changes a verdict. Then stored verdicts of other versions
 are not used for this one."""
 
 _OPEN, _CLOSE = "<think>", "</think>"
 # `\\` before anything but `boxed` is a LaTeX line break and must not hide the brace that follows; `\{` is not a brace.
 _SEPARATORS = re.compile(
-    r"(?:[\s$,;.&:/|]|\\[()\[\],;:! ]|\\\\|\\q?quad\b|\\text\s*\{\s*(?:,?\s*(?:and|or))?\s*\}"
+    r"(?:[\s$,;.&:/|]|\\[()\[\],;:! ]|\\\\|\\q?quad\b|\\text\s*\{\s*+(?:(?:,\s*+)?(?:and|or)\s*+)?\}"
     r"|\b(?:and|or|either|perhaps|maybe|possibly)\b)*"
 )
 _MAX_SEPARATOR_CHARS = 70
@@ -62,8 +63,9 @@ class VerdictOptions(TypedDict, total=False):
 
     require_format: bool
     """Default True: reward = r_format · r_acc; else r_acc alone."""
-    think_opened: bool
-    """Default False. The prompt ends with ``<think>``, so the response starts inside the thought."""
+    think_opened: ThinkOpened
+    """Default False. True: the prompt ends with ``<think>``, so the response starts inside the thought. "closed": the
+    prompt ends with ``</think>``, so the response has no thought."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +89,10 @@ class FormatResult:
         return 1.0 if self.is_valid else 0.0
 
 
-def check_format(response: str, *, think_opened: bool = False) -> FormatResult:
+def check_format(response: str, *, think_opened: ThinkOpened = False) -> FormatResult:
     r"""Judge the structure of ``response`` and find its answer.
 
-    ``think_opened``: the prompt ends with ``<think>``, so the response starts inside the thought.
+    ``think_opened``: as in :class:`VerdictOptions`.
     A wrong tag structure or an unclosed last box is ``MALFORMED``; a missing or empty box is ``NO_ANSWER``.
     """
     answer, is_last_closed = last_box(answer_region(response, think_opened=think_opened))
@@ -108,13 +110,13 @@ def check_format(response: str, *, think_opened: bool = False) -> FormatResult:
     return FormatResult(kind=kind, answer=answer, reason=reason)
 
 
-def answer_region(response: str, *, think_opened: bool = False) -> str:
+def answer_region(response: str, *, think_opened: ThinkOpened = False) -> str:
     """The text outside the thought: after the last ``</think>``, or without one, before ``<think>``."""
     _, closing, after = response.rpartition(_CLOSE)
     if closing:
         # A second thought that is never closed is still a thought.
         return after.partition(_OPEN)[0]
-    return "" if think_opened else response.partition(_OPEN)[0]
+    return "" if think_opened is True else response.partition(_OPEN)[0]
 
 
 def last_box(text: str) -> tuple[str | None, bool]:
@@ -154,9 +156,12 @@ def last_box(text: str) -> tuple[str | None, bool]:
     return ", ".join(reversed(parts)), is_last_closed
 
 
-def _tag_fault(response: str, *, think_opened: bool) -> str | None:
+def _tag_fault(response: str, *, think_opened: ThinkOpened) -> str | None:
     """What is wrong with the think tags, in words; None if they are right."""
     num_open, num_close = response.count(_OPEN), response.count(_CLOSE)
+    if think_opened == "closed":
+        tag = _OPEN if num_open else _CLOSE
+        return f"{tag} occurs although the prompt closed the thought" if num_open or num_close else None
     if num_close == 0:
         return "the thought is never closed: no </think>"
     if num_close > 1:

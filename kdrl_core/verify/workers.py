@@ -1,7 +1,11 @@
 """The worker processes of a verifier, the outcomes of their jobs, and the time for which they worked.
 
-Pebble owns the processes and the deadline. A pool that breaks (its workers were killed from outside while idle, or
-cannot start) can be discarded; the next job then gets a new pool.
+Pebble owns the processes. A pool that breaks (its workers were killed from outside while idle, or cannot start) can be
+discarded; the next job then gets a new pool.
+
+The kernel ends a worker that has used up its CPU time. Pebble's own deadline is not used: it reads the wall clock in
+this process, so that a clock step or a stopped process group would end comparisons that did nothing wrong. A worker
+that uses no CPU time and gives no result is found by its caller, who asks the pool to `give_up` the job.
 
 Workers are spawned, but unlike with plain spawn they do not import the parent's ``__main__``. They need nothing from
 it, and importing it may do harm: a script without an ``if __name__ == "__main__"`` guard would fail, and a command line
@@ -17,12 +21,11 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from multiprocessing import popen_spawn_posix, resource_tracker, spawn, util
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -34,8 +37,12 @@ from kdrl_core.verify.screening import Job, Outcome
 if sys.platform == "win32":
     raise ImportError("kdrl_core.verify needs a POSIX system: it limits the memory and time of worker processes")
 
-_ORPHAN_GRACE_S = 2.0
-"""The kernel's timer in the worker fires this much later than the pool's deadline."""
+
+class Finding(NamedTuple):
+    """What came of a job. If the machine may be at fault, ``is_certain`` is False: then the job is judged once more."""
+
+    outcome: Outcome
+    is_certain: bool
 
 
 def _preparation_data(name: str) -> dict[str, Any]:
@@ -120,30 +127,38 @@ class Workers:
         """Give a job to a pool. Raises RuntimeError or OSError if the pool is broken."""
         with self._lock:
             self.num_submitted += 1
-        args = (job.answer, job.ground_truth, job.is_text, self._timeout_s + _ORPHAN_GRACE_S, self._memory_limit_mb)
-        return pool.schedule(judge, args=args, timeout=self._timeout_s)
+        args = (job.answer, job.ground_truth, job.is_text, self._timeout_s, self._memory_limit_mb)
+        return pool.schedule(judge, args=args)
 
-    def outcome(self, future: "Future[Outcome]") -> Outcome | None:
-        """The outcome of a job that is done. None if the pool broke first and the job was not the cause."""
-        too_late = Outcome(VerdictKind.TIMEOUT, f"no result within {self._timeout_s:g} s; the worker was killed")
+    def finding(self, future: "Future[Outcome]") -> Finding | None:
+        """What came of a job that is done. None if the pool broke first and the job was not the cause."""
         try:
-            return Outcome(*future.result(timeout=0))
-        except FutureTimeoutError:
-            return too_late
+            return Finding(Outcome(*future.result(timeout=0)), is_certain=True)
         except ProcessExpired as error:
-            if error.exitcode == -signal.SIGALRM:  # the kernel's timer came first: this process was held up
-                return too_late
-            if error.exitcode == EXIT_OUT_OF_MEMORY:
-                return Outcome(VerdictKind.ERROR, "the comparison reached the memory limit; the worker was replaced")
-            return Outcome(VerdictKind.ERROR, f"the worker died (exit code {error.exitcode}) and was replaced")
+            if error.exitcode == -signal.SIGPROF:
+                reason = f"no result within {self._timeout_s:g} s of CPU time; the worker was killed"
+                return Finding(Outcome(VerdictKind.TIMEOUT, reason), is_certain=True)
+            if error.exitcode == EXIT_OUT_OF_MEMORY:  # perhaps earlier jobs had left little room
+                reason = "the comparison reached the memory limit; the worker was replaced"
+            else:
+                reason = f"the worker died (exit code {error.exitcode}) and was replaced"
+            return Finding(Outcome(VerdictKind.ERROR, reason), is_certain=False)
         except Exception:  # BrokenProcessPool, CancelledError, a channel error
             return None
 
+    @staticmethod
+    def give_up(future: "Future[Outcome]", waited_s: float) -> Finding:
+        """Have the pool kill the worker of a job that has run for ``waited_s`` seconds, and replace it."""
+        future.cancel()
+        reason = f"no result, although the comparison was waited for {waited_s:.0f} s; the worker was killed"
+        return Finding(Outcome(VerdictKind.TIMEOUT, reason), is_certain=False)
+
     def discard(self, pool: ProcessPool) -> None:
-        """Stop a broken pool. Whoever needs workers next makes a new one."""
+        """Stop a broken pool, unless another thread does. Whoever needs workers next makes a new one."""
         with self._lock:
-            if self.pool is pool:
-                self.pool = None
+            if self.pool is not pool:
+                return
+            self.pool = None
         _stop(pool)
 
     def close(self) -> None:
@@ -160,6 +175,24 @@ def _stop(pool: ProcessPool) -> None:
     with contextlib.suppress(RuntimeError, OSError, ValueError):
         pool.stop()
         pool.join()
+
+
+class AwakeTime:
+    """The seconds that this process has lived through: time in which it is stopped or suspended hardly counts.
+
+    Between two looks at most ``longest_s`` pass, so its owner looks more often than that.
+    """
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._seen = time.monotonic()
+        self._total = 0.0
+
+    def look(self) -> float:
+        """Seconds since the start."""
+        seen, self._seen = self._seen, time.monotonic()
+        self._total += min(self._seen - seen, self._longest_s)
+        return self._total
 
 
 class Clock:

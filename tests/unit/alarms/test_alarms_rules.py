@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrl_core.alarms import _LOOK_AT, Alarm, raised_at_last
-from kdrl_core.config.alarms import DEFAULTS, AlarmRule, AlarmsConfig, FallRule, JumpRule, ThresholdRule
+from kdrl_core.config.alarms import (
+    DEFAULTS,
+    AlarmRule,
+    AlarmsConfig,
+    FallRule,
+    FloorRule,
+    GapRule,
+    JumpRule,
+    ThresholdRule,
+)
 
 RULES = AlarmsConfig().rules
 
@@ -69,6 +78,41 @@ def test_thresholds_golden(rule: str) -> None:
     assert (alarm.step, alarm.since) == (2 * config.patience - 1, config.patience)
     assert (alarm.value, alarm.threshold, alarm.severity) == (high, config.above, config.severity)
     assert alarm.text == f"{config.metric} is {high:.4g}, above {low:.4g}, {config.patience} steps in a row"
+
+
+def test_a_run_without_any_reward_is_told_once() -> None:
+    rule = RULES["no_reward"]
+    assert isinstance(rule, FloorRule)
+    dead = [0.0] * (rule.patience - 1)
+    assert steps_of("reward/mean", [*dead, 1 / 1024, *dead], rule) == []  # one response is enough
+    (alarm,) = raised(series("reward/mean", [*dead, 0.0, 0.0, 0.0]), {"no_reward": rule})
+    assert (alarm.step, alarm.since, alarm.severity) == (rule.patience - 1, 0, "critical")
+    assert alarm.text == f"reward/mean is 0, not above 0, {rule.patience} steps in a row"
+
+
+def test_right_answers_in_a_wrong_format_golden() -> None:
+    rule = RULES["format_wrong"].model_copy(update={"patience": 2})
+    assert isinstance(rule, GapRule)
+    # accuracy − reward    0.11  0.1   0.2   0.4: the last two are above 0.1, two in a row
+    accuracy = [0.11, 0.5, 0.6, 0.8]
+    rewards = [0.0, 0.4, 0.4, 0.4]
+    rows = series("reward/accuracy", accuracy)
+    for row, reward in zip(rows, rewards, strict=True):
+        row["reward/mean"] = reward
+    (alarm,) = raised(rows, {"format_wrong": rule})
+    assert (alarm.step, alarm.since, alarm.value) == (3, 2, pytest.approx(0.4))
+    assert alarm.text == "reward/accuracy is above reward/mean by 0.4, more than 0.1, 2 steps in a row"
+    for row in rows:
+        row["reward/mean"] = row["reward/accuracy"]  # the format is not required
+    assert raised(rows, {"format_wrong": rule}) == []
+    del rows[2]["reward/mean"]  # a step without the other metric is passed over
+    assert raised(rows, {"format_wrong": rule}) == []
+
+
+def test_a_template_that_closes_the_thought_unnoticed_raises_both() -> None:
+    """Format 0 for ever, however right the answers are."""
+    rows = [{"step": step, "reward/mean": 0.0, "reward/format": 0.0, "reward/accuracy": 0.4} for step in range(8)]
+    assert [(alarm.rule, alarm.step) for alarm in raised(rows, RULES)] == [("no_reward", 4), ("format_wrong", 4)]
 
 
 def test_repetition_counts_where_enough_is_cut() -> None:

@@ -100,3 +100,39 @@ def test_a_box_in_an_unfinished_thought_is_no_answer_in_evaluation_and_training(
         num_right = sum(float(str(row["accuracy_reward"])) for row in found)
         assert (num_right == 0) is is_opened
         assert all((row["extracted"] is None) for row in found) is is_opened
+
+
+@pytest.mark.usefixtures("fast_sessions")
+def test_a_prompt_that_closes_the_thought_earns_a_reward_without_tags(
+    tmp_path: Path, kept_verifier: Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Qwen3's chat template with enable_thinking=false: no response has tags, and the format can be right."""
+    monkeypatch.setattr(answering_module, "Verifier", lambda **_: kept_verifier)
+    template = (
+        "'<|user|>{{ messages[0].content }}<|assistant|>{% if enable_thinking is false %}<think></think>{% endif %}'"
+    )
+    run = open_tiny(
+        tmp_path,
+        "closed",
+        [
+            f"student.chat_template={template}",
+            "prompt.chat_template_kwargs.enable_thinking=false",
+            "stage1.group_size=8",
+        ],
+    )
+    filter_run(run)
+    session = stage_session(run.paths.root, "stage1")
+    make(session, rollout, 0)
+    make(session, verify, 0)
+    sampled, judged_rows = rows(run.paths.rollouts("stage1", 0)), rows(run.paths.rewards("stage1", 0))
+    for row, verdict in zip(sampled, judged_rows, strict=True):
+        assert str(row["prompt"]).endswith("<think></think>")
+        has_box = bool(re.search(r"\\boxed\{[^{}]+\}[^{]*$", str(row["response"])))
+        has_tags = "think>" in str(row["response"])
+        assert verdict["format_reward"] == float(has_box and not has_tags), row["response"]
+        assert verdict["reward"] == float(str(verdict["format_reward"])) * float(str(verdict["accuracy_reward"]))
+    assert sum(float(str(verdict["reward"])) for verdict in judged_rows) > 0
+    evaluate_model(run, "base")
+    evaluated = rows(run.paths.evaluation("base") / "responses.parquet")
+    assert sum(float(str(row["accuracy_reward"])) for row in evaluated) > 0
+    assert any(row["format_reward"] == 1.0 for row in evaluated)

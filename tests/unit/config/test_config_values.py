@@ -270,3 +270,35 @@ def test_set_changes_one_of_two_aliased_sections(values: dict[str, Any], tmp_pat
     recipe = load_recipe(path, ["stage1.data.max_problems=5"])
     assert recipe.stage("stage1").data.max_problems == 5
     assert recipe.stage("stage2").data.max_problems is None
+
+
+def test_variables_of_the_chat_template(load: Load) -> None:
+    recipe = load("prompt.chat_template_kwargs={enable_thinking: false, budget: [1, {a: null}], mode: x}")
+    assert recipe.prompt.chat_template_kwargs == {"enable_thinking": False, "budget": [1, {"a": None}], "mode": "x"}
+    assert config_hash(recipe) != config_hash(load())
+    assert config_hash(load("prompt.chat_template_kwargs={}", "prompt.think_opened=null")) == config_hash(load())
+    assert load("prompt.chat_template_kwargs.enable_thinking=false").prompt.chat_template_kwargs == {
+        "enable_thinking": False
+    }
+    assert load("prompt.think_opened=closed").prompt.think_opened == "closed"
+    assert load("prompt.think_opened=true").prompt.think_opened is True
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompt.chat_template_kwargs={tokenize: true}", "kdrl itself sets tokenize"),
+        ("prompt.chat_template_kwargs={messages: []}", "kdrl itself sets messages"),
+        ("prompt.chat_template_kwargs={enable-thinking: false}", "'enable-thinking' is not the name of a variable"),
+        ("prompt.chat_template_kwargs={'': 1}", "'' is not the name of a variable"),
+        ("prompt.chat_template_kwargs={a: .nan}", "prompt.chat_template_kwargs"),
+        ("prompt.chat_template_kwargs={a: [.inf]}", "prompt.chat_template_kwargs"),
+        ("prompt.chat_template_kwargs=[enable_thinking]", "prompt.chat_template_kwargs"),
+        ("prompt.chat_template_kwargs=on", "prompt.chat_template_kwargs"),
+        ("prompt.think_opened=shut", "prompt.think_opened"),
+    ],
+)
+def test_bad_variables_are_refused_with_the_field(load: Load, override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load(override)
+    assert message in str(refused.value)

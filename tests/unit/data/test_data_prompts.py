@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from kdrl_core.config import ModelConfig, Recipe
-from kdrl_core.data import filter_problems, load_tokenizer, render_prompts, think_opened
+from kdrl_core.data import PROBLEM_SCHEMA, filter_problems, load_tokenizer, render_prompts, think_opened
 from kdrl_core.errors import ModelError
+from kdrl_core.types import ThinkOpened
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -49,10 +51,60 @@ def test_the_zero_template_and_a_template_of_the_recipe(make_recipe: MakeRecipe,
         ("<think> is a tag.", None, False),
         ("…<think>\n", False, False),
         ("…", True, True),
+        ("…<think>\n\n</think>\n\n", None, "closed"),
+        ("…</think>", None, "closed"),
+        ("</think> is a tag.", None, False),
+        ("…</think>", True, True),
+        ("…</think>", False, False),
+        ("…<think>", "closed", "closed"),
     ],
 )
-def test_think_opened(make_recipe: MakeRecipe, prompt: str, setting: bool | None, expected: bool) -> None:
+def test_think_opened(make_recipe: MakeRecipe, prompt: str, setting: ThinkOpened | None, expected: ThinkOpened) -> None:
     assert think_opened(prompt, make_recipe(values={"prompt": {"think_opened": setting}})) is expected
+
+
+QWEN3 = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "end", "opened"),
+    [
+        ({}, "<|assistant|>", False),
+        ({"enable_thinking": True}, "<|assistant|>", False),
+        ({"enable_thinking": False}, "<|assistant|><think>\n\n</think>\n\n", "closed"),
+    ],
+)
+def test_variables_reach_the_chat_template(
+    make_recipe: MakeRecipe, tokenizer: Any, variables: dict[str, Any], end: str, opened: ThinkOpened
+) -> None:
+    student = {"path": "x", "chat_template": QWEN3}
+    recipe = make_recipe(values={"prompt": {"chat_template_kwargs": variables}, "student": student})
+    [(text, token_ids)] = render_prompts(["1+1?"], tokenizer, recipe)
+    assert text.endswith(f"within \\boxed{{}}.{end}")
+    assert tokenizer.decode(token_ids) == text
+    assert think_opened(text, recipe) == opened
+
+
+def test_variables_count_in_the_length_of_a_prompt(make_recipe: MakeRecipe, tokenizer: Any) -> None:
+    """A prompt that has just the limit's tokens is one too long if a variable adds a character."""
+    student = {"path": "x", "chat_template": "{{ messages[0].content }}{{ tail }}"}
+    row = {"problem_id": "p", "question": "1+1?", "answer": "2", "source": "test", "failures": None}
+    table = pa.Table.from_pylist([row], PROBLEM_SCHEMA)
+    plain = make_recipe(values={"student": student})
+    [(_, token_ids)] = render_prompts(["1+1?"], tokenizer, plain)
+    cases: list[tuple[dict[str, Any], int]] = [({}, 1), ({"tail": "x"}, 0)]
+    for variables, num_kept in cases:
+        recipe = make_recipe(
+            max_prompt_tokens=len(token_ids),
+            missing_labels="keep",
+            decontamination=None,
+            values={"prompt": {"chat_template_kwargs": variables}, "student": student},
+        )
+        pool, _ = filter_problems(table, recipe, stage="stage1", tokenizer=tokenizer)
+        assert len(pool) == num_kept
 
 
 def test_a_tokenizer_without_chat_template_names_the_remedy(make_recipe: MakeRecipe, tokenizer_dir: Path) -> None:

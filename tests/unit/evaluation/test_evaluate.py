@@ -412,6 +412,26 @@ def test_a_template_that_opens_the_thought_is_noticed(greedy: Recipe, fresh: Cha
     assert opened.result["verdicts"] == plain.result["verdicts"]
 
 
+def test_variables_of_the_chat_template_reach_an_endpoint(greedy: Recipe, fresh: ChatServer, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"benchmarks": ["test"], "samples": 1, "max_problems": 1}
+    evaluated(greedy, tmp_path / "plain", fresh.url, **options)
+    assert "chat_template_kwargs" not in fresh.seen[-1]
+    prompt = greedy.prompt.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
+    (found,) = evaluated(greedy.model_copy(update={"prompt": prompt}), tmp_path / "plain", fresh.url, **options)
+    assert fresh.seen[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert len(fresh.seen) == 2  # another setting, so another evaluation
+    assert found.result["num_problems"] == 1
+
+
+def test_variables_of_the_chat_template_are_a_setting(recipe: Recipe) -> None:
+    plan = plan_evaluation(recipe, STUDENT, asking(benchmarks=["test"]))
+    before = evaluation_plan.settings_of(plan, plan.benchmarks[0])
+    assert set(before["prompt"]) == {"template", "think_opened"}  # as it was before there were variables
+    other = load_recipe("miniature", ["evaluation.temperature=0.7", "prompt.chat_template_kwargs.a=1"])
+    plan = plan_evaluation(other, STUDENT, asking(benchmarks=["test"]))
+    assert evaluation_plan.settings_of(plan, plan.benchmarks[0])["prompt"]["chat_template_kwargs"] == {"a": 1}
+
+
 def test_what_an_endpoint_cannot_do_is_told(fresh: ChatServer, tmp_path: Path) -> None:
     recipe = load_recipe("miniature", ["evaluation.max_context_tokens=160"])
     fresh.context = 100

@@ -198,6 +198,19 @@ def test_a_prompt_that_opens_the_thought_is_known(is_opened: bool, failures: int
     assert summary.histogram[4 if is_opened else 0] == 1, failures
 
 
+def test_variables_of_the_chat_template_reach_the_prompt(tmp_path: Path) -> None:
+    template = "student.chat_template='{{ messages[0].content }}{{ tail }}'"
+    recipe = load_recipe("miniature", [SAMPLES, template, "prompt.chat_template_kwargs.tail='<think></think>'"])
+    engine = Scripted({"p": "8888"})
+    engine.frame = "{}\\boxed{{{}}}"
+    source = write(tmp_path / "in.jsonl", [{**ROWS[0], "id": "p"}])
+    summary = scripted(plan_labels(recipe, [source]), tmp_path / "out.parquet", engine, keep_work=True)
+    shard = pq.read_table(work_folder(tmp_path / "out.parquet") / "shards" / "shard-00000.parquet")
+    assert all(prompt.endswith("<think></think>") for prompt in shard["prompt"].to_pylist())
+    assert shard["format_reward"].to_pylist() == [1.0] * 4
+    assert summary.histogram[0] == 1
+
+
 def test_the_format_is_no_part_of_the_label(recipe: Recipe, tmp_path: Path) -> None:
     engine = Scripted({"p": "8888"})
     engine.frame = "{}the answer is \\boxed{{{}}}"

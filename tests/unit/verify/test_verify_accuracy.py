@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdrl_core.types import Verdict, VerdictKind
 from kdrl_core.verify import Verifier
@@ -272,11 +274,56 @@ def test_what_cannot_be_judged_is_an_error_and_not_wrong(verifier: Verifier) -> 
         (boxed("5"), 5),
         ("alone",),
         7,
-        (boxed(r"x \neq 6"), r"x \neq 5"),  # math-verify raises KeyError inside and would answer "not equal"
+        (boxed("5"), ".π$e^{i\\pi}"),  # a lone dollar: nothing is left to compare with
     ]
     verdicts = verifier.verify_batch(items)  # type: ignore[arg-type]
     assert [(v.kind, v.reward) for v in verdicts] == [(ERROR, 0.0)] * len(items)
     assert all(verdict.reason for verdict in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        ("1:00", "11:00"),  # 1/0 and 11/0 to math-verify
+        ("i", "1:00"),
+        ("5", r"\frac{1}{0}"),
+        ("(1,2)", "0:0"),
+        (r"\frac{1}{0}", "5"),
+        ("1/0,0:0", "1/0,0:1"),  # inside a list
+        (r"x \neq 6", r"x \neq 5"),  # math-verify raises KeyError inside
+        (r"x \neq 2", r"x \neq 1"),
+        (r"x \leq 3", "x!=1"),
+        ("x>1", r"x \ne 1"),
+    ],
+)
+def test_a_comparison_that_fails_is_wrong_and_no_error(verifier: Verifier, answer: str, truth: str) -> None:
+    verdict = verifier.verify(boxed(answer), truth)
+    assert (verdict.kind, verdict.reward) == (WRONG, 0.0), verdict.reason
+    assert verifier.verify(boxed(truth), truth).kind is CORRECT
+
+
+ODD = (
+    "1:00", "11:00", "0:0", r"x \neq 1", "x!=2", r"\frac{1}{0}", "0/0", r"\infty-\infty", r"\pm 3", r"\{1,2\}",
+    r"\{x \mid x>1\}", "(1,2)", r"[1,\infty)", r"(-\infty,0)\cup(1,2]", "1<x<2", "y=2x+1", r"\emptyset",
+    r"\begin{pmatrix}1\\2\end{pmatrix}", "i", r"\log_1 2", r"\tan(\pi/2)", "(-1)!", r"\lim_{x\to 0} \frac{1}{x}",
+    r"\mathbb{R}\setminus\{0\}", r"50\%", "12_8", r"x \equiv 1 \pmod 3", r"90^\circ", "x=1,y=2", "1..2", r"\sqrt{}",
+    "^2", r"\cup", r"\{\}", "()", "x=x", "zoo", "nan", "S", "(i,2i)", "[2,1]", r"x\notin(1,2)", "a:b", "x^2<0", "½²",
+)  # fmt: skip
+SHAPES = ["A,B", "(A,B)", r"\frac{A}{B}", "A=B", "A^{B}", r"A \neq B", "A<B", "A:B", r"\{A,B\}", r"A\text{ or }B"]
+odd = st.sampled_from(ODD) | st.builds(
+    lambda shape, one, other: shape.replace("A", one).replace("B", other),
+    st.sampled_from(SHAPES),
+    st.sampled_from(ODD),
+    st.sampled_from(ODD),
+)
+
+
+@given(st.lists(st.tuples(odd, st.sampled_from(ODD)), min_size=30, max_size=30))
+@settings(max_examples=8, deadline=None)
+def test_no_odd_answer_is_an_error(verifier: Verifier, pairs: list[tuple[str, str]]) -> None:
+    verdicts = verifier.verify_batch([(boxed(answer), truth) for answer, truth in pairs], require_format=False)
+    failed = [(pair, v.reason) for pair, v in zip(pairs, verdicts, strict=True) if v.kind is ERROR]
+    assert failed == []
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from kdrl_core.types import VerdictKind
+from kdrl_core.types import ThinkOpened, VerdictKind
 from kdrl_core.verify import check_format
 from kdrl_core.verify.screening import answer_region, last_box
 
@@ -68,6 +68,26 @@ def test_structure_when_the_prompt_opened_the_thought(
 
 
 @pytest.mark.parametrize(
+    ("response", "kind", "answer"),
+    [
+        (r"\boxed{42}", None, "42"),
+        (r"  So it is $\boxed{42}$.", None, "42"),
+        (r"<think>a</think>\boxed{42}", MALFORMED, "42"),
+        (r"a</think>\boxed{42}", MALFORMED, "42"),
+        (r"\boxed{42} <think>a", MALFORMED, "42"),
+        (r"\boxed{42", MALFORMED, None),
+        ("42", NO_ANSWER, None),
+    ],
+)
+def test_structure_when_the_prompt_closed_the_thought(
+    response: str, kind: VerdictKind | None, answer: str | None
+) -> None:
+    result = check_format(response, think_opened="closed")
+    assert (result.kind, result.answer) == (kind, answer), result.reason
+    assert result.reward == (1.0 if kind is None else 0.0)
+
+
+@pytest.mark.parametrize(
     ("text", "answer", "is_last_closed"),
     [
         ("nothing", None, True),
@@ -101,9 +121,12 @@ def test_last_box(text: str, answer: str | None, is_last_closed: bool) -> None:
         ("b", True, ""),
         ("b</think>c<think>d", True, "c"),
         ("a", False, "a"),
+        ("a", "closed", "a"),
+        ("a<think>b", "closed", "a"),
+        ("b</think>c", "closed", "c"),
     ],
 )
-def test_answer_region(response: str, think_opened: bool, region: str) -> None:
+def test_answer_region(response: str, think_opened: ThinkOpened, region: str) -> None:
     assert answer_region(response, think_opened=think_opened) == region
 
 

@@ -1,4 +1,4 @@
-"""`<think>` in training (format required) and in evaluation (accuracy alone), with and without a prompt that opened it.
+"""`<think>` in training (format required) and in evaluation (accuracy alone), by how the prompt leaves the thought.
 
 One rule for all four: what lies inside the thought is no answer, and a thought that never ends is all there is.
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kdrl_core.types import ThinkOpened
 from kdrl_core.verify import Verifier
 
 # response to a problem whose answer is 8 → reward with the format required, and by accuracy alone
@@ -36,6 +37,19 @@ NOT_OPENED = {
     "": (0, 0),
 }
 
+CLOSED = {
+    "\\boxed{8}": (1, 1),
+    "8 it is, \\boxed{8}.": (1, 1),
+    "8 it is, the final answer is $8$": (0, 1),
+    "<think>8 it is</think>\n\n\\boxed{8}": (0, 1),  # a second thought
+    "8</think>\\boxed{8}": (0, 1),
+    "\\boxed{8}<think>or \\boxed{9}": (0, 1),
+    "\\boxed{8": (0, 0),
+    "\\boxed{}": (0, 0),
+    "\\boxed{9}": (0, 0),
+    "": (0, 0),
+}
+
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[Verifier]:
@@ -44,12 +58,12 @@ def verifier() -> Iterator[Verifier]:
 
 
 @pytest.mark.parametrize("require_format", [True, False])
-@pytest.mark.parametrize(("is_opened", "cases"), [(True, OPENED), (False, NOT_OPENED)])
+@pytest.mark.parametrize(("opened", "cases"), [(True, OPENED), (False, NOT_OPENED), ("closed", CLOSED)])
 def test_the_thought(
-    verifier: Verifier, is_opened: bool, cases: dict[str, tuple[int, int]], require_format: bool
+    verifier: Verifier, opened: ThinkOpened, cases: dict[str, tuple[int, int]], require_format: bool
 ) -> None:
     verdicts = verifier.verify_batch(
-        [(response, "8") for response in cases], require_format=require_format, think_opened=is_opened
+        [(response, "8") for response in cases], require_format=require_format, think_opened=opened
     )
     found = {response: verdict.reward for response, verdict in zip(cases, verdicts, strict=True)}
     assert found == {response: rewards[0 if require_format else 1] for response, rewards in cases.items()}

@@ -1,0 +1,78 @@
+"""No regex of kdrl_core/verify and kdrl_core/data grows faster than n log n with its text, up to the longest answer."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kdrl_core.verify import normalise, objections
+from kdrl_core.verify.normalise import MAX_CHARS
+
+FILE = Path(__file__).resolve().parents[3] / "benchmarks/regex_growth.py"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("regex_growth", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+growth = load()
+TARGETS = growth.targets()
+MAX_EXPONENT = 1.5
+"""n log n has 1.1 here, n² has 2; between them there is room for a busy machine."""
+
+
+def is_superlinear(target: object) -> bool:
+    """Measured three times at most: another process can make one measurement slow."""
+    return all(growth.measure(target).exponent > MAX_EXPONENT for _ in range(3))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=[f"{each.name}-{each.call}" for each in TARGETS])
+def test_every_regex_is_fast_on_its_worst_text(target: object) -> None:
+    assert not is_superlinear(target), growth.measure(target)
+
+
+def test_every_pattern_is_found() -> None:
+    names = {each.name for each in TARGETS}
+    assert len(TARGETS) >= 60
+    assert {"verify.normalise._CONCLUSION", "verify.screening._TOKEN", "data.decontamination._WORD"} <= names
+    assert {"verify.normalise._SYNONYMS[0][0]"} <= names
+    assert growth.uncompiled() == [], "give the pattern a name, so that it is tested"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "call"),
+    [  # as they stood
+        (r"[^=]*[A-Za-z][^=]*[+\-*/][^=]*=[^=]*|[^=]*[+\-*/][^=]*[A-Za-z][^=]*=[^=]*", "fullmatch"),
+        (r"(?i)\b(?:so|thus|hence|therefore)\b[A-Za-z, ]*$", "search"),
+        (r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]", "sub"),
+        (r"[(\[][^()\[\],]*\bor\b[^()\[\],]*[)\]]", "search"),
+        (r"/\(*0*\.?0+\)*(?![\d.])", "search"),
+        (r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "sub"),
+        (r"(?<=[A-Za-z}])\s*\^\s*\{?\s*-?\d\s*\}?", "sub"),
+    ],
+)
+def test_slow_patterns_are_caught(pattern: str, call: str) -> None:
+    target = growth.Target(name="old", pattern=re.compile(pattern), call=call)
+    assert growth.measure(target, length=1_024).exponent > MAX_EXPONENT
+
+
+@pytest.mark.parametrize("char", ["\ufdfa", "·", "°", "½", "√", "∞", "²"])
+def test_the_limit_holds_for_what_symbols_are_written_as(char: str) -> None:
+    """U+FDFA becomes 18 characters, and 4,096 of them 73,728."""
+    for content in (char * MAX_CHARS, f"1{char}" * (MAX_CHARS // 2), f"5 {char}"):
+        assert len(normalise.normalise(content)) <= MAX_CHARS
+    assert normalise.normalise("\ufdfa" * MAX_CHARS) == "\ufdfa" * MAX_CHARS
+
+
+def test_a_truth_that_is_an_equation_is_recognised() -> None:
+    for truth, is_sum in (("x+y=2", True), ("2=x+y", False), ("x=2", False), ("1+1=2", False), ("x+y=2=z", False)):
+        assert (objections.objection("2", truth) == "a value where the ground truth is an equation") is is_sum, truth
