@@ -90,7 +90,7 @@ class Decoding:
         if self._is_plain:
             self._cache.batch_select_indices(rows)
         else:  # the only method that takes the rows of recurrent states as well
-            self._cache.reorder_cache(rows)  # type: ignore[arg-type]
+            self._cache.reorder_cache(rows)
 
 
 @torch.inference_mode()
