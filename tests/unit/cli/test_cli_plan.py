@@ -28,7 +28,7 @@ def test_the_paper_fits_eight_gpus(cli: Cli) -> None:
         "GPU-hours",
         "1,029",
         "one engine each",
-        "rollout.engine=vllm is one",
+        "rollout.engine=vllm starts one",
     ):
         assert part in done.stdout
 
@@ -41,7 +41,7 @@ def test_set_changes_the_plan_as_it_changes_the_run(cli: Cli) -> None:
     assert stage["assumed"]["cluster"]["gpus"] == 4
     update = next(phase for phase in stage["placements"][0]["memory"] if phase["phase"] == "update")
     assert update["components"]["trainer weights"] == 2 * 1_777_088_000 / 4
-    assert any("rollout.engine=vllm is one" in each for each in stage["conditions"])
+    assert any("rollout.engine=vllm starts one" in each for each in stage["conditions"])
 
 
 def test_json_says_the_same(cli: Cli) -> None:

@@ -344,10 +344,10 @@ def test_a_run_whose_teacher_fails_is_resumed_to_the_same_bytes_and_the_key_is_n
         ([f"teacher.server.urls=['http://h/v1#{KEY}']"], "carries a user, a password, a query or a fragment; a key"),
         (
             [f"teacher.server.urls=['http://me:{KEY}@h\u2100st/v1']"],
-            "URL 1 is not an http(s) URL; give http://HOST:PORT/v1",
+            r"URL 1 is not an http\(s\) URL; give http://HOST:PORT/v1",
         ),
-        (["teacher.server.urls=['http://h:99999/v1']"], "URL 1 is not an http(s) URL; give http://HOST:PORT/v1"),
-        (["teacher.server.urls=['ftp://h']"], "URL 1 is not an http(s) URL; give http://HOST:PORT/v1"),
+        (["teacher.server.urls=['http://h:99999/v1']"], r"URL 1 is not an http\(s\) URL; give http://HOST:PORT/v1"),
+        (["teacher.server.urls=['ftp://h']"], r"URL 1 is not an http\(s\) URL; give http://HOST:PORT/v1"),
         (["teacher.server.temperature=0.6"], r"but teacher.server.temperature is 0.6: served .*bake-teacher"),
     ],
 )
