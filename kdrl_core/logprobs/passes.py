@@ -21,14 +21,14 @@ _MAX_COARSE_GAP = 0.3
 def forward(model: torch.nn.Module, **arguments: Any) -> Any:
     """A forward pass with those of the arguments that the model knows. Models without `position_ids` find positions by
     the attention mask; those without `logits_to_keep` give the logits of all positions."""
-    known = _parameters(type(model))
+    known = _parameters(type(model).forward)
     return model(**arguments if known is None else {name: arguments[name] for name in arguments.keys() & known})
 
 
 @cache
-def _parameters(kind: Any) -> frozenset[str] | None:
-    """Names of the arguments of a model class; None if it takes any."""
-    parameters = inspect.signature(kind.forward).parameters
+def _parameters(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of the arguments of a function; None if it takes any."""
+    parameters = inspect.signature(function).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     return None if takes_any else frozenset(parameters)
 
