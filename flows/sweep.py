@@ -18,7 +18,7 @@ from flows.running_cells import DeployedCell, LocalCell
 from flows.stopping import stop_if_cancelled, stoppable
 from kdrl_core.boxes.make import read_progress
 from kdrl_core.boxes.sharing import is_finished_part, parts_of
-from kdrl_core.errors import RunError
+from kdrl_core.errors import RunError, Stopped
 from kdrl_core.ledger import RunPaths, lock_holder, run_lock
 from kdrl_core.look.sweeps.comparison import write_sweep_report
 from kdrl_core.look.sweeps.request import Request, check_request, donors_of, make_request, next_cell, write_record
@@ -84,8 +84,11 @@ def sweep(
             if unfinished:
                 _prepare_models(unfinished)
                 Cells(request, paths, unfinished, workers=workers, deployment=deployment).run()
-        finally:
-            report = write_sweep_report(paths.root.name)
+        except Exception as error:
+            if not isinstance(error, Stopped):  # who stops it has no time for tables; `kdrl sweep report` writes them
+                write_sweep_report(paths.root.name)
+            raise
+        report = write_sweep_report(paths.root.name)
         shown.swept(paths.root.name, report)
         _require_finished(request, paths)
     return str(paths.report)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import select
 import signal
 import subprocess
 import termios
@@ -75,7 +76,13 @@ class Terminal:
         self._reader.join(5)
         return code, took
 
+    def _take(self, master: int) -> bytes:
+        read = os.read(master, 65536)
+        self._said += read
+        return read
+
     def _read(self) -> None:
-        with suppress(OSError):  # EIO once the program and its children have closed the other end
-            while self._master >= 0 and (read := os.read(self._master, 65536)):
-                self._said += read
+        with suppress(OSError, ValueError):  # EIO once the program and its children have closed the other end
+            while (master := self._master) >= 0:  # a reader that waits in `read` would keep the window open
+                if select.select([master], [], [], 0.1)[0] and not self._take(master):
+                    return

@@ -25,10 +25,10 @@ def _step(artifacts: Path, number: int, run: str = "r") -> Path:
     return artifacts / "runs" / run / "rollouts" / "stage=stage2" / f"step={number:06d}" / "update.parquet"
 
 
-def _ends(terminal: Terminal, artifacts: Path, code: int, way_on: str) -> None:
+def _ends(terminal: Terminal, artifacts: Path, code: int, way_on: str, *, limit_s: float = LIMIT_S) -> None:
     got, seconds = terminal.ended(30)
     assert got == code, terminal.said
-    assert seconds < LIMIT_S, terminal.said
+    assert seconds < limit_s, terminal.said
     assert way_on in terminal.said
     assert "Traceback" not in terminal.said
     assert left_behind(str(artifacts)) == []
@@ -69,9 +69,7 @@ def test_twice_at_once_a_closed_terminal_and_a_kill(artifacts: Path) -> None:
     terminal.type(CTRL_C)
     time.sleep(0.2)
     terminal.type(CTRL_C)
-    began = time.monotonic()
-    _ends(terminal, artifacts, 130, "interrupted; go on with: kdrl resume r")
-    assert time.monotonic() - began < 5
+    _ends(terminal, artifacts, 130, "interrupted; go on with: kdrl resume r", limit_s=4)
 
     terminal = _start(artifacts, "resume", "r")
     terminal.wait_until(_step(artifacts, 6).exists, "stage 2")
