@@ -1,6 +1,6 @@
 """Estimators of one's own: registered under a name, or named in a recipe as file.py:name or package.module:name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,8 @@ from kdrl_core.config import load_recipe
 from kdrl_core.errors import RecipeError
 from kdrl_core.objectives import kdrl_loss, kl_estimate, recorded_kl, register_estimator
 from kdrl_core.objectives.kinds import AGGREGATIONS, ESTIMATORS, MASKINGS, OBJECTIVES
-from kdrl_core.objectives.kl import KL_ESTIMATORS
+
+pytestmark = pytest.mark.usefixtures("own_estimators")
 
 STUDENT = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)
 TEACHER = torch.tensor([[-0.5, -4.0]], dtype=torch.float64)  # R = 0.5, −2
@@ -19,16 +20,6 @@ HINGE = "def hinge(log_ratio):\n    return (-log_ratio).clamp(min=0)\n\n\nnothin
 
 def hinge(log_ratio: torch.Tensor) -> torch.Tensor:
     return (-log_ratio).clamp(min=0)
-
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """What a test registers is unknown to the next one."""
-    own = set(ESTIMATORS)
-    yield
-    for name in set(ESTIMATORS) - own:
-        del ESTIMATORS[name]
-        KL_ESTIMATORS.pop(name)
 
 
 @pytest.fixture
