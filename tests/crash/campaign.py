@@ -22,7 +22,7 @@ from crash.tiny_run import WORKERS_TIMEOUT_S, figures, for_workers, label, open_
 
 from kdrl_core.ledger import Run, lock_holder
 
-SPARSE = ["stage2.steps=7", "stage2.checkpoint.every=3"]
+SPARSE = ["stage2.steps=5", "stage2.checkpoint.every=2"]
 """Stage 1 checkpoints every step; stage 2 does not, and replays the steps since."""
 
 _RANDOM = "a random instant"
@@ -36,8 +36,8 @@ _WITH_WORKERS = 3
 class Report:
     """What a campaign did and found."""
 
-    points: set[str] = field(default_factory=set)
-    """Every fault point of an undisturbed run."""
+    points: list[str] = field(default_factory=list)
+    """Every fault point of an undisturbed run, in the order in which it passes them first."""
     killed_at: Counter[str] = field(default_factory=Counter)
     """Kills by fault point, or `a random instant`."""
     damaged: int = 0
@@ -66,7 +66,7 @@ class Report:
     @property
     def missed(self) -> set[str]:
         """Points at which nothing was killed."""
-        return self.points - set(self.killed_at)
+        return set(self.points) - set(self.killed_at)
 
     def lines(self) -> list[str]:
         """The figures, for people."""
@@ -100,7 +100,7 @@ def campaign(folder: Path, *, kills: int, seed: int, show: bool = False) -> Repo
         whole = open_tiny(folder / "undisturbed", "tiny", SPARSE)
         life = lives.live(folder / "undisturbed", "tiny")
         assert life.finished
-        report.points = set(life.points)
+        report.points = list(dict.fromkeys(life.points))
         passes = Counter(life.points)
         harder = [*SPARSE, *for_workers(folder)]
         whole_harder = open_tiny(folder / "undisturbed-workers", "tiny", harder)
@@ -136,8 +136,12 @@ def _finish_with_kills(
     kills: int,
     rng: random.Random,
 ) -> None:
-    """Lives of one run until one comes to its end. Each dies where the campaign has killed least."""
+    """Lives of one run until one comes to its end. Each dies where the campaign has killed least.
+
+    Of points killed at equally often, the one is taken that comes next in the run: so one run has many deaths.
+    """
     is_damaged = False
+    far = 0  # place in `report.points` of the last point that the run has come to
     while True:
         trouble = _trouble(run, whole_s, rng)
         healing = sorted(report.healing_points, key=lambda point: report.killed_at[point]) if is_damaged else []
@@ -150,19 +154,20 @@ def _finish_with_kills(
             life = lives.live(artifacts, run.name, die_at=healing[0], trouble=trouble)
             _count(life, healing[0], report)
         else:
-            least = min(report.killed_at[point] for point in report.points)
-            point = rng.choice(sorted(p for p in report.points if report.killed_at[p] == least))
+            ahead = report.points[far:] + report.points[:far]
+            point = min(ahead, key=lambda point: report.killed_at[point])
             # Seldom passed: the first time. Often passed: a little way into the run.
             skip = rng.randrange(1 + passes[point] // 12)
             life = lives.live(artifacts, run.name, die_at=point, skip=skip, trouble=trouble)
             _count(life, point, report)
-        report.healing_points |= set(life.points) - report.points
+        report.healing_points |= set(life.points) - set(report.points)
         if trouble is not None and trouble.kind == "suspend":
             report.suspended += life.troubled > 0
         else:
             report.workers_killed += life.troubled
         if life.finished:
             return
+        far = max(far, *(report.points.index(point) for point in life.points if point in report.points))
         assert lock_holder(run.paths.lock) is None  # the kernel's lock ends with its holder
         is_damaged = rng.random() < _DAMAGE_SHARE and damage_something(run, rng)
         report.damaged += is_damaged

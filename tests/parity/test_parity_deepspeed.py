@@ -1,7 +1,6 @@
 """DeepSpeed's ranks against the trainer of one process: the same steps, the same files, each resuming the other's."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from safetensors.torch import load_file
 
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
-from kdrl_core.objectives.kinds import ESTIMATORS
-from kdrl_core.objectives.kl import KL_ESTIMATORS
 from kdrl_core.training.protocols import UpdateBatch
 
 pytestmark = needs_deepspeed
@@ -153,15 +150,6 @@ def test_untied_embeddings_are_exported_as_by_the_plain_trainer(
     assert contents(tmp_path / "ours").keys() == contents(tmp_path / "theirs").keys()
     assert weight_gap(tmp_path / "ours", tmp_path / "theirs") < 1e-4
     assert "lm_head.weight" in load_file(tmp_path / "ours" / "model.safetensors")
-
-
-@pytest.fixture
-def own_estimators() -> Iterator[None]:
-    """Estimators that a test brings are forgotten after it."""
-    known = set(ESTIMATORS)
-    yield
-    for added in set(ESTIMATORS) - known:
-        del ESTIMATORS[added], KL_ESTIMATORS[added]
 
 
 @pytest.mark.usefixtures("own_estimators")

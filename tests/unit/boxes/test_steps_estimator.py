@@ -1,6 +1,5 @@
 """An estimator of one's own through two real steps: it trains, and update.parquet holds what it says."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,6 @@ from crash.tiny_run import open_tiny, train
 from kdrl_core.errors import RecipeError
 from kdrl_core.ledger import Run
 from kdrl_core.objectives import register_estimator
-from kdrl_core.objectives.kinds import ESTIMATORS
-from kdrl_core.objectives.kl import KL_ESTIMATORS
 from kdrl_core.tables.files import load_metrics
 
 ONE_STAGE = ["stage1=null", "stage2.steps=2"]
@@ -21,15 +18,13 @@ CODE = "def hinge(log_ratio):\n    return (-log_ratio).clamp(min=0)\n"
 
 
 @pytest.fixture
-def name(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def name(request: pytest.FixtureRequest, tmp_path: Path, own_estimators: None) -> str:
     """The estimator as a recipe names it: registered, or in a file."""
     (tmp_path / "mine.py").write_text(CODE)
-    own = set(ESTIMATORS)
     if request.param == "registered":
         register_estimator("mine", lambda log_ratio: (-log_ratio).clamp(min=0), expectation=torch.abs)
-    yield "mine" if request.param == "registered" else f"{tmp_path / 'mine.py'}:hinge"
-    for added in set(ESTIMATORS) - own:
-        del ESTIMATORS[added], KL_ESTIMATORS[added]
+        return "mine"
+    return f"{tmp_path / 'mine.py'}:hinge"
 
 
 @pytest.mark.usefixtures("fast_sessions")

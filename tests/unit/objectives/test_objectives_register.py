@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,9 @@ from kdrl_core.config import load_recipe
 from kdrl_core.errors import RecipeError
 from kdrl_core.objectives import kdrl_loss, kl_estimate, recorded_kl, register_estimator
 from kdrl_core.objectives.kinds import AGGREGATIONS, ESTIMATORS, MASKINGS, OBJECTIVES
-from kdrl_core.objectives.kl import KL_ESTIMATORS
 from kdrl_core.objectives.plugins import expect_code, parse_reference
+
+pytestmark = pytest.mark.usefixtures("own_estimators")
 
 STUDENT = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)
 TEACHER = torch.tensor([[-0.5, -4.0]], dtype=torch.float64)  # R = 0.5, −2
@@ -22,16 +23,6 @@ HINGE = "def hinge(log_ratio):\n    return (-log_ratio).clamp(min=0)\n\n\nnothin
 
 def hinge(log_ratio: torch.Tensor) -> torch.Tensor:
     return (-log_ratio).clamp(min=0)
-
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    """What a test registers is unknown to the next one."""
-    own = set(ESTIMATORS)
-    yield
-    for name in set(ESTIMATORS) - own:
-        del ESTIMATORS[name]
-        KL_ESTIMATORS.pop(name)
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_collectives_by_hand() -> None:
         (8, {"tensor_parallel": 3}, "does not divide 8 GPUs"),
         (8, {"tensor_parallel": 8}, "student's 12 attention heads"),
         (8, {"rollout": "transformers", "teacher": "transformers", "trainer": "torch"}, "one process on one GPU"),
-        (1, {"rollout": "server"}, "have GPUs of their own .* plan --gpus 2 or more"),
+        (1, {"rollout": "server"}, "have GPUs of their own, .* plan --gpus 2 or more"),
         (8, {"kv_cache_bytes": 2.0**29}, r"vllm.kv_cache_gb=0.5 is less than .* set it to 0.88 or more"),
     ],
 )

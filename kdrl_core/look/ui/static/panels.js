@@ -1,16 +1,16 @@
-// The figures of the trends view, and the question that each answers.
+// The figures of the trends view.
 //
 // lines: [name, label]; a name is a column of a step or one of its metrics. With several runs, a figure shows one line
 // per run, the first that has values. `band`: from, to. `mix`: parts of a whole, one figure per run.
 
-import { fixed, number, percent } from "./format.js";
+import { VERDICTS, fixed, number, percent } from "./format.js";
 
 const seconds = (value) => (typeof value === "number" ? `${fixed(value, value < 10 ? 2 : 0)} s` : number(value));
 
 export const PANELS = [
   { key: "reward", title: "Reward", lines: [["reward_mean", "mean"], ["reward/format", "format"], ["reward/accuracy", "accuracy"]] },
   { key: "length", title: "Length, tokens", lines: [["length_p50", "median"], ["length_mean", "mean"], ["length_max", "longest"]], band: ["length_p05", "length_p95", "5–95 %"] },
-  { key: "verdicts", title: "Verdicts", format: percent, mix: ["correct", "wrong", "malformed", "no_answer", "timeout", "error"].map((kind) => [`verdict_${kind}`, kind, kind]) },
+  { key: "verdicts", title: "Verdicts", format: percent, mix: VERDICTS.map((kind) => [`verdict_${kind}`, kind, kind]) },
   { key: "clip", title: "Clip ratio: cut at the limit", format: percent, lines: [["clip_ratio", "cut"]] },
   { key: "kl", title: "KL to the teacher, nats a token", lines: [["kl_mean", "mean of responses"], ["kd/kl_unmasked", "unmasked tokens"]] },
   { key: "entropy", title: "Entropy, nats", lines: [["entropy", "entropy"]] },
