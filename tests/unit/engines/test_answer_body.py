@@ -84,6 +84,7 @@ def test_bodies_come_whole(pack: Callable[[bytes], bytes], encoding: str | None)
         (b"[]", "zstd"),
         (gzip.compress(gzip.compress(b"[]")), "gzip, gzip"),
     ],
+    ids=["cut off", "not gzip", "not deflate", "br", "zstd", "twice"],
 )
 def test_what_cannot_be_decoded_is_told(content: bytes, encoding: str) -> None:
     with answering(content, encoding) as url, pytest.raises(TransientError, match="cannot be decoded"):
