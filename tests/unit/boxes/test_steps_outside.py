@@ -86,6 +86,12 @@ def test_check_reads_models_again_and_names_a_changed_or_missing_one(begun: Run,
     assert done.exit_code == 1
     assert "teacher.path: model.safetensors has sha256" in done.output
     assert '"remedy": "restoring it"' in done.output
+    (tmp_path / "here" / "models" / "teacher" / WEIGHTS).unlink()
+    (tmp_path / "here" / "models" / "teacher" / f"{WEIGHTS}.index.json").write_text("{")
+    done = CliRunner().invoke(app, ["check", "r", "--json"])
+    assert "teacher.path: " in done.output
+    assert "model.safetensors.index.json cannot be read" in done.output
+    assert '"remedy": "restoring it"' in done.output
     shutil.rmtree(tmp_path / "here" / "models")
     assert "teacher.path: is missing" in CliRunner().invoke(app, ["check", "r", "--json"]).output
 
