@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.errors import RunLockedError
 from kdrl_core.ledger.manifest import begin_memory, end_memory
 from kdrl_core.ledger.publish import replace_file, storage_errors

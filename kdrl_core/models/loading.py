@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.config.outside import WEIGHTS, shards
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.errors import ModelError, RecipeError
 from kdrl_core.models.tokenizer import read_tokenizer, trust_hint
 from kdrl_core.models.vocabulary import check_embedding, vocabulary_of

@@ -20,10 +20,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.config.small_files import open_regular, why
+from kdrl_core.config.paths import open_regular, why
 from kdrl_core.errors import DamagedArtifactError, DataError
-from kdrl_core.tables.decoded import LOOKED_AT
-from kdrl_core.tables.files import read_table
+from kdrl_core.tables.files import LOOKED_AT, read_table
 from kdrl_core.types import VerdictKind
 
 _VERL_FILE = re.compile(r"(\d+)\.jsonl")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import did_you_mean
-from kdrl_core.config.small_files import read_small
+from kdrl_core.config.paths import read_small
 from kdrl_core.data.text import as_unicode
 from kdrl_core.errors import DataError, ModelError
 from kdrl_core.ledger import RunPaths, publish_file, replace_file, storage_errors

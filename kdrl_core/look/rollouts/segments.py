@@ -17,11 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.config.small_files import UnusableFileError, open_regular, read_small
+from kdrl_core.config.paths import UnusableFileError, open_regular, read_small
 from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger import replace_file
 from kdrl_core.look.rollouts.index_rows import IndexedStep
 from kdrl_core.look.rollouts.record import RECORD_VERSION
+from kdrl_core.tables.files import LOOKED_AT, decodable
 
 CATALOG = "catalog.json"
 _VERSION = f"2.{RECORD_VERSION}"
@@ -136,8 +137,8 @@ def read_segment(folder: Path, segment: Segment) -> pa.Table:
     try:
         content = read_small(folder / segment.file, most_bytes=_MAX_SEGMENT_BYTES)
         if zlib.crc32(content) == segment.crc32:
-            return pq.ParquetFile(pa.BufferReader(content)).read()
-    except (OSError, pa.ArrowException) as error:
+            return decodable(pa.py_buffer(content), most_bytes=LOOKED_AT).read()
+    except (OSError, pa.ArrowException, DamagedArtifactError) as error:
         raise _damaged(segment) from error
     raise _damaged(segment)
 
