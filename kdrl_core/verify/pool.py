@@ -40,7 +40,7 @@ _START_GRACE_S = 60.0  # a worker that has to start may take this long on a busy
 _POLL_S = 0.25
 _WAITS = 5.0
 _WAIT_GRACE_S = 5.0
-"""A comparison that is alive has at least a fifth of a CPU. Otherwise it is given up after this many seconds more."""
+"""A comparison is given up after `_WAITS` times its CPU limit and `_WAIT_GRACE_S`: it got under a fifth of a CPU."""
 _MAX_REPLACEMENTS = 3
 
 Item = tuple[str, str]
