@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.config.outside import WEIGHTS, shards, weight_map
+from kdrl_core.config.outside import WEIGHTS, weight_map
 from kdrl_core.errors import ModelError
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -37,17 +37,20 @@ def stored_weights(path: Path) -> dict[str, StoredWeight]:
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, StoredWeight] = {}
-    for name in shards(path) or [WEIGHTS[0]]:
+    index = weight_map(path)
+    for name in sorted(set(index.values())) or [WEIGHTS[0]]:
         file = path / name
         try:
             with safe_open(file, framework="pt") as opened:
                 for weight in opened.keys():  # noqa: SIM118 (it cannot be iterated)
+                    if index.get(weight, name) != name:
+                        continue
                     header = opened.get_slice(weight)
                     found[weight] = StoredWeight(file=file, dtype=header.get_dtype(), shape=tuple(header.get_shape()))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} is cut short or damaged ({error}); download the model again") from error
-    for weight, name in weight_map(path).items():
-        if weight not in found or found[weight].file.name != name:
+    for weight, name in index.items():
+        if weight not in found:
             raise ModelError(f"{path / name} lacks {weight}, which {WEIGHTS[1]} places there; download the model again")
     return found
 
