@@ -58,8 +58,8 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def check_weights(recipe: Recipe) -> None:
-    """Raise ModelError if a model could not be loaded when its turn comes, which may be hours away. Reads JSON files and
-    the headers of weights. Logs a warning if config.json ties an output layer although the files hold another."""
+    """Raise ModelError if a model could not be loaded when its turn comes, which may be hours away. It reads JSON files
+    and the headers of weights. It warns in the log if config.json ties an output layer but the files hold another."""
     for role, model in (("student", recipe.student), ("teacher", recipe.teacher)):
         if model is None or model.gguf_file is not None:
             continue
