@@ -63,8 +63,13 @@ def anchored(recipe: Recipe) -> Recipe:
 
 
 def is_code(slot: str) -> bool:
-    """Whether a slot names a function: its text may be a file or module, a colon, and the function."""
+    """Whether a slot may name a function, which its files alone do not tell."""
     return _matches(slot, _CODE)
+
+
+def function_of(slot: str, text: str) -> str:
+    """The name of the function that `text` means in a slot; empty in a slot of files."""
+    return text.rpartition(":")[2] if is_code(slot) else ""
 
 
 def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:

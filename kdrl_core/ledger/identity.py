@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kdrl_core.config import Recipe
-from kdrl_core.config.outside import files_of, is_code, slots_of, with_slots
+from kdrl_core.config.outside import files_of, function_of, slots_of, with_slots
 from kdrl_core.errors import RunError
 from kdrl_core.ledger.manifest import digest, digest_of_listing
 
@@ -98,8 +98,7 @@ def unmoved(old: Recipe, new: Recipe, recorded: Outside) -> Recipe:
 
     def told(slot: str, text: str) -> str:
         was = before.get(slot, text)
-        is_other_function = is_code(slot) and text.rpartition(":")[2] != was.rpartition(":")[2]
-        if was == text or slot not in recorded or is_other_function:
+        if was == text or slot not in recorded or function_of(slot, text) != function_of(slot, was):
             return text
         found = identify_slot(new, slot, text)
         return was if found is not None and found["sha256"] == recorded[slot]["sha256"] else text

@@ -107,3 +107,14 @@ def test_runs_share_work_by_the_content_of_their_models(
         assert "stage2" in [part.name for part in parts_of(run.recipe, outside_of(run))]
         with run_lock(run.paths.lock):
             assert adopt_parts(run, ["r"]).get("stage2") == ("r" if scale == 1.0 else None)
+
+
+def test_two_functions_of_a_file_are_different_work(artifacts: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def one(r):\n    return r\n\n\ndef two(r):\n    return 2 * r\n")
+    keys = []
+    for name in ("one", "two"):
+        recipe = load_recipe("miniature", [f"stage2.kl_estimator={tmp_path}/mine.py:{name}"])
+        run = create_run(name, recipe, artifacts=artifacts)
+        keys.append({part.name: part.key for part in parts_of(run.recipe, outside_of(run))})
+    assert keys[0]["stage1"] == keys[1]["stage1"]
+    assert keys[0]["stage2"] != keys[1]["stage2"]
