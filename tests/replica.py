@@ -73,7 +73,7 @@ class Replica:
             if body["method"] != "kdrl_state":
                 self.is_asleep = body["method"] == "kdrl_sleep"
             if body["method"] == "kdrl_load":
-                (self.weights,) = body["args"]
+                self.weights, _ = body["args"]
                 self.loads.append(self.weights)
                 self.engine.load_weights(Path(self.weights))
             self._send(handler, {"results": [{"weights": self.weights, "incarnation": self.incarnation}]})
