@@ -63,7 +63,7 @@ def anchored(recipe: Recipe) -> Recipe:
 
 
 def is_code(slot: str) -> bool:
-    """Whether a slot may name a function, which its files alone do not tell."""
+    """Whether a slot names an estimator: one of kdrl's own, or a function in a file or module."""
     return _matches(slot, _CODE)
 
 
