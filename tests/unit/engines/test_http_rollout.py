@@ -95,9 +95,7 @@ def test_replicas_share_the_work_and_take_each_policy(
 def test_a_server_that_samples_padding_is_named(engine: HTTPRolloutEngine, policies: list[Path]) -> None:
     engine.load_weights(policies[0])
     engine._num_tokens = 4
-    with pytest.raises(
-        EngineError, match=r"rollout server http.* sampled the id \d+, but the tokenizer ends at 3; start"
-    ):
+    with pytest.raises(EngineError, match=r"server http.* sampled the id \d+, but the tokenizer ends at 3; start"):
         engine.generate(REQUESTS)
 
 
