@@ -257,7 +257,11 @@ class Verifier:
                     break
                 num_replacements += 1
                 if workers.is_closed or num_replacements > _MAX_REPLACEMENTS:
-                    _end(pending, finish, is_closed=workers.is_closed)
+                    reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
+                    if workers.is_closed:
+                        reason = "the verifier was closed before this item was judged"
+                    for job in pending:
+                        finish(job, Finding(Outcome(VerdictKind.ERROR, reason), is_certain=True))
                     return
                 if pool is not None:
                     workers.discard(pool)
@@ -272,16 +276,6 @@ class Verifier:
             for future, job in ahead.items()
             if not future.done() or self._workers.finding(future) is not None
         }
-
-
-def _end(jobs: Iterable[Job], finish: Callable[[Job, Finding], None], *, is_closed: bool) -> None:
-    """Finish jobs that no worker will judge."""
-    if is_closed:
-        reason = "the verifier was closed before this item was judged"
-    else:
-        reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
-    for job in jobs:
-        finish(job, Finding(Outcome(VerdictKind.ERROR, reason), is_certain=True))
 
 
 def verify_batch(
