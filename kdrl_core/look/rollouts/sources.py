@@ -121,7 +121,9 @@ def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
     try:
         file = decodable(pa.py_buffer(content), most_bytes=LOOKED_AT, columns=[*RECORD.names, *columns])
         _require_readable(file.schema_arrow)
-        return file.read(columns=[name for name in columns if name in file.schema_arrow.names])
+        table = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
+        table.validate(full=True)  # texts of others need not be UTF-8
+        return table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(f"cannot be read as Parquet: {why(error)}") from error
 
