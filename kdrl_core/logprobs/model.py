@@ -107,7 +107,7 @@ class LogprobModel(torch.nn.Module):
             _recompute_activations(model)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, except that the model stays in eval mode."""
+        """Only this module learns the mode: the model stays in eval mode."""
         self.training = mode
         return self
 
@@ -236,7 +236,7 @@ def refuse_padding_fault(model: PreTrainedModel) -> None:
 
 def probe_ids(model: PreTrainedModel) -> list[int]:
     """Eleven token ids to try a model with."""
-    return [number % model.get_input_embeddings().weight.shape[0] for number in range(11)]
+    return [number % int(model.get_input_embeddings().num_embeddings) for number in range(11)]
 
 
 def agree(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> bool:
@@ -252,8 +252,11 @@ def agree(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> bool:
 
 
 def _recompute_activations(model: PreTrainedModel) -> None:
-    """Layers decide by their `training` flag whether to recompute. So it is on, except while their own code runs, where
-    it would switch on dropout. Raises ModelError if the model has no such layers."""
+    """Have the model recompute activations in the backward pass. Raises ModelError if it cannot.
+
+    A layer recomputes if its `training` flag is on. The flag is off while the layer's own code runs: it would switch
+    dropout on.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers or not model.supports_gradient_checkpointing:
         raise ModelError(
