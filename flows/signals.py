@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM and SIGHUP: the first asks the work to stop, the second ends it at once, and neither takes long.
 
-While a flow publishes (`publishing`), the first signal becomes a wish (`kdrl_core.ledger.stop`): the work stops at the
+While a flow publishes (`publishing`), the first signal becomes a wish (`kdrl_core.ledger.lock`): the work stops at the
 next place where nothing is lost. If that takes longer than the grace, it is interrupted. At any other time the first
 signal interrupts at once. A thread watches over the limits: past the last, the process ends whatever it does, and its
 guard (`flows.guard`) ends its children.
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from kdrl_core.ledger.stop import request_stop
+from kdrl_core.ledger.lock import request_stop
 
 GRACE_S = 6.0
 """Time for what is in hand to be published."""
