@@ -50,7 +50,7 @@ class Signals:
         self._count = 0
         self._is_interrupted = self._is_overdue = False
         self._previous: dict[signal.Signals, Any] = {}
-        self._terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
+        self._terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
 
     @property
     def exit_code(self) -> int:
@@ -161,13 +161,6 @@ def own_sigterm(otherwise: Callable[[int, FrameType | None], None]) -> Iterator[
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _is_terminal(fd: int) -> bool:
-    try:
-        return os.isatty(fd)
-    except OSError:
-        return False
 
 
 def _to_nowhere(fds: list[int]) -> None:

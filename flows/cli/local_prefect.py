@@ -64,12 +64,13 @@ def use_private_prefect(*, log_level: str) -> Callable[[], None]:
         _import_prefect()
         _probe()
         return lambda: None
-    environment = private_environment(prefect_home(), free_port(), os.environ)
+    port = free_port()
+    environment = server_environment(port)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment, PREFECT_LOGGING_LEVEL=log_level)
     _drop_unusable_proxies()
-    server = PrivateServer(environment)
+    server = PrivateServer(environment, port)
     _import_prefect()
     return server.wait
 
@@ -78,14 +79,13 @@ class PrivateServer:
     """A Prefect server in a session of its own, so that signals to this process's group do not end it first. It ends
     with this process; if this process is killed, its guard ends it."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str], port: int) -> None:
         home = Path(environment[IS_PRIVATE])
         self._health = f"{environment['PREFECT_API_URL']}/health"
         self._log = home / "logs" / f"server-of-{os.getpid()}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
         # As Prefect starts its own temporary server; `prefect server start` takes two seconds more.
-        port = environment["PREFECT_API_URL"].rpartition(":")[2].removesuffix("/api")
-        place = ["--host", "127.0.0.1", "--port", port, "--log-level", "error", "--lifespan", "on"]
+        place = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", *place],
