@@ -33,7 +33,6 @@ from kdrl_core.errors import StorageError, visible
 from kdrl_core.ledger.manifest import Stamp, stamp_of
 from kdrl_core.look.rollouts.index_rows import IndexedStep, index_step, summarize_steps
 from kdrl_core.look.rollouts.segments import (
-    Catalog,
     DamagedIndexError,
     Segment,
     check_segment,
@@ -202,9 +201,8 @@ class RunIndex:
             return bool(before)
         stamps = {step.key: step.stamps for step in found}
         for folder in _places(self.root):
-            catalog = read_catalog(folder)
-            self._tell(folder, catalog.problems)
-            segments = self._accepted(folder, catalog)
+            segments, problems = self._listed(folder)
+            self._tell(folder, problems)
             if segments and stamps == {step.key: step.stamps for segment in segments for step in segment.steps}:
                 self.folder, self.segments = folder, segments
                 break
@@ -212,8 +210,10 @@ class RunIndex:
             self._build(found, progress)
         return before != [segment.file for segment in self.segments]
 
-    def _accepted(self, folder: Path, catalog: Catalog) -> list[Segment]:
-        return [segment for segment in catalog.segments if folder / segment.file not in self._rejected]
+    def _listed(self, folder: Path) -> tuple[list[Segment], list[str]]:
+        """`read_catalog` without the segments that were rejected."""
+        segments, problems = read_catalog(folder)
+        return [segment for segment in segments if folder / segment.file not in self._rejected], problems
 
     def _tell(self, folder: Path, problems: Sequence[str]) -> None:
         """Say once what of an index is damaged."""
@@ -255,7 +255,7 @@ class RunIndex:
     def _kept(self, folder: Path, found: list[StepFiles]) -> list[Segment]:
         """The segments in `folder` that still hold."""
         kept, problems = [], []
-        for old in self._accepted(folder, read_catalog(folder)):
+        for old in self._listed(folder)[0]:
             try:
                 if (true := still_true(folder, old, found)) is not None:
                     kept.append(true)
