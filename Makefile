@@ -18,7 +18,7 @@ VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import cur
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-logprobs bench-rollouts bench-rollout-queries assets clean
+.PHONY: help setup demo test test-slow test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,7 +39,9 @@ ifeq ($(HASHES),no)
 	@DS_BUILD_OPS=0 $(PIP) install --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation \
 	  -e '.[dev,deepspeed,tracking]'
 else
-	@$(LOCKED) -r locks/torch-cpu.lock > $(VENV)/torch-cpu.log 2>&1 || $(LOCKED) -r locks/torch.lock
+	@$(LOCKED) -r locks/torch-cpu.lock > $(VENV)/torch-cpu.log 2>&1 || { \
+	  echo "no CPU wheel of torch is at hand ($(VENV)/torch-cpu.log); installing PyPI's, which may take several GB ..."; \
+	  $(LOCKED) -r locks/torch.lock; }
 	@$(LOCKED) -r locks/build.lock
 	@if $(BIN)/python -c '$(WANTS_CUDA)'; then $(LOCKED) -r locks/cuda.lock; fi
 	@DS_BUILD_OPS=0 $(LOCKED) --no-build-isolation -r locks/cpu.lock

@@ -39,8 +39,6 @@ CALLS: dict[str, Callable[[re.Pattern[str], str], Any]] = {
 _SAME = {"subn": "sub", "finditer": "sub", "findall": "sub", "split": "sub"}
 LENGTH = 4_096
 """Characters of the longest text: the limit of an answer."""
-LIMITS: dict[str, int] = {}
-"""Characters of the texts that some patterns get at most: the code cuts them off."""
 ENDS = ("", "\x00", "\n")
 MAX_PIECES = 12
 FLOOR_S = 2e-4
@@ -260,7 +258,6 @@ def seconds_of(target: Target, text: str, *, repeats: int = 1) -> float:
 
 def measure(target: Target, *, length: int = LENGTH) -> Growth:
     """The growth on the slowest text that was found. A quarter of the length is enough to find it."""
-    length = min(length, LIMITS.get(target.name, length))
     short = length // 4
     tried = [(seconds_of(target, make(short)), name, make) for name, make in texts(target.pattern)]
     slowest = sorted(tried, key=lambda each: each[0], reverse=True)[:5]

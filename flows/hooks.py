@@ -16,7 +16,7 @@ from kdrl_core.alarms import resume_command
 from kdrl_core.boxes.make import read_progress
 from kdrl_core.errors import KdrlError, RunError
 from kdrl_core.ledger import RunPaths, open_run_dir
-from kdrl_core.ledger.run_log import log_file
+from kdrl_core.ledger.lock import log_file
 
 
 def flow_run_name() -> str:

@@ -2,7 +2,7 @@
 
 Prefect reads settings from the environment, from `.env`, `prefect.toml` and `pyproject.toml` in the working directory,
 and from a profile. So the environment is cleaned, the profile is one that does not exist, and Prefect is first imported
-in an empty folder: it reads its settings then, and never again. Importing this module imports no Prefect.
+in its own home: it reads its settings then, and never again. Importing this module imports no Prefect.
 """
 
 import os
@@ -13,18 +13,11 @@ from pathlib import Path
 IS_PRIVATE = "KDRL_PRIVATE_PREFECT"
 """Environment variable with the home of the private Prefect: programs that kdrl starts use it as well."""
 
-_QUIET = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-}
+QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+"""No analytics, whoever's the server is."""
 _OWN_ORIGIN = "http://127.0.0.1"
 """By default Prefect lets every web page use its API: a page in a browser could run code on this machine."""
 _LOOPBACK = ("127.0.0.1", "localhost")
-
-
-def quiet() -> None:
-    """No analytics, whoever's the server is."""
-    os.environ.update(_QUIET)
 
 
 def private_environment(home: Path, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -37,7 +30,7 @@ def private_environment(home: Path, port: int, inherited: Mapping[str, str]) -> 
         environment[name] = ",".join([*hosts, *(host for host in _LOOPBACK if host not in hosts)])
     return {
         **environment,
-        **_QUIET,
+        **QUIET,
         IS_PRIVATE: str(home),
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "no-profiles.toml"),
@@ -55,9 +48,7 @@ def without_foreign_files() -> Iterator[None]:
         yield
         return
     before = Path.cwd()
-    empty = Path(os.environ[IS_PRIVATE]) / "empty"
-    empty.mkdir(parents=True, exist_ok=True)
-    os.chdir(empty)
+    os.chdir(os.environ[IS_PRIVATE])
     try:
         yield
     finally:

@@ -21,8 +21,7 @@ from prefect.states import Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
 from flows.signals import Signals
-from kdrl_core.errors import KdrlError, RunError, Stopped
-from kdrl_core.ledger.run_log import told
+from kdrl_core.errors import KdrlError, RunError, Stopped, told
 from kdrl_core.training.process_guard import kill_group
 
 _GRACE_S = 4.0
@@ -64,8 +63,8 @@ class LocalCell:
         if code is not None and code < 0:
             return f"its process was ended by {signal.Signals(-code).name} ({self._log})"
         lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
-        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return told[-1] if told else f"exit code {code} ({self._log})"
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return errors[-1] if errors else f"exit code {code} ({self._log})"
 
     def interrupt(self) -> None:
         """Ask it to end. This takes seconds."""
@@ -150,12 +149,11 @@ def run_cell(flow_run_id: str) -> int:
         except (Stopped, KeyboardInterrupt) as stop:
             print(f"error: {'stopped with the sweep' if came.number else stop}", flush=True)
             return came.exit_code if came.number else 1
-        except KdrlError as error:
-            print(f"error: {told(error)}", flush=True)
-            return 1
         except Exception as error:
             print(f"error: {told(error)}", flush=True)
-            raise
+            if not isinstance(error, KdrlError):
+                raise
+            return 1
         finally:
             close_sessions()
     return 0

@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM and SIGHUP: the first asks the work to stop, the second ends it at once, and neither takes long.
 
-While a flow publishes (`publishing`), the first signal becomes a wish (`kdrl_core.ledger.stop`): the work stops at the
+While a flow publishes (`publishing`), the first signal becomes a wish (`kdrl_core.ledger.lock`): the work stops at the
 next place where nothing is lost. If that takes longer than the grace, it is interrupted. At any other time the first
 signal interrupts at once. A thread watches over the limits: past the last, the process ends whatever it does, and its
 guard (`flows.guard`) ends its children.
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from kdrl_core.ledger.stop import request_stop
+from kdrl_core.ledger.lock import request_stop
 
 GRACE_S = 6.0
 """Time for what is in hand to be published."""
@@ -50,7 +50,7 @@ class Signals:
         self._count = 0
         self._is_interrupted = self._is_overdue = False
         self._previous: dict[signal.Signals, Any] = {}
-        self._terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
+        self._terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
 
     @property
     def exit_code(self) -> int:
@@ -161,13 +161,6 @@ def own_sigterm(otherwise: Callable[[int, FrameType | None], None]) -> Iterator[
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _is_terminal(fd: int) -> bool:
-    try:
-        return os.isatty(fd)
-    except OSError:
-        return False
 
 
 def _to_nowhere(fds: list[int]) -> None:

@@ -1,7 +1,7 @@
 """How a flow stops early: by a signal, or because somebody cancelled it in Prefect. It ends in the state Cancelled.
 
 Once a step, the flow runs of this process are looked up on the server: for a run that no worker watches over, nobody
-else does. The wish to stop is `kdrl_core.ledger.stop`'s; tasks ask before they begin, so what was begun is published.
+else does. The wish to stop is `kdrl_core.ledger.lock`'s; tasks ask before they begin, so what was begun is published.
 """
 
 import functools
@@ -19,19 +19,23 @@ from uuid import UUID
 from httpx import HTTPError
 from prefect import runtime
 from prefect.client.orchestration import get_client
+from prefect.events.clients import PrefectCloudEventsClient, PrefectEventsClient
+from prefect.events.worker import EventsWorker, emit_events_to_cloud, should_emit_events_to_running_server
 from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled
 
 from flows.signals import own_sigterm, publishing
 from kdrl_core.errors import Stopped
-from kdrl_core.ledger.stop import forget_stop, request_stop, stop_requested
+from kdrl_core.ledger.lock import forget_stop, request_stop, stop_if_requested, stop_requested
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 CANCELLED = "cancelled in Prefect"
 _LOOK_EVERY_S = 1.0
+_RECONNECTIONS = 3
+"""They follow each other at once; before each further one Prefect's client would wait for a second."""
 _WORKER_GRACE_S = 20.0
 """A worker kills a flow's process 30 s after SIGTERM."""
 
@@ -49,7 +53,7 @@ def stoppable(body: Callable[P, R]) -> Callable[P, R]:
         if runtime.flow_run.id is None:  # called as a plain function
             return body(*args, **kwargs)
         if not _running:
-            forget_stop()
+            let_no_event_wait()
         _running.append(UUID(str(runtime.flow_run.id)))
         try:
             with publishing(), own_sigterm(_sigterm_in_a_worker):
@@ -64,6 +68,8 @@ def stoppable(body: Callable[P, R]) -> Callable[P, R]:
             return Cancelled(message=told, data=Stopped(told))  # the caller of this flow gets the exception
         finally:
             _running.pop()
+            if not _running:
+                forget_stop()
 
     return call
 
@@ -76,8 +82,7 @@ def stop_if_cancelled() -> None:
         _looked = time.monotonic()
         if look():
             request_stop(CANCELLED)
-    if (why := stop_requested()) is not None:
-        raise Stopped(why)
+    stop_if_requested()
 
 
 def look() -> bool:
@@ -90,6 +95,14 @@ def look() -> bool:
         states = [client.read_flow_run(one).state for one in _running]
         return any(state is not None and (state.is_cancelling() or state.is_cancelled()) for state in states)
     return False
+
+
+def let_no_event_wait() -> None:
+    """An event that cannot be sent is kept, and sent with the next one once the server is back. Prefect would try each
+    for 7 s, at the end of the process as well: when a server is gone for good, dozens are left."""
+    if should_emit_events_to_running_server():
+        client = PrefectCloudEventsClient if emit_events_to_cloud() else PrefectEventsClient
+        EventsWorker.set_client_override(client, reconnection_attempts=_RECONNECTIONS)
 
 
 def _way_on(parameters: dict[str, Any]) -> str:

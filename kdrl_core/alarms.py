@@ -3,9 +3,8 @@
 **Rules** are pure: the same rows always raise the same alarms. With the values x_0 … x_i of a rule's metric, one per
 step, step i breaches the rule if
 
-    threshold   x_i > above
-    floor       x_i ≤ above
-    gap         x_i − y_i > above, y another metric
+    threshold   x_i > above, or x_i − y_i > above, y another metric
+    floor       x_i ≤ at_most
     fall        m_i < (1 − share) · max_{j ≤ i} m_j,  where m_j is the mean of x_{j−window+1} … x_j
     jump        x_i ≥ b + max(min_change, (factor − 1) · |b|)      upwards
                 x_i ≤ b − max(min_change, (1 − 1/factor) · |b|)    downwards, b the median of x_{i−window} … x_{i−1}
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from kdrl_core.config.alarms import AlarmRule, FallRule, FloorRule, GapRule, JumpRule, ThresholdRule
+from kdrl_core.config.alarms import AlarmRule, FallRule, FloorRule, JumpRule, ThresholdRule
 from kdrl_core.errors import StoppedByAlarmError
 from kdrl_core.ledger import Run
 from kdrl_core.tables.files import load_alarm_rows
@@ -130,74 +129,66 @@ def raised_at_last(rows: Sequence[Row], rules: Mapping[str, AlarmRule], *, stage
     """
     raised = []
     for name, rule in rules.items():
-        points = [row for row in rows if _counts(rule, row)]
-        if not points or points[-1] is not rows[-1]:
+        points = [(row["step"], value) for row in rows if (value := _value(rule, row)) is not None]
+        if not points or points[-1][0] != rows[-1]["step"]:
             continue
-        breached = _breach(rule, points, len(points) - 1)
-        first = len(points) - rule.patience
+        values = [value for _, value in points]
+        breached = _breach(rule, values, len(values) - 1)
+        first = len(values) - rule.patience
         if breached is None or first < 0:
             continue
-        if any(_breach(rule, points, at) is None for at in range(first, len(points) - 1)):
+        if any(_breach(rule, values, at) is None for at in range(first, len(values) - 1)):
             continue
-        if first > 0 and _breach(rule, points, first - 1) is not None:
+        if first > 0 and _breach(rule, values, first - 1) is not None:
             continue  # raised already
         value, threshold, text = breached
         raised.append(
             Alarm(
                 stage=stage,
-                step=points[-1]["step"],
+                step=points[-1][0],
                 rule=name,
                 severity=rule.severity,
                 metric=rule.metric,
                 value=value,
                 threshold=threshold,
-                since=points[first]["step"],
+                since=points[first][0],
                 text=text,
             )
         )
     return raised
 
 
-def _counts(rule: AlarmRule, row: Row) -> bool:
-    least = rule.min_clip_ratio if isinstance(rule, ThresholdRule) else 0.0
-    is_cut = least <= 0.0 or (_is_number(share := row.get(_CLIP_RATIO)) and float(share or 0.0) >= least)
-    metrics = [rule.metric, rule.less] if isinstance(rule, GapRule) else [rule.metric]
-    return all(_is_number(row.get(metric)) for metric in metrics) and is_cut
+def _value(rule: AlarmRule, row: Row) -> float | None:
+    """What the rule compares at a step; None if it skips the step."""
+    value = _number(row.get(rule.metric))
+    if isinstance(rule, ThresholdRule):
+        if rule.min_clip_ratio > 0.0 and not _number(row.get(_CLIP_RATIO)) >= rule.min_clip_ratio:
+            return None
+        value -= 0.0 if rule.less is None else _number(row.get(rule.less))
+    return value if math.isfinite(value) else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _breach(rule: AlarmRule, points: Sequence[Row], at: int) -> _Breach | None:
+def _breach(rule: AlarmRule, values: Sequence[float], at: int) -> _Breach | None:
     """How the step at position `at` breaches the rule; None if it does not."""
-    values = [float(row[rule.metric]) for row in points[: at + 1]]
-    if isinstance(rule, GapRule):
-        values = [value - float(row[rule.less]) for value, row in zip(values, points, strict=False)]
-    return _CONDITIONS[type(rule)](rule, values)
+    return _CONDITIONS[type(rule)](rule, values[: at + 1])
 
 
 def _above(rule: ThresholdRule, values: Sequence[float]) -> _Breach | None:
     if values[-1] <= rule.above:
         return None
-    text = f"{rule.metric} is {_shown(values[-1])}, above {_shown(rule.above)}{_for_steps(rule)}"
-    return values[-1], rule.above, text
+    what = rule.metric if rule.less is None else f"{rule.metric} minus {rule.less}"
+    return values[-1], rule.above, f"{what} is {_shown(values[-1])}, above {_shown(rule.above)}{_for_steps(rule)}"
 
 
 def _not_above(rule: FloorRule, values: Sequence[float]) -> _Breach | None:
-    if values[-1] > rule.above:
+    if values[-1] > rule.at_most:
         return None
-    text = f"{rule.metric} is {_shown(values[-1])}, not above {_shown(rule.above)}{_for_steps(rule)}"
-    return values[-1], rule.above, text
-
-
-def _apart(rule: GapRule, values: Sequence[float]) -> _Breach | None:
-    if values[-1] <= rule.above:
-        return None
-    text = (
-        f"{rule.metric} is above {rule.less} by {_shown(values[-1])}, more than {_shown(rule.above)}{_for_steps(rule)}"
-    )
-    return values[-1], rule.above, text
+    text = f"{rule.metric} is {_shown(values[-1])}, not above {_shown(rule.at_most)}{_for_steps(rule)}"
+    return values[-1], rule.at_most, text
 
 
 def _fallen(rule: FallRule, values: Sequence[float]) -> _Breach | None:
@@ -239,7 +230,6 @@ def _jumped(rule: JumpRule, values: Sequence[float]) -> _Breach | None:
 _CONDITIONS: dict[type[AlarmRule], Callable[[Any, Sequence[float]], _Breach | None]] = {
     ThresholdRule: _above,
     FloorRule: _not_above,
-    GapRule: _apart,
     FallRule: _fallen,
     JumpRule: _jumped,
 }

@@ -25,6 +25,12 @@ class KdrlError(Exception):
         return visible(super().__str__())
 
 
+def told(error: BaseException) -> str:
+    """An error in one line: kdrl's own as they are, others with their type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, KdrlError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
 class RecipeError(KdrlError, ValueError):
     """A recipe field is unknown, out of bounds, or contradicts another."""
 

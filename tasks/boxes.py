@@ -21,7 +21,7 @@ from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.boxes.step import update_step
 from kdrl_core.errors import Stopped
 from kdrl_core.ledger import Run, open_run_dir
-from kdrl_core.ledger.stop import stop_if_requested
+from kdrl_core.ledger.lock import stop_if_requested
 from kdrl_core.look.reporting.run_report import report as report_box
 
 R = TypeVar("R")

@@ -26,6 +26,7 @@ class Replica:
         self.faults: deque[str] = deque()
         self.loads: list[str] = []
         self.num_sampled = 0
+        self.num_tokens = 0
         self.is_asleep = False
         self.told: list[str] = []
         self._lock = threading.Lock()
@@ -73,7 +74,7 @@ class Replica:
             if body["method"] != "kdrl_state":
                 self.is_asleep = body["method"] == "kdrl_sleep"
             if body["method"] == "kdrl_load":
-                (self.weights,) = body["args"]
+                self.weights, self.num_tokens = body["args"]
                 self.loads.append(self.weights)
                 self.engine.load_weights(Path(self.weights))
             self._send(handler, {"results": [{"weights": self.weights, "incarnation": self.incarnation}]})

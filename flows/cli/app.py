@@ -130,8 +130,7 @@ def status(
             if as_json:
                 out.print_json(data=rows)
                 return
-            _print_rows(rows, _STATUS_COLUMNS)
-            _print_last_errors(rows)
+            _print_status(rows)
             return
         opened = open_run(run_name)
         from kdrl_core.look.reporting.run_summary import run_status
@@ -145,8 +144,7 @@ def status(
 
             out.print_json(data={**run_status(opened), "summary": summarize(opened).to_json()})
             return
-        _print_rows([run_status(opened)], _STATUS_COLUMNS)
-        _print_last_errors([run_status(opened)])
+        _print_status([run_status(opened)])
         print_alarms(opened, are_told=watch and not out.is_terminal)
         print_summary(opened)
 
@@ -236,7 +234,8 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     out.print(grid(columns, "L".ljust(len(columns), "l"), lines))
 
 
-def _print_last_errors(rows: list[dict[str, Any]]) -> None:
+def _print_status(rows: list[dict[str, Any]]) -> None:
+    _print_rows(rows, _STATUS_COLUMNS)
     for row in rows:
         if found := row.get("last_error"):
             out.say(f"last error of {row['run']}, {found['at'][:16]}: {found['error']} (log: {found['log']})")

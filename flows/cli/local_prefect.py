@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from flows.cli.shared import err
-from flows.private_prefect import IS_PRIVATE, private_environment, quiet, without_foreign_files
-from kdrl_core.errors import KdrlError
+from flows.private_prefect import IS_PRIVATE, QUIET, private_environment, without_foreign_files
+from kdrl_core.errors import KdrlError, told
 from kdrl_core.ledger import artifacts_root
 from kdrl_core.ledger.publish import require_writable
 from kdrl_core.training.process_guard import kill_group
@@ -59,17 +59,18 @@ def use_private_prefect(*, log_level: str) -> Callable[[], None]:
     logging.getLogger("kdrl").addHandler(_warnings)
     if os.environ.get("PREFECT_API_URL", "").strip():
         os.environ.pop(IS_PRIVATE, None)
-        quiet()
+        os.environ.update(QUIET)
         os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
         _import_prefect()
         _probe()
         return lambda: None
-    environment = private_environment(prefect_home(), free_port(), os.environ)
+    port = free_port()
+    environment = server_environment(port)
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment, PREFECT_LOGGING_LEVEL=log_level)
     _drop_unusable_proxies()
-    server = PrivateServer(environment)
+    server = PrivateServer(environment, port)
     _import_prefect()
     return server.wait
 
@@ -78,21 +79,18 @@ class PrivateServer:
     """A Prefect server in a session of its own, so that signals to this process's group do not end it first. It ends
     with this process; if this process is killed, its guard ends it."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str], port: int) -> None:
         home = Path(environment[IS_PRIVATE])
         self._health = f"{environment['PREFECT_API_URL']}/health"
         self._log = home / "logs" / f"server-of-{os.getpid()}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        empty = home / "empty"
-        empty.mkdir(exist_ok=True)
         # As Prefect starts its own temporary server; `prefect server start` takes two seconds more.
-        port = environment["PREFECT_API_URL"].rpartition(":")[2].removesuffix("/api")
-        place = ["--host", "127.0.0.1", "--port", port, "--log-level", "error", "--lifespan", "on"]
+        place = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", *place],
                 env={**environment, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"},
-                cwd=empty,
+                cwd=home,  # where no settings of others lie
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -164,10 +162,9 @@ def _import_prefect() -> None:
         with without_foreign_files():
             import prefect.context  # noqa: F401 (reads the settings)
     except Exception as error:  # pydantic's, or of a settings file
-        said = " ".join(str(error).split())
         raise ServerError(
-            f"the settings of Prefect are not valid ({said[:300]}); correct them (environment, profile, prefect.toml), "
-            "or unset PREFECT_API_URL: then kdrl uses a Prefect of its own, without them"
+            f"the settings of Prefect are not valid ({told(error)[:300]}); correct them (environment, profile, "
+            "prefect.toml), or unset PREFECT_API_URL: then kdrl uses a Prefect of its own, without them"
         ) from error
 
 
@@ -189,7 +186,7 @@ def _probe() -> None:
         proxies = sorted(name for name in os.environ if name.lower() in _PROXIES)
         hint = f" through the proxy of {', '.join(proxies)}" if proxies else ""
         raise ServerError(
-            f"the Prefect server of PREFECT_API_URL, {url}, does not answer{hint} ({_told(fault)}); start it, "
+            f"the Prefect server of PREFECT_API_URL, {url}, does not answer{hint} ({told(fault)[:200]}); start it, "
             "or unset PREFECT_API_URL: then kdrl uses a server of its own"
         ) from fault
 
@@ -205,9 +202,5 @@ def _drop_unusable_proxies() -> None:
         try:
             httpx.HTTPTransport(proxy=os.environ[name]).close()
         except Exception as error:
-            err.say(f"warning: {name} is ignored: it cannot be used ({_told(error)})")
+            err.say(f"warning: {name} is ignored: it cannot be used ({told(error)[:200]})")
             del os.environ[name]
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")

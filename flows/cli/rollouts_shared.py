@@ -63,7 +63,7 @@ def open_store(runs: Sequence[str]) -> Iterator["RolloutStore"]:
     """The runs' rollouts. Shows a progress bar while a large index is made, and names damaged files at the end."""
     from kdrl_core.look.rollouts.query import RolloutStore
 
-    with interruptible("nothing was changed"), ExitStack() as stack:
+    with interruptible("nothing was changed", has_children=False), ExitStack() as stack:
         with ExitStack() as bar:
             shown: Callable[[str, int, int | None], None] | None = None
 

@@ -22,9 +22,8 @@ from rich.text import Text
 from flows.guard import guard_children
 from flows.signals import Signals
 from kdrl_core.config.paths import artifacts_root
-from kdrl_core.config.secrets import redact
-from kdrl_core.errors import DataError, KdrlError, Stopped, visible
-from kdrl_core.ledger.run_log import log_of, told
+from kdrl_core.errors import DataError, KdrlError, Stopped, told, visible
+from kdrl_core.ledger.lock import log_of, redact
 
 
 class PlainConsole(Console):
@@ -86,26 +85,18 @@ def errors() -> Iterator[None]:
     own if the command works on no run."""
     try:
         yield
-    except KdrlError as error:
-        _say_last(_with_log(" ".join(str(error).splitlines()), log_of(error)))
-        raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
-        text, log = redact(told(error)), log_of(error) or _keep_traceback(error)
-        is_ours = not isinstance(error, OSError | MemoryError) and not type(error).__module__.startswith(_NOT_OURS)
-        _say_last(_with_log(f"{text}; this is a bug in kdrl, please report it" if is_ours else text, log))
+        text, log = told(error), log_of(error)
+        if not isinstance(error, KdrlError):
+            is_ours = not isinstance(error, OSError | MemoryError) and not type(error).__module__.startswith(_NOT_OURS)
+            text = redact(text) + ("; this is a bug in kdrl, please report it" if is_ours else "")
+            log = log or _keep_traceback(error)
+        with suppress(OSError, ValueError):  # the terminal may be gone
+            err.say(f"error: {text}" + (f" (log: {log})" if log else ""), style="red")
         raise SystemExit(1) from None
-
-
-def _with_log(text: str, log: str | None) -> str:
-    return text if log is None else f"{text} (log: {log})"
-
-
-def _say_last(text: str) -> None:
-    with suppress(OSError, ValueError):  # the terminal may be gone
-        err.say(f"error: {text}", style="red")
 
 
 def _say_at_the_end(text: str) -> None:
@@ -115,30 +106,31 @@ def _say_at_the_end(text: str) -> None:
 
 def _keep_traceback(error: Exception) -> str | None:
     """The file that now holds the traceback of an error; None if it cannot be written."""
-    content = redact("".join(traceback.format_exception(error)))
+    content = redact(f"{' '.join(sys.argv)}\n{''.join(traceback.format_exception(error))}")
     for folder in (artifacts_root() / "logs", Path(tempfile.gettempdir())):
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"kdrl-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-            file.write_text(f"{redact(' '.join(sys.argv))}\n{content}", encoding="utf-8")
+            file.write_text(content, encoding="utf-8")
             return str(file)
     return None
 
 
 @contextmanager
-def interruptible(way_on: str) -> Iterator[None]:
+def interruptible(way_on: str, *, has_children: bool = True) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP end the program in order, soon (`flows.signals`): workers and servers stop, `way_on`
     is printed, the exit code is the shell's for the signal. If this process is killed, a guard ends its children."""
-    guard_children()
-    told_last = f"interrupted; {way_on}"
-    with Signals(_say_at_the_end, told_last) as came:
+    if has_children:
+        guard_children()
+    last_words = f"interrupted; {way_on}"
+    with Signals(_say_at_the_end, last_words) as came:
         try:
             yield
             return
         except KeyboardInterrupt:
-            text = told_last
+            text = last_words
         except Stopped as stop:
-            text = told_last if came.number else f"{stop}"
+            text = last_words if came.number else f"{stop}"
         came.is_told = True
         with suppress(OSError, ValueError):
             err.say(text)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.shared import counted_progress, err, errors, out
+from flows.cli.shared import counted_progress, err, errors, interruptible, out
 
 
 def ui(
@@ -27,7 +27,7 @@ def ui(
     from kdrl_core.look.rollouts.query import RolloutStore
     from kdrl_core.look.ui.app import create_app, listen, server_of, url_of
 
-    with errors(), listen(port) as listening:
+    with errors(), interruptible("nothing was changed", has_children=False), listen(port) as listening:
         with counted_progress(err, "steps") as progress:
             store = RolloutStore.open(runs, progress=lambda done, total: progress("reading", done, total))
         with store:

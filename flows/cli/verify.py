@@ -63,7 +63,7 @@ def verify_command(
     ] = None,
     timeout_s: Annotated[
         float,
-        typer.Option("--timeout", metavar="SECONDS", help="Limit of one comparison; beyond it the verdict is timeout."),
+        typer.Option("--timeout", metavar="SECONDS", help="CPU time of a comparison; above it the verdict is timeout."),
     ] = 10.0,
     memory_limit_mb: Annotated[
         int, typer.Option("--memory-limit", metavar="MB", help="Limit of one worker; beyond it the verdict is error.")

@@ -12,22 +12,13 @@ from enum import StrEnum
 from pathlib import Path
 
 from kdrl_core.boxes.stage import latest_checkpoint
+from kdrl_core.config.outside import slots_of
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError
-from kdrl_core.ledger import (
-    Outside,
-    Run,
-    differences,
-    identify,
-    is_published,
-    lock_holder,
-    manifest_of,
-    outside_of,
-    run_lock,
-    verify_own,
-)
+from kdrl_core.ledger import Outside, Run, is_published, lock_holder, manifest_of, outside_of, run_lock, verify_own
 from kdrl_core.ledger.artifact import ARTIFACTS, Node
 from kdrl_core.ledger.graph import ROLLOUTS, STEP, evaluated_labels, final_checkpoint, node_at, required
 from kdrl_core.ledger.heal import ASIDE_PREFIX
+from kdrl_core.ledger.identity import difference, identify_slot
 from kdrl_core.ledger.manifest import artifact_stem, published_below
 from kdrl_core.ledger.names import stage_and_step
 from kdrl_core.tables.files import differing_metrics
@@ -131,11 +122,15 @@ def _look(run: Run, artifacts: list[Path], on_checked: OnChecked | None) -> tupl
 
 def _outside(run: Run, recorded: Outside) -> Iterator[Finding]:
     """What the recipe names outside of the run and is not there, or has another content than was recorded."""
-    found = identify(run.recipe, reads_all=True)
-    for slot, path, told in differences(recorded, found):
-        yield Finding(path=path, problem=f"{slot}: {told}", remedy=Remedy.RESTORE)
-    for slot in sorted(recorded.keys() - found.keys()):
-        yield Finding(path=recorded[slot]["path"], problem=f"{slot}: is missing", remedy=Remedy.RESTORE)
+    for slot, text in slots_of(run.recipe).items():
+        if slot in recorded:
+            try:
+                found = identify_slot(run.recipe, slot, text, reads_all=True)
+                problem = "is missing" if found is None else difference(recorded[slot], found)
+            except KdrlError as error:
+                problem = str(error)
+            if problem is not None:
+                yield Finding(path=text, problem=f"{slot}: {problem}", remedy=Remedy.RESTORE)
 
 
 def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from kdrl_core.boxes.shards import num_shards
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.ledger import (
     Manifest,
     Run,

@@ -16,8 +16,8 @@ from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit, read_config
-from kdrl_core.models.vocabulary import check_embedding, vocabulary_of
-from kdrl_core.models.weights import compare_architecture, other_kind
+from kdrl_core.models.tokenizer import check_embedding, vocabulary_of
+from kdrl_core.models.weights import compare_architecture, other_kind, stored_weights
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 _logger = logging.getLogger("kdrl")
@@ -59,20 +59,20 @@ def check_inputs(recipe: Recipe) -> None:
 
 def check_weights(recipe: Recipe) -> None:
     """Raise ModelError if a model could not be loaded when its turn comes, which may be hours away. It reads JSON files
-    and the headers of weights. An output layer that config.json ties although the files hold another is told in the
-    log."""
+    and the headers of weights. It warns in the log if config.json ties an output layer but the files hold another."""
     for role, model in (("student", recipe.student), ("teacher", recipe.teacher)):
         if model is None or model.gguf_file is not None:
             continue
         path, where = resolve_path(model.path), f"{role}.path={model.path}"
         engine = model.engine if isinstance(model, TeacherConfig) else recipe.rollout.engine
-        kind = other_kind(path, read_config(path))
+        stored = stored_weights(path)
+        kind = other_kind(stored, read_config(path))
         if kind is not None and (role == "student" or engine == "transformers"):
             more = ", or set teacher.engine=vllm if vLLM knows it" if role == "teacher" else ""
             raise ModelError(f"{where}: {path} {kind}{more}")
         if kind is not None or model.trust_remote_code:  # vLLM knows more kinds; own code knows its architecture
             continue
-        if (own := compare_architecture(path, where=where)) is None:
+        if (own := compare_architecture(path, stored, where=where)) is None:
             continue
         told = f"{where}: config.json ties {own[0]} to {own[1]}, but the files hold both, and they differ"
         if engine != "transformers":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kdrl_core.config import Recipe
 from kdrl_core.config.changes import leaves
-from kdrl_core.config.outside import filled
+from kdrl_core.config.outside import filled, function_of
 from kdrl_core.errors import DamagedArtifactError, KdrlError
 from kdrl_core.ledger import (
     Manifest,
@@ -66,7 +66,11 @@ def parts_of(recipe: Recipe, outside: Outside | None = None) -> list[Part]:
         if (name := part_of(recipe, node)) is not None:
             ends.setdefault(name, []).append(node)
     recorded = outside or {}
-    fields = leaves(filled(recipe, lambda slot, text: recorded[slot]["sha256"] if slot in recorded else text))
+
+    def content(slot: str, text: str) -> str:
+        return f"{recorded[slot]['sha256']} {function_of(slot, text)}" if slot in recorded else text
+
+    fields = leaves(filled(recipe, content))
     return [
         Part(
             name=name,

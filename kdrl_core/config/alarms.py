@@ -33,23 +33,17 @@ class AlarmRule(Section):
 
 
 class ThresholdRule(AlarmRule):
-    """The metric is above a number."""
+    """The metric is above a number. With `less`, the difference of the two metrics is."""
 
     above: float = Field(description="the metric must be greater")
+    less: AlarmMetric | None = Field(None, description="column of metrics.parquet that is subtracted from the metric")
     min_clip_ratio: Share = Field(0.0, description="skip steps in which a smaller share of responses is cut")
 
 
-class FloorRule(ThresholdRule):
+class FloorRule(AlarmRule):
     """The metric is not above a number."""
 
-    above: float = Field(description="the metric must not be greater")
-
-
-class GapRule(ThresholdRule):
-    """The metric is above another one by more than a number."""
-
-    less: AlarmMetric = Field(description="column of metrics.parquet that is subtracted from the metric")
-    above: float = Field(description="the difference must be greater")
+    at_most: float = Field(description="the metric must not be greater")
 
 
 class FallRule(AlarmRule):
@@ -87,7 +81,7 @@ class AcknowledgedConfig(Section):
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "reward_collapse": {"metric": "reward/mean", "share": 0.3, "patience": 3, "severity": "critical"},
-    "no_reward": {"metric": "reward/mean", "above": 0.0, "patience": 5, "severity": "critical"},
+    "no_reward": {"metric": "reward/mean", "at_most": 0.0, "patience": 5, "severity": "critical"},
     "format_wrong": {"metric": "reward/accuracy", "less": "reward/mean", "above": 0.1, "patience": 5},
     "clip_ratio": {"metric": "response/clip_ratio", "above": 0.5, "patience": 5},
     "repetition": {
@@ -115,7 +109,7 @@ class AlarmsConfig(Section):
 
     reward_collapse: FallRule | None = _default(FallRule, "reward_collapse")
     no_reward: FloorRule | None = _default(FloorRule, "no_reward")
-    format_wrong: GapRule | None = _default(GapRule, "format_wrong")
+    format_wrong: ThresholdRule | None = _default(ThresholdRule, "format_wrong")
     clip_ratio: ThresholdRule | None = _default(ThresholdRule, "clip_ratio")
     repetition: ThresholdRule | None = _default(ThresholdRule, "repetition")
     length_explosion: JumpRule | None = _default(JumpRule, "length_explosion")

@@ -1,6 +1,5 @@
 """How a problem is asked, how its answer is judged, and what is evaluated: appendix B.1.2 and Section 4.1."""
 
-import json
 from typing import Any, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -42,16 +41,12 @@ class PromptConfig(Section):
 
     @field_validator("chat_template_kwargs")
     @classmethod
-    def _plain_variables(cls, variables: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        for name, value in variables.items():
+    def _variables_of_a_template(cls, variables: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in variables:
             if not name.isidentifier():
                 raise ValueError(f"{name!r} is not the name of a variable; give names such as enable_thinking")
             if name in _SET_BY_KDRL:
                 raise ValueError(f"kdrl itself sets {name}; leave it out")
-            try:
-                json.dumps(value, allow_nan=False)
-            except ValueError:
-                raise ValueError(f"{name} must be a plain JSON value, and JSON has neither NaN nor infinity") from None
         return variables
 
 

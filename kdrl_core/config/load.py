@@ -10,10 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from kdrl_core.config.faults import did_you_mean, explain
+from kdrl_core.config.paths import read_small
 from kdrl_core.config.plain_yaml import MAX_CHARS, NotYamlError, parse_yaml
 from kdrl_core.config.recipe import Recipe
 from kdrl_core.config.secrets import may_hold_key, shown
-from kdrl_core.config.small_files import read_small
 from kdrl_core.errors import RecipeError
 
 RECIPES_DIR = Path(__file__).parent / "recipes"

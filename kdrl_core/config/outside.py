@@ -12,9 +12,8 @@ from typing import Any
 
 from kdrl_core.config.load import validate_recipe
 from kdrl_core.config.models import ModelConfig
-from kdrl_core.config.paths import SCHEMES, resolve_path
+from kdrl_core.config.paths import SCHEMES, read_json, resolve_path
 from kdrl_core.config.recipe import Recipe
-from kdrl_core.config.small_files import read_json
 from kdrl_core.errors import ModelError
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
@@ -55,8 +54,22 @@ def filled(recipe: Recipe, told: Callable[[str, str], str]) -> dict[str, Any]:
 
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that it means the same files from every folder. `builtin:…`, `package:…` and
-    `run:…` stay, as they do not depend on the current folder."""
-    return with_slots(recipe, lambda slot, text: text if _is_symbolic(slot, text) else str(resolve_path(text)))
+    `run:…` stay; code has an absolute path already."""
+
+    def told(slot: str, text: str) -> str:
+        return text if is_code(slot) or text.partition(":")[0] in SCHEMES else str(resolve_path(text))
+
+    return with_slots(recipe, told)
+
+
+def is_code(slot: str) -> bool:
+    """Whether a slot names an estimator: one of kdrl's own, or a function in a file or module."""
+    return _matches(slot, _CODE)
+
+
+def function_of(slot: str, text: str) -> str:
+    """The name of the function that `text` means in a slot; empty in a slot of files."""
+    return text.rpartition(":")[2] if is_code(slot) else ""
 
 
 def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:
@@ -71,12 +84,12 @@ def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:
         model = recipe.student if slot == _MODELS[0] else recipe.teacher
         assert model is not None  # it has a slot
         return model_files(model.model_copy(update={"path": text}))
-    if not _matches(slot, _CODE):
-        found = [path for path in expanded(text) if path.is_file()]
-    else:
+    if is_code(slot):
         code = parse_reference(text).located() if is_reference(text) else None
-        found = [code] if code is not None and code.is_file() else []
-    if not found:
+        paths = [] if code is None else [code]
+    else:
+        paths = expanded(text)
+    if not (found := [path for path in paths if path.is_file()]):
         return {}
     root = os.path.commonpath([path.parent for path in found])
     return {path.relative_to(root).as_posix(): path for path in found}
@@ -87,12 +100,13 @@ def model_files(model: ModelConfig) -> dict[str, Path]:
     folder = resolve_path(model.path)
     if not folder.is_dir():
         return {}
-    patterns = [*_READ_WITH_WEIGHTS, *(["**/*.py"] if model.trust_remote_code else [])]
-    found = {path for pattern in patterns for path in folder.glob(pattern)}
-    split = shards(folder)
-    found |= {folder / name for name in ([WEIGHTS[1], *split] if split else WEIGHTS[:1])}
     if model.gguf_file is not None:
         found = {folder / model.gguf_file}
+    else:
+        patterns = [*_READ_WITH_WEIGHTS, *(["**/*.py"] if model.trust_remote_code else [])]
+        split = shards(folder)
+        found = {path for pattern in patterns for path in folder.glob(pattern)}
+        found |= {folder / name for name in ([WEIGHTS[1], *split] if split else WEIGHTS[:1])}
     return {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}
 
 
@@ -140,14 +154,10 @@ def code_sources(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> d
     """Python file or module of each plugged-in function → sha256 of its recorded file."""
     found = {}
     for slot, text in slots_of(recipe).items():
-        if slot in recorded and _matches(slot, _CODE):
+        if slot in recorded and is_code(slot):
             (file,) = recorded[slot]["files"].values()
             found[parse_reference(text).source] = file["sha256"]
     return found
-
-
-def _is_symbolic(slot: str, text: str) -> bool:
-    return _matches(slot, _CODE) or text.partition(":")[0] in SCHEMES
 
 
 def _places(value: Any, patterns: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,19 +1,34 @@
-"""Paths in recipes: plain, `builtin:…` for files shipped with kdrl, `package:…` for files of an installed package,
-`run:NAME` for the finished student of another run."""
+"""Paths and files that come from others: what a path in a recipe means, and one reader for small files.
 
+Paths in recipes are plain, `builtin:…` for files shipped with kdrl, `package:…` for files of an installed package,
+`run:NAME` for the finished student of another run.
+
+The reader opens ordinary files only, up to a size, and never waits: a FIFO in place of a file would make it wait for
+ever, and a link to /dev/zero would fill the memory.
+"""
+
+import errno
 import importlib.util
+import io
+import json
 import os
 import re
+import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from kdrl_core.errors import RecipeError, RunError
+from kdrl_core.errors import KdrlError, RecipeError, RunError, visible
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SCHEMES = ("run", "builtin", "package")
 """What may stand before a colon in place of a plain path."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MOST_BYTES = 2**27
+"""Most bytes of a small file, unless its reader says otherwise. The largest are tokenizers, with 40 MB."""
+_GROWTH = 2**16
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
 def artifacts_root() -> Path:
@@ -66,3 +81,82 @@ def _below(root: Path, inner: str, value: str) -> Path:
     if not path.is_relative_to(root.resolve()):
         raise RecipeError(f"path '{value}' leaves {root}; name a file below it, or give a plain path")
     return path
+
+
+class UnusableFileError(KdrlError, OSError):
+    """Something that is no ordinary file, or is too large, stands where a file should be.
+
+    Args:
+        path: the file.
+        problem: what is wrong with it, as the rest of a sentence.
+    """
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return visible(f"{self.path} {self.problem}")
+
+
+def require_regular(path: Path, status: os.stat_result) -> None:
+    """Raise UnusableFileError unless what is at `path`, with this status, is an ordinary file."""
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
+        raise UnusableFileError(path, f"is a {kind}, not a file; remove it")
+
+
+def open_regular(path: Path, *, most_bytes: int = _MOST_BYTES, follow_links: bool = False) -> io.BufferedReader:
+    """Open an ordinary file for reading; never waits for another process.
+
+    Args:
+        most_bytes: a larger file is refused.
+        follow_links: also open what a link leads to. On for files that the user names, off for files of a run.
+
+    Raises:
+        UnusableFileError: a link, folder, FIFO, socket or device, or too large.
+        OSError: there is no such file, or it may not be read.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnusableFileError(path, "is a link; put the file itself in its place") from None
+        if error.errno in (errno.ENXIO, errno.ENODEV):
+            raise UnusableFileError(path, "is a socket or device, not a file; remove it") from None
+        raise
+    try:
+        status = os.fstat(descriptor)
+        require_regular(path, status)
+        if status.st_size > most_bytes:
+            problem = f"has {status.st_size:,} bytes, and at most {most_bytes:,} are read; restore or remove it"
+            raise UnusableFileError(path, problem)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: Path, *, most_bytes: int = _MOST_BYTES, follow_links: bool = False) -> bytes:
+    """The bytes of a small file. Arguments and errors as of `open_regular`."""
+    with open_regular(path, most_bytes=most_bytes, follow_links=follow_links) as file:
+        most = min(most_bytes, os.fstat(file.fileno()).st_size + _GROWTH)  # read() allocates as much as it is asked for
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UnusableFileError(path, "grows while it is read; try again, or restore it")
+    return content
+
+
+def read_json(path: Path, *, follow_links: bool = False) -> Any:
+    """The value in a small JSON file. Raises ValueError if it is not JSON in UTF-8, and otherwise as `open_regular`."""
+    try:
+        return json.loads(read_small(path, follow_links=follow_links).decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def why(error: Exception) -> str:
+    """Why a file cannot be read, in one line, without its path, which the message names anyway."""
+    text = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error)
+    return (text.splitlines() or [type(error).__name__])[0]

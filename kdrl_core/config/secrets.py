@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 from collections.abc import Callable
 
 from kdrl_core.errors import SecretError
@@ -12,17 +11,9 @@ from kdrl_core.errors import SecretError
 _MAY_HOLD_KEY = ("server", "api_key", "mlflow_uri")
 """Fields in which somebody may write a key by mistake. Their values are never shown."""
 _MAX_SHOWN_CHARS = 200
-_MIN_SECRET_CHARS = 6
-"""Shorter values are not cut out of texts: a placeholder such as `EMPTY` may be an ordinary word there."""
-_HIDDEN = "***"
-_HOLDS_SECRET = re.compile(r"(?:_|^)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|AUTH)(?:_|$)", re.IGNORECASE)
-"""Names of environment variables whose values are secrets."""
-_USER_OF_URL = re.compile(r"(?<=://)[^\s/@]+(?=@)")
-_AFTER_NAME = re.compile(
-    r"(\b(?:[\w-]*(?:api[_-]?key|token|secret|password)|bearer|authorization)[\"']?\s*[:=\s]\s*[\"']?(?:bearer\s+)?)"
-    r"[^\s\"',;&]{6,}",
-    re.IGNORECASE,
-)
+
+resolved: set[str] = set()
+"""The keys that this process has looked up."""
 
 SecretSource = Callable[[str], str]
 """Name → secret. Raises SecretError if there is none."""
@@ -47,18 +38,8 @@ def resolve_secret(reference: str) -> str:
         raise SecretError(
             f"{reference} holds a line break or another character that no key has; set it to the key alone"
         )
-    _resolved.add(secret)
+    resolved.add(secret)
     return secret
-
-
-def redact(text: str) -> str:
-    """A text that goes to a log, without secrets: keys that were resolved, values of environment variables whose names
-    tell that they are secret, users and passwords in URLs, and what stands behind words like `api_key`."""
-    known = _resolved | {value for name, value in os.environ.items() if _HOLDS_SECRET.search(name)}
-    for secret in sorted(known, key=len, reverse=True):
-        if len(secret) >= _MIN_SECRET_CHARS and not secret.startswith("/"):
-            text = text.replace(secret, _HIDDEN)
-    return _AFTER_NAME.sub(rf"\1{_HIDDEN}", _USER_OF_URL.sub(_HIDDEN, text))
 
 
 def register_secret_source(scheme: str, source: SecretSource) -> None:
@@ -90,5 +71,4 @@ def _from_environment(name: str) -> str:
     return os.environ[name]
 
 
-_resolved: set[str] = set()
 _sources: dict[str, SecretSource] = {"env": _from_environment}

@@ -66,13 +66,21 @@ def render_prompts(
         (prompt text, token ids) per question, in order. The text ends where the response begins.
 
     Raises:
-        ModelError: the tokenizer has no chat template, the template cannot be rendered, or decoding would remove the
-            `</think>` of a response.
+        ModelError: the tokenizer has no chat template, the student's lacks a variable of the recipe, the template
+            cannot be rendered, or decoding would remove the `</think>` of a response.
     """
     _check_thought_is_kept(tokenizer)
+    is_of_student = chat_template is None
     chat_template = chat_template or recipe.student.chat_template
-    if chat_template is None and not getattr(tokenizer, "chat_template", None):
+    text = chat_template or getattr(tokenizer, "chat_template", None)
+    if not text:
         raise ModelError("the student's tokenizer has no chat template; set student.chat_template to a Jinja template")
+    for name in recipe.prompt.chat_template_kwargs:
+        if is_of_student and name not in str(text):  # the template would ignore it
+            raise ModelError(
+                f"prompt.chat_template_kwargs.{name}: the student's chat template has no such variable; "
+                "correct the name, or leave it out"
+            )
     prompts: list[tuple[str, list[int]]] = []
     for start in range(0, len(questions), _BATCH_ROWS):
         turns = [

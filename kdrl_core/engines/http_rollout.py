@@ -148,7 +148,7 @@ class HTTPRolloutEngine:
             known = self._incarnations.get(server.url)
             if known is None:
                 if self._weights:
-                    state = self._pool.ask_workers(server, "kdrl_load", [self._weights])
+                    state = self._pool.ask_workers(server, "kdrl_load", [self._weights, self._num_tokens])
                 else:
                     state = self._state(server)
                 known = self._incarnations[server.url] = state["incarnation"]

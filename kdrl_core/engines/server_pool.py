@@ -206,7 +206,7 @@ class ServerPool:
                 self.ask_workers(server, "kdrl_wake")
 
     def ask_workers(
-        self, server: Server, method: str, arguments: Sequence[str] = (), *, timeout_s: float = _CONTROL_S
+        self, server: Server, method: str, arguments: Sequence[str | int] = (), *, timeout_s: float = _CONTROL_S
     ) -> dict[str, str]:
         """Call a method of `KdrlWorker` in every worker of the server. Returns their weights and incarnations.
 

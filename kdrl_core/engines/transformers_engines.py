@@ -1,14 +1,18 @@
 """Engines that run transformers in this process: for a laptop, and as the reference for the other engines.
 
 Rollouts: in each batch a distinct prompt is prefilled once, and its key-value cache is repeated for its samples.
-Finished responses leave the batch, several at a time. A token is drawn by inverting the distribution function of
-softmax(logits / T) at a number that depends only on (seed, position), so a response is a function of its request and
-the weights. Ids that the tokenizer does not have, padding of the embedding, are never drawn; logprobs are those of the
-whole softmax, as the trainer's.
+Finished responses leave the batch, several at a time. Most models have a cache from which rows can be taken: attention
+(full, sliding window), convolutions and recurrent states in any mixture. For others the whole sequence is computed
+again for every token, which is slower and gives the same numbers.
+
+A token is drawn by inverting the distribution function of softmax(logits / T) at a number that depends only on (seed,
+position), so a response is a function of its request and the weights. Ids that the tokenizer does not have, padding of
+the embedding, are left out of that distribution; logprobs are those of the whole softmax, as the trainer's.
 
 Scores: the logprobs of given tokens under softmax(logits / T).
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,25 +20,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
-from kdrl_core.engines.decoding import Decoding, has_usable_cache
 from kdrl_core.engines.protocols import OnFinished, TopKScore
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger.names import uniforms
 from kdrl_core.logprobs.model import (
     LogprobModel,
     PaddedBatch,
+    agree,
+    forward,
     pad_sequences,
+    probe_ids,
+    refuse_padding_fault,
     token_budget_batches,
 )
-from kdrl_core.logprobs.passes import refuse_padding_fault
 from kdrl_core.models.loading import load_weights_into
 from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest, ScoreRequest
 
 _COMPACT_BELOW = 0.75
 """The batch is compacted once fewer than this share of its rows still generate, since copying the cache has a cost."""
+_logger = logging.getLogger("kdrl")
 
 
 class TransformersRolloutEngine:
@@ -59,7 +67,7 @@ class TransformersRolloutEngine:
         self._batch_size = batch_size
         self._num_tokens = num_token_ids(tokenizer)
         refuse_padding_fault(model)
-        self._uses_cache = has_usable_cache(model)
+        self._uses_cache = _has_usable_cache(model)
 
     def load_weights(self, checkpoint_dir: Path) -> None:
         load_weights_into(self._model, checkpoint_dir)
@@ -90,7 +98,7 @@ class TransformersRolloutEngine:
     ) -> list[Rollout]:
         device = self._model.device
         prompts = [request.prompt_token_ids for request in requests]
-        decoding = Decoding(self._model, prompts, limit=limit, uses_cache=self._uses_cache)
+        decoding = _Decoding(self._model, prompts, limit=limit, uses_cache=self._uses_cache)
         draws = torch.from_numpy(np.stack([uniforms(request.seed, limit) for request in requests])).to(device)
         tokens = torch.zeros(len(requests), limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(requests), limit, device=device)
@@ -131,10 +139,10 @@ class TransformersRolloutEngine:
         self,
         requests: Sequence[RolloutRequest],
         which: list[int],
-        tokens: torch.Tensor,
-        logprobs: torch.Tensor,
-        counts: torch.Tensor,
-        stopped: torch.Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+        counts: Tensor,
+        stopped: Tensor,
     ) -> list[Rollout]:
         sizes = counts[which].tolist()
         token_ids = [row[:size] for row, size in zip(tokens[which].tolist(), sizes, strict=True)]
@@ -154,7 +162,7 @@ class TransformersRolloutEngine:
             )
         ]
 
-    def _sample(self, logits: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(self, logits: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B] and their logprobs [B] from logits [B, V] and draws [B] in [0, 1)."""
         logits = logits.float()
         if not torch.isfinite(logits).all():
@@ -164,28 +172,93 @@ class TransformersRolloutEngine:
             log_probabilities = logits.log_softmax(-1)
         else:
             log_probabilities = (logits / self._temperature).log_softmax(-1)
-            chosen = invert(log_probabilities.double().exp().cumsum(-1), draws, num_tokens=self._num_tokens)
+            distribution = log_probabilities[:, : self._num_tokens].double().exp().cumsum(-1)
+            chosen = torch.searchsorted(distribution, (draws * distribution[:, -1])[:, None], right=True).squeeze(1)
+            chosen = chosen.clamp(max=distribution.shape[1] - 1)
         return chosen, log_probabilities.gather(-1, chosen[:, None]).squeeze(1)
 
 
-def invert(cumulative: torch.Tensor, draws: torch.Tensor, *, num_tokens: int) -> torch.Tensor:
-    """Tokens [B] below `num_tokens` at which cumulative probabilities [B, V] pass the draws [B] in [0, 1).
+class _Decoding:
+    """Rows of one batch: each starts with a prompt and gets one token per `append`.
 
-    A draw that falls on padding of the embedding is drawn once more, from the other tokens, with the part of the number
-    that lies beyond them. So tokens come from the distribution without padding, and other draws are as without this.
+    Args:
+        limit: most tokens that a row will get.
+        uses_cache: whether the model has a usable cache, from `_has_usable_cache`.
     """
 
-    def search(values: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        found = torch.searchsorted(values, points[:, None], right=True).squeeze(1)
-        return found.clamp(max=values.shape[1] - 1)
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, limit: int, uses_cache: bool
+    ) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config) if uses_cache else None
+        distinct = {tuple(prompt): row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        self._width = width = max(map(len, distinct))
+        ids = [[0] * (width - len(prompt)) + list(prompt) + [0] * limit for prompt in distinct]
+        self._ids = torch.tensor(ids, device=model.device)  # [rows, width + tokens to come]
+        self._padding = torch.tensor([[width - len(prompt)] for prompt in distinct], device=model.device)
+        self._mask = (torch.arange(width + limit, device=model.device) >= self._padding).long()
+        self.logits = self._forward(width)
+        """[rows, V] of each row's next token."""
+        source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
+        self.logits = self.logits[source]
+        self.keep(source)
 
-    total = cumulative[:, -1]
-    chosen = search(cumulative, draws * total)
-    if num_tokens < cumulative.shape[1] and (is_padding := chosen >= num_tokens).any():
-        known, beyond = cumulative[:, :num_tokens].contiguous(), (draws * total - cumulative[:, num_tokens - 1])
-        again = beyond / (total - cumulative[:, num_tokens - 1]).clamp(min=torch.finfo(total.dtype).tiny)
-        chosen = torch.where(is_padding, search(known, again.clamp(0.0, 1.0) * known[:, -1]), chosen)
-    return chosen
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch. `append` comes next."""
+        if self._cache is not None:
+            self._cache.reorder_cache(rows)  # the only method that takes the rows of recurrent states as well
+        self._ids, self._padding, self._mask = self._ids[rows], self._padding[rows], self._mask[rows]
+
+    def append(self, tokens: Tensor) -> None:
+        """Append one token to each row and compute the logits of the next."""
+        self._ids[:, self._width] = tokens
+        self._width += 1
+        self.logits = self._forward(self._width if self._cache is None else 1)
+
+    def _forward(self, num_tokens: int) -> Tensor:
+        """[rows, V] logits of the last position. The model gets the last `num_tokens` tokens of each row."""
+        new = slice(self._width - num_tokens, self._width)
+        positions = torch.arange(new.start, new.stop, device=self._ids.device) - self._padding
+        output = forward(
+            self._model,
+            input_ids=self._ids[:, new],
+            attention_mask=self._mask[:, : self._width],
+            position_ids=positions.clamp(min=0),
+            use_cache=self._cache is not None,
+            logits_to_keep=1,
+            **({} if self._cache is None else {"past_key_values": self._cache}),
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+@torch.inference_mode()
+def _has_usable_cache(model: PreTrainedModel) -> bool:
+    """Whether the model gives the same logits with a cache, whose rows are repeated, dropped and reordered, as without;
+    tried on a few tokens. Logs a warning if it does not.
+    """
+    try:
+        fine = agree(_tried(model, uses_cache=True), _tried(model, uses_cache=False), dtype=model.dtype)
+        reason = "gives other logits with the cache than without"
+    except Exception as error:  # a cache of another kind fails in its own way
+        fine, reason = False, f"has no cache that rows can be taken from ({' '.join(str(error).split())[:100]})"
+    if not fine:
+        _logger.warning(
+            "%s %s; every token is computed from the whole sequence, which is slower", type(model).__name__, reason
+        )
+    return fine
+
+
+def _tried(model: PreTrainedModel, *, uses_cache: bool) -> Tensor:
+    """Logits of every step of a small batch."""
+    ids = probe_ids(model)
+    decoding = _Decoding(model, [ids[1:3], ids[2:6]], limit=2, uses_cache=uses_cache)
+    found = [decoding.logits]
+    for rows, tokens in (([1, 0, 1], ids[6:9]), ([2, 1], ids[9:11])):
+        decoding.keep(torch.tensor(rows, device=model.device))
+        decoding.append(torch.tensor(tokens, device=model.device))
+        found.append(decoding.logits)
+    return torch.cat(found)
 
 
 class TransformersScorer:

@@ -8,13 +8,7 @@ import ctypes
 import mmap
 import uuid
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
-
-from kdrl_core.errors import ModelError
-from kdrl_core.models.tokenizer import num_token_ids, read_tokenizer
-from kdrl_core.models.vocabulary import vocabulary_of
 
 _INCARNATION = uuid.uuid4().hex
 """Identity of this process. A restarted worker has another identity, and its initial weights."""
@@ -23,14 +17,14 @@ _INCARNATION = uuid.uuid4().hex
 class KdrlWorker:
     """Mixed into vLLM's worker class."""
 
-    def kdrl_load(self, path: str) -> dict[str, str]:
-        """Wake up and load the weights of the Hugging Face model directory `path`. Returns `kdrl_state`."""
+    def kdrl_load(self, path: str, num_tokens: int | None = None) -> dict[str, str]:
+        """Wake up and load the weights of the Hugging Face model directory `path`; with `num_tokens` also
+        `kdrl_sample_below`. Returns `kdrl_state`."""
         worker: Any = self
         self.kdrl_wake()
         worker.reload_weights(weights_path=path)
         renew_output_layer(worker.model_runner.get_model())
-        trusts = bool(worker.vllm_config.model_config.trust_remote_code)
-        if (num_tokens := num_token_ids_in(Path(path), trust_remote_code=trusts)) is not None:
+        if num_tokens is not None:
             self.kdrl_sample_below(num_tokens)
         worker.kdrl_weights = path
         return self.kdrl_state()
@@ -69,15 +63,6 @@ class KdrlWorker:
     def kdrl_state(self) -> dict[str, str]:
         """`weights`, the directory that was loaded last (empty: the initial weights), and `incarnation`."""
         return {"weights": getattr(self, "kdrl_weights", ""), "incarnation": _INCARNATION}
-
-
-def num_token_ids_in(folder: Path, *, trust_remote_code: bool) -> int | None:
-    """`num_token_ids` of the tokenizer in a model directory; None if it has none."""
-    if (tokens := vocabulary_of(folder)) is not None:
-        return 1 + max(tokens.values())
-    with suppress(ModelError):
-        return num_token_ids(read_tokenizer(folder, trust_remote_code=trust_remote_code))
-    return None
 
 
 def sample_below(sampler: Any, num_tokens: int) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.errors import DamagedArtifactError
 
 RESULTS = "results.json"

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.config.small_files import read_json, why
+from kdrl_core.config.paths import read_json, why
 from kdrl_core.data import PROBLEM_SCHEMA, render_prompts, think_opened
 from kdrl_core.engines.from_recipe import rollout_engine
 from kdrl_core.engines.protocols import RolloutEngine

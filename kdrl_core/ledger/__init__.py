@@ -3,7 +3,7 @@
 from kdrl_core.config.paths import artifacts_root, validate_run_name
 from kdrl_core.ledger.graph import checkpoint_label, checkpoint_step
 from kdrl_core.ledger.heal import find_intact, find_own, required_sha256, verify_own
-from kdrl_core.ledger.identity import Outside, differences, identify
+from kdrl_core.ledger.identity import Outside
 from kdrl_core.ledger.lock import lock_holder, require_free, run_lock
 from kdrl_core.ledger.manifest import (
     Listing,
@@ -46,8 +46,8 @@ from kdrl_core.ledger.run import (
 
 __all__ = [
     "ConstantFiles", "Listing", "Manifest", "Outside", "Run", "RunPaths", "adopt_published", "adopted",
-    "artifacts_root", "checkpoint_label", "checkpoint_step", "create_run", "derive_seed", "differences", "digest",
-    "find_intact", "find_own", "identify", "is_current", "is_published", "list_runs", "lock_holder", "manifest_of",
+    "artifacts_root", "checkpoint_label", "checkpoint_step", "create_run", "derive_seed", "digest",
+    "find_intact", "find_own", "is_current", "is_published", "list_runs", "lock_holder", "manifest_of",
     "model_identity", "note", "open_run", "open_run_dir", "outside_of", "prompts_of_step", "publish_directory",
     "publish_file", "published_below", "record_adoption", "replace_file", "require_free", "require_resumable",
     "require_same_outside", "require_same_recipe", "require_writable", "required_sha256", "retract", "run_lock",

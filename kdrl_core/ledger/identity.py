@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kdrl_core.config import Recipe
-from kdrl_core.config.outside import files_of, slots_of, with_slots
+from kdrl_core.config.outside import files_of, function_of, slots_of, with_slots
+from kdrl_core.errors import RunError
 from kdrl_core.ledger.manifest import digest, digest_of_listing
-from kdrl_core.objectives.plugins import is_reference
 
 Outside = dict[str, dict[str, Any]]
 """Slot of the recipe → `path` as the recipe gives it, `sha256` over the names and contents of its files, and `files`:
@@ -22,30 +22,43 @@ _digests: dict[tuple[str, tuple[int, ...]], str] = {}
 """Path and stamp → sha256 of what this process has read."""
 
 
-def identify(recipe: Recipe, known: Outside | None = None, *, reads_all: bool = False) -> Outside:
+def identify(recipe: Recipe, known: Outside | None = None) -> Outside:
     """The present identity of all that the recipe names; slots without files are left out.
 
     Args:
         known: an earlier result; hashes of files that are unchanged since are taken from it.
+
+    Raises:
+        ModelError, RecipeError, RunError: as `identify_slot`.
+    """
+    known = known or {}
+    found = {slot: identify_slot(recipe, slot, text, known.get(slot)) for slot, text in slots_of(recipe).items()}
+    return {slot: identity for slot, identity in found.items() if identity is not None}
+
+
+def identify_slot(
+    recipe: Recipe, slot: str, text: str, known: Mapping[str, Any] | None = None, *, reads_all: bool = False
+) -> dict[str, Any] | None:
+    """The present identity of what `text` means in a slot; None if there are no files.
+
+    Args:
+        known: the slot in an earlier result.
         reads_all: read every file, also those that seem unchanged.
 
     Raises:
         ModelError, RecipeError: as `files_of`.
+        RunError: a file may not be read.
     """
-    found: Outside = {}
-    for slot, text in slots_of(recipe).items():
-        files = identify_files(files_of(recipe, slot, text), (known or {}).get(slot), reads_all=reads_all)
-        if files:
-            found[slot] = {"path": text, "sha256": digest_of_listing(files), "files": files}
-    return found
+    try:
+        files = _identities(files_of(recipe, slot, text), {} if known is None else known["files"], reads_all=reads_all)
+    except OSError as error:
+        raise RunError(f"{slot}={text} cannot be read ({error}); make its files readable") from error
+    return {"path": text, "sha256": digest_of_listing(files), "files": files} if files else None
 
 
-def identify_files(
-    paths: Mapping[str, Path], known: Mapping[str, Any] | None = None, *, reads_all: bool = False
+def _identities(
+    paths: Mapping[str, Path], recorded: Mapping[str, Any], *, reads_all: bool
 ) -> dict[str, dict[str, Any]]:
-    """Size, sha256 and stamp of named files. `known`: their slot in an earlier result."""
-    recorded = {} if known is None else known["files"]
-
     def identity(name: str) -> dict[str, Any]:
         path, status = paths[name], paths[name].stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
@@ -62,10 +75,21 @@ def identify_files(
 def differences(recorded: Outside, found: Outside) -> Iterable[tuple[str, str, str]]:
     """Slot, path as the recipe gives it, and what differs, for each slot whose content is no longer the recorded one.
     Slots that have no files any more are passed over: whoever needs the files says that they are missing."""
-    for slot in recorded.keys() & found.keys():
-        before, after = recorded[slot], found[slot]
-        if before["sha256"] != after["sha256"]:
-            yield slot, after["path"], _told(before["files"], after["files"])
+    for slot, after in found.items():
+        if slot in recorded and (told := difference(recorded[slot], after)) is not None:
+            yield slot, after["path"], told
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """The first file that differs between two identities of a slot, with both hashes; None if their content is the
+    same."""
+    if before["sha256"] == after["sha256"]:
+        return None
+    was, now = ({name: file["sha256"] for name, file in each["files"].items()} for each in (before, after))
+    name, *more = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    told = f"has sha256 {now[name][:12]}…" if name in now else "is gone"
+    began = f"recorded was {was[name][:12]}…" if name in was else "it was not there"
+    return f"{name} {told}, {began}" + (f", and {len(more)} more" if more else "")
 
 
 def unmoved(old: Recipe, new: Recipe, recorded: Outside) -> Recipe:
@@ -73,11 +97,11 @@ def unmoved(old: Recipe, new: Recipe, recorded: Outside) -> Recipe:
     before = slots_of(old)
 
     def told(slot: str, text: str) -> str:
-        was, known = before.get(slot, text), recorded.get(slot)
-        is_other_function = is_reference(text) and text.rpartition(":")[2] != was.rpartition(":")[2]
-        if was == text or known is None or is_other_function:
+        was = before.get(slot, text)
+        if was == text or slot not in recorded or function_of(slot, text) != function_of(slot, was):
             return text
-        return was if digest_of_listing(identify_files(files_of(new, slot, text))) == known["sha256"] else text
+        found = identify_slot(new, slot, text)
+        return was if found is not None and found["sha256"] == recorded[slot]["sha256"] else text
 
     return with_slots(new, told)
 
@@ -92,19 +116,3 @@ def is_outside(value: object) -> TypeGuard[Outside]:
         )
     except (AttributeError, KeyError, TypeError):
         return False
-
-
-def _told(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    if gone := sorted(before.keys() - after.keys()):
-        return f"{gone[0]} (sha256 {before[gone[0]]['sha256'][:12]}…) is gone{_more(gone)}"
-    if new := sorted(after.keys() - before.keys()):
-        return f"{new[0]} (sha256 {after[new[0]]['sha256'][:12]}…) was not there{_more(new)}"
-    changed = sorted(name for name in before if before[name]["sha256"] != after[name]["sha256"])
-    name = changed[0]
-    return (
-        f"{name} has sha256 {after[name]['sha256'][:12]}…, recorded was {before[name]['sha256'][:12]}…{_more(changed)}"
-    )
-
-
-def _more(names: list[str]) -> str:
-    return "" if len(names) == 1 else f", and {len(names) - 1} more"

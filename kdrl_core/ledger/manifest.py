@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import kdrl_core
-from kdrl_core.config.small_files import open_regular, read_json, why
+from kdrl_core.config.paths import open_regular, read_json, why
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, RunError
 from kdrl_core.ledger.graph import FILTER_REPORT, POOL, node_at
 from kdrl_core.ledger.names import place_of

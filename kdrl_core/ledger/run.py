@@ -15,8 +15,7 @@ from typing import Any
 import kdrl_core
 from kdrl_core.config import Recipe, anchored, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
 from kdrl_core.config.changes import SAFE_FIELDS
-from kdrl_core.config.paths import artifacts_root
-from kdrl_core.config.small_files import read_json, why
+from kdrl_core.config.paths import artifacts_root, read_json, why
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger.graph import folders
 from kdrl_core.ledger.identity import Outside, differences, identify, is_outside, unmoved

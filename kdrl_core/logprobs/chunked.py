@@ -168,6 +168,40 @@ def best_tokens(
     return BestTokens(logit[:, 0] - log_sum, ids, values - log_sum[:, None])
 
 
+class LogprobHead(torch.nn.Module):
+    """The output layer [V, H] as a function from hidden states to statistics of tokens.
+
+    It is a module of its own, so that sharded training (ZeRO-3) gathers the weight before its forward pass and again
+    before its backward pass.
+    """
+
+    def __init__(self, output_layer: torch.nn.Linear, *, temperature: float) -> None:
+        super().__init__()
+        self.output_layer = output_layer
+        self.temperature = temperature
+
+    def forward(
+        self,
+        hidden: Tensor,
+        target_ids: Tensor,
+        topk_ids: Tensor | None = None,
+        topk_logits: Tensor | None = None,
+        *,
+        with_entropy: bool = False,
+        floor: float = 0.0,
+    ) -> TokenStatistics:
+        """`token_statistics` of hidden states [N, H]."""
+        if (topk_ids is None) != (topk_logits is None):
+            raise ValueError("topk_ids and topk_logits: expected both or neither")
+        topk = None if topk_ids is None or topk_logits is None else TopKTeacher(topk_ids, topk_logits, floor)
+        return token_statistics(hidden, self.layer, target_ids, with_entropy=with_entropy, topk=topk)
+
+    @property
+    def layer(self) -> OutputLayer:
+        """The layer as a record."""
+        return OutputLayer(self.output_layer.weight, self.output_layer.bias, self.temperature)
+
+
 def _compute_dtype(hidden: Tensor, given: torch.dtype | None) -> torch.dtype:
     if given is not None:
         return given

@@ -12,23 +12,19 @@ Ragged token lists become padded tensors first: prompts left-padded, responses r
 prompt, T = longest response of the batch.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from functools import cache, wraps
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kdrl_core.logprobs.chunked import (
-    BestTokens,
-    OutputLayer,
-    TokenStatistics,
-    TopKTeacher,
-    best_tokens,
-    token_statistics,
-)
-from kdrl_core.logprobs.passes import forward, refuse_padding_fault, set_checkpointing
+from kdrl_core.errors import ModelError
+from kdrl_core.logprobs.chunked import BestTokens, LogprobHead, TokenStatistics, best_tokens
 from kdrl_core.objectives import topk_kl
 from kdrl_core.types import ScoreRequest
 
@@ -87,84 +83,32 @@ def token_budget_batches(lengths: Sequence[tuple[int, int]], *, max_tokens: int)
     return batches
 
 
-def deal_batches(batches: Sequence[Sequence[int]], *, ranks: int) -> tuple[list[list[list[int]]], list[int]]:
-    """Deal micro-batches to ranks: each gets the same number of passes, as sharded training needs.
-
-    Neighbours in `batches` have similar lengths and run at the same time. If the number of batches is not a multiple of
-    the ranks, those with most rows are halved. If there are too few rows, ranks repeat a row as an idle pass.
-
-    Returns:
-        the passes of every rank, and how many of its last passes are idle.
-    """
-    parts = [list(rows) for rows in batches]
-    while len(parts) % ranks:
-        longest = max(range(len(parts)), key=lambda index: (len(parts[index]), index))
-        if len(parts[longest]) == 1:
-            break
-        rows = parts[longest]
-        parts[longest : longest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-    missing = -len(parts) % ranks
-    dealt = [parts[rank::ranks] for rank in range(ranks)]
-    idle = [int(rank >= ranks - missing) for rank in range(ranks)]
-    for rank in range(ranks):
-        dealt[rank] += [parts[0]] * idle[rank]
-    return dealt, idle
-
-
-class LogprobHead(torch.nn.Module):
-    """The output layer [V, H] as a function from hidden states to statistics of tokens.
-
-    It is a module of its own, so that sharded training (ZeRO-3) gathers the weight before its forward pass and again
-    before its backward pass.
-    """
-
-    def __init__(self, output_layer: torch.nn.Linear, *, temperature: float) -> None:
-        super().__init__()
-        self.output_layer = output_layer
-        self.temperature = temperature
-
-    def forward(
-        self,
-        hidden: Tensor,
-        target_ids: Tensor,
-        topk_ids: Tensor | None = None,
-        topk_logits: Tensor | None = None,
-        *,
-        with_entropy: bool = False,
-        floor: float = 0.0,
-    ) -> TokenStatistics:
-        """`token_statistics` of hidden states [N, H]."""
-        if (topk_ids is None) != (topk_logits is None):
-            raise ValueError("topk_ids and topk_logits: expected both or neither")
-        topk = None if topk_ids is None or topk_logits is None else TopKTeacher(topk_ids, topk_logits, floor)
-        return token_statistics(hidden, self.layer, target_ids, with_entropy=with_entropy, topk=topk)
-
-    @property
-    def layer(self) -> OutputLayer:
-        """The layer as a record."""
-        return OutputLayer(self.output_layer.weight, self.output_layer.bias, self.temperature)
-
-
 class LogprobModel(torch.nn.Module):
     """A causal language model that returns statistics of response tokens instead of logits. `model` itself is put into
-    eval mode and stays there."""
+    eval mode and stays there.
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
+    Args:
+        recomputes: recompute the model's activations in the backward pass.
+
+    Raises:
+        ModelError: padding changes the model's logits, or it cannot recompute activations.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float, recomputes: bool = False) -> None:
         super().__init__()
-        self.model = model
-        self.train()
+        self.model = model.eval()
         refuse_padding_fault(model)
         self.temperature = temperature
         self.head: LogprobHead | None = None
         """None: the model's own logits are used."""
         if has_linear_logits(model):
             self.head = LogprobHead(model.get_output_embeddings(), temperature=temperature)
+        if recomputes:
+            _recompute_activations(model)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, except that the model stays in eval mode. Only the layers of `checkpoint_activations` learn the
-        mode, since they recompute in training mode alone."""
-        super().train(mode)
-        set_checkpointing(self.model, mode)
+        """Only this module learns the mode: the model stays in eval mode."""
+        self.training = mode
         return self
 
     def forward(
@@ -230,7 +174,8 @@ class LogprobModel(torch.nn.Module):
 
 
 def has_linear_logits(model: PreTrainedModel) -> bool:
-    """Whether logits = output layer(last hidden states of the base model), tested by two tiny forward passes.
+    """Whether logits = output layer(last hidden states of the base model) of a model in eval mode, tested by two tiny
+    forward passes.
 
     The output layer gets large random numbers in place of its input. The model's logits must be their linear map: with
     large logits, a soft cap or a scale shows. And the input that was replaced must be what the base model returns.
@@ -248,8 +193,6 @@ def has_linear_logits(model: PreTrainedModel) -> bool:
         seen.append(inputs[0])
         return (loud,)
 
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     hook = layer.register_forward_pre_hook(replace_input)
     try:
         with torch.no_grad():
@@ -264,8 +207,6 @@ def has_linear_logits(model: PreTrainedModel) -> bool:
         return False
     finally:
         hook.remove()
-        for module, mode in was_training.items():
-            module.training = mode
     # NaN is equal to NaN here: this test does not refuse a model with broken weights.
     return (
         len(seen) == 1
@@ -274,6 +215,85 @@ def has_linear_logits(model: PreTrainedModel) -> bool:
         and logits.shape == expected.shape
         and torch.allclose(logits, expected, rtol=1e-3, atol=1e-2, equal_nan=True)
     )
+
+
+def refuse_padding_fault(model: PreTrainedModel) -> None:
+    """Raise ModelError if logits of a model in eval mode depend on padding before the prompt; tried on a few tokens.
+    Engines and trainers batch prompts of several lengths."""
+    ids = probe_ids(model)
+    short, long = (ScoreRequest(prompt_token_ids=prompt, token_ids=ids[6:9]) for prompt in (ids[1:3], ids[2:6]))
+    with torch.no_grad():
+        padded, alone = (
+            response_logits(model, pad_sequences(batch, device=model.device), temperature=1.0)[0]
+            for batch in ([short, long], [short])
+        )
+    if not agree(padded, alone, dtype=model.dtype):
+        raise ModelError(
+            f"{type(model).__name__} gives other logits where a prompt is padded on the left, so kdrl can neither "
+            "sample from it nor train it in batches; use a model of another architecture"
+        )
+
+
+def probe_ids(model: PreTrainedModel) -> list[int]:
+    """Eleven token ids to try a model with."""
+    return [number % int(model.get_input_embeddings().num_embeddings) for number in range(11)]
+
+
+def agree(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> bool:
+    """Whether logits are the same up to the rounding of the model's dtype: their mean gap is small beside their spread.
+    NaN is equal to NaN here: broken weights are reported elsewhere."""
+    limit = 0.01 if dtype in (torch.float32, torch.float64) else 0.3
+    found, expected = found.double(), expected.double()
+    is_fine = expected.isfinite()
+    if not torch.equal(found.isfinite(), is_fine):
+        return False
+    gap, spread = (found - expected)[is_fine].abs().mean(), expected[is_fine].std()
+    return not bool(gap > limit * spread + 1e-6)
+
+
+def _recompute_activations(model: PreTrainedModel) -> None:
+    """Have the model recompute activations in the backward pass. Raises ModelError if it cannot.
+
+    A layer recomputes if its `training` flag is on. The flag is off while the layer's own code runs: it would switch
+    dropout on.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{type(model).__name__} cannot recompute activations; set trainer.activation_checkpointing=false"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.forward, layer.training = _in_eval_mode(layer), True
+
+
+def _in_eval_mode(layer: torch.nn.Module) -> Callable[..., Any]:
+    own = layer.forward
+
+    @wraps(own)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        layer.training = False
+        try:
+            return own(*args, **kwargs)
+        finally:
+            layer.training = True
+
+    return run
+
+
+def forward(model: torch.nn.Module, **arguments: Any) -> Any:
+    """A forward pass with those of the arguments that the model knows. Models without `position_ids` find positions by
+    the attention mask; those without `logits_to_keep` give the logits of all positions."""
+    known = _parameters(type(model).forward)
+    return model(**arguments if known is None else {name: arguments[name] for name in arguments.keys() & known})
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of the arguments of a function; None if it takes any."""
+    parameters = inspect.signature(function).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return None if takes_any else frozenset(parameters)
 
 
 def response_logits(model: PreTrainedModel, batch: PaddedBatch, *, temperature: float) -> Tensor:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.config.outside import WEIGHTS, shards
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.errors import ModelError, RecipeError
-from kdrl_core.models.tokenizer import read_tokenizer, trust_hint
-from kdrl_core.models.vocabulary import check_embedding, vocabulary_of
+from kdrl_core.models.tokenizer import check_embedding, read_object, read_tokenizer, trust_hint, vocabulary_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ADAPTER = "adapter_config.json"
+_GENERATION = "generation_config.json"
 
 
 def check_device(recipe: Recipe) -> None:
@@ -86,7 +86,7 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
         raise ModelError(f"{where}: {path / 'config.json'} is not a JSON object; download the model again")
     _check_weight_files(path)
     check_embedding(vocabulary_of(path), values, where=where)
-    _generation_config(path)
+    read_object(path / _GENERATION)  # transformers would take a broken one for a missing one, and lose its eos_token_id
     if not config.trust_remote_code and (_needs_own_code(values) or _tokenizer_needs_own_code(path)):
         raise ModelError(
             f"{where}: {path} comes with code of its own (auto_map), which is not run unasked; "
@@ -118,7 +118,8 @@ def _needs_own_code(values: dict[str, Any]) -> bool:
 
 
 def _tokenizer_needs_own_code(path: Path) -> bool:
-    return not (path / "tokenizer.json").is_file() and "auto_map" in _tokenizer_config(path)  # the former needs no code
+    is_plain = (path / "tokenizer.json").is_file()  # which needs no code
+    return not is_plain and "auto_map" in (read_object(path / "tokenizer_config.json") or {})
 
 
 def context_limit(config: dict[str, Any]) -> int | None:
@@ -156,19 +157,8 @@ def compare_tokenizers(student: Path, teacher: Path) -> None:
         )
 
 
-def _tokenizer_config(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json; empty without one."""
-    file = path / "tokenizer_config.json"
-    try:
-        return dict(read_json(file, follow_links=True))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); download the tokenizer again") from error
-
-
 def _eos_token(path: Path) -> str | None:
-    eos = _tokenizer_config(path).get("eos_token")
+    eos = (read_object(path / "tokenizer_config.json") or {}).get("eos_token")
     if isinstance(eos, dict):  # an AddedToken, written out
         eos = eos.get("content")
     return eos if isinstance(eos, str) else None
@@ -263,7 +253,7 @@ def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int
     Raises ModelError if there are none.
     """
     if isinstance(model, Path):
-        values = _generation_config(model)  # as in transformers: else config.json
+        values = read_object(model / _GENERATION)  # as in transformers: else config.json
         configured = (read_config(model) if values is None else values).get("eos_token_id")
     else:
         configured = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -280,18 +270,6 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory that was checked by `check_model_dir`."""
     values: dict[str, Any] = read_json(path / "config.json", follow_links=True)
     return values
-
-
-def _generation_config(path: Path) -> dict[str, Any] | None:
-    """generation_config.json; None without one. transformers would take a broken one for a missing one, and responses
-    would not end where they should."""
-    file = path / "generation_config.json"
-    try:
-        return dict(read_json(file, follow_links=True))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); download it again") from error
 
 
 def _first_line(error: Exception) -> str:

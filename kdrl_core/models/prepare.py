@@ -1,4 +1,8 @@
-"""Model directories made from other models: from GGUF files, and with a temperature baked in for a served teacher.
+"""Model directories that kdrl writes: exported from a trainer, made from GGUF files, and with a temperature baked in.
+
+An export has weights and config from memory, and everything else as the source directory has it. transformers refuses
+to write some files that it reads, such as a generation_config.json with a temperature and without do_sample (Llama 2),
+and it leaves out others. So these files are copied.
 
 Servers give the logprobs of softmax(z) at any sampling temperature. But KDRL needs the teacher's logprobs of
 softmax(z / T), since T is the temperature of the policy that is sampled and distilled. So kdrl serves a copy of the
@@ -6,14 +10,22 @@ teacher with the output layer W / T. Tied embeddings are untied, since the input
 """
 
 import hashlib
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, resolve_path
 from kdrl_core.errors import ModelError
 from kdrl_core.ledger import Manifest, digest, is_published, publish_directory
-from kdrl_core.models.export import companions, export_model
 from kdrl_core.models.loading import check_model_dir, load_model, load_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_GENERATION = "generation_config.json"
+_COPIED = (_GENERATION, "*.py", "*processor_config.json")
+"""Files of the source that an export has as well: how to generate, code of the model's own, and what servers read."""
 _verified: set[Path] = set()
 """Converted models that this process has verified: they are large, and used often."""
 
@@ -100,3 +112,29 @@ def bake_temperature(model_dir: Path, output: Path, temperature: float) -> Manif
         companions(model_dir, tokenizer)(folder)
 
     return publish_directory(output, write, metadata={"source": str(model_dir), "temperature": temperature})
+
+
+def export_model(model: "PreTrainedModel", folder: Path) -> None:
+    """`save_pretrained`, which also writes a generation_config.json that transformers finds invalid."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = own
+    if own is not None:
+        own.to_json_file(folder / _GENERATION, use_diff=True, keys_to_pop=["compile_config"])  # as transformers does
+
+
+def companions(source: Path | str, tokenizer: Any) -> Callable[[Path], None]:
+    """Writes what lies beside weights and config into a folder: the tokenizer, and files copied from the directory
+    `source` (empty: there is none)."""
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        for pattern in _COPIED if source else ():
+            for file in Path(source).glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+
+    return write

@@ -30,8 +30,8 @@ from kdrl_core.ledger import (
     sweep_temporaries,
     verify_published,
 )
+from kdrl_core.ledger.lock import stop_if_requested
 from kdrl_core.ledger.manifest import file_manifest_path
-from kdrl_core.ledger.stop import stop_if_requested
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
 from kdrl_core.tables.files import verdict_columns, write_table

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.config.small_files import read_small
+from kdrl_core.config.paths import read_small
 from kdrl_core.ledger import storage_errors
 from kdrl_core.sampling.responses import Response
 from kdrl_core.types import FinishReason, RolloutRequest

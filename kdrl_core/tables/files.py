@@ -8,24 +8,33 @@ of their own; they are replaced atomically.
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdrl_core.config.small_files import why
+from kdrl_core.config.paths import require_regular, why
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Run, manifest_of, replace_file
 from kdrl_core.ledger.manifest import Kept, keep, recall, stamp_of
-from kdrl_core.tables.decoded import METRICS, READ, open_parquet
 from kdrl_core.tables.schemas import ALARMS, SCHEMA_VERSION
 from kdrl_core.types import ScoreRequest, Verdict
 
+LOOKED_AT = 2**31
+"""Most bytes that a file may decode to where runs are looked at: five times those of 1,024 rollouts of 32K tokens."""
+METRICS = 2**28
+"""Most bytes of a stage's metrics, timings or alarms: a hundred thousand steps have less."""
+_READ = 2**36
+"""Most bytes that any other file of a run may decode to."""
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+_REPEATING = {"RLE_DICTIONARY", "PLAIN_DICTIONARY", "DELTA_BYTE_ARRAY"}
+_REMEDY = "kdrl check RUN says what mends it"
 _logger = logging.getLogger("kdrl")
 
 
@@ -35,20 +44,79 @@ def write_table(table: pa.Table, path: Path) -> None:
     pq.write_table(table.replace_schema_metadata(metadata), path, compression="zstd")
 
 
-def read_table(path: Path, columns: list[str] | None = None, *, most_bytes: int = READ) -> pa.Table:
+def read_table(path: Path, columns: list[str] | None = None, *, most_bytes: int = _READ) -> pa.Table:
     """Read one Parquet file, without the partition columns.
 
     Raises DamagedArtifactError if it is not Parquet, or decodes to more than `most_bytes`.
     """
-    remedy = "kdrl check RUN says what mends it"
     try:
-        with open_parquet(path, columns=columns, most_bytes=most_bytes) as file:
+        require_regular(path, path.stat())
+        with decodable(path, most_bytes=most_bytes, columns=columns) as file:
             return file.read(columns=columns)
     except DamagedArtifactError as error:
-        raise DamagedArtifactError(f"{path} {error.problem}", remedy) from error
+        raise DamagedArtifactError(f"{path} {error.problem}", error.remedy) from error
     except (pa.ArrowException, OSError) as error:
-        problem = f"{path} cannot be read as Parquet: {(why(error).splitlines() or [''])[0]}"
-        raise DamagedArtifactError(problem, remedy) from error
+        raise DamagedArtifactError(f"{path} cannot be read as Parquet: {why(error)}", _REMEDY) from error
+
+
+# --- how large a file becomes in memory -------------------------------------------------------------------------------
+# Its footer tells, before it is read. One text of a dictionary may be in every row, so 2 KB can decode to 40 GB.
+
+
+def decodable(source: Path | pa.Buffer, *, most_bytes: int, columns: Collection[str] | None = None) -> pq.ParquetFile:
+    """A Parquet file whose `columns` (None: all) decode to at most `most_bytes`.
+
+    Raises:
+        DamagedArtifactError: they decode to more.
+        ArrowException: it is not Parquet.
+    """
+    file = pq.ParquetFile(source)
+    certain, texts = _sizes(file, columns)
+    if certain <= most_bytes < certain + sum(texts.values()):
+        certain += _measured(source, [name for name, size in texts.items() if size], most_bytes - certain)
+    if certain > most_bytes:
+        file.close(force=True)
+        raise DamagedArtifactError(f"decodes to more than {most_bytes / 2**30:g} GiB, the most that is read", _REMEDY)
+    return file
+
+
+def _sizes(file: pq.ParquetFile, columns: Collection[str] | None) -> tuple[int, dict[str, int]]:
+    """Bytes that the columns take decoded; and for each column with texts that may repeat, the most that they take."""
+    certain, texts = 0, dict[str, int]()
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for index in range(group.num_columns):
+            column = group.column(index)
+            name, _, inner = column.path_in_schema.partition(".")
+            if columns is not None and name not in columns:
+                continue
+            width = _WIDTHS.get(column.physical_type) or file.schema.column(index).length
+            certain += column.num_values * (width or 4)
+            if width:
+                continue
+            if not _REPEATING.intersection(column.encodings):
+                certain += column.total_uncompressed_size
+            elif inner:
+                certain += column.num_values * column.total_uncompressed_size
+            else:
+                texts[name] = texts.get(name, 0) + column.num_values * column.total_uncompressed_size
+    return certain, texts
+
+
+def _measured(source: Path | pa.Buffer, names: list[str], most_bytes: int) -> int:
+    """Bytes of the texts in these columns; stops counting beyond `most_bytes`. Each different text is decoded once."""
+    counted = 0
+    with pq.ParquetFile(source, read_dictionary=names) as file:
+        for number in range(file.num_row_groups):
+            for name in names:
+                for chunk in file.read_row_group(number, [name])[name].chunks:
+                    is_coded = pa.types.is_dictionary(chunk.type)
+                    lengths = pc.binary_length(chunk.dictionary if is_coded else chunk)
+                    used = lengths.take(chunk.indices) if is_coded else lengths
+                    counted += pc.sum(used.cast(pa.int64())).as_py() or 0
+                    if counted > most_bytes:
+                        return counted
+    return counted
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------

@@ -12,9 +12,8 @@ import torch
 
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
-from kdrl_core.logprobs.passes import checkpoint_activations
-from kdrl_core.models.export import export_model
 from kdrl_core.models.loading import load_model
+from kdrl_core.models.prepare import export_model
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork
@@ -48,8 +47,6 @@ class Rank:
         timeout = timedelta(seconds=max(settings["start_timeout_s"], settings["step_timeout_s"]))
         deepspeed.init_distributed(verbose=False, timeout=timeout)
         self._model = load_model(Path(settings["model"]), trust_remote_code=settings["trust_remote_code"])
-        if settings["activation_checkpointing"]:
-            checkpoint_activations(self._model)
         initial = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
         self._names = list(initial)
         optimizer, self._schedule = make_optimizer(
@@ -58,7 +55,9 @@ class Rank:
         self._optimizer = optimizer
         vectors = max((p.numel() for p in self._model.parameters() if p.ndim == 1), default=0)
         self._engine: Any = deepspeed.initialize(
-            model=LogprobModel(self._model, temperature=settings["temperature"]),
+            model=LogprobModel(
+                self._model, temperature=settings["temperature"], recomputes=settings["activation_checkpointing"]
+            ),
             optimizer=optimizer,
             config=engine_config(settings, whole_below=vectors + 1),
         )[0]
@@ -125,13 +124,11 @@ class Rank:
 
     def _score(self, work: RankWork) -> Answer:
         padded = pad_sequences(work.batch.sequences, device=self._device)
-        self._engine.eval()
         with (
             torch.no_grad(),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed),
         ):
             logprobs = self._engine(padded).logprobs
-        self._engine.train()
         found = logprobs.cpu()[padded.response_mask.bool().cpu()].numpy()
         return {"step": self._step}, {"logprobs": found}
 

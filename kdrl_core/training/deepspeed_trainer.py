@@ -19,8 +19,8 @@ import numpy as np
 from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger import ConstantFiles, Listing
-from kdrl_core.logprobs.model import deal_batches, token_budget_batches
-from kdrl_core.models.export import companions
+from kdrl_core.logprobs.model import token_budget_batches
+from kdrl_core.models.prepare import companions
 from kdrl_core.objectives.plugins import expected_code
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
 from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch
@@ -157,6 +157,30 @@ class DeepSpeedTrainer:
         if len(steps) > 1:
             raise EngineError(f"{command} {path}: the ranks are at different steps {sorted(steps)}; resume the run")
         return int(steps.pop())
+
+
+def deal_batches(batches: Sequence[Sequence[int]], *, ranks: int) -> tuple[list[list[list[int]]], list[int]]:
+    """Deal micro-batches to ranks: each gets the same number of passes, as sharded training needs.
+
+    Neighbours in `batches` have similar lengths and run at the same time. If the number of batches is not a multiple of
+    the ranks, those with most rows are halved. If there are too few rows, ranks repeat a row as an idle pass.
+
+    Returns:
+        the passes of every rank, and how many of its last passes are idle.
+    """
+    parts = [list(rows) for rows in batches]
+    while len(parts) % ranks:
+        longest = max(range(len(parts)), key=lambda index: (len(parts[index]), index))
+        if len(parts[longest]) == 1:
+            break
+        rows = parts[longest]
+        parts[longest : longest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    missing = -len(parts) % ranks
+    dealt = [parts[rank::ranks] for rank in range(ranks)]
+    idle = [int(rank >= ranks - missing) for rank in range(ranks)]
+    for rank in range(ranks):
+        dealt[rank] += [parts[0]] * idle[rank]
+    return dealt, idle
 
 
 def _sum_metrics(replies: list[Reply]) -> dict[str, float]:

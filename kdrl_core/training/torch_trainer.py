@@ -18,19 +18,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed
 from kdrl_core.logprobs.chunked import TokenStatistics
-from kdrl_core.logprobs.model import (
-    LogprobModel,
-    PaddedBatch,
-    pad_sequences,
-    token_budget_batches,
-)
-from kdrl_core.logprobs.passes import checkpoint_activations
-from kdrl_core.models.export import companions, export_model, source_of
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
 from kdrl_core.models.loading import load_weights_into
+from kdrl_core.models.prepare import companions, export_model
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
 from kdrl_core.training.protocols import STATE_DIR, Float32s, OptimizerSettings, StepStats, UpdateBatch
@@ -58,10 +52,8 @@ class TorchTrainer:
         activation_checkpointing: bool = False,
     ) -> None:
         self._model = model
-        if activation_checkpointing:
-            checkpoint_activations(model)
-        self._logprobs = LogprobModel(model, temperature=settings.temperature)
-        self._companions = ConstantFiles(companions(source_of(model), tokenizer))
+        self._logprobs = LogprobModel(model, temperature=settings.temperature, recomputes=activation_checkpointing)
+        self._companions = ConstantFiles(companions(model.name_or_path, tokenizer))
         self._settings = settings
         self._autocast_dtype = autocast_dtype
         self._step = 0

@@ -137,8 +137,8 @@ _BASE_NAMES = {
 
 
 def normalise(content: str) -> str:
-    """The content of a box, repaired as in the table above. A content that is over MAX_CHARS, or would be after its
-    symbols are written out (one character can become 18), is not changed."""
+    """The content of a box, repaired as in the table above. A content that is over MAX_CHARS, or would be after the
+    repair (one character can become 18), is not changed."""
     written = content = content.strip()
     if len(content) > MAX_CHARS:
         return content
@@ -156,7 +156,8 @@ def normalise(content: str) -> str:
     content = _TEXT_WITH_DIGITS.sub(r"\1", content) if _TEXT_WITH_DIGITS.fullmatch(content) else content
     if _TRIGONOMETRIC.search(content):
         content = _DEGREES.sub(r"(\1\\pi/180)", content)
-    return _number(content) if len(content) <= MAX_CHARS else written
+    content = _number(content)
+    return content if len(content) <= MAX_CHARS else written
 
 
 def decimal_comma(content: str, *, is_truth: bool = False) -> str | None:

@@ -40,7 +40,7 @@ _START_GRACE_S = 60.0  # a worker that has to start may take this long on a busy
 _POLL_S = 0.25
 _WAITS = 5.0
 _WAIT_GRACE_S = 5.0
-"""A comparison that is alive has at least a fifth of a CPU. Otherwise it is given up after this many seconds more."""
+"""A comparison is given up after `_WAITS` times its CPU limit and `_WAIT_GRACE_S`: it got under a fifth of a CPU."""
 _MAX_REPLACEMENTS = 3
 
 Item = tuple[str, str]
@@ -257,7 +257,11 @@ class Verifier:
                     break
                 num_replacements += 1
                 if workers.is_closed or num_replacements > _MAX_REPLACEMENTS:
-                    _end(pending, finish, is_closed=workers.is_closed)
+                    reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
+                    if workers.is_closed:
+                        reason = "the verifier was closed before this item was judged"
+                    for job in pending:
+                        finish(job, Finding(Outcome(VerdictKind.ERROR, reason), is_certain=True))
                     return
                 if pool is not None:
                     workers.discard(pool)
@@ -272,16 +276,6 @@ class Verifier:
             for future, job in ahead.items()
             if not future.done() or self._workers.finding(future) is not None
         }
-
-
-def _end(jobs: Iterable[Job], finish: Callable[[Job, Finding], None], *, is_closed: bool) -> None:
-    """Finish jobs that no worker will judge."""
-    if is_closed:
-        reason = "the verifier was closed before this item was judged"
-    else:
-        reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
-    for job in jobs:
-        finish(job, Finding(Outcome(VerdictKind.ERROR, reason), is_certain=True))
 
 
 def verify_batch(

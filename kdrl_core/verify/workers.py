@@ -4,8 +4,8 @@ Pebble owns the processes. A pool that breaks (its workers were killed from outs
 discarded; the next job then gets a new pool.
 
 The kernel ends a worker that has used up its CPU time. Pebble's own deadline is not used: it reads the wall clock in
-this process, so that a clock step or a stopped process group would end comparisons that did nothing wrong. A worker
-that uses no CPU time and gives no result is found by its caller, who asks the pool to `give_up` the job.
+this process, so that a clock step or a stopped process group would end comparisons that did nothing wrong. If a worker
+uses no CPU time and gives no result, its caller asks the pool to `give_up` the job.
 
 Workers are spawned, but unlike with plain spawn they do not import the parent's ``__main__``. They need nothing from
 it, and importing it may do harm: a script without an ``if __name__ == "__main__"`` guard would fail, and a command line
@@ -150,7 +150,7 @@ class Workers:
     def give_up(future: "Future[Outcome]", waited_s: float) -> Finding:
         """Have the pool kill the worker of a job that has run for ``waited_s`` seconds, and replace it."""
         future.cancel()
-        reason = f"no result, although the comparison was waited for {waited_s:.0f} s; the worker was killed"
+        reason = f"no result after {waited_s:.0f} s of waiting; the worker was killed"
         return Finding(Outcome(VerdictKind.TIMEOUT, reason), is_certain=False)
 
     def discard(self, pool: ProcessPool) -> None:
@@ -189,7 +189,7 @@ class AwakeTime:
         self._total = 0.0
 
     def look(self) -> float:
-        """Seconds since the start."""
+        """Seconds lived through since the start."""
         seen, self._seen = self._seen, time.monotonic()
         self._total += min(self._seen - seen, self._longest_s)
         return self._total

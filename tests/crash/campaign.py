@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from crash.damage import damage_index, damage_journal, damage_something
-from crash.lives import Life, Lives, Trouble
+from crash.lives import Kind, Life, Lives, Trouble
 from crash.tiny_run import WORKERS_TIMEOUT_S, figures, for_workers, label, open_tiny, results
 
 from kdrl_core.ledger import Run, lock_holder
@@ -29,7 +29,8 @@ _RANDOM = "a random instant"
 _RANDOM_SHARE = 0.25
 _DAMAGE_SHARE = 0.3
 _WITH_WORKERS = 3
-"""Each third run has answers that need workers, which are killed and suspended, and measures a label."""
+"""Each third run has answers that need workers, which are killed and suspended, and measures a label. All are cancelled
+now and then."""
 
 
 @dataclass(slots=True)
@@ -44,9 +45,9 @@ class Report:
     """Artifacts damaged between a death and the next life."""
     indexes_damaged: int = 0
     journals_damaged: int = 0
-    suspended: int = 0
-    """Lives that were suspended for longer than an answer may take, with all that they had started."""
-    workers_killed: int = 0
+    troubles: Counter[str] = field(default_factory=Counter)
+    """Lives that were suspended for longer than an answer may take, with all that they had started; workers killed;
+    lives that were cancelled."""
     healing_points: set[str] = field(default_factory=set)
     """Fault points that only lives after damage pass."""
     runs: int = 0
@@ -76,7 +77,8 @@ class Report:
             f"kills               {self.kills} in {self.runs} runs, {self.killed_at[_RANDOM]} at random instants",
             f"resumes             {self.kills}, {self.damaged} of them after damage to an artifact",
             f"besides             {self.indexes_damaged} indexes and {self.journals_damaged} journals damaged, "
-            f"{self.suspended} lives suspended, {self.workers_killed} workers killed",
+            f"{self.troubles['suspend']} lives suspended, {self.troubles['kill workers']} workers killed, "
+            f"{self.troubles['cancel']} lives cancelled",
             f"fault points        {covered} of {len(self.points)} covered",
             f"while healing       {healing} of {len(self.healing_points)} covered",
             f"bytes compared      {self.bytes_compared:,}, {self.rows_compared:,} rows of tables",
@@ -161,10 +163,9 @@ def _finish_with_kills(
             life = lives.live(artifacts, run.name, die_at=point, skip=skip, trouble=trouble)
             _count(life, point, report)
         report.healing_points |= set(life.points) - set(report.points)
-        if trouble is not None and trouble.kind == "suspend":
-            report.suspended += life.troubled > 0
-        else:
-            report.workers_killed += life.troubled
+        if trouble is not None:
+            came = {"suspend": life.troubled > 0, "kill workers": life.troubled, "cancel": life.stopped}
+            report.troubles[trouble.kind] += came[trouble.kind]
         if life.finished:
             return
         far = max(far, *(report.points.index(point) for point in life.points if point in report.points))
@@ -176,17 +177,16 @@ def _finish_with_kills(
 
 
 def _trouble(run: Run, whole_s: float, rng: random.Random) -> Trouble | None:
-    """What comes over the next life of a run whose answers need workers."""
-    if run.recipe.verification.timeout_s != WORKERS_TIMEOUT_S or rng.random() < 0.3:
+    """What comes over the next life. Only where answers need workers are there some to kill, and deadlines to miss."""
+    needs_workers = run.recipe.verification.timeout_s == WORKERS_TIMEOUT_S
+    if rng.random() < (0.3 if needs_workers else 0.7):
         return None
-    after_s = rng.uniform(0.5, whole_s / 2)
-    if rng.random() < 0.5:
-        return Trouble(kind="kill workers", after_s=after_s)
-    return Trouble(kind="suspend", after_s=after_s, seconds=WORKERS_TIMEOUT_S + 1)
+    kind: Kind = rng.choice(("kill workers", "suspend", "cancel")) if needs_workers else "cancel"
+    return Trouble(kind=kind, after_s=rng.uniform(0.5, whole_s / 2), seconds=WORKERS_TIMEOUT_S + 1)
 
 
 def _count(life: Life, point: str, report: Report) -> None:
-    if not life.finished:
+    if life.killed:
         report.killed_at[point] += 1
 
 

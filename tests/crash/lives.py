@@ -19,25 +19,45 @@ from typing import Any, Literal
 
 import psutil
 
+Kind = Literal["suspend", "kill workers", "cancel"]
+
+_STOPPED = 3
+"""Exit status of a life that stopped where it was asked to."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
     """How a life ended."""
 
-    finished: bool
-    """It came to the end of the run."""
+    status: int
+    """0: it came to the end of the run; `_STOPPED`; or minus the signal that killed it."""
     points: tuple[str, ...]
     """The fault points that it passed; the last is where it died, if it was to die at one."""
     seconds: float
     troubled: int
-    """Processes that were suspended or killed from outside."""
+    """Processes that were suspended, killed or asked to stop from outside."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to the end of the run."""
+        return self.status == 0
+
+    @property
+    def killed(self) -> bool:
+        """Whether it died in the midst of its work."""
+        return self.status == -signal.SIGKILL
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was asked to stop, and did so with everything in hand published."""
+        return self.status == _STOPPED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trouble:
     """What may come over a life from outside."""
 
-    kind: Literal["suspend", "kill workers"]
+    kind: Kind
     after_s: float
     seconds: float = 0.0
     """How long the life and all that it started are suspended."""
@@ -47,6 +67,8 @@ class Trouble:
         time.sleep(self.after_s)
         with suppress(psutil.Error):
             life = psutil.Process(pid)
+            if self.kind == "cancel":
+                return _signal(life, signal.SIGTERM)
             children = life.children(recursive=True)
             if self.kind == "kill workers":
                 return sum(_signal(child, signal.SIGKILL) for child in children if _is_worker(child))
@@ -71,7 +93,7 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 class Lives:
-    """Starts lives of one run after the other. RuntimeError if a life ends neither by SIGKILL nor with exit 0."""
+    """Starts lives of one run after the other. RuntimeError if a life ends otherwise than `Life.status` says."""
 
     def __enter__(self) -> "Lives":
         self._process = subprocess.Popen(
@@ -109,10 +131,10 @@ class Lives:
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        if answer["status"] not in (0, -signal.SIGKILL):
+        if answer["status"] not in (0, _STOPPED, -signal.SIGKILL):
             raise RuntimeError(f"a life ended with {answer['status']}: {command}")
         return Life(
-            finished=answer["status"] == 0,
+            status=answer["status"],
             points=tuple(answer["points"]),
             seconds=answer["seconds"],
             troubled=answer["troubled"],
@@ -144,8 +166,11 @@ def _serve() -> None:
 def _live(command: dict[str, Any], writer: int, tiny_run: Any) -> None:
     from crash.faults import Faults, die_after
 
+    from kdrl_core.errors import Stopped
     from kdrl_core.ledger import open_run
+    from kdrl_core.ledger.lock import request_stop
 
+    signal.signal(signal.SIGTERM, lambda *_: request_stop("cancelled"))
     os.setsid()
     os.set_inheritable(writer, False)
     try:
@@ -161,6 +186,9 @@ def _live(command: dict[str, Any], writer: int, tiny_run: Any) -> None:
         tiny_run.finish(run)
         if run.recipe.verification.timeout_s == tiny_run.WORKERS_TIMEOUT_S:
             tiny_run.label(run)
+    except Stopped:
+        tiny_run.close_sessions()
+        os._exit(_STOPPED)
     except BaseException:
         import traceback
 

@@ -18,6 +18,7 @@ from kdrl_core.config import load_recipe, resolve_path
 from kdrl_core.labelling import LabelOptions, label_problems, plan_labels
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.ledger.graph import evaluated_labels
+from kdrl_core.ledger.lock import stop_if_requested
 from kdrl_core.look.reporting.run_report import report
 from kdrl_core.look.rollouts.query import RolloutStore
 
@@ -104,6 +105,7 @@ def train(run: Run, *, until: tuple[str, int] | None = None) -> None:
                     close_sessions()
                     return
                 train_step(run, stage, step)
+                stop_if_requested()
         close_sessions()
 
 

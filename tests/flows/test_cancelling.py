@@ -18,7 +18,7 @@ from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.stage import checkpoint_steps
 from kdrl_core.errors import Stopped
 from kdrl_core.ledger import open_run
-from kdrl_core.ledger.run_log import last_error, log_file
+from kdrl_core.ledger.lock import last_error, log_file
 
 STEPS = [*TINY, "stage2.steps=6", "stage2.evaluate_every=null"]
 

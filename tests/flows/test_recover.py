@@ -1,20 +1,27 @@
 """`kdrl recover` against a real server: zombies of the run, and of no other, are ended."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_URL
+from prefect.events.clients import PrefectEventsClient
+from prefect.events.schemas.events import Event
+from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Pending, Running, State
 from typer.testing import CliRunner, Result
 
+from flows import stopping
 from flows.cli import app
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, run_lock
@@ -117,3 +124,25 @@ def test_without_a_server_it_says_what_it_did(run: Run, monkeypatch: pytest.Monk
     unknown = recover("nobody")
     assert unknown.exit_code == 1
     assert "no run 'nobody'" in unknown.output
+
+
+def test_events_do_not_hold_up_a_process_whose_server_is_gone() -> None:
+    """Dozens are left when a flow gives up. Prefect tries each for 7 s; these wait for the next one."""
+
+    async def emit() -> int:
+        assert EventsWorker._client_override is not None
+        client_type, options = EventsWorker._client_override
+        client = client_type(**dict(options))
+        assert isinstance(client, PrefectEventsClient)
+        client._in_context = True
+        for number in range(20):
+            resource = {"prefect.resource.id": f"kdrl.event.{number}"}
+            with pytest.raises(OSError, match="Connect"):
+                await client.emit(Event(occurred=datetime.now(UTC), event="kdrl.event", resource=resource))
+        return len(client._unconfirmed_events)
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        stopping.let_no_event_wait()
+        began = time.monotonic()
+        assert asyncio.run(emit()) == 20
+        assert time.monotonic() - began < 5

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_models import SETTINGS, needs_vllm, small_model
 from vllm_models import requests as vllm_requests
 
-from kdrl_core.engines.transformers_engines import TransformersRolloutEngine, TransformersScorer, invert
+from kdrl_core.engines.transformers_engines import TransformersRolloutEngine, TransformersScorer
 from kdrl_core.errors import EngineError, ModelError
 from kdrl_core.logprobs.model import token_budget_batches
 from kdrl_core.models.loading import load_model
@@ -244,17 +244,16 @@ def test_ranks_have_no_dropout_and_export_what_transformers_refuses_to_write(tok
 # --- padding of the embedding -----------------------------------------------------------------------------------------
 
 
-def test_a_draw_on_padding_is_drawn_again_from_the_other_tokens_and_no_other_is_changed() -> None:
-    probabilities = torch.tensor([0.1, 0.2, 0.0, 0.1, 0.35, 0.25], dtype=torch.float64)
-    cumulative = probabilities.cumsum(0)[None].repeat(4000, 1)
+def test_tokens_are_drawn_from_the_distribution_without_padding(tokenizer: Any) -> None:
+    engine = engine_of(tiny("qwen2"), tokenizer, temperature=1.0)
+    logits = torch.full((4000, ROWS), -1e4)
+    logits[:, [3, 5, 26, 30]] = torch.tensor([0.1, 0.2, 0.1, 0.6]).log()
     draws = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    plain = invert(cumulative, draws, num_tokens=6)
-    assert (plain.bincount(minlength=6) / 4000).tolist() == pytest.approx(probabilities.tolist(), abs=1e-3)
-    kept = invert(cumulative, draws, num_tokens=4)
-    assert (kept.bincount(minlength=6) / 4000).tolist() == pytest.approx([0.25, 0.5, 0.0, 0.25, 0, 0], abs=1e-3)
-    assert torch.equal(kept[plain < 4], plain[plain < 4])
-    hopeless = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.4, 1.0]], dtype=torch.float64)
-    assert int(invert(hopeless, torch.tensor([0.7], dtype=torch.float64), num_tokens=4)) < 4
+    tokens, logprobs = engine._sample(logits, draws)
+    assert (tokens.bincount(minlength=ROWS) / 4000)[[3, 5, 26]].tolist() == pytest.approx([0.25, 0.5, 0.25], abs=1e-3)
+    assert logprobs.exp().unique().tolist() == pytest.approx([0.1, 0.2])  # of the whole softmax
+    logits[:, :27] = -1e4
+    assert int(engine._sample(logits, draws)[0].max()) < 27  # nothing else has any weight
 
 
 def test_greedy_takes_the_best_known_token(tokenizer: Any) -> None:

@@ -19,7 +19,7 @@ from support import TINY
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import Run, create_run, lock_holder, open_run
-from kdrl_core.ledger.run_log import log_file
+from kdrl_core.ledger.lock import log_file
 
 LONG = [*TINY, "stage2.steps=12", "stage1.evaluate_every=null", "stage2.evaluate_every=null"]
 HIT = 3

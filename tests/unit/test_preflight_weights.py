@@ -66,6 +66,11 @@ def cut(model: Path) -> None:
     (model / WEIGHTS).write_bytes(content[: len(content) - 100])
 
 
+def lengthen(model: Path) -> None:
+    with (model / WEIGHTS).open("ab") as file:
+        file.write(b"more")
+
+
 def quantised(model: Path) -> None:
     def pack(weights: dict[str, torch.Tensor]) -> None:
         del weights["model.layers.0.mlp.up_proj.weight"]
@@ -90,11 +95,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown": (lambda model: edit(model, model_type="own9"), "no causal language model can be made from .*own9"),
     "encoder": (lambda model: edit(model, model_type="t5"), "no causal language model can be made from .*T5"),
-    "cut short": (
-        cut,
-        r"model\.safetensors cannot be read \(it is cut short: it has [\d,]+ bytes, and its hea",
-    ),
-    "empty": (lambda model: (model / WEIGHTS).write_bytes(b""), r"cannot be read \(it has no valid header\)"),
+    "cut short": (cut, r"model\.safetensors is cut short or damaged \(.*not fully covered\); download the model again"),
+    "too long": (lengthen, r"model\.safetensors is cut short or damaged \(.*not fully covered\); download"),
+    "empty": (lambda model: (model / WEIGHTS).write_bytes(b""), r"is cut short or damaged \(.*header too small\)"),
     "index": (split, r"part-2\.safetensors lacks .*, which model\.safetensors\.index\.json places there; download"),
     "lacking": (
         lambda model: rewrite(model, lambda w: w.pop("model.norm.weight")),
@@ -123,7 +126,7 @@ def test_it_is_part_of_the_check_before_a_run(tmp_path: Path) -> None:
     teacher = Path(shutil.copytree(resolve_path("builtin:miniature/teacher"), tmp_path / "teacher"))
     check_inputs(load_recipe("miniature", [f"teacher.path={teacher}"]))
     cut(teacher)
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read \(it is cut short"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is cut short"):
         check_inputs(load_recipe("miniature", [f"teacher.path={teacher}"]))
 
 

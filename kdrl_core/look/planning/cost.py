@@ -30,8 +30,7 @@ from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work, engine
 from kdrl_core.look.planning.memory import engine_weights, kv_bytes
 from kdrl_core.look.planning.placement import Placement, in_flight, replicas, sleeping_models
 from kdrl_core.look.planning.shapes import ModelShape
-from kdrl_core.tables.decoded import LOOKED_AT
-from kdrl_core.tables.files import load_metrics, read_table
+from kdrl_core.tables.files import LOOKED_AT, load_metrics, read_table
 
 _EXPORT_BYTES = 4
 """Bytes of a weight in a checkpoint: float32."""

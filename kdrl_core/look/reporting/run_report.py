@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from kdrl_core.boxes.make import Product, box
 from kdrl_core.config import dump_recipe
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.data import FilterReport
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, is_published

@@ -16,9 +16,8 @@ from kdrl_core.errors import KdrlError, visible
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, adopted, is_published, lock_holder, manifest_of, open_run
 from kdrl_core.ledger.graph import evaluated_labels
-from kdrl_core.ledger.run_log import last_error
-from kdrl_core.tables.decoded import LOOKED_AT
-from kdrl_core.tables.files import load_metrics, read_table
+from kdrl_core.ledger.lock import last_error
+from kdrl_core.tables.files import LOOKED_AT, load_metrics, read_table
 
 MODEL_NAMES = {"base": "student before", "stage1": "after stage 1", "stage2": "after stage 2", "teacher": "teacher"}
 _ENDS_SHARE = 0.2

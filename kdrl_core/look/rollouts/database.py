@@ -33,6 +33,8 @@ from kdrl_core.look.rollouts.views import TIMES, IndexedRun, identifier, quoted
 
 _MEMORY = "512MB"
 """Memory limit of DuckDB. A query that needs more spills to disk."""
+_SPILL = "32GB"
+"""What queries may spill. DuckDB's default would leave a tenth of the free disk."""
 _CONFINED: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": False,
     "autoinstall_known_extensions": False,
@@ -41,6 +43,7 @@ _CONFINED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_file_cache": False,
     "preserve_insertion_order": False,
     "memory_limit": _MEMORY,
+    "max_temp_directory_size": _SPILL,
 }
 _AT_ONCE_BYTES = 2**32
 """Address space that a user's query may take beyond what the process has. DuckDB's own limit leaves out the values of
@@ -48,8 +51,8 @@ one expression, so `list_sum(range(3000000000))` would take 34 GB."""
 _PER_CORE_BYTES = 2**27
 """Address space that the threads of a query reserve."""
 _TOO_MUCH = (
-    f"the query needs more memory than queries may use ({_MEMORY}, and {_AT_ONCE_BYTES / 2**30:.0f} GiB in one "
-    "piece); ask for less at once: fewer steps, columns or rows, no list of all values"
+    f"the query needs more memory than queries may use ({_MEMORY}, {_SPILL} on disk, {_AT_ONCE_BYTES / 2**30:.0f} GiB "
+    "in one piece); ask for less at once: fewer steps, columns or rows, no list of all values"
 )
 _INTERRUPTED_WITHIN_S = 5.0
 _Result = TypeVar("_Result")
@@ -72,7 +75,7 @@ class Database:
         self._index: duckdb.DuckDBPyConnection | None = None
         self._spill = tempfile.TemporaryDirectory(prefix="kdrl-query-")
         self._cursors: list[duckdb.DuckDBPyConnection] = []
-        """Those that answer a user's query now."""
+        """Those that answer a query now."""
         self._planner: duckdb.DuckDBPyConnection | None = None
         self._by_parts: dict[frozenset[str], duckdb.DuckDBPyConnection] = {}
 
@@ -83,7 +86,7 @@ class Database:
         with self._lock:
             if self._index is None:
                 self._index = self._open()
-        with self._index.cursor() as cursor:
+        with self._cursor_of(self._index) as cursor:
             yield cursor
 
     def select(self, query: str) -> Iterator[pa.RecordBatch]:
@@ -107,8 +110,10 @@ class Database:
                 yield from reader
 
     def interruptible(self, work: Callable[[], _Result]) -> _Result:
-        """The result of `work`, which queries this database in a thread of its own. Ctrl-C interrupts it at once;
-        DuckDB itself would notice it only at the end."""
+        """The result of `work`, which queries this database. Ctrl-C interrupts it at once: in the main thread DuckDB
+        would notice it only at the end, and make an error of it."""
+        if threading.current_thread() is not threading.main_thread():
+            return work()
         future: Future[_Result] = Future()
 
         def answer() -> None:
@@ -123,13 +128,18 @@ class Database:
         except KeyboardInterrupt:
             give_up = time.monotonic() + _INTERRUPTED_WITHIN_S
             while not future.done() and time.monotonic() < give_up:
-                for cursor in [*self._cursors]:
-                    cursor.interrupt()
+                self._interrupt()
                 wait([future], timeout=0.05)
             raise
 
+    def _interrupt(self) -> None:
+        for cursor in [*self._cursors]:
+            with suppress(duckdb.Error):  # closed meanwhile
+                cursor.interrupt()
+
     def close(self) -> None:
-        """Close all connections, and delete spilled data."""
+        """Interrupt all queries, close all connections, and delete spilled data."""
+        self._interrupt()
         for connection in (self._index, self._planner, *self._by_parts.values()):
             if connection is not None:
                 connection.close()
@@ -166,15 +176,23 @@ class Database:
         return files
 
     @contextmanager
-    def _read_only(self, connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A cursor within a transaction that cannot write."""
+    def _cursor_of(self, connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor that can be interrupted."""
         with connection.cursor() as cursor:
-            cursor.execute("begin transaction read only")
             self._cursors.append(cursor)
             try:
                 yield cursor
             finally:
                 self._cursors.remove(cursor)
+
+    @contextmanager
+    def _read_only(self, connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor within a transaction that cannot write."""
+        with self._cursor_of(connection) as cursor:
+            cursor.execute("begin transaction read only")
+            try:
+                yield cursor
+            finally:
                 with suppress(duckdb.Error):
                     cursor.execute("rollback")
 
@@ -187,9 +205,11 @@ class Database:
             raise DataError(_TOO_MUCH) from None
         except duckdb.CatalogException as error:
             raise DataError(f"the query failed: {error}\nThe views are rollouts, steps and prompts") from None
-        except duckdb.Error as error:
-            if isinstance(error, FILE_ERRORS) and any(str(file) in str(error) for file in self._files()):
-                raise
+        except (duckdb.Error, pa.ArrowException, OSError) as error:  # the latter two while results are fetched
+            if str(error).startswith("Out of Memory"):
+                raise DataError(_TOO_MUCH) from None
+            if isinstance(error, (*FILE_ERRORS, OSError)) and any(str(file) in str(error) for file in self._files()):
+                raise duckdb.IOException(str(error)) from error
             raise DataError(f"the query failed: {error}") from None
 
     def _require_select(self, query: str) -> None:

@@ -20,10 +20,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdrl_core.config.small_files import open_regular, why
+from kdrl_core.config.paths import open_regular, why
 from kdrl_core.errors import DamagedArtifactError, DataError
-from kdrl_core.tables.decoded import LOOKED_AT
-from kdrl_core.tables.files import read_table
+from kdrl_core.tables.files import LOOKED_AT, read_table
 from kdrl_core.types import VerdictKind
 
 _VERL_FILE = re.compile(r"(\d+)\.jsonl")
@@ -92,13 +91,13 @@ def _trl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
         for field in table.schema
         if field.name not in _TRL_FIELDS and (pa.types.is_floating(field.type) or pa.types.is_integer(field.type))
     ]
-    for number, content in enumerate(table.to_pylist()):
+    for number, content in enumerate(_records(file, table)):
         where = f"{file} row {number}"
         row = _common(where, content, prompt="prompt", response="completion", step=_file_step(file))
         # TRL writes NaN where a reward function gave None.
         scores = [_number(where, name, None if _is_nan(content[name]) else content[name]) for name in rewards]
         known = [score for score in scores if score is not None]
-        row["reward"] = sum(known) if known else None
+        row["reward"] = _number(where, "+".join(rewards), sum(known) if known else None)
         advantage = content.get("advantage")
         row["advantage"] = _number(where, "advantage", None if _is_nan(advantage) else advantage)
         row["reason"] = _words({name: value for name, value in content.items() if name not in _TRL_FIELDS})
@@ -108,6 +107,14 @@ def _trl_rows(file: Path) -> Iterator[tuple[int, Row, list[str]]]:
 _PATTERNS = {"verl": _VERL_FILE, "trl": _TRL_FILE}
 DUMP_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row, list[str]]]]] = {"verl": _verl_rows, "trl": _trl_rows}
 """Trainer → reader of a file: step, record and columns that make up the reward, of each row."""
+
+
+def _records(file: Path, table: pa.Table) -> Iterator[Row]:
+    try:
+        for batch in table.to_batches(max_chunksize=1000):
+            yield from batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a time that Python does not have
+        raise DataError(f"{file} has a value that cannot be read ({why(error)}); dump it again") from None
 
 
 def _is_nan(value: Any) -> bool:

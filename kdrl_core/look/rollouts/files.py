@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import did_you_mean
-from kdrl_core.config.small_files import read_small
+from kdrl_core.config.paths import read_small
 from kdrl_core.data.text import as_unicode
 from kdrl_core.errors import DataError, ModelError
 from kdrl_core.ledger import RunPaths, publish_file, replace_file, storage_errors
@@ -138,8 +138,6 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
-_Writer = Callable[[Path, pa.Schema, Iterator[pa.Table]], int]
-"""Writes a file; returns the number of texts that look like formulas."""
 
 
 def export_rollouts(
@@ -178,17 +176,12 @@ def export_rollouts(
             if limit is not None and counted >= limit:
                 return
 
-    csv_writer = partial(_write_csv, quote=quote_formulas)
-    writers: dict[str, _Writer] = {".parquet": _write_parquet, ".jsonl": _write_jsonl, ".csv": csv_writer}
-    num_formulas = 0
-
-    def write(file: Path) -> None:
-        nonlocal num_formulas
-        num_formulas = writers[path.suffix](file, schema, counting())
-
-    replace_file(path, write)
-    if num_formulas:
-        on_formulas(num_formulas)
+    writers: dict[str, Callable[[Path, pa.Schema, Iterator[pa.Table]], None]] = {
+        ".parquet": _write_parquet,
+        ".jsonl": _write_jsonl,
+        ".csv": partial(_write_csv, quote=quote_formulas, on_formulas=on_formulas),
+    }
+    replace_file(path, lambda file: writers[path.suffix](file, schema, counting()))
     return counted
 
 
@@ -203,23 +196,22 @@ def record_schema(columns: Sequence[str] | None) -> pa.Schema:
     return pa.schema([RECORD.field(name) for name in names], metadata=RECORD.metadata)
 
 
-def _write_parquet(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
+def _write_parquet(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)
-    return 0
 
 
-def _write_jsonl(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> int:
+def _write_jsonl(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for table in tables:
             for row in table.to_pylist():
                 file.write(json.dumps(row) + "\n")
-    return 0
 
 
-def _write_csv(path: Path, schema: pa.Schema, tables: Iterator[pa.Table], *, quote: bool) -> int:
-    """Write the file; returns the number of texts that look like formulas."""
+def _write_csv(
+    path: Path, schema: pa.Schema, tables: Iterator[pa.Table], *, quote: bool, on_formulas: Callable[[int], None]
+) -> None:
     num_formulas = 0
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -232,4 +224,5 @@ def _write_csv(path: Path, schema: pa.Schema, tables: Iterator[pa.Table], *, quo
                         num_formulas += 1
                         cells[place] = f"'{cell}" if quote else cell
                 writer.writerow(cells)
-    return num_formulas
+    if num_formulas:
+        on_formulas(num_formulas)

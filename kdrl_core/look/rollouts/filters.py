@@ -82,10 +82,8 @@ MOST = 2**31 - 1
 def require_int(name: str, value: int | None) -> None:
     """Raise DataError for a number that no column holds."""
     if value is not None and not 0 <= value <= MOST:
-        if -MOST <= value < 0:
-            raise DataError(f"{name} {value} must not be negative")
-        shown = str(value) if abs(value) < 10**20 else f"{str(value)[:20]}…"
-        raise DataError(f"{name} {shown} is out of range: give a whole number from 0 to {MOST:,}")
+        fault = "must not be negative" if value < 0 else "is too large"
+        raise DataError(f"{name} {fault}: give a whole number from 0 to {MOST:,}")
 
 
 def require_text(name: str, value: str | None) -> None:

@@ -131,7 +131,8 @@ class RunIndex:
         self.segments: list[Segment] = []
         self.missing: list[DamagedFile] = []
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._unusable: set[Path] = set()
+        self._rejected: set[Path] = set()
+        self._told: set[tuple[Path, str]] = set()
         self._compared: dict[Path, Stamp | None] = {}
         """Segments that were found intact, and the stamps that their files had then."""
 
@@ -177,47 +178,65 @@ class RunIndex:
                 pass
         self._compared.update({self.folder / one.file: stamps[one.file] for one in new})
 
-    def refresh(self, progress: Progress | None = None, *, fault: str | None = None) -> bool:
-        """Bring the index up to date with the run's files. True if anything changed; otherwise it reads little.
+    def reject(self, fault: str | None) -> None:
+        """Use no segment again that is not as it was written; or no segment at all if each is, and a query failed with
+        `fault`. The next refresh makes them anew."""
+        damaged: dict[Path, str] = {}
+        for segment in self.segments:
+            try:
+                check_segment(self.folder, segment)
+            except DamagedIndexError as error:
+                damaged[self.folder / segment.file] = error.problem
+        if not damaged and fault is not None:
+            damaged = {self.folder / segment.file: fault for segment in self.segments}
+        self._rejected |= damaged.keys()
+        self._tell(self.folder, list(damaged.values()))
 
-        `fault`: what a query of the index failed with. Its damaged segments are then made anew, or all if none is.
-        """
+    def refresh(self, progress: Progress | None = None) -> bool:
+        """Bring the index up to date with the run's files. True if anything changed; otherwise it reads little."""
         before = [segment.file for segment in self.segments]
         found, self.missing = scan(self.root)
         if not found:
             self.segments = []
             return bool(before)
-        if fault is None:
-            stamps = {step.key: step.stamps for step in found}
-            for folder in self._places():
-                segments = read_catalog(folder).segments
-                if segments and stamps == {step.key: step.stamps for segment in segments for step in segment.steps}:
-                    self.folder, self.segments = folder, segments
-                    return before != [segment.file for segment in segments]
-        self._build(found, progress, fault)
+        stamps = {step.key: step.stamps for step in found}
+        for folder in _places(self.root):
+            segments, problems = self._listed(folder)
+            self._tell(folder, problems)
+            if segments and stamps == {step.key: step.stamps for segment in segments for step in segment.steps}:
+                self.folder, self.segments = folder, segments
+                break
+        else:
+            self._build(found, progress)
         return before != [segment.file for segment in self.segments]
 
-    def _places(self) -> list[Path]:
-        return [place for place in _places(self.root) if place not in self._unusable]
+    def _listed(self, folder: Path) -> tuple[list[Segment], list[str]]:
+        """`read_catalog` without the segments that were rejected."""
+        segments, problems = read_catalog(folder)
+        return [segment for segment in segments if folder / segment.file not in self._rejected], problems
 
-    def _build(self, found: list[StepFiles], progress: Progress | None, fault: str | None) -> None:
-        at_fault = self.folder
-        for folder in self._places():
+    def _tell(self, folder: Path, problems: Sequence[str]) -> None:
+        """Say once what of an index is damaged."""
+        if problems and (folder, problems[0]) not in self._told:
+            self._told.add((folder, problems[0]))
+            more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+            _logger.warning("%s", visible(f"index {folder}: {problems[0]}{more}; what is damaged in it is made anew"))
+
+    def _build(self, found: list[StepFiles], progress: Progress | None) -> None:
+        for folder in _places(self.root):
             with suppress(OSError, StorageError):
                 folder.mkdir(parents=True, exist_ok=True)
                 if os.access(folder, os.W_OK):
-                    self._build_in(folder, found, progress, fault if folder == at_fault else None)
+                    self._build_in(folder, found, progress)
                     return
-            if fault is not None and folder == at_fault:
-                self._unusable.add(folder)  # damaged, and somebody else's
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="kdrl-index-")
-        self._build_in(Path(self._temporary.name), found, progress, fault)
+        self._build_in(Path(self._temporary.name), found, progress)
 
-    def _build_in(self, folder: Path, found: list[StepFiles], progress: Progress | None, fault: str | None) -> None:
+    def _build_in(self, folder: Path, found: list[StepFiles], progress: Progress | None) -> None:
         with waiting(folder / "lock"):
             self.folder = folder
-            self.segments = self._kept(folder, found, fault)
+            self.segments = self._kept(folder, found)
             known = {step.key for segment in self.segments for step in segment.steps}
             todo = [step for step in found if step.key not in known]
             done = 0
@@ -233,23 +252,16 @@ class RunIndex:
             save_catalog(folder, self.segments)
             sweep(folder, {segment.file for segment in self.segments})
 
-    def _kept(self, folder: Path, found: list[StepFiles], fault: str | None) -> list[Segment]:
-        """The segments in `folder` that still hold. Says in the log what does not because it is damaged."""
-        catalog = read_catalog(folder)
-        kept, problems = [], list(catalog.problems)
-        for old in catalog.segments:
+    def _kept(self, folder: Path, found: list[StepFiles]) -> list[Segment]:
+        """The segments in `folder` that still hold."""
+        kept, problems = [], []
+        for old in self._listed(folder)[0]:
             try:
-                if fault is not None:
-                    check_segment(folder, old)
                 if (true := still_true(folder, old, found)) is not None:
                     kept.append(true)
             except DamagedIndexError as error:
                 problems.append(error.problem)
-        if fault is not None and not problems:
-            kept, problems = [], [fault]
-        if problems:
-            told = f"{problems[0]}{f', and {len(problems) - 1} more' if len(problems) > 1 else ''}"
-            _logger.warning("%s", visible(f"index {folder}: {told}; what is damaged in it is made anew"))
+        self._tell(folder, problems)
         return kept
 
     def _join(self) -> None:
@@ -296,16 +308,12 @@ def _read_steps(folder: Path, batch: Sequence[StepFiles]) -> Iterator[Segment]:
             read += pool.map(index_step, batch[start : start + _READ_AT_ONCE])
             is_last = start + _READ_AT_ONCE >= len(batch)
             if is_last or sum(rows.nbytes for _, rows in read) > _MAX_BYTES:
-                yield _written(folder, read)
+                table = pa.concat_tables([rows for _, rows in read])
+                summaries = pool.submit(summarize_steps, table).result()  # in a thread: DuckDB swallows Ctrl-C
+                for step, _ in read:
+                    step.summary = summaries.get(step.key, {})
+                yield write_segment(folder, [step for step, _ in read], table)
                 read = []
-
-
-def _written(folder: Path, read: Sequence[tuple[IndexedStep, pa.Table]]) -> Segment:
-    table = pa.concat_tables([rows for _, rows in read])
-    summaries = summarize_steps(table)
-    for step, _ in read:
-        step.summary = summaries.get(step.key, {})
-    return write_segment(folder, [step for step, _ in read], table)
 
 
 def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import read_fields
-from kdrl_core.config.paths import resolve_path
-from kdrl_core.config.small_files import read_small
+from kdrl_core.config.paths import read_small, resolve_path, why
 from kdrl_core.errors import DamagedArtifactError, KdrlError
 from kdrl_core.ledger import RunPaths
 from kdrl_core.look.rollouts.record import PARTS, RECORD, SCALARS, TIMINGS
@@ -88,8 +87,7 @@ def index_step(files: StepFiles) -> tuple[IndexedStep, pa.Table]:
             if _ENTROPIES in table.column_names:
                 values["entropy_mean"] = list_means(table[_ENTROPIES])
         except (DamagedArtifactError, pa.ArrowException, KeyError) as error:
-            problem = error.problem if isinstance(error, DamagedArtifactError) else (str(error).splitlines() or [""])[0]
-            step.damaged[part] = problem.removeprefix(f"{files.path(part)} ")
+            step.damaged[part] = why(error).removeprefix(f"{files.path(part)} ")
             if part == "rollouts":
                 break
             continue

@@ -7,6 +7,7 @@ query opens only the files that it needs. Runs may still be training: `refresh` 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kdrl_core.config.paths import why
 from kdrl_core.errors import DamagedArtifactError, DataError, RunError
 from kdrl_core.ledger import RunPaths, lock_holder
 from kdrl_core.look.rollouts.database import FILE_ERRORS
@@ -221,10 +223,7 @@ class RolloutStore:
         require_int("limit", limit)
         require_text("query", query)
 
-        def ask(state: State) -> pa.Table:
-            return state.database.interruptible(lambda: _first_rows(state.database.select(query), limit))
-
-        return self._ask(ask)
+        return self._ask(lambda state: _first_rows(state.database.select(query), limit))
 
     def _records(self, run: str, stage: str, step: int, prompt_id: str, sample: int | None) -> list[dict[str, Any]]:
         require_int("step", step)
@@ -256,28 +255,31 @@ class RolloutStore:
             DamagedArtifactError: a file of the runs cannot be read.
         """
         for remedy in (lambda _: self.refresh(), self._renew, None):
+            state = self._state
             try:
-                return question(self._state)
+                return state.database.interruptible(partial(question, state))
             except duckdb.OutOfMemoryException:
                 raise DataError(_TOO_MUCH) from None
             except _FAULTS as error:
                 if remedy is not None:
                     remedy(error)
                 elif isinstance(error, FILE_ERRORS):
-                    problem = f"a file of the runs cannot be read: {_first_line(error)}"
+                    problem = f"a file of the runs cannot be read: {why(error)}"
                     raise DamagedArtifactError(problem, "kdrl check RUN says what mends it") from error
                 else:
-                    raise DataError(f"DuckDB cannot answer this: {_first_line(error)}") from error
+                    raise DataError(f"DuckDB cannot answer this: {why(error)}") from error
         raise AssertionError("unreachable")
 
     def _renew(self, error: Exception) -> None:
-        """Make anew what is damaged of the indexes. An error that says nothing of files does so once only: the question
-        itself may be at fault."""
+        """Make anew what is damaged of the indexes. If nothing is, all of them: an error that says nothing of files
+        does so once only, since the question itself may be at fault."""
         with self._lock:
+            fault = None if isinstance(error, DamagedIndexError) else f"a query failed ({why(error)})"
             if not self._has_renewed or isinstance(error, (DamagedIndexError, *FILE_ERRORS)):
                 self._has_renewed = True
                 for run in self._runs:
-                    run.index.refresh(fault=f"a query failed ({_first_line(error)})")
+                    run.index.reject(fault)
+                    run.index.refresh()
             self._replace_state()
 
 
@@ -298,10 +300,6 @@ def _first_rows(batches: Iterator[pa.RecordBatch], limit: int | None) -> pa.Tabl
         if limit is not None and num_rows >= limit:
             break
     return pa.Table.from_batches(found)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _names(roots: Sequence[Path]) -> list[str]:

@@ -17,11 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.config.small_files import UnusableFileError, open_regular, read_small
+from kdrl_core.config.paths import open_regular, read_small, why
 from kdrl_core.errors import DamagedArtifactError
 from kdrl_core.ledger import replace_file
 from kdrl_core.look.rollouts.index_rows import IndexedStep
 from kdrl_core.look.rollouts.record import RECORD_VERSION
+from kdrl_core.tables.files import LOOKED_AT, decodable
 
 CATALOG = "catalog.json"
 _VERSION = f"2.{RECORD_VERSION}"
@@ -59,36 +60,24 @@ class Segment:
         return sum(step.num_rows for step in self.steps)
 
 
-@dataclass(slots=True, kw_only=True)
-class Catalog:
-    """What a catalog lists."""
-
-    segments: list[Segment]
-    """Those whose files exist."""
-    problems: list[str]
-    """What is damaged. A catalog of another version is not: it lists nothing."""
-
-
-def read_catalog(folder: Path) -> Catalog:
-    """The catalog in `folder`, compared with its checksum; empty if there is none."""
+def read_catalog(folder: Path) -> tuple[list[Segment], list[str]]:
+    """The segments in the catalog of `folder` whose files exist, and what is damaged. A catalog of another version is
+    not damaged, but lists nothing."""
     try:
         content = read_small(folder / CATALOG, most_bytes=_MAX_CATALOG_BYTES)
         found = _FORMAT.fullmatch(content)
         if found is None or found[2].decode() != _checksum(found[1], found[3]):
             is_older = content.startswith(_WITHOUT_CHECKSUM)
-            return Catalog(segments=[], problems=[] if is_older else [f"{CATALOG} is not as it was written"])
+            return [], [] if is_older else [f"{CATALOG} is not as it was written"]
         if found[1].decode() != _VERSION:
-            return Catalog(segments=[], problems=[])
+            return [], []
         listed = [_segment(one) for one in json.loads(found[3])]
-    except UnusableFileError as error:
-        return Catalog(segments=[], problems=[f"{CATALOG} {error.problem}"])
-    except OSError:
-        return Catalog(segments=[], problems=[])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        return Catalog(segments=[], problems=[f"{CATALOG} cannot be read ({type(error).__name__})"])
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return [], [f"{CATALOG} cannot be read ({why(error)})"]
     kept = [one for one in listed if _has_size(folder / one.file, one.size)]
-    lost = [f"{one.file} is missing or has another size" for one in listed if one not in kept]
-    return Catalog(segments=kept, problems=lost)
+    return kept, [f"{one.file} is missing or has another size" for one in listed if one not in kept]
 
 
 def _checksum(version: bytes, segments: bytes) -> str:
@@ -133,13 +122,11 @@ def write_segment(folder: Path, steps: list[IndexedStep], table: pa.Table) -> Se
 
 def read_segment(folder: Path, segment: Segment) -> pa.Table:
     """The rows of a segment. Raises DamagedIndexError if it is not as it was written."""
+    check_segment(folder, segment)
     try:
-        content = read_small(folder / segment.file, most_bytes=_MAX_SEGMENT_BYTES)
-        if zlib.crc32(content) == segment.crc32:
-            return pq.ParquetFile(pa.BufferReader(content)).read()
-    except (OSError, pa.ArrowException) as error:
+        return decodable(folder / segment.file, most_bytes=LOOKED_AT).read()
+    except (OSError, pa.ArrowException, DamagedArtifactError) as error:
         raise _damaged(segment) from error
-    raise _damaged(segment)
 
 
 def check_segment(folder: Path, segment: Segment) -> None:

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import did_you_mean
-from kdrl_core.config.small_files import read_small, why
+from kdrl_core.config.paths import read_small, why
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import artifacts_root, manifest_of, validate_run_name
 from kdrl_core.ledger.artifact import ARTIFACTS
 from kdrl_core.ledger.manifest import file_manifest_path
 from kdrl_core.look.rollouts.record import PARTS, RECORD
-from kdrl_core.tables.decoded import LOOKED_AT, decodable
+from kdrl_core.tables.files import LOOKED_AT, decodable
 from kdrl_core.tables.schemas import SCHEMA_VERSION
 
 _STAGE = re.compile(r"stage=([A-Za-z0-9][A-Za-z0-9._-]*)")
@@ -119,11 +119,13 @@ def read_part(step: StepFiles, part: str, columns: Sequence[str]) -> pa.Table:
     memory: what the record takes of a file must fit, even if `columns` are fewer, since queries read the rest."""
     content = _verified(step.path(part))
     try:
-        file = decodable(lambda: pa.BufferReader(content), most_bytes=LOOKED_AT, columns=[*RECORD.names, *columns])
+        file = decodable(pa.py_buffer(content), most_bytes=LOOKED_AT, columns=[*RECORD.names, *columns])
         _require_readable(file.schema_arrow)
-        return file.read(columns=[name for name in columns if name in file.schema_arrow.names])
+        table = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
+        table.validate(full=True)  # texts of others need not be UTF-8
+        return table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _damaged(f"cannot be read as Parquet: {(str(error).splitlines() or [''])[0]}") from error
+        raise _damaged(f"cannot be read as Parquet: {why(error)}") from error
 
 
 def bulky_columns(step: StepFiles, part: str) -> list[str]:

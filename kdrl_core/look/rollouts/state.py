@@ -23,8 +23,7 @@ from kdrl_core.look.rollouts.index_rows import SUMMARY, IndexedStep, finite
 from kdrl_core.look.rollouts.record import TIMINGS
 from kdrl_core.look.rollouts.sources import StepFiles
 from kdrl_core.look.rollouts.views import IndexedRun, files_sql
-from kdrl_core.tables.decoded import METRICS
-from kdrl_core.tables.files import read_table
+from kdrl_core.tables.files import METRICS, read_table
 
 Key = tuple[str, str, int]
 """Run, stage and step."""

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from kdrl_core.config import Recipe, diff_recipes
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, adopted, is_published, open_run
 from kdrl_core.look.reporting.run_report import filter_reports

@@ -15,8 +15,7 @@ from kdrl_core.ledger.graph import reference_labels
 from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, summarize
 from kdrl_core.look.sweeps.spec import Claim
 from kdrl_core.look.sweeps.state import CellState, CellStatus
-from kdrl_core.tables.decoded import LOOKED_AT
-from kdrl_core.tables.files import load_metrics, read_table
+from kdrl_core.tables.files import LOOKED_AT, load_metrics, read_table
 
 _OF_SOME = {"response/repetition_overlong": "response/clip_ratio", "kd/kl_unmasked": "kd/active_frac"}
 """Metric that is a mean over some responses or tokens → metric with their share. If that is 0, the mean is void."""

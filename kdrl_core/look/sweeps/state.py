@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.boxes.completion import is_finished
-from kdrl_core.config.paths import artifacts_root, validate_run_name
-from kdrl_core.config.small_files import read_json, why
+from kdrl_core.config.paths import artifacts_root, read_json, validate_run_name, why
 from kdrl_core.errors import KdrlError, RunError
 from kdrl_core.ledger import RunPaths, lock_holder, open_run, replace_file
 from kdrl_core.look.sweeps.spec import CellName, SweepSpec, validate_sweep

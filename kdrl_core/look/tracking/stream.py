@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.config import TrackerName
-from kdrl_core.config.small_files import read_json
+from kdrl_core.config.paths import read_json
 from kdrl_core.errors import KdrlError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_step, is_published, manifest_of, replace_file

@@ -8,7 +8,7 @@ from prefect.automations import AutomationCore
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import Resource
 
-from kdrl_core.config.alarms import AlarmsConfig, FallRule, JumpRule, ThresholdRule
+from kdrl_core.config.alarms import AlarmsConfig, FallRule, FloorRule, JumpRule, ThresholdRule
 
 TEXT = (Path(__file__).parents[3] / "docs" / "alarms.md").read_text(encoding="utf-8")
 RULES = AlarmsConfig().rules
@@ -29,7 +29,10 @@ def test_the_table_has_every_rule_with_its_defaults() -> None:
             assert f"`min_best` {rule.min_best}" in condition
         elif isinstance(rule, ThresholdRule):
             assert f"`above` {rule.above}" in condition
+            assert rule.less is None or f"`less` `{rule.less}`" in condition
             assert not rule.min_clip_ratio or f"`min_clip_ratio` {100 * rule.min_clip_ratio:.0f} %" in condition
+        elif isinstance(rule, FloorRule):
+            assert f"`at_most` {rule.at_most}" in condition
         else:
             assert isinstance(rule, JumpRule)
             assert rule.window == 10

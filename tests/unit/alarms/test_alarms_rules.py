@@ -10,16 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdrl_core.alarms import _LOOK_AT, Alarm, raised_at_last
-from kdrl_core.config.alarms import (
-    DEFAULTS,
-    AlarmRule,
-    AlarmsConfig,
-    FallRule,
-    FloorRule,
-    GapRule,
-    JumpRule,
-    ThresholdRule,
-)
+from kdrl_core.config.alarms import DEFAULTS, AlarmRule, AlarmsConfig, FallRule, FloorRule, JumpRule, ThresholdRule
 
 RULES = AlarmsConfig().rules
 
@@ -92,7 +83,7 @@ def test_a_run_without_any_reward_is_told_once() -> None:
 
 def test_right_answers_in_a_wrong_format_golden() -> None:
     rule = RULES["format_wrong"].model_copy(update={"patience": 2})
-    assert isinstance(rule, GapRule)
+    assert isinstance(rule, ThresholdRule)
     # accuracy − reward    0.11  0.1   0.2   0.4: the last two are above 0.1, two in a row
     accuracy = [0.11, 0.5, 0.6, 0.8]
     rewards = [0.0, 0.4, 0.4, 0.4]
@@ -101,7 +92,7 @@ def test_right_answers_in_a_wrong_format_golden() -> None:
         row["reward/mean"] = reward
     (alarm,) = raised(rows, {"format_wrong": rule})
     assert (alarm.step, alarm.since, alarm.value) == (3, 2, pytest.approx(0.4))
-    assert alarm.text == "reward/accuracy is above reward/mean by 0.4, more than 0.1, 2 steps in a row"
+    assert alarm.text == "reward/accuracy minus reward/mean is 0.4, above 0.1, 2 steps in a row"
     for row in rows:
         row["reward/mean"] = row["reward/accuracy"]  # the format is not required
     assert raised(rows, {"format_wrong": rule}) == []
@@ -215,7 +206,7 @@ def test_what_a_step_raises_does_not_depend_on_later_steps(
 @settings(deadline=None)
 def test_a_constant_series_neither_falls_nor_jumps(value: float, length: int) -> None:
     for name, rule in RULES.items():
-        if not isinstance(rule, ThresholdRule):
+        if isinstance(rule, FallRule | JumpRule):
             assert raised(series(rule.metric, [value] * length), {name: rule}) == []
 
 

@@ -86,6 +86,12 @@ def test_check_reads_models_again_and_names_a_changed_or_missing_one(begun: Run,
     assert done.exit_code == 1
     assert "teacher.path: model.safetensors has sha256" in done.output
     assert '"remedy": "restoring it"' in done.output
+    (tmp_path / "here" / "models" / "teacher" / WEIGHTS).unlink()
+    (tmp_path / "here" / "models" / "teacher" / f"{WEIGHTS}.index.json").write_text("{")
+    done = CliRunner().invoke(app, ["check", "r", "--json"])
+    assert "teacher.path: " in done.output
+    assert "model.safetensors.index.json cannot be read" in done.output
+    assert '"remedy": "restoring it"' in done.output
     shutil.rmtree(tmp_path / "here" / "models")
     assert "teacher.path: is missing" in CliRunner().invoke(app, ["check", "r", "--json"]).output
 
@@ -101,3 +107,14 @@ def test_runs_share_work_by_the_content_of_their_models(
         assert "stage2" in [part.name for part in parts_of(run.recipe, outside_of(run))]
         with run_lock(run.paths.lock):
             assert adopt_parts(run, ["r"]).get("stage2") == ("r" if scale == 1.0 else None)
+
+
+def test_two_functions_of_a_file_are_different_work(artifacts: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def one(r):\n    return r\n\n\ndef two(r):\n    return 2 * r\n")
+    keys = []
+    for name in ("one", "two"):
+        recipe = load_recipe("miniature", [f"stage2.kl_estimator={tmp_path}/mine.py:{name}"])
+        run = create_run(name, recipe, artifacts=artifacts)
+        keys.append({part.name: part.key for part in parts_of(run.recipe, outside_of(run))})
+    assert keys[0]["stage1"] == keys[1]["stage1"]
+    assert keys[0]["stage2"] != keys[1]["stage2"]

@@ -13,7 +13,7 @@ from flows.cli import shared
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import create_run, run_lock
-from kdrl_core.ledger.run_log import log_file
+from kdrl_core.ledger.lock import log_file
 
 DEAD = "http://127.0.0.1:9"
 """Nothing listens on the discard port."""

@@ -11,7 +11,7 @@ PROGRAM = """
 import sys, time
 from flows.signals import Signals, publishing
 from kdrl_core.errors import Stopped
-from kdrl_core.ledger.stop import stop_if_requested
+from kdrl_core.ledger.lock import stop_if_requested
 
 def say(text):
     print(text, flush=True)

@@ -88,6 +88,14 @@ def test_variables_reach_the_chat_template(
     assert think_opened(text, recipe) == opened
 
 
+def test_a_variable_that_the_template_ignores_is_refused(make_recipe: MakeRecipe, tokenizer: Any) -> None:
+    variables = {"prompt": {"chat_template_kwargs": {"enable_thinkng": False}}}
+    recipe = make_recipe(values={**variables, "student": {"path": "x", "chat_template": QWEN3}})
+    with pytest.raises(ModelError, match=r"prompt\.chat_template_kwargs\.enable_thinkng: .* no such variable; correct"):
+        render_prompts(["1+1?"], tokenizer, recipe)
+    render_prompts(["1+1?"], tokenizer, recipe, chat_template=QWEN3)  # another model's template may lack it
+
+
 def test_variables_count_in_the_length_of_a_prompt(make_recipe: MakeRecipe, tokenizer: Any) -> None:
     """A prompt that has just the limit's tokens is one too long if a variable adds a character."""
     student = {"path": "x", "chat_template": "{{ messages[0].content }}{{ tail }}"}

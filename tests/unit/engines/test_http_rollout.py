@@ -87,8 +87,16 @@ def test_replicas_share_the_work_and_take_each_policy(
         assert sorted(r.prompt_id for r in heard) == sorted(r.prompt_id for r in REQUESTS)
         assert are_of(rollouts, policy)
     assert [server.loads for server in replicas] == [[str(policy) for policy in policies]] * 2
+    assert [server.num_tokens for server in replicas] == [27, 27]  # ids beyond are padding, not to be sampled
     assert min(server.num_sampled for server in replicas) > 3
     assert all(len(r.token_ids) <= 3 for r in engine.generate(REQUESTS, max_response_tokens=3))
+
+
+def test_a_server_that_samples_padding_is_named(engine: HTTPRolloutEngine, policies: list[Path]) -> None:
+    engine.load_weights(policies[0])
+    engine._num_tokens = 4
+    with pytest.raises(EngineError, match=r"server http.* sampled the id \d+, but the tokenizer ends at 3; start"):
+        engine.generate(REQUESTS)
 
 
 @pytest.mark.parametrize("fault", ["503", "drop", "429"])

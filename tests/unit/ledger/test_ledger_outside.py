@@ -177,11 +177,8 @@ def test_a_changed_file_is_refused_with_its_path_and_both_hashes(what: str, run:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        (
-            f"student/{WEIGHTS}",
-            r"model\.safetensors\.index\.json .* is gone, and 2 more",
-        ),  # transformers prefers it to shards
-        ("teacher/added_tokens.json", "added_tokens.json .* was not there"),
+        (f"student/{WEIGHTS}", r"model\.safetensors has .*, it was not there, and 3 more"),  # preferred to shards
+        ("teacher/added_tokens.json", r"added_tokens\.json has sha256 \w{12}…, it was not there\. Restore"),
         ("teacher/adapter_config.json", "adapter_config.json .* was not there"),
         ("teacher/additional_chat_templates/tool.jinja", "tool.jinja .* was not there"),
         ("data/zero.jsonl", "zero.jsonl .* was not there"),
@@ -268,6 +265,15 @@ def test_a_moved_model_is_accepted_if_it_is_the_same(run: Run, world: Path) -> N
     settle_outside(moved)
     (change,) = json.loads(run.paths.manifest.read_text())["history"]
     assert any("teacher.path" in one for one in change["changes"])
+
+
+def test_a_model_that_moved_into_the_finished_student_of_a_run_is_the_same(
+    run: Run, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path with a colon is not a function."""
+    monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path))
+    shutil.move(world / "teacher", tmp_path / "runs" / "earlier" / "student")
+    require_resumable(run, recipe("teacher.path=run:earlier"))
 
 
 def test_another_function_of_the_same_file_is_another_estimator(run: Run, world: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_core.config.secrets import redact, resolve_secret
+from kdrl_core.config.secrets import resolve_secret
 from kdrl_core.errors import RunError, RunLockedError, Stopped
 from kdrl_core.ledger import lock_holder, require_free, run_lock
-from kdrl_core.ledger.run_log import last_error, log_file, log_of
+from kdrl_core.ledger.lock import last_error, log_file, log_of, redact
 
 SECRET = "sk-live-0123456789abcdef"  # noqa: S105
 
@@ -87,11 +87,12 @@ def test_ordinary_words_are_left_in_place(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-positive")
     monkeypatch.setenv("MAX_TOKENS", "1000000")
     text = "max_tokens=1000000 is a false-positive; tokens: 1,024; see https://host/v1, key columns"
+    text += "; token 151936 has no row; tokenizers differ: token 'Hello!!' is 1234567; the secret ingredient"
     assert redact(text) == text
 
 
 def test_the_log_is_rotated(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdrl_core.ledger.run_log._MAX_BYTES", 2_000)
+    monkeypatch.setattr("kdrl_core.ledger.lock._MAX_BYTES", 2_000)
     with run_lock(root / "run.lock"):
         for number in range(400):
             logging.getLogger("kdrl").info("line %d", number)
@@ -110,6 +111,22 @@ def test_a_log_that_cannot_be_written_does_not_disturb_the_work(root: Path, capf
         _fail(root, RunError("an error of the work"))
     assert "Traceback" not in capfd.readouterr().err
     assert last_error(root) is None
+
+
+def test_neither_log_nor_last_error_follows_what_others_put_there(root: Path, tmp_path: Path) -> None:
+    """A run that somebody else made may have a link or a FIFO in place of its log."""
+    root.mkdir(parents=True)
+    (victim := tmp_path / "victim").write_text("mine")
+    (root / "run.log").symlink_to(victim)
+    os.mkfifo(root / "run.error.json")
+    assert last_error(root) is None
+    with run_lock(root / "run.lock"):
+        logging.getLogger("kdrl").info("work")
+    (root / "run.log").unlink()
+    os.mkfifo(root / "run.log")
+    with run_lock(root / "run.lock"):
+        logging.getLogger("kdrl").info("work")
+    assert victim.read_text() == "mine"
 
 
 def test_a_last_error_that_cannot_be_read_is_none(root: Path) -> None:

@@ -1,6 +1,7 @@
 """Single flipped bits in the index of a run, and in its files: figures are right, or damage is named."""
 
 import logging
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -51,9 +52,7 @@ def figures(root: Path) -> list[Any]:
             store.steps(),
             store.sql(SQL).to_pylist(),
             store.page(RolloutFilter(verdicts=("wrong",)), sort="length").rows,
-            store.aggregate(
-                RolloutFilter(), "select stage, avg(advantage) a, max(response_preview) p from rows group by 1"
-            ),
+            store.aggregate(RolloutFilter(), OURS),
             *(client.get(address).json() for address in ADDRESSES),
         ]
 
@@ -99,8 +98,6 @@ def test_a_bit_that_flips_while_a_run_is_open_changes_no_figure(copied: Path, in
 
 def test_a_damaged_segment_is_not_carried_over(copied: Path, indexed: tuple[Path, list[Any]]) -> None:
     """A step has changed, so the segment's other rows would be written anew, with a new checksum."""
-    import os
-
     (segment,) = (copied / ".index").glob("segment-*")
     segment.write_bytes(next(flips(segment.read_bytes(), seed=4)))
     os.utime(copied / "rollouts/stage=stage2/step=000001/rewards.parquet", ns=(1, 1))
@@ -124,6 +121,37 @@ def test_only_what_is_damaged_of_an_index_is_made_anew(
         assert store.page().total == 18
     assert len(read) == 1
     assert len([one for one in caplog.records if "made anew" in one.message]) == 1
+
+
+def test_an_intact_index_beside_a_damaged_one_stays(copied: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    with RolloutStore.open([copied, run.paths.root]) as store:
+        assert store.page().total == 36
+        before = sorted((run.paths.root / ".index").iterdir())
+        (segment,) = (copied / ".index").glob("segment-*")
+        segment.write_bytes(next(flips(segment.read_bytes(), seed=6)))
+        assert store.page().total == 36
+    assert sorted((run.paths.root / ".index").iterdir()) == before
+    assert [str(copied) in one.message for one in caplog.records if "made anew" in one.message] == [True]
+
+
+def test_a_damaged_index_in_a_folder_of_others_is_told_once_and_made_elsewhere(
+    copied: Path,
+    indexed: tuple[Path, list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (segment,) = (copied / ".index").glob("segment-*")
+    segment.write_bytes(next(flips(segment.read_bytes(), seed=8)))
+    before = sorted((copied / ".index").iterdir())
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and Path(path) != copied / ".index")
+    assert figures(copied) == indexed[1]
+    assert sorted((copied / ".index").iterdir()) == before
+    told = [one.message for one in caplog.records if "made anew" in one.message]
+    assert len(told) == 1
+    assert f"index {copied / '.index'}: {segment.name} is not as it was written" in told[0]
 
 
 @pytest.mark.parametrize("part", ["rollouts", "rewards", "teacher", "update"])

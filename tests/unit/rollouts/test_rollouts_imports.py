@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -212,3 +213,16 @@ def test_numbers_that_no_column_holds_are_told(tmp_path: Path, field: str, value
     assert "7.jsonl line 1" in str(raised.value)
     assert len(str(raised.value)) < 400
     assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    source = write_trl(tmp_path / "dump", range(5, 6))
+    (file,) = source.iterdir()
+    table = pq.read_table(file)
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pa.py_buffer(b"\xff")]
+    )
+    place = table.column_names.index("completion")
+    pq.write_table(table.slice(0, 1).set_column(place, "completion", bad), file)
+    with pytest.raises(DataError, match=r"completions_00005\.parquet has a value that cannot be read \(.*utf-8"):
+        import_dump(source, "trl", tmp_path / "theirs")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from kdrl_core.boxes.make import read_progress
 from kdrl_core.config import read_fields
-from kdrl_core.config.small_files import UnusableFileError, read_json, read_small
+from kdrl_core.config.paths import UnusableFileError, read_json, read_small
 from kdrl_core.errors import DamagedArtifactError, KdrlError
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.labelling.label import SETTINGS, open_work

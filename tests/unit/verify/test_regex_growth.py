@@ -73,6 +73,11 @@ def test_the_limit_holds_for_what_symbols_are_written_as(char: str) -> None:
     assert normalise.normalise("\ufdfa" * MAX_CHARS) == "\ufdfa" * MAX_CHARS
 
 
+@pytest.mark.parametrize("unit", [".1 ", "pi1", "sqrt(1)", "x10^"])
+def test_the_limit_holds_for_what_repairs_add(unit: str) -> None:
+    assert len(normalise.normalise(f"1{unit}" * (MAX_CHARS // (len(unit) + 1)))) <= MAX_CHARS
+
+
 def test_a_truth_that_is_an_equation_is_recognised() -> None:
     for truth, is_sum in (("x+y=2", True), ("2=x+y", False), ("x=2", False), ("1+1=2", False), ("x+y=2=z", False)):
         assert (objections.objection("2", truth) == "a value where the ground truth is an equation") is is_sum, truth
