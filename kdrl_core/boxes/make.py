@@ -38,7 +38,7 @@ from kdrl_core.ledger import (
 )
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
 from kdrl_core.tables.files import read_table, write_table
-from kdrl_core.tables.schemas import schema_of
+from kdrl_core.tables.schemas import SCHEMAS
 
 _logger = logging.getLogger("kdrl")
 
@@ -163,7 +163,8 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
 def _publish(run: Run, node: Node, content: pa.Table | Write, **options: Any) -> Manifest:
     row, path = node.row, run.paths.root / node.place
     if isinstance(content, pa.Table):
-        if node.stage is not None and row.schemas and content.schema != schema_of(row, run.recipe.stage(node.stage)):
+        stage = None if node.stage is None else run.recipe.stage(node.stage)
+        if stage is not None and row.schemas and content.schema != SCHEMAS[row.schema_in(stage)]:
             raise TypeError(f"{row.name}: the box made a table of another schema than {' or '.join(row.schemas)}")
         return publish_file(path, lambda file: write_table(content, file), **options)
     return (publish_file if path.suffix else publish_directory)(path, content, **options)

@@ -12,12 +12,10 @@ from typing import Any
 
 from kdrl_core.config.load import validate_recipe
 from kdrl_core.config.models import ModelConfig
-from kdrl_core.config.paths import SCHEMES, read_json, resolve_path
+from kdrl_core.config.paths import SCHEMES, WEIGHTS, resolve_path, shards
 from kdrl_core.config.recipe import Recipe
-from kdrl_core.errors import ModelError
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _MODELS = ("student.path", "teacher.path")
 _DATA = ("stage?.data.files.*", "stage?.data.decontamination.files.*", "evaluation.benchmarks.*.file")
 _CODE = ("stage?.kl_estimator", "stage?.ref_kl_estimator")
@@ -108,36 +106,6 @@ def model_files(model: ModelConfig) -> dict[str, Path]:
         found = {path for pattern in patterns for path in folder.glob(pattern)}
         found |= {folder / name for name in ([WEIGHTS[1], *split] if split else WEIGHTS[:1])}
     return {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}
-
-
-def shards(path: Path) -> list[str]:
-    """Files that the weight index of a sharded model names; empty if there is no index, or if one file has all weights
-    (transformers prefers it to an index as well).
-
-    Raises:
-        ModelError: the index cannot be read, or names anything but safetensors files of this directory.
-    """
-    return sorted(set(weight_map(path).values()))
-
-
-def weight_map(path: Path) -> dict[str, str]:
-    """Weight → its file, as the index says. Empty and errors as `shards`."""
-    if (path / WEIGHTS[0]).is_file():
-        return {}
-    try:
-        files = dict(read_json(path / WEIGHTS[1], follow_links=True)["weight_map"])
-        names = sorted(set(files.values()))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise ModelError(f"{path / WEIGHTS[1]} cannot be read ({error}); download the model again") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{path / WEIGHTS[1]} names {name!r}, which is no safetensors file beside it; "
-                "convert the weights, or download the model again"
-            )
-    return files
 
 
 def expanded(entry: str) -> list[Path]:

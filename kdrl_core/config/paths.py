@@ -18,9 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.errors import KdrlError, RecipeError, RunError, visible
+from kdrl_core.errors import KdrlError, ModelError, RecipeError, RunError, visible
 
 ASSETS = Path(__file__).parent.parent / "assets"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 SCHEMES = ("run", "builtin", "package")
 """What may stand before a colon in place of a plain path."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -154,6 +155,36 @@ def read_json(path: Path, *, follow_links: bool = False) -> Any:
         return json.loads(read_small(path, follow_links=follow_links).decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def shards(path: Path) -> list[str]:
+    """Files that the weight index of a sharded model names; empty if there is no index, or if one file has all weights
+    (transformers prefers it to an index as well).
+
+    Raises:
+        ModelError: the index cannot be read, or names anything but safetensors files of this directory.
+    """
+    return sorted(set(weight_map(path).values()))
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Weight → its file, as the index says. Empty and errors as `shards`."""
+    if (path / WEIGHTS[0]).is_file():
+        return {}
+    try:
+        files = dict(read_json(path / WEIGHTS[1], follow_links=True)["weight_map"])
+        names = sorted(set(files.values()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise ModelError(f"{path / WEIGHTS[1]} cannot be read ({error}); download the model again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{path / WEIGHTS[1]} names {name!r}, which is no safetensors file beside it; "
+                "convert the weights, or download the model again"
+            )
+    return files
 
 
 def why(error: Exception) -> str:

@@ -62,6 +62,10 @@ class Artifact:
     is_pruned: bool = False
     """Whether the retention may delete it."""
 
+    def schema_in(self, config: StageConfig) -> str:
+        """Which of `schemas` its file has in a stage: two more columns in the teacher's where the loss is Top-K (A.3)."""
+        return self.schemas[-1 if config.needs_topk else 0]
+
     def node(self, stage: str | None = None, at: At = None) -> Node:
         """The row's artifact of a stage, step, shard or label."""
         return Node(self.name, stage, at)

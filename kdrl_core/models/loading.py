@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
-from kdrl_core.config.outside import WEIGHTS, shards
-from kdrl_core.config.paths import read_json
+from kdrl_core.config.paths import WEIGHTS, read_json, shards
 from kdrl_core.errors import ModelError, RecipeError
 from kdrl_core.models.tokenizer import check_embedding, read_object, read_tokenizer, trust_hint, vocabulary_of
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ADAPTER = "adapter_config.json"
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
 
 
 def check_device(recipe: Recipe) -> None:
@@ -86,7 +85,7 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
         raise ModelError(f"{where}: {path / 'config.json'} is not a JSON object; download the model again")
     _check_weight_files(path)
     check_embedding(vocabulary_of(path), values, where=where)
-    read_object(path / _GENERATION)  # transformers would take a broken one for a missing one, and lose its eos_token_id
+    read_object(path / GENERATION)  # transformers would take a broken one for a missing one, and lose its eos_token_id
     if not config.trust_remote_code and (_needs_own_code(values) or _tokenizer_needs_own_code(path)):
         raise ModelError(
             f"{where}: {path} comes with code of its own (auto_map), which is not run unasked; "
@@ -247,13 +246,26 @@ def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
         )
 
 
+def export_model(model: "PreTrainedModel", folder: Path) -> None:
+    """`save_pretrained`, which also writes a generation_config.json that transformers finds invalid."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = own
+    if own is not None:
+        own.to_json_file(folder / GENERATION, use_diff=True, keys_to_pop=["compile_config"])  # as transformers does
+
+
 def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a response: from the generation config of a model or its directory, and from the tokenizer.
 
     Raises ModelError if there are none.
     """
     if isinstance(model, Path):
-        values = read_object(model / _GENERATION)  # as in transformers: else config.json
+        values = read_object(model / GENERATION)  # as in transformers: else config.json
         configured = (read_config(model) if values is None else values).get("eos_token_id")
     else:
         configured = model.generation_config.eos_token_id if model.generation_config is not None else None

@@ -13,18 +13,14 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdrl_core.config import ModelConfig, resolve_path
 from kdrl_core.errors import ModelError
 from kdrl_core.ledger import Manifest, digest, is_published, publish_directory
-from kdrl_core.models.loading import check_model_dir, load_model, load_tokenizer
+from kdrl_core.models.loading import GENERATION, check_model_dir, export_model, load_model, load_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_GENERATION = "generation_config.json"
-_COPIED = (_GENERATION, "*.py", "*processor_config.json")
+_COPIED = (GENERATION, "*.py", "*processor_config.json")
 """Files of the source that an export has as well: how to generate, code of the model's own, and what servers read."""
 _verified: set[Path] = set()
 """Converted models that this process has verified: they are large, and used often."""
@@ -112,19 +108,6 @@ def bake_temperature(model_dir: Path, output: Path, temperature: float) -> Manif
         companions(model_dir, tokenizer)(folder)
 
     return publish_directory(output, write, metadata={"source": str(model_dir), "temperature": temperature})
-
-
-def export_model(model: "PreTrainedModel", folder: Path) -> None:
-    """`save_pretrained`, which also writes a generation_config.json that transformers finds invalid."""
-    from transformers import GenerationConfig
-
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.generation_config = own
-    if own is not None:
-        own.to_json_file(folder / _GENERATION, use_diff=True, keys_to_pop=["compile_config"])  # as transformers does
 
 
 def companions(source: Path | str, tokenizer: Any) -> Callable[[Path], None]:

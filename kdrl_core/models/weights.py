@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.config.outside import WEIGHTS, weight_map
+from kdrl_core.config.paths import WEIGHTS, weight_map
 from kdrl_core.errors import ModelError
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -101,8 +101,10 @@ def check_estimator(argument: str, name: str, *, with_topk: bool = False) -> Non
         ValueError: no such estimator.
         RecipeError: its file or module cannot be loaded.
     """
-    if is_reference(name) and (function := parse_reference(name).load()) is not KL_ESTIMATORS.get(name):
-        _add(name, function)
+    if name not in _OWN and is_reference(name):
+        function = parse_reference(name).load()
+        if function is not KL_ESTIMATORS.get(name):
+            _add(name, function)
     check_choice(argument, name, ESTIMATORS if with_topk else KL_ESTIMATORS)
 
 

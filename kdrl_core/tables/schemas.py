@@ -8,9 +8,6 @@ order: prompts as drawn, the G responses of a prompt together.
 
 import pyarrow as pa
 
-from kdrl_core.config import StageConfig
-from kdrl_core.ledger.artifact import Artifact
-
 SCHEMA_VERSION = "1"
 _FLOATS, _INTS = pa.list_(pa.float32()), pa.list_(pa.int32())
 
@@ -150,8 +147,3 @@ LABELS = pa.schema(
 
 SCHEMAS = {name: found for name, found in globals().items() if isinstance(found, pa.Schema)}
 """By their names in the table of artifacts."""
-
-
-def schema_of(row: Artifact, config: StageConfig) -> pa.Schema:
-    """The schema of an artifact's file in a stage: the teacher's has two more columns where the loss is Top-K (A.3)."""
-    return SCHEMAS[row.schemas[-1 if config.needs_topk else 0]]

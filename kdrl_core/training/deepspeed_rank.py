@@ -12,8 +12,7 @@ import torch
 
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
-from kdrl_core.models.loading import load_model
-from kdrl_core.models.prepare import export_model
+from kdrl_core.models.loading import export_model, load_model
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork

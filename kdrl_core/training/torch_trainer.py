@@ -23,8 +23,8 @@ from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed
 from kdrl_core.logprobs.chunked import TokenStatistics
 from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.models.loading import load_weights_into
-from kdrl_core.models.prepare import companions, export_model
+from kdrl_core.models.loading import export_model, load_weights_into
+from kdrl_core.models.prepare import companions
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
 from kdrl_core.training.protocols import STATE_DIR, Float32s, OptimizerSettings, StepStats, UpdateBatch

@@ -59,7 +59,7 @@ from kdrl_core.ledger.graph import (
     results,
 )
 from kdrl_core.ledger.names import stage_and_step
-from kdrl_core.tables.schemas import SCHEMAS, schema_of
+from kdrl_core.tables.schemas import SCHEMAS
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -233,7 +233,7 @@ def test_files_have_the_schema_that_the_table_names(name: str, made: Callable[[s
         assert node is not None
         if node.row.schemas:
             assert node.stage is not None
-            expected = schema_of(node.row, run.recipe.stage(node.stage))
+            expected = SCHEMAS[node.row.schema_in(run.recipe.stage(node.stage))]
             assert pq.read_schema(path).remove_metadata().equals(expected.remove_metadata()), path
     assert {name for row in (*ARTIFACTS.values(), *DERIVED.values()) for name in row.schemas} <= SCHEMAS.keys()
 
