@@ -42,6 +42,7 @@ def test_demo_runs_the_deployment_and_stops_everything(artifacts: Path) -> None:
     assert left_behind(str(artifacts)) == []
 
 
+@pytest.mark.slow
 def test_interrupted_demo_leaves_no_process_and_can_be_resumed(artifacts: Path) -> None:
     process = _demo(artifacts, "--set", "stage2.steps=500")
     metrics = artifacts / "runs" / "e2e" / "metrics" / "stage=stage2" / "metrics.parquet"

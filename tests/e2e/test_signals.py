@@ -1,5 +1,6 @@
 """Commands in a terminal, and in a process group that is signalled whole, as `timeout` does it."""
 
+import json
 import os
 import signal
 import sys
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support import MARK, TINY, left_behind
+from support import MARK, TINY, assert_only_private_servers, left_behind
 from terminal import CTRL_C, Terminal
 
 KDRL = str(Path(sys.executable).with_name("kdrl"))
-SETS = [part for value in (*TINY, "stage2.steps=400") for part in ("--set", value)]
+SETS = [part for value in (*TINY, "stage2.evaluate_every=null", "stage2.steps=400") for part in ("--set", value)]
 LIMIT_S = 10.0
 
 
@@ -34,10 +35,12 @@ def _ends(terminal: Terminal, artifacts: Path, code: int, way_on: str, *, limit_
     assert left_behind(str(artifacts)) == []
 
 
-def test_ctrl_c_in_a_terminal_and_sigterm_to_the_group(artifacts: Path) -> None:
-    terminal = _start(artifacts, "run", "--name", "r", *SETS)
+def test_a_run_that_is_interrupted_twice_is_resumed_to_its_end(artifacts: Path) -> None:
+    """By Ctrl-C in a terminal, then by SIGTERM to the group."""
+    terminal = _start(artifacts, "run", "--name", "r", *SETS, "--set", "stage2.steps=30")
     terminal.wait_until(_step(artifacts, 1).exists, "stage 2")
     assert _foreign_to_the_group(terminal, artifacts)  # the server and the verifier's workers
+    assert_only_private_servers(str(artifacts))
     terminal.type(CTRL_C)
     _ends(terminal, artifacts, 130, "interrupted; go on with: kdrl resume r")
     log = (artifacts / "runs" / "r" / "run.log").read_text()
@@ -51,6 +54,24 @@ def test_ctrl_c_in_a_terminal_and_sigterm_to_the_group(artifacts: Path) -> None:
     terminal.wait_until(_step(artifacts, done + 1).exists, "a further step")
     terminal.signal_group(signal.SIGTERM)
     _ends(terminal, artifacts, 143, "interrupted; go on with: kdrl resume r")
+
+    terminal = _start(artifacts, "resume", "r")
+    assert terminal.ended(240)[0] == 0, terminal.said
+    assert "stage2 step 29/30" in terminal.said
+    assert "stage1 step 0/2" not in terminal.said  # what is published is not done again
+    assert "after stage 2 (KDRL)" in terminal.said
+    assert left_behind(str(artifacts)) == []
+
+    terminal = _start(artifacts, "status", "r", "--json")
+    assert terminal.ended(60)[0] == 0
+    status = json.loads(terminal.said)
+    assert status["state"] == "finished"
+    assert status["steps"] == {"stage1": 2, "stage2": 30}
+    assert {model["label"] for model in status["summary"]["models"]} == {"base", "stage1", "stage2", "teacher"}
+
+    terminal = _start(artifacts, "resume", "r")
+    assert terminal.ended(60)[0] == 0
+    assert "nothing to do" in terminal.said
 
 
 def _foreign_to_the_group(terminal: Terminal, artifacts: Path) -> list[str]:
