@@ -12,8 +12,9 @@ import pytest
 os.environ.update({"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "HF_HUB_OFFLINE": "1"})
 for name in ("PREFECT_API_URL", "PREFECT_HOME", "KDRL_ARTIFACTS"):
     os.environ.pop(name, None)
-# A shell's background job ignores SIGINT, and so would the programs that tests interrupt.
+# A shell's background job ignores SIGINT, and `nohup` SIGHUP; so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
