@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from crash.tiny_run import open_tiny
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
-from kdrl_core.ledger import Run, published_below, sweep_temporaries
+from kdrl_core.ledger import Run, open_run, published_below, sweep_temporaries
 from kdrl_core.types import Rollout, RolloutRequest
 
 OVERRIDES = ["evaluation.temperature=0.7", "runtime.rollout_batch_size=4"]
@@ -40,18 +41,26 @@ evaluate_model(open_tiny(Path(sys.argv[1]), "killed", {OVERRIDES}), "base")
 """Evaluates 4 benchmarks of 6 problems, 2 responses each, and dies in the second."""
 
 
-@pytest.fixture
-def killed(tmp_path: Path) -> Run:
-    run = open_tiny(tmp_path, "killed", OVERRIDES)
+@pytest.fixture(scope="module")
+def died(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of artifacts that such a process left."""
+    artifacts = tmp_path_factory.mktemp("killed")
+    open_tiny(artifacts, "killed", OVERRIDES)
     done = subprocess.run(
-        [sys.executable, "-c", DYING, str(tmp_path)],
+        [sys.executable, "-c", DYING, str(artifacts)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    return run
+    return artifacts
+
+
+@pytest.fixture
+def killed(died: Path, tmp_path: Path) -> Run:
+    shutil.copytree(died, tmp_path, dirs_exist_ok=True)
+    return open_run("killed", artifacts=tmp_path)
 
 
 @pytest.fixture
