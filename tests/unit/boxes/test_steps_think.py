@@ -118,6 +118,7 @@ def test_a_prompt_that_closes_the_thought_earns_a_reward_without_tags(
             f"student.chat_template={template}",
             "prompt.chat_template_kwargs.enable_thinking=false",
             "stage1.group_size=8",
+            "evaluation.max_context_tokens=96",
         ],
     )
     filter_run(run)
