@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
-from flows.signals import Signals
+from flows.signals import STOPPED, Signals
 from kdrl_core.errors import KdrlError, RunError, Stopped, told
 from kdrl_core.training.process_guard import kill_group
 
@@ -148,7 +148,7 @@ def run_cell(flow_run_id: str) -> int:
             run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))
         except (Stopped, KeyboardInterrupt) as stop:
             print(f"error: {'stopped with the sweep' if came.number else stop}", flush=True)
-            return came.exit_code if came.number else 1
+            return STOPPED if came.number else 1
         except Exception as error:
             print(f"error: {told(error)}", flush=True)
             if not isinstance(error, KdrlError):

@@ -27,6 +27,8 @@ LIMIT_S = 8.5
 AT_ONCE_S = 1.5
 """And this long after the second."""
 
+STOPPED = 130
+"""Exit code of a program that was stopped by a signal, whichever it was."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the end of its terminal (SIGHUP)"}
 
@@ -51,11 +53,6 @@ class Signals:
         self._is_interrupted = self._is_overdue = False
         self._previous: dict[signal.Signals, Any] = {}
         self._terminals = [fd for fd in (0, 1, 2) if os.isatty(fd)]
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell reports the signal."""
-        return 128 + (self.number or signal.SIGINT)
 
     @property
     def name(self) -> str:
@@ -135,7 +132,7 @@ class Signals:
     def _end(self) -> None:
         if not self.is_told:
             self._say(self._last_words)
-        os._exit(self.exit_code)
+        os._exit(STOPPED)
 
 
 @contextmanager

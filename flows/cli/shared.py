@@ -20,7 +20,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from flows.guard import guard_children
-from flows.signals import Signals
+from flows.signals import STOPPED, Signals
 from kdrl_core.config.paths import artifacts_root
 from kdrl_core.errors import DataError, KdrlError, Stopped, told, visible
 from kdrl_core.ledger.lock import log_of, redact
@@ -134,7 +134,7 @@ def interruptible(way_on: str, *, has_children: bool = True) -> Iterator[None]:
         came.is_told = True
         with suppress(OSError, ValueError):
             err.say(text)
-    raise SystemExit(came.exit_code if came.number else 1)
+    raise SystemExit(STOPPED if came.number else 1)
 
 
 def with_options(

@@ -1,5 +1,6 @@
 """How a problem is asked, how its answer is judged, and what is evaluated: appendix B.1.2 and Section 4.1."""
 
+import json
 from typing import Any, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
@@ -47,6 +48,7 @@ class PromptConfig(Section):
                 raise ValueError(f"{name!r} is not the name of a variable; give names such as enable_thinking")
             if name in _SET_BY_KDRL:
                 raise ValueError(f"kdrl itself sets {name}; leave it out")
+        json.dumps(variables, allow_nan=False)  # raises ValueError: NaN and infinity are no values of a template
         return variables
 
 

@@ -34,12 +34,13 @@ from kdrl_core.ledger.publish import replace_file, storage_errors
 _PATIENCE_S = 1.0
 """How long a process tries, because a looker may be in its way for a moment."""
 _POLL_S = 0.02
+_RUN_LOCK = "run.lock"
 
 
 @contextmanager
-def run_lock(path: Path, *, keeps_log: bool = True) -> Iterator[None]:
-    """Hold the run's lock, and keep the run's log meanwhile, unless `keeps_log` is false. Re-entrant within the
-    process: a pipeline holds it around the stages that take it again.
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold the lock. Meanwhile a run's log is kept, if the lock is a run's (other work has locks of its own).
+    Re-entrant within the process: a pipeline holds it around the stages that take it again.
 
     Raises:
         RunLockedError: another process holds it; its pid, host and start are named.
@@ -60,7 +61,7 @@ def run_lock(path: Path, *, keeps_log: bool = True) -> Iterator[None]:
                 session.callback(end_memory, path.parent)
                 holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
                 replace_file(_holder_file(path), json.dumps(holder).encode())
-                if keeps_log:
+                if path.name == _RUN_LOCK:
                     session.enter_context(_logging_to(path.with_suffix(".log")))
             yield
     finally:

@@ -183,7 +183,7 @@ def hold_work(work: Path, lock_name: str, *, remedy: str) -> Iterator[None]:
     lock = work / lock_name
     with ExitStack() as stack:
         try:
-            stack.enter_context(run_lock(lock, keeps_log=False))
+            stack.enter_context(run_lock(lock))
         except RunLockedError as error:
             holder = lock_holder(lock) or "another process"
             raise RunLockedError(f"{work} is in use by {holder}{remedy}") from error
