@@ -63,7 +63,7 @@ class Artifact:
     """Whether the retention may delete it."""
 
     def schema_in(self, config: StageConfig) -> str:
-        """Which of `schemas` its file has in a stage: two more columns in the teacher's where the loss is Top-K (A.3)."""
+        """Which of `schemas` its file has in a stage: the teacher's has two more columns for Top-K (A.3)."""
         return self.schemas[-1 if config.needs_topk else 0]
 
     def node(self, stage: str | None = None, at: At = None) -> Node:
