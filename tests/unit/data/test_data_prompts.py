@@ -9,7 +9,7 @@ import pytest
 
 from kdrl_core.config import ModelConfig, Recipe
 from kdrl_core.data import PROBLEM_SCHEMA, filter_problems, load_tokenizer, render_prompts, think_opened
-from kdrl_core.errors import ModelError
+from kdrl_core.errors import DataError, ModelError
 from kdrl_core.types import ThinkOpened
 
 MakeRecipe = Callable[..., Recipe]
@@ -103,16 +103,19 @@ def test_variables_count_in_the_length_of_a_prompt(make_recipe: MakeRecipe, toke
     table = pa.Table.from_pylist([row], PROBLEM_SCHEMA)
     plain = make_recipe(values={"student": student})
     [(_, token_ids)] = render_prompts(["1+1?"], tokenizer, plain)
-    cases: list[tuple[dict[str, Any], int]] = [({}, 1), ({"tail": "x"}, 0)]
-    for variables, num_kept in cases:
+
+    def pool_with(variables: dict[str, Any]) -> pa.Table:
         recipe = make_recipe(
             max_prompt_tokens=len(token_ids),
             missing_labels="keep",
             decontamination=None,
             values={"prompt": {"chat_template_kwargs": variables}, "student": student},
         )
-        pool, _ = filter_problems(table, recipe, stage="stage1", tokenizer=tokenizer)
-        assert len(pool) == num_kept
+        return filter_problems(table, recipe, stage="stage1", tokenizer=tokenizer)[0]
+
+    assert len(pool_with({})) == 1
+    with pytest.raises(DataError, match="rule max_prompt_tokens dropped the most, 1"):
+        pool_with({"tail": "x"})
 
 
 def test_a_tokenizer_without_chat_template_names_the_remedy(make_recipe: MakeRecipe, tokenizer_dir: Path) -> None:
