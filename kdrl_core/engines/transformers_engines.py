@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kdrl_core.engines.protocols import OnFinished, TopKScore
 from kdrl_core.errors import EngineError
@@ -67,7 +68,7 @@ class TransformersRolloutEngine:
         self._batch_size = batch_size
         self._num_tokens = num_token_ids(tokenizer)
         refuse_padding_fault(model)
-        self._uses_cache = _has_usable_cache(model)
+        self._cache_method = _usable_cache(model)
 
     def load_weights(self, checkpoint_dir: Path) -> None:
         load_weights_into(self._model, checkpoint_dir)
@@ -98,7 +99,7 @@ class TransformersRolloutEngine:
     ) -> list[Rollout]:
         device = self._model.device
         prompts = [request.prompt_token_ids for request in requests]
-        decoding = _Decoding(self._model, prompts, limit=limit, uses_cache=self._uses_cache)
+        decoding = _Decoding(self._model, prompts, limit=limit, cache_method=self._cache_method)
         draws = torch.from_numpy(np.stack([uniforms(request.seed, limit) for request in requests])).to(device)
         tokens = torch.zeros(len(requests), limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(requests), limit, device=device)
@@ -183,14 +184,15 @@ class _Decoding:
 
     Args:
         limit: most tokens that a row will get.
-        uses_cache: whether the model has a usable cache, from `_has_usable_cache`.
+        cache_method: takes rows of the model's cache, from `_usable_cache`; None: work without a cache.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, limit: int, uses_cache: bool
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, limit: int, cache_method: str | None
     ) -> None:
         self._model = model
-        self._cache = DynamicCache(config=model.config) if uses_cache else None
+        self._cache = None if cache_method is None else DynamicCache(config=model.config)
+        self._cache_method = cache_method or ""
         distinct = {tuple(prompt): row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         self._width = width = max(map(len, distinct))
         ids = [[0] * (width - len(prompt)) + list(prompt) + [0] * limit for prompt in distinct]
@@ -206,7 +208,7 @@ class _Decoding:
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch. `append` comes next."""
         if self._cache is not None:
-            self._cache.reorder_cache(rows)  # the only method that takes the rows of recurrent states as well
+            getattr(self._cache, self._cache_method)(rows)
         self._ids, self._padding, self._mask = self._ids[rows], self._padding[rows], self._mask[rows]
 
     def append(self, tokens: Tensor) -> None:
@@ -233,26 +235,28 @@ class _Decoding:
 
 
 @torch.inference_mode()
-def _has_usable_cache(model: PreTrainedModel) -> bool:
-    """Whether the model gives the same logits with a cache, whose rows are repeated, dropped and reordered, as without;
-    tried on a few tokens. Logs a warning if it does not.
+def _usable_cache(model: PreTrainedModel) -> str | None:
+    """The method that takes rows of the model's cache, if the model gives the same logits with the cache, whose rows
+    are repeated, dropped and reordered, as without; tried on a few tokens. Else None, with a warning in the log.
     """
     try:
-        fine = agree(_tried(model, uses_cache=True), _tried(model, uses_cache=False), dtype=model.dtype)
+        fine = agree(_tried(model, "reorder_cache"), _tried(model, None), dtype=model.dtype)
         reason = "gives other logits with the cache than without"
     except Exception as error:  # a cache of another kind fails in its own way
         fine, reason = False, f"has no cache that rows can be taken from ({' '.join(str(error).split())[:100]})"
-    if not fine:
-        _logger.warning(
-            "%s %s; every token is computed from the whole sequence, which is slower", type(model).__name__, reason
-        )
-    return fine
+    if fine:  # recurrent states can only be reordered
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        return "batch_select_indices" if kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else "reorder_cache"
+    _logger.warning(
+        "%s %s; every token is computed from the whole sequence, which is slower", type(model).__name__, reason
+    )
+    return None
 
 
-def _tried(model: PreTrainedModel, *, uses_cache: bool) -> Tensor:
+def _tried(model: PreTrainedModel, cache_method: str | None) -> Tensor:
     """Logits of every step of a small batch."""
     ids = probe_ids(model)
-    decoding = _Decoding(model, [ids[1:3], ids[2:6]], limit=2, uses_cache=uses_cache)
+    decoding = _Decoding(model, [ids[1:3], ids[2:6]], limit=2, cache_method=cache_method)
     found = [decoding.logits]
     for rows, tokens in (([1, 0, 1], ids[6:9]), ([2, 1], ids[9:11])):
         decoding.keep(torch.tensor(rows, device=model.device))

@@ -30,13 +30,14 @@ from typing import Unpack
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
 from kdrl_core.verify.screening import FormatResult, Job, Outcome, VerdictOptions, make_verdict, screen
-from kdrl_core.verify.workers import AwakeTime, Clock, Finding, Workers
+from kdrl_core.verify.workers import AwakeTime, Clock, JobResult, Workers
 
 DEFAULT_TIMEOUT_S = 10.0
 DEFAULT_MEMORY_LIMIT_MB = 2_048
 MIN_MEMORY_LIMIT_MB = 384
 
-_START_GRACE_S = 60.0  # a worker that has to start may take this long on a busy machine
+_START_GRACE_S = 15.0
+"""A worker may take so long to begin with a comparison; twice as long after each pool that was given up."""
 _POLL_S = 0.25
 _WAITS = 5.0
 _WAIT_GRACE_S = 5.0
@@ -195,7 +196,7 @@ class Verifier:
         """Have workers judge ``jobs``; calls ``settle`` once for each, in this thread."""
         doubtful: list[Job] = []
 
-        def finish(job: Job, finding: Finding) -> None:
+        def finish(job: Job, finding: JobResult) -> None:
             self._remember(job, finding.outcome)
             settle(job, finding.outcome)
 
@@ -215,7 +216,7 @@ class Verifier:
         in_flight: "dict[Future[Outcome], Job]",
         *,
         num_at_once: int,
-        finish: Callable[[Job, Finding], None],
+        finish: Callable[[Job, JobResult], None],
     ) -> None:
         """Have workers judge ``jobs``, some of which are in flight; calls ``finish`` once for each."""
         workers = self._workers
@@ -249,8 +250,11 @@ class Verifier:
                     continue
                 num_replacements, last_progress = 0, now
                 finish(job, finding)
-            # The longest wait for a comparison, and the start of a worker. Beyond that the pool itself is stuck.
-            if is_broken or now - last_progress > wait_s + _START_GRACE_S:
+            # Beyond this the pool itself is stuck: a worker that is killed while it takes a job leaves a lock behind.
+            patience_s = _START_GRACE_S * 2**num_replacements
+            if any(future.running() for future in in_flight):
+                patience_s += wait_s
+            if is_broken or now - last_progress > patience_s:
                 pending.extend(in_flight.values())
                 in_flight.clear()
                 if not pending:
@@ -261,7 +265,7 @@ class Verifier:
                     if workers.is_closed:
                         reason = "the verifier was closed before this item was judged"
                     for job in pending:
-                        finish(job, Finding(Outcome(VerdictKind.ERROR, reason), is_certain=True))
+                        finish(job, JobResult(Outcome(VerdictKind.ERROR, reason), is_certain=True))
                     return
                 if pool is not None:
                     workers.discard(pool)

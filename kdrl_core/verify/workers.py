@@ -38,7 +38,7 @@ if sys.platform == "win32":
     raise ImportError("kdrl_core.verify needs a POSIX system: it limits the memory and time of worker processes")
 
 
-class Finding(NamedTuple):
+class JobResult(NamedTuple):
     """What came of a job. If the machine may be at fault, ``is_certain`` is False: then the job is judged once more."""
 
     outcome: Outcome
@@ -130,28 +130,28 @@ class Workers:
         args = (job.answer, job.ground_truth, job.is_text, self._timeout_s, self._memory_limit_mb)
         return pool.schedule(judge, args=args)
 
-    def finding(self, future: "Future[Outcome]") -> Finding | None:
+    def finding(self, future: "Future[Outcome]") -> JobResult | None:
         """What came of a job that is done. None if the pool broke first and the job was not the cause."""
         try:
-            return Finding(Outcome(*future.result(timeout=0)), is_certain=True)
+            return JobResult(Outcome(*future.result(timeout=0)), is_certain=True)
         except ProcessExpired as error:
             if error.exitcode == -signal.SIGPROF:
-                reason = f"no result within {self._timeout_s:g} s of CPU time; the worker was killed"
-                return Finding(Outcome(VerdictKind.TIMEOUT, reason), is_certain=True)
+                reason = f"no result within {self._timeout_s:g} s; the worker was killed"
+                return JobResult(Outcome(VerdictKind.TIMEOUT, reason), is_certain=True)
             if error.exitcode == EXIT_OUT_OF_MEMORY:  # perhaps earlier jobs had left little room
                 reason = "the comparison reached the memory limit; the worker was replaced"
             else:
                 reason = f"the worker died (exit code {error.exitcode}) and was replaced"
-            return Finding(Outcome(VerdictKind.ERROR, reason), is_certain=False)
+            return JobResult(Outcome(VerdictKind.ERROR, reason), is_certain=False)
         except Exception:  # BrokenProcessPool, CancelledError, a channel error
             return None
 
     @staticmethod
-    def give_up(future: "Future[Outcome]", waited_s: float) -> Finding:
+    def give_up(future: "Future[Outcome]", waited_s: float) -> JobResult:
         """Have the pool kill the worker of a job that has run for ``waited_s`` seconds, and replace it."""
         future.cancel()
         reason = f"no result after {waited_s:.0f} s of waiting; the worker was killed"
-        return Finding(Outcome(VerdictKind.TIMEOUT, reason), is_certain=False)
+        return JobResult(Outcome(VerdictKind.TIMEOUT, reason), is_certain=False)
 
     def discard(self, pool: ProcessPool) -> None:
         """Stop a broken pool, unless another thread does. Whoever needs workers next makes a new one."""

@@ -22,7 +22,12 @@ from crash.tiny_run import WORKERS_TIMEOUT_S, figures, for_workers, label, open_
 
 from kdrl_core.ledger import Run, lock_holder
 
-SPARSE = ["stage2.steps=5", "stage2.checkpoint.every=2"]
+SPARSE = [
+    "stage2.steps=5",
+    "stage2.checkpoint.every=2",
+    "evaluation.benchmarks=[{name: validation, file: 'builtin:miniature/benchmarks/validation.jsonl'}]",
+    "evaluation.benchmarks.0.max_problems=4",
+]
 """Stage 1 checkpoints every step; stage 2 does not, and replays the steps since."""
 
 _RANDOM = "a random instant"
@@ -168,7 +173,7 @@ def _finish_with_kills(
             report.troubles[trouble.kind] += came[trouble.kind]
         if life.finished:
             return
-        far = max(far, *(report.points.index(point) for point in life.points if point in report.points))
+        far = max([far, *(report.points.index(point) for point in life.points if point in report.points)])
         assert lock_holder(run.paths.lock) is None  # the kernel's lock ends with its holder
         is_damaged = rng.random() < _DAMAGE_SHARE and damage_something(run, rng)
         report.damaged += is_damaged

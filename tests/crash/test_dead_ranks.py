@@ -132,6 +132,7 @@ def test_ranks_that_wait_say_for_what(tmp_path: Path, built: Path) -> None:
         lock.release()
 
 
+@pytest.mark.slow
 def test_a_run_whose_trainer_is_deepspeed(artifacts: Path, fast_sessions: None) -> None:
     """Trained here by one process, there by two ranks from its checkpoint on: the trainer may change on resume."""
     name, last = "ranks", ["stage1=null", "stage2.steps=3"]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 from support import MARK, TINY, left_behind
 
@@ -35,6 +36,7 @@ def _call(artifacts: Path, *arguments: str) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_a_failed_cell_is_reported(artifacts: Path, tmp_path: Path) -> None:
     file = tmp_path / "three.yaml"
     file.write_text(yaml.safe_dump({"name": "three", "variants": VARIANTS}, sort_keys=False))

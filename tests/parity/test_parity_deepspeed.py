@@ -129,6 +129,7 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
         assert max(gaps(train(alone, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_untied_embeddings_are_exported_as_by_the_plain_trainer(
     untied_dir: Path, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -201,13 +201,13 @@ def test_batch_shrinks_as_responses_end_and_nothing_changes(
     make_engine: MakeEngine, random_model: Any, requests: list[RolloutRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[int] = []
-    reorder = DynamicCache.reorder_cache
+    select = DynamicCache.batch_select_indices
 
     def spy(self: DynamicCache, indices: torch.Tensor) -> None:
         kept.append(len(indices))
-        reorder(self, indices)
+        select(self, indices)
 
-    monkeypatch.setattr(DynamicCache, "reorder_cache", spy)
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", spy)
     options: dict[str, Any] = {"stop_ids": (4, 9, 13, 20), "max_response_tokens": 40}
     together = make_engine(random_model, **options).generate(requests)
     assert kept[0] == len(requests)  # the prompts' cache, repeated for their samples

@@ -136,4 +136,3 @@ def test_a_prompt_that_closes_the_thought_earns_a_reward_without_tags(
     evaluate_model(run, "base")
     evaluated = rows(run.paths.evaluation("base") / "responses.parquet")
     assert sum(float(str(row["accuracy_reward"])) for row in evaluated) > 0
-    assert any(row["format_reward"] == 1.0 for row in evaluated)
