@@ -17,6 +17,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kdrl_core.config import BenchmarkConfig, DecontaminationConfig
 from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark
@@ -54,45 +55,64 @@ def _name(file: str) -> str:
     return re.sub(r"\W", "_", file.split("/")[-1].rsplit(".", 1)[0])
 
 
+class _Index:
+    """Evaluation problems by their n-grams, and by their letters and digits alone."""
+
+    def __init__(self, ngram: int) -> None:
+        self.names: list[tuple[str, str]] = []
+        self.sizes: list[int] = []
+        self.equal: dict[str, int] = {}
+        self.vocabulary: set[str] = set()
+        self.numbers: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        self._ngram = ngram
+
+    def add(self, benchmark: str, problem_id: str, words: list[str]) -> None:
+        number = len(self.names)
+        self.names.append((benchmark, problem_id))
+        self.equal.setdefault("".join(words), number)
+        self.vocabulary.update(words)
+        ngrams = set(self.ngrams(words))
+        self.sizes.append(len(ngrams))
+        for ngram in ngrams:
+            self.numbers[ngram].append(number)
+
+    def ngrams(self, words: Sequence[str]) -> Iterable[tuple[str, ...]]:
+        return zip(*(words[start:] for start in range(self._ngram)), strict=False)
+
+
+@lru_cache(maxsize=2)
+def _index(problems: tuple[tuple[str, str, str], ...], ngram: int) -> _Index:
+    """The index of (benchmark, problem_id, question); the stages of a run share it."""
+    index = _Index(ngram)
+    for benchmark, problem_id, question in problems:
+        index.add(benchmark, problem_id, words_of(question))
+    return index
+
+
 class Decontaminator:
-    """An index of evaluation problems. Raises DataError as `evaluation_problems` does."""
+    """Finds overlaps with evaluation problems. Raises DataError as `evaluation_problems` does."""
 
     def __init__(self, config: DecontaminationConfig) -> None:
         self._ngram = config.ngram
         self._min_overlap = config.min_overlap
-        self._names: list[tuple[str, str]] = []
-        self._sizes: list[int] = []
-        self._equal: dict[str, int] = {}
-        self._vocabulary: set[str] = set()
-        self._index: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-        for file, problems in evaluation_problems(config).items():
-            for problem in problems:
-                self._add(_name(file), problem.problem_id, words_of(problem.question))
-
-    def _add(self, benchmark: str, problem_id: str, words: list[str]) -> None:
-        number = len(self._names)
-        self._names.append((benchmark, problem_id))
-        self._equal.setdefault("".join(words), number)
-        self._vocabulary.update(words)
-        ngrams = set(self._ngrams(words))
-        self._sizes.append(len(ngrams))
-        for ngram in ngrams:
-            self._index[ngram].append(number)
+        found = evaluation_problems(config)
+        problems = tuple((_name(file), each.problem_id, each.question) for file in found for each in found[file])
+        self._index = _index(problems, config.ngram)
 
     def find(self, question: str) -> Overlap | None:
         """The largest overlap with an evaluation problem, of at least `min_overlap`; None without one."""
         words = words_of(question)
-        if (number := self._equal.get("".join(words))) is not None:
+        if (number := self._index.equal.get("".join(words))) is not None:
             return self._overlap(number, 1.0)
         if len(words) < self._ngram:
             return None
         shared: Counter[int] = Counter()
         for ngram in self._known_ngrams(words):
-            shared.update(self._index.get(ngram, ()))
+            shared.update(self._index.numbers.get(ngram, ()))
         if not shared:
             return None
-        own = len(set(self._ngrams(words)))
-        shares = {number: count / min(own, self._sizes[number]) for number, count in shared.items()}
+        own = len(set(self._index.ngrams(words)))
+        shares = {number: count / min(own, self._index.sizes[number]) for number, count in shared.items()}
         best = max(shares, key=lambda number: (shares[number], -number))
         return self._overlap(best, shares[best]) if shares[best] >= self._min_overlap else None
 
@@ -101,20 +121,17 @@ class Decontaminator:
         return [self.find(question) for question in questions]
 
     def _overlap(self, number: int, share: float) -> Overlap:
-        benchmark, problem_id = self._names[number]
+        benchmark, problem_id = self._index.names[number]
         return Overlap(benchmark=benchmark, problem_id=problem_id, share=share)
-
-    def _ngrams(self, words: Sequence[str]) -> Iterable[tuple[str, ...]]:
-        return zip(*(words[start:] for start in range(self._ngram)), strict=False)
 
     def _known_ngrams(self, words: list[str]) -> set[tuple[str, ...]]:
         """The distinct n-grams whose words all occur in evaluation problems; no other n-gram can be shared."""
-        known = self._vocabulary
+        known = self._index.vocabulary
         found: set[tuple[str, ...]] = set()
         start = 0
         for end, word in enumerate([*words, ""]):
             if word not in known:
                 if end - start >= self._ngram:
-                    found.update(self._ngrams(words[start:end]))
+                    found.update(self._index.ngrams(words[start:end]))
                 start = end + 1
         return found

@@ -22,7 +22,7 @@ from crash.tiny_run import open_tiny, results
 
 from kdrl_core.ledger import Run, lock_holder
 
-SPARSE = ["stage2.steps=7", "stage2.checkpoint.every=3"]
+SPARSE = ["stage2.steps=5", "stage2.checkpoint.every=2"]
 """Stage 1 checkpoints every step; stage 2 does not, and replays the steps since."""
 
 _RANDOM = "a random instant"
@@ -34,8 +34,8 @@ _DAMAGE_SHARE = 0.3
 class Report:
     """What a campaign did and found."""
 
-    points: set[str] = field(default_factory=set)
-    """Every fault point of an undisturbed run."""
+    points: list[str] = field(default_factory=list)
+    """Every fault point of an undisturbed run, in the order in which it passes them first."""
     killed_at: Counter[str] = field(default_factory=Counter)
     """Kills by fault point, or `a random instant`."""
     damaged: int = 0
@@ -59,7 +59,7 @@ class Report:
     @property
     def missed(self) -> set[str]:
         """Points at which nothing was killed."""
-        return self.points - set(self.killed_at)
+        return set(self.points) - set(self.killed_at)
 
     def lines(self) -> list[str]:
         """The figures, for people."""
@@ -91,7 +91,7 @@ def campaign(folder: Path, *, kills: int, seed: int, show: bool = False) -> Repo
         whole = open_tiny(folder / "undisturbed", "tiny", SPARSE)
         life = lives.live(folder / "undisturbed", "tiny")
         assert life.finished
-        report.points = set(life.points)
+        report.points = list(dict.fromkeys(life.points))
         passes = Counter(life.points)
         while report.kills < kills or report.missed:
             report.runs += 1
@@ -123,8 +123,12 @@ def _finish_with_kills(
     kills: int,
     rng: random.Random,
 ) -> None:
-    """Lives of one run until one comes to its end. Each dies where the campaign has killed least."""
+    """Lives of one run until one comes to its end. Each dies where the campaign has killed least.
+
+    Of points killed at equally often, the one is taken that comes next in the run: so one run has many deaths.
+    """
     is_damaged = False
+    far = 0  # place in `report.points` of the last point that the run has come to
     while True:
         healing = sorted(report.healing_points, key=lambda point: report.killed_at[point]) if is_damaged else []
         if report.kills >= kills and not report.missed:
@@ -136,14 +140,15 @@ def _finish_with_kills(
             life = lives.live(artifacts, run.name, die_at=healing[0])
             _count(life, healing[0], report)
         else:
-            least = min(report.killed_at[point] for point in report.points)
-            point = rng.choice(sorted(p for p in report.points if report.killed_at[p] == least))
+            ahead = report.points[far:] + report.points[:far]
+            point = min(ahead, key=lambda point: report.killed_at[point])
             # Seldom passed: the first time. Often passed: a little way into the run.
             life = lives.live(artifacts, run.name, die_at=point, skip=rng.randrange(1 + passes[point] // 12))
             _count(life, point, report)
-        report.healing_points |= set(life.points) - report.points
+        report.healing_points |= set(life.points) - set(report.points)
         if life.finished:
             return
+        far = max(far, *(report.points.index(point) for point in life.points if point in report.points))
         assert lock_holder(run.paths.lock) is None  # the kernel's lock ends with its holder
         is_damaged = rng.random() < _DAMAGE_SHARE and damage_something(run, rng)
         report.damaged += is_damaged

@@ -34,6 +34,7 @@ TINY = [
         )
     ),
     *(f"evaluation.benchmarks.{index}.{field}" for index in range(4) for field in ("samples=2", "max_problems=6")),
+    "evaluation.max_context_tokens=48",
     "alarms.clip_ratio.above=0.1",  # so that there are some alarms, which count among the results
     "alarms.clip_ratio.patience=1",
 ]

@@ -54,7 +54,9 @@ def start(model: Path, *, temperature: float = TEMPERATURE) -> VLLMRolloutEngine
     )
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.slow)]
+)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two models of one architecture: a policy and the next one."""
     folder = tmp_path_factory.mktemp("models")
@@ -243,29 +245,28 @@ def test_the_known_head_sizes_are_those_of_vllm() -> None:
     assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
 
 
-def test_an_engine_that_sleeps_gives_its_cache_back_and_wakes_as_it_was(tmp_path: Path) -> None:
-    """A GiB of key-value cache, in this process and in one of its own, as on GPUs."""
-    models = [small_model(tmp_path / str(seed), tokenizer(), tied=True, seed=seed) for seed in (1, 2)]
-    for own_process in (False, True):
-        settings = replace(SETTINGS, kv_cache_gb=1.0, own_process=own_process)
-        engine = VLLMRolloutEngine(
-            models[0],
-            tokenizer(),
-            settings,
-            stop_ids=stop_token_ids(models[0], tokenizer()),
-            temperature=TEMPERATURE,
-            max_response_tokens=48,
-        )
-        first = engine.generate(requests())
-        before = resident_gib()
-        engine.sleep()
-        engine.sleep()
-        assert before - resident_gib() > 0.9
-        assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in first]
-        engine.sleep()
-        engine.load_weights(models[1])
-        assert gap(engine.generate(requests()), models[1]) < 1e-4
-        engine.close()
+@pytest.mark.parametrize("own_process", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_an_engine_that_sleeps_gives_its_cache_back_and_wakes_as_it_was(own_process: bool, models: list[Path]) -> None:
+    """A GiB of key-value cache, in a process of its own as on GPUs, or in this one."""
+    settings = replace(SETTINGS, kv_cache_gb=1.0, own_process=own_process)
+    engine = VLLMRolloutEngine(
+        models[0],
+        tokenizer(),
+        settings,
+        stop_ids=stop_token_ids(models[0], tokenizer()),
+        temperature=TEMPERATURE,
+        max_response_tokens=48,
+    )
+    first = engine.generate(requests())
+    before = resident_gib()
+    engine.sleep()
+    engine.sleep()
+    assert before - resident_gib() > 0.9
+    assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in first]
+    engine.sleep()
+    engine.load_weights(models[1])
+    assert gap(engine.generate(requests()), models[1]) < 1e-4
+    engine.close()
 
 
 def resident_gib() -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import KDRL
 
 from kdrl_core.config import load_recipe, resolve_path
 from kdrl_core.ledger import create_run
@@ -191,12 +192,16 @@ def test_run_refuses_a_bad_benchmark(content: str, parts: list[str], cli: Cli, a
     assert not artifacts.exists()
 
 
-def test_a_bad_field_takes_less_than_two_seconds(cli: Cli) -> None:
+def test_a_bad_field_takes_less_than_two_seconds() -> None:
+    """The whole program, with what it imports."""
     times = []
     for _ in range(2):
         started = time.perf_counter()
-        assert_told(cli("run", "--set", "stage2.betta=1"), "did you mean 'beta'?")
+        done = subprocess.run(
+            [KDRL, "run", "--set", "stage2.betta=1"], capture_output=True, text=True, timeout=120, check=False
+        )
         times.append(time.perf_counter() - started)
+        assert_told(done, "did you mean 'beta'?")
     assert min(times) < 2.0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from unit.cli.conftest import KDRL
+from forked import KDRL
 from unit.cli.test_cli_bad_input import assert_told
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

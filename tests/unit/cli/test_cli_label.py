@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from unit.cli.conftest import KDRL
+from forked import KDRL
 from unit.cli.test_cli_bad_input import assert_told
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from unit.cli.conftest import KDRL, Cli
+from forked import KDRL
+from unit.cli.conftest import Cli
 from unit.ui import handmade
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import pytest
-from unit.cli.conftest import KDRL
+from forked import KDRL
 from unit.cli.test_cli_bad_input import assert_told
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
