@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import Cancelled, State
@@ -82,6 +82,15 @@ def making(box: Box) -> Callable[..., str]:
     return work
 
 
+class _StoppableTask(Task[..., R]):
+    """A task that was stopped raises Stopped where it is called; Prefect would return its state as the result."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(result := super().__call__(*args, **kwargs), State):
+            raise Stopped(result.message)
+        return result
+
+
 def _task(body: Callable[..., R], name: str, run_name: str, **options: Any) -> Task[..., R]:
     @functools.wraps(body)
     def stoppable(*args: Any, **kwargs: Any) -> Any:
@@ -90,10 +99,10 @@ def _task(body: Callable[..., R], name: str, run_name: str, **options: Any) -> T
             stop_if_requested()
             return body(*args, **kwargs)
         except Stopped as stop:
-            return Cancelled(message=str(stop), data=stop)  # the flow gets the exception
+            return Cancelled(message=str(stop), data=stop)
 
     stoppable.__qualname__ = stoppable.__name__ = name  # Prefect tells tasks of one file apart by this
-    return task(name=name, task_run_name=run_name, **{**STEP_OPTIONS, **options})(stoppable)
+    return _StoppableTask(stoppable, name=name, task_run_name=run_name, **{**STEP_OPTIONS, **options})
 
 
 def _scored(session: StageSession, at: int) -> list[str]:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -33,8 +34,8 @@ SPARSE = [
 _RANDOM = "a random instant"
 _RANDOM_SHARE = 0.25
 _DAMAGE_SHARE = 0.3
-_WITH_WORKERS = 3
-"""Each third run has answers that need workers, which are killed and suspended, and measures a label. All are cancelled
+_WITH_WORKERS = 5
+"""Each fifth run has answers that need workers, which are killed and suspended, and measures a label. All are cancelled
 now and then."""
 
 
@@ -110,8 +111,13 @@ def campaign(folder: Path, *, kills: int, seed: int, show: bool = False) -> Repo
         report.points = list(dict.fromkeys(life.points))
         passes = Counter(life.points)
         harder = [*SPARSE, *for_workers(folder)]
-        whole_harder = open_tiny(folder / "undisturbed-workers", "tiny", harder)
-        assert lives.live(folder / "undisturbed-workers", "tiny").finished
+
+        @cache
+        def whole_harder() -> Run:
+            run = open_tiny(folder / "undisturbed-workers", "tiny", harder)
+            assert lives.live(folder / "undisturbed-workers", "tiny").finished
+            return run
+
         while report.kills < kills or report.missed:
             report.runs += 1
             artifacts = folder / f"run-{report.runs}"
@@ -120,7 +126,7 @@ def campaign(folder: Path, *, kills: int, seed: int, show: bool = False) -> Repo
             before = report.kills
             _finish_with_kills(lives, run, artifacts, report, passes, life.seconds, kills, rng)
             assert report.kills > before, f"nothing can be killed at {sorted(report.missed)}"
-            _compare(run, whole_harder if is_harder else whole, report)
+            _compare(run, whole_harder() if is_harder else whole, report)
             shutil.rmtree(artifacts)
             report.seconds = time.monotonic() - started
             if show:

@@ -30,6 +30,7 @@ ENGINES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_stage_on_the_engines_of_a_gpu_node_is_synced_resumed_and_evaluated(tmp_path: Path) -> None:
     run = open_tiny(tmp_path, "r", ENGINES)
     train(run, until=("stage2", 1))

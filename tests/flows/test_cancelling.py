@@ -5,7 +5,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from prefect import runtime
+from prefect import flow, runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.states import Cancelled, Cancelling
@@ -18,7 +18,8 @@ from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.stage import checkpoint_steps
 from kdrl_core.errors import Stopped
 from kdrl_core.ledger import open_run
-from kdrl_core.ledger.lock import last_error, log_file
+from kdrl_core.ledger.lock import last_error, log_file, request_stop
+from tasks import boxes
 
 STEPS = [*TINY, "stage2.steps=6", "stage2.evaluate_every=null"]
 
@@ -92,3 +93,14 @@ def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.
     assert _states("sweep-s") == {"sweep-s": "Cancelled: cancelled in Prefect; go on with: kdrl sweep run s"}
     (cell,) = artifacts.glob("runs/s-*")
     assert _states(cell.name)[cell.name].startswith(("Cancelled: stopped by SIGTERM", "Cancelled: cancelled"))
+
+
+def test_a_task_that_is_called_after_the_wish_raises_it(artifacts: Path) -> None:
+    @flow(name="asks")
+    @stopping.stoppable
+    def asks() -> dict[str, Any]:
+        request_stop("stopped by a test")
+        return boxes.evaluate(str(artifacts), "base")
+
+    with pytest.raises(Stopped, match="stopped by a test; go on with: the same flow"):
+        asks()
