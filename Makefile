@@ -68,7 +68,7 @@ demo: setup  ## run the miniature through a real Prefect server and worker (PORT
 
 WORKERS ?= 2
 
-test: setup  ## run the tests in WORKERS=2 processes (15 to 25 minutes on 2 cores)
+test: setup  ## run the tests in WORKERS=2 processes (about 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup  ## run the slow tests: a real pretrained model, the miniature's rebuild (installs the gguf extra)

@@ -86,6 +86,9 @@ class Signals:
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """The handler. Raises KeyboardInterrupt, at most once, when the work is to be interrupted."""
         del frame
+        goes_on = not self._is_overdue and self._count == 0 and _publishing > 0
+        interrupts = not goes_on and not self._is_interrupted
+        self._is_interrupted = self._is_interrupted or interrupts  # before the watcher, which tells of it, hears of it
         if not self._is_overdue:
             self.number = self.number or signal.Signals(number)
             self._count += 1
@@ -93,11 +96,9 @@ class Signals:
                 _to_nowhere(self._terminals)
             with suppress(OSError):
                 os.write(self._write, b"s")
-            if self._count == 1 and _publishing:
-                request_stop(f"stopped by {self.name}")
-                return
-        if not self._is_interrupted:
-            self._is_interrupted = True
+        if goes_on:
+            request_stop(f"stopped by {self.name}")
+        if interrupts:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:

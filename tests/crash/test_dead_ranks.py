@@ -61,6 +61,7 @@ def test_a_killed_rank_ends_the_update_and_all_others(tmp_path: Path) -> None:
             trainer.save(tmp_path)
 
 
+@pytest.mark.slow
 def test_ranks_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
     """One rank is stopped, and so could not end by itself."""
     folder = tmp_path / "ranks"

@@ -56,7 +56,7 @@ def cancel_at_step_2(monkeypatch: pytest.MonkeyPatch) -> Any:
     return cancel
 
 
-@pytest.mark.parametrize(("whose", "state"), [(0, Cancelling), (1, Cancelled)])
+@pytest.mark.parametrize(("whose", "state"), [pytest.param(0, Cancelling, marks=pytest.mark.slow), (1, Cancelled)])
 def test_a_cancelled_run_stops_and_is_cancelled(
     artifacts: Path, cancel_at_step_2: Any, monkeypatch: pytest.MonkeyPatch, whose: int, state: Any
 ) -> None:

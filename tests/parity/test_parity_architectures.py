@@ -273,6 +273,7 @@ def test_a_token_that_the_scorer_has_no_row_for_is_told() -> None:
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_vllm_samples_no_padding_and_its_logprobs_are_the_whole_softmaxes(tokenizer: Any, tmp_path: Path) -> None:
     from kdrl_core.engines.vllm_rollout import VLLMRolloutEngine
 

@@ -245,7 +245,8 @@ def test_the_known_head_sizes_are_those_of_vllm() -> None:
     assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
 
 
-@pytest.mark.parametrize("own_process", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("own_process", [False, True])
+@pytest.mark.slow
 def test_an_engine_that_sleeps_gives_its_cache_back_and_wakes_as_it_was(own_process: bool, models: list[Path]) -> None:
     """A GiB of key-value cache, in a process of its own as on GPUs, or in this one."""
     settings = replace(SETTINGS, kv_cache_gb=1.0, own_process=own_process)

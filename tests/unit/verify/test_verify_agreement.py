@@ -31,7 +31,7 @@ def boxed(answer: str) -> str:
     [
         ("cases.jsonl", 9, 0),
         pytest.param("aside_public.jsonl", 15, 0, marks=pytest.mark.slow),
-        ("aside_own.jsonl", 8, 1),
+        pytest.param("aside_own.jsonl", 8, 1, marks=pytest.mark.slow),
     ],
 )
 def test_agreement(verifier: Verifier, file: str, max_wrong: int, max_false_positives: int) -> None:

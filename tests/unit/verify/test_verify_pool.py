@@ -174,6 +174,7 @@ def roots(count: int) -> list[tuple[str, str]]:
     return [(boxed(rf"\sqrt{{{2 * n * n}}}+{n}"), rf"{n}\sqrt{{2}}+{n}") for n in range(1, count + 1)]
 
 
+@pytest.mark.slow
 def test_three_workers_killed_from_outside_cost_no_verdict() -> None:
     """As the kernel does that runs out of memory."""
     killed = 0
