@@ -101,7 +101,7 @@ def test_twice_at_once_a_closed_terminal_and_a_kill(artifacts: Path) -> None:
     assert left_behind(str(artifacts)) == []
 
     terminal = _start(artifacts, "resume", "r")
-    time.sleep(1.5)  # while Prefect and torch are being imported
+    terminal.wait_until(lambda: "starting" in terminal.said, "its first line")  # then Prefect and torch are imported
     terminal.type(CTRL_C)
     _ends(terminal, artifacts, "interrupted; go on with: kdrl resume r")
 
