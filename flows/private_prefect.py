@@ -14,7 +14,7 @@ IS_PRIVATE = "KDRL_PRIVATE_PREFECT"
 """Environment variable with the home of the private Prefect: programs that kdrl starts use it as well."""
 
 QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-"""No analytics, whoever's the server is."""
+"""Send no analytics, to any server."""
 _OWN_ORIGIN = "http://127.0.0.1"
 """By default Prefect lets every web page use its API: a page in a browser could run code on this machine."""
 _LOOPBACK = ("127.0.0.1", "localhost")

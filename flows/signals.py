@@ -2,8 +2,8 @@
 
 While a flow publishes (`publishing`), the first signal becomes a wish (`kdrl_core.ledger.lock`): the work stops at the
 next place where nothing is lost. If that takes longer than the grace, it is interrupted. At any other time the first
-signal interrupts at once. A thread watches over the limits: past the last, the process ends whatever it does, and its
-guard (`flows.guard`) ends its children.
+signal interrupts at once. A thread watches over the limits. Past the last one, it ends the process, and the guard
+(`flows.guard`) ends the children.
 
 This module imports no Prefect.
 """
@@ -28,7 +28,7 @@ AT_ONCE_S = 1.5
 """And this long after the second."""
 
 STOPPED = 130
-"""Exit code of a program that was stopped by a signal, whichever it was."""
+"""Exit code of a program that a signal has stopped: the same for each of `STOP_SIGNALS`."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the end of its terminal (SIGHUP)"}
 

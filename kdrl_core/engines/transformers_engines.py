@@ -192,7 +192,7 @@ class _Decoding:
     ) -> None:
         self._model = model
         self._cache = None if cache_method is None else DynamicCache(config=model.config)
-        self._cache_method = cache_method or ""
+        self._take_rows = None if cache_method is None else getattr(self._cache, cache_method)
         distinct = {tuple(prompt): row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         self._width = width = max(map(len, distinct))
         ids = [[0] * (width - len(prompt)) + list(prompt) + [0] * limit for prompt in distinct]
@@ -207,8 +207,8 @@ class _Decoding:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch. `append` comes next."""
-        if self._cache is not None:
-            getattr(self._cache, self._cache_method)(rows)
+        if self._take_rows is not None:
+            self._take_rows(rows)
         self._ids, self._padding, self._mask = self._ids[rows], self._padding[rows], self._mask[rows]
 
     def append(self, tokens: Tensor) -> None:

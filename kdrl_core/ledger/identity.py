@@ -3,7 +3,7 @@
 A file whose size, times and inode are as recorded is taken to be unchanged. Any other is read and its hash compared.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -70,14 +70,6 @@ def _identities(
 
     with ThreadPoolExecutor(_READERS) as pool:  # hashing large files leaves the interpreter free
         return dict(zip(paths, pool.map(identity, paths), strict=True))
-
-
-def differences(recorded: Outside, found: Outside) -> Iterable[tuple[str, str, str]]:
-    """Slot, path as the recipe gives it, and what differs, for each slot whose content is no longer the recorded one.
-    Slots that have no files any more are passed over: whoever needs the files says that they are missing."""
-    for slot, after in found.items():
-        if slot in recorded and (told := difference(recorded[slot], after)) is not None:
-            yield slot, after["path"], told
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:

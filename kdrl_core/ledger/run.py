@@ -18,7 +18,7 @@ from kdrl_core.config.changes import SAFE_FIELDS
 from kdrl_core.config.paths import artifacts_root, read_json, why
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger.graph import folders
-from kdrl_core.ledger.identity import Outside, differences, identify, is_outside, unmoved
+from kdrl_core.ledger.identity import Outside, difference, identify, is_outside, unmoved
 from kdrl_core.ledger.lock import run_lock
 from kdrl_core.ledger.manifest import verify_published
 from kdrl_core.ledger.names import RunPaths
@@ -101,7 +101,8 @@ def require_same_recipe(name: str, recipe: Recipe, *, artifacts: Path | None = N
 def require_resumable(run: Run, recipe: Recipe) -> None:
     """Raise RunError if `recipe` differs from the run's in fields that change results; the error lists them. A path may
     change if what it names now has the content that the run has recorded: a model that was moved."""
-    if unsafe := unsafe_changes(anchored(run.recipe), unmoved(anchored(run.recipe), anchored(recipe), outside_of(run))):
+    old = anchored(run.recipe)
+    if unsafe := unsafe_changes(old, unmoved(old, anchored(recipe), outside_of(run))):
         raise RunError(
             f"run {run.name} was started with another recipe: {'; '.join(map(str, unsafe))}. "
             "Use another run name, or resume with the recipe it was started with. "
@@ -141,7 +142,9 @@ def require_same_outside(run: Run) -> tuple[Outside, Outside]:
     """What is recorded and what is there now. Raises RunError as `settle_outside` does; writes nothing."""
     recorded = outside_of(run)
     found = identify(run.recipe, recorded)
-    if changed := [f"{slot}={path}: {told}" for slot, path, told in differences(recorded, found)]:
+    # A slot that has no files any more is not in `found`: whoever needs the files says that they are missing.
+    told = {slot: difference(recorded[slot], found[slot]) for slot in found if slot in recorded}
+    if changed := [f"{slot}={found[slot]['path']}: {what}" for slot, what in told.items() if what is not None]:
         raise RunError(
             f"run {run.name} began with other files than are there now: {'; '.join(changed)}. "
             "Restore the files that it began with, or start a new run with these"

@@ -2,12 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+from forked import KDRL
 from support import MARK, TINY, left_behind
-
-KDRL = str(Path(sys.executable).with_name("kdrl"))
 
 
 def test_failure_inside_the_flow_is_one_line(artifacts: Path) -> None:

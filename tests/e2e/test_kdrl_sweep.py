@@ -4,15 +4,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import KDRL
 from support import MARK, TINY, left_behind
 
-SWEEP = [str(Path(sys.executable).with_name("kdrl")), "sweep"]
+SWEEP = [str(KDRL), "sweep"]
 ONE_BENCHMARK = "[{name: test, file: 'builtin:miniature/benchmarks/test.jsonl', max_problems: 4}]"
 OWN = ["evaluation.periodic=[]", f"evaluation.benchmarks={ONE_BENCHMARK}", "stage2.steps=2"]
 SETS = [part for value in [*TINY, *OWN] for part in ("--set", value)]

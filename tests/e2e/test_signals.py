@@ -3,23 +3,22 @@
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from forked import KDRL
 from support import MARK, TINY, assert_only_private_servers, left_behind
 from terminal import CTRL_C, Terminal
 
-KDRL = str(Path(sys.executable).with_name("kdrl"))
 SETS = [part for value in (*TINY, "stage2.evaluate_every=null", "stage2.steps=400") for part in ("--set", value)]
 LIMIT_S = 10.0
 
 
 def _start(artifacts: Path, *arguments: str) -> Terminal:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return Terminal([KDRL, *arguments], {**environment, MARK: str(artifacts), "KDRL_ARTIFACTS": str(artifacts)})
+    return Terminal([str(KDRL), *arguments], {**environment, MARK: str(artifacts), "KDRL_ARTIFACTS": str(artifacts)})
 
 
 def _step(artifacts: Path, number: int, run: str = "r") -> Path:

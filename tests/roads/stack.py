@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import forked
 import httpx
 import psutil
 from support import MARK
@@ -20,7 +21,7 @@ from flows.cli.local_prefect import free_port, server_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
-KDRL = str(Path(sys.executable).with_name("kdrl"))
+KDRL = str(forked.KDRL)
 _PATIENCE_S = 180.0
 
 

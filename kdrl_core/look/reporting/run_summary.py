@@ -216,7 +216,7 @@ def named_status(name: str) -> dict[str, Any]:
         return run_status(open_run(name))
     except KdrlError as error:
         return {"run": name, "state": f"unusable: {error}"}
-    except Exception as error:  # whatever a damaged or foreign file makes of its reader
+    except Exception as error:  # a damaged or foreign file can make its reader fail in any way
         return {"run": name, "state": f"unusable: {type(error).__name__}: {visible(' '.join(str(error).split()))}"}
 
 
