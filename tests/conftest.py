@@ -61,7 +61,7 @@ def fast_sessions(kept_verifier: Any, monkeypatch: pytest.MonkeyPatch) -> Iterat
     from kdrl_core.boxes import session
 
     session.close_sessions()
-    monkeypatch.setattr(session, "Verifier", lambda **_: kept_verifier)
+    kept_verifier.share(monkeypatch)
     yield
     session.close_sessions()
 

@@ -5,6 +5,7 @@ import time
 from contextlib import suppress
 
 import psutil
+import pytest
 
 from kdrl_core.verify import Verifier
 
@@ -13,13 +14,22 @@ MARK = "KDRL_TEST_MARK"
 
 _PATIENCE_S = 10.0
 
+
+def benchmarks(*names: str, samples: int, max_problems: int) -> str:
+    """An override: some of the miniature's benchmarks in place of all, and few problems of each."""
+    fields = f"samples: {samples}, max_problems: {max_problems}"
+    rows = (f"{{name: {name}, file: 'builtin:miniature/benchmarks/{name}.jsonl', {fields}}}" for name in names)
+    return f"evaluation.benchmarks=[{', '.join(rows)}]"
+
+
 TINY = [
     "stage1.steps=2",
     "stage2.steps=3",
     *(f"{stage}.{field}" for stage in ("stage1", "stage2") for field in ("prompts_per_step=4", "mini_batch_prompts=4")),
     *(f"{stage}.{field}" for stage in ("stage1", "stage2") for field in ("group_size=4", "evaluate_every=2")),
-    *(f"evaluation.benchmarks.{index}.{field}" for index in range(4) for field in ("samples=1", "max_problems=8")),
-    "evaluation.max_context_tokens=48",
+    *(f"{stage}.max_response_tokens=32" for stage in ("stage1", "stage2")),
+    benchmarks("test", "validation", samples=1, max_problems=8),
+    "evaluation.max_context_tokens=40",
 ]
 """Overrides that make the miniature a matter of seconds."""
 
@@ -29,6 +39,14 @@ class KeptVerifier(Verifier):
 
     def close(self) -> None:
         """Do nothing; `Verifier.close(kept)` ends it."""
+
+    def share(self, patch: pytest.MonkeyPatch) -> None:
+        """Training and evaluations in this process have it for theirs."""
+        from kdrl_core.boxes import session
+        from kdrl_core.evaluation import answering
+
+        for module in (session, answering):
+            patch.setattr(module, "Verifier", lambda **_: self)
 
 
 def left_behind(mark: str) -> list[str]:

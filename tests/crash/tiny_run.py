@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from support import benchmarks
 
 from kdrl_core.boxes.completion import student
 from kdrl_core.boxes.evaluate import evaluate_model
@@ -32,13 +33,13 @@ TINY = [
             "prompts_per_step=4",
             "mini_batch_prompts=4",
             "group_size=4",
-            "max_response_tokens=40",
+            "max_response_tokens=24",
             "evaluate_every=null",
             "data.max_problems=48",
         )
     ),
-    *(f"evaluation.benchmarks.{index}.{field}" for index in range(4) for field in ("samples=2", "max_problems=6")),
-    "evaluation.max_context_tokens=48",
+    benchmarks("test", "validation", samples=2, max_problems=6),
+    "evaluation.max_context_tokens=40",
     "alarms.clip_ratio.above=0.1",  # so that there are some alarms, which count among the results
     "alarms.clip_ratio.patience=1",
 ]

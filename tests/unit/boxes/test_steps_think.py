@@ -14,7 +14,6 @@ from kdrl_core.boxes.filter import filter_run
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import stage_session
 from kdrl_core.boxes.step import rollout, verify
-from kdrl_core.evaluation import answering as answering_module
 from kdrl_core.verify import Verifier
 
 OPENING = "'<|user|>{{ messages[0].content }}<|assistant|><think>'"
@@ -39,7 +38,6 @@ def judged(response: str, truth: str, *, is_opened: bool) -> tuple[float, float]
 def test_steps_see_the_thought_alike(
     tmp_path: Path, is_opened: bool, require_format: bool, kept_verifier: Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering_module, "Verifier", lambda **_: kept_verifier)
     overrides = [f"student.chat_template={OPENING}"] if is_opened else []
     overrides += [f"reward.require_format={str(require_format).lower()}", "stage1.group_size=8"]
     run = open_tiny(tmp_path, "think", [*overrides, "stage1.max_response_tokens=24"])
@@ -78,7 +76,6 @@ def test_a_box_in_an_unfinished_thought_is_no_answer_in_evaluation_and_training(
     tmp_path: Path, is_opened: bool, kept_verifier: Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After `</think>` in the prompt the student gives its box at once; `prompt.think_opened` makes that a thought."""
-    monkeypatch.setattr(answering_module, "Verifier", lambda **_: kept_verifier)
     answering = "'<|user|>{{ messages[0].content }}<|assistant|><think></think>'"
     opened = f"prompt.think_opened={str(is_opened).lower()}"
     run = open_tiny(
@@ -107,7 +104,6 @@ def test_a_prompt_that_closes_the_thought_earns_a_reward_without_tags(
     tmp_path: Path, kept_verifier: Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Qwen3's chat template with enable_thinking=false: no response has tags, and the format can be right."""
-    monkeypatch.setattr(answering_module, "Verifier", lambda **_: kept_verifier)
     template = (
         "'<|user|>{{ messages[0].content }}<|assistant|>{% if enable_thinking is false %}<think></think>{% endif %}'"
     )

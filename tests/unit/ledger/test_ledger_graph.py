@@ -13,6 +13,7 @@ from crash.damage import manifest_for
 from crash.tiny_run import TINY, finish, train
 from hypothesis import given
 from hypothesis import strategies as st
+from support import KeptVerifier
 from vllm_models import needs_vllm
 
 from kdrl_core.boxes.check import Remedy, check_run
@@ -158,10 +159,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MADE if name not 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, kept_verifier: object) -> Callable[[str], Run]:
+def made(tmp_path_factory: pytest.TempPathFactory, kept_verifier: KeptVerifier) -> Callable[[str], Run]:
     """A finished run by its name in `MADE`. Not to be changed."""
-    from kdrl_core.boxes import session
-
     folder = tmp_path_factory.mktemp("made")
 
     @cache
@@ -170,7 +169,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, kept_verifier: object) -> Cal
         if recipe == "miniature-zero":
             overrides = [*overrides, f"teacher.path={run('R1-Zero, teacher').paths.student}"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(session, "Verifier", lambda **_: kept_verifier)
+            kept_verifier.share(patch)
             return make(folder / name.replace(" ", "-"), recipe, overrides)
 
     return run

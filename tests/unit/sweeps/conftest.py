@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from crash.tiny_run import finish, open_tiny, train
+from support import KeptVerifier
 
 from kdrl_core.ledger import Run, open_run
 
@@ -12,13 +13,11 @@ GRPO = ["stage2.objective=grpo"]
 
 
 @pytest.fixture(scope="session")
-def donor_and_alone(tmp_path_factory: pytest.TempPathFactory, kept_verifier: object) -> tuple[Run, Run]:
+def donor_and_alone(tmp_path_factory: pytest.TempPathFactory, kept_verifier: KeptVerifier) -> tuple[Run, Run]:
     """A finished KDRL run, and a finished GRPO run that shared nothing. Not to be changed."""
-    from kdrl_core.boxes import session
-
     folder = tmp_path_factory.mktemp("sharing")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "Verifier", lambda **_: kept_verifier)
+        kept_verifier.share(patch)
         runs = open_tiny(folder, "kdrl"), open_tiny(folder, "alone", GRPO)
         for run in runs:
             train(run)

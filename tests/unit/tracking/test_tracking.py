@@ -18,8 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from crash.tiny_run import finish, open_tiny, train
+from support import KeptVerifier
 
-from kdrl_core.boxes import preflight, session
+from kdrl_core.boxes import preflight
 from kdrl_core.boxes.preflight import check_trackers
 from kdrl_core.config import Recipe, TrackerName, TrackingConfig, load_recipe
 from kdrl_core.config.changes import unsafe_changes
@@ -40,10 +41,10 @@ for package in ("tensorboard", "mlflow", "wandb"):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, kept_verifier: object) -> Run:
+def trained(tmp_path_factory: pytest.TempPathFactory, kept_verifier: KeptVerifier) -> Run:
     """A finished tiny run. Not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "Verifier", lambda **_: kept_verifier)
+        kept_verifier.share(patch)
         run = open_tiny(tmp_path_factory.mktemp("tracking"), "tracked")
         train(run)
         finish(run)

@@ -12,6 +12,7 @@ import pytest
 from browser import chromium
 from crash.tiny_run import open_tiny, train
 from fastapi import FastAPI
+from support import KeptVerifier
 from unit.ui import handmade
 
 from kdrl_core.look.rollouts.query import RolloutStore
@@ -22,13 +23,11 @@ SETTINGS = [f"{stage}.group_size={GROUP_SIZE}" for stage in ("stage1", "stage2")
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, kept_verifier: object) -> tuple[Path, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, kept_verifier: KeptVerifier) -> tuple[Path, Path]:
     """Folders of a trained KDRL run and a GRPO run over the same prompts. Not to be changed."""
-    from kdrl_core.boxes import session
-
     folder = tmp_path_factory.mktemp("ui")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "Verifier", lambda **_: kept_verifier)
+        kept_verifier.share(patch)
         opened = open_tiny(folder, "kdrl", SETTINGS), open_tiny(folder, "grpo", [*SETTINGS, "stage2.objective=grpo"])
         for run in opened:
             train(run)
