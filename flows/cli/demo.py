@@ -130,9 +130,10 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
     from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
 
-    check_inputs(load_recipe(recipe, overrides))
-    port = free_port(port)
+    loaded = load_recipe(recipe, overrides)
     paths = RunPaths.of(run_name)
+    port = free_port(port)
+    check_inputs(loaded)  # takes seconds: after what is seen at once
     prefect = str(Path(sys.executable).with_name("prefect"))
     guard_children()
     with ExitStack() as stack:

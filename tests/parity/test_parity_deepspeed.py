@@ -1,16 +1,20 @@
 """DeepSpeed's ranks against the trainer of one process: the same steps, the same files, each resuming the other's."""
 
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from parity.ranks import (
     gaps,
     make_batch,
     needs_deepspeed,
     plain_trainer,
+    processes_of,
     rank_processes,
     ranks,
     train,
@@ -21,6 +25,7 @@ from safetensors.torch import load_file
 
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
+from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import UpdateBatch
 
 pytestmark = needs_deepspeed
@@ -79,10 +84,27 @@ def weight_gap(left: Path, right: Path, name: str = "model.safetensors") -> floa
     return max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
 
 
+def a_killed_rank_ends_the_update_and_all_others(trainer: DeepSpeedTrainer, folder: Path) -> None:
+    assert (folder / "ranks.json").stat().st_mode & 0o077 == 0
+    first, second = sorted(rank_processes(folder), key=lambda process: int(process.environ()["RANK"]))
+    second.send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    told = rf"update at step {trainer.step}: rank 1 \(pid {second.pid} .* signal SIGKILL, which"
+    with pytest.raises(EngineError, match=told):
+        trainer.update(BATCHES[0])
+    assert time.monotonic() - started < 15
+    assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
+    assert processes_of(folder) == []
+    with pytest.raises(EngineError, match="closed"):
+        trainer.save(folder)
+
+
+@pytest.mark.usefixtures("own_estimators")
 def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
     tied_dir: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Tied embeddings; ZeRO-3 on two ranks, then ZeRO-2 on one, beside plain torch."""
+    """Tied embeddings; ZeRO-3 on two ranks, of which one is killed at last, then ZeRO-2 on one with an estimator of the
+    user's own, beside plain torch."""
     plain = plain_trainer(tied_dir, tokenizer)
     expected = train(plain, BATCHES[:2])
     plain_saved = save(plain, tmp_path / "plain")
@@ -115,6 +137,7 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
         assert max(gaps(train(sharded, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
         with pytest.raises(RunError, match="not a checkpoint"):
             sharded.load(tied_dir)
+        a_killed_rank_ends_the_update_and_all_others(sharded, tmp_path / "a")
 
     assert weight_gap(saved, plain_saved) < 1e-4
     assert contents(saved).keys() == contents(plain_saved).keys()
@@ -123,10 +146,19 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
     resumed = plain_trainer(tied_dir, tokenizer)
     resumed.load(saved)
     assert max(gaps(train(resumed, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
+    (tmp_path / "mine.py").write_text("def fourth(log_ratio):\n    return 0.1 * log_ratio**4\n")
+    own = with_objective(BATCHES[4], kl_estimator=f"{tmp_path / 'mine.py'}:fourth")
+    fourth = train(resumed, [own])
     with ranks(tied_dir, tokenizer, tmp_path / "b", zero_stage=2, ranks=1) as alone:
         alone.load(saved)
         assert contents(save(alone, tmp_path / "moved")) == contents(saved)
         assert max(gaps(train(alone, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
+        assert max(gaps(train(alone, [own]), fourth).values()) < TOLERANCE  # it loads the estimator that is named
+        with pytest.raises(EngineError, match=r"rank 0 .* failed: RecipeError: .*mine.py:none: none is not there"):
+            alone.update(with_objective(own, kl_estimator=f"{tmp_path / 'mine.py'}:none"))
+    resumed.load(plain_saved)
+    train(resumed, BATCHES[2:4])
+    assert train(resumed, BATCHES[4:5])[0].metrics["kd/kl"] != fourth[0].metrics["kd/kl"]
 
 
 @pytest.mark.slow
@@ -151,18 +183,6 @@ def test_untied_embeddings_are_exported_as_by_the_plain_trainer(
     assert contents(tmp_path / "ours").keys() == contents(tmp_path / "theirs").keys()
     assert weight_gap(tmp_path / "ours", tmp_path / "theirs") < 1e-4
     assert "lm_head.weight" in load_file(tmp_path / "ours" / "model.safetensors")
-
-
-@pytest.mark.usefixtures("own_estimators")
-def test_a_rank_loads_the_estimator_that_the_objective_names(tied_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def fourth(log_ratio):\n    return 0.1 * log_ratio**4\n")
-    batch = with_objective(BATCHES[0], kl_estimator=f"{tmp_path / 'mine.py'}:fourth")
-    expected = train(plain_trainer(tied_dir, tokenizer), [batch])
-    assert expected[0].metrics["kd/kl"] != train(plain_trainer(tied_dir, tokenizer), BATCHES[:1])[0].metrics["kd/kl"]
-    with ranks(tied_dir, tokenizer, tmp_path / "ranks", zero_stage=0, ranks=1) as trainer:
-        assert max(gaps(train(trainer, [batch]), expected).values()) < TOLERANCE
-        with pytest.raises(EngineError, match=r"rank 0 .* failed: RecipeError: .*mine.py:none: none is not there"):
-            trainer.update(with_objective(batch, kl_estimator=f"{tmp_path / 'mine.py'}:none"))
 
 
 @pytest.mark.slow
