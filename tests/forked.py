@@ -67,7 +67,14 @@ def _serve() -> None:
     import math_verify  # noqa: F401
     import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
+    import rich.console  # noqa: F401
+    import typer  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    # Of kdrl what reads neither environment nor folder when it is imported; the command line itself does.
+    import kdrl_core.boxes.preflight
+    import kdrl_core.evaluation.answering
+    import kdrl_core.look.rollouts.query  # noqa: F401
 
     gc.freeze()
     for line in sys.stdin:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Hashable
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -48,6 +49,12 @@ def parse_yaml(text: str, *, hide: bool = False) -> Any:
     Raises:
         NotYamlError: not valid YAML, or too long.
     """
+    return _unshared(_parsed(text, hide=hide))
+
+
+@lru_cache(maxsize=64)  # a process opens its run, or a sweep its cells, again and again
+def _parsed(text: str, *, hide: bool) -> Any:
+    """As `parse_yaml`, but YAML aliases are one value, and so are the results for equal texts."""
     too_long = f"it has more than {MAX_CHARS:,} characters, aliases written out"
     if len(text) > MAX_CHARS:
         raise NotYamlError(too_long)
@@ -57,7 +64,7 @@ def parse_yaml(text: str, *, hide: bool = False) -> Any:
             return None
         if _written_out(node, {}) > MAX_CHARS:
             raise NotYamlError(too_long)
-        return _unshared(loader.construct_document(node))
+        return loader.construct_document(node)
     except NotYamlError:
         raise
     except (yaml.YAMLError, RecursionError) as error:
