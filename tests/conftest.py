@@ -1,5 +1,6 @@
 """Shared by all tests: nothing outside the temporary folder is read or written, and torch keeps to one thread."""
 
+import gc
 import logging
 import os
 import signal
@@ -15,6 +16,15 @@ for name in ("PREFECT_API_URL", "PREFECT_HOME", "KDRL_ARTIFACTS"):
 # A shell's background job ignores SIGINT, and `nohup` SIGHUP; so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_finish() -> None:
+    """Take what has been imported out of the garbage collector's sight: a collection would take a second. vLLM collects
+    dozens of times, and would bring it all back."""
+    from support import keep_from_gc
+
+    keep_from_gc()
+    gc.freeze = gc.unfreeze = lambda: None
 
 
 @pytest.fixture

@@ -75,7 +75,10 @@ def _serve() -> None:
     import kdrl_core.boxes.preflight
     import kdrl_core.evaluation.answering
     import kdrl_core.look.rollouts.query  # noqa: F401
+    from kdrl_core.config import load_recipe
+    from kdrl_core.data.decontamination import Decontaminator
 
+    Decontaminator(load_recipe("miniature").stage("stage1").data.decontamination)  # keeps its index of the problems
     gc.freeze()
     for line in sys.stdin:
         child = os.fork()

@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import gc
 import http.client
 import time
 from contextlib import suppress
@@ -32,6 +33,15 @@ TINY = [
     "evaluation.max_context_tokens=40",
 ]
 """Overrides that make the miniature a matter of seconds."""
+
+
+_freeze = gc.freeze
+
+
+def keep_from_gc() -> None:
+    """No collection looks at what there is now."""
+    gc.collect()
+    _freeze()
 
 
 class KeptVerifier(Verifier):

@@ -142,7 +142,14 @@ class Lives:
 
 
 def _serve() -> None:
-    from crash import tiny_run  # everything that a life needs is imported before the first fork
+    # Everything that a life needs is imported and read before the first fork.
+    import pandas  # noqa: F401
+    from crash import tiny_run
+
+    from kdrl_core.config import load_recipe
+    from kdrl_core.data.decontamination import Decontaminator
+
+    Decontaminator(load_recipe("miniature").stage("stage1").data.decontamination)  # keeps its index of the problems
 
     for line in sys.stdin:
         command = json.loads(line)

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from support import keep_from_gc
 from vllm_models import SETTINGS, STUDENT, needs_vllm, requests, small_model, tokenizer
 
 from kdrl_core.config.paths import ASSETS
@@ -59,6 +60,9 @@ def start(model: Path, *, temperature: float = TEMPERATURE) -> VLLMRolloutEngine
 )
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two models of one architecture: a policy and the next one."""
+    import vllm.v1.engine.llm_engine  # noqa: F401
+
+    keep_from_gc()
     folder = tmp_path_factory.mktemp("models")
     return [small_model(folder / str(seed), tokenizer(), tied=request.param, seed=seed) for seed in (1, 2)]
 
