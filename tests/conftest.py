@@ -4,6 +4,8 @@ import gc
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,36 @@ for name in ("PREFECT_API_URL", "PREFECT_HOME", "KDRL_ARTIFACTS"):
 # A shell's background job ignores SIGINT, and `nohup` SIGHUP; so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+_LONGEST = (
+    "crash/test_crash_kill.py",
+    "unit/verify/test_verify_pool.py",
+    "e2e/test_demo.py",
+    "e2e/test_signals.py",
+    "unit/boxes/test_steps_resume.py",
+    "crash/test_damage.py",
+    "parity/test_parity_deepspeed.py",
+    "unit/cli/test_cli_verify.py",
+    "unit/ui/test_ui_pages.py",
+    "flows/test_alarms.py",
+    "flows/test_cancelling.py",
+    "unit/verify/test_verify_agreement.py",
+    "flows/test_full_pipeline.py",
+    "unit/tracking/test_tracking.py",
+    "unit/ledger/test_ledger_graph.py",
+    "unit/engines/test_http_scorer.py",
+    "unit/data/test_data_qwen.py",
+    "unit/data/test_data_assets.py",
+    "unit/security/test_security_looking.py",
+    "unit/cli/test_cli_prefect.py",
+    "unit/cli/test_cli_evaluate.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left alone with one of them at the end."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_collection_finish() -> None:
@@ -33,6 +65,25 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "artifacts"
     monkeypatch.setenv("KDRL_ARTIFACTS", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of Prefect: to make it takes ten seconds of each start. Made once for all workers."""
+    from filelock import FileLock
+
+    from flows.private_prefect import private_environment
+
+    folder = tmp_path_factory.getbasetemp()
+    home = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "prefect"
+    home.mkdir(exist_ok=True)
+    with FileLock(home / "made.lock"):
+        if not (home / "made").exists():
+            command = [Path(sys.executable).with_name("prefect"), "server", "database", "upgrade", "--yes"]
+            environment = private_environment(home, 0, os.environ)
+            subprocess.run(command, cwd=home, env=environment, check=True, capture_output=True)
+            (home / "made").touch()
+    return home / "prefect.db"
 
 
 @pytest.fixture(autouse=True)

@@ -1,27 +1,9 @@
-"""Prefect's empty database for the programs under test: to make it takes ten seconds of each start."""
+"""Prefect's empty database for the programs under test."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-from flows.private_prefect import private_environment
-
-
-@pytest.fixture(scope="session")
-def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("prefect")
-    subprocess.run(
-        [Path(sys.executable).with_name("prefect"), "server", "database", "upgrade", "--yes"],
-        cwd=home,
-        env=private_environment(home, 0, os.environ),
-        check=True,
-        capture_output=True,
-    )
-    return home / "prefect.db"
 
 
 @pytest.fixture

@@ -106,7 +106,8 @@ def test_rollouts_of_a_step(finished: Run, stage: str, step: int) -> None:
     assert (rollouts["engine"] == "transformers").all()
     assert (rollouts["length"] == rollouts["token_ids"].map(len)).all()
     assert (rollouts["length"] == rollouts["rollout_logprobs"].map(len)).all()
-    assert (rollouts.loc[rollouts["finish_reason"] == "length", "length"] == 40).all()
+    longest = finished.recipe.stage(stage).max_response_tokens
+    assert (rollouts.loc[rollouts["finish_reason"] == "length", "length"] == longest).all()
     assert (rollouts.groupby("prompt_id")["prompt"].nunique() == 1).all()
     seeds = [
         derive_seed(0, stage, step, prompt, sample)

@@ -100,22 +100,25 @@ def test_a_run_of_a_version_without_entropies_and_alarms_goes_on(sparse: Run, tm
     assert check_run(run).findings == []
 
 
+OVERRIDES = ["stage1.steps=1", "stage2.checkpoint.every=2", "stage2.checkpoint.keep_last=1"]
+
+
 class _Killed(BaseException):
     """In place of SIGKILL: nothing catches it."""
 
 
-@pytest.fixture
-def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, list[tuple[str, Path]]]:
-    """An undisturbed run, and a copy of its folder after each single publication."""
+@pytest.fixture(scope="module")
+def snapshots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[tuple[str, Path]]]:
+    """An undisturbed run, and a copy of its folder after each single publication. Not to be changed."""
     taken: list[tuple[str, Path]] = []
-    overrides = ["stage1.steps=1", "stage2.steps=3", "stage2.checkpoint.every=2", "stage2.checkpoint.keep_last=1"]
-    run = open_tiny(tmp_path / "whole", "r", overrides)
+    folder = tmp_path_factory.mktemp("snapshots")
+    run = open_tiny(folder / "whole", "r", ["stage2.steps=3", *OVERRIDES])
 
     def noting(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         @wraps(function)
         def wrapper(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
-            artifacts = tmp_path / f"{len(taken):02d}"
+            artifacts = folder / f"{len(taken):02d}"
             shutil.copytree(run.paths.root, artifacts / "runs" / "r")
             what = run.paths.relative(arguments[0]) if isinstance(arguments[0], Path) else name
             taken.append((what, artifacts))
@@ -123,7 +126,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, lis
 
         return wrapper
 
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         for module in (make_module, stage_module):
             for name in ("publish_file", "publish_directory", "append_metrics", "prune_checkpoints"):
                 if hasattr(module, name):
@@ -133,17 +136,16 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, lis
 
 
 @pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_crash_after_each_publication(first: int, snapshots: tuple[Run, list[tuple[str, Path]]]) -> None:
+def test_crash_after_each_publication(
+    first: int, snapshots: tuple[Run, list[tuple[str, Path]]], tmp_path: Path
+) -> None:
     """Every second one, from the first or the second on: both halves take long."""
     whole, taken = snapshots
     assert len(taken) >= 25
     for what, artifacts in taken[first::2]:
-        run = open_tiny(artifacts, "r", [f"stage2.steps={whole.recipe.stage('stage2').steps}", *OVERRIDES])
+        run = open_tiny(shutil.copytree(artifacts, tmp_path / artifacts.name), "r", ["stage2.steps=3", *OVERRIDES])
         train(run)
         assert [f for f in differing(run, whole) if not _is_superseded(f)] == [], f"after {what}"
-
-
-OVERRIDES = ["stage1.steps=1", "stage2.checkpoint.every=2", "stage2.checkpoint.keep_last=1"]
 
 
 def _is_superseded(name: str) -> bool:
@@ -151,13 +153,13 @@ def _is_superseded(name: str) -> bool:
     return name.startswith("checkpoints/stage2/step-000002/")
 
 
-def test_crash_before_each_manifest(snapshots: tuple[Run, list[tuple[str, Path]]]) -> None:
+def test_crash_before_each_manifest(snapshots: tuple[Run, list[tuple[str, Path]]], tmp_path: Path) -> None:
     """The file is there, torn, its manifest not yet: it does not count and is made anew."""
     whole, taken = snapshots
     for what, artifacts in taken:
         if not what.endswith(".parquet") or "stage2" not in what:
             continue
-        run = open_tiny(artifacts, "r", ["stage2.steps=3", *OVERRIDES])
+        run = open_tiny(shutil.copytree(artifacts, tmp_path / artifacts.name), "r", ["stage2.steps=3", *OVERRIDES])
         file = run.paths.root / what
         file.with_name(f"_{file.stem}.manifest.json").unlink()
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

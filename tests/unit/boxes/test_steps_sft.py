@@ -32,6 +32,7 @@ SFT = [
     *TINY,
     "stage1=null",
     "stage2.objective=sft",
+    "stage2.max_response_tokens=40",  # so that some answers of the teacher are right
     "stage2.data.max_problems=8",
     "stage2.sft.samples=3",
     "stage2.sft.shard_prompts=3",

@@ -1,6 +1,7 @@
 """Whose Prefect a command uses, what reaches a private one, and how errors end a command."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -47,11 +48,14 @@ print("foreign:", foreign, settings.tasks.default_retries)
 """
 
 
-def test_no_setting_of_the_users_reaches_the_private_server(tmp_path: Path) -> None:
+def test_no_setting_of_the_users_reaches_the_private_server(tmp_path: Path, prefect_database: Path) -> None:
     """From the environment, `.env`, prefect.toml, pyproject.toml, or the active profile."""
     here, home = tmp_path / "here", tmp_path / "home" / ".prefect"
     here.mkdir()
     home.mkdir(parents=True)
+    own = tmp_path / "artifacts" / "prefect"
+    own.mkdir(parents=True)
+    shutil.copy(prefect_database, own)
     (here / ".env").write_text(f"PREFECT_API_URL={DEAD}/api\nPREFECT_API_KEY=foreign\n")
     (here / "prefect.toml").write_text('[api]\nkey = "foreign"\n[server.api]\nport = "no such port"\n')
     (here / "pyproject.toml").write_text('[tool.prefect.api]\nauth_string = "foreign"\n')
