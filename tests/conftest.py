@@ -79,7 +79,7 @@ def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home.mkdir(exist_ok=True)
     with FileLock(home / "made.lock"):
         if not (home / "made").exists():
-            command = [Path(sys.executable).with_name("prefect"), "server", "database", "upgrade", "--yes"]
+            command = [str(Path(sys.executable).with_name("prefect")), "server", "database", "upgrade", "--yes"]
             environment = private_environment(home, 0, os.environ)
             subprocess.run(command, cwd=home, env=environment, check=True, capture_output=True)
             (home / "made").touch()

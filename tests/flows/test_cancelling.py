@@ -1,13 +1,15 @@
 """A flow run that is cancelled in Prefect, by its UI or by `prefect flow-run cancel`, stops after what is in hand."""
 
+import time
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import flow, runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Cancelling
 from support import TINY
 
@@ -93,6 +95,15 @@ def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.
     assert _states("sweep-s") == {"sweep-s": "Cancelled: cancelled in Prefect; go on with: kdrl sweep run s"}
     (cell,) = artifacts.glob("runs/s-*")
     assert _states(cell.name)[cell.name].startswith(("Cancelled: stopped by SIGTERM", "Cancelled: cancelled"))
+
+
+def test_a_server_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's client would try again for more than a minute."""
+    monkeypatch.setattr(stopping, "_running", [uuid4()])
+    started = time.monotonic()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert not stopping.look()
+    assert time.monotonic() - started < 2
 
 
 def test_a_task_that_is_called_after_the_wish_raises_it(artifacts: Path) -> None:

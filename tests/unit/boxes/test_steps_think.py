@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from crash.tiny_run import open_tiny, rows
+from support import benchmarks
 
 from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.filter import filter_run
@@ -17,6 +18,12 @@ from kdrl_core.boxes.step import rollout, verify
 from kdrl_core.verify import Verifier
 
 OPENING = "'<|user|>{{ messages[0].content }}<|assistant|><think>'"
+MANY = [
+    "stage1.max_response_tokens=40",
+    benchmarks("test", "hard", "ood", "validation", samples=2, max_problems=6),
+    "evaluation.max_context_tokens=48",
+]
+"""So many and long answers that each kind is among them."""
 
 
 def judged(response: str, truth: str, *, is_opened: bool) -> tuple[float, float]:
@@ -40,7 +47,7 @@ def test_steps_see_the_thought_alike(
 ) -> None:
     overrides = [f"student.chat_template={OPENING}"] if is_opened else []
     overrides += [f"reward.require_format={str(require_format).lower()}", "stage1.group_size=8"]
-    run = open_tiny(tmp_path, "think", [*overrides, "stage1.max_response_tokens=24"])
+    run = open_tiny(tmp_path, "think", [*MANY, *overrides, "stage1.max_response_tokens=24"])
     filter_run(run)
     session = stage_session(run.paths.root, "stage1")
     assert next(iter(session.pool.values()))["prompt"].endswith("<think>") is is_opened
@@ -81,7 +88,7 @@ def test_a_box_in_an_unfinished_thought_is_no_answer_in_evaluation_and_training(
     run = open_tiny(
         tmp_path,
         "box",
-        [f"student.chat_template={answering}", opened, "reward.require_format=false", "stage1.group_size=8"],
+        [*MANY, f"student.chat_template={answering}", opened, "reward.require_format=false", "stage1.group_size=8"],
     )
     filter_run(run)
     session = stage_session(run.paths.root, "stage1")
@@ -111,6 +118,7 @@ def test_a_prompt_that_closes_the_thought_earns_a_reward_without_tags(
         tmp_path,
         "closed",
         [
+            *MANY,
             f"student.chat_template={template}",
             "prompt.chat_template_kwargs.enable_thinking=false",
             "stage1.group_size=8",

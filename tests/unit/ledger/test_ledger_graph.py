@@ -66,16 +66,8 @@ pytestmark = pytest.mark.usefixtures("fast_sessions")
 
 SHIPPED = list_recipes()
 SPARSE = ["stage2.checkpoint.every=3"]
-SFT = [
-    f"stage2.{field}"
-    for field in (
-        "objective=sft",
-        "max_response_tokens=40",
-        "sft.samples=3",
-        "sft.shard_prompts=24",
-        "sft.batch_size=5",
-    )
-]
+_FIELDS = ("objective=sft", "max_response_tokens=40", "sft.samples=3", "sft.shard_prompts=24", "sft.batch_size=5")
+SFT = [f"stage2.{field}" for field in _FIELDS]
 
 
 @cache
