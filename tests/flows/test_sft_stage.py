@@ -22,6 +22,7 @@ SFT = [
     *TINY,
     "stage1=null",
     "stage2.objective=sft",
+    "stage2.max_response_tokens=64",  # so that some answers of the teacher are right
     "stage2.data.max_problems=8",
     "stage2.sft.samples=2",
     "stage2.sft.shard_prompts=3",

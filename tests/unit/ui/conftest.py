@@ -19,7 +19,8 @@ from kdrl_core.look.rollouts.query import RolloutStore
 from kdrl_core.look.ui.app import create_app, server_of, url_of
 
 GROUP_SIZE = 16
-SETTINGS = [f"{stage}.group_size={GROUP_SIZE}" for stage in ("stage1", "stage2")]
+_FIELDS = (f"group_size={GROUP_SIZE}", "max_response_tokens=40")
+SETTINGS = [f"{stage}.{field}" for stage in ("stage1", "stage2") for field in _FIELDS]
 
 
 @pytest.fixture(scope="session")

@@ -343,6 +343,8 @@ def test_the_arithmetic_of_figures(visit: Visit, runs: Runs) -> None:
         pytest.approx(0.9 + 0.06 * 0.9),
     ]  # from 0: that squeezes little
     assert called(page, "extent", [7, 7]) == [pytest.approx(6.3), pytest.approx(7.7)]
+    assert called(page, "extent", [24, 24.000000000000004]) == [pytest.approx(21.6), pytest.approx(26.4)]
+    assert called(page, "ticks", 24, 24.000000000000004) == [24]  # once it never ended
     assert called(page, "nearest", [0, 1, 5], 3.1) == 2
     assert called(page, "nearest", [0, 1, 5], 2.9) == 1
     steps = list(range(10_000))

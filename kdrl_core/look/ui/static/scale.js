@@ -4,10 +4,8 @@
 export function ticks(low, high, wanted = 4) {
   const rough = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].find((each) => each * power >= rough * 0.999) * power;
-  const found = [];
-  for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-6; value += step)
-    found.push(Math.abs(value) < step * 1e-6 ? 0 : Number(value.toPrecision(12)));
-  return found;
+  const first = Math.ceil(low / step - 1e-9), last = Math.floor(high / step + 1e-6);
+  return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
 /** [low, high] around the values, from 0 where that does not squeeze them. */
@@ -19,10 +17,11 @@ export function extent(values, { log = false } = {}) {
       if (value > high) high = value;
     }
   if (low > high) return log ? [0.1, 1] : [0, 1];
-  if (log) return low === high ? [low / 2, high * 2] : [low / 1.2, high * 1.2];
+  const isOne = high - low <= Math.max(Math.abs(low), Math.abs(high)) * 1e-9; // but for rounding
+  if (log) return isOne ? [low / 2, high * 2] : [low / 1.2, high * 1.2];
   if (low >= 0 && low <= high * 0.6) low = 0;
   if (high <= 0 && high >= low * 0.6) high = 0;
-  if (low === high) return low === 0 ? [0, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
+  if (isOne) return low === 0 ? [0, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
   const room = (high - low) * 0.06;
   return [low === 0 ? 0 : low - room, high === 0 ? 0 : high + room];
 }
