@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from crash.tiny_run import open_tiny
+from support import benchmarks
 
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.evaluate import evaluate_model
@@ -19,7 +20,12 @@ from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
 from kdrl_core.ledger import Run, open_run, published_below, sweep_temporaries
 from kdrl_core.types import Rollout, RolloutRequest
 
-OVERRIDES = ["evaluation.temperature=0.7", "runtime.rollout_batch_size=4"]
+OVERRIDES = [
+    "evaluation.temperature=0.7",
+    "runtime.rollout_batch_size=4",
+    benchmarks("test", "hard", "ood", "validation", samples=2, max_problems=6),
+    "evaluation.max_context_tokens=48",
+]
 DYING = f"""
 import os, signal, sys
 from pathlib import Path
