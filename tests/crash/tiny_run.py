@@ -38,7 +38,7 @@ TINY = [
             "data.max_problems=48",
         )
     ),
-    benchmarks("test", "validation", samples=2, max_problems=6),
+    benchmarks("test", "hard", "validation", samples=2, max_problems=6),
     "evaluation.max_context_tokens=40",
     "alarms.clip_ratio.above=0.1",  # so that there are some alarms, which count among the results
     "alarms.clip_ratio.patience=1",

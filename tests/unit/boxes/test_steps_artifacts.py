@@ -232,7 +232,7 @@ def test_evaluations_agree_with_their_responses(finished: Run) -> None:
         results: dict[str, Any] = json.loads((path / "results.json").read_text())
         responses = frame(path / "responses.parquet")
         assert results["label"] == label
-        assert set(results["benchmarks"]) == {"validation", "test"}
+        assert set(results["benchmarks"]) == {"validation", "test", "hard"}
         for name, result in results["benchmarks"].items():
             rows = responses[responses["benchmark"] == name]
             assert (result["num_problems"], result["num_samples"], len(rows)) == (6, 2, 12)
