@@ -124,7 +124,7 @@ def test_what_was_sampled_with_other_settings_does_not_count(
     killed: Run, tmp_path: Path, asked: list[RolloutRequest]
 ) -> None:
     """The same folder under another recipe, whose responses have the same seeds."""
-    other = Run(killed.paths, open_tiny(tmp_path / "other", "other", ["evaluation.temperature=0.8"]).recipe)
+    other = Run(killed.paths, open_tiny(tmp_path / "other", "other", [*OVERRIDES, "evaluation.temperature=0.8"]).recipe)
     evaluate_model(other, "base")
     assert len(asked) == 48
     assert not work_of(killed).exists()
