@@ -1,12 +1,12 @@
-"""Benchmarks: JSON Lines with `id`, `problem`, `answer`, read and checked before anything is generated."""
+"""Benchmarks: problems in any shape that training data may have, read and checked before anything is generated."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
-from kdrl_core.config import BenchmarkConfig, resolve_path
-from kdrl_core.data.text import is_unicode
+from kdrl_core.config import BenchmarkConfig, DataConfig
+from kdrl_core.data.read import find_files, read_file
 from kdrl_core.errors import DataError
 
 
@@ -35,44 +35,43 @@ def select_benchmarks(known: Sequence[BenchmarkConfig], names: Sequence[str] | N
 
 
 def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
-    """The problems of a benchmark, at most the first `max_problems`.
+    """The problems of a benchmark, at most the first `max_problems`, from a file of any shape that problems may have.
 
     Raises:
         DataError: the file is missing, empty, or a row lacks a field; file, row and field are named.
     """
-    path = resolve_path(config.file)
-    if not path.is_file():
-        raise DataError(f"benchmark {config.name}: no file {path}; correct evaluation.benchmarks file={config.file}")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
+    where = f"benchmark {config.name}"
+    data = DataConfig(files=[config.file], columns=config.columns)
     problems: list[BenchmarkProblem] = []
-    row_of: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path.name} row {number}: not JSON ({error}); one object per line is expected") from error
-        for name in ("id", "problem", "answer"):
-            if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name].strip():
-                raise DataError(
-                    f"{path.name} row {number}, field '{name}': missing, empty or no text; fill it in or drop the row"
-                )
-            if not is_unicode(row[name]):
-                raise DataError(
-                    f"{path.name} row {number}, field '{name}': half of a surrogate pair (\\ud835, say), which is no "
-                    "character; correct the text"
-                )
-        if (first := row_of.setdefault(row["id"], number)) != number:
-            raise DataError(
-                f"{path.name} row {number}, field 'id': {row['id']!r} stands in row {first} as well; make ids unique"
-            )
-        problems.append(BenchmarkProblem(problem_id=row["id"], question=row["problem"], answer=row["answer"]))
-        if len(problems) == config.max_problems:
-            break
+    place_of: dict[str, tuple[str, int]] = {}
+    for path in _files(data, config):
+        for batch in read_file(path, data):
+            columns = (batch.problems[name].to_pylist() for name in ("problem_id", "question", "answer"))
+            faults = iter(batch.faults)
+            fault = next(faults, None)
+            for row, *fields in zip(batch.rows.tolist(), *columns, strict=True):
+                if fault is not None and fault.row < row:
+                    break
+                if len(problems) == config.max_problems:
+                    return problems
+                problem = BenchmarkProblem(problem_id=fields[0], question=fields[1], answer=fields[2])
+                first = place_of.setdefault(problem.problem_id, (batch.origin, row))
+                if first != (batch.origin, row):
+                    place = f"row {first[1]}" if first[0] == batch.origin else f"{first[0]} row {first[1]}"
+                    raise DataError(
+                        f"{batch.origin} row {row}, field 'id': {problem.problem_id!r} stands in {place} as well; "
+                        "make ids unique, and remove repeated problems"
+                    )
+                problems.append(problem)
+            if fault is not None and len(problems) != config.max_problems:
+                raise DataError(f"{fault.what}; fill it in or drop the row")
     if not problems:
-        raise DataError(f"benchmark {config.name}: {path} has no problems; give a file with at least one row")
+        raise DataError(f"{where}: {config.file} has no problems; give a file with at least one row")
     return problems
+
+
+def _files(data: DataConfig, config: BenchmarkConfig) -> list[Path]:
+    try:
+        return find_files(data, field="evaluation.benchmarks file")
+    except DataError as error:
+        raise DataError(f"benchmark {config.name}: {error}") from error

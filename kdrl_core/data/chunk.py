@@ -1,8 +1,7 @@
 """Consecutive rows while they are read: their columns, and the fault of each row that cannot be used."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,12 +38,18 @@ class Chunk:
     labels: dict[str, pa.Array] = field(default_factory=dict)
     label_prefix: str = "failures"
     faults: dict[int, RowFault] = field(default_factory=dict)
+    notes: dict[str, list[int]] = field(default_factory=dict)
+    """What is to be told of rows that can be used → their positions."""
 
     def reject(self, position: int, name: str, problem: str) -> None:
         """Note a fault of the row at `position`, unless it has one already."""
         if position not in self.faults:
             row = self.row_numbers[position]
             self.faults[position] = RowFault(origin=self.origin, row=row, field=name, problem=problem)
+
+    def note(self, position: int, what: str) -> None:
+        """Note something that is no fault of the row at `position`."""
+        self.notes.setdefault(what, []).append(position)
 
     def reject_where(self, mask: pa.Array, name: str, problem: str | Callable[[int], str]) -> None:
         """Note a fault of every row where `mask` is true; `problem` may depend on the position."""
@@ -95,17 +100,3 @@ def wrong_type(chunk: Chunk, name: str, column: pa.Array, expected: str) -> Data
         f"{chunk.origin}: column '{name}' has type {column.type}, {expected} is expected; "
         "convert the column or set <stage>.data.format"
     )
-
-
-def kind_of(value: Any) -> str:
-    """Type and value as messages name them."""
-    if value is None:
-        return "null"
-    kinds = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    shown = repr(value)
-    return f"{kinds.get(type(value), type(value).__name__)} ({shown if len(shown) <= 40 else shown[:40] + '…'})"
-
-
-def listed(names: Iterable[str]) -> str:
-    """The names in order, for messages."""
-    return ", ".join(sorted(names)) or "none"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from kdrl_core.config import Recipe
 from kdrl_core.data import POOL_SCHEMA, PROBLEM_SCHEMA, FilterReport, RuleCount, filter_problems
-from kdrl_core.data.read import MALFORMED_KEY
-from kdrl_core.data.sieve import label_column
+from kdrl_core.data.labels import label_column
+from kdrl_core.data.reading import MALFORMED_KEY
 from kdrl_core.errors import DataError, ModelError, RecipeError
 
 SMALL, MIDDLE, LARGE = "DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Qwen-32B"
@@ -67,6 +67,7 @@ def test_golden_counts_of_the_papers_rules(make_recipe: MakeRecipe, words: Any) 
     assert report.rows_in == len(rows) + 4 == 36
     assert [(rule.rule, rule.dropped) for rule in report.rules] == [
         ("malformed", 4),
+        ("conflicting_answers", 0),
         ("duplicates", 1),  # 31 left
         ("missing_labels", 2),  # 29
         ("drop_passes_at_least", 2),  # 27
@@ -393,7 +394,7 @@ def test_raw_columns_are_normalised_first(make_recipe: MakeRecipe, words: Any) -
         DataError, match=r"table row 2, field 'problem': empty; drop the row or set <stage>\.data\.on_error"
     ):
         filter_problems(raw, make_recipe(), tokenizer=words)
-    pool, report = filter_problems(raw, make_recipe(on_error="drop"), tokenizer=words)
+    pool, report = filter_problems(raw, make_recipe(on_error="drop", max_malformed_share=0.7), tokenizer=words)
     assert (report.rows_in, report.dropped("malformed"), pool.num_rows) == (3, 2, 1)
     assert ids(pool) == [f"q-{hashlib.sha256(b'one').hexdigest()[:16]}"]
 
