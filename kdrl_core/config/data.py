@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from kdrl_core.config.hub import as_data
-from kdrl_core.config.section import Positive, Section, Share
+from kdrl_core.config.section import Positive, Section, Share, require_one_of
+from kdrl_core.config.shapes import FORMATS
 from kdrl_core.errors import RecipeError
 
 PAPER_BENCHMARKS = ("aime24", "aime25", "math500", "amc23", "minerva_math", "olympiad_bench")
@@ -75,7 +76,7 @@ class DataConfig(Section):
     files: list[DataFile] = Field(
         min_length=1, description="Parquet, Arrow, JSON (Lines) or CSV; path, glob, folder, `builtin:…` or `hf://…`"
     )
-    format: Literal["auto", "problems", "verl", "slime", "prompts", "trl", "math", "skywork", "deepscaler"] = Field(
+    format: Annotated[str, BeforeValidator(lambda name: require_one_of(name, ("auto", *FORMATS)))] = Field(
         "auto", description="which columns `files` have (docs/data.md); auto: looked at, file by file"
     )
     columns: ColumnsConfig = Field(ColumnsConfig(), description="columns of your own: {problem: question, answer: key}")

@@ -15,9 +15,7 @@ from kdrl_core.errors import DataError, KdrlError, ModelError, RecipeError
 HUB = "hf"
 """The scheme of paths to repositories."""
 
-_PATH = re.compile(
-    r"hf://(?:(?P<kind>datasets|models)/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<inner>.*))?"
-)
+_PATH = re.compile(r"hf://(?P<kind>datasets/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<inner>.*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 10.0
 _logger = logging.getLogger("kdrl")
@@ -39,16 +37,17 @@ class HubPath:
     def of(cls, text: str) -> "HubPath":
         """The path that a text means. Raises RecipeError if it is none."""
         found = _PATH.fullmatch(text)
-        if found is None or ".." in (found["inner"] or "").split("/"):
+        inner = "" if found is None else found["inner"] or ""
+        if found is None or (inner and not found["kind"]) or ".." in inner.split("/"):
             raise RecipeError(
                 f"path '{text}': give hf://OWNER/NAME@REVISION for a model, "
                 "or hf://datasets/OWNER/NAME@REVISION/PATH for data"
             )
         return cls(
             name=found["name"],
-            is_data=found["kind"] == "datasets",
+            is_data=found["kind"] is not None,
             revision=found["revision"] or "main",
-            inner=found["inner"] or "",
+            inner=inner,
         )
 
     def __str__(self) -> str:
@@ -111,9 +110,8 @@ class HubPath:
             )
             return replace(self, revision=Path(folder).name)
 
-        network_error: type[BaseException] = HfHubHTTPError.__bases__[
-            0
-        ]  # of httpx, in the release that huggingface_hub uses
+        # Of the httpx that huggingface_hub uses.
+        network_error: type[BaseException] = HfHubHTTPError.__bases__[0]
         try:
             if _COMMIT.fullmatch(self.revision):
                 try:
@@ -148,9 +146,9 @@ def is_remote(text: str) -> bool:
 
 def as_data(entry: str) -> str:
     """An entry of data files; of `hf://owner/name` it is the repository of data."""
-    if not is_remote(entry) or entry.startswith((f"{HUB}://datasets/", f"{HUB}://models/")):
+    if not is_remote(entry):
         return entry
-    return str(replace(HubPath.of(entry), is_data=True))
+    return str(HubPath.of(f"{HUB}://datasets/{entry.removeprefix(f'{HUB}://').removeprefix('datasets/')}"))
 
 
 def _cache(path: HubPath) -> Path:

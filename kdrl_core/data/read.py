@@ -10,11 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdrl_core.config import DataConfig, expanded, resolve_path
+from kdrl_core.config.shapes import Shape
 from kdrl_core.data.files import raw_rows
 from kdrl_core.data.normalize import Normalized, normalize
 from kdrl_core.data.reading import Reading
 from kdrl_core.data.schema import PROBLEM_SCHEMA
-from kdrl_core.data.shapes import Shape, file_shape
+from kdrl_core.data.shapes import file_shape
 from kdrl_core.errors import DataError
 
 

@@ -91,7 +91,9 @@ def _truth_in_json(text: str, stripped: str) -> str:
 
 
 def _only_one(values: Sequence[object]) -> str:
-    found = list(dict.fromkeys(truth_text(each).strip() for each in values))
+    if len(values) == 1 and isinstance(values[0], str):
+        return values[0]
+    found = list(dict.fromkeys((each if isinstance(each, str) else truth_text(each)).strip() for each in values))
     if len(found) == 1:
         return found[0]
     if not found:

@@ -1,10 +1,12 @@
 """The filter's rules: golden counts by hand, exact caps, order independence, errors."""
 
 import hashlib
+import json
 import random
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdrl_core.config import Recipe
-from kdrl_core.data import POOL_SCHEMA, PROBLEM_SCHEMA, FilterReport, RuleCount, filter_problems
+from kdrl_core.data import POOL_SCHEMA, PROBLEM_SCHEMA, FilterReport, RuleCount, filter_problems, read_problems
 from kdrl_core.data.labels import label_column
 from kdrl_core.data.reading import MALFORMED_KEY
 from kdrl_core.errors import DataError, ModelError, RecipeError
@@ -411,3 +413,45 @@ def test_report_must_add_up_and_survives_json() -> None:
     assert report.to_text().splitlines()[3].split() == ["duplicates", "2", "3", "d"]
     with pytest.raises(ValueError, match="rules leave 3 rows, rows_out is 4"):
         FilterReport(stage="stage1", rows_in=5, rules=rules, rows_out=4)
+
+
+def conflicting() -> list[dict[str, Any]]:
+    """Two questions with different answers, one with other spellings of one answer, one asked once."""
+    return [
+        {**row("a", labels(4), "one"), "answer": "1"},
+        {**row("b", labels(4), "two"), "answer": "0.5"},
+        {**row("c", labels(4), "one "), "answer": "2"},
+        {**row("d", labels(4), "two"), "answer": r"\frac{1}{2}"},
+        {**row("e", labels(4), "three"), "answer": "3"},
+        {**row("f", labels(4), "four"), "answer": "4"},
+        {**row("g", labels(4), "four"), "answer": "5"},
+        {**row("h", labels(4), "four"), "answer": "4"},
+    ]
+
+
+def test_questions_with_different_answers_are_dropped_and_told(
+    make_recipe: MakeRecipe, words: Any, tmp_path: Path
+) -> None:
+    pool, report = filter_problems(table(conflicting()), make_recipe(), tokenizer=words)
+    assert ids(pool) == ["b", "e"]
+    assert (report.dropped("conflicting_answers"), report.dropped("duplicates")) == (5, 1)
+    number = "2 questions with different answers"
+    assert {rule.rule: rule.description for rule in report.rules}["conflicting_answers"] == number
+    assert report.notes == (f"conflicting_answers: {number}, the first: table row 1 '1', table row 3 '2'",)
+
+    pool, report = filter_problems(table(conflicting()), make_recipe(conflicting_answers="keep"), tokenizer=words)
+    assert ids(pool) == ["a", "b", "e", "f"]
+    assert (report.dropped("conflicting_answers"), report.dropped("duplicates")) == (0, 4)
+    assert report.notes == (f"conflicting_answers: {number}, the first: table row 1 '1', table row 3 '2'",)
+
+    with pytest.raises(
+        DataError,
+        match=f"stage1: {number}, the first: table row 1 '1', table row 3 '2'; correct the answers, remove the",
+    ):
+        filter_problems(table(conflicting()), make_recipe(conflicting_answers="fail"), tokenizer=words)
+
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({**one, "failures": dict(one["failures"])}) + "\n" for one in conflicting()))
+    read = read_problems(make_recipe(files=[str(file)]).stage("stage1").data)
+    _, report = filter_problems(read, make_recipe(), tokenizer=words)
+    assert report.notes == (f"conflicting_answers: {number}, the first: {file} row 1 '1', {file} row 3 '2'",)

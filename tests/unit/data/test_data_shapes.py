@@ -4,15 +4,17 @@ import csv
 import gzip
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kdrl_core.config import ColumnsConfig, DataConfig
+from kdrl_core.config.shapes import FORMATS, Shape
 from kdrl_core.data import Reading, read_problems
-from kdrl_core.data.shapes import SHAPES
+from kdrl_core.data import shapes as data_shapes
+from kdrl_core.data.fitting import require_fitting
 from kdrl_core.errors import DataError, RecipeError
 
 Row = dict[str, Any]
@@ -98,10 +100,15 @@ def test_each_set_is_read_as_it_was_published(tmp_path: Path, row: Row) -> None:
         assert table["answer"].to_pylist() == ["42", "42"]
 
 
-def test_each_row_of_the_table_can_be_named_and_is_found() -> None:
-    names = [shape.name for shape in SHAPES]
+def test_a_shape_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = lines(tmp_path / "p.jsonl", [{"aufgabe": "q", "meta": {"lösung": [7]}}])
+    assert "of no known format" in error_of(file)
+    row = Shape(name="german", question=("aufgabe",), answer=("meta.lösung",))
+    monkeypatch.setattr(data_shapes, "SHAPES", (*data_shapes.SHAPES, row))
+    monkeypatch.setitem(FORMATS, "german", row)
+    assert read(file)["answer"].to_pylist() == read(file, format="german")["answer"].to_pylist() == ["7"]
+    names = [shape.name for shape in data_shapes.SHAPES]
     assert len(set(names)) == len(names)
-    assert set(get_args(DataConfig.model_fields["format"].annotation)) == {"auto", "skywork", "deepscaler", *names}
 
 
 def test_truths_that_are_numbers_keep_their_digits(tmp_path: Path) -> None:
@@ -277,3 +284,29 @@ def test_most_rows_are_never_dropped_with_a_smile(tmp_path: Path) -> None:
         "right columns in <stage>.data.columns, or raise <stage>.data.max_malformed_share"
     )
     assert read(file, on_error="drop", max_malformed_share=0.11).num_rows == 89
+
+
+def test_data_files_without_the_rest_is_told_at_once(tmp_path: Path, make_recipe: Any) -> None:
+    """Other files than the recipe's own, with the format and the label rules of those."""
+    file = lines(tmp_path / "p.jsonl", [{"problem": "q", "answer": "1"}])
+    recipe = make_recipe(files=[str(file)], format="skywork")
+    with pytest.raises(DataError) as told:
+        require_fitting(recipe, "stage1")
+    assert str(told.value) == (
+        f"{file}: no column 'prompt' and no column 'reward_model.ground_truth', which format skywork needs (found: "
+        "answer, problem); set stage1.data.format=auto, which reads these columns"
+    )
+    recipe = make_recipe(files=[str(file)], drop_passes_at_least=15, max_unsolved_share=0.1)
+    with pytest.raises(DataError) as told:
+        require_fitting(recipe, "stage1")
+    assert str(told.value) == (
+        f"stage1.data.files: {file} has no difficulty labels, which drop_passes_at_least, max_unsolved_share of "
+        "stage1.data need; measure them with `kdrl label`, or set stage1.data.missing_labels=keep to leave these rules "
+        "out"
+    )
+    recipe = make_recipe(files=[str(file)], columns={"answer": "key"})
+    with pytest.raises(DataError, match=r"no column 'key', which stage1\.data\.columns gives for answer"):
+        require_fitting(recipe, "stage1")
+    require_fitting(make_recipe(files=[str(file)]), "stage1")
+    labelled = lines(tmp_path / "l.jsonl", [{"problem": "q", "answer": "1", "failures": {"m": 1}}])
+    require_fitting(make_recipe(files=[str(labelled)], drop_passes_at_least=15), "stage1")

@@ -435,3 +435,42 @@ def test_whole_numbers_are_truths_and_a_last_backslash_does_not_open_the_box(tmp
         batches = list(opened.batches(choose_columns(opened.names, origin=opened.origin), with_rows=False))
         assert [item[1] for item in batches[0].items] == ["42", "42"]
     assert box_answer("185\\") == r"\boxed{185\ }"
+
+
+def test_rows_of_other_projects_are_read_as_they_are(tmp_path: Path, verifier: Verifier) -> None:
+    """verl's nested truths, message lists as responses, numbers, and a list of one."""
+    said = [{"role": "user", "content": "6 · 7?"}, {"role": "assistant", "content": boxed("42")}]
+    rows = [
+        {"response": said, "reward_model": {"ground_truth": truth, "style": "rule"}, "extra": {"level": "easy"}}
+        for truth in ("42", '["42"]', "#### 42", "41")
+    ]
+    path = write_lines(tmp_path / "in.jsonl", *rows)
+    table = tmp_path / "in.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    for file in (path, table):
+        output = tmp_path / f"out{file.suffix}"
+        tally = judge(file, verifier, output, chosen={"by": "extra.level"})
+        assert tally.columns.truth == "reward_model.ground_truth"
+        assert [tally.total.kinds[kind] for kind in (VerdictKind.CORRECT, VerdictKind.WRONG)] == [3, 1]
+        assert list(tally.groups) == ["easy"]
+    assert pq.read_table(tmp_path / "out.parquet").select(pq.read_schema(table).names).equals(pq.read_table(table))
+    numbers = write_lines(tmp_path / "n.jsonl", *({**GOOD, "gold": truth} for truth in (1, 1.0, [1], ["1"])))
+    assert judge(numbers, verifier).total.accuracy == 1
+    silent = write_lines(tmp_path / "s.jsonl", {"response": said[:1], "gold": "1"})
+    with pytest.raises(DataError, match="field 'response': no message of an assistant among the messages; correct the"):
+        judge(silent, verifier)
+    with pytest.raises(DataError, match=r"has no column 'reward\.truth' \(--truth\); it has response, reward_model"):
+        judge(path, verifier, chosen={"truth": "reward.truth"})
+    with pytest.raises(DataError, match=r"field 'reward_model\.truth': missing"):
+        judge(path, verifier, chosen={"truth": "reward_model.truth"})
+
+
+def test_most_rows_are_never_dropped_with_a_smile(tmp_path: Path, verifier: Verifier) -> None:
+    path = write_lines(tmp_path / "in.jsonl", *[GOOD] * 4, {"gold": "1"}, {"response": "1", "gold": None})
+    with pytest.raises(DataError) as told:
+        judge(path, verifier, on_error="drop", max_malformed_share=0.3)
+    assert str(told.value) == (
+        f"{path}: 2 of 6 rows are malformed, which is 33.3 %; at most 30 % are dropped. The commonest reasons: "
+        f"1 × {path} line 5, field 'response': missing; 1 × {path} line 6, field 'gold': null; name the right columns "
+        "with --response and --truth, correct the rows, or raise --max-malformed-share"
+    )
