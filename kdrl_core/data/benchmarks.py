@@ -1,11 +1,11 @@
 """Benchmarks: problems in any shape that training data may have, read and checked before anything is generated."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 
 from kdrl_core.config import BenchmarkConfig, DataConfig
+from kdrl_core.data.normalize import Normalized
 from kdrl_core.data.read import find_files, read_file
 from kdrl_core.errors import DataError
 
@@ -40,21 +40,16 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
     Raises:
         DataError: the file is missing, empty, or a row lacks a field; file, row and field are named.
     """
-    where = f"benchmark {config.name}"
-    data = DataConfig(files=[config.file], columns=config.columns)
     problems: list[BenchmarkProblem] = []
     place_of: dict[str, tuple[str, int]] = {}
-    for path in _files(data, config):
-        for batch in read_file(path, data):
-            columns = (batch.problems[name].to_pylist() for name in ("problem_id", "question", "answer"))
-            faults = iter(batch.faults)
-            fault = next(faults, None)
-            for row, *fields in zip(batch.rows.tolist(), *columns, strict=True):
+    try:
+        for batch in _batches(config):
+            fault = next(iter(batch.faults), None)
+            for row, problem in _usable(batch):
                 if fault is not None and fault.row < row:
                     break
                 if len(problems) == config.max_problems:
                     return problems
-                problem = BenchmarkProblem(problem_id=fields[0], question=fields[1], answer=fields[2])
                 first = place_of.setdefault(problem.problem_id, (batch.origin, row))
                 if first != (batch.origin, row):
                     place = f"row {first[1]}" if first[0] == batch.origin else f"{first[0]} row {first[1]}"
@@ -65,13 +60,25 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
                 problems.append(problem)
             if fault is not None and len(problems) != config.max_problems:
                 raise DataError(f"{fault.what}; fill it in or drop the row")
+    except DataError as error:  # the benchmark's own field, in place of a stage's
+        raise DataError(str(error).replace("<stage>.data.", f"benchmark {config.name}'s ")) from error
     if not problems:
-        raise DataError(f"{where}: {config.file} has no problems; give a file with at least one row")
+        raise DataError(f"benchmark {config.name}: {config.file} has no problems; give a file with at least one row")
     return problems
 
 
-def _files(data: DataConfig, config: BenchmarkConfig) -> list[Path]:
+def _batches(config: BenchmarkConfig) -> Iterator[Normalized]:
+    data = DataConfig(files=[config.file], columns=config.columns)
     try:
-        return find_files(data, field="evaluation.benchmarks file")
+        files = find_files(data, field="evaluation.benchmarks file")
     except DataError as error:
         raise DataError(f"benchmark {config.name}: {error}") from error
+    for path in files:
+        yield from read_file(path, data)
+
+
+def _usable(batch: Normalized) -> Iterator[tuple[int, BenchmarkProblem]]:
+    """The rows of a batch with their numbers."""
+    columns = (batch.problems[name].to_pylist() for name in ("problem_id", "question", "answer"))
+    for row, problem_id, question, answer in zip(batch.rows.tolist(), *columns, strict=True):
+        yield row, BenchmarkProblem(problem_id=problem_id, question=question, answer=answer)

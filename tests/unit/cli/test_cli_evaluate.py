@@ -61,8 +61,11 @@ def test_an_evaluation_survives_a_kill_and_is_found_again(cli: Cli, tmp_path: Pa
             [STUDENT, "-b", "tset"],
             ["no benchmark 'tset'", "known: test, hard, ood, validation", "did you mean 'test'?"],
         ),
-        ([STUDENT, "-b", "mine=nowhere.jsonl"], ["benchmark mine: no file", "nowhere.jsonl"]),
-        ([STUDENT, "-b", "bad=bad.jsonl"], ["bad.jsonl row 1, field 'answer'", "fill it in or drop the row"]),
+        ([STUDENT, "-b", "mine=nowhere.jsonl"], ["benchmark mine: ", "nowhere.jsonl does not exist"]),
+        (
+            [STUDENT, "-b", "bad=bad.jsonl"],
+            ["bad.jsonl: columns id, problem are of no known format", "benchmark bad's columns={problem: …"],
+        ),
         (["nowhere"], ["error: MODEL nowhere: no such directory"]),
         (["run:nowhere"], ["error: MODEL run:nowhere: "]),
         ([STUDENT, "--api-key", "env:KEY"], ["--api-key is of an endpoint", "http://HOST:PORT/v1"]),

@@ -3,6 +3,7 @@ r"""The shapes of docs/data.md: each published set's own columns, in each kind o
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kdrl_core.config.shapes import FORMATS, Shape
 from kdrl_core.data import Reading, read_problems
 from kdrl_core.data import shapes as data_shapes
 from kdrl_core.data.fitting import require_fitting
+from kdrl_core.data.shapes import file_shape
 from kdrl_core.errors import DataError, RecipeError
 
 Row = dict[str, Any]
@@ -98,6 +100,21 @@ def test_each_set_is_read_as_it_was_published(tmp_path: Path, row: Row) -> None:
         table = read(file)
         assert table["question"].to_pylist() == [Q, Q]
         assert table["answer"].to_pylist() == ["42", "42"]
+
+
+def test_the_table_of_the_docs_is_true(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.split("## What files may look like")[1].split("\n## ")[0]
+    shown = re.findall(r"^\| (?:`(\w+)`[^|]*)?\| [^|]+ \| `(\{.*\})` \|$", section, flags=re.MULTILINE)
+    assert len(shown) == section.count("| `{")
+    name = ""
+    for named, text in shown:
+        name = named or name
+        row = json.loads(text)
+        table = read(lines(tmp_path / "p.jsonl", [row]))
+        assert table.select(["question", "answer"]).to_pylist() == [{"question": "1+1?", "answer": "2"}]
+        assert file_shape(row, DataConfig(files=["x"]), origin="docs").name == name
+    assert {named for named, _ in shown} - {""} == {shape.name for shape in data_shapes.SHAPES}
 
 
 def test_a_shape_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
