@@ -14,7 +14,16 @@ import pyarrow.compute as pc
 from kdrl_core.config.shapes import IMAGES, Shape
 from kdrl_core.data.chunk import Chunk, arrow_labels, as_text, wrong_type
 from kdrl_core.data.text import is_unicode
-from kdrl_core.verify.values import MISSING, RowError, kind_of, number_text, question_text, truth_text, value_at
+from kdrl_core.verify.values import (
+    MISSING,
+    RowError,
+    has_box,
+    kind_of,
+    number_text,
+    question_text,
+    truth_text,
+    value_at,
+)
 
 _INSTRUCTION = (
     r"\s*(Let's think step by step and output the final answer (within \\boxed\{\}|after \"####\")\."
@@ -30,7 +39,7 @@ _ENDINGS = ("\\boxed{}.", '"####".', '"Answer:".')
 
 _PLAIN_LIST = r'^\["[^"\\\x00-\x1f]*"\]$'
 """A JSON list of one string without escapes. Most of Skywork's answers are; they need no JSON parser."""
-_NOT_PLAIN = r'^\s*(\[|\{")|####|\\boxed'
+_NOT_PLAIN = r'^\s*(\[|\{")|####|\\(boxed|fbox)'
 """What may be in a text that is not the truth itself."""
 _NO_BOX = r"no \boxed{} in the solution, so no answer"
 _SYSTEM_NOTE = "system messages left out"
@@ -49,8 +58,8 @@ def batch_columns(chunk: Chunk, batch: pa.RecordBatch, shape: Shape) -> None:
             chunk.names[column] = name
             values = _at(chunk, batch, name)
             if column == "answer" and shape.needs_box and not _is_list(values):
-                has_box = pc.match_substring(as_text(chunk, values, name), "\\boxed")
-                chunk.reject_where(pc.invert(has_box), name, _NO_BOX)
+                is_boxed = pc.match_substring_regex(as_text(chunk, values, name), r"\\(boxed|fbox)")
+                chunk.reject_where(pc.invert(is_boxed), name, _NO_BOX)
             chunk.columns[column] = _READERS[column](chunk, values, name)
     top, *members = shape.labels.split(".")
     labels = batch.column(top) if top in found else None
@@ -79,7 +88,7 @@ def row_columns(chunk: Chunk, rows: Sequence[Any], shape: Shape) -> None:
         for position, (name, value) in enumerate(found):
             if value is MISSING and needed:
                 chunk.reject(position, name, "missing")
-            if column == "answer" and shape.needs_box and isinstance(value, str) and r"\boxed" not in value:
+            if column == "answer" and shape.needs_box and isinstance(value, str) and not has_box(value):
                 chunk.reject(position, name, _NO_BOX)
         texts = [
             _one_text(chunk, position, column, *each) if each[1] is not MISSING else None

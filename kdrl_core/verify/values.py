@@ -7,6 +7,7 @@ question is text or a list of chat messages with one message of a user.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -18,6 +19,10 @@ MISSING = object()
 
 FINAL_LINE = "####"
 """GSM8K writes the answer in a last line that begins so."""
+
+_BOX = re.compile(r"\\(?:boxed|fbox)")
+_OTHER_BOXES = re.compile(r"\\(?:boxed|fbox)(?: +(?P<bare>[^{}$\n]+)|(?= *\{))")
+r"""`\boxed 2` up to the dollar, and `\fbox{2}`: a few solutions of MATH."""
 
 _SYSTEM = ("system", "developer")
 _MAX_SHOWN = 40
@@ -64,8 +69,8 @@ def number_text(value: Any) -> str:
 def _truth_in_text(text: str) -> str:
     if FINAL_LINE in text:
         return text.rpartition(FINAL_LINE)[2]
-    if r"\boxed" in text:
-        content, is_closed = last_box(text)
+    if has_box(text):
+        content, is_closed = last_box(_OTHER_BOXES.sub(_as_box, text))
         if content is None or not is_closed:
             raise RowError(r"the last \boxed{ is not closed")
         return content
@@ -73,6 +78,15 @@ def _truth_in_text(text: str) -> str:
     if stripped.startswith(("[", '{"')):
         return _truth_in_json(text, stripped)
     return text
+
+
+def has_box(text: str) -> bool:
+    r"""Whether a text has a \boxed{} or \fbox{}."""
+    return _BOX.search(text) is not None
+
+
+def _as_box(found: re.Match[str]) -> str:
+    return r"\boxed" if found["bare"] is None else rf"\boxed{{{found['bare'].strip()}}}"
 
 
 def _truth_in_json(text: str, stripped: str) -> str:

@@ -156,10 +156,12 @@ def test_a_solution_without_a_box_and_numina_without_an_answer(tmp_path: Path) -
     rows = [
         {"problem": "q", "solution": r"\boxed{1}, hence \boxed{\frac{1}{2}}."},
         {"problem": "r", "solution": "By symmetry."},
+        {"problem": "s", "solution": r"We get $\boxed 3$ and $x$."},
+        {"problem": "t", "solution": r"\boxed{1}, hence \fbox{4}."},
     ]
     file = lines(tmp_path / "p.jsonl", rows)
     assert r"row 2, field 'solution': no \boxed{} in the solution, so no answer" in error_of(file)
-    assert read(file, on_error="drop", max_malformed_share=0.5)["answer"].to_pylist() == [r"\frac{1}{2}"]
+    assert read(file, on_error="drop", max_malformed_share=0.5)["answer"].to_pylist() == [r"\frac{1}{2}", "3", "4"]
     proof = lines(tmp_path / "n.jsonl", [{"problem": "q", "answer": "proof"}])
     assert "row 1, field 'answer': 'proof' stands for a problem without an answer" in error_of(proof)
 
