@@ -18,7 +18,7 @@ from kdrl_core.data.columns import batch_columns, cut_instructions, row_columns
 from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.data.text import normalize_questions, question_hashes, question_ids
 
-_NO_TRUTH = pa.array(["proof", "notfound"])
+_NO_TRUTH = ["proof", "notfound"]
 """NuminaMath writes these where a problem has no answer."""
 _IMAGE = "<image>"
 """Where a prompt has an image, in the sets of most multimodal models."""
@@ -89,7 +89,7 @@ def _finish(chunk: Chunk, *, source: str, num_samples: int) -> Normalized:
         chunk.reject_where(pc.equal(columns[name], ""), chunk.names[name], "empty")
     answers = columns["answer"]
     chunk.reject_where(
-        pc.is_in(answers, _NO_TRUTH),
+        pc.is_in(answers, pa.array(_NO_TRUTH)),
         chunk.names["answer"],
         lambda i: f"{answers[i].as_py()!r} stands for a problem without an answer",
     )

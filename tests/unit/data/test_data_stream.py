@@ -196,3 +196,19 @@ def test_a_killed_filter_leaves_no_output(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert output.read_bytes() == b"before"
     assert sorted(tmp_path.glob("*")) == [output, tmp_path / "p.jsonl"]
+
+
+def test_notes_name_rows_and_stay_out_of_the_output(tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any) -> None:
+    content = [{"problem": f"q{i}", "answer": "1"} for i in range(20)]
+    content += [{"problem": "q3", "answer": "2"}, {"problem": "q", "answer": ""}]
+    file = write(tmp_path / "p.jsonl", content)
+    recipe = make_recipe(files=[file], on_error="drop", max_prompt_tokens=300)
+    report, _ = run(recipe, tmp_path / "o.parquet", tokenizer)
+    assert report.notes == (
+        f"malformed: 1 rows: 1 × {file} row 22, field 'answer': empty",
+        f"conflicting_answers: 1 question with different answers, the first: {file} row 4 '1', {file} row 21 '2'",
+    )
+    assert report.rows_out == 19
+    kept = FilterReport.from_json(json.loads(pq.read_schema(tmp_path / "o.parquet").metadata[stream.REPORT_KEY]))
+    assert (kept, kept.notes) == (report, ())
+    assert report.to_text().splitlines()[-1] == report.notes[-1]
