@@ -60,6 +60,8 @@ def truth_text(value: object) -> str:
 
 def number_text(value: Any) -> str:
     """A number in digits: 5.0, which often was an integer before pandas read it, is `5`; 1e-05 is `0.00001`."""
+    if isinstance(value, int):  # may be larger than any float
+        return str(value)
     if not math.isfinite(value):
         raise RowError(f"{value} is no number")
     exact = Decimal(repr(value) if isinstance(value, float) else value)

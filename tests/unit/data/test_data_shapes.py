@@ -138,6 +138,11 @@ def test_truths_that_are_numbers_keep_their_digits(tmp_path: Path) -> None:
         table = pa.table({"problem": [f"q{i}" for i in values], "answer": pa.array(values, kind)})
         pq.write_table(table, tmp_path / "p.parquet")
         assert read(tmp_path / "p.parquet")["answer"].to_pylist() == expected
+    large = lines(tmp_path / "l.jsonl", [{"problem": "q", "answer": 10**400}, {"problem": "r", "answer": 1e300}])
+    assert read(large)["answer"].to_pylist() == [str(10**400), str(int(1e300))[:1] + "0" * 300]
+    assert "row 1, field 'answer': inf is no number" in error_of(
+        lines(tmp_path / "i.jsonl", [{"problem": "q", "answer": float("inf")}])
+    )
     gap = pa.table({"problem": ["a", "b"], "answer": [5.0, float("nan")], "id": [1.0, 2.0]})
     pq.write_table(gap, tmp_path / "g.parquet")
     assert "row 2, field 'answer': missing" in error_of(tmp_path / "g.parquet")
