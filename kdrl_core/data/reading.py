@@ -68,8 +68,8 @@ class Reading:
     def told(self) -> list[str]:
         """What was found, in words."""
         dropped = self.dropped
-        lines = [f"malformed: {dropped.total:,} rows: {dropped.commonest()}"] if dropped.reasons else []
-        return [*lines, *(f"{what}: {n:,} rows, the first: {first}" for what, (n, first) in self.notes.items())]
+        lines = [f"malformed: {_rows(dropped.total)}: {dropped.commonest()}"] if dropped.reasons else []
+        return [*lines, *(f"{what}: {_rows(count)}, the first: {first}" for what, (count, first) in self.notes.items())]
 
     def place(self, position: int) -> str:
         """File and row of the usable row at a position; empty if it is not known."""
@@ -98,6 +98,10 @@ class Reading:
         elif MALFORMED_KEY in metadata:
             found.dropped.total = int(metadata[MALFORMED_KEY])
         return found
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def malformed_rows(table: pa.Table) -> int:
