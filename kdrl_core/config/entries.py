@@ -12,8 +12,6 @@ _SPLITS = "dataset_dict.json"
 """In a folder of `datasets.DatasetDict.save_to_disk`: the names of its splits, each a folder with `state.json`."""
 _STATE = "state.json"
 """In a folder of `datasets.Dataset.save_to_disk`: the names of its Arrow files."""
-_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
-"""Name of a file of a set on the hub: split, number, of how many."""
 
 
 def expanded(entry: str) -> list[Path]:
@@ -42,7 +40,8 @@ def _set_files(folder: Path, entry: str) -> list[Path]:
     """The files of a set: one saved by `datasets`, or a folder of Parquet files. Empty if the folder is none."""
     if (folder / _SPLITS).is_file():
         splits = [str(name) for name in _read(folder / _SPLITS, entry).get("splits", [])]
-        return _set_files(folder / _one_split(splits, entry, [f"{entry}/{name}" for name in splits]), entry)
+        _require_one_split(splits, entry)
+        return _set_files(folder / splits[0], entry)
     if (folder / _STATE).is_file():
         names = [str(each["filename"]) for each in _read(folder / _STATE, entry).get("_data_files", [])]
         files = [folder / Path(name).name for name in names]
@@ -50,27 +49,17 @@ def _set_files(folder: Path, entry: str) -> list[Path]:
             raise DataError(f"{entry}: {missing[0]} is missing, which {_STATE} names; save or copy the set again")
         return files
     files = sorted(folder.rglob("*.parquet"))
-    places = sorted({_split_of(file, folder) for file in files})
-    if len(places) > 1:
-        _one_split(places, entry, [f"{entry}/{place}*.parquet" for place in places])
+    # Files whose names differ in numbers alone are parts of one split: train-*-of-*.parquet, but not test.parquet.
+    names = {(file.parent / re.sub(r"\d+", "*", file.name)).relative_to(folder).as_posix() for file in files}
+    if names:
+        _require_one_split(sorted(names), entry)
     return files
 
 
-def _split_of(file: Path, folder: Path) -> str:
-    """What a Parquet file's name begins with, up to the number of its shard: `data/train-`. Files without a number of
-    a shard are of one split."""
-    place = file.relative_to(folder)
-    shard = _SHARD.fullmatch(file.stem)
-    stem = f"{shard[1]}-" if shard else ""
-    return f"{place.parent.as_posix()}/{stem}".removeprefix("./")
-
-
-def _one_split(splits: list[str], entry: str, entries: list[str]) -> str:
+def _require_one_split(splits: list[str], entry: str) -> None:
     if len(splits) != 1:
-        raise DataError(
-            f"{entry}: the set has {len(splits)} splits; name one of them: {', '.join(entries) or 'there are none'}"
-        )
-    return splits[0]
+        entries = ", ".join(f"{entry}/{name}" for name in splits) or "there are none"
+        raise DataError(f"{entry}: the set has {len(splits)} splits; name one of them: {entries}")
 
 
 def _read(path: Path, entry: str) -> Any:

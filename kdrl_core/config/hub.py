@@ -84,21 +84,31 @@ class HubPath:
     def download(self, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> "HubPath":
         """Bring the files that match `wanted` into the cache, unless they are there. Returns the path at its commit.
 
-        A commit whose files are all there needs no network. For a branch or tag the hub is asked what it is now.
+        A commit whose files are all there needs no network: huggingface_hub keeps the list of its files. For a branch
+        or tag the hub is asked what it is now.
 
         Raises:
             DataError, ModelError: no such repository or revision, no access, or neither network nor files in the cache.
         """
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub import errors, snapshot_download
 
-        def snapshot(*, is_local: bool) -> "HubPath":
+        login = "log in: hf auth login"
+        told = (
+            (errors.GatedRepoError, "you have no access to it", f"ask for it on its page, then {login}"),
+            (
+                errors.RepositoryNotFoundError,
+                "the hub has no such repository, or it is not open to you",
+                f"check the name, or {login}",
+            ),
+            (errors.RevisionNotFoundError, "the repository has no such revision", "give a branch, tag or commit of it"),
+            (
+                errors.LocalEntryNotFoundError,
+                "the hub cannot be reached, and not all of it is on this machine",
+                _how_to_get(self),
+            ),
+        )
+        network_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]  # of the httpx that it uses
+        try:
             folder = snapshot_download(
                 self.name,
                 repo_type=self.repo_type,
@@ -106,37 +116,17 @@ class HubPath:
                 allow_patterns=list(wanted),
                 ignore_patterns=list(unwanted),
                 etag_timeout=_TIMEOUT_S,
-                local_files_only=is_local,
             )
-            return replace(self, revision=Path(folder).name)
-
-        # Of the httpx that huggingface_hub uses.
-        network_error: type[BaseException] = HfHubHTTPError.__bases__[0]
-        try:
-            if _COMMIT.fullmatch(self.revision):
-                try:
-                    return snapshot(is_local=True)
-                except LocalEntryNotFoundError:
-                    pass
-            _logger.info("%s: looked up on the hub, and downloaded where it is new", self)
-            return snapshot(is_local=False)
-        except GatedRepoError:
-            raise self._error(
-                "you have no access to it", "ask for it on its page, then log in: hf auth login"
-            ) from None
-        except RepositoryNotFoundError:
-            told = "the hub has no such repository, or it is not open to you"
-            raise self._error(told, "check the name, or log in: hf auth login") from None
-        except RevisionNotFoundError:
-            raise self._error(
-                "the repository has no such revision", "give a branch, tag or commit that it has"
-            ) from None
-        except LocalEntryNotFoundError:
-            told = "the hub cannot be reached, and not all of it is on this machine"
-            raise self._error(told, _how_to_get(self)) from None
         except (OSError, network_error, ValueError, RuntimeError) as error:
+            for kind, problem, remedy in told:
+                if isinstance(error, kind):
+                    raise self._error(problem, remedy) from None
             reason = " ".join(str(error).split()) or type(error).__name__
             raise self._error(f"cannot be downloaded ({reason})", _how_to_get(self)) from error
+        found = replace(self, revision=Path(folder).name)
+        if not (_cache(found) / "trees" / f"{found.revision}.json").is_file():
+            _logger.warning("%s: taken as it is in the cache; without a network, missing files go unnoticed", found)
+        return found
 
 
 def is_remote(text: str) -> bool:

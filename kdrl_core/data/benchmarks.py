@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 
 from kdrl_core.config import BenchmarkConfig, DataConfig
-from kdrl_core.data.normalize import Normalized
 from kdrl_core.data.read import find_files, read_file
 from kdrl_core.errors import DataError
+from kdrl_core.verify.faults import Fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,25 +42,19 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
         DataError: the file is missing, empty, or a row lacks a field; file, row and field are named.
     """
     problems: list[BenchmarkProblem] = []
-    place_of: dict[str, tuple[str, int]] = {}
+    place_of: dict[str, str] = {}
     try:
-        for batch in _batches(config):
-            fault = next(iter(batch.faults), None)
-            for row, problem in _usable(batch):
-                if fault is not None and fault.row < row:
-                    break
-                if len(problems) == config.max_problems:
-                    return problems
-                first = place_of.setdefault(problem.problem_id, (batch.origin, row))
-                if first != (batch.origin, row):
-                    place = f"row {first[1]}" if first[0] == batch.origin else f"{first[0]} row {first[1]}"
-                    raise DataError(
-                        f"{batch.origin} row {row}, field 'id': {problem.problem_id!r} stands in {place} as well; "
-                        "make ids unique, and remove repeated problems"
-                    )
-                problems.append(problem)
-            if fault is not None and len(problems) != config.max_problems:
-                raise DataError(f"{fault.what}; fill it in or drop the row")
+        for place, found in _rows(config):
+            if len(problems) == config.max_problems:
+                break
+            if isinstance(found, Fault):
+                raise DataError(f"{found}; fill it in or drop the row")
+            if (first := place_of.setdefault(found.problem_id, place)) != place:
+                raise DataError(
+                    f"{place}, field 'id': {found.problem_id!r} stands in {first} as well; make ids unique, and remove "
+                    "repeated problems"
+                )
+            problems.append(found)
     except DataError as error:  # the benchmark's own field, in place of a stage's
         raise DataError(str(error).replace("<stage>.data.", f"benchmark {config.name}'s ")) from error
     if not problems:
@@ -67,18 +62,17 @@ def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
     return problems
 
 
-def _batches(config: BenchmarkConfig) -> Iterator[Normalized]:
+def _rows(config: BenchmarkConfig) -> Iterator[tuple[str, BenchmarkProblem | Fault]]:
+    """Place and problem, or fault, of each row."""
     data = DataConfig(files=[config.file], columns=config.columns)
     try:
         files = find_files(data, field="evaluation.benchmarks file")
     except DataError as error:
         raise DataError(f"benchmark {config.name}: {error}") from error
-    for path in files:
-        yield from read_file(path, data)
-
-
-def _usable(batch: Normalized) -> Iterator[tuple[int, BenchmarkProblem]]:
-    """The rows of a batch with their numbers."""
-    columns = (batch.problems[name].to_pylist() for name in ("problem_id", "question", "answer"))
-    for row, problem_id, question, answer in zip(batch.rows.tolist(), *columns, strict=True):
-        yield row, BenchmarkProblem(problem_id=problem_id, question=question, answer=answer)
+    for batch in chain.from_iterable(read_file(path, data) for path in files):
+        found: list[tuple[int, BenchmarkProblem | Fault]] = [(fault.row, fault) for fault in batch.faults]
+        columns = (batch.problems[name].to_pylist() for name in ("problem_id", "question", "answer"))
+        for row, problem_id, question, answer in zip(batch.rows.tolist(), *columns, strict=True):
+            found.append((row, BenchmarkProblem(problem_id=problem_id, question=question, answer=answer)))
+        for row, one in sorted(found, key=lambda each: each[0]):
+            yield f"{batch.origin} row {row}", one

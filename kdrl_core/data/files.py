@@ -1,4 +1,4 @@
-"""Problem files → raw rows, batch by batch: Parquet, Arrow, JSON arrays, JSON Lines, CSV; JSON and CSV also with `.gz`.
+"""Problem files → raw rows, batch by batch: Parquet, Arrow, JSON, JSON Lines, CSV and TSV; text also as `.gz`.
 
 A reader takes `choose`, which is told the names of the file's columns once, and says which of them to read.
 """
@@ -8,21 +8,20 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdrl_core.data.chunk import RowFault
 from kdrl_core.errors import DataError
+from kdrl_core.verify.faults import Fault
 from kdrl_core.verify.values import kind_of
 
 BATCH_ROWS = 16_384
 _MOST_CHARS = 2**27
 """Of one field of CSV; Python's own limit of 131,072 is too low for solutions."""
-_MORE = "…"
-"""Key of the values in a row of CSV beyond its columns."""
 
 Choose = Callable[[Iterable[str]], list[str]]
 
@@ -33,7 +32,7 @@ class Raw(NamedTuple):
     rows: pa.RecordBatch | list[Any]
     numbers: Sequence[int]
     """Of each row in the file, from 1; in JSON Lines, of the line; in CSV with the header as row 1."""
-    faults: Sequence[RowFault] = ()
+    faults: Sequence[Fault] = ()
     """Rows between them that cannot be read at all."""
 
 
@@ -44,7 +43,7 @@ def raw_rows(path: Path, origin: str, choose: Choose) -> Iterator[Raw]:
     reader = _READERS.get(suffixes[-2] if is_zipped and suffixes[1:] else "".join(suffixes[-1:]))
     if reader is None or (is_zipped and reader in (_parquet, _arrow)):
         raise DataError(
-            f"{origin}: unknown kind of file; give .parquet, .arrow, .json, .jsonl or .csv (the last three also as .gz)"
+            f"{origin}: unknown kind of file; give .parquet, .arrow, .json, .jsonl, .csv or .tsv (text also as .gz)"
         )
     return reader(path, origin, choose)
 
@@ -87,117 +86,104 @@ def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[Raw]:
 
 
 def _json(path: Path, origin: str, choose: Choose) -> Iterator[Raw]:
-    """The rows of a JSON array, read as a whole, or of JSON Lines, read batch by batch."""
+    """The rows of a JSON array, parsed as a whole, or of JSON Lines, parsed line by line."""
     is_chosen = False
-    with _text_file(path, origin) as file:
-        for raw in _json_batches(file, origin):
-            objects = [row for row in raw.rows if isinstance(row, dict)]
-            if raw.faults and not objects and not is_chosen:
-                raise DataError(f"{origin}: {raw.faults[0].problem}; give a JSON array of objects or JSON Lines")
-            if not is_chosen and raw.rows:
-                if not objects:
-                    problem = f"an object is expected, found {kind_of(raw.rows[0])}"
-                    raise DataError(
-                        f"{origin} row {raw.numbers[0]}: {problem}; give a JSON array of objects or JSON Lines"
+    with _opened(path, origin) as file:
+        for raw in _batches(_json_rows(_lines(file, origin), origin)):
+            if not is_chosen:
+                if not (objects := [row for row in raw.rows if isinstance(row, dict)]):
+                    problem = (
+                        f" row {raw.numbers[0]}: an object is expected, found {kind_of(raw.rows[0])}"
+                        if raw.rows
+                        else f": {raw.faults[0].problem}"
                     )
+                    raise DataError(f"{origin}{problem}; give a JSON array of objects or JSON Lines")
                 choose({name for row in objects for name in row})
                 is_chosen = True
             yield raw
 
 
-def _json_batches(file: IO[bytes], origin: str) -> Iterator[Raw]:
-    """Rows, their numbers, and a fault for each line that is not JSON. Blank lines are counted but are not rows."""
-    rows: list[Any] = []
-    numbers: list[int] = []
-    faults: list[RowFault] = []
-    position = 0
-    # Split at "\n" alone: a JSON string may hold U+2028 and its like.
-    for number, line in enumerate(_guarded(file, origin), start=1):
-        content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        text = _decoded(content, position, origin).rstrip("\r\n")
-        position += len(line)
-        if not text.strip():
+def _json_rows(lines: Iterator[str], origin: str) -> Iterator[tuple[int, Any]]:
+    """Number and value of each row, or its fault. Blank lines are counted but are not rows."""
+    is_first = True
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
-        if not rows and not faults and text.lstrip().startswith("["):
-            items = _array_rows(text + _decoded(b"".join(_guarded(file, origin)), position, origin), origin)
-            yield Raw(items, range(1, len(items) + 1))
+        if is_first and line.lstrip().startswith("["):
+            try:
+                yield from enumerate(json.loads(line + "".join(lines)), start=1)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{origin}: not JSON ({error}); give a JSON array of objects or JSON Lines") from error
             return
+        is_first = False
         try:
-            rows.append(json.loads(text))
-            numbers.append(number)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            faults.append(RowFault(origin=origin, row=number, field="row", problem=f"not JSON ({error})"))
-        if len(rows) + len(faults) == BATCH_ROWS:
-            yield Raw(rows, numbers, faults)
-            rows, numbers, faults = [], [], []
-    if rows or faults:
-        yield Raw(rows, numbers, faults)
-
-
-def _array_rows(text: str, origin: str) -> list[Any]:
-    try:
-        rows: list[Any] = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin}: not JSON ({error}); give a JSON array of objects or JSON Lines") from error
-    return rows
+            yield number, _row_fault(origin, number, f"not JSON ({error})")
 
 
 def _csv(path: Path, origin: str, choose: Choose) -> Iterator[Raw]:
-    """Rows of a table with a header and commas. Rows count as in a spreadsheet: the header is row 1."""
+    """The rows of a table with a header. Its separator is the commonest of comma, semicolon and tab in the header."""
     csv.field_size_limit(_MOST_CHARS)
-    rows: list[Any] = []
-    numbers: list[int] = []
-    faults: list[RowFault] = []
-    with _text_file(path, origin) as file:
-        reader = csv.DictReader(_lines(file, origin), restkey=_MORE, strict=True)
+    with _opened(path, origin) as file:
+        lines = _lines(file, origin)
+        header = next(lines, "")
+        reader = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
         try:
-            choose(reader.fieldnames or [])
-            for number, row in enumerate(reader, start=2):
-                if _MORE in row:
-                    problem = f"{len(row[_MORE])} values beyond the {len(row) - 1} columns; quote values with commas"
-                    faults.append(RowFault(origin=origin, row=number, field="row", problem=problem))
-                else:
-                    rows.append({name: value or None for name, value in row.items()})
-                    numbers.append(number)
-                if len(rows) + len(faults) == BATCH_ROWS:
-                    yield Raw(rows, numbers, faults)
-                    rows, numbers, faults = [], [], []
+            names = [name.strip() for name in next(reader, [])]
+            if repeated := [name for name in names if name and names.count(name) > 1]:
+                raise DataError(f"{origin} has several columns '{repeated[0]}'; rename them")
+            choose(names)
+            yield from _batches(_csv_rows(reader, names, origin))
         except csv.Error as error:
             raise DataError(f"{origin} line {reader.line_num}: not CSV ({error}); write the file again") from error
-    if rows or faults:
-        yield Raw(rows, numbers, faults)
 
 
-def _lines(file: IO[bytes], origin: str) -> Iterator[str]:
-    position = 0
-    for line in _guarded(file, origin):
-        yield _decoded(line.removeprefix(b"\xef\xbb\xbf") if not position else line, position, origin)
-        position += len(line)
+def _csv_rows(rows: Iterable[list[str]], names: Sequence[str], origin: str) -> Iterator[tuple[int, Any]]:
+    """Number and values of each row, or its fault. Rows count as in a spreadsheet: the header is row 1, blank lines
+    count."""
+    for number, row in enumerate(rows, start=2):
+        if more := len(list(filter(None, row[len(names) :]))):
+            problem = f"{more} value{'s' * (more > 1)} beyond the {len(names)} columns; quote values with separators"
+            yield number, _row_fault(origin, number, problem)
+        elif row:
+            yield number, {name: value or None for name, value in zip(names, row, strict=False)}
 
 
-def _text_file(path: Path, origin: str) -> IO[bytes]:
+def _batches(found: Iterator[tuple[int, Any]]) -> Iterator[Raw]:
+    while some := list(islice(found, BATCH_ROWS)):
+        rows = [(number, row) for number, row in some if not isinstance(row, Fault)]
+        faults = [row for _, row in some if isinstance(row, Fault)]
+        yield Raw([row for _, row in rows], [number for number, _ in rows], faults)
+
+
+def _row_fault(origin: str, number: int, problem: str) -> Fault:
+    return Fault(where=f"{origin} row {number}", row=number, field="row", problem=problem)
+
+
+def _opened(path: Path, origin: str) -> IO[bytes]:
     try:
         return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
     except OSError as error:
         raise DataError(f"{origin}: cannot be read ({error.strerror}); check the file's permissions") from error
 
 
-def _guarded(file: IO[bytes], origin: str) -> Iterator[bytes]:
+def _lines(file: IO[bytes], origin: str) -> Iterator[str]:
+    """The lines of a file of text without its byte order mark. They are split at "\n" alone: a JSON string may hold
+    U+2028 and its like."""
+    position = 0
     try:
-        yield from file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{origin}: cannot be unpacked ({error}); download or write the file again") from error
-    except OSError as error:
-        raise DataError(f"{origin}: cannot be read ({error.strerror}); check the file's permissions") from error
-
-
-def _decoded(data: bytes, position: int, origin: str) -> str:
-    try:
-        return data.decode()
+        for line in file:
+            yield (line if position else line.removeprefix(b"\xef\xbb\xbf")).decode()
+            position += len(line)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{origin}: not UTF-8 text ({error.reason} at byte {position + error.start}); save it as UTF-8"
         ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{origin}: cannot be unpacked ({error}); download or write the file again") from error
+    except OSError as error:
+        raise DataError(f"{origin}: cannot be read ({error.strerror}); check the file's permissions") from error
 
 
 _READERS: dict[str, Callable[[Path, str, Choose], Iterator[Raw]]] = {
@@ -207,4 +193,5 @@ _READERS: dict[str, Callable[[Path, str, Choose], Iterator[Raw]]] = {
     ".jsonl": _json,
     ".ndjson": _json,
     ".csv": _csv,
+    ".tsv": _csv,
 }

@@ -4,6 +4,7 @@ d = failures of a label out of n = `difficulty.num_samples`; passes = n − d. T
 
 ==================== =========================================================================================
 malformed            rows that cannot be read (data.on_error=drop)
+no_answer            the set says that the problem has no answer: `proof`, `notfound`
 conflicting_answers  one question with different answers (data.conflicting_answers=keep: one row stays)
 duplicates           the same question again, up to white space
 missing_labels       a label is missing that one of the rules below needs (data.missing_labels=drop)
@@ -35,13 +36,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import ColumnsConfig, DataConfig, Recipe
-from kdrl_core.data.conflicts import find_conflicts
 from kdrl_core.data.decontamination import Decontaminator, Overlap
 from kdrl_core.data.filter_report import FilterReport
 from kdrl_core.data.labels import Rows, text_codes
 from kdrl_core.data.normalize import normalize
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
-from kdrl_core.data.reading import MALFORMED_KEY, Reading
+from kdrl_core.data.reading import READING_KEY, Reading
 from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA
 from kdrl_core.data.shapes import file_shape
 from kdrl_core.data.sieve import Sieve
@@ -55,6 +55,7 @@ QuestionCheck = tuple[npt.NDArray[np.bool_], list[Overlap | None] | None]
 
 _REMEDIES = {
     "malformed": "correct the files",
+    "no_answer": "give problems with answers",
     "conflicting_answers": "correct the answers, or set {stage}.data.conflicting_answers=keep",
     "duplicates": "give more problems",
     "missing_labels": "set {stage}.data.missing_labels=keep, or give files with labels",
@@ -130,9 +131,10 @@ def apply_rules(
     Raises:
         DataError: nothing is left, or a rule refuses the data.
     """
-    malformed = reading.dropped.total
+    malformed, no_answer = reading.malformed.total, reading.no_answer.total
     sieve.note("malformed", malformed, "rows that cannot be read (data.on_error=drop)")
-    sieve.drop_conflicting(find_conflicts(sieve.problems, sieve.keys, reading.place, recipe.verification))
+    sieve.note("no_answer", no_answer, "the set says that there is none: proof, notfound")
+    sieve.drop_conflicting(recipe.verification, reading.place)
     sieve.drop_duplicates()
     _check_ids(sieve.problems, sieve.alive)
     sieve.apply_label_rules()
@@ -141,7 +143,7 @@ def apply_rules(
     sieve.drop_contaminated(overlaps)
     sieve.drop_unparsable(recipe.verification)
     sieve.sample(recipe.seed)
-    rows_in = sieve.problems.num_rows + malformed
+    rows_in = sieve.problems.num_rows + malformed + no_answer
     report = FilterReport(
         stage=sieve.stage,
         rows_in=rows_in,
@@ -230,7 +232,7 @@ def _normalized(table: pa.Table, data: DataConfig) -> tuple[pa.Table, Reading]:
 
 def _is_normalized(table: pa.Table, data: DataConfig) -> bool:
     """Whether `read_problems` made the table and its labels are in range, so that its rows need no second check."""
-    if MALFORMED_KEY not in (table.schema.metadata or {}) or not table.schema.equals(PROBLEM_SCHEMA):
+    if READING_KEY not in (table.schema.metadata or {}) or not table.schema.equals(PROBLEM_SCHEMA):
         return False
     most = max((pc.max(chunk.items).as_py() or 0 for chunk in table["failures"].chunks), default=0)
     has_gaps = any(table[name].null_count for name in ("problem_id", "question", "answer", "source"))

@@ -4,12 +4,12 @@ Who changes `data.files` alone keeps format, columns and label rules of the file
 """
 
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
-from kdrl_core.config import Recipe
+from kdrl_core.config import Recipe, expanded
+from kdrl_core.config.shapes import LABELS, has
 from kdrl_core.data.files import raw_rows
-from kdrl_core.data.read import find_files, shown_path
+from kdrl_core.data.read import shown_path
 from kdrl_core.data.shapes import file_shape
 from kdrl_core.errors import DataError
 
@@ -20,36 +20,24 @@ def require_fitting(recipe: Recipe, stage: str) -> None:
     """Look at the first file of each entry of the stage's `data.files`.
 
     Raises:
-        DataError: a file is missing or cannot be read, or what the section sets beside `files` does not fit its
-            columns. The message names all of that.
+        DataError: a file cannot be read, or what the section sets beside `files` does not fit its columns.
     """
     data = recipe.stage(stage).data
-    faults: list[str] = []
-    has_labels = False
-    shown = ""
-    for entry in data.files:
-        path = find_files(data.model_copy(update={"files": [entry]}))[0]
-        shown = shown_path(path)
+    found: set[str] = set()
+    for path in [expanded(entry)[0] for entry in data.files]:
         if not (names := column_names(path)):  # no rows: said where problems are read
             return
         try:
-            shape = file_shape(names, data, origin=shown)
+            file_shape(names, data, origin=shown_path(path))
         except DataError as error:
-            faults.append(str(error).replace("<stage>", stage))
-            continue
-        has_labels |= shape.labels.split(".")[0] in names
+            raise DataError(str(error).replace("<stage>", stage)) from error
+        found |= names
     rules = [rule for rule in _LABEL_RULES if getattr(data, rule) not in (None, False)]
-    if rules and data.missing_labels == "fail" and not has_labels and not faults:
-        faults.append(
-            f"{stage}.data.files: {shown} has no difficulty labels, which {', '.join(rules)} of {stage}.data need; "
-            f"measure them with `kdrl label`, or set {stage}.data.missing_labels=keep to leave these rules out"
+    if rules and data.missing_labels == "fail" and not any(has(found, name) for name in LABELS):
+        raise DataError(
+            f"{stage}.data.files: no file has difficulty labels, which {', '.join(rules)} of {stage}.data need; measure "
+            f"them with `kdrl label`, or set {stage}.data.missing_labels=keep to leave these rules out"
         )
-    if faults:
-        raise DataError("; ".join(faults))
-
-
-class _Seen(Exception):  # noqa: N818 (no error: enough is known)
-    pass
 
 
 def column_names(path: Path) -> set[str]:
@@ -58,8 +46,7 @@ def column_names(path: Path) -> set[str]:
 
     def look(names: Iterable[str]) -> list[str]:
         found.update(names)
-        raise _Seen
+        return []
 
-    with suppress(_Seen):
-        next(raw_rows(path, shown_path(path), look), None)
+    next(raw_rows(path, shown_path(path), look), None)
     return found

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config.shapes import Shape
-from kdrl_core.data.chunk import Chunk, RowFault
-from kdrl_core.data.columns import batch_columns, cut_instructions, row_columns
+from kdrl_core.data.chunk import Chunk
+from kdrl_core.data.columns import read_columns
 from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.data.text import normalize_questions, question_hashes, question_ids
+from kdrl_core.verify.faults import Fault
 
-_NO_TRUTH = ["proof", "notfound"]
+_NO_ANSWER = ["proof", "notfound"]
 """NuminaMath writes these where a problem has no answer."""
 _IMAGE = "<image>"
 """Where a prompt has an image, in the sets of most multimodal models."""
@@ -35,16 +36,10 @@ class Normalized(NamedTuple):
     """The file."""
     rows: npt.NDArray[np.int64]
     """[usable rows] their numbers in the file, from 1."""
-    faults: list[RowFault]
+    faults: list[Fault]
     """One fault for each of the other rows, in their order."""
     notes: dict[str, list[int]]
     """What else is to be told → numbers of the usable rows that it is true of."""
-
-    @classmethod
-    def faulty(cls, origin: str, faults: Sequence[RowFault]) -> "Normalized":
-        """Rows of which none can be used."""
-        empty = np.zeros(0, dtype=np.int64)
-        return cls(PROBLEM_SCHEMA.empty_table(), empty.astype(np.uint64), origin, empty, list(faults), {})
 
 
 def normalize(
@@ -68,11 +63,7 @@ def normalize(
         DataError: a needed column has an impossible type.
     """
     chunk = Chunk(origin, row_numbers)
-    if isinstance(rows, pa.RecordBatch):
-        batch_columns(chunk, rows, shape)
-    else:
-        row_columns(chunk, rows, shape)
-    chunk.columns["question"] = cut_instructions(chunk.columns["question"])
+    read_columns(chunk, rows, shape)
     return _finish(chunk, source=source, num_samples=num_samples)
 
 
@@ -83,18 +74,15 @@ def _finish(chunk: Chunk, *, source: str, num_samples: int) -> Normalized:
     content = questions.buffers()[2]
     if content is not None and _IMAGE.encode() in content.to_pybytes():  # 20 times as fast as asking each question
         has_image = pc.match_substring(questions, _IMAGE)
-        chunk.reject_where(has_image, chunk.names["question"], f"has {_IMAGE}; kdrl reads problems of text alone")
+        chunk.reject_where(has_image, "question", f"has {_IMAGE}; kdrl reads problems of text alone")
     for name in ("question", "answer"):
-        chunk.reject_where(pc.is_null(columns[name]), chunk.names[name], "missing")
-        chunk.reject_where(pc.equal(columns[name], ""), chunk.names[name], "empty")
-    answers = columns["answer"]
-    chunk.reject_where(
-        pc.is_in(answers, pa.array(_NO_TRUTH)),
-        chunk.names["answer"],
-        lambda i: f"{answers[i].as_py()!r} stands for a problem without an answer",
-    )
-    for name, column in chunk.labels.items():
-        _check_range(chunk, column, f"{chunk.label_prefix}.{name}", num_samples)
+        chunk.reject_where(pc.is_null(columns[name]), name, "missing")
+        chunk.reject_where(pc.equal(columns[name], ""), name, "empty")
+    for label, counts in chunk.labels.items():
+        _check_range(chunk, counts, label, num_samples)
+    for position in pc.indices_nonzero(pc.is_in(columns["answer"], pa.array(_NO_ANSWER))).to_pylist():
+        problem = f"{columns['answer'][position].as_py()!r} stands for a problem without an answer"
+        chunk.reject(position, chunk.names["answer"][position], problem, is_answer_missing=True)
     bad = sorted(chunk.faults)
     is_good = np.ones(len(chunk.row_numbers), dtype=bool)
     is_good[bad] = False
@@ -109,14 +97,15 @@ def _finish(chunk: Chunk, *, source: str, num_samples: int) -> Normalized:
     table = pa.table([kept[name] for name in PROBLEM_SCHEMA.names], schema=PROBLEM_SCHEMA)
     numbers = np.asarray(chunk.row_numbers, dtype=np.int64)
     notes = {what: [int(numbers[place]) for place in places if is_good[place]] for what, places in chunk.notes.items()}
+    notes = {what: rows for what, rows in notes.items() if rows}
     return Normalized(
         table, hashes, chunk.origin, numbers[is_good], [chunk.faults[position] for position in bad], notes
     )
 
 
-def _check_range(chunk: Chunk, counts: pa.Array, name: str, num_samples: int) -> None:
+def _check_range(chunk: Chunk, counts: pa.Array, label: str, num_samples: int) -> None:
     outside = pc.or_(pc.less(counts, 0), pc.greater(counts, num_samples))
-    chunk.reject_where(outside, name, lambda i: f"{counts[i]} is outside 0..{num_samples}")
+    chunk.reject_where(outside, "failures", lambda i: f"{counts[i]} is outside 0..{num_samples}", of=f".{label}")
 
 
 def _filled(column: pa.Array | None, default: Callable[[], pa.Array]) -> pa.Array:

@@ -56,9 +56,6 @@ def read_file(path: Path, data: DataConfig) -> Iterator[Normalized]:
         return [name for name in names if name in shape.used]
 
     for raw in raw_rows(path, origin, choose):
-        if not len(raw.rows):
-            yield Normalized.faulty(origin, raw.faults)
-            continue
         assert shape is not None
         batch = normalize(
             raw.rows,

@@ -1,4 +1,4 @@
-"""What was found while problems were read, beside the problems: malformed rows, notes, and the place of each row.
+"""What was found while problems were read, beside the problems: unusable rows, notes, and the place of each row.
 
 It travels with a table in the metadata of its schema, so that the filter can name rows of files.
 """
@@ -6,8 +6,8 @@ It travels with a table in the metadata of its schema, so that the filter can na
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Mapping
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,49 +15,46 @@ import pyarrow as pa
 from kdrl_core.config import DataConfig
 from kdrl_core.data.normalize import Normalized
 from kdrl_core.errors import DataError
-from kdrl_core.verify.faults import Dropped
+from kdrl_core.verify.faults import Reasons
 
-MALFORMED_KEY = b"kdrl.malformed_rows"
-"""Key in the metadata of a table's schema: the number of rows that were dropped when it was read."""
 READING_KEY = b"kdrl.reading"
-"""Key beside it: the rest, as JSON."""
+"""Key in the metadata of a table's schema: a `Reading` as JSON."""
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
 class Reading:
     """The rows that have been read so far, of one or several files."""
 
-    def __init__(self) -> None:
-        self.num_rows = 0
-        """Rows that can be used."""
-        self.dropped = Dropped()
-        self.notes: dict[str, tuple[int, str]] = {}
-        """What is to be told → of how many rows, and the first of them."""
-        self._runs: list[tuple[int, str, int]] = []
-        """Position, file and number of the first row of each run of consecutive rows."""
+    num_rows: int = 0
+    """Rows that can be used."""
+    malformed: Reasons = field(default_factory=Reasons)
+    no_answer: Reasons = field(default_factory=Reasons)
+    """Rows of which their set says that there is no answer."""
+    notes: Reasons = field(default_factory=Reasons)
+    """What is to be told of rows that can be used."""
+    runs: list[tuple[int, str, int]] = field(default_factory=list)
+    """Position, file and number of the first row of each run of consecutive rows."""
 
     def add(self, batch: Normalized, data: DataConfig) -> None:
-        """Take in a batch. Raises DataError with its first fault, unless data.on_error=drop."""
-        if batch.faults and data.on_error == "fail":
-            raise DataError(str(batch.faults[0]))
+        """Take in a batch. Raises DataError with its first malformed row, unless data.on_error=drop."""
         for fault in batch.faults:
-            self.dropped.add(fault.field, fault.problem, fault.what)
+            if data.on_error == "fail" and not fault.is_answer_missing:
+                raise DataError(f"{fault}; drop the row or set <stage>.data.on_error=drop")
+            (self.no_answer if fault.is_answer_missing else self.malformed).add_fault(fault)
         for what, rows in batch.notes.items():
-            if rows:
-                count, first = self.notes.get(what, (0, f"{batch.origin} row {rows[0]}"))
-                self.notes[what] = count + len(rows), first
+            self.notes.add(what, f"{batch.origin} row {rows[0]}", len(rows))
         breaks = np.flatnonzero(np.diff(batch.rows) != 1) + 1
         for start in [0, *breaks.tolist()] if len(batch.rows) else []:
-            self._runs.append((self.num_rows + start, batch.origin, int(batch.rows[start])))
+            self.runs.append((self.num_rows + start, batch.origin, int(batch.rows[start])))
         self.num_rows += len(batch.rows)
 
     def finish(self, data: DataConfig) -> None:
         """Log what was found, once. Raises DataError if too many rows are malformed."""
-        total = self.num_rows + self.dropped.total
-        self.dropped.refuse_above(
+        self.malformed.refuse_above(
             data.max_malformed_share,
-            total,
+            self.num_rows + self.malformed.total + self.no_answer.total,
             where="problems",
             remedy="correct the rows, name the right columns in <stage>.data.columns, or raise "
             "<stage>.data.max_malformed_share",
@@ -67,43 +64,34 @@ class Reading:
 
     def told(self) -> list[str]:
         """What was found, in words."""
-        dropped = self.dropped
-        lines = [f"malformed: {_rows(dropped.total)}: {dropped.commonest()}"] if dropped.reasons else []
-        return [*lines, *(f"{what}: {_rows(count)}, the first: {first}" for what, (count, first) in self.notes.items())]
+        lines = [("malformed", self.malformed), ("no_answer", self.no_answer)]
+        return [
+            *(f"{rule}: {rows.commonest()}" for rule, rows in lines if rows.found),
+            *(
+                f"{what}: {count:,} row{'s' * (count > 1)}, the first: {first}"
+                for what, (count, first) in self.notes.found.items()
+            ),
+        ]
 
     def place(self, position: int) -> str:
         """File and row of the usable row at a position; empty if it is not known."""
-        run = bisect_right(self._runs, position, key=lambda one: one[0]) - 1
+        run = bisect_right(self.runs, position, key=lambda one: one[0]) - 1
         if run < 0:
             return ""
-        first, origin, row = self._runs[run]
+        first, origin, row = self.runs[run]
         return f"{origin} row {row + position - first}"
 
     def metadata(self) -> dict[bytes, bytes]:
         """Metadata of a table with these rows."""
-        rest = {"rows": self.num_rows, "dropped": self.dropped.to_json(), "notes": self.notes, "runs": self._runs}
-        return {MALFORMED_KEY: str(self.dropped.total).encode(), READING_KEY: json.dumps(rest).encode()}
+        return {READING_KEY: json.dumps(asdict(self)).encode()}
 
     @classmethod
     def of(cls, table: pa.Table) -> Self:
         """What was found when a table was read; nothing for a table that was made otherwise."""
-        found = cls()
-        metadata: Mapping[bytes, bytes] = table.schema.metadata or {}
-        if READING_KEY in metadata:
-            rest: dict[str, Any] = json.loads(metadata[READING_KEY])
-            found.num_rows = rest["rows"]
-            found.dropped = Dropped.from_json(rest["dropped"])
-            found.notes = {what: (count, first) for what, (count, first) in rest["notes"].items()}
-            found._runs = [(position, origin, row) for position, origin, row in rest["runs"]]
-        elif MALFORMED_KEY in metadata:
-            found.dropped.total = int(metadata[MALFORMED_KEY])
-        return found
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+        values = json.loads((table.schema.metadata or {}).get(READING_KEY, b"{}"))
+        return cls(**{name: Reasons(**value) if isinstance(value, dict) else value for name, value in values.items()})
 
 
 def malformed_rows(table: pa.Table) -> int:
-    """How many rows `read_problems` dropped when it made this table; 0 for any other table."""
-    return Reading.of(table).dropped.total
+    """How many malformed rows `read_problems` dropped when it made this table; 0 for any other table."""
+    return Reading.of(table).malformed.total

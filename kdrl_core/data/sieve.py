@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import StageConfig, VerificationConfig
-from kdrl_core.data.conflicts import Conflict
+from kdrl_core.data.conflicts import find_conflicts
 from kdrl_core.data.decontamination import Overlap
 from kdrl_core.data.filter_report import RuleCount
 from kdrl_core.data.labels import MISSING_LABEL, Labels, Rows, label_column, label_names
@@ -25,11 +25,13 @@ from kdrl_core.errors import DataError
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.accuracy import FAILED_COMPARISON, UNREADABLE_TRUTH
+from kdrl_core.verify.values import shortened
 
 _NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/[1-9]\d{0,40})?|\\frac\{\d{1,40}\}\{[1-9]\d{0,40}\}", re.ASCII)
 _PROBE = r"\boxed{98765432123456789}"
 """An answer that is not the ground truth of any problem."""
 _OFF = "off"
+_SHOWN = 3
 
 
 class Sieve:
@@ -62,7 +64,7 @@ class Sieve:
         self.counts: list[RuleCount] = []
         self.notes: list[str] = []
         """What is told of single rows, with their places."""
-        self.keys = keys
+        self._keys = keys
         self._digests = digests
         if labels is None:
             columns = {name: label_column(problems, name) for name in self.data.difficulty.names}
@@ -80,28 +82,33 @@ class Sieve:
         self.note(rule, len(self.alive) - int(mask.sum()), description)
         self.alive = self.alive[mask]
 
-    def drop_conflicting(self, conflicts: Sequence[Conflict]) -> None:
-        """conflicting_answers: a question whose rows have different answers. With conflicting_answers=fail, raises
-        DataError."""
+    def drop_conflicting(self, limits: VerificationConfig, place: Callable[[int], str]) -> None:
+        """conflicting_answers: a question whose rows have different answers. `place` names the file and row of a
+        position, or is empty. With conflicting_answers=fail, raises DataError."""
         choice = self.data.conflicting_answers
         is_kept = np.ones(len(self.alive), dtype=bool)
         description = "one question with different answers"
-        if conflicts:
-            number = f"{len(conflicts)} question{'s' if len(conflicts) > 1 else ''} with different answers"
+        if conflicts := find_conflicts(self.problems, self._keys, limits):
+            shown = [
+                f"{place(rows[0]) or self.problems['problem_id'][rows[0]]} {shortened(answer)}"
+                for answer, rows in list(conflicts[0].items())[:_SHOWN]
+            ]
+            number = f"{len(conflicts)} question{'s' * (len(conflicts) > 1)} with different answers"
+            told = f"{number}, the first: {', '.join(shown)}"
             if choice == "fail":
                 raise DataError(
-                    f"{self.stage}: {number}, the first: {conflicts[0]}; correct the answers, remove the wrong rows, "
-                    f"or set {self.stage}.data.conflicting_answers=drop or keep"
+                    f"{self.stage}: {told}; correct the answers, remove the wrong rows, or set "
+                    f"{self.stage}.data.conflicting_answers=drop or keep"
                 )
-            description = f"{number}" if choice == "drop" else f"off: {number}, one row of each stays"
-            self.notes.append(f"conflicting_answers: {number}, the first: {conflicts[0]}")
+            description = number if choice == "drop" else f"off: {number}, one row of each stays"
+            self.notes.append(f"conflicting_answers: {told}")
         if choice == "drop":
-            is_kept[[row for conflict in conflicts for row in conflict.rows]] = False
+            is_kept[[row for answers in conflicts for rows in answers.values() for row in rows]] = False
         self.keep("conflicting_answers", is_kept, description)
 
     def drop_duplicates(self) -> None:
         """duplicates: of rows with the same normalised question, keep the best labelled; ties: first by content."""
-        codes = self.keys
+        codes = self._keys
         is_kept = np.ones(len(codes), dtype=bool)
         repeated = np.flatnonzero(np.bincount(codes)[codes] > 1) if len(codes) else codes
         if len(repeated):

@@ -160,6 +160,8 @@ def refuse_short_context(recipe: Recipe, config: dict[str, Any], model: str) -> 
 def _chosen(recipe: Recipe, options: EvaluationOptions) -> list[BenchmarkConfig]:
     known = list(recipe.evaluation.benchmarks)
     wanted: list[str] = []
+    if options.columns is not None and not any("=" in given for given in options.benchmarks):
+        raise RecipeError("--columns is for benchmarks of your own; add --benchmark NAME=FILE")
     for given in options.benchmarks:
         name, is_file, file = given.partition("=")
         if is_file:

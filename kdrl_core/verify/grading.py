@@ -15,10 +15,10 @@ from typing import Any, Literal
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import replace_file
 from kdrl_core.types import ThinkOpened, Verdict, VerdictKind
-from kdrl_core.verify.faults import Dropped
+from kdrl_core.verify.faults import Fault, Reasons
 from kdrl_core.verify.pool import Verifier
 from kdrl_core.verify.row_files import VERDICT_NAMES, RowFile
-from kdrl_core.verify.rows import Batch, Columns, Fault
+from kdrl_core.verify.rows import Batch, Columns
 from kdrl_core.verify.screening import VerdictOptions, answer_region
 
 MAX_GROUPS = 1_000
@@ -114,7 +114,7 @@ class FileTally:
     total: Tally = field(default_factory=Tally)
     groups: dict[str, Tally] = field(default_factory=dict)
     """By value of the column `by`, in the order of their first rows; empty without that column."""
-    dropped: Dropped = field(default_factory=Dropped)
+    dropped: Reasons = field(default_factory=Reasons)
     """Malformed rows, which are neither judged nor written."""
     first_failed: str | None = None
     """Row and reason of the first timeout or error."""
@@ -246,7 +246,7 @@ def _check_rows(file: RowFile, tally: FileTally, options: GradingOptions, report
             if options.on_error == "fail":
                 raise _malformed(batch.faults[0])
             for fault in batch.faults:
-                tally.dropped.add(fault.field, fault.problem, str(fault))
+                tally.dropped.add_fault(fault)
         num_rows += len(batch.items)
         groups.update(batch.groups)
         if len(groups) > MAX_GROUPS:

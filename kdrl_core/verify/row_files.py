@@ -18,8 +18,8 @@ from kdrl_core.errors import DataError
 from kdrl_core.tables.files import verdict_columns
 from kdrl_core.tables.schemas import REWARDS
 from kdrl_core.types import Verdict
-from kdrl_core.verify.rows import Batch, Columns, Fault
-from kdrl_core.verify.values import RowError, kind_of
+from kdrl_core.verify.rows import Batch, Columns
+from kdrl_core.verify.values import RowError, exact_floats, kind_of
 
 VERDICT_FIELDS = [REWARDS.field(name) for name in verdict_columns([])]
 VERDICT_NAMES = frozenset(verdict_columns([]))
@@ -61,7 +61,7 @@ class JsonLines:
                 if with_rows:
                     batch.rows.append(line)
             except RowError as fault:
-                batch.faults.append(Fault(where=self._where(number), field=fault.name, problem=str(fault)))
+                batch.faults.append(fault.at(self._where(number), number))
             if len(batch.items) + len(batch.faults) == BATCH_ROWS:
                 yield batch
                 batch = Batch(rows=[])
@@ -125,8 +125,8 @@ class Parquet:
                     batch.add(dict(zip(used, row, strict=True)), first + position, columns)
                     kept.append(position)
                 except RowError as fault:
-                    where = f"{self.origin} {self.unit} {first + position}"
-                    batch.faults.append(Fault(where=where, field=fault.name, problem=str(fault)))
+                    number = first + position
+                    batch.faults.append(fault.at(f"{self.origin} {self.unit} {number}", number))
             first += rows.num_rows
             if with_rows:
                 batch.rows = rows.take(pa.array(kept, pa.int64())) if batch.faults else rows
@@ -196,7 +196,8 @@ def _may_hold(kind: Any, is_truth: bool) -> bool:
     """Whether columns of this type can hold responses: text or messages; or truths: text, numbers or lists of them."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return True
-    return _is_text(kind) or (is_truth and (pa.types.is_integer(kind) or pa.types.is_floating(kind)))
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return _is_text(kind) or (is_truth and is_number)
 
 
 def _is_text(kind: Any) -> bool:
@@ -207,6 +208,8 @@ def _is_text(kind: Any) -> bool:
 
 
 def _python_values(column: Any) -> list[object]:
+    if pa.types.is_floating(column.type):
+        column = exact_floats(column)
     try:
         values: list[object] = column.to_pylist()
         return values

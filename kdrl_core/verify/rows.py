@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdrl_core.config.shapes import has
 from kdrl_core.errors import DataError
+from kdrl_core.verify.faults import Fault
 from kdrl_core.verify.values import MISSING, RowError, kind_of, response_text, truth_text, value_at
 
 RESPONSE_NAMES = ("response", "completion", "prediction", "output", "generation", "text")
@@ -47,7 +49,7 @@ def choose_columns(
     Raises DataError if a given column is missing, or if no column or several have a usual name.
     """
     for option, name in (("response", response), ("truth", truth), ("expected", expected), ("by", by)):
-        if name is not None and not _has(names, name):
+        if name is not None and not has(names, name):
             raise DataError(f"{origin} has no column '{name}' (--{option}); it has {_listed(names)}")
     response = response or _the_one(names, RESPONSE_NAMES, "response", origin=origin, but=truth)
     truth = truth or _the_one(names, TRUTH_NAMES, "truth", origin=origin, but=response)
@@ -57,7 +59,7 @@ def choose_columns(
 
 
 def _the_one(names: Sequence[str], usual: Sequence[str], option: str, *, origin: str, but: str | None) -> str:
-    found = [name for name in usual if _has(names, name) and name != but]
+    found = [name for name in usual if has(names, name) and name != but]
     what = {"response": "the responses", "truth": "the ground truths"}[option]
     if not found:
         raise DataError(
@@ -66,22 +68,6 @@ def _the_one(names: Sequence[str], usual: Sequence[str], option: str, *, origin:
     if len(found) > 1:
         raise DataError(f"{origin}: {' and '.join(found)} may each be {what}; choose with --{option} COL")
     return found[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """A row that cannot be judged: its place, its field if the fault is in one, and the problem."""
-
-    where: str
-    field: str | None
-    problem: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.where}: {self.problem}"
-            if self.field is None
-            else f"{self.where}, field {self.field!r}: {self.problem}"
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,11 +125,6 @@ def _group(value: object) -> str:
     value = None if value is MISSING else value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return "".join(char if char.isprintable() else "\ufffd" for char in text)  # it goes to a terminal
-
-
-def _has(names: Sequence[str], name: str) -> bool:
-    """Whether there is such a column, or one that may have such a field."""
-    return name in names or ("." in name and name.split(".")[0] in names)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from kdrl_core.verify.faults import Fault
 from kdrl_core.verify.screening import last_box
 
 MISSING = object()
@@ -34,6 +35,10 @@ class RowError(Exception):
     def __init__(self, problem: str, name: str | None = None) -> None:
         super().__init__(problem)
         self.name = name
+
+    def at(self, where: str, row: int) -> Fault:
+        """The fault of a row with this place and number."""
+        return Fault(where=where, row=row, field=self.name, problem=str(self))
 
 
 def value_at(row: Mapping[str, Any], path: str) -> object:
@@ -68,6 +73,11 @@ def number_text(value: Any) -> str:
     return str(int(exact)) if exact == int(exact) else format(exact.normalize(), "f")
 
 
+def exact_floats(column: Any) -> Any:
+    """An Arrow column of floats in double precision, with the digits that were written: 5.1 stays 5.1."""
+    return column.cast("string").cast("double")
+
+
 def _truth_in_text(text: str) -> str:
     if FINAL_LINE in text:
         return text.rpartition(FINAL_LINE)[2]
@@ -76,10 +86,7 @@ def _truth_in_text(text: str) -> str:
         if content is None or not is_closed:
             raise RowError(r"the last \boxed{ is not closed")
         return content
-    stripped = text.strip()
-    if stripped.startswith(("[", '{"')):
-        return _truth_in_json(text, stripped)
-    return text
+    return _truth_in_json(text) if text.lstrip().startswith(("[", '{"')) else text
 
 
 def has_box(text: str) -> bool:
@@ -91,12 +98,12 @@ def _as_box(found: re.Match[str]) -> str:
     return r"\boxed" if found["bare"] is None else rf"\boxed{{{found['bare'].strip()}}}"
 
 
-def _truth_in_json(text: str, stripped: str) -> str:
+def _truth_in_json(text: str) -> str:
     """The truth in a JSON text. A list of several numbers is left as it is: it may be an interval."""
     try:
-        value = json.loads(stripped)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        if stripped.startswith(('["', '{"')):
+        if text.lstrip().startswith(('["', '{"')):
             raise RowError(f'{shortened(text)} begins like JSON but is not; write ["204"] or 204') from None
         return text
     if not isinstance(value, list):
@@ -107,17 +114,15 @@ def _truth_in_json(text: str, stripped: str) -> str:
 
 
 def _only_one(values: Sequence[object]) -> str:
-    if len(values) == 1 and isinstance(values[0], str):
-        return values[0]
     found = list(dict.fromkeys((each if isinstance(each, str) else truth_text(each)).strip() for each in values))
-    if len(found) == 1:
-        return found[0]
     if not found:
         raise RowError("an empty list; one answer is expected")
-    raise RowError(
-        f"{len(found)} answers ({', '.join(map(shortened, found[:2]))}); a list may mean any of them or all of them: "
-        "leave one, or write them as one text"
-    )
+    if len(found) > 1:
+        raise RowError(
+            f"{len(found)} answers ({', '.join(map(shortened, found[:2]))}); a list may mean any of them or all of "
+            "them: leave one, or write them as one text"
+        )
+    return found[0]
 
 
 def question_text(value: object) -> tuple[str, bool]:
@@ -134,13 +139,13 @@ def question_text(value: object) -> tuple[str, bool]:
         return value, False
     if not isinstance(value, Sequence) or isinstance(value, bytes):
         raise RowError(f"text or a list of messages is expected, found {kind_of(value)}")
-    asked = [(place, message) for place, message in enumerate(value) if role_of(message) not in _SYSTEM]
+    asked = [(place, message) for place, message in enumerate(value) if _role(message) not in _SYSTEM]
     if len(asked) != 1:
         raise RowError(f"{len(asked)} messages without the system's, one is expected")
     [(place, message)] = asked
-    if role_of(message) != "user":
-        raise RowError(f"{role_of(message)!r}, 'user' is expected", f"[{place}].role")
-    return content_text(message.get("content"), f"[{place}].content"), len(value) > 1
+    if _role(message) != "user":
+        raise RowError(f"{_role(message)!r}, 'user' is expected", f"[{place}].role")
+    return _content(message, f"[{place}].content"), len(value) > 1
 
 
 def response_text(value: object) -> str:
@@ -148,20 +153,20 @@ def response_text(value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence) and not isinstance(value, bytes) and value and isinstance(value[0], Mapping):
-        own = [message for message in value if role_of(message) == "assistant"]
+        own = [message for message in value if _role(message) == "assistant"]
         if not own:
             raise RowError("no message of an assistant among the messages")
-        return content_text(own[-1].get("content"), ".content")
-    raise RowError("null" if value is None else f"text is expected, found {kind_of(value)}")
+        return _content(own[-1], ".content")
+    raise RowError(f"text is expected, found {kind_of(value)}")
 
 
-def role_of(message: object) -> object:
-    """The role of a chat message; None if it is none."""
+def _role(message: object) -> object:
     return message.get("role") if isinstance(message, Mapping) else None
 
 
-def content_text(content: object, name: str) -> str:
-    """The text of a message: text, or a list of parts that are all text. Raises RowError with `name`."""
+def _content(message: Mapping[str, Any], name: str) -> str:
+    """The text of a message: text, or a list of parts that are all text."""
+    content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
         if other := [kind for kind in kinds if kind != "text"]:

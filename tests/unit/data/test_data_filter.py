@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kdrl_core.config import Recipe
 from kdrl_core.data import POOL_SCHEMA, PROBLEM_SCHEMA, FilterReport, RuleCount, filter_problems, read_problems
 from kdrl_core.data.labels import label_column
-from kdrl_core.data.reading import MALFORMED_KEY
+from kdrl_core.data.reading import Reading
 from kdrl_core.errors import DataError, ModelError, RecipeError
 
 SMALL, MIDDLE, LARGE = "DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Qwen-32B"
@@ -64,11 +64,12 @@ def test_golden_counts_of_the_papers_rules(make_recipe: MakeRecipe, words: Any) 
     ]
     recipe = make_recipe(max_prompt_tokens=20, missing_labels="drop", **PAPER_RULES)
 
-    pool, report = filter_problems(table(rows).replace_schema_metadata({MALFORMED_KEY: b"4"}), recipe, tokenizer=words)
+    pool, report = filter_problems(table(rows).replace_schema_metadata(dropping(4)), recipe, tokenizer=words)
 
     assert report.rows_in == len(rows) + 4 == 36
     assert [(rule.rule, rule.dropped) for rule in report.rules] == [
         ("malformed", 4),
+        ("no_answer", 0),
         ("conflicting_answers", 0),
         ("duplicates", 1),  # 31 left
         ("missing_labels", 2),  # 29
@@ -240,7 +241,7 @@ def test_of_duplicates_that_differ_in_labels_alone_the_order_does_not_choose(
 
 def test_labels_are_checked_against_the_recipe_that_filters(make_recipe: MakeRecipe, words: Any) -> None:
     """A table read with 16 samples a label is no table of a recipe with 8."""
-    read = table([row("a", labels(12))]).replace_schema_metadata({MALFORMED_KEY: b"0"})
+    read = table([row("a", labels(12))]).replace_schema_metadata(dropping(0))
     assert filter_problems(read, make_recipe(), tokenizer=words)[0].num_rows == 1
     with pytest.raises(
         DataError, match=r"table row 1, field 'failures\.DeepSeek-R1-Distill-Qwen-1\.5B': 12 is outside"
@@ -415,6 +416,13 @@ def test_report_must_add_up_and_survives_json() -> None:
         FilterReport(stage="stage1", rows_in=5, rules=rules, rows_out=4)
 
 
+def dropping(count: int) -> dict[bytes, bytes]:
+    """Metadata of a table of which so many rows were malformed."""
+    reading = Reading()
+    reading.malformed.add("reason", "first", count)
+    return reading.metadata()
+
+
 def conflicting() -> list[dict[str, Any]]:
     """Two questions with different answers, one with other spellings of one answer, one asked once."""
     return [
@@ -455,3 +463,7 @@ def test_questions_with_different_answers_are_dropped_and_told(
     read = read_problems(make_recipe(files=[str(file)]).stage("stage1").data)
     _, report = filter_problems(read, make_recipe(), tokenizer=words)
     assert report.notes == (f"conflicting_answers: {number}, the first: {file} row 1 '1', {file} row 3 '2'",)
+
+    many = [{**row(str(i), labels(4), "one"), "answer": "2" if i == 8 else "1"} for i in range(9)]
+    _, report = filter_problems(table([*many, *conflicting()[4:5]]), make_recipe(), tokenizer=words)
+    assert report.notes[0].endswith("the first: table row 1 '1', table row 9 '2'"), "each answer once"

@@ -228,8 +228,6 @@ BAD_SKYWORK = [
             '{"a": 1}': "text is expected, found JSON of an object ({'a': 1})",
             "[null]": "text is expected, found null",
             '["\\ud800"]': "holds half of a surrogate pair, which is not Unicode text",
-            "proof": "'proof' stands for a problem without an answer",
-            "notfound": "'notfound' stands for a problem without an answer",
         }.items()
     ),
     *(
@@ -324,7 +322,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "object.json").write_text('{\n"problem": "a"\n}')
     (tmp_path / "wrapped.json").write_text('{"data": []}')
     (tmp_path / "latin.jsonl").write_bytes('{"problem": "é"}'.encode("latin-1"))
-    (tmp_path / "p.tsv").write_text("problem,answer\n")
+    (tmp_path / "p.txt").write_text("problem,answer\n")
     (tmp_path / "folder").mkdir()
     lines(tmp_path / "cols.jsonl", [{"text": "a", "answer": "1"}])
     pq.write_table(pa.table({"problem": ["a"], "answer": [b"1"]}), tmp_path / "types.parquet")
@@ -341,8 +339,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert error_of("object.json").startswith("object.json: not JSON (")
     assert error_of("wrapped.json").startswith("wrapped.json: columns data are of no known format; needed: problem")
     assert error_of("latin.jsonl").startswith("latin.jsonl: not UTF-8 text (")
-    assert error_of("p.tsv") == (
-        "p.tsv: unknown kind of file; give .parquet, .arrow, .json, .jsonl or .csv (the last three also as .gz)"
+    assert error_of("p.txt") == (
+        "p.txt: unknown kind of file; give .parquet, .arrow, .json, .jsonl, .csv or .tsv (text also as .gz)"
     )
     assert error_of("cols.jsonl").startswith("cols.jsonl: columns answer, text are of no known format; ")
     assert error_of("cols.jsonl", format="problems") == (

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdrl_core.config import ColumnsConfig, DataConfig
+from kdrl_core.config import BenchmarkConfig, ColumnsConfig, DataConfig
 from kdrl_core.config.shapes import FORMATS, Shape
-from kdrl_core.data import Reading, read_problems
+from kdrl_core.data import Reading, malformed_rows, read_problems
 from kdrl_core.data import shapes as data_shapes
+from kdrl_core.data.benchmarks import load_benchmark
 from kdrl_core.data.fitting import require_fitting
 from kdrl_core.data.shapes import file_shape
 from kdrl_core.errors import DataError, RecipeError
@@ -167,8 +168,16 @@ def test_a_solution_without_a_box_and_numina_without_an_answer(tmp_path: Path) -
     file = lines(tmp_path / "p.jsonl", rows)
     assert r"row 2, field 'solution': no \boxed{} in the solution, so no answer" in error_of(file)
     assert read(file, on_error="drop", max_malformed_share=0.5)["answer"].to_pylist() == [r"\frac{1}{2}", "3", "4"]
-    proof = lines(tmp_path / "n.jsonl", [{"problem": "q", "answer": "proof"}])
-    assert "row 1, field 'answer': 'proof' stands for a problem without an answer" in error_of(proof)
+    known = {"problem": "p", "answer": "1"}
+    numina = [known, {"problem": "q", "answer": "proof"}, {"problem": "r", "answer": "notfound"}]
+    for file in (lines(tmp_path / "n.jsonl", numina), parquet(tmp_path / "n.parquet", numina)):
+        table = read(file)  # neither malformed nor counted as such
+        assert (table["question"].to_pylist(), malformed_rows(table)) == (["p"], 0)
+        assert Reading.of(table).told() == [
+            f"no_answer: 2 × {file} row 2, field 'answer': 'proof' stands for a problem without an answer"
+        ]
+        with pytest.raises(DataError, match="row 2, field 'answer': 'proof' stands for .*; fill it in or drop the row"):
+            load_benchmark(BenchmarkConfig(name="b", file=str(file)))
 
 
 def test_csv_and_packed_files(tmp_path: Path) -> None:
@@ -195,7 +204,16 @@ def test_csv_and_packed_files(tmp_path: Path) -> None:
     (tmp_path / "plain.jsonl.gz").write_text(json.dumps(rows[0]))
     assert "plain.jsonl.gz: cannot be unpacked (" in error_of(tmp_path / "plain.jsonl.gz")
     (tmp_path / "wide.csv").write_text("problem,answer\nq,1,2\n")
-    assert "wide.csv row 2, field 'row': 1 values beyond the 2 columns" in error_of(tmp_path / "wide.csv")
+    assert "wide.csv row 2, field 'row': 1 value beyond the 2 columns" in error_of(tmp_path / "wide.csv")
+    # Semicolons or tabs, blank lines (which a spreadsheet counts), empty cells after the last column.
+    (tmp_path / "own.csv").write_text('problem; answer ;;\n\n"a;b";1,5;;\n')
+    (tmp_path / "own.tsv").write_text("problem\tanswer\n\na;b\t1,5\n")
+    for name in ("own.csv", "own.tsv"):
+        table = read(tmp_path / name)
+        assert table.select(["question", "answer"]).to_pylist() == [{"question": "a;b", "answer": "1,5"}]
+        assert Reading.of(table).place(0) == f"{tmp_path / name} row 3"
+    (tmp_path / "twice.csv").write_text("problem,answer,answer\nq,1,2\n")
+    assert "twice.csv has several columns 'answer'; rename them" in error_of(tmp_path / "twice.csv")
     (tmp_path / "open.csv").write_text('problem,answer\n"q,1\n')
     assert "open.csv line 1: not CSV (" in error_of(tmp_path / "open.csv")
     (tmp_path / "p.parquet.gz").write_bytes(b"")
@@ -229,9 +247,14 @@ def test_folders_of_parquet(tmp_path: Path) -> None:
         parquet(folder / f"train-{number:05}-of-00002.parquet", [{"problem": f"q{number}", "answer": "1"}])
     assert read(tmp_path / "set")["question"].to_pylist() == ["q0", "q1"]
     parquet(folder / "test-00000-of-00001.parquet", [{"problem": "t", "answer": "1"}])
-    patterns = f"{tmp_path}/set/data/test-*.parquet, {tmp_path}/set/data/train-*.parquet"
+    patterns = f"{tmp_path}/set/data/test-*-of-*.parquet, {tmp_path}/set/data/train-*-of-*.parquet"
     assert error_of(tmp_path / "set") == f"{tmp_path}/set: the set has 2 splits; name one of them: {patterns}"
-    assert read(f"{tmp_path}/set/data/train-*.parquet").num_rows == 2
+    assert read(f"{tmp_path}/set/data/train-*-of-*.parquet").num_rows == 2
+    (tmp_path / "verl").mkdir()
+    for name in ("train", "test"):
+        parquet(tmp_path / "verl" / f"{name}.parquet", [{"problem": name, "answer": "1"}])
+    patterns = f"{tmp_path}/verl/test.parquet, {tmp_path}/verl/train.parquet"
+    assert error_of(tmp_path / "verl") == f"{tmp_path}/verl: the set has 2 splits; name one of them: {patterns}"
 
 
 def test_a_folder_may_have_brackets_in_its_name(tmp_path: Path) -> None:
@@ -255,9 +278,13 @@ def test_columns_of_your_own(tmp_path: Path) -> None:
             f"{file}: no column 'tasks', which <stage>.data.columns gives for problem (found: label, meta, task, uid), "
             "did you mean 'task'?; correct <stage>.data.columns.problem"
         )
-    # A mapping that names one column keeps the others of the file's shape.
-    half = lines(tmp_path / "h.jsonl", [{"question": "q", "key": "1", "id": "a"}])
-    assert read(half, columns={"answer": "key"})["problem_id"].to_pylist() == ["a"]
+    # A mapping that names one column keeps the others.
+    for name in ("question", "prompt"):
+        rows = [{name: "q", "key": "1", "id": "a", "source": "s", "failures": {"m": 3}}]
+        for file in (lines(tmp_path / "h.jsonl", rows), parquet(tmp_path / "h.parquet", rows)):
+            assert read(file, columns={"answer": "key"}).to_pylist() == [
+                {"problem_id": "a", "question": "q", "answer": "1", "source": "s", "failures": [("m", 3)]}
+            ]
     assert ColumnsConfig.of("problem=question, answer=a.b") == ColumnsConfig(problem="question", answer="a.b")
     for wrong in ("problem", "question=problem", "problem=a,problem=b", "problem=,answer=b"):
         with pytest.raises(
@@ -324,7 +351,7 @@ def test_data_files_without_the_rest_is_told_at_once(tmp_path: Path, make_recipe
     with pytest.raises(DataError) as told:
         require_fitting(recipe, "stage1")
     assert str(told.value) == (
-        f"stage1.data.files: {file} has no difficulty labels, which drop_passes_at_least, max_unsolved_share of "
+        "stage1.data.files: no file has difficulty labels, which drop_passes_at_least, max_unsolved_share of "
         "stage1.data need; measure them with `kdrl label`, or set stage1.data.missing_labels=keep to leave these rules "
         "out"
     )

@@ -205,7 +205,7 @@ def test_notes_name_rows_and_stay_out_of_the_output(tmp_path: Path, make_recipe:
     recipe = make_recipe(files=[file], on_error="drop", max_prompt_tokens=300)
     report, _ = run(recipe, tmp_path / "o.parquet", tokenizer)
     assert report.notes == (
-        f"malformed: 1 row: 1 × {file} row 22, field 'answer': empty",
+        f"malformed: 1 × {file} row 22, field 'answer': empty",
         f"conflicting_answers: 1 question with different answers, the first: {file} row 4 '1', {file} row 21 '2'",
     )
     assert report.rows_out == 19

@@ -11,7 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from kdrl_core.config import DataConfig, Recipe, load_recipe, resolve_path
 from kdrl_core.config.fetch import fetched, fetched_files
@@ -151,6 +151,21 @@ def test_a_branch_that_moves_on_is_another_recipe(hub: Hub, tmp_path: Path) -> N
     with pytest.raises(RunError, match=rf"started with another recipe: stage1\.data\.files: .*{OLD}.*{NEW}"):
         create_run("one", fetched(recipe()), artifacts=tmp_path)
     assert read_problems(run.recipe.stage("stage1").data)["answer"].to_pylist() == ["1", "2", "3"]
+
+
+def test_a_cache_of_other_tools_is_completed_or_told(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers leaves a commit without its weights, and without the list of its files."""
+    hf_hub_download("lab/student", "config.json", revision=OLD)
+    path = f"hf://lab/student@{OLD}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    told = fetched(recipe(f"student.path={path}"), "student.path").student.path
+    assert told == path
+    assert f"{path}: taken as it is in the cache" in caplog.text
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    fetched(recipe(f"student.path={path}"), "student.path")
+    assert (resolve_path(path) / "model.safetensors").is_file()
 
 
 def test_without_a_network_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -456,6 +456,9 @@ def test_rows_of_other_projects_are_read_as_they_are(tmp_path: Path, verifier: V
     assert pq.read_table(tmp_path / "out.parquet").select(pq.read_schema(table).names).equals(pq.read_table(table))
     numbers = write_lines(tmp_path / "n.jsonl", *({**GOOD, "gold": truth} for truth in (1, 1.0, [1], ["1"])))
     assert judge(numbers, verifier).total.accuracy == 1
+    table = pa.table({"response": [boxed("5.1"), boxed("5")], "gold": pa.array([5.1, 5.0], pa.float32())})
+    pq.write_table(table, tmp_path / "f.parquet")
+    assert judge(tmp_path / "f.parquet", verifier).total.accuracy == 1
     silent = write_lines(tmp_path / "s.jsonl", {"response": said[:1], "gold": "1"})
     with pytest.raises(DataError, match="field 'response': no message of an assistant among the messages; correct the"):
         judge(silent, verifier)
