@@ -26,12 +26,12 @@ from kdrl_core.verify.values import (
     value_at,
 )
 
-_INSTRUCTIONS = (
+_INSTRUCTIONS = (  # one by one, which is faster
     r"\s*(Let's think step by step and output the final answer (within \\boxed\{\}|after \"####\")\."
     r"|Please reason step by step, and put your final answer within \\boxed\{\}\."
-    r"|Remember to put your answer on its own line after \"Answer:\"\.)\s*$"
-    r"|^Solve the following math problem step by step\. The last line of your response should be of the form "
-    r"Answer: \$Answer \(without quotes\) where \$Answer is the answer to the problem\.\s*"
+    r"|Remember to put your answer on its own line after \"Answer:\"\.)\s*$",
+    r"^Solve the following math problem step by step\. The last line of your response should be of the form "
+    r"Answer: \$Answer \(without quotes\) where \$Answer is the answer to the problem\.\s*",
 )
 """Those of the paper, Skywork-OR1, verl's GSM8K and DAPO. They are cut off, since kdrl adds its own template's."""
 
@@ -58,7 +58,8 @@ def read_columns(chunk: Chunk, rows: pa.RecordBatch | Sequence[Any], shape: Shap
         chunk.names[column], values = columns(chunk, rows, names)
         if values is not None:
             chunk.columns[column] = _texts(chunk, column, values, readers[column])
-    chunk.columns["question"] = pc.replace_substring_regex(chunk.columns["question"], _INSTRUCTIONS, "")
+    for instruction in _INSTRUCTIONS:
+        chunk.columns["question"] = pc.replace_substring_regex(chunk.columns["question"], instruction, "")
     _read_labels(chunk, rows)
     for name in IMAGES:
         held = columns(chunk, rows, (name,))[1]

@@ -35,8 +35,8 @@ def require_fitting(recipe: Recipe, stage: str) -> None:
     rules = [rule for rule in _LABEL_RULES if getattr(data, rule) not in (None, False)]
     if rules and data.missing_labels == "fail" and not any(has(found, name) for name in LABELS):
         raise DataError(
-            f"{stage}.data.files: no file has difficulty labels, which {', '.join(rules)} of {stage}.data need; measure "
-            f"them with `kdrl label`, or set {stage}.data.missing_labels=keep to leave these rules out"
+            f"{stage}.data.files: no file has difficulty labels, which {', '.join(rules)} of {stage}.data need; "
+            f"measure them with `kdrl label`, or set {stage}.data.missing_labels=keep to leave these rules out"
         )
 
 

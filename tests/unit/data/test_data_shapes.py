@@ -176,7 +176,9 @@ def test_a_solution_without_a_box_and_numina_without_an_answer(tmp_path: Path) -
         assert Reading.of(table).told() == [
             f"no_answer: 2 × {file} row 2, field 'answer': 'proof' stands for a problem without an answer"
         ]
-        with pytest.raises(DataError, match="row 2, field 'answer': 'proof' stands for .*; fill it in or drop the row"):
+        with pytest.raises(
+            DataError, match=r"row 2, field 'answer': 'proof' stands for .*; fill it in or drop the row"
+        ):
             load_benchmark(BenchmarkConfig(name="b", file=str(file)))
 
 
