@@ -68,11 +68,14 @@ def read_columns(chunk: Chunk, rows: pa.RecordBatch | Sequence[Any], shape: Shap
                 chunk.reject(position, name, "holds an image; kdrl reads problems of text alone")
 
 
-def _of_batch(chunk: Chunk, batch: pa.RecordBatch, names: Sequence[str]) -> tuple[list[str], pa.Array | None]:
-    """For each row the name of the column that is read, and the first of the columns that is there."""
-    name = next((name for name in names if has(batch.schema.names, name)), None)
-    if name is None:
+def _of_batch(chunk: Chunk, batch: pa.RecordBatch, names: Sequence[str]) -> tuple[list[str], Values | None]:
+    """For each row the name of the column that is read; and the values, None if the batch has no such column."""
+    present = [name for name in names if has(batch.schema.names, name)]
+    if not present:
         return [], None
+    if len(present) > 1:
+        return _of_rows(chunk, batch.select([name.split(".")[0] for name in present]).to_pylist(), present)
+    name = present[0]
     values = _nested(batch, name)
     if values is None:
         top, _, inner = name.partition(".")
@@ -219,6 +222,8 @@ def _read_labels(chunk: Chunk, rows: pa.RecordBatch | Sequence[dict[str, Any]]) 
         for label, count in (value or {}).items():
             if count is None:
                 continue
+            if isinstance(count, float) and count.is_integer():  # pandas turns integers with gaps into floats
+                count = int(count)
             if type(count) is not int or abs(count) >= 2**31 or not is_unicode(label):
                 chunk.reject(position, f"{name}.{label}", f"{count!r} is not a whole number of failures")
                 continue

@@ -103,7 +103,7 @@ def _truth_in_json(text: str) -> str:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        if text.lstrip().startswith(('["', '{"')):
+        if text.lstrip().startswith(('["', "['", '{"')):
             raise RowError(f'{shortened(text)} begins like JSON but is not; write ["204"] or 204') from None
         return text
     if not isinstance(value, list):

@@ -154,6 +154,8 @@ def test_an_interval_is_no_list_and_several_answers_are_none(tmp_path: Path) -> 
     truths = ["[0, 1]", "(0, 1]", r"[0, \infty)", "{1, 2}", ["7", " 7 "]]
     rows = [{"problem": f"q{i}", "answer": truth} for i, truth in enumerate(truths)]
     assert read(lines(tmp_path / "p.jsonl", rows))["answer"].to_pylist() == [*truths[:-1], "7"]
+    python = lines(tmp_path / "l.jsonl", [{"problem": "q", "answer": "['7']"}])
+    assert """"['7']" begins like JSON but is not; write ["204"] or 204""" in error_of(python)
     several = lines(tmp_path / "s.jsonl", [{"problem": "q", "answer": ["1", "2"]}])
     assert "field 'answer': 2 answers ('1', '2'); a list may mean any of them or all of them" in error_of(several)
 
@@ -282,7 +284,7 @@ def test_columns_of_your_own(tmp_path: Path) -> None:
         )
     # A mapping that names one column keeps the others.
     for name in ("question", "prompt"):
-        rows = [{name: "q", "key": "1", "id": "a", "source": "s", "failures": {"m": 3}}]
+        rows = [{name: "q", "key": "1", "id": "a", "source": "s", "failures": {"m": 3.0}}]
         for file in (lines(tmp_path / "h.jsonl", rows), parquet(tmp_path / "h.parquet", rows)):
             assert read(file, columns={"answer": "key"}).to_pylist() == [
                 {"problem_id": "a", "question": "q", "answer": "1", "source": "s", "failures": [("m", 3)]}
@@ -293,6 +295,12 @@ def test_columns_of_your_own(tmp_path: Path) -> None:
             RecipeError, match="is not FIELD=COLUMN, with each FIELD of problem, answer, id, source once"
         ):
             ColumnsConfig.of(wrong)
+
+
+def test_of_two_columns_each_row_has_the_one_with_a_value(tmp_path: Path) -> None:
+    rows = [{"problem": "a", "question": None, "answer": "1"}, {"problem": None, "question": "b", "answer": "2"}]
+    for file in (lines(tmp_path / "p.jsonl", rows), parquet(tmp_path / "p.parquet", rows)):
+        assert read(file)["question"].to_pylist() == ["a", "b"]
 
 
 def test_images_are_refused(tmp_path: Path) -> None:
