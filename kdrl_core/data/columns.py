@@ -40,9 +40,6 @@ _CODED = {"question": r"^\[\{", "answer": r'^\s*(\[|\{")|####|\\(boxed|fbox)'}
 _PLAIN_LIST = r'^\["[^"\\\x00-\x1f]*"\]$'
 """A JSON list of one string without escapes. Most of Skywork's answers are; they need no JSON parser."""
 
-Values = pa.Array | list[Any]
-"""A column: of Arrow, or the values of rows, None where a row has none."""
-
 
 def read_columns(chunk: Chunk, rows: pa.RecordBatch | Sequence[Any], shape: Shape) -> None:
     """Read the columns of raw rows into `chunk`. Rows of JSON are read one by one: what a row gives must not depend on
@@ -68,7 +65,9 @@ def read_columns(chunk: Chunk, rows: pa.RecordBatch | Sequence[Any], shape: Shap
                 chunk.reject(position, name, "holds an image; kdrl reads problems of text alone")
 
 
-def _of_batch(chunk: Chunk, batch: pa.RecordBatch, names: Sequence[str]) -> tuple[list[str], Values | None]:
+def _of_batch(
+    chunk: Chunk, batch: pa.RecordBatch, names: Sequence[str]
+) -> tuple[list[str], pa.Array | list[Any] | None]:
     """For each row the name of the column that is read; and the values, None if the batch has no such column."""
     present = [name for name in names if has(batch.schema.names, name)]
     if not present:
@@ -104,8 +103,8 @@ def _of_rows(chunk: Chunk, rows: Sequence[dict[str, Any]], names: Sequence[str])
     return [name for name, _ in found], [value for _, value in found]
 
 
-def _texts(chunk: Chunk, column: str, values: Values, read: Callable[[Chunk, int, Any], str]) -> pa.Array:
-    """The values as text; null where a row has none, or is rejected."""
+def _texts(chunk: Chunk, column: str, values: pa.Array | list[Any], read: Callable[[Chunk, int, Any], str]) -> pa.Array:
+    """The values as text; null where a row has none, or is rejected. A list has a value, or None, for each row."""
     if not isinstance(values, pa.Array):
         return _one_by_one(chunk, column, dict(enumerate(values)), read)
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
@@ -146,7 +145,7 @@ def _only_messages(prompt: pa.Array) -> pa.Array | None:
     return content.cast(pa.string()) if pc.all(is_plain).as_py() else None
 
 
-def _listed(values: Values) -> list[Any]:
+def _listed(values: pa.Array | list[Any]) -> list[Any]:
     """The values of a column, None for NaN: pandas has no other gap in a column of numbers."""
     if isinstance(values, pa.Array) and pa.types.is_floating(values.type):
         values = exact_floats(values)

@@ -117,7 +117,7 @@ def _json_rows(lines: Iterator[str], origin: str) -> Iterator[tuple[int, Any]]:
             return
         is_first = False
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
             yield number, _row_fault(origin, number, f"not JSON ({error})")
 

@@ -7,7 +7,7 @@ import json
 import logging
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +89,10 @@ class Reading:
     def of(cls, table: pa.Table) -> Self:
         """What was found when a table was read; nothing for a table that was made otherwise."""
         values = json.loads((table.schema.metadata or {}).get(READING_KEY, b"{}"))
-        return cls(**{name: Reasons(**value) if isinstance(value, dict) else value for name, value in values.items()})
+        parts: dict[str, Any] = {
+            name: Reasons(**value) if isinstance(value, dict) else value for name, value in values.items()
+        }
+        return cls(**parts)
 
 
 def malformed_rows(table: pa.Table) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from kdrl_core.config import DataConfig, did_you_mean
 from kdrl_core.config.shapes import FORMATS, SHAPES, Shape, has
@@ -24,7 +25,7 @@ def file_shape(found: Iterable[str], data: DataConfig, *, origin: str) -> Shape:
                 f"{did_you_mean(name, sorted(names))}; correct <stage>.data.columns.{field}"
             )
     places = {"problem": "question", "id": "problem_id"}
-    changes = {places.get(field, field): (name,) for field, name in own.items()}
+    changes: dict[str, Any] = {places.get(field, field): (name,) for field, name in own.items()}
     fitting = next((shape for shape in SHAPES if not replace(shape, **changes).missing(names)), None)
     chosen = fitting if data.format == "auto" else FORMATS[data.format]
     if chosen is None:

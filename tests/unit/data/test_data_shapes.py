@@ -219,7 +219,7 @@ def test_csv_and_packed_files(tmp_path: Path) -> None:
     (tmp_path / "twice.csv").write_text("problem,answer,answer\nq,1,2\n")
     assert "twice.csv has several columns 'answer'; rename them" in error_of(tmp_path / "twice.csv")
     (tmp_path / "open.csv").write_text('problem,answer\n"q,1\n')
-    assert "open.csv line 1: not CSV (" in error_of(tmp_path / "open.csv")
+    assert "open.csv line 2: not CSV (" in error_of(tmp_path / "open.csv")
     (tmp_path / "p.parquet.gz").write_bytes(b"")
     assert "p.parquet.gz: unknown kind of file" in error_of(tmp_path / "p.parquet.gz")
 
