@@ -50,9 +50,9 @@ def _set_files(folder: Path, entry: str) -> list[Path]:
         return files
     files = sorted(folder.rglob("*.parquet"))
     # Files whose names differ in numbers alone are parts of one split: train-*-of-*.parquet, but not test.parquet.
-    names = {(file.parent / re.sub(r"\d+", "*", file.name)).relative_to(folder).as_posix() for file in files}
-    if names:
-        _require_one_split(sorted(names), entry)
+    patterns = {(file.parent / re.sub(r"\d+", "*", file.name)).relative_to(folder).as_posix() for file in files}
+    if patterns:
+        _require_one_split(sorted(patterns), entry)
     return files
 
 

@@ -26,6 +26,7 @@ The result depends on the seed and not on the order of the input: rows are ranke
 problem_id), ties among duplicates are broken by content, and the result is sorted by problem_id.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -49,6 +50,8 @@ from kdrl_core.data.text import normalize_questions, question_digests
 from kdrl_core.errors import DataError, RecipeError
 
 _BATCH_ROWS = 32_768
+
+_log = logging.getLogger(__name__)
 
 QuestionCheck = tuple[npt.NDArray[np.bool_], list[Overlap | None] | None]
 """Per row, whether its prompt is short enough; per short row, its overlap (None: the rule is off)."""
@@ -116,6 +119,8 @@ def filter_problems(
         return is_short, Decontaminator(config.data.decontamination).find_all(kept.to_pylist())
 
     report = apply_rules(sieve, recipe, reading, check_questions)
+    for note in sieve.notes:
+        _log.warning("%s", note)
     return _pool(sieve, rendered[0]), report
 
 

@@ -4,6 +4,7 @@ Files are read in batches, so that faults have row numbers and memory stays near
 """
 
 import glob
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from kdrl_core.data.schema import PROBLEM_SCHEMA
 from kdrl_core.data.shapes import file_shape
 from kdrl_core.errors import DataError
 
+_log = logging.getLogger(__name__)
+
 
 def read_problems(data: DataConfig) -> pa.Table:
-    """Read every file of `data.files` and normalise its rows.
+    """Read every file of `data.files` and normalise its rows. What is to be told of them goes to the log.
 
     Returns:
         rows in PROBLEM_SCHEMA, in the order of the files; `Reading.of(table)` is what was found beside them.
@@ -32,6 +35,8 @@ def read_problems(data: DataConfig) -> pa.Table:
     """
     reading = Reading()
     tables = [batch.problems for batch in iter_problems(data, reading)]
+    for line in reading.told():
+        _log.warning("%s", line)
     problems = pa.concat_tables(tables) if tables else PROBLEM_SCHEMA.empty_table()
     return problems.replace_schema_metadata(reading.metadata())
 

@@ -4,7 +4,6 @@ It travels with a table in the metadata of its schema, so that the filter can na
 """
 
 import json
-import logging
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -19,8 +18,6 @@ from kdrl_core.verify.faults import Reasons
 
 READING_KEY = b"kdrl.reading"
 """Key in the metadata of a table's schema: a `Reading` as JSON."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -51,7 +48,7 @@ class Reading:
         self.num_rows += len(batch.rows)
 
     def finish(self, data: DataConfig) -> None:
-        """Log what was found, once. Raises DataError if too many rows are malformed."""
+        """Called after the last batch. Raises DataError if too many rows are malformed."""
         self.malformed.refuse_above(
             data.max_malformed_share,
             self.num_rows + self.malformed.total + self.no_answer.total,
@@ -59,8 +56,6 @@ class Reading:
             remedy="correct the rows, name the right columns in <stage>.data.columns, or raise "
             "<stage>.data.max_malformed_share",
         )
-        for line in self.told():
-            _log.warning("%s", line)
 
     def told(self) -> list[str]:
         """What was found, in words."""

@@ -31,8 +31,8 @@ def file_shape(found: Iterable[str], data: DataConfig, *, origin: str) -> Shape:
     if chosen is None:
         raise DataError(
             f"{origin}: columns {listed} are of no known format; needed: problem (or question, prompt) and answer, or "
-            "a set's own columns (docs/data.md lists them); say which they are, "
-            "<stage>.data.columns={problem: …, answer: …}, or rename them"
+            "a set's own columns (docs/data.md lists them); rename them, or say which they are: "
+            "<stage>.data.columns={problem: …, answer: …}, --columns problem=…,answer=…"
         )
     shape = replace(chosen, **changes)
     if missing := shape.missing(names):

@@ -61,6 +61,7 @@ def test_an_evaluation_survives_a_kill_and_is_found_again(cli: Cli, tmp_path: Pa
             [STUDENT, "-b", "tset"],
             ["no benchmark 'tset'", "known: test, hard, ood, validation", "did you mean 'test'?"],
         ),
+        ([STUDENT, "--columns", "answer=key"], ["--columns is for benchmarks of your own; add --benchmark NAME=FILE"]),
         ([STUDENT, "-b", "mine=nowhere.jsonl"], ["benchmark mine: ", "nowhere.jsonl does not exist"]),
         (
             [STUDENT, "-b", "bad=bad.jsonl"],
