@@ -11,6 +11,7 @@ from flows.training_stage import training_stage
 from kdrl_core.boxes.completion import is_finished, require_finished
 from kdrl_core.boxes.preflight import check_inputs
 from kdrl_core.config import load_recipe
+from kdrl_core.config.fetch import fetched
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
 from tasks.boxes import adopt
 from tasks.secrets import register_blocks
@@ -39,7 +40,7 @@ def full_pipeline(
         share_with: other runs; their finished parts of the same work are taken over (docs/sweeps.md).
     """
     register_blocks()
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = fetched(load_recipe(recipe, overrides or []))
     check_inputs(loaded)
     run = create_run(run_name or default_run_name(), loaded)
     with run_lock(run.paths.lock):

@@ -61,10 +61,11 @@ def run(
     """
     from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
+    from kdrl_core.config.fetch import fetched
     from kdrl_core.ledger import RunPaths, require_free, require_same_recipe, validate_run_name
 
     with errors():
-        loaded = load_recipe(recipe, overrides or [])
+        loaded = fetched(load_recipe(recipe, overrides or []))
         run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
         require_free(RunPaths.of(run_name).lock)
         require_same_recipe(run_name, loaded)
@@ -84,12 +85,13 @@ def resume(
     """
     from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
+    from kdrl_core.config.fetch import fetched
     from kdrl_core.ledger import open_run, require_free, require_resumable, require_same_recipe
 
     with errors():
         opened = open_run(run_name)
         require_free(opened.paths.lock)
-        loaded = load_recipe(opened.paths.recipe, overrides or [])
+        loaded = fetched(load_recipe(opened.paths.recipe, overrides or []))
         require_resumable(opened, loaded)
         from kdrl_core.boxes.completion import is_finished
 

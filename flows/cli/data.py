@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from flows.cli.printed_tables import grid
 from flows.cli.shared import (
+    ColumnsOption,
     ForceOption,
     JsonOption,
     LogLines,
@@ -42,7 +43,8 @@ def filter_command(
             "--input",
             "-i",
             metavar="FILE",
-            help="Problems: Parquet, JSON Lines, JSON; path, glob or builtin:…; repeatable. Default: the stage's own.",
+            help="Problems: Parquet, Arrow, JSON, JSON Lines or CSV; path, glob, folder of a saved set, builtin:… or "
+            "hf://…; repeatable. Default: the stage's own.",
         ),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="Stage whose rules apply; default: the recipe's last.")] = None,
@@ -50,6 +52,7 @@ def filter_command(
         str | None,
         typer.Option(metavar="DIR", help="Tokenizer that measures prompts, if the student's is not on this machine."),
     ] = None,
+    columns: ColumnsOption = None,
     overrides: SetOption = None,
     on_error: OnErrorOption = None,
     force: ForceOption = False,
@@ -57,32 +60,43 @@ def filter_command(
 ) -> None:
     """Filter problems by a stage's rules, and say what each rule dropped.
 
-    Files may be larger than memory. The output does not depend on the order of the rows. A stage can read it
-    (data.files). Example:
+    kdrl knows the columns of verl, Skywork-OR1, DAPO, slime, TRL, DeepScaleR, GSM8K, MATH, NuminaMath, OpenR1-Math and
+    Big-Math (docs/data.md); name others with --columns. Files may be larger than memory. The output does not depend on
+    the order of the rows. A stage can read it (data.files). Examples:
 
+    \b
     kdrl filter --recipe paper-1.5b --input 'data/skywork-or1-math/*.parquet' --output data/pool.parquet
+    kdrl filter -r miniature -i mine.csv --columns problem=task,answer=key -o pool.parquet
     """
-    from kdrl_core.config import load_recipe
+    from kdrl_core.config import ColumnsConfig, DataConfig, load_recipe
+    from kdrl_core.config.fetch import fetched
 
     with errors():
         loaded = load_recipe(recipe, overrides or [])
         from kdrl_core.data import filter_files, find_files
         from kdrl_core.data.filter import check_stage
+        from kdrl_core.data.fitting import require_fitting
 
         name = check_stage(loaded, stage)
         config = loaded.stage(name)
         changes: dict[str, Any] = {} if on_error is None else {"on_error": on_error.value}
         if inputs:
-            changes |= {"files": inputs}
-            if not any(override.startswith(f"{name}.data.format=") for override in overrides or []):
-                changes |= {"format": "auto"}  # the recipe's format is for its own files
+            # The recipe's format and columns are for its own files.
+            own = [field for field in ("format", "columns") if _is_set(f"{name}.data.{field}", overrides)]
+            given = DataConfig(files=inputs)
+            changes |= {field: getattr(given, field) for field in ("files", "format", "columns") if field not in own}
+        if columns is not None:
+            changes |= {"columns": ColumnsConfig.of(columns)}
         config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
         loaded = loaded.model_copy(update={name: config})
+        loaded = fetched(loaded, f"{name}.data.*", *([] if tokenizer else ["student.path"]), weights=False)
+        config = loaded.stage(name)
         try:
             files = find_files(config.data)
         except DataError as error:
             raise DataError(str(error).replace("data.files:", "--input") if inputs else f"{name}.{error}") from error
         check_output(output, files, what="problems", force=force)
+        require_fitting(loaded, name)
         measure = _tokenizer(loaded, tokenizer)
         with _progress() as progress:
             report = filter_files(loaded, output.absolute(), stage=name, tokenizer=measure, on_progress=progress)
@@ -97,6 +111,12 @@ def _print_report(report: "FilterReport") -> None:
     rows = [[rule.rule, f"{rule.dropped:,}", f"{left:,}", rule.description] for rule, left in report.lines()]
     ends = (["rows in", "", f"{report.rows_in:,}", ""], ["rows out", "", f"{report.rows_out:,}", ""])
     out.print(grid(["rule", "dropped", "left", "description"], "LRRl", [ends[0], *rows, ends[1]]))
+    for note in report.notes:
+        out.say(note)
+
+
+def _is_set(field: str, overrides: list[str] | None) -> bool:
+    return any(override.startswith((f"{field}=", f"{field}.")) for override in overrides or [])
 
 
 def _tokenizer(recipe: Any, path: str | None) -> Any:
@@ -180,12 +200,14 @@ def label(
     `kdrl filter` can read the output.
     """
     from kdrl_core.config import DataConfig, load_recipe
+    from kdrl_core.config.fetch import fetched_files
     from kdrl_core.ledger import require_writable
 
     with errors():
         loaded = load_recipe(recipe, overrides or [])
         from kdrl_core.data import find_files
 
+        inputs = DataConfig(files=fetched_files(inputs)).files
         check_output(output, find_files(DataConfig(files=inputs)), what="labels", force=force)
         from kdrl_core.labelling import LabelOptions, label_problems, plan_labels, work_folder
 

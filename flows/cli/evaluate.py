@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.printed_tables import grid
-from flows.cli.shared import JsonOption, RecipeOption, SetOption, counted_progress, err, errors, interruptible, out
+from flows.cli.shared import (
+    ColumnsOption,
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    counted_progress,
+    err,
+    errors,
+    interruptible,
+    out,
+)
 
 if TYPE_CHECKING:
     from kdrl_core.evaluation.evaluate import EvaluatedBenchmark
@@ -17,7 +27,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Hugging Face directory, run:NAME (a run's student), or URL of an OpenAI-compatible API up to /v1.",
+            help="Hugging Face directory, hf://OWNER/NAME, run:NAME (a run's student), or URL of an OpenAI-compatible "
+            "API up to /v1.",
         ),
     ],
     recipe: RecipeOption,
@@ -27,10 +38,11 @@ def evaluate(
             "--benchmark",
             "-b",
             metavar="NAME[=FILE]",
-            help="A benchmark of the recipe, or your own as NAME=FILE (JSON Lines: id, problem, answer); repeatable; "
-            "default: all of the recipe's.",
+            help="A benchmark of the recipe, or your own as NAME=FILE (problems and answers, in any format of kdrl "
+            "filter); repeatable; default: all of the recipe's.",
         ),
     ] = None,
+    columns: ColumnsOption = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Responses per problem; default: each benchmark's own.")
     ] = None,
@@ -70,7 +82,7 @@ def evaluate(
     kdrl evaluate run:my-run -r miniature -b mine=problems.jsonl --samples 16
     kdrl evaluate http://127.0.0.1:8000/v1 -r paper-1.5b --api-key env:MY_KEY
     """
-    from kdrl_core.config import load_recipe
+    from kdrl_core.config import ColumnsConfig, load_recipe
     from kdrl_core.ledger import artifacts_root, replace_file, require_writable
 
     with errors():
@@ -83,6 +95,7 @@ def evaluate(
             register_blocks()
         options = EvaluationOptions(
             benchmarks=benchmarks or (),
+            columns=None if columns is None else ColumnsConfig.of(columns),
             samples=samples,
             max_problems=max_problems,
             gguf_file=gguf_file,

@@ -96,12 +96,13 @@ def plan(
     code 0 if every stage fits, else 1.
     """
     from kdrl_core.config import load_recipe
+    from kdrl_core.config.fetch import fetched
     from kdrl_core.look.planning.cluster import Cluster, default_gpus, engines_of, work_of
     from kdrl_core.look.planning.cost import Rates
     from kdrl_core.look.planning.stage_plan import conditions, plan_stage, ranks_note, total_hours
 
     with errors():
-        loaded = load_recipe(recipe, overrides or [])
+        loaded = fetched(load_recipe(recipe, overrides or []), weights=False)
         total = _gpus(gpus, nodes, gpus_per_node) or default_gpus(loaded, gpus_per_node=gpus_per_node)
         cluster = Cluster(
             gpus=total,

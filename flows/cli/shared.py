@@ -72,6 +72,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 OnErrorOption = Annotated[
     OnError | None, typer.Option(help="Malformed rows: stop, or drop and count; default: the recipe's.")
 ]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIELD=COLUMN,…",
+        help="Columns with names of their own: problem=question,answer=reward_model.ground_truth; also id, source.",
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 

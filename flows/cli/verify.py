@@ -27,11 +27,16 @@ def verify_command(
     ] = None,
     response: Annotated[
         str | None,
-        typer.Option(metavar="COL", help="Column of the responses; default: response, completion, prediction, …"),
+        typer.Option(
+            metavar="COL", help="Column of the responses, text or chat messages; default: response, completion, …"
+        ),
     ] = None,
     truth: Annotated[
         str | None,
-        typer.Option(metavar="COL", help="Column of the right answers; default: ground_truth, gold, answer, …"),
+        typer.Option(
+            metavar="COL",
+            help="Column of the right answers, such as reward_model.ground_truth; default: ground_truth, gold, …",
+        ),
     ] = None,
     expected: Annotated[
         str | None,
@@ -69,6 +74,9 @@ def verify_command(
         int, typer.Option("--memory-limit", metavar="MB", help="Limit of one worker; beyond it the verdict is error.")
     ] = 2_048,
     on_error: Annotated[OnError, typer.Option(help="Malformed rows: stop, or drop and count.")] = OnError.FAIL,
+    max_malformed_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="A larger share of malformed rows stops --on-error drop as well.")
+    ] = 0.1,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing output, and verdicts that FILE already has.")
     ] = False,
@@ -109,7 +117,13 @@ def verify_command(
             require_format=not box if require_format is None else require_format,
             think_opened="closed" if think_closed else think_opened,
         )
-        options = GradingOptions(verdicts=verdicts, on_error=on_error.value, replace_columns=force, box=box)
+        options = GradingOptions(
+            verdicts=verdicts,
+            on_error=on_error.value,
+            max_malformed_share=max_malformed_share,
+            replace_columns=force,
+            box=box,
+        )
         target = None if output is None else output.absolute()
         with (
             interruptible("no output was written"),
@@ -144,8 +158,8 @@ def _verifier(workers: int | None, timeout_s: float, memory_limit_mb: int) -> "V
 def _warn(tally: "FileTally") -> None:
     """Warn about rows that were left out, and about timeouts and errors."""
     kinds, lines = tally.total.kinds, []
-    if tally.num_dropped:
-        lines.append(f"dropped {_count(tally.num_dropped, 'malformed row')}; the first: {tally.first_dropped}")
+    if dropped := tally.dropped.total:
+        lines.append(f"dropped {_count(dropped, 'malformed row')}: {tally.dropped.commonest()}")
     if tally.total.num_failed:
         timeouts, failures = kinds[VerdictKind.TIMEOUT], kinds[VerdictKind.ERROR]
         counts = [_count(timeouts, "timeout")] * bool(timeouts) + [_count(failures, "error")] * bool(failures)
@@ -164,7 +178,7 @@ def _print_summary(tally: "FileTally", workers: int) -> None:
         for line in ["", lines[0], "─" * len(lines[0]), *lines[1:], ""]:
             out.say(line)
     columns = tally.columns
-    dropped = f", {_count(tally.num_dropped, 'malformed row')} dropped" if tally.num_dropped else ""
+    dropped = f", {_count(tally.dropped.total, 'malformed row')} dropped" if tally.dropped.total else ""
     lines = [
         f"rows      {total.num_rows:,}{dropped}; responses in '{columns.response}', truths in '{columns.truth}'",
         f"reward    {total.reward_mean:.3f} on average; format {_percent(total.format_share)}, "

@@ -13,6 +13,7 @@ from kdrl_core.config.secrets import is_known, resolve_secret
 from kdrl_core.data import find_files
 from kdrl_core.data.benchmarks import load_benchmark
 from kdrl_core.data.decontamination import evaluation_problems
+from kdrl_core.data.fitting import require_fitting
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
 from kdrl_core.errors import DataError, ModelError, RecipeError
 from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit, read_config
@@ -45,6 +46,7 @@ def check_inputs(recipe: Recipe) -> None:
             find_files(recipe.stage(name).data)
         except DataError as error:
             raise DataError(f"{name}.{error}") from error
+        require_fitting(recipe, name)
         if (decontamination := recipe.stage(name).data.decontamination) is not None:
             evaluation_problems(decontamination)
     for benchmark in recipe.evaluation.benchmarks:

@@ -3,7 +3,8 @@
 from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.config.answers import BenchmarkConfig, EvaluationConfig, VerificationConfig
 from kdrl_core.config.changes import FieldChange, diff_recipes, unsafe_changes
-from kdrl_core.config.data import DataConfig, DecontaminationConfig
+from kdrl_core.config.data import ColumnsConfig, DataConfig, DecontaminationConfig
+from kdrl_core.config.entries import expanded
 from kdrl_core.config.faults import did_you_mean
 from kdrl_core.config.load import (
     config_hash,
@@ -14,16 +15,16 @@ from kdrl_core.config.load import (
     read_fields,
 )
 from kdrl_core.config.models import ModelConfig, ServersConfig
-from kdrl_core.config.outside import anchored, expanded
+from kdrl_core.config.outside import anchored
 from kdrl_core.config.paths import resolve_path
 from kdrl_core.config.recipe import BetaConfig, Recipe, StageConfig
 from kdrl_core.config.runtime import RuntimeConfig, TrackerName, TrackingConfig, TrainerConfig
 from kdrl_core.config.section import EngineName, LocalEngine
 
 __all__ = [
-    "AlarmsConfig", "BenchmarkConfig", "BetaConfig", "DataConfig", "DecontaminationConfig", "EngineName",
-    "EvaluationConfig", "FieldChange", "LocalEngine", "ModelConfig", "Recipe", "RuntimeConfig", "ServersConfig",
-    "StageConfig", "TrackerName", "TrackingConfig", "TrainerConfig", "VerificationConfig", "anchored",
+    "AlarmsConfig", "BenchmarkConfig", "BetaConfig", "ColumnsConfig", "DataConfig", "DecontaminationConfig",
+    "EngineName", "EvaluationConfig", "FieldChange", "LocalEngine", "ModelConfig", "Recipe", "RuntimeConfig",
+    "ServersConfig", "StageConfig", "TrackerName", "TrackingConfig", "TrainerConfig", "VerificationConfig", "anchored",
     "config_hash", "did_you_mean", "diff_recipes", "dump_recipe", "expanded", "list_recipes", "load_recipe",
     "parse_value", "read_fields", "resolve_path", "unsafe_changes",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from kdrl_core.config.data import ColumnsConfig, DataFile
 from kdrl_core.config.section import Positive, Section, Share
 from kdrl_core.types import ThinkOpened
 
@@ -70,7 +71,8 @@ class BenchmarkConfig(Section):
     """One benchmark: Avg@k over `samples` responses a problem; Pass@1 is samples = 1."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    file: str = Field(min_length=1)
+    file: DataFile = Field(min_length=1, description="problems with answers, in any format that data.files may have")
+    columns: ColumnsConfig = Field(ColumnsConfig(), description="columns of your own, as in data.columns")
     samples: Positive = 1
     max_problems: Positive | None = Field(None, description="the first N problems only")
 

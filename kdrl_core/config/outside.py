@@ -4,12 +4,13 @@ A *slot* is a place in the recipe that names such files: `teacher.path`, `stage1
 """
 
 import fnmatch
-import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdrl_core.config.entries import expanded
+from kdrl_core.config.hub import HubPath, is_remote
 from kdrl_core.config.load import validate_recipe
 from kdrl_core.config.models import ModelConfig
 from kdrl_core.config.paths import SCHEMES, WEIGHTS, resolve_path, shards
@@ -21,7 +22,7 @@ _DATA = ("stage?.data.files.*", "stage?.data.decontamination.files.*", "evaluati
 _CODE = ("stage?.kl_estimator", "stage?.ref_kl_estimator")
 _NO_CONTENT = ("trainer.hostfile",)
 """Paths that are made absolute, but whose content changes no result."""
-_READ_WITH_WEIGHTS = (
+READ_WITH_WEIGHTS = (
     *("config*.json", "generation_config.json", "adapter_config.json"),
     *("*token*.json", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.codes"),  # tokenizers
     *("chat_template*", "*.jinja", "additional_chat_templates/*"),
@@ -52,9 +53,12 @@ def filled(recipe: Recipe, told: Callable[[str, str], str]) -> dict[str, Any]:
 
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that it means the same files from every folder. `builtin:…`, `package:…` and
-    `run:…` stay; code has an absolute path already."""
+    `run:…` stay; code has an absolute path already. A repository of a hub gets its commit on this
+    machine."""
 
     def told(slot: str, text: str) -> str:
+        if is_remote(text):
+            return str(HubPath.of(text).pinned())
         return text if is_code(slot) or text.partition(":")[0] in SCHEMES else str(resolve_path(text))
 
     return with_slots(recipe, told)
@@ -101,21 +105,11 @@ def model_files(model: ModelConfig) -> dict[str, Path]:
     if model.gguf_file is not None:
         found = {folder / model.gguf_file}
     else:
-        patterns = [*_READ_WITH_WEIGHTS, *(["**/*.py"] if model.trust_remote_code else [])]
+        patterns = [*READ_WITH_WEIGHTS, *(["**/*.py"] if model.trust_remote_code else [])]
         split = shards(folder)
         found = {path for pattern in patterns for path in folder.glob(pattern)}
         found |= {folder / name for name in ([WEIGHTS[1], *split] if split else WEIGHTS[:1])}
     return {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}
-
-
-def expanded(entry: str) -> list[Path]:
-    """The file of a recipe's entry, or the files that match it as a glob, sorted. Empty: there are none."""
-    path = resolve_path(entry)
-    if path.exists():
-        return [path]
-    if not glob.has_magic(str(path)):
-        return []
-    return sorted(found for found in Path(path.anchor).glob(str(path)[len(path.anchor) :]) if found.is_file())
 
 
 def code_sources(recorded: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Paths and files that come from others: what a path in a recipe means, and one reader for small files.
 
 Paths in recipes are plain, `builtin:…` for files shipped with kdrl, `package:…` for files of an installed package,
-`run:NAME` for the finished student of another run.
+`run:NAME` for the finished student of another run, `hf://…` for a repository of a hub (:mod:`kdrl_core.config.hub`).
 
 The reader opens ordinary files only, up to a size, and never waits: a FIFO in place of a file would make it wait for
 ever, and a link to /dev/zero would fill the memory.
@@ -18,11 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kdrl_core.config.hub import HUB, HubPath
 from kdrl_core.errors import KdrlError, ModelError, RecipeError, RunError, visible
 
 ASSETS = Path(__file__).parent.parent / "assets"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-SCHEMES = ("run", "builtin", "package")
+SCHEMES = ("run", "builtin", "package", HUB)
 """What may stand before a colon in place of a plain path."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -54,12 +55,15 @@ def resolve_path(value: str) -> Path:
         RecipeError: the path leaves the shipped assets or the package, the package is not installed, or the path has
             control characters.
         RunError: the text after `run:` is not a run name.
+        DataError, ModelError: a repository of a hub has never been downloaded at this revision.
     """
     if _CONTROL.search(value):
         raise RecipeError(f"path {value!r} has control characters; no file that kdrl reads is named like that")
     scheme, _, rest = value.partition(":")
     if scheme == "run":
         return artifacts_root() / "runs" / validate_run_name(rest) / "student"
+    if scheme == HUB:
+        return HubPath.of(value).local()
     if scheme == "builtin":
         return _below(ASSETS, rest, value)
     if scheme == "package":

@@ -1,13 +1,14 @@
-"""Benchmarks: JSON Lines with `id`, `problem`, `answer`, read and checked before anything is generated."""
+"""Benchmarks: problems in any shape that training data may have, read and checked before anything is generated."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 
-from kdrl_core.config import BenchmarkConfig, resolve_path
-from kdrl_core.data.text import is_unicode
+from kdrl_core.config import BenchmarkConfig, DataConfig
+from kdrl_core.data.read import find_files, read_file
 from kdrl_core.errors import DataError
+from kdrl_core.verify.faults import Fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,44 +36,43 @@ def select_benchmarks(known: Sequence[BenchmarkConfig], names: Sequence[str] | N
 
 
 def load_benchmark(config: BenchmarkConfig) -> list[BenchmarkProblem]:
-    """The problems of a benchmark, at most the first `max_problems`.
+    """The problems of a benchmark, at most the first `max_problems`, from a file of any shape that problems may have.
 
     Raises:
         DataError: the file is missing, empty, or a row lacks a field; file, row and field are named.
     """
-    path = resolve_path(config.file)
-    if not path.is_file():
-        raise DataError(f"benchmark {config.name}: no file {path}; correct evaluation.benchmarks file={config.file}")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
     problems: list[BenchmarkProblem] = []
-    row_of: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path.name} row {number}: not JSON ({error}); one object per line is expected") from error
-        for name in ("id", "problem", "answer"):
-            if not isinstance(row, dict) or not isinstance(row.get(name), str) or not row[name].strip():
+    place_of: dict[str, str] = {}
+    try:
+        for place, found in _rows(config):
+            if len(problems) == config.max_problems:
+                break
+            if isinstance(found, Fault):
+                raise DataError(f"{found}; fill it in or drop the row")
+            if (first := place_of.setdefault(found.problem_id, place)) != place:
                 raise DataError(
-                    f"{path.name} row {number}, field '{name}': missing, empty or no text; fill it in or drop the row"
+                    f"{place}, field 'id': {found.problem_id!r} stands in {first} as well; make ids unique, and remove "
+                    "repeated problems"
                 )
-            if not is_unicode(row[name]):
-                raise DataError(
-                    f"{path.name} row {number}, field '{name}': half of a surrogate pair (\\ud835, say), which is no "
-                    "character; correct the text"
-                )
-        if (first := row_of.setdefault(row["id"], number)) != number:
-            raise DataError(
-                f"{path.name} row {number}, field 'id': {row['id']!r} stands in row {first} as well; make ids unique"
-            )
-        problems.append(BenchmarkProblem(problem_id=row["id"], question=row["problem"], answer=row["answer"]))
-        if len(problems) == config.max_problems:
-            break
+            problems.append(found)
+    except DataError as error:  # the benchmark's own field, in place of a stage's
+        raise DataError(str(error).replace("<stage>.data.", f"benchmark {config.name}'s ")) from error
     if not problems:
-        raise DataError(f"benchmark {config.name}: {path} has no problems; give a file with at least one row")
+        raise DataError(f"benchmark {config.name}: {config.file} has no problems; give a file with at least one row")
     return problems
+
+
+def _rows(config: BenchmarkConfig) -> Iterator[tuple[str, BenchmarkProblem | Fault]]:
+    """Place and problem, or fault, of each row."""
+    data = DataConfig(files=[config.file], columns=config.columns)
+    try:
+        files = find_files(data, field="evaluation.benchmarks file")
+    except DataError as error:
+        raise DataError(f"benchmark {config.name}: {error}") from error
+    for batch in chain.from_iterable(read_file(path, data) for path in files):
+        found: list[tuple[int, BenchmarkProblem | Fault]] = [(fault.row, fault) for fault in batch.faults]
+        columns = (batch.problems[name].to_pylist() for name in ("problem_id", "question", "answer"))
+        for row, problem_id, question, answer in zip(batch.rows.tolist(), *columns, strict=True):
+            found.append((row, BenchmarkProblem(problem_id=problem_id, question=question, answer=answer)))
+        for row, one in sorted(found, key=lambda each: each[0]):
+            yield f"{batch.origin} row {row}", one

@@ -4,6 +4,8 @@ d = failures of a label out of n = `difficulty.num_samples`; passes = n − d. T
 
 ==================== =========================================================================================
 malformed            rows that cannot be read (data.on_error=drop)
+no_answer            the set says that the problem has no answer: `proof`, `notfound`
+conflicting_answers  one question with different answers (data.conflicting_answers=keep: one row stays)
 duplicates           the same question again, up to white space
 missing_labels       a label is missing that one of the rules below needs (data.missing_labels=drop)
 drop_passes_at_least passes of the student's label ≥ 15 of 16, that is d ≤ 1 (B.1.1 rule 1)
@@ -24,6 +26,7 @@ The result depends on the seed and not on the order of the input: rows are ranke
 problem_id), ties among duplicates are broken by content, and the result is sorted by problem_id.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -33,24 +36,30 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdrl_core.config import DataConfig, Recipe
+from kdrl_core.config import ColumnsConfig, DataConfig, Recipe
 from kdrl_core.data.decontamination import Decontaminator, Overlap
 from kdrl_core.data.filter_report import FilterReport
-from kdrl_core.data.normalize import Format, detect_format, normalize_batch
+from kdrl_core.data.labels import Rows, text_codes
+from kdrl_core.data.normalize import normalize
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
-from kdrl_core.data.read import MALFORMED_KEY, count_faults, malformed_rows
+from kdrl_core.data.reading import READING_KEY, Reading
 from kdrl_core.data.schema import POOL_SCHEMA, PROBLEM_SCHEMA
-from kdrl_core.data.sieve import Rows, Sieve, text_codes
+from kdrl_core.data.shapes import file_shape
+from kdrl_core.data.sieve import Sieve
 from kdrl_core.data.text import normalize_questions, question_digests
 from kdrl_core.errors import DataError, RecipeError
 
 _BATCH_ROWS = 32_768
+
+_log = logging.getLogger(__name__)
 
 QuestionCheck = tuple[npt.NDArray[np.bool_], list[Overlap | None] | None]
 """Per row, whether its prompt is short enough; per short row, its overlap (None: the rule is off)."""
 
 _REMEDIES = {
     "malformed": "correct the files",
+    "no_answer": "give problems with answers",
+    "conflicting_answers": "correct the answers, or set {stage}.data.conflicting_answers=keep",
     "duplicates": "give more problems",
     "missing_labels": "set {stage}.data.missing_labels=keep, or give files with labels",
     "drop_passes_at_least": "raise {stage}.data.drop_passes_at_least or give harder problems",
@@ -89,7 +98,7 @@ def filter_problems(
     """
     stage = check_stage(recipe, stage)
     config = recipe.stage(stage)
-    problems, faults = _normalized(table, config.data)
+    problems, reading = _normalized(table, config.data)
     questions = problems["question"]
     sieve = Sieve(
         stage=stage,
@@ -109,23 +118,28 @@ def filter_problems(
         kept = questions.take(pa.array(alive[is_short]))
         return is_short, Decontaminator(config.data.decontamination).find_all(kept.to_pylist())
 
-    report = apply_rules(sieve, recipe, malformed_rows(table) + faults, check_questions)
+    report = apply_rules(sieve, recipe, reading, check_questions)
+    for note in sieve.notes:
+        _log.warning("%s", note)
     return _pool(sieve, rendered[0]), report
 
 
 def apply_rules(
-    sieve: Sieve, recipe: Recipe, malformed: int, check_questions: Callable[[Rows], QuestionCheck]
+    sieve: Sieve, recipe: Recipe, reading: Reading, check_questions: Callable[[Rows], QuestionCheck]
 ) -> FilterReport:
     """Apply all rules in their order.
 
     Args:
-        malformed: rows that could not be read.
+        reading: what was found while the rows were read.
         check_questions: rows → whether the prompt of each is short enough, and the overlaps of those that are short.
 
     Raises:
         DataError: nothing is left, or a rule refuses the data.
     """
+    malformed, no_answer = reading.malformed.total, reading.no_answer.total
     sieve.note("malformed", malformed, "rows that cannot be read (data.on_error=drop)")
+    sieve.note("no_answer", no_answer, "the set says that there is none: proof, notfound")
+    sieve.drop_conflicting(recipe.verification, reading.place)
     sieve.drop_duplicates()
     _check_ids(sieve.problems, sieve.alive)
     sieve.apply_label_rules()
@@ -134,8 +148,14 @@ def apply_rules(
     sieve.drop_contaminated(overlaps)
     sieve.drop_unparsable(recipe.verification)
     sieve.sample(recipe.seed)
-    rows_in = sieve.problems.num_rows + malformed
-    report = FilterReport(stage=sieve.stage, rows_in=rows_in, rules=tuple(sieve.counts), rows_out=len(sieve.alive))
+    rows_in = sieve.problems.num_rows + malformed + no_answer
+    report = FilterReport(
+        stage=sieve.stage,
+        rows_in=rows_in,
+        rules=tuple(sieve.counts),
+        rows_out=len(sieve.alive),
+        notes=(*reading.told(), *sieve.notes),
+    )
     if report.rows_out == 0:
         raise _empty(report)
     return report
@@ -194,38 +214,30 @@ def _pool(sieve: Sieve, prompts: Prompts) -> pa.Table:
     return pa.table([columns[name] for name in POOL_SCHEMA.names], schema=POOL_SCHEMA)
 
 
-def _normalized(table: pa.Table, data: DataConfig) -> tuple[pa.Table, int]:
-    """The table in PROBLEM_SCHEMA, and how many of its rows were dropped as malformed."""
+def _normalized(table: pa.Table, data: DataConfig) -> tuple[pa.Table, Reading]:
+    """The table in PROBLEM_SCHEMA, and what was found while it was read."""
     if _is_normalized(table, data):
-        return table, 0
-    names = set(table.schema.names)
-    data_format: Format
-    if {"problem_id", "question", "answer"} <= names:
-        data_format = "problems"
-    elif data.format == "auto":
-        data_format = detect_format(names, origin="table")
-    else:
-        data_format = data.format
+        return table, Reading.of(table)
+    if {"problem_id", "question", "answer"} <= set(table.schema.names):  # kdrl's own columns, whatever the files have
+        data = data.model_copy(update={"format": "problems", "columns": ColumnsConfig()})
+    shape = file_shape(table.schema.names, data, origin="table")
     tables: list[pa.Table] = [PROBLEM_SCHEMA.empty_table()]
-    malformed = first_row = 0
+    reading, first_row = Reading(), 1
     for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
-        problems, _, faults = normalize_batch(
-            batch,
-            data_format,
-            origin="table",
-            source="table",
-            first_row=first_row + 1,
-            num_samples=data.difficulty.num_samples,
+        numbers = range(first_row, first_row + batch.num_rows)
+        found = normalize(
+            batch, numbers, shape, origin="table", source="table", num_samples=data.difficulty.num_samples
         )
-        tables.append(problems)
-        malformed += count_faults(faults, data)
+        reading.add(found, data)
+        tables.append(found.problems)
         first_row += batch.num_rows
-    return pa.concat_tables(tables), malformed
+    reading.finish(data)
+    return pa.concat_tables(tables), reading
 
 
 def _is_normalized(table: pa.Table, data: DataConfig) -> bool:
     """Whether `read_problems` made the table and its labels are in range, so that its rows need no second check."""
-    if MALFORMED_KEY not in (table.schema.metadata or {}) or not table.schema.equals(PROBLEM_SCHEMA):
+    if READING_KEY not in (table.schema.metadata or {}) or not table.schema.equals(PROBLEM_SCHEMA):
         return False
     most = max((pc.max(chunk.items).as_py() or 0 for chunk in table["failures"].chunks), default=0)
     has_gaps = any(table[name].null_count for name in ("problem_id", "question", "answer", "source"))

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 
@@ -26,6 +26,8 @@ class FilterReport:
     rows_in: int
     rules: tuple[RuleCount, ...]
     rows_out: int
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What a reader should know of single rows, in words: reasons and places. They depend on the order of the input."""
 
     def __post_init__(self) -> None:
         left = self.rows_in - sum(rule.dropped for rule in self.rules)
@@ -39,13 +41,20 @@ class FilterReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values for data/filter.json."""
         rules = [{"rule": r.rule, "dropped": r.dropped, "description": r.description} for r in self.rules]
-        return {"stage": self.stage, "rows_in": self.rows_in, "rules": rules, "rows_out": self.rows_out}
+        found = {"stage": self.stage, "rows_in": self.rows_in, "rules": rules, "rows_out": self.rows_out}
+        return {**found, "notes": list(self.notes)} if self.notes else found
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The report that `to_json` wrote. Raises ValueError if it does not add up."""
         rules = tuple(RuleCount(**rule) for rule in values["rules"])
-        return cls(stage=values["stage"], rows_in=values["rows_in"], rules=rules, rows_out=values["rows_out"])
+        return cls(
+            stage=values["stage"],
+            rows_in=values["rows_in"],
+            rules=rules,
+            rows_out=values["rows_out"],
+            notes=tuple(values.get("notes", ())),
+        )
 
     def lines(self) -> list[tuple[RuleCount, int]]:
         """Each rule with the number of rows that it left."""
@@ -62,4 +71,4 @@ class FilterReport:
             f"{name:<{widths[0]}}  {dropped:>{widths[1]}}  {rest:>{widths[2]}}  {description}".rstrip()
             for name, dropped, rest, description in rows
         ]
-        return "\n".join([f"filter of {self.stage}", *lines])
+        return "\n".join([f"filter of {self.stage}", *lines, *self.notes])

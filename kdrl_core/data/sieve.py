@@ -17,24 +17,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kdrl_core.config import StageConfig, VerificationConfig
+from kdrl_core.data.conflicts import find_conflicts
 from kdrl_core.data.decontamination import Overlap
 from kdrl_core.data.filter_report import RuleCount
+from kdrl_core.data.labels import MISSING_LABEL, Labels, Rows, label_column, label_names
 from kdrl_core.errors import DataError
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import Verifier
 from kdrl_core.verify.accuracy import FAILED_COMPARISON, UNREADABLE_TRUTH
+from kdrl_core.verify.values import shortened
 
-_MISSING = -1
 _NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/[1-9]\d{0,40})?|\\frac\{\d{1,40}\}\{[1-9]\d{0,40}\}", re.ASCII)
 _PROBE = r"\boxed{98765432123456789}"
 """An answer that is not the ground truth of any problem."""
 _OFF = "off"
-
-Rows = npt.NDArray[np.int64]
-"""Positions in the table."""
-
-Labels = npt.NDArray[np.int32]
-"""Failures by row; −1 where the label is missing."""
+_SHOWN = 3
 
 
 class Sieve:
@@ -65,6 +62,8 @@ class Sieve:
         self.num_samples = self.data.difficulty.num_samples
         self.alive: Rows = np.arange(problems.num_rows, dtype=np.int64)
         self.counts: list[RuleCount] = []
+        self.notes: list[str] = []
+        """What is told of single rows, with their places."""
         self._keys = keys
         self._digests = digests
         if labels is None:
@@ -83,6 +82,30 @@ class Sieve:
         self.note(rule, len(self.alive) - int(mask.sum()), description)
         self.alive = self.alive[mask]
 
+    def drop_conflicting(self, limits: VerificationConfig, place: Callable[[int], str]) -> None:
+        """conflicting_answers: a question whose rows have different answers. `place` names the file and row of a
+        position, or is empty. With conflicting_answers=fail, raises DataError."""
+        choice = self.data.conflicting_answers
+        is_kept = np.ones(len(self.alive), dtype=bool)
+        description = "one question with different answers"
+        if conflicts := find_conflicts(self.problems, self._keys, limits):
+            shown = [
+                f"{place(rows[0]) or self.problems['problem_id'][rows[0]]} {shortened(answer)}"
+                for answer, rows in list(conflicts[0].items())[:_SHOWN]
+            ]
+            number = f"{len(conflicts)} question{'s' * (len(conflicts) > 1)} with different answers"
+            told = f"{number}, the first: {', '.join(shown)}"
+            if choice == "fail":
+                raise DataError(
+                    f"{self.stage}: {told}; correct the answers, remove the wrong rows, or set "
+                    f"{self.stage}.data.conflicting_answers=drop or keep"
+                )
+            description = number if choice == "drop" else f"off: {number}, one row of each stays"
+            self.notes.append(f"conflicting_answers: {told}")
+        if choice == "drop":
+            is_kept[[row for answers in conflicts for rows in answers.values() for row in rows]] = False
+        self.keep("conflicting_answers", is_kept, description)
+
     def drop_duplicates(self) -> None:
         """duplicates: of rows with the same normalised question, keep the best labelled; ties: first by content."""
         codes = self._keys
@@ -94,13 +117,13 @@ class Sieve:
             columns |= {name: rows[name] for name in ("answer", "source")}
             labels = np.stack([self.student, *self.others], axis=1)[repeated]
             columns["code"] = pa.array(codes[repeated])
-            columns["unlabelled"] = pa.array((labels == _MISSING).sum(axis=1))
+            columns["unlabelled"] = pa.array((labels == MISSING_LABEL).sum(axis=1))
             columns |= {f"label{index}": pa.array(labels[:, index]) for index in range(labels.shape[1])}
             keys = ["code", "unlabelled", *(name for name in columns if name not in ("code", "unlabelled"))]
             order = pc.sort_indices(pa.table(columns), [(key, "ascending") for key in keys]).to_numpy()
             ordered = codes[repeated][order]
             is_kept[repeated[order[1:][ordered[1:] == ordered[:-1]]]] = False
-        self.keep("duplicates", is_kept, "the same question again, up to white space")
+        self.keep("duplicates", is_kept[self.alive], "the same question again, up to white space")
 
     def apply_label_rules(self) -> None:
         """missing_labels, drop_passes_at_least, drop_all_failed, min_pass_rate. Rows with unknown labels pass."""
@@ -109,7 +132,7 @@ class Sieve:
 
         bound = data.drop_passes_at_least
         student = self.student[self.alive]
-        is_easy = (student != _MISSING) & (n - student >= (n + 1 if bound is None else bound))
+        is_easy = (student != MISSING_LABEL) & (n - student >= (n + 1 if bound is None else bound))
         self.keep(
             "drop_passes_at_least",
             ~is_easy,
@@ -127,7 +150,7 @@ class Sieve:
         rate = data.min_pass_rate
         least = 0 if rate is None else ceil(_exact(rate) * n)
         student = self.student[self.alive]
-        is_hard = (student != _MISSING) & (n - student < least)
+        is_hard = (student != MISSING_LABEL) & (n - student < least)
         self.keep(
             "min_pass_rate",
             ~is_hard,
@@ -144,7 +167,7 @@ class Sieve:
             needed |= dict(zip(data.difficulty.others, self.others, strict=True))
         is_missing = np.zeros(len(self.alive), dtype=bool)
         for label in needed.values():
-            is_missing |= label[self.alive] == _MISSING
+            is_missing |= label[self.alive] == MISSING_LABEL
         if is_missing.any() and data.missing_labels == "fail":
             raise self._no_label(needed, is_missing)
         if not needed:
@@ -214,7 +237,7 @@ class Sieve:
         share = None if data.max_unsolved_share is None else _exact(data.max_unsolved_share)
         student = self.student[self.alive]
         is_unsolved = student == n
-        num_solved = int(((student != _MISSING) & ~is_unsolved).sum())
+        num_solved = int(((student != MISSING_LABEL) & ~is_unsolved).sum())
         chosen = np.ones(len(self.alive), dtype=bool)
         description = _OFF
         if share is not None:
@@ -233,7 +256,7 @@ class Sieve:
             ranked = self._ranked(np.arange(len(self.alive)), seed, "max_problems")
             student = self.student[self.alive][ranked]
             unsolved, others = ranked[student == n], ranked[student != n]
-            solved_among = np.cumsum(np.insert(student[student != n] != _MISSING, 0, False))
+            solved_among = np.cumsum(np.insert(student[student != n] != MISSING_LABEL, 0, False))
             num_unsolved = int((student[:size] == n).sum())
             while share is not None and num_unsolved > 0:
                 num_others = min(size - num_unsolved, len(others))
@@ -261,35 +284,6 @@ class Sieve:
             digest.update(problem_id.encode())
             ranks.append((digest.digest(), position))
         return np.array([position for _, position in sorted(ranks)], dtype=np.int64)
-
-
-def text_codes(texts: pa.ChunkedArray) -> Rows:
-    """One number per distinct text."""
-    if not len(texts):
-        return np.zeros(0, dtype=np.int64)
-    encoded = texts.dictionary_encode()  # one dictionary for all chunks; unify_dictionaries would only copy it
-    assert len({len(chunk.dictionary) for chunk in encoded.chunks}) == 1
-    codes: Rows = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks]).astype(np.int64)
-    return codes
-
-
-def label_column(problems: pa.Table, name: str) -> Labels:
-    """One label as numbers; −1 where it is missing."""
-    values = np.full(problems.num_rows, _MISSING, dtype=np.int32)  # `map_lookup` has a third of the speed
-    first = 0
-    for chunk in problems["failures"].chunks:
-        offsets = chunk.offsets.to_numpy()  # into `keys` and `items`, which are not sliced
-        within = slice(offsets[0], offsets[-1])
-        is_named = pc.equal(chunk.keys, name).to_numpy(zero_copy_only=False)[within]
-        rows = np.repeat(np.arange(first, first + len(chunk)), np.diff(offsets))
-        values[rows[is_named]] = pc.fill_null(chunk.items, _MISSING).to_numpy()[within][is_named]
-        first += len(chunk)
-    return values
-
-
-def label_names(problems: pa.Table) -> set[str]:
-    """The names of all labels in the table."""
-    return {name for chunk in problems["failures"].chunks for name in pc.unique(chunk.keys).to_pylist()}
 
 
 def _cap(num_solved: int, num_unsolved: int, share: Fraction) -> int:

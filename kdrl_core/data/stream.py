@@ -10,6 +10,7 @@
 A JSON array is read whole, since JSON has no record boundary; use JSON Lines or Parquet for large files.
 """
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,10 +29,12 @@ from kdrl_core.config import DataConfig, Recipe
 from kdrl_core.data.decontamination import Decontaminator, Overlap
 from kdrl_core.data.filter import QuestionCheck, apply_rules, check_stage
 from kdrl_core.data.filter_report import FilterReport
+from kdrl_core.data.labels import Labels, Rows, label_column, label_names
 from kdrl_core.data.prompts import ChatTokenizer, load_tokenizer, render_prompts
 from kdrl_core.data.read import iter_problems
+from kdrl_core.data.reading import Reading
 from kdrl_core.data.schema import PROBLEM_SCHEMA
-from kdrl_core.data.sieve import Labels, Rows, Sieve, label_column, label_names
+from kdrl_core.data.sieve import Sieve
 from kdrl_core.data.text import question_digests
 from kdrl_core.ledger import replace_file, storage_errors
 
@@ -98,8 +101,9 @@ def filter_files(
                     overlaps += decontaminator.find_all(problems["question"].filter(pa.array(fits)).to_pylist())
             return is_short, overlaps if decontaminator is not None else None
 
-        report = apply_rules(sieve, recipe, rows.malformed, check_questions)
-        schema = PROBLEM_SCHEMA.with_metadata({REPORT_KEY: json.dumps(report.to_json()).encode()})
+        report = apply_rules(sieve, recipe, rows.reading, check_questions)
+        counts = dataclasses.replace(report, notes=())  # notes name rows, whose order must not change a byte
+        schema = PROBLEM_SCHEMA.with_metadata({REPORT_KEY: json.dumps(counts.to_json()).encode()})
         replace_file(output, lambda path: _write_sorted(path, schema, rows, sieve, report_progress))
     return report
 
@@ -112,7 +116,7 @@ class _Rows:
     slim: pa.Table
     keys: Rows
     labels: tuple[dict[str, Labels], set[str]]
-    malformed: int
+    reading: Reading
 
     @classmethod
     def read(cls, data: DataConfig, spool: IO[bytes], report_progress: Progress) -> "_Rows":
@@ -121,14 +125,12 @@ class _Rows:
         hashes = [np.zeros(0, dtype=np.uint64)]
         labels: dict[str, list[Labels]] = {name: [np.zeros(0, dtype=np.int32)] for name in data.difficulty.names}
         found: set[str] = set()
-        malformed = num_rows = 0
+        reading = Reading()
         with _ipc_writer(spool, schema) as writer:
-            for normalized, num_faults in iter_problems(data):
-                malformed += num_faults
+            for normalized in iter_problems(data, reading):
                 table = normalized.problems.combine_chunks()
                 if not table.num_rows:
                     continue
-                num_rows += table.num_rows
                 writer.write_table(table.select(_SPOOLED))
                 slim.append(table.select(_SLIM))
                 hashes.append(normalized.hashes)
@@ -136,14 +138,14 @@ class _Rows:
                     columns.append(label_column(table, name))
                 found |= label_names(table)
                 pa.default_memory_pool().release_unused()
-                report_progress("reading", num_rows)
+                report_progress("reading", reading.num_rows)
         keys: Rows = np.unique(np.concatenate(hashes), return_inverse=True)[1].astype(np.int64)
         return cls(
             spool=spool,
             slim=pa.concat_tables(slim),
             keys=keys,
             labels=({name: np.concatenate(columns) for name, columns in labels.items()}, found),
-            malformed=malformed,
+            reading=reading,
         )
 
     def batches(

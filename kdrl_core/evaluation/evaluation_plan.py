@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kdrl_core.config import BenchmarkConfig, ModelConfig, Recipe, ServersConfig, resolve_path
+from kdrl_core.config import BenchmarkConfig, ColumnsConfig, ModelConfig, Recipe, ServersConfig, resolve_path
+from kdrl_core.config.fetch import fetched, fetched_files
+from kdrl_core.config.hub import HubPath, is_remote
 from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
 from kdrl_core.engines.from_recipe import EngineName
 from kdrl_core.errors import DataError, ModelError, RecipeError
@@ -27,6 +29,8 @@ class EvaluationOptions:
 
     benchmarks: Sequence[str] = ()
     """Names from the recipe, or `NAME=FILE` for your own; empty: all of the recipe's."""
+    columns: ColumnsConfig | None = None
+    """Columns of the benchmarks given as `NAME=FILE`; None: those of their format."""
     samples: int | None = None
     """Responses per problem, in place of each benchmark's own."""
     max_problems: int | None = None
@@ -78,8 +82,8 @@ def plan_evaluation(recipe: Recipe, model: str, options: EvaluationOptions | Non
     """Settle what is evaluated.
 
     Args:
-        model: directory, `run:NAME`, `builtin:…` or `package:…`; or the URL of an OpenAI-compatible API, which ends in
-            `/v1`.
+        model: directory, `run:NAME`, `builtin:…`, `package:…` or `hf://…`; or the URL of an OpenAI-compatible API,
+            which ends in `/v1`.
 
     Raises:
         DataError: an unknown benchmark, or a fault in its file, with row and field.
@@ -87,7 +91,10 @@ def plan_evaluation(recipe: Recipe, model: str, options: EvaluationOptions | Non
         RecipeError: options that contradict each other, or a model whose context is too short.
     """
     options = options or EvaluationOptions()
-    chosen = _chosen(recipe, options)
+    chosen = [
+        benchmark.model_copy(update={"file": fetched_files([benchmark.file])[0]})
+        for benchmark in _chosen(recipe, options)
+    ]
     endpoint = None
     if re.match(r"https?://", model):
         endpoint, name = _endpoint(model, options), options.served_as or ""
@@ -153,13 +160,15 @@ def refuse_short_context(recipe: Recipe, config: dict[str, Any], model: str) -> 
 def _chosen(recipe: Recipe, options: EvaluationOptions) -> list[BenchmarkConfig]:
     known = list(recipe.evaluation.benchmarks)
     wanted: list[str] = []
+    if options.columns is not None and not any("=" in given for given in options.benchmarks):
+        raise RecipeError("--columns is for benchmarks of your own; add --benchmark NAME=FILE")
     for given in options.benchmarks:
         name, is_file, file = given.partition("=")
         if is_file:
             if name in [benchmark.name for benchmark in known]:
                 raise DataError(f"--benchmark {given}: there is a benchmark '{name}' already; choose another name")
             try:
-                known.append(BenchmarkConfig(name=name, file=file))
+                known.append(BenchmarkConfig(name=name, file=file, columns=options.columns or ColumnsConfig()))
             except ValidationError as error:
                 said = error.errors()[0]["msg"]
                 raise DataError(f"--benchmark {given}: {said}; give NAME=FILE, a name of letters and digits") from error
@@ -198,7 +207,8 @@ def _of_directory(recipe: Recipe, model: str, gguf_file: str | None) -> tuple[Re
     student = recipe.student.model_copy(update={"path": model, "gguf_file": gguf_file})
     if model != recipe.student.path:  # code beside a model is trusted for that model alone
         student = student.model_copy(update={"trust_remote_code": False})
-    recipe = recipe.model_copy(update={"student": student})
+    recipe = fetched(recipe.model_copy(update={"student": student}), "student.path")
+    student = recipe.student
     try:
         found = check_model_dir(student, role="student")
     except ModelError as error:
@@ -206,4 +216,6 @@ def _of_directory(recipe: Recipe, model: str, gguf_file: str | None) -> tuple[Re
     refuse_short_context(recipe, found, model)
     if gguf_file is not None:
         return recipe, Path(gguf_file).stem
+    if is_remote(model):
+        return recipe, HubPath.of(model).name
     return recipe, model.removeprefix("run:") if model.startswith("run:") else resolve_path(model).name

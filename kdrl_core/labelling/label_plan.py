@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdrl_core.config import Recipe, StageConfig
+from kdrl_core.config.fetch import fetched
 from kdrl_core.data import find_files, read_problems
 from kdrl_core.data.text import normalize_questions
 from kdrl_core.errors import DataError, ModelError, RecipeError
@@ -111,6 +112,7 @@ def _model_and_label(recipe: Recipe, stage: str, options: LabelOptions) -> tuple
     if model is not None:
         student = recipe.student.model_copy(update={"path": model, "gguf_file": None})
         recipe = recipe.model_copy(update={"student": student})
+    recipe = fetched(recipe, "student.path")
     _check_model(recipe, stage, model=model)
     return recipe, options.label or difficulty.student
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import replace_file
 from kdrl_core.types import ThinkOpened, Verdict, VerdictKind
+from kdrl_core.verify.faults import Fault, Reasons
 from kdrl_core.verify.pool import Verifier
 from kdrl_core.verify.row_files import VERDICT_NAMES, RowFile
 from kdrl_core.verify.rows import Batch, Columns
@@ -113,9 +114,8 @@ class FileTally:
     total: Tally = field(default_factory=Tally)
     groups: dict[str, Tally] = field(default_factory=dict)
     """By value of the column `by`, in the order of their first rows; empty without that column."""
-    num_dropped: int = 0
+    dropped: Reasons = field(default_factory=Reasons)
     """Malformed rows, which are neither judged nor written."""
-    first_dropped: str | None = None
     first_failed: str | None = None
     """Row and reason of the first timeout or error."""
     num_computed: int = 0
@@ -143,8 +143,8 @@ class FileTally:
         found = {
             "columns": used,
             **self.total.to_json(),
-            "dropped": self.num_dropped,
-            "first_dropped": self.first_dropped,
+            "dropped": self.dropped.total,
+            "first_dropped": self.dropped.first,
             "first_failed": self.first_failed,
             "comparisons": self.num_computed,
             "seconds": self.seconds,
@@ -163,6 +163,8 @@ class GradingOptions:
     """What a verdict depends on besides the row."""
     on_error: Literal["fail", "drop"] = "fail"
     """Malformed rows stop the grading, or are dropped and counted."""
+    max_malformed_share: float = 0.1
+    """A larger share of malformed rows is an error although they are dropped."""
     replace_columns: bool = False
     """Verdicts that the file already has are replaced; otherwise they are an error."""
     box: bool = False
@@ -183,14 +185,14 @@ def grade_file(
     The verifier's workers are started once all rows have been checked, and are left running.
 
     Raises:
-        DataError: a row is malformed (with on_error=fail), all rows are, or the output would have a column twice.
+        DataError: a row is malformed (with on_error=fail), too many are, or the output would have a column twice.
         StorageError: the output cannot be written.
     """
     report = on_progress or (lambda name, done, total: None)
     tally = FileTally(columns=columns)
     if output is not None:
         _check_names(file, columns, replace=options.replace_columns)
-    num_rows = _check_rows(file, tally, on_error=options.on_error, report=report)
+    num_rows = _check_rows(file, tally, options, report)
     if output is not None:  # only now are all names of JSON Lines known
         _check_names(file, columns, replace=options.replace_columns)
     started, computed_before = time.perf_counter(), verifier.num_computed
@@ -232,33 +234,39 @@ def box_answer(response: str, *, think_opened: ThinkOpened = False) -> str:
     return rf"{response[:start]}\boxed{{{answer}}}{response[start + len(region) :]}"
 
 
-def _check_rows(file: RowFile, tally: FileTally, *, on_error: str, report: OnProgress) -> int:
+def _check_rows(file: RowFile, tally: FileTally, options: GradingOptions, report: OnProgress) -> int:
     """The number of rows that can be judged; the others are noted in the tally.
 
-    Raises DataError at the first malformed row, unless such rows are dropped.
+    Raises DataError at the first malformed row, or, if such rows are dropped, where they are too many.
     """
     num_rows = 0
     groups: set[str | None] = set()
     for batch in file.batches(tally.columns, with_rows=False):
         if batch.faults:
-            tally.first_dropped = tally.first_dropped or batch.faults[0]
-            if on_error == "fail":
+            if options.on_error == "fail":
                 raise _malformed(batch.faults[0])
+            for fault in batch.faults:
+                tally.dropped.add_fault(fault)
         num_rows += len(batch.items)
-        tally.num_dropped += len(batch.faults)
         groups.update(batch.groups)
         if len(groups) > MAX_GROUPS:
             raise DataError(
                 f"{file.origin}: column '{tally.columns.by}' has over {MAX_GROUPS:,} different values; "
                 "give --by a column with fewer, such as the source of the problems"
             )
-        report("reading", num_rows + tally.num_dropped, None)
+        report("reading", num_rows + tally.dropped.total, None)
+    tally.dropped.refuse_above(
+        options.max_malformed_share,
+        num_rows + tally.dropped.total,
+        where=file.origin,
+        remedy="name the right columns with --response and --truth, correct the rows, or raise --max-malformed-share",
+    )
     if not num_rows:
-        raise DataError(f"{file.origin}: every row is malformed; the first: {tally.first_dropped}")
+        raise DataError(f"{file.origin}: every row is malformed; the first: {tally.dropped.first}")
     return num_rows
 
 
-def _malformed(fault: str) -> DataError:
+def _malformed(fault: Fault) -> DataError:
     return DataError(f"{fault}; correct the row, or leave such rows out with --on-error drop")
 
 

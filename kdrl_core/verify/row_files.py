@@ -18,7 +18,8 @@ from kdrl_core.errors import DataError
 from kdrl_core.tables.files import verdict_columns
 from kdrl_core.tables.schemas import REWARDS
 from kdrl_core.types import Verdict
-from kdrl_core.verify.rows import Batch, Columns, RowError, kind_of
+from kdrl_core.verify.rows import Batch, Columns
+from kdrl_core.verify.values import RowError, exact_floats, kind_of
 
 VERDICT_FIELDS = [REWARDS.field(name) for name in verdict_columns([])]
 VERDICT_NAMES = frozenset(verdict_columns([]))
@@ -60,7 +61,7 @@ class JsonLines:
                 if with_rows:
                     batch.rows.append(line)
             except RowError as fault:
-                batch.faults.append(fault.at(self._where(number)))
+                batch.faults.append(fault.at(self._where(number), number))
             if len(batch.items) + len(batch.faults) == BATCH_ROWS:
                 yield batch
                 batch = Batch(rows=[])
@@ -110,21 +111,22 @@ class Parquet:
             raise DataError(f"{self.origin} has no rows; give a file with at least one")
 
     def batches(self, columns: Columns, *, with_rows: bool) -> Iterator[Batch]:
+        used = list(dict.fromkeys(name if name in self.names else name.split(".")[0] for name in columns.used))
         for name in (columns.response, columns.truth):
-            found = self._schema.field(name).type
-            if not (_is_text(found) or (name == columns.truth and pa.types.is_integer(found))):
+            if name in self.names and not _may_hold(found := self._schema.field(name).type, name == columns.truth):
                 raise DataError(f"{self.origin}: column '{name}' is {found}, not text; choose another or cast it")
         first = 1
-        for rows in self._record_batches(None if with_rows else columns.used):
+        for rows in self._record_batches(None if with_rows else used):
             batch = Batch()
-            values = [_python_values(rows.column(name)) for name in columns.used]
+            values = [_python_values(rows.column(name)) for name in used]
             kept = []
             for position, row in enumerate(zip(*values, strict=True)):
                 try:
-                    batch.add(dict(zip(columns.used, row, strict=True)), first + position, columns)
+                    batch.add(dict(zip(used, row, strict=True)), first + position, columns)
                     kept.append(position)
                 except RowError as fault:
-                    batch.faults.append(fault.at(f"{self.origin} {self.unit} {first + position}"))
+                    number = first + position
+                    batch.faults.append(fault.at(f"{self.origin} {self.unit} {number}", number))
             first += rows.num_rows
             if with_rows:
                 batch.rows = rows.take(pa.array(kept, pa.int64())) if batch.faults else rows
@@ -190,6 +192,14 @@ def _dump(row: dict[str, Any]) -> bytes:
         return json.dumps(row).encode()
 
 
+def _may_hold(kind: Any, is_truth: bool) -> bool:
+    """Whether columns of this type can hold responses: text or messages; or truths: text, numbers or lists of them."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return True
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return _is_text(kind) or (is_truth and is_number)
+
+
 def _is_text(kind: Any) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -198,6 +208,8 @@ def _is_text(kind: Any) -> bool:
 
 
 def _python_values(column: Any) -> list[object]:
+    if pa.types.is_floating(column.type):
+        column = exact_floats(column)
     try:
         values: list[object] = column.to_pylist()
         return values

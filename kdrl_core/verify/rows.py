@@ -4,22 +4,25 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdrl_core.config.shapes import has
 from kdrl_core.errors import DataError
+from kdrl_core.verify.faults import Fault
+from kdrl_core.verify.values import MISSING, RowError, kind_of, response_text, truth_text, value_at
 
 RESPONSE_NAMES = ("response", "completion", "prediction", "output", "generation", "text")
-TRUTH_NAMES = ("ground_truth", "gold", "answer", "solution", "target")
+TRUTH_NAMES = ("ground_truth", "gold", "answer", "solution", "target", "reward_model.ground_truth")
 
 _MAX_LISTED = 20
-_MISSING = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Names of the columns to read. `expected` says whether a response is right; `by` groups the summary."""
+    """Names of the columns to read; `a.b` is a field of column a. `expected` says whether a response is right; `by`
+    groups the summary."""
 
     response: str
     truth: str
@@ -46,7 +49,7 @@ def choose_columns(
     Raises DataError if a given column is missing, or if no column or several have a usual name.
     """
     for option, name in (("response", response), ("truth", truth), ("expected", expected), ("by", by)):
-        if name is not None and name not in names:
+        if name is not None and not has(names, name):
             raise DataError(f"{origin} has no column '{name}' (--{option}); it has {_listed(names)}")
     response = response or _the_one(names, RESPONSE_NAMES, "response", origin=origin, but=truth)
     truth = truth or _the_one(names, TRUTH_NAMES, "truth", origin=origin, but=response)
@@ -56,7 +59,7 @@ def choose_columns(
 
 
 def _the_one(names: Sequence[str], usual: Sequence[str], option: str, *, origin: str, but: str | None) -> str:
-    found = [name for name in usual if name in names and name != but]
+    found = [name for name in usual if has(names, name) and name != but]
     what = {"response": "the responses", "truth": "the ground truths"}[option]
     if not found:
         raise DataError(
@@ -65,18 +68,6 @@ def _the_one(names: Sequence[str], usual: Sequence[str], option: str, *, origin:
     if len(found) > 1:
         raise DataError(f"{origin}: {' and '.join(found)} may each be {what}; choose with --{option} COL")
     return found[0]
-
-
-class RowError(Exception):
-    """Why a row cannot be judged: the problem and its field."""
-
-    def __init__(self, problem: str, name: str | None = None) -> None:
-        super().__init__(problem)
-        self._field = name
-
-    def at(self, where: str) -> str:
-        """Place, field and problem in one line."""
-        return f"{where}: {self}" if self._field is None else f"{where}, field '{self._field}': {self}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,37 +82,39 @@ class Batch:
     """Number of the row in the file, from 1; for JSON Lines, of the line."""
     expected: list[bool | None] = field(default_factory=list)
     groups: list[str | None] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    """Place and problem of each row that cannot be judged."""
+    faults: list[Fault] = field(default_factory=list)
+    """The rows that cannot be judged."""
 
     def add(self, row: Mapping[str, object], number: int, columns: Columns) -> None:
         """Append a row. If it cannot be judged, raises RowError and appends nothing."""
-        item = (_text(row, columns.response), _text(row, columns.truth, integers=True))
+        item = _read(row, columns.response, response_text), _read(row, columns.truth, truth_text)
         if not item[1].strip():
             raise RowError("empty", columns.truth)
         expected = None if columns.expected is None else _flag(row, columns.expected)
         self.items.append(item)
         self.numbers.append(number)
         self.expected.append(expected)
-        self.groups.append(None if columns.by is None else _group(row.get(columns.by)))
+        self.groups.append(None if columns.by is None else _group(value_at(row, columns.by)))
 
 
-def _text(row: Mapping[str, object], name: str, *, integers: bool = False) -> str:
-    value = row.get(name, _MISSING)
-    if integers and type(value) is int:
-        return str(value)
-    if isinstance(value, str):
-        return value
-    if value is _MISSING:
+def _read(row: Mapping[str, object], name: str, read: Callable[[object], str]) -> str:
+    """The text that `read` finds in a field. Raises RowError that names the field."""
+    value = value_at(row, name)
+    if value is MISSING:
         raise RowError("missing", name)
-    raise RowError("null" if value is None else f"text is expected, found {kind_of(value)}", name)
+    if value is None:
+        raise RowError("null", name)
+    try:
+        return read(value)
+    except RowError as fault:
+        raise RowError(str(fault), f"{name}{fault.name or ''}") from fault
 
 
 def _flag(row: Mapping[str, object], name: str) -> bool:
-    value = row.get(name, _MISSING)
+    value = value_at(row, name)
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
-    if value is _MISSING:
+    if value is MISSING:
         raise RowError("missing", name)
     shown = value if isinstance(value, (int, float)) else "null" if value is None else kind_of(value)
     raise RowError(f"true, false, 1 or 0 is expected, found {shown}", name)
@@ -129,13 +122,9 @@ def _flag(row: Mapping[str, object], name: str) -> bool:
 
 def _group(value: object) -> str:
     """The value as the summary shows it; `null` also if the row lacks the column."""
+    value = None if value is MISSING else value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return "".join(char if char.isprintable() else "\ufffd" for char in text)  # it goes to a terminal
-
-
-def kind_of(value: object) -> str:
-    names = {bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _listed(names: Sequence[str]) -> str:

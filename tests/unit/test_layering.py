@@ -167,7 +167,7 @@ def test_the_dag_imports_nothing_of_the_command_line() -> None:
         assert not {name for name in imports_in(file) if name.startswith("flows.cli")}, file.name
 
 
-ALIKE = {"main", "best_tokens", "kind_of", "load_tokenizer", "pass_at_k", "ragged", "refuse_not_finite", "verify"}
+ALIKE = {"main", "best_tokens", "load_tokenizer", "pass_at_k", "ragged", "refuse_not_finite", "verify"}
 """Names that stand twice: they do the same to different inputs. Do not add to them without need."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from kdrl_core.boxes.preflight import check_inputs
 from kdrl_core.boxes.sharing import Part, parts_of
 from kdrl_core.config import anchored, config_hash, dump_recipe, load_recipe, parse_value
+from kdrl_core.config.fetch import fetched
 from kdrl_core.errors import KdrlError, RecipeError
 from kdrl_core.ledger import replace_file, require_same_recipe
 from kdrl_core.look.sweeps.spec import Cell, expand, load_sweep, validate_sweep
@@ -104,6 +105,7 @@ def check_request(request: Request) -> None:
     seen: set[str] = set()
     for cell in request.cells:
         try:
+            fetched(cell.recipe)
             require_same_recipe(cell.run, cell.recipe)
             if (what := config_hash(cell.recipe.model_copy(update={"seed": 0}))) not in seen:
                 check_inputs(cell.recipe)

@@ -83,7 +83,7 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "missing benchmark": (
         ["--set", "evaluation.benchmarks.0.file=b.jsonl"],
-        ["no file", "b.jsonl", "correct evaluation.benchmarks"],
+        ["benchmark test: evaluation.benchmarks file: b.jsonl does not exist"],
     ),
     "response beyond context": (
         ["--set", "stage2.max_response_tokens=500", "--set", "stage2.max_prompt_tokens=24"],
@@ -183,7 +183,10 @@ def test_run_refuses_a_teacher_with_a_shorter_context(cli: Cli, artifacts: Path,
     ("content", "parts"),
     [
         ("", ["has no problems; give a file with at least one row"]),
-        ('{"id": "1", "problem": "1+1", "answer": ""}\n', ["b.jsonl row 1, field 'answer': missing, empty or no text"]),
+        (
+            '{"id": "1", "problem": "1+1", "answer": ""}\n',
+            ["b.jsonl row 1, field 'answer': empty; fill it in or drop the row"],
+        ),
     ],
 )
 def test_run_refuses_a_bad_benchmark(content: str, parts: list[str], cli: Cli, artifacts: Path, tmp_path: Path) -> None:

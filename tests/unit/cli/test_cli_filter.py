@@ -27,6 +27,8 @@ def test_the_papers_rules_on_the_shipped_problems(tmp_path: Path, r1_tokenizer_d
     report = json.loads(printed)
     assert [(rule["rule"], rule["dropped"]) for rule in report["rules"]] == [
         ("malformed", 0),
+        ("no_answer", 0),
+        ("conflicting_answers", 0),
         ("duplicates", 0),
         ("missing_labels", 45),
         ("drop_passes_at_least", 781),
@@ -76,9 +78,13 @@ def test_malformed_rows_are_named_or_dropped(tmp_path: Path) -> None:
     code, _, errors = call(*arguments, "--output", tmp_path / "o.parquet")
     assert code == 1
     assert "p.jsonl row 2, field 'answer': empty" in errors
-    code, printed, errors = call(*arguments, "--output", tmp_path / "o.parquet", "--on-error", "drop")
+    dropping = (*arguments, "--output", tmp_path / "o.parquet", "--on-error", "drop")
+    code, _, errors = call(*dropping)
+    assert code == 1
+    assert "1 of 2 rows are malformed" in errors
+    code, printed, errors = call(*dropping, "--set", "stage2.data.max_malformed_share=0.5")
     assert code == 0, errors
-    assert "malformed" in printed
+    assert (printed + errors).count("malformed: 1 × ") == 1
     assert len(pq.read_table(tmp_path / "o.parquet")) == 1
 
 

@@ -76,7 +76,7 @@ def test_summary_and_output(cli: Cli, tmp_path: Path) -> None:
 def test_json_stands_alone_on_stdout(cli: Cli, tmp_path: Path) -> None:
     with (tmp_path / "cases.jsonl").open("a") as file:
         file.write('{"gold": "1"}\n')
-    done = cli(*BARE, "--json", "--on-error", "drop")
+    done = cli(*BARE, "--json", "--on-error", "drop", "--max-malformed-share", "0.2")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["columns"] == {"response": "prediction", "truth": "gold", "expected": "right", "by": "source"}
@@ -88,7 +88,7 @@ def test_json_stands_alone_on_stdout(cli: Cli, tmp_path: Path) -> None:
     assert (found["rows"], found["dropped"], found["output"]) == (5, 1, None)
     assert found["expected"] == {"agreement": 0.8, "false_positives": 0, "false_negatives": 1}
     assert found["by"]["hard"]["expected"] == {"agreement": 2 / 3, "false_positives": 0, "false_negatives": 1}
-    assert "warning: dropped 1 malformed row; the first: cases.jsonl line 6, field 'prediction': missing" in done.stderr
+    assert "warning: dropped 1 malformed row: 1 × cases.jsonl line 6, field 'prediction': missing" in done.stderr
     assert sorted(tmp_path.iterdir()) == [tmp_path / "cases.jsonl"]
 
 

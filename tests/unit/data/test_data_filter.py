@@ -1,10 +1,12 @@
 """The filter's rules: golden counts by hand, exact caps, order independence, errors."""
 
 import hashlib
+import json
 import random
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdrl_core.config import Recipe
-from kdrl_core.data import POOL_SCHEMA, PROBLEM_SCHEMA, FilterReport, RuleCount, filter_problems
-from kdrl_core.data.read import MALFORMED_KEY
-from kdrl_core.data.sieve import label_column
+from kdrl_core.data import POOL_SCHEMA, PROBLEM_SCHEMA, FilterReport, RuleCount, filter_problems, read_problems
+from kdrl_core.data.labels import label_column
+from kdrl_core.data.reading import Reading
 from kdrl_core.errors import DataError, ModelError, RecipeError
 
 SMALL, MIDDLE, LARGE = "DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Qwen-32B"
@@ -62,11 +64,13 @@ def test_golden_counts_of_the_papers_rules(make_recipe: MakeRecipe, words: Any) 
     ]
     recipe = make_recipe(max_prompt_tokens=20, missing_labels="drop", **PAPER_RULES)
 
-    pool, report = filter_problems(table(rows).replace_schema_metadata({MALFORMED_KEY: b"4"}), recipe, tokenizer=words)
+    pool, report = filter_problems(table(rows).replace_schema_metadata(dropping(4)), recipe, tokenizer=words)
 
     assert report.rows_in == len(rows) + 4 == 36
     assert [(rule.rule, rule.dropped) for rule in report.rules] == [
         ("malformed", 4),
+        ("no_answer", 0),
+        ("conflicting_answers", 0),
         ("duplicates", 1),  # 31 left
         ("missing_labels", 2),  # 29
         ("drop_passes_at_least", 2),  # 27
@@ -237,7 +241,7 @@ def test_of_duplicates_that_differ_in_labels_alone_the_order_does_not_choose(
 
 def test_labels_are_checked_against_the_recipe_that_filters(make_recipe: MakeRecipe, words: Any) -> None:
     """A table read with 16 samples a label is no table of a recipe with 8."""
-    read = table([row("a", labels(12))]).replace_schema_metadata({MALFORMED_KEY: b"0"})
+    read = table([row("a", labels(12))]).replace_schema_metadata(dropping(0))
     assert filter_problems(read, make_recipe(), tokenizer=words)[0].num_rows == 1
     with pytest.raises(
         DataError, match=r"table row 1, field 'failures\.DeepSeek-R1-Distill-Qwen-1\.5B': 12 is outside"
@@ -393,7 +397,7 @@ def test_raw_columns_are_normalised_first(make_recipe: MakeRecipe, words: Any) -
         DataError, match=r"table row 2, field 'problem': empty; drop the row or set <stage>\.data\.on_error"
     ):
         filter_problems(raw, make_recipe(), tokenizer=words)
-    pool, report = filter_problems(raw, make_recipe(on_error="drop"), tokenizer=words)
+    pool, report = filter_problems(raw, make_recipe(on_error="drop", max_malformed_share=0.7), tokenizer=words)
     assert (report.rows_in, report.dropped("malformed"), pool.num_rows) == (3, 2, 1)
     assert ids(pool) == [f"q-{hashlib.sha256(b'one').hexdigest()[:16]}"]
 
@@ -410,3 +414,56 @@ def test_report_must_add_up_and_survives_json() -> None:
     assert report.to_text().splitlines()[3].split() == ["duplicates", "2", "3", "d"]
     with pytest.raises(ValueError, match="rules leave 3 rows, rows_out is 4"):
         FilterReport(stage="stage1", rows_in=5, rules=rules, rows_out=4)
+
+
+def dropping(count: int) -> dict[bytes, bytes]:
+    """Metadata of a table of which so many rows were malformed."""
+    reading = Reading()
+    reading.malformed.add("reason", "first", count)
+    return reading.metadata()
+
+
+def conflicting() -> list[dict[str, Any]]:
+    """Two questions with different answers, one with other spellings of one answer, one asked once."""
+    return [
+        {**row("a", labels(4), "one"), "answer": "1"},
+        {**row("b", labels(4), "two"), "answer": "0.5"},
+        {**row("c", labels(4), "one "), "answer": "2"},
+        {**row("d", labels(4), "two"), "answer": r"\frac{1}{2}"},
+        {**row("e", labels(4), "three"), "answer": "3"},
+        {**row("f", labels(4), "four"), "answer": "4"},
+        {**row("g", labels(4), "four"), "answer": "5"},
+        {**row("h", labels(4), "four"), "answer": "4"},
+    ]
+
+
+def test_questions_with_different_answers_are_dropped_and_told(
+    make_recipe: MakeRecipe, words: Any, tmp_path: Path
+) -> None:
+    pool, report = filter_problems(table(conflicting()), make_recipe(), tokenizer=words)
+    assert ids(pool) == ["b", "e"]
+    assert (report.dropped("conflicting_answers"), report.dropped("duplicates")) == (5, 1)
+    number = "2 questions with different answers"
+    assert {rule.rule: rule.description for rule in report.rules}["conflicting_answers"] == number
+    assert report.notes == (f"conflicting_answers: {number}, the first: table row 1 '1', table row 3 '2'",)
+
+    pool, report = filter_problems(table(conflicting()), make_recipe(conflicting_answers="keep"), tokenizer=words)
+    assert ids(pool) == ["a", "b", "e", "f"]
+    assert (report.dropped("conflicting_answers"), report.dropped("duplicates")) == (0, 4)
+    assert report.notes == (f"conflicting_answers: {number}, the first: table row 1 '1', table row 3 '2'",)
+
+    with pytest.raises(
+        DataError,
+        match=f"stage1: {number}, the first: table row 1 '1', table row 3 '2'; correct the answers, remove the",
+    ):
+        filter_problems(table(conflicting()), make_recipe(conflicting_answers="fail"), tokenizer=words)
+
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({**one, "failures": dict(one["failures"])}) + "\n" for one in conflicting()))
+    read = read_problems(make_recipe(files=[str(file)]).stage("stage1").data)
+    _, report = filter_problems(read, make_recipe(), tokenizer=words)
+    assert report.notes == (f"conflicting_answers: {number}, the first: {file} row 1 '1', {file} row 3 '2'",)
+
+    many = [{**row(str(i), labels(4), "one"), "answer": "2" if i == 8 else "1"} for i in range(9)]
+    _, report = filter_problems(table([*many, *conflicting()[4:5]]), make_recipe(), tokenizer=words)
+    assert report.notes[0].endswith("the first: table row 1 '1', table row 9 '2'"), "each answer once"

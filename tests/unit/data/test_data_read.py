@@ -13,7 +13,7 @@ import pytest
 
 from kdrl_core.config import DataConfig
 from kdrl_core.data import PROBLEM_SCHEMA, SKYWORK_SCHEMA, malformed_rows, read_problems
-from kdrl_core.data import read as read_module
+from kdrl_core.data import files as files_module
 from kdrl_core.errors import DataError
 
 SMALL, LARGE, MIDDLE = (f"DeepSeek-R1-Distill-Qwen-{size}" for size in ("1.5B", "32B", "7B"))
@@ -21,6 +21,8 @@ SUFFIX = " Let's think step by step and output the final answer within \\boxed{}
 
 
 def read(*files: Path | str, **options: Any) -> pa.Table:
+    if options.get("on_error") == "drop":
+        options = {"max_malformed_share": 1.0, **options}
     return read_problems(DataConfig(files=[str(file) for file in files], **options))
 
 
@@ -159,11 +161,9 @@ def test_skywork_from_sliced_and_large_arrow_types(tmp_path: Path) -> None:
     ("texts", "bad"),
     [
         ([r'["\\frac{1}{2}"]', '["a], [b"]', r'["a\"b"]'], []),
-        (['["a"], ["b', 'c"]'], [1, 2]),
-        (['[["x"', '"y"]]', '["a"], ["b"]'], [1, 2, 3]),
-        (['["a"', '"b"], ["c"]', r'["\u0041"]'], [1, 2]),
-        (['["a"], "', '"', '["b"]'], [1, 2]),
-        (['["a\n', 'b"]'], [1, 2]),
+        (['["a"], ["b', r'["c"]'], [1]),
+        (['[["x", 2]]', '["a"], ["b"]', r'["\u0041"]'], [1, 2]),
+        (['["a"], "', '["a\n', '["b"]'], [1, 2]),
     ],
 )
 def test_ground_truths_are_read_one_by_one(tmp_path: Path, texts: list[str], bad: list[int]) -> None:
@@ -181,7 +181,7 @@ def test_ground_truths_are_read_one_by_one(tmp_path: Path, texts: list[str], bad
 def test_a_row_is_read_as_it_stands_whatever_its_neighbours_are_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_module, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(files_module, "BATCH_ROWS", 4)
     usual = [{"id": f"a{i}", "problem": f"What is {i}?", "answer": str(i)} for i in range(9)]
     odd = [
         {"problem_id": "b1", "question": "Why?", "answer": "1"},
@@ -208,22 +208,27 @@ def test_a_row_is_read_as_it_stands_whatever_its_neighbours_are_called(
 
 BAD_SKYWORK = [
     ({"prompt": None}, "prompt", "missing"),
-    ({"prompt": []}, "prompt", "0 messages, one is expected"),
-    ({"prompt": [{"content": "a", "role": "user"}] * 2}, "prompt", "2 messages, one is expected"),
-    ({"prompt": [{"content": "a", "role": "system"}]}, "prompt[0].role", "'system', 'user' is expected"),
+    ({"prompt": []}, "prompt", "0 messages without the system's, one is expected"),
+    ({"prompt": [{"content": "a", "role": "user"}] * 2}, "prompt", "2 messages without the system's, one is expected"),
+    ({"prompt": [{"content": "a", "role": "system"}]}, "prompt", "0 messages without the system's, one is expected"),
+    ({"prompt": [{"content": "a", "role": "assistant"}]}, "prompt[0].role", "'assistant', 'user' is expected"),
     ({"prompt": [{"content": "a", "role": None}]}, "prompt[0].role", "None, 'user' is expected"),
     ({"prompt": [{"content": None, "role": "user"}]}, "prompt[0].content", "missing"),
-    ({"prompt": [{"content": SUFFIX, "role": "user"}]}, "prompt[0].content", "empty"),
+    ({"prompt": [{"content": SUFFIX, "role": "user"}]}, "prompt", "empty"),
     ({"reward_model": None}, "reward_model.ground_truth", "missing"),
     ({"reward_model": {"ground_truth": None}}, "reward_model.ground_truth", "missing"),
     ({"reward_model": {"ground_truth": '[""]'}}, "reward_model.ground_truth", "empty"),
     *(
-        (
-            {"reward_model": {"ground_truth": text}},
-            "reward_model.ground_truth",
-            f'{text!r} is not a JSON list with one string such as ["204"]',
-        )
-        for text in ("204", "[204]", '["a", "b"]', "[]", '["a', '{"a": 1}', "[null]", '["\\ud800"]')
+        ({"reward_model": {"ground_truth": text}}, "reward_model.ground_truth", problem)
+        for text, problem in {
+            '["a", "b"]': "2 answers ('a', 'b'); a list may mean any of them or all of them: leave one, or write them "
+            "as one text",
+            "[]": "an empty list; one answer is expected",
+            '["a': """'["a' begins like JSON but is not; write ["204"] or 204""",
+            '{"a": 1}': "text is expected, found JSON of an object ({'a': 1})",
+            "[null]": "text is expected, found null",
+            '["\\ud800"]': "holds half of a surrogate pair, which is not Unicode text",
+        }.items()
     ),
     *(
         (
@@ -250,10 +255,11 @@ BAD_ROWS = [
     ({"problem": "Q"}, "answer", "missing"),
     ({"problem": "Q", "answer": None}, "answer", "missing"),
     ({"problem": "Q", "answer": " \n"}, "answer", "empty"),
-    ({"problem": "Q", "answer": 5.5}, "answer", "text is expected, found a number (5.5)"),
-    ({"problem": "Q", "answer": ["5"]}, "answer", "text is expected, found a list (['5'])"),
+    ({"problem": "Q", "answer": True}, "answer", "text is expected, found true/false (True)"),
+    ({"problem": "Q", "answer": {"a": 5}}, "answer", "text is expected, found an object ({'a': 5})"),
+    ({"problem": "Q", "answer": []}, "answer", "an empty list; one answer is expected"),
     ({"problem": "", "answer": "5"}, "problem", "empty"),
-    ({"problem": True, "answer": "5"}, "problem", "text is expected, found true/false (True)"),
+    ({"problem": True, "answer": "5"}, "problem", "text or a list of messages is expected, found true/false (True)"),
     ({"problem": "\ud800", "answer": "5"}, "problem", "holds half of a surrogate pair, which is not Unicode text"),
     (
         {"problem": "Q", "answer": "5", "failures": 3},
@@ -316,40 +322,40 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "object.json").write_text('{\n"problem": "a"\n}')
     (tmp_path / "wrapped.json").write_text('{"data": []}')
     (tmp_path / "latin.jsonl").write_bytes('{"problem": "é"}'.encode("latin-1"))
-    (tmp_path / "p.csv").write_text("problem,answer\n")
+    (tmp_path / "p.txt").write_text("problem,answer\n")
+    (tmp_path / "folder").mkdir()
     lines(tmp_path / "cols.jsonl", [{"text": "a", "answer": "1"}])
-    pq.write_table(pa.table({"problem": ["a"], "answer": [1.5]}), tmp_path / "types.parquet")
+    pq.write_table(pa.table({"problem": ["a"], "answer": [b"1"]}), tmp_path / "types.parquet")
     pq.write_table(pa.table({"prompt": ["a"], "reward_model": ["b"]}), tmp_path / "flat.parquet")
     whole = skywork(tmp_path / "whole.parquet", [skywork_row()] * 50).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
 
     assert error_of("absent.jsonl").startswith("data.files: absent.jsonl does not exist (looked at ")
     assert error_of("*.arrow") == "data.files: *.arrow matches no file; check the folder and the pattern"
-    assert error_of(".").startswith("data.files: . is a folder; name its files, e.g. ./*.parquet")
+    assert error_of("folder") == "data.files: folder is a folder; name its files, e.g. folder/*.parquet"
     for name in ("text.parquet", "empty.parquet", "cut.parquet"):
         assert error_of(name).startswith(f"{name}: cannot be read as Parquet (")
     assert error_of("bad.json").startswith("bad.json: not JSON (Expecting property name")
     assert error_of("object.json").startswith("object.json: not JSON (")
     assert error_of("wrapped.json").startswith("wrapped.json: columns data are of no known format; needed: problem")
     assert error_of("latin.jsonl").startswith("latin.jsonl: not UTF-8 text (")
-    assert error_of("p.csv") == "p.csv: unknown kind of file; give .parquet, .json or .jsonl"
+    assert error_of("p.txt") == (
+        "p.txt: unknown kind of file; give .parquet, .arrow, .json, .jsonl, .csv or .tsv (text also as .gz)"
+    )
     assert error_of("cols.jsonl").startswith("cols.jsonl: columns answer, text are of no known format; ")
     assert error_of("cols.jsonl", format="problems") == (
         "cols.jsonl: no column 'problem', which format problems needs (found: answer, text); "
-        "rename the columns or set <stage>.data.format"
-    )
-    assert error_of("cols.jsonl", format="skywork") == (
-        "cols.jsonl: format skywork is read from Parquet; save the set with .to_parquet()"
+        "rename the columns, set <stage>.data.format, or name them in <stage>.data.columns"
     )
     assert error_of("types.parquet", format="skywork").startswith(
         "types.parquet: no column 'prompt' and no column 'rew"
     )
     assert error_of("types.parquet") == (
-        "types.parquet: column 'answer' has type double, text is expected; "
+        "types.parquet: column 'answer' has type binary, text is expected; "
         "convert the column or set <stage>.data.format"
     )
     assert error_of("flat.parquet") == (
-        "flat.parquet: column 'prompt' has type string, a list of {content, role} is expected; "
+        "flat.parquet: column 'reward_model' has type string, a struct with 'ground_truth' is expected; "
         "convert the column or set <stage>.data.format"
     )
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdrl_core.config import Recipe
-from kdrl_core.data import FilterReport, filter_files, filter_problems, read, read_problems, stream
+from kdrl_core.data import FilterReport, files, filter_files, filter_problems, read_problems, stream
 from kdrl_core.data.prompts import load_tokenizer
 from kdrl_core.errors import DataError
 
@@ -67,7 +67,7 @@ def tokenizer(tokenizer_dir: Path, make_recipe: MakeRecipe) -> Any:
 def test_it_keeps_what_the_filter_in_memory_keeps(
     tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "_BATCH_ROWS", 37)
+    monkeypatch.setattr(files, "BATCH_ROWS", 37)
     monkeypatch.setattr(stream, "_ROWS_PER_RANGE", 16)
     recipe = make_recipe(files=[write(tmp_path / "p.jsonl", rows(400))], max_prompt_tokens=300, **RULES)
     pool, expected = filter_problems(read_problems(recipe.stage("stage1").data), recipe, tokenizer=tokenizer)
@@ -89,9 +89,9 @@ def test_order_of_rows_files_and_batches_changes_no_byte(
     for seed in range(3):
         shuffled = random.Random(seed).sample(content, len(content))
         cut = 100 * (seed + 1)
-        monkeypatch.setattr(read, "_BATCH_ROWS", 17 + 50 * seed)
-        files = [write(tmp_path / "b.jsonl", shuffled[:cut]), write(tmp_path / "a.jsonl", shuffled[cut:])]
-        recipe = make_recipe(files=files, max_prompt_tokens=300, **RULES)
+        monkeypatch.setattr(files, "BATCH_ROWS", 17 + 50 * seed)
+        halves = [write(tmp_path / "b.jsonl", shuffled[:cut]), write(tmp_path / "a.jsonl", shuffled[cut:])]
+        recipe = make_recipe(files=halves, max_prompt_tokens=300, **RULES)
         found.add(run(recipe, tmp_path / f"{seed}.parquet", tokenizer)[1])
     assert len(found) == 1
 
@@ -123,7 +123,7 @@ def test_lengths_are_exact_at_the_limit(tmp_path: Path, make_recipe: MakeRecipe,
 def test_labels_of_every_batch_are_known(
     tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(files, "BATCH_ROWS", 2)
     content = [{"problem": f"q{i}", "answer": "1", "failures": {f"m{i // 2}": 3}} for i in range(6)]
     recipe = make_recipe(files=[write(tmp_path / "p.jsonl", content)], drop_passes_at_least=15)
     with pytest.raises(DataError, match=r"labels found: m0, m1, m2"):
@@ -162,7 +162,7 @@ def test_twins_with_equal_labels_are_told_apart_by_their_text(
     tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same id, answer, source and labels, other white space: the order of the rows must not decide."""
-    monkeypatch.setattr(read, "_BATCH_ROWS", 3)
+    monkeypatch.setattr(files, "BATCH_ROWS", 3)
     common = {"id": "same", "answer": "1", "source": "here", "failures": dict.fromkeys(LABELS, 8)}
     others = [{**common, "id": f"o{i}", "problem": f"Other {i}", "answer": str(i)} for i in range(7)]
     twins = [{**common, "problem": "What" + " " * size + "is it?"} for size in range(1, 6)]
@@ -196,3 +196,19 @@ def test_a_killed_filter_leaves_no_output(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert output.read_bytes() == b"before"
     assert sorted(tmp_path.glob("*")) == [output, tmp_path / "p.jsonl"]
+
+
+def test_notes_name_rows_and_stay_out_of_the_output(tmp_path: Path, make_recipe: MakeRecipe, tokenizer: Any) -> None:
+    content = [{"problem": f"q{i}", "answer": "1"} for i in range(20)]
+    content += [{"problem": "q3", "answer": "2"}, {"problem": "q", "answer": ""}]
+    file = write(tmp_path / "p.jsonl", content)
+    recipe = make_recipe(files=[file], on_error="drop", max_prompt_tokens=300)
+    report, _ = run(recipe, tmp_path / "o.parquet", tokenizer)
+    assert report.notes == (
+        f"malformed: 1 × {file} row 22, field 'answer': empty",
+        f"conflicting_answers: 1 question with different answers, the first: {file} row 4 '1', {file} row 21 '2'",
+    )
+    assert report.rows_out == 19
+    kept = FilterReport.from_json(json.loads(pq.read_schema(tmp_path / "o.parquet").metadata[stream.REPORT_KEY]))
+    assert (kept, kept.notes) == (report, ())
+    assert report.to_text().splitlines()[-1] == report.notes[-1]

@@ -468,7 +468,7 @@ def test_thoughts_that_a_template_has_opened() -> None:
         (STUDENT, {"benchmarks": ["tset"]}, DataError, "no benchmark 'tset' .known: test, hard.*did you mean 'test'"),
         (STUDENT, {"benchmarks": ["test=x.jsonl"]}, DataError, "there is a benchmark 'test' already"),
         (STUDENT, {"benchmarks": ["a b=x.jsonl"]}, DataError, "--benchmark a b=x.jsonl: .*give NAME=FILE"),
-        (STUDENT, {"benchmarks": ["mine=nowhere.jsonl"]}, DataError, "benchmark mine: no file .*nowhere.jsonl"),
+        (STUDENT, {"benchmarks": ["mine=nowhere.jsonl"]}, DataError, "benchmark mine: .*nowhere.jsonl does not exist"),
         ("nowhere", {}, ModelError, "MODEL nowhere: no such directory"),
         ("run:nowhere", {}, ModelError, "MODEL run:nowhere: "),
         (STUDENT, {"served_as": "x"}, RecipeError, "--served-as is of an endpoint, but .* is no URL"),
@@ -503,7 +503,7 @@ def test_a_context_that_is_too_short_is_refused(tmp_path: Path) -> None:
 def test_half_a_character_is_named(recipe: Recipe, tmp_path: Path) -> None:
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"id": "a", "problem": "1\\ud835+1", "answer": "2"}\n')
-    with pytest.raises(DataError, match=r"mine.jsonl row 1, field 'problem': half of a surrogate pair"):
+    with pytest.raises(DataError, match=r"mine.jsonl row 1, field 'problem': holds half of a surrogate pair"):
         plan_evaluation(recipe, STUDENT, EvaluationOptions(benchmarks=[f"mine={mine}"]))
 
 

@@ -72,8 +72,8 @@ def test_first_problems_only(tmp_path: Path) -> None:
     assert len(load_benchmark(config.model_copy(update={"max_problems": 2}))) == 2
 
 
-@pytest.mark.parametrize("field", ["id", "problem", "answer"])
-@pytest.mark.parametrize("value", ["absent", None, "", "  ", 7, ["8"]])
+@pytest.mark.parametrize("field", ["problem", "answer"])
+@pytest.mark.parametrize("value", ["absent", None, "", "  ", True, {"a": 8}])
 def test_bad_field_is_named(tmp_path: Path, field: str, value: Any) -> None:
     bad = {name: content for name, content in ROW.items() if name != field}
     if value != "absent":
@@ -84,13 +84,13 @@ def test_bad_field_is_named(tmp_path: Path, field: str, value: Any) -> None:
 
 @pytest.mark.parametrize("line", ["{", "problem,answer", "NaN x"])
 def test_what_is_not_json_is_named(tmp_path: Path, line: str) -> None:
-    with pytest.raises(DataError, match=r"b\.jsonl row 2: not JSON .*one object per line"):
+    with pytest.raises(DataError, match=r"b\.jsonl row 2, field 'row': not JSON "):
         load_benchmark(write(tmp_path / "b.jsonl", ROW, line))
 
 
-@pytest.mark.parametrize("line", ["[]", "7", '"x"', "null"])
+@pytest.mark.parametrize("line", ["[7]", "7", '"x"', "null"])
 def test_row_that_is_no_object_is_named(tmp_path: Path, line: str) -> None:
-    with pytest.raises(DataError, match=r"b\.jsonl row 1, field 'id'"):
+    with pytest.raises(DataError, match=r"b\.jsonl row 1: an object is expected"):
         load_benchmark(write(tmp_path / "b.jsonl", line))
 
 
@@ -102,14 +102,16 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
 
 
 def test_files_without_problems_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"benchmark bench: no file .*none\.jsonl; correct evaluation\.benchmarks"):
+    with pytest.raises(DataError, match=r"benchmark bench: evaluation\.benchmarks file: .*none\.jsonl does not exist"):
         load_benchmark(BenchmarkConfig(name="bench", file=str(tmp_path / "none.jsonl")))
     with pytest.raises(DataError, match=r"benchmark bench: .*b\.jsonl has no problems"):
         load_benchmark(write(tmp_path / "b.jsonl", ""))
 
 
 def test_repeated_id_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"b\.jsonl row 3, field 'id': 'p-1' stands in row 1 as well; make ids unique"):
+    with pytest.raises(
+        DataError, match=r"b\.jsonl row 3, field 'id': 'p-1' stands in .*b\.jsonl row 1 as well; make ids unique"
+    ):
         load_benchmark(write(tmp_path / "b.jsonl", ROW, "", ROW))
 
 

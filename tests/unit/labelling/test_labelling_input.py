@@ -55,7 +55,8 @@ def test_limits_beyond_the_context_are_refused(tmp_path: Path) -> None:
         plan_labels(recipe, [write(tmp_path / "in.jsonl", ROWS)])
 
 
-def test_malformed_rows_can_be_dropped(recipe: Recipe, tmp_path: Path) -> None:
+def test_malformed_rows_can_be_dropped(tmp_path: Path) -> None:
+    recipe = load_recipe("miniature", [SAMPLES, "stage2.data.max_malformed_share=0.5"])
     source = write(tmp_path / "in.jsonl", [ROWS[0], {**ROWS[1], "answer": ""}])
     assert len(plan_labels(recipe, [source], LabelOptions(on_error="drop")).problems) == 1
 

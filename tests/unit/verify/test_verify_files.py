@@ -96,7 +96,7 @@ def test_json_lines_keep_every_byte_and_their_order(tmp_path: Path, verifier: Ve
     assert found[1]["reason"] == "equal to the ground truth"
     assert [row["reward"] for row in found] == [float(kind == "correct") for kind in FOUND]
     assert pd.read_json(output, lines=True)["accuracy_reward"].sum() == 7
-    assert (summary.total.num_rows, summary.total.accuracy, summary.num_dropped) == (10, 0.7, 0)
+    assert (summary.total.num_rows, summary.total.accuracy, summary.dropped.total) == (10, 0.7, 0)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -171,7 +171,8 @@ def test_columns_are_found_by_their_usual_names() -> None:
         (
             ["response", "a"],
             {},
-            "f: no column for the ground truths (ground_truth, gold, answer, solution, target); "
+            "f: no column for the ground truths (ground_truth, gold, answer, solution, target, "
+            "reward_model.ground_truth); "
             "it has response, a; set --truth COL",
         ),
         (
@@ -201,18 +202,19 @@ def test_columns_in_doubt_are_asked_for(names: list[str], chosen: dict[str, str]
 
 GOOD = {"response": boxed("1"), "gold": "1", "ok": 1}
 FAULTS: dict[str, tuple[object, str]] = {
-    "no object": ("[1]", ": an object is expected, found a list"),
+    "no object": ("[1]", ": an object is expected, found a list ([1])"),
     "null": ("null", ": an object is expected, found null"),
     "no JSON": ('{"response": ', ": not JSON (Expecting value at column 13)"),
     "raw NUL": ('{"response": "\0"}', ": not JSON (Invalid control character at column 15)"),
     "missing response": ({"gold": "1"}, ", field 'response': missing"),
     "null response": ({**GOOD, "response": None}, ", field 'response': null"),
-    "list of responses": ({**GOOD, "response": ["a"]}, ", field 'response': text is expected, found a list"),
+    "list of responses": ({**GOOD, "response": ["a"]}, ", field 'response': text is expected, found a list (['a'])"),
     "missing truth": ({"response": "1"}, ", field 'gold': missing"),
-    "number": ({**GOOD, "gold": 1.5}, ", field 'gold': text is expected, found a number"),
+    "list of truths": ({**GOOD, "gold": []}, ", field 'gold': an empty list; one answer is expected"),
+    "true": ({**GOOD, "gold": True}, ", field 'gold': text is expected, found true/false (True)"),
     "empty truth": ({**GOOD, "gold": " "}, ", field 'gold': empty"),
     "no flag": ({**GOOD, "ok": 2}, ", field 'ok': true, false, 1 or 0 is expected, found 2"),
-    "text as flag": ({**GOOD, "ok": "yes"}, ", field 'ok': true, false, 1 or 0 is expected, found text"),
+    "text as flag": ({**GOOD, "ok": "yes"}, ", field 'ok': true, false, 1 or 0 is expected, found text ('yes')"),
     "no expectation": ({"response": "1", "gold": "1"}, ", field 'ok': missing"),
 }
 
@@ -238,9 +240,9 @@ def test_bad_rows_are_dropped_and_counted(tmp_path: Path, verifier: Verifier) ->
     path, output = write_lines(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
     with path.open("ab") as file:
         file.write(b'{"response": "\xff"}\n')
-    summary = judge(path, verifier, output, chosen={"expected": "ok"}, on_error="drop")
-    assert (summary.total.num_rows, summary.num_dropped) == (len(FAULTS), len(FAULTS) + 1)
-    assert summary.first_dropped == f"{path} line 2: an object is expected, found a list"
+    summary = judge(path, verifier, output, chosen={"expected": "ok"}, on_error="drop", max_malformed_share=1.0)
+    assert (summary.total.num_rows, summary.dropped.total) == (len(FAULTS), len(FAULTS) + 1)
+    assert summary.dropped.first == f"{path} line 2: an object is expected, found a list ([1])"
     assert [row["verdict"] for row in read_lines(output)] == ["correct"] * len(FAULTS)
 
 
@@ -255,8 +257,8 @@ def test_bad_parquet_rows(tmp_path: Path, verifier: Verifier) -> None:
     where = f"{path} row 5, field 'gold': null"
     assert str(told.value) == f"{where}; correct the row, or leave such rows out with --on-error drop"
     assert not output.exists()
-    summary = judge(path, verifier, output, on_error="drop")
-    assert (summary.total.num_rows, summary.num_dropped, summary.first_dropped) == (5, 2, where)
+    summary = judge(path, verifier, output, on_error="drop", max_malformed_share=0.3)
+    assert (summary.total.num_rows, summary.dropped.total, summary.dropped.first) == (5, 2, where)
     assert pq.read_table(output).select(["n", "verdict"]).to_pydict() == {
         "n": [0, 1, 2, 3, 5],
         "verdict": ["correct"] * 4 + ["wrong"],
@@ -267,8 +269,8 @@ def test_parquet_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path, verifier: Ver
     broken = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe"))
     path, output = tmp_path / "in.parquet", tmp_path / "out.parquet"
     pq.write_table(pa.table({"response": broken, "gold": ["1", "1"]}), path)
-    summary = judge(path, verifier, output, on_error="drop")
-    assert summary.first_dropped == f"{path} row 2, field 'response': text is expected, found bytes"
+    summary = judge(path, verifier, output, on_error="drop", max_malformed_share=0.5)
+    assert summary.dropped.first == f"{path} row 2, field 'response': text is expected, found bytes (b'')"
     assert len(pq.read_table(output)) == 1
 
 
@@ -293,11 +295,11 @@ def test_files_that_cannot_be_used(tmp_path: Path, verifier: Verifier) -> None:
     pq.write_table(pa.table({"response": pa.array([], pa.string()), "gold": pa.array([], pa.string())}), no_rows)
     assert told(no_rows) == f"{no_rows} has no rows; give a file with at least one"
     numbers = tmp_path / "numbers.parquet"
-    pq.write_table(pa.table({"response": ["1"], "gold": [1.5]}), numbers)
-    assert told(numbers) == f"{numbers}: column 'gold' is double, not text; choose another or cast it"
+    pq.write_table(pa.table({"response": ["1"], "gold": [b"1"]}), numbers)
+    assert told(numbers) == f"{numbers}: column 'gold' is binary, not text; choose another or cast it"
     all_bad = write_lines(tmp_path / "all.jsonl", {"response": 1, "gold": "1"})
     with pytest.raises(DataError, match=r"every row is malformed; the first: .*field 'response': text is expected"):
-        judge(all_bad, verifier, on_error="drop")
+        judge(all_bad, verifier, on_error="drop", max_malformed_share=1.0)
     many = write_lines(tmp_path / "many.jsonl", *({**GOOD, "id": n} for n in range(MAX_GROUPS + 1)))
     assert "column 'id' has over 1,000 different values" in told(many, by="id")
 
@@ -433,3 +435,45 @@ def test_whole_numbers_are_truths_and_a_last_backslash_does_not_open_the_box(tmp
         batches = list(opened.batches(choose_columns(opened.names, origin=opened.origin), with_rows=False))
         assert [item[1] for item in batches[0].items] == ["42", "42"]
     assert box_answer("185\\") == r"\boxed{185\ }"
+
+
+def test_rows_of_other_projects_are_read_as_they_are(tmp_path: Path, verifier: Verifier) -> None:
+    """verl's nested truths, message lists as responses, numbers, and a list of one."""
+    said = [{"role": "user", "content": "6 · 7?"}, {"role": "assistant", "content": boxed("42")}]
+    rows = [
+        {"response": said, "reward_model": {"ground_truth": truth, "style": "rule"}, "extra": {"level": "easy"}}
+        for truth in ("42", '["42"]', "#### 42", "41")
+    ]
+    path = write_lines(tmp_path / "in.jsonl", *rows)
+    table = tmp_path / "in.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    for file in (path, table):
+        output = tmp_path / f"out{file.suffix}"
+        tally = judge(file, verifier, output, chosen={"by": "extra.level"})
+        assert tally.columns.truth == "reward_model.ground_truth"
+        assert [tally.total.kinds[kind] for kind in (VerdictKind.CORRECT, VerdictKind.WRONG)] == [3, 1]
+        assert list(tally.groups) == ["easy"]
+    assert pq.read_table(tmp_path / "out.parquet").select(pq.read_schema(table).names).equals(pq.read_table(table))
+    numbers = write_lines(tmp_path / "n.jsonl", *({**GOOD, "gold": truth} for truth in (1, 1.0, [1], ["1"])))
+    assert judge(numbers, verifier).total.accuracy == 1
+    table = pa.table({"response": [boxed("5.1"), boxed("5")], "gold": pa.array([5.1, 5.0], pa.float32())})
+    pq.write_table(table, tmp_path / "f.parquet")
+    assert judge(tmp_path / "f.parquet", verifier).total.accuracy == 1
+    silent = write_lines(tmp_path / "s.jsonl", {"response": said[:1], "gold": "1"})
+    with pytest.raises(DataError, match="field 'response': no message of an assistant among the messages; correct the"):
+        judge(silent, verifier)
+    with pytest.raises(DataError, match=r"has no column 'reward\.truth' \(--truth\); it has response, reward_model"):
+        judge(path, verifier, chosen={"truth": "reward.truth"})
+    with pytest.raises(DataError, match=r"field 'reward_model\.truth': missing"):
+        judge(path, verifier, chosen={"truth": "reward_model.truth"})
+
+
+def test_most_rows_are_never_dropped_with_a_smile(tmp_path: Path, verifier: Verifier) -> None:
+    path = write_lines(tmp_path / "in.jsonl", *[GOOD] * 4, {"gold": "1"}, {"response": "1", "gold": None})
+    with pytest.raises(DataError) as told:
+        judge(path, verifier, on_error="drop", max_malformed_share=0.3)
+    assert str(told.value) == (
+        f"{path}: 2 of 6 rows are malformed, which is 33.3 %; at most 30 % are dropped. The commonest reasons: "
+        f"1 × {path} line 5, field 'response': missing; 1 × {path} line 6, field 'gold': null; name the right columns "
+        "with --response and --truth, correct the rows, or raise --max-malformed-share"
+    )
