@@ -24,7 +24,7 @@ from kdrl_core.data.labels import MISSING_LABEL, Labels, Rows, label_column, lab
 from kdrl_core.errors import DataError
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import Verifier
-from kdrl_core.verify.accuracy import FAILED_COMPARISON, UNREADABLE_TRUTH
+from kdrl_core.verify.accuracy import FAILED_COMPARISON, PARTLY_READ, UNREADABLE_TRUTH
 from kdrl_core.verify.values import shortened
 
 _NUMBER = re.compile(r"[+-]?\d{1,40}(?:\.\d{1,40}|/[1-9]\d{0,40})?|\\frac\{\d{1,40}\}\{[1-9]\d{0,40}\}", re.ASCII)
@@ -219,7 +219,7 @@ class Sieve:
             self.note("unparsable_answers", 0, _OFF)
             return
         answers = self.problems["answer"].take(pa.array(self.alive))
-        bad = unparsable_answers(pc.unique(answers).to_pylist(), limits)
+        bad, partly = unparsable_answers(pc.unique(answers).to_pylist(), limits)
         is_bad = pc.is_in(answers, value_set=pa.array(sorted(bad), pa.string()))
         if bad and choice == "fail":
             first = pc.min(self.problems["problem_id"].take(pa.array(self.alive)).filter(is_bad)).as_py()
@@ -230,6 +230,12 @@ class Sieve:
         shown = ", ".join(repr(answer[:20]) for answer in sorted(bad)[:3])
         description = "ground truth that math-verify cannot parse" + (f": {shown}" if bad else "")
         self.keep("unparsable_answers", ~is_bad.to_numpy(), description)
+        if partly:
+            count = pc.sum(pc.is_in(answers, value_set=pa.array(sorted(partly), pa.string())))
+            self.notes.append(
+                f"unparsable_answers: {count} ground truths are readable only in part, so responses are compared with "
+                f"their text: {', '.join(repr(answer[:40]) for answer in sorted(partly)[:3])}"
+            )
 
     def sample(self, seed: int) -> None:
         """max_unsolved_share and max_problems. Both choose rows by rank; the second keeps the cap of the first."""
@@ -298,8 +304,9 @@ def _exact(share: float) -> Fraction:
     return Fraction(str(share))
 
 
-def unparsable_answers(answers: Iterable[str], limits: VerificationConfig) -> set[str]:
-    """The answers that math-verify cannot read, so that no response to their problem could be found right.
+def unparsable_answers(answers: Iterable[str], limits: VerificationConfig) -> tuple[set[str], set[str]]:
+    """The answers that cannot be read, so that hardly a response to their problem could be found right, and those that
+    can be read only in part, which are compared as text.
 
     The verifier's own killable workers read them: each distinct truth is compared with a number, and the verdict says
     whether the truth can be read. A truth that exhausts time or memory counts as unreadable. Plain numbers and
@@ -307,12 +314,14 @@ def unparsable_answers(answers: Iterable[str], limits: VerificationConfig) -> se
     """
     doubtful = sorted({answer for answer in answers if not _NUMBER.fullmatch(answer)})
     if not doubtful:
-        return set()
+        return set(), set()
     with Verifier(**limits.pool_options) as verifier:
         verdicts = verifier.verify_batch([(_PROBE, answer) for answer in doubtful], require_format=False)
     failed = (VerdictKind.TIMEOUT, VerdictKind.ERROR)
-    return {
+    judged = list(zip(doubtful, verdicts, strict=True))
+    bad = {
         answer
-        for answer, verdict in zip(doubtful, verdicts, strict=True)
+        for answer, verdict in judged
         if verdict.kind in failed or verdict.reason.startswith((UNREADABLE_TRUTH, FAILED_COMPARISON))
     }
+    return bad, {answer for answer, verdict in judged if verdict.reason == PARTLY_READ}

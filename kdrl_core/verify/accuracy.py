@@ -1,51 +1,100 @@
 r"""The accuracy reward r_acc (B.1.2): is the answer mathematically equal to the ground truth? math-verify decides.
 
-Everything here runs in a worker process of :mod:`kdrl_core.verify.workers`; math-verify and sympy are imported
-there and nowhere else. Departures from plain math-verify:
+Everything here runs in a worker process of :mod:`kdrl_core.verify.workers`; math-verify, sympy and pint are
+imported there and nowhere else. A comparison goes through these steps, and the first that decides ends it:
 
-- its SIGALRM timeouts are off (they need a main thread and do not stop C code): the pool kills the process instead;
-- gold always goes first: ``verify(gold, answer)`` is asymmetric;
-- answers and truths are repaired first (:mod:`kdrl_core.verify.normalise`), and some answers are rejected
-  (:mod:`kdrl_core.verify.objections`);
-- the ground truth may have no ``\boxed{}`` or ``$``: it is then read as the content of a box; a plain expression
-  (``7/2``, ``3*10^8``) is also read as arithmetic;
-- an answer is wrong if math-verify reads only a part of it (digits are missing from what it read);
-- intervals and inequalities are compared in both directions (``allow_set_relation_comp``);
-- two tiny numbers are compared in relative terms, since math-verify takes them for equal;
-- if the truth cannot be read, the verdict is ``error``. If reading the answer or comparing it raises an exception, the
-  verdict is ``wrong``, and its reason names the exception;
-- a reading without a value (``1:00`` is 1/0 to math-verify) is left out, and the text is compared.
+1. answer and truth are repaired (:mod:`kdrl_core.verify.normalise`); equal texts are right;
+2. a truth of a form that math-verify reads in part, or not at all, is compared by the rules of this form: letters of
+   choice and words (:mod:`~kdrl_core.verify.words`), sets and relations (:mod:`~kdrl_core.verify.sets`), units
+   (:mod:`~kdrl_core.verify.quantities`), congruences, lists with dots, systems and families of solutions
+   (:mod:`~kdrl_core.verify.sequences`), times, ratios, approximations (:mod:`~kdrl_core.verify.numbers`);
+3. some answers are refused (:mod:`~kdrl_core.verify.objections`), such as a bound for a value;
+4. both are read as mathematics (:mod:`~kdrl_core.verify.reading`). A truth of which a part is not read is compared as
+   text, and an answer of which digits are not read is wrong;
+5. the objects are compared (:mod:`~kdrl_core.verify.equality`). Gold goes first: math-verify is asymmetric.
+
+If the truth cannot be read, the verdict is ``error``. If reading the answer or comparing it raises an exception, the
+verdict is ``wrong``, and its reason names the exception. math-verify's SIGALRM timeouts are off (they need a main
+thread and do not stop C code): the pool kills the process instead.
 """
 
 import contextlib
 import logging
 import os
-import re
 import resource
 import signal
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 from kdrl_core.types import VerdictKind
-from kdrl_core.verify.normalise import as_based_integer, as_word, decimal_comma, is_doubtful, normalise, same_word
-from kdrl_core.verify.objections import constants_of, lost_digits, objection
-from kdrl_core.verify.screening import Outcome, last_box
+from kdrl_core.verify.equality import are_equal
+from kdrl_core.verify.latex import same_text
+from kdrl_core.verify.normalise import normalise
+from kdrl_core.verify.numbers import same_approximation, same_based_integer, same_time
+from kdrl_core.verify.objections import constants_of, objection
+from kdrl_core.verify.quantities import same_amounts, same_quantity
+from kdrl_core.verify.reading import content_of, is_whole, read_number, readings_of, readings_of_truth, words_left_out
+from kdrl_core.verify.screening import Outcome
+from kdrl_core.verify.sentences import is_doubtful, last_announced
+from kdrl_core.verify.sequences import (
+    same_assignments,
+    same_congruence,
+    same_family,
+    same_function,
+    same_list_with_dots,
+    same_numbers,
+    same_ratio,
+)
+from kdrl_core.verify.sets import same_relation, same_set
+from kdrl_core.verify.words import same_choice, same_choice_and_value, same_words
 
 EXIT_OUT_OF_MEMORY = 86
 """Exit code of a worker that hit its memory limit. It ends because its heap can no longer be trusted."""
 
+PARTLY_READ = "the ground truth is readable only in part, so the texts are compared, and they differ"
 UNREADABLE_TRUTH = "the ground truth is not readable as mathematics, and the texts differ"
 FAILED_COMPARISON = "the comparison failed: "
 """The beginning of a reason. The answer is not taken for right, and the exception follows."""
 
+_MAX_FORM_CHARS = 600
+"""Longer contents are compared as mathematics alone."""
 _MEMORY_ALARM = 0.75
-_ARITHMETIC = re.compile(r"[.+\-*/^()]*+\d[\d.+\-*/^()]*+", re.ASCII)
-_DIVIDED_BY_ZERO = re.compile(r"/\(*+(?:0++(?:\.0++)?+|\.0++)(?![\d.])", re.ASCII)
-_MAX_ARITHMETIC_CHARS = 1_000
-_AROUND_OPERATOR = re.compile(r" ?([+\-*/^()]) ?")
-_MATH = re.compile(r"\\boxed|(?<!\\)\$|\\\(|\\\[")
+_MAX_ANNOUNCED_CHARS = 80
+"""In longer announcements math-verify looks for the answer."""
+Form = Callable[[str, str], bool | None]
+"""Whether a normalised answer equals a ground truth of this form; None if the truth does not have it."""
+
+
+def _is_equal(answer: str, truth: str) -> bool:
+    """Compare a part of an answer with a part of a truth."""
+    answer, truth = normalise(answer), normalise(truth)
+    return bool(answer and truth) and _compare_contents(answer, truth, truth).kind is VerdictKind.CORRECT
+
+
+_FORMS: tuple[tuple[str, Form], ...] = (
+    ("choice", same_choice),
+    ("word", same_words),
+    ("integer and base", same_based_integer),
+    ("residue class", same_congruence),
+    ("list", same_list_with_dots),
+    ("list", same_numbers),
+    ("time", same_time),
+    ("value", lambda answer, truth: same_approximation(answer, truth, _is_equal, read_number)),
+    ("ratio", lambda answer, truth: same_ratio(answer, truth, _is_equal)),
+    ("relation", same_relation),
+    ("set", lambda answer, truth: same_set(answer, truth, read_number)),
+    ("amounts", lambda answer, truth: same_amounts(answer, truth, _is_equal)),
+    ("quantity", lambda answer, truth: same_quantity(answer, truth, _is_equal)),
+)
+_FORMS_WITHOUT_OBJECTION: tuple[tuple[str, Form], ...] = (
+    ("choice and value", lambda answer, truth: same_choice_and_value(answer, truth, _is_equal)),
+    ("solution", lambda answer, truth: same_assignments(answer, truth, _is_equal)),
+    ("formula and parameter", lambda answer, truth: same_family(answer, truth, _is_equal)),
+    ("function", lambda answer, truth: same_function(answer, truth, _is_equal)),
+)
+"""Forms of which some answers are refused first (:mod:`kdrl_core.verify.objections`)."""
 
 
 def start_worker(memory_limit_mb: int) -> None:
@@ -95,25 +144,42 @@ def judge(answer: str, ground_truth: str, is_text: bool, cpu_limit_s: float, mem
 
 def compare_answer(answer: str, ground_truth: str) -> Outcome:
     """Compare the content of a box with the ground truth."""
-    answer, truth = normalise(answer), _content_of(ground_truth)
-    if answer == truth:
+    return _compare_contents(normalise(answer), content_of(ground_truth), ground_truth)
+
+
+def _compare_contents(answer: str, truth: str, ground_truth: str) -> Outcome:
+    """Compare normalised contents: as text, by the first form that the truth has, or as mathematics."""
+    if answer == truth or same_text(answer, truth):
         return _same(True, "text")
-    if (word := as_word(truth)) is not None:
-        return _same(same_word(answer, word), "word")
-    if (given := as_based_integer(answer)) and (expected := as_based_integer(truth)):
-        return _same(given == expected, "integer and base")
+    is_short = len(answer) <= _MAX_FORM_CHARS and len(truth) <= _MAX_FORM_CHARS
+    if is_short and (outcome := _by_form(_FORMS, answer, truth)) is not None:
+        return outcome
     if (reason := objection(answer, truth)) is not None:
         return Outcome(VerdictKind.WRONG, reason)
+    if is_short and (outcome := _by_form(_FORMS_WITHOUT_OBJECTION, answer, truth)) is not None:
+        return outcome
     golds = _read_truth(ground_truth)
-    readings = _readings(answer)
-    if not readings:
+    if truth.endswith(r"\%") and "%" not in answer:  # 62.5 where the problem asks for percent
+        golds = golds + _read_truth(truth[:-2])
+    if not is_whole(truth, golds):
+        return Outcome(VerdictKind.WRONG, PARTLY_READ)
+    readings = readings_of(answer)
+    if not readings or words_left_out(answer, truth):
         return Outcome(VerdictKind.WRONG, "part of the answer is not readable as mathematics")
     outcome = _compare(golds, readings)
-    if outcome.kind is VerdictKind.CORRECT and "=" not in truth:
+    if outcome.kind is VerdictKind.CORRECT and truth.count("=") < 2:
         for side in constants_of(answer):
-            if _compare(golds, _readings(side)).kind is not VerdictKind.CORRECT:
+            if _compare(golds, readings_of(normalise(side))).kind is not VerdictKind.CORRECT:
                 return Outcome(VerdictKind.WRONG, "one side of its equality is not the ground truth")
     return outcome
+
+
+def _by_form(forms: tuple[tuple[str, Form], ...], answer: str, truth: str) -> Outcome | None:
+    """The outcome of the first form that the truth has; None if it has none of them."""
+    for what, compare in forms:
+        if (is_same := compare(answer, truth)) is not None:
+            return _same(is_same, what)
+    return None
 
 
 def _same(is_same: bool, what: str) -> Outcome:
@@ -126,6 +192,11 @@ def compare_text(text: str, ground_truth: str) -> Outcome:
     """Compare the answer that math-verify finds after the word "answer" in unboxed text with the ground truth."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
+    if is_doubtful(text):
+        return Outcome(VerdictKind.NO_ANSWER, "what is announced as the answer is denied, or one of several")
+    said = last_announced(text)
+    if said is not None and len(said) <= _MAX_ANNOUNCED_CHARS:
+        return compare_answer(said, ground_truth)._replace(extracted=said)
     found = parse(
         text,
         [LatexExtractionConfig(try_extract_without_anchor=False), ExprExtractionConfig(False)],
@@ -134,23 +205,18 @@ def compare_text(text: str, ground_truth: str) -> Outcome:
     )
     if not found:
         return Outcome(VerdictKind.NO_ANSWER, r"no \boxed{} and no answer that is announced as one")
-    if is_doubtful(text):
-        return Outcome(VerdictKind.NO_ANSWER, "what is announced as the answer is denied, or one of several")
     extracted = next((item for item in found if isinstance(item, str)), None)
     return _compare(_read_truth(ground_truth), found)._replace(extracted=extracted)
 
 
 def _compare(golds: list[Any], answers: list[Any]) -> Outcome:
-    from math_verify import verify
-
     if not golds:
         return Outcome(VerdictKind.ERROR, "the ground truth holds nothing to compare with")
     failure: Exception | None = None
     for gold in golds:
         for answer in answers:
             try:
-                equal = verify(gold, answer, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
-                if equal and not _are_tiny_and_apart(gold, answer):
+                if are_equal(gold, answer):
                     return Outcome(VerdictKind.CORRECT, "equal to the ground truth")
             except MemoryError:
                 raise
@@ -165,94 +231,15 @@ def _compare(golds: list[Any], answers: list[Any]) -> Outcome:
     return Outcome(VerdictKind.WRONG, "not equal to the ground truth")
 
 
-def _are_tiny_and_apart(gold: Any, answer: Any) -> bool:
-    """Are both numbers below 1e-3 and over 0.1 % apart?
-
-    math-verify compares in absolute terms (1e-15, or 6 decimals), so that 1/2004! and 1/2006! are equal to it.
-    """
-    from sympy import Eq, Expr  # type: ignore[import-untyped, unused-ignore]
-
-    values = []
-    for side in (gold, answer):
-        number = side.rhs if isinstance(side, Eq) else side
-        if not isinstance(number, Expr) or number.free_symbols:
-            return False
-        try:
-            value = abs(number.doit().evalf(30))
-        except ValueError:  # 12/0: "can't evaluate nan or zoo"
-            return False
-        if not value.is_Float and value != 0:  # not a number after all: oo, an unevaluated sum, …
-            return False
-        if value.is_Float and value._prec == 1:  # sympy's mark for "no significant digit": zero up to rounding
-            return False
-        values.append(value)
-    large = max(values)
-    return bool(0 < large < 1e-3 and abs(values[0] - values[1]) > 1e-3 * large)
-
-
 @lru_cache(maxsize=256)  # the G responses of a prompt share it
 def _read_truth(ground_truth: str) -> list[Any]:
     """The readings of a ground truth. Raises _BrokenTruthError if reading it raises an exception."""
-    from math_verify import parse
-
-    truth = _content_of(ground_truth)
     try:
-        if _MATH.search(truth):  # a whole solution
-            return _with_value(parse(ground_truth, parsing_timeout=None, raise_on_error=True))
-        return _readings(truth, is_truth=True)
+        return readings_of_truth(ground_truth)
     except MemoryError:
         raise
     except Exception as error:
         raise _BrokenTruthError(_describe(error)) from error
-
-
-def _with_value(readings: list[Any]) -> list[Any]:
-    """The readings without those that are no number at all: 1/0 and 0/0, which sympy cannot compare."""
-    from sympy import nan, zoo  # type: ignore[import-untyped, unused-ignore]
-
-    return [reading for reading in readings if reading is not zoo and reading is not nan]
-
-
-@lru_cache(maxsize=256)
-def _content_of(ground_truth: str) -> str:
-    """The truth, or the content of its only box, normalised. A truth with several boxes is read as a whole solution."""
-    content, _ = last_box(ground_truth) if ground_truth.count(r"\boxed") == 1 else (None, True)
-    return normalise(content or ground_truth)
-
-
-def _readings(content: str, *, is_truth: bool = False) -> list[Any]:
-    """All readings of a normalised content. An answer that math-verify read only in part has none."""
-    readings = _read_content(content)
-    read = next((reading for reading in readings if isinstance(reading, str)), content)
-    if not is_truth and lost_digits(content, read):
-        readings = []
-    if (arithmetic := _read_arithmetic(content)) is not None:
-        readings.append(arithmetic)
-    if (decimal := decimal_comma(content, is_truth=is_truth)) is not None:
-        readings += _read_content(decimal)
-    return readings
-
-
-def _read_content(content: str) -> list[Any]:
-    """math-verify's readings of a box with this content: a sympy object if it finds one, then the text that it read."""
-    from math_verify import parse
-
-    return _with_value(parse(rf"\boxed{{{content}}}", parsing_timeout=None, raise_on_error=True))
-
-
-def _read_arithmetic(content: str) -> Any:
-    """The value of a content of only numbers and operators (``2**3``, ``7 / 2``); None for any other content."""
-    from sympy.parsing import parse_expr  # type: ignore[import-untyped, unused-ignore]
-
-    if len(content) > _MAX_ARITHMETIC_CHARS:
-        return None
-    expression = _AROUND_OPERATOR.sub(r"\1", " ".join(content.split()))
-    if not _ARITHMETIC.fullmatch(expression) or _DIVIDED_BY_ZERO.search(expression):
-        return None
-    try:
-        return parse_expr(expression.replace("^", "**"), evaluate=False)
-    except (SyntaxError, TokenError, TypeError, ValueError, ArithmeticError, AttributeError):
-        return None
 
 
 def _describe(error: Exception) -> str:

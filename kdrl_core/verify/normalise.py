@@ -1,31 +1,32 @@
-r"""Repair slips of writing before math-verify reads an answer or a ground truth. The meaning does not change.
+r"""Repair slips of writing before an answer or a ground truth is compared. The meaning does not change.
 
 Each repair is applied to answers and ground truths alike, to the whole content of a box:
 
 ================ =================================================== ==============================================
 slip             from → to                                           without the repair
 ================ =================================================== ==============================================
-unicode          ``½ √2 x² 3·4 −5 ５ （1，2）`` → LaTeX               not read, or ``x²`` read as ``x2``
-marks            ``**5**  $5$  5.  5\  5~  \underline{5}  €5`` → 5   not read
+unicode          ``½ √2 x² 3·4 −5 ５ （1，2） x≤5`` → LaTeX          not read, or ``x²`` read as ``x2``
+marks            ``**5**  $5$  5.  5\  5~  \underline{5}`` → 5       not read
 sentence         ``The answer is 5``, ``\text{The sum is } 5`` → 5   a product of letters and 5
-scientific       ``4.5e33  1.5 x 10^3`` → ``4.5 \cdot 10^{33}``      4.5 · e · 33
-spaced thousands ``12 345  12\,345`` → 12345                         12 · 345, or the last of them
-mixed number     ``3 1/2  -3 1/2`` → ``3\frac{1}{2}``                another number (2 for ``3 1/2``)
-repeating        ``0.\overline{3}`` → ``\frac{3}{9}``                 not read
+plain text       ``sqrt(2)  x**2  2*pi/omega  (-inf, 2) U (3, inf)`` products of letters
+no and all       ``no solution`` → ``\emptyset``, ``all reals``      products of letters
+several lines    ``\begin{cases} x=1 \\ y=2 \end{cases}`` → a list   the last line
+signs            ``(\pm3,\pm2)`` → four points                       four numbers
+numbers          see :mod:`kdrl_core.verify.numbers`
 ================ =================================================== ==============================================
 
 The answer is taken out of a sentence only if the sentence announces it ("answer is", "answer:") or is words and a
-verb ("The sum is"), and never if it holds two announcements or a denial. math-verify misreads two kinds of content,
-which `as_word` and `as_based_integer` recognise: words (a product of letters, so that ``\text{even}`` equals
-``neve``) and integers in a given base (it drops the base, so that ``1011_2`` equals ``1011_3``). `decimal_comma` reads
-a comma in an answer as a decimal point.
+verb ("The sum is"), and never if it holds two announcements or a denial.
 """
 
 import itertools
 import re
-import string
 import unicodedata
 from contextlib import suppress
+
+from kdrl_core.verify.latex import TEXT, split_top, unwrapped, without_look
+from kdrl_core.verify.numbers import plain_number
+from kdrl_core.verify.sentences import announced
 
 MAX_CHARS = 4_096
 _MAX_VOTE_CHARS = 300
@@ -48,6 +49,21 @@ _SYMBOLS = str.maketrans(
         "\u2215": "/",
         "∞": r"\infty ",
         "°": r"^{\circ}",
+        "¢": r"\text{ cents}",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "≡": r"\equiv ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∉": r"\notin ",
+        "∅": r"\emptyset ",
+        "±": r"\pm ",
+        "≈": r"\approx ",
+        "…": r"\ldots ",
+        "→": r"\to ",
+        **{letter: rf"\mathbb{{{name}}}" for letter, name in zip("ℂℕℚℝℤ", "CNQRZ", strict=True)},
         "π": r"\pi ",
         "，": ",",
         "。": ".",
@@ -56,84 +72,94 @@ _SYMBOLS = str.maketrans(
 )
 
 _NAMES = re.compile(
-    r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|infinity)(?![A-Za-z])"
+    r"(?<![\\A-Za-z])(sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|pi|infinity|inf|asin|acos|atan|"
+    r"alpha|beta|gamma|delta|epsilon|zeta|theta|lambda|sigma|tau|phi|psi|omega|rho|mu)(?![A-Za-z])"
 )
-_COMMANDS = {"infinity": "infty"}
+_COMMANDS = {"infinity": "infty", "inf": "infty", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _CALLED_ROOT = re.compile(r"\\sqrt\s*\(([^()]*)\)")
-_BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
-_FLIPPED = re.compile(r"([+-]?[\d./]+)\s*=\s*([A-Za-z])", re.ASCII)
-_PERCENT = re.compile(r"(?<=[\d}])\s*(?:\\text\s*\{\s*)?percent\s*\}?$")
 
-_STYLE = re.compile(r"\\(?:underline|boldsymbol|bm|mathbf|emph|displaystyle|textstyle)\s*\{([^{}]*)\}")
-_CURRENCY = re.compile(r"[€£¥₹]\s*(?=[\d.])|(?<=\d)\s*[€£¥₹]")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|mbox)\s*\{([^{}]*)\}")
-ANNOUNCEMENT = re.compile(
-    r"\b(?:answer|result|antwort|ergebnis|respuesta|resultado|réponse|résultat|risposta|risultato|resposta|ответ)\b[\s:=]*"
-    r"(?:(?:is|are|equals|equal to|lautet|ist|es|est|è|é)\b[\s:=]*)?"
-    r"|答案\s*(?:是|为|[:：])?\s*",
-    re.IGNORECASE,
-)
-_STATEMENT = re.compile(
-    r"[A-Za-z][A-Za-z ,'’-]*(?:\b(?:is|are|equals|equal to)\b\s*+(?::\s*+(?=\S)|(?=\S))|(?=\s\$[^$]+\$\.?$)\s)"
-    r"|[\u4e00-\u9fff，、]+(?:是|为|等于)\s*(?=\S)",
-    re.IGNORECASE,
-)
-_CLOSING_WORDS = re.compile(r"\.\s+I hope (?:it|this|that) is correct\.?$")
-_DENIAL = re.compile(
-    r"\b(?:not|never|no|neither|nor|except|cannot|can|may|might|could|perhaps|maybe|unlikely|or|if|unless|"
-    r"than|more|less|least|most|fewer|about|wrong|incorrect|false|opposite|negative|minus|plus|times|"
-    r"twice|double|triple|half|third|quarter|reciprocal|inverse|square|cube|root)\b|n['’]t\b|[不非没]",
-    re.IGNORECASE,
-)
-_DELIMITED = re.compile(r"\$[^$]*+(\$)?|\\\((?:(?!\\\)).)*+(\\\))?|\\\[(?:(?!\\\]).)*+(\\\])?")
-"""A formula between delimiters. One that is not closed goes on to the end, and has no group."""
-_PROSE = re.compile(r"[A-Za-zÀ-ÿ\u4e00-\u9fff ,.:;'’，。、*]*")
-_STEP = re.compile(r"\bstep \d+\s*[:.]", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.;]\s*+[A-Za-z :]*+$")
-_CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.IGNORECASE)
-_WORDS_AT_END = string.ascii_letters + ", "
-_WORD_FIRST = re.compile(r"[A-Za-z]{3,}")
-_MATHS = re.compile(r"[\d$\\]")
+_ALIGNMENT = re.compile(r"&\s*+(?==)|(?<==)\s*+&")
+_ONLY_WORDS = re.compile(r"[A-Za-z .]*+")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_JOINT = re.compile(r"[\s,;.]*+(?:(?:\\text\s*+\{\s*+)?(?:and|or)\s*+\}?[\s,;]*+)?+")
 
-_REPEATING = re.compile(r"([+-]?)(\d{1,9})\.(\d{0,9})\\(?:overline|dot|bar)\{(\d{1,9})\}", re.ASCII)
-_SCIENTIFIC = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d{1,4})", re.ASCII)
-_TIMES_TEN = re.compile(r"(?<=\d)\s*[xX*]\s*(?=10\s*\^)")
-_SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?: |\\[,;: ]|~)\d{3})+(?:\.\d+)?", re.ASCII)
-_MIXED = re.compile(r"([+-]?\d{1,12}) (\d{1,12})/(\d{1,12})", re.ASCII)
-_NOT_DIGIT = re.compile(r"[^\d.+-]+", re.ASCII)
 
-_COUNTED = re.compile(
-    r"([+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)\s+"
-    r"((?!(?:and|or|to|by)\b)[A-Za-z]{2,}(?:[ -][A-Za-z]+)*)(?:\^\{?[23]\}?)?",
-    re.ASCII,
-)
-_WHOLE = (
-    (_FLIPPED, r"\2=\1"),
-    (_SCIENTIFIC, r"\1 \\cdot 10^{\2}"),
-    (_MIXED, r"\1\\frac{\2}{\3}"),
-    (_COUNTED, r"\1\\text{ \2}"),
-)
-"""Patterns of numbers that are the whole content, and their replacements."""
+def _in_one_line(lines: "re.Match[str]") -> str:
+    """Equations below each other as a list. Pieces of a function, and tables, stay as they are."""
+    content = _ALIGNMENT.sub("", lines[2])
+    if "&" in content:
+        return lines[0]
+    return ", ".join(filter(None, (row.strip() for row in _ROW.split(content))))
+
 
 _TEXT_WITH_DIGITS = re.compile(r"\\text\s*\{([^{}\d]*+\d[^{}]*+)\}")
 _SYNONYMS = (
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"\\langle(?![A-Za-z])"), "("),
     (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
-    (re.compile(r"^\\mathbb\s*(?:\{\s*R\s*\}|R)$"), r"(-\\infty,\\infty)"),
+    (re.compile(r"\\not\s*+\\in(?![A-Za-z])"), r"\\notin "),
+    (re.compile(r"\\not\s*+="), r"\\neq "),
+    (re.compile(r"~(?!=)"), " "),
+    (re.compile(r"\\!\s*+"), ""),
+    (re.compile(r"(?<=\d)\s*+(?:\\text\s*+\{\s*+)?\b([ap])\.?\s?m\b\.?(?:\s*+\})?", re.IGNORECASE), r" \\text{ \1m}"),
+    (re.compile(r"\+\s*+-"), "-"),
+    (re.compile(r"^(?:negative|minus)\s+(?=[\d\\(])"), "-"),
+    (
+        re.compile(r"\\(?:hat|vec|mathbf|bm)\s*+\{\s*+\\?([ij])(?:math)?\s*+\}|\\(?:hat|vec)\s*+\{\s*+(k)\s*+\}"),
+        r"\1\2",
+    ),
+    (re.compile(r"(?<=\))\s*+\^\s*+\{?\s*+(?:T|\\top|\\mathrm\{T\})\s*+\}?$"), ""),
+    (re.compile(r"\\\\\s*+\[\s*+[\d.]+\s*+(?:pt|em|ex|mm|cm)\s*+\]"), r"\\\\"),
+    (re.compile(r"\{smallmatrix\}"), "{pmatrix}"),
+    (re.compile(r" ?(?:\\checkmark(?![A-Za-z])|✓)"), ""),
+    (re.compile(r"\{:\}"), ":"),
+    (re.compile(r"(?<=[\d}])\s*+(?<!\\)%"), r"\\%"),
+    (re.compile(r"_\s*+\{\s*+\\(max|min)\s*+\}"), r"_{\1}"),
+    (re.compile(r"\(\s*+\\approx([^()]+)\)$"), r"\\approx \1"),
+    (re.compile(r"(?<=[)\]])\s*+U\s*+(?=[(\[])"), r" \\cup "),
+    (re.compile(r"\\text\s*+\{\s*+,\s*+(?:(?:and|or)\s*+)?\}"), ", "),
+    (re.compile(r"(?<=[\w)}])(?:\*\*|\s\*\*\s)(-?\w+)"), r"^{\1}"),
+    (re.compile(r"(?<=[\w)}])\*\*(?=\()"), "^"),
+    (re.compile(r"(?<![A-Za-z\\])(?:np|math)\.(?=[a-z])"), ""),
+    (
+        re.compile(
+            r"\\begin\s*+\{(cases|aligned|gathered|split|array)\}(?:\{[lcr|]*+\})?+((?:(?!\\begin|\\end).)*+)\\end\s*+\{\1\}",
+            re.DOTALL,
+        ),
+        _in_one_line,
+    ),
 )
+"""Another spelling with the same meaning, anywhere in the content."""
+_ROW = re.compile(r"\\\\|,")
+_NOTHING = re.compile(
+    r"(?:there (?:is|are) |(?:it|the (?:equation|system|inequality|problem)) has |has )?(?:"
+    r"no (?:such |real |valid |possible )*"
+    r"(?:solutions?|roots?|values?|answers?|numbers?|integers?|pairs?|triples?)"
+    r"(?: of [a-z])?(?: exists?)?|(?:the )?empty ?set|none|\\\{\s*+\\\})",
+    re.IGNORECASE,
+)
+_EVERYTHING = re.compile(
+    r"(?:[a-z] (?:is |can be )?)?(?:all|any|every|the set of(?: all)?) "
+    r"(?:real numbers?|reals?|real)(?: values?)?(?: of)?(?: [a-z])?"
+    r"|(?:[a-z]\s*+\\in\s*+)?\\mathbb\s*(?:\{\s*R\s*\}|R)",
+    re.IGNORECASE,
+)
+_INTEGERS = re.compile(
+    r"(?:[a-z] (?:is |can be )?)?(?:all|any|every|the set of(?: all)?) integers?(?: values?)?(?: of [a-z])?",
+    re.IGNORECASE,
+)
+_DISJUNCTION = re.compile(r"\\(?:lor|vee)(?![A-Za-z])")
+_ROWS = re.compile(r"\[\s*+\[([^\[\]]*+)\](?:\s*+,\s*+\[[^\[\]]*+\])++\s*+\]")
+_ROW_END = re.compile(r"\]\s*+,\s*+\[")
+_COMMA = re.compile(r"(?<!\\),")
+_SIGN = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+_PLUS_FIRST = re.compile(r"(^|[=(,{]\s*+)\+\s*+")
+_MAX_SIGNS = 4
+_FIGURE_WITH_TOLERANCE = re.compile(r"[\d.]++\s*+\\pm\s*+[\d.]++.*")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DEGREES = re.compile(r"(?<!\d)(\d++(?:\.\d++)?+)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))")
-
-_DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})|([+-]?\d{4,}),(\d+)", re.ASCII)
-_BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?\s*_\s*(?:\{\s*(?:\\text\{)?(\d{1,2}|[a-z]{3,9})\}?\s*\}|(\d))", re.ASCII)
-_WORD = re.compile(r"[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*", re.ASCII)
-_ARTICLE = re.compile(r"^(?:an?|the) ")
-_BASE_NAMES = {
-    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12
-}  # fmt: skip
 
 
 def normalise(content: str) -> str:
@@ -142,65 +168,64 @@ def normalise(content: str) -> str:
     written = content = content.strip()
     if len(content) > MAX_CHARS:
         return content
+    content = " ".join(content.split())
     if not content.isascii():
         content = _ascii_maths(content)
         if len(content) > MAX_CHARS:
             return written
     content = _without_marks(content)
-    opened = _announced(content)
+    opened = announced(content)
     if opened is not None:
         content = _without_marks(opened)
+    content = TEXT.sub(r"\1", content) if _TEXT_WITH_DIGITS.fullmatch(content) else content
     for pattern, replacement in _SYNONYMS:
         content = pattern.sub(replacement, content)
     content = _CALLED_ROOT.sub(r"\\sqrt{\1}", _NAMES.sub(lambda name: rf"\{_COMMANDS.get(name[1], name[1])} ", content))
-    content = _TEXT_WITH_DIGITS.sub(r"\1", content) if _TEXT_WITH_DIGITS.fullmatch(content) else content
     if _TRIGONOMETRIC.search(content):
         content = _DEGREES.sub(r"(\1\\pi/180)", content)
-    content = _number(content)
+    content = plain_number(_as_set_or_matrix(content))
     return content if len(content) <= MAX_CHARS else written
 
 
-def decimal_comma(content: str, *, is_truth: bool = False) -> str | None:
-    """``1,22`` or ``1000,99`` as a decimal; None if the comma can part thousands (``1,000``), or there is no comma.
-
-    A ground truth with one digit after the comma (``2,5``) is more likely a list than a decimal, so it gives None too.
-    """
-    match = _DECIMAL_COMMA.fullmatch(content)
-    if match is None or (is_truth and len(match[2] or match[4]) == 1):
-        return None
-    return content.replace(",", ".")
-
-
-def as_word(content: str) -> str | None:
-    r"""The words of a content that is only ``\text{…}`` of letters, for comparison; None for any other content."""
-    bare, count = _TEXT.subn(r"\1", content)
-    return _plain_words(bare) if count else None
-
-
-def _plain_words(content: str) -> str | None:
-    content = " ".join(content.strip().rstrip(".").lower().split())
-    return _ARTICLE.sub("", content) if _WORD.fullmatch(content) else None
-
-
-def same_word(answer: str, word: str) -> bool:
-    """Whether an answer, with or without ``\\text``, is the word that `as_word` found in the ground truth."""
-    return _plain_words(_TEXT.sub(r"\1", answer)) == word
+def _as_set_or_matrix(content: str) -> str:
+    """``no solution`` as the empty set, ``all real numbers`` as an interval, ``[[1,2],[3,4]]`` as a matrix."""
+    bare = unwrapped(content).rstrip(".")
+    if _NOTHING.fullmatch(bare):
+        return r"\emptyset"
+    if _EVERYTHING.fullmatch(bare):
+        return r"(-\infty,\infty)"
+    if r"\equiv" in content and "mod" not in content:
+        content = content.replace(r"\equiv", "=")
+    if "=" in content:
+        content = _DISJUNCTION.sub(r"\\text{ or }", content)
+    if r"\pm" in content and content.startswith(r"\{") and content.endswith(r"\}"):
+        return rf"\{{{_as_set_or_matrix(content[2:-2])}\}}"
+    if r"\pm" in content:
+        return ", ".join(sign for item in split_top(content, _COMMA) for sign in _both_signs(item))
+    if _INTEGERS.fullmatch(bare):
+        return r"\mathbb{Z}"
+    if _ROWS.fullmatch(content):
+        rows = _ROW_END.sub(r" \\\\ ", content.strip("[] ")).replace(",", " & ")
+        return rf"\begin{{pmatrix}} {rows} \end{{pmatrix}}"
+    return content
 
 
-def as_based_integer(content: str) -> tuple[str, int] | None:
-    """Digits and base of ``1011_2`` or ``1011_{two}``; None for anything else."""
-    match = _BASED.fullmatch(content)
-    if match is None:
-        return None
-    name = match[2] or match[3]
-    base = int(name) if name.isdigit() else _BASE_NAMES.get(name, 0)
-    digits = match[1].upper().lstrip("0") or "0"
-    if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in digits):
-        return None
-    return digits, base
+def _both_signs(item: str) -> list[str]:
+    r"""``\frac{1\pm\sqrt5}{2}`` as two numbers, ``(\pm3,\pm2)`` as four points; an item of over four signs as it is."""
+    places = list(_SIGN.finditer(item))
+    if not 0 < len(places) <= _MAX_SIGNS or _FIGURE_WITH_TOLERANCE.fullmatch(item):
+        return [item]
+    is_tied = any(place[0] == r"\mp" for place in places)
+    choices = ("+-", "-+") if is_tied else itertools.product("+-", repeat=len(places))
+    found = []
+    for choice in choices:
+        signs = iter(choice if not is_tied else [choice[place[0] == r"\mp"] for place in places])
+        found.append(_PLUS_FIRST.sub(r"\1", _SIGN.sub(lambda _, signs=signs: next(signs), item)))  # type: ignore[misc]
+    return found
 
 
 def _ascii_maths(content: str) -> str:
+    content = "".join(char for char in content if unicodedata.category(char) != "Cf")  # zero-width spaces and the like
     content = _SUPERSCRIPT_RUN.sub(lambda run: f"^{{{run[0].translate(_SUPERSCRIPTS)}}}", content)
     content = _SUBSCRIPT_RUN.sub(lambda run: f"_{{{run[0].translate(_SUBSCRIPTS)}}}", content)
     content = unicodedata.normalize("NFKC", _VULGAR.sub(" ", content).translate(_SYMBOLS))  # ½ → 1⁄2, ５ → 5
@@ -219,55 +244,21 @@ def _without_marks(content: str) -> str:
                 inner = content[len(left) : -len(right)]
                 if left not in inner and right not in inner:
                     content = inner.strip()
+        content = _without_inner_dollars(content)
         if content.endswith("\\") and not content.endswith("\\\\"):
             content = content[:-1]
         if content.endswith(".") and not content.endswith("..") and not content.endswith(r"\."):
             content = content[:-1]
-    return _CURRENCY.sub("", _STYLE.sub(r"\1", content))
+    return without_look(content)
 
 
-def _announced(content: str) -> str | None:
-    """The answer that a sentence announces; None if the content is not such a sentence.
-
-    Before the announcement there may be only words, or formulas from which the answer is concluded.
-    """
-    text = " ".join(_TEXT.sub(r" \1 ", content).split())
-    found = list(ANNOUNCEMENT.finditer(text))
-    if any(_MATHS.search(text, one.end(), other.start()) for one, other in itertools.pairwise(found)):
-        return None  # it announces twice
-    match = found[-1] if found else _STATEMENT.match(text)
-    if match is None:
-        return None
-    before = text[: match.start()]
-    words = _DELIMITED.sub(lambda formula: " " if formula.lastindex else formula[0], _STEP.sub(" ", before))
-    has_formula = any(formula.lastindex for formula in _DELIMITED.finditer(before))
-    is_introduction = _PROSE.fullmatch(words) and (not has_formula or _SENTENCE_END.search(before))
-    if not is_introduction and not _CONCLUSION.search(before, len(before.rstrip(_WORDS_AT_END))):
-        return None
-    said = _CLOSING_WORDS.sub("", text[match.end() :]).strip()
-    is_denied = _DENIAL.search(words) or _DENIAL.search(text, match.start())
-    return None if not said or is_denied or _WORD_FIRST.match(said) else said
-
-
-def is_doubtful(announcement: str) -> bool:
-    """Whether the words after the last "answer" in a text deny it, or name alternatives."""
-    return bool(_DENIAL.search(announcement.lower().rpartition("answer")[2].partition("\n")[0]))
-
-
-def _number(content: str) -> str:
-    """Rewrite numbers in other notations. Except for a bare point, they must be the whole content."""
-    content = _BARE_POINT.sub("0.", content)
-    if match := _REPEATING.fullmatch(content):  # 0.1\overline{6} is 1/6
-        sign, whole, fixed, period = match.groups()
-        below = (10 ** len(period) - 1) * 10 ** len(fixed)
-        return rf"{sign}\frac{{{int(whole + fixed + period) - int(whole + fixed)}}}{{{below}}}"
-    content = _TIMES_TEN.sub(r" \\times ", _PERCENT.sub(r"\\%", content))
-    if _SPACED_THOUSANDS.fullmatch(content):
-        return _NOT_DIGIT.sub("", content)
-    for pattern, replacement in _WHOLE:
-        if match := pattern.fullmatch(content):
-            return match.expand(replacement)
-    return content
+def _without_inner_dollars(content: str) -> str:
+    """``$90^\\circ$, $60^\\circ$`` without its delimiters. Dollars of money have numbers outside."""
+    parts = _DOLLAR.split(content)
+    is_maths = len(parts) % 2 == 1 and len(parts) > 1 and all(_JOINT.fullmatch(part) for part in parts[::2])
+    if len(parts) == 3 and not is_maths:  # one formula, then a unit; or delimiters the wrong way round
+        is_maths = not parts[1].strip() or (not parts[0] and _ONLY_WORDS.fullmatch(parts[2]) is not None)
+    return " ".join(" ".join(parts).split()) if is_maths else content
 
 
 def vote_of(answer: str) -> str:

@@ -36,8 +36,9 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import ThinkOpened, Verdict, VerdictKind
+from kdrl_core.verify.words import is_sentinel
 
-RULES = 2
+RULES = 3
 """Raise this with every change of kdrl_core.verify that changes a verdict. Then stored verdicts of other versions
 are not used for this one."""
 
@@ -48,7 +49,9 @@ _SEPARATORS = re.compile(
     r"|\b(?:and|or|either|perhaps|maybe|possibly)\b)*"
 )
 _MAX_SEPARATOR_CHARS = 70
-_TOKEN = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
+_BARE_BOX = re.compile(r"\\boxed\s+([A-Za-z0-9.+-]{1,40})")
+_INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*+\{([^{}]*+)\}")
+_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
 MAX_ANSWER_CHARS = 4_096
 MAX_TRUTH_CHARS = 32_768
 MAX_NESTING = 64
@@ -120,13 +123,14 @@ def answer_region(response: str, *, think_opened: ThinkOpened = False) -> str:
 
 
 def last_box(text: str) -> tuple[str | None, bool]:
-    r"""Content of the balanced ``\boxed{…}`` that starts last, and whether no box opened after it.
+    r"""Content of the last balanced ``\boxed{…}`` that lies in no other, and whether no box opened after it.
 
     Boxes with only separators between them and it are included, joined by commas and without repetitions.
     ``(None, True)`` without any box, ``(None, False)`` if all boxes are unclosed. O(len(text)).
     """
-    if r"\boxed" not in text:
+    if r"\boxed" not in text and r"\fbox" not in text:
         return None, True
+    text = _BARE_BOX.sub(r"\\boxed{\1}", text)
     open_braces: list[tuple[int, int, bool]] = []  # (start of the token, of the content, is it a box)
     boxes: list[tuple[int, int, int]] = []  # (start of \boxed, of its content, of its closing brace), by closing brace
     for token in _TOKEN.finditer(text):
@@ -140,20 +144,29 @@ def last_box(text: str) -> tuple[str | None, bool]:
     last_unclosed = max((start for start, _, is_box in open_braces if is_box), default=-1)
     if not boxes:
         return None, last_unclosed < 0
-    boxes.sort()
+    boxes = _outermost(sorted(boxes))
     first_of_run, content, end = boxes.pop()
     is_last_closed = last_unclosed < first_of_run
-    parts = [text[content:end].strip()]
+    parts = [_INNER_BOX.sub(r"\1", text[content:end]).strip()]
     while boxes and parts[-1]:
         start, content, end = boxes.pop()
         gap = text[end + 1 : first_of_run]
         if end > first_of_run or len(gap) > _MAX_SEPARATOR_CHARS or not _SEPARATORS.fullmatch(gap):
             break
         first_of_run = start
-        part = text[content:end].strip()
+        part = _INNER_BOX.sub(r"\1", text[content:end]).strip()
         if part and part != parts[-1]:
             parts.append(part)
     return ", ".join(reversed(parts)), is_last_closed
+
+
+def _outermost(boxes: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The boxes, sorted by their start, that lie in no other."""
+    found: list[tuple[int, int, int]] = []
+    for box in boxes:
+        if not found or box[0] > found[-1][2]:
+            found.append(box)
+    return found
 
 
 def _tag_fault(response: str, *, think_opened: ThinkOpened) -> str | None:
@@ -208,6 +221,8 @@ def screen(
     truth = ground_truth.strip()
     if not truth:
         return form, Outcome(VerdictKind.ERROR, "the ground truth is empty")
+    if is_sentinel(truth):
+        return form, Outcome(VerdictKind.ERROR, f"the ground truth is {truth!r}: the data set has no answer here")
     if len(truth) > MAX_TRUTH_CHARS:
         return form, Outcome(VerdictKind.ERROR, f"the ground truth is longer than {MAX_TRUTH_CHARS:,} characters")
     truth = _UNUSABLE.sub("\ufffd", truth)

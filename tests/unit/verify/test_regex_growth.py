@@ -43,8 +43,8 @@ def test_every_regex_is_fast_on_its_worst_text(target: object) -> None:
 def test_every_pattern_is_found() -> None:
     names = {each.name for each in TARGETS}
     assert len(TARGETS) >= 60
-    assert {"verify.normalise._CONCLUSION", "verify.screening._TOKEN", "data.decontamination._WORD"} <= names
-    assert {"verify.normalise._SYNONYMS[0][0]"} <= names
+    assert {"verify.sentences._CONCLUSION", "verify.screening._TOKEN", "data.decontamination._WORD"} <= names
+    assert {"verify.normalise._SYNONYMS[1][0]"} <= names
     assert growth.uncompiled() == [], "give the pattern a name, so that it is tested"
 
 
