@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from kdrl_core.errors import DataError
 
-_VALUES = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\(.*\)|[+-]?\d[\d.]*")
+_VALUES = re.compile(r"'(?:[^'\\]|\\.){0,200}+'|\"(?:[^\"\\]|\\.){0,200}+\"|\([^()]{0,200}+\)|[+-]?\d[\d.]*+")
 """What differs from row to row in one reason: quoted texts, values in brackets, numbers."""
 _TOLD = 3
 

@@ -49,7 +49,7 @@ def is_sentinel(ground_truth: str) -> bool:
     return unwrapped(ground_truth).strip(" .").lower() in SENTINELS
 
 
-def words_of(content: str) -> Counter[str] | None:
+def word_items(content: str) -> Counter[str] | None:
     r"""The items of a content that is words; None if it is mathematics.
 
     Letters in ``\text{…}`` are words. Bare letters are words if they look it: ``Yes``, ``ace``, ``a parabola``, but not
@@ -68,7 +68,7 @@ def words_of(content: str) -> Counter[str] | None:
 
 def same_words(answer: str, truth: str) -> bool | None:
     """Whether an answer has the same words as a ground truth of words, in any order; None if that is mathematics."""
-    words = words_of(truth)
+    words = word_items(truth)
     if words is None:
         return None
     bare = unwrapped(answer)

@@ -22,7 +22,7 @@ CASES: list[dict[str, Any]] = [
     {"prediction": r"\frac{1}{2}", "gold": "0.5", "right": True, "source": "easy"},
     {"prediction": r"so it is \boxed{7}", "gold": "8", "right": False, "source": "hard"},
     {"prediction": "9", "gold": "10", "right": True, "source": "hard"},
-    {"prediction": "9^{9^{9}}", "gold": "5", "right": False, "source": "hard"},
+    {"prediction": "9^{9^{9^{9}}}", "gold": "5", "right": False, "source": "hard"},
 ]
 
 
@@ -135,7 +135,7 @@ def test_bad_input_is_refused_at_once(arguments: list[str], parts: list[str], cl
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    row = json.dumps({"prediction": r"\boxed{9^{9^{9}}}", "gold": "5"}) + "\n"
+    row = json.dumps({"prediction": r"\boxed{9^{9^{9^{9}}}}", "gold": "5"}) + "\n"
     (tmp_path / "cases.jsonl").write_text(row * 3)
     (tmp_path / "out.jsonl").write_text("old")
     process = subprocess.Popen(

@@ -65,7 +65,7 @@ def judge(
 
 
 def ten_rows() -> list[dict[str, Any]]:
-    answers = ["1", HALF, "3", "4", "5", r"\frac{12}{2}", "seven", "8", "9", "10"]
+    answers = ["1", HALF, "3", "4", "5", r"\frac{12}{2}", "many", "8", "9", "10"]
     truths = ["1", "0.5", "3", "4", "0", "6", "7", "8", "9", "11"]
     return [
         {"id": number, "response": boxed(answer), "meta": {"k": [number, None]}, "answer": truth}
@@ -363,7 +363,7 @@ def test_a_file_that_changes_between_the_passes_leaves_the_old_output(tmp_path: 
 
 
 def test_a_hostile_answer_costs_its_time_limit_and_no_other_row(tmp_path: Path) -> None:
-    answers = [HALF, "9^{9^{9}}", r"\frac{2}{4}", r"\frac{3}{6}"]
+    answers = [HALF, "9^{9^{9^{9}}}", r"\frac{2}{4}", r"\frac{3}{6}"]
     path = write_lines(tmp_path / "in.jsonl", *({"response": boxed(answer), "gold": "0.5"} for answer in answers))
     with closing(Verifier(workers=1, timeout_s=1.0)) as verifier:
         summary = judge(path, verifier, tmp_path / "out.jsonl")

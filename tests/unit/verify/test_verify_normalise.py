@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kdrl_core.verify.normalise import normalise
 from kdrl_core.verify.numbers import as_based_integer, decimal_comma
 from kdrl_core.verify.objections import lost_digits, objection
-from kdrl_core.verify.words import same_words, words_of
+from kdrl_core.verify.words import same_words, word_items
 
 REPAIRS = {
     "unicode": [
@@ -157,7 +157,7 @@ def test_truths_of_any_length_take_no_time(truth: str) -> None:
     started = time.process_time()
     assert normalise(truth) == truth.strip()
     objection("5", truth)
-    words_of(truth)
+    word_items(truth)
     as_based_integer(truth)
     decimal_comma(truth, is_truth=True)
     assert time.process_time() - started < 2.0
@@ -178,7 +178,7 @@ def test_truths_of_any_length_take_no_time(truth: str) -> None:
     ],
 )
 def test_words_are_told_from_products(content: str, words: list[str] | None) -> None:
-    assert words_of(content) == (None if words is None else Counter(words))
+    assert word_items(content) == (None if words is None else Counter(words))
 
 
 def test_words_are_compared_as_words() -> None:

@@ -103,11 +103,11 @@ def test_order_is_kept_and_progress_reported() -> None:
 
 
 def test_a_tower_of_powers_times_out_and_the_rest_goes_on() -> None:
-    # 9^{9^{9}} runs in C and holds the interpreter: no signal handler or thread of the worker could stop it.
+    # 9^{9^{9^{9}}} runs in C and holds the interpreter: no signal handler or thread of the worker could stop it.
     items = [
-        (boxed("9^{9^{9}}"), "5"),
+        (boxed("9^{9^{9^{9}}}"), "5"),
         (boxed(HALF), "0.5"),
-        (boxed("10^{10^{10}}"), "5"),
+        (boxed("10^{10^{10^{10}}}"), "5"),
         (boxed(r"\frac{2}{4}"), "0.5"),
     ]
     started = time.monotonic()
@@ -290,9 +290,9 @@ def test_the_cache_is_bounded_and_forgets_the_least_recently_used() -> None:
 
 def test_timeouts_are_not_remembered() -> None:
     with Verifier(workers=1, timeout_s=0.5) as verifier:
-        assert kinds(verifier.verify_batch([(boxed("9^{9^{9}}"), "5")] * 3)) == [TIMEOUT] * 3
+        assert kinds(verifier.verify_batch([(boxed("9^{9^{9^{9}}}"), "5")] * 3)) == [TIMEOUT] * 3
         assert verifier.num_computed == 1
-        assert kinds(verifier.verify_batch([(boxed("9^{9^{9}}"), "5")])) == [TIMEOUT]
+        assert kinds(verifier.verify_batch([(boxed("9^{9^{9^{9}}}"), "5")])) == [TIMEOUT]
         assert verifier.num_computed == 2
 
 
@@ -374,7 +374,7 @@ def test_verdicts_wait_while_something_else_is_done() -> None:
 
 
 def test_a_hostile_item_begun_ahead_costs_its_limit_once() -> None:
-    items = [(boxed("9^{9^{9}}"), "5"), (boxed(HALF), "0.5")]
+    items = [(boxed("9^{9^{9^{9}}}"), "5"), (boxed(HALF), "0.5")]
     with Verifier(workers=1, timeout_s=1.0) as verifier:
         verifier.verify_ahead(items)
         assert kinds(verifier.verify_batch(items)) == [TIMEOUT, CORRECT]
@@ -415,7 +415,7 @@ def test_nothing_is_begun_ahead_by_a_closed_verifier() -> None:
 def test_closing_during_a_batch_ends_it_with_errors_and_leaves_no_process() -> None:
     verifier = Verifier(workers=2, timeout_s=60)
     verdicts: list[Verdict] = []
-    items = [(boxed(f"9^{{9^{{{n}}}}}"), "5") for n in (9, 10, 11)]
+    items = [(boxed(f"9^{{9^{{9^{{{n}}}}}}}"), "5") for n in (9, 10, 11)]
     thread = threading.Thread(target=lambda: verdicts.extend(verifier.verify_batch(items)))
     thread.start()
     assert wait_until(lambda: len(workers_of(psutil.Process())) == 2)
@@ -489,7 +489,7 @@ def test_works_from_a_script_without_a_main_guard_and_does_not_import_it_again(t
     assert (done.stdout.split(), done.returncode) == (["imported", "correct"], 0), done.stderr
 
 
-@pytest.mark.parametrize("answer", ["9^{9^{9}}", HALF], ids=["busy", "idle"])
+@pytest.mark.parametrize("answer", ["9^{9^{9^{9}}}", HALF], ids=["busy", "idle"])
 def test_no_worker_survives_the_killing_of_its_parent(answer: str) -> None:
     code = (
         "import threading, time\n"
