@@ -25,7 +25,7 @@ from kdrl_core.types import Verdict
 from kdrl_core.verify import Verifier
 
 CASES = Path(__file__).resolve().parents[1] / "tests/data/verifier"
-FILES = ("cases.jsonl", "aside_public.jsonl", "aside_own.jsonl", "reports.jsonl", "kinds.jsonl")
+FILES = ("cases.jsonl", "aside_public.jsonl", "aside_own.jsonl", "reports.jsonl", "kinds.jsonl", "unseen.jsonl")
 HARD = ("reports.jsonl", "aside_public.jsonl")
 Pair = tuple[str, str]
 
