@@ -40,8 +40,7 @@ def full_pipeline(
         share_with: other runs; their finished parts of the same work are taken over (docs/sweeps.md).
     """
     register_blocks()
-    loaded = fetched(load_recipe(recipe, overrides or []))
-    check_inputs(loaded)
+    check_inputs(loaded := fetched(load_recipe(recipe, overrides or [])))
     run = create_run(run_name or default_run_name(), loaded)
     with run_lock(run.paths.lock):
         sweep_temporaries(run.paths.root)  # of an interrupted publication

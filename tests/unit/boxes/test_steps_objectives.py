@@ -150,7 +150,7 @@ def test_importance_weights_and_the_per_group_mean(trained: Run) -> None:
 def test_a_stuck_verifier_stops_the_step(tmp_path: Path) -> None:
     """Answers that nobody computes in a fifth of a second: more than a tenth of the verdicts are timeouts."""
     close_sessions()
-    problems = [{"problem": f"{a}+{b}", "answer": f"10^{{10^{{1{a + b}}}}}"} for a in range(4) for b in range(4)]
+    problems = [{"problem": f"{a}+{b}", "answer": f"10^{{10^{{10^{{1{a + b}}}}}}}"} for a in range(4) for b in range(4)]
     file = tmp_path / "problems.json"
     file.write_text(json.dumps(problems))
     limits = ["verification.timeout_s=0.2", "reward.require_format=false"]

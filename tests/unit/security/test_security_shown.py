@@ -64,6 +64,7 @@ def test_hostile_rows_are_verified_and_shown_as_text(tmp_path: Path, monkeypatch
     row = {"response": rf"{ESCAPES}\boxed{{7}}", "answer": "7", "group": ESCAPES + MARKUP}
     Path("rows.jsonl").write_text(json.dumps(row) + "\n" + '{"response": 1}\n')
     arguments = ["verify", "rows.jsonl", "--no-format", "--by", "group", "--on-error", "drop", "--workers", "1"]
+    arguments += ["--max-malformed-share", "1"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.stderr
     assert "\ufffd[2J" in done.stdout
