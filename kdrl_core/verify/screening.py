@@ -36,7 +36,6 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import ThinkOpened, Verdict, VerdictKind
-from kdrl_core.verify.words import is_sentinel
 
 RULES = 3
 """Raise this with every change of kdrl_core.verify that changes a verdict. Then stored verdicts of other versions
@@ -50,6 +49,8 @@ _SEPARATORS = re.compile(
 )
 _MAX_SEPARATOR_CHARS = 70
 _BARE_BOX = re.compile(r"\\boxed\s+([A-Za-z0-9.+-]{1,40})")
+_NO_ANSWER = re.compile(r"(?:\\[a-z]+\{)?+\s*+(?:proof|not ?found|n/a|nan|null)\s*+\.?+\}?+", re.IGNORECASE)
+"""What data sets write where there is no answer (NuminaMath: ``proof``, ``notfound``)."""
 _INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*+\{([^{}]*+)\}")
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
 MAX_ANSWER_CHARS = 4_096
@@ -221,7 +222,7 @@ def screen(
     truth = ground_truth.strip()
     if not truth:
         return form, Outcome(VerdictKind.ERROR, "the ground truth is empty")
-    if is_sentinel(truth):
+    if _NO_ANSWER.fullmatch(truth):
         return form, Outcome(VerdictKind.ERROR, f"the ground truth is {truth!r}: the data set has no answer here")
     if len(truth) > MAX_TRUTH_CHARS:
         return form, Outcome(VerdictKind.ERROR, f"the ground truth is longer than {MAX_TRUTH_CHARS:,} characters")

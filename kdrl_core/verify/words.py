@@ -11,9 +11,6 @@ from collections.abc import Callable
 
 from kdrl_core.verify.latex import synonymous, unwrapped
 
-SENTINELS = frozenset({"proof", "notfound", "not found", "n/a", "nan", "null"})
-"""What data sets write where there is no answer (NuminaMath: ``proof``, ``notfound``)."""
-
 _LETTERS = re.compile(r"[A-Za-zÀ-ÿ]+")
 _ALLOWED = re.compile(r"(?:[A-Za-zÀ-ÿ ,;.:!?'’\"“”`&()-]|\\[{}])+")
 _VOWEL_WITHIN = re.compile(r"[eiouEIOU]|(?<=.)[aA]|(?<=[^XYZxyz])[yY]")
@@ -42,11 +39,6 @@ _OTHER_CHOICE = re.compile(
 )
 """Another letter, or a word that takes the choice back. I, V and X may be numerals."""
 _WITH_VALUE = re.compile(r"(?:\(\s*+([A-J])\s*+\)|([A-J])\s*+[.:)])\s*+(?=\S)")
-
-
-def is_sentinel(ground_truth: str) -> bool:
-    """Whether a ground truth says that there is no answer. No response can be right."""
-    return unwrapped(ground_truth).strip(" .").lower() in SENTINELS
 
 
 def word_items(content: str) -> Counter[str] | None:
