@@ -88,7 +88,7 @@ _FORMS: tuple[tuple[str, Form], ...] = (
     ("amounts", lambda answer, truth: same_amounts(answer, truth, _is_equal)),
     ("quantity", lambda answer, truth: same_quantity(answer, truth, _is_equal)),
 )
-_FORMS_WITHOUT_OBJECTION: tuple[tuple[str, Form], ...] = (
+_FORMS_AFTER_OBJECTIONS: tuple[tuple[str, Form], ...] = (
     ("choice and value", lambda answer, truth: same_choice_and_value(answer, truth, _is_equal)),
     ("solution", lambda answer, truth: same_assignments(answer, truth, _is_equal)),
     ("formula and parameter", lambda answer, truth: same_family(answer, truth, _is_equal)),
@@ -156,7 +156,7 @@ def _compare_contents(answer: str, truth: str, ground_truth: str) -> Outcome:
         return outcome
     if (reason := objection(answer, truth)) is not None:
         return Outcome(VerdictKind.WRONG, reason)
-    if is_short and (outcome := _by_form(_FORMS_WITHOUT_OBJECTION, answer, truth)) is not None:
+    if is_short and (outcome := _by_form(_FORMS_AFTER_OBJECTIONS, answer, truth)) is not None:
         return outcome
     golds = _read_truth(ground_truth)
     if truth.endswith(r"\%") and "%" not in answer:  # 62.5 where the problem asks for percent

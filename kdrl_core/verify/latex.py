@@ -5,6 +5,11 @@ Everything here is linear in the length of its argument.
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+
+Equal = Callable[[str, str], bool]
+"""Whether a part of an answer (first) equals a part of a ground truth (second)."""
 
 TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathsf|mathit|mathbf|operatorname)\s*+"
@@ -77,6 +82,12 @@ def synonymous(content: str) -> str:
     for pattern, replacement in _SYNONYMS:
         content = pattern.sub(replacement, content)
     return content
+
+
+@lru_cache(maxsize=256)
+def plain_text(content: str) -> str:
+    """The content without text commands, with one command for each meaning. The forms of a truth all ask for it."""
+    return synonymous(unwrapped(content)).strip()
 
 
 def canonical(content: str) -> str:

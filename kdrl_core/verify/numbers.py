@@ -9,7 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from kdrl_core.verify.latex import unwrapped
+from kdrl_core.verify.latex import Equal, unwrapped
 
 _BARE_POINT = re.compile(r"(?<![\d.])\.(?=\d)")
 _FLIPPED = re.compile(r"([+-]?[\d./]+)\s*=\s*([A-Za-z])", re.ASCII)
@@ -173,9 +173,7 @@ def _seconds(time: "re.Match[str]") -> int:
     return 3_600 * hours + 60 * int(time[2] or 0) + int(time[3] or 0)
 
 
-def same_approximation(
-    answer: str, truth: str, equal: Callable[[str, str], bool], read: Callable[[str], Any]
-) -> bool | None:
+def same_approximation(answer: str, truth: str, equal: Equal, read: Callable[[str], Any]) -> bool | None:
     r"""Whether an exact value followed by its approximation is the truth; None without ``\approx``.
 
     The approximation must be rounded, or cut off, to its last digit.

@@ -11,20 +11,16 @@ minutes}``) are one quantity, their sum.
 """
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from kdrl_core.verify.latex import split_list, split_top, unwrapped
+from kdrl_core.verify.latex import Equal, split_list, split_top, unwrapped
 from kdrl_core.verify.objections import CHANGING
 from kdrl_core.verify.words import looks_like_a_word
 
 if TYPE_CHECKING:
     from pint import Unit, UnitRegistry
-
-Equal = Callable[[str, str], bool]
-"""Whether an answer (first) equals a ground truth (second)."""
 
 _KNOWN_TEXT = """
 meter gram second minute hour day week month year kelvin degree_Celsius degree_Fahrenheit degree radian mole ampere

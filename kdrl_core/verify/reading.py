@@ -142,9 +142,8 @@ def _read(content: str) -> list[Any]:
     from math_verify.grader import should_treat_as_complex
 
     config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
-    content = _FIRST_ENTRY.sub(
-        r"\1\\,", content
-    )  # else \frac{1}{2}\begin{pmatrix}34 is read as \frac{1}{2}\begin{pmatrix}3·4
+    # Else \frac{1}{2}\begin{pmatrix}34 is read as \frac{1}{2}\begin{pmatrix}3·4.
+    content = _FIRST_ENTRY.sub(r"\1\\,", content)
     content = _PRIMES.sub(
         lambda primes: f"_{{{_PRIME * max(primes[0].count(chr(39)), primes[0].count('prime'))}}}", content
     )

@@ -6,12 +6,9 @@ Each function says whether an answer equals a ground truth of its form, and None
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
 from fractions import Fraction
 
-from kdrl_core.verify.latex import canonical, split_top, synonymous, unwrapped
-
-Equal = Callable[[str, str], bool]
+from kdrl_core.verify.latex import Equal, canonical, plain_text, split_top, unwrapped
 
 _COMMA = re.compile("[,;]")
 _LIST = re.compile(r"[,;]|(?<![A-Za-z])(?:or|and)(?![A-Za-z])")
@@ -62,7 +59,7 @@ def _congruence(content: str) -> tuple[str, int, frozenset[int]] | None:
 
     The left side is empty if it is one letter, or missing.
     """
-    text = synonymous(unwrapped(content)).strip()
+    text = plain_text(content)
     if _OR.search(text) and all(parts := [_congruence(part) for part in split_top(text, _OR)]):
         kinds = {part[:2] for part in parts if part}
         return (*kinds.pop(), frozenset().union(*(part[2] for part in parts if part))) if len(kinds) == 1 else None
@@ -91,7 +88,7 @@ def same_congruence(answer: str, truth: str) -> bool | None:
 
 def same_list_with_dots(answer: str, truth: str) -> bool | None:
     r"""``1,2,3,\dots,n`` is ``1,2,\dots,n``: the same ends, and what one of them writes out continues the other."""
-    given, expected = (synonymous(unwrapped(text)).strip() for text in (answer, truth))
+    given, expected = map(plain_text, (answer, truth))
     if not _DOTS.search(given + expected) or "," not in expected:
         return None
     one, other = _parted(given), _parted(expected)
@@ -158,7 +155,7 @@ def split_qualifier(content: str) -> tuple[str, str, str] | None:
 
     The domain is "integer", "natural", "rational", "any", or the qualifier's own text if it restricts more.
     """
-    text = synonymous(unwrapped(content)).strip()
+    text = plain_text(content)
     match = _QUALIFIER.search(text)
     if match is None or match.end() != len(text) or not text[: match.start()].strip():
         return None

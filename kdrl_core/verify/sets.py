@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kdrl_core.verify.latex import canonical, split_top, synonymous, unwrapped
+from kdrl_core.verify.latex import canonical, plain_text, split_top
 
 if TYPE_CHECKING:
     from sympy import Set  # type: ignore[import-untyped, unused-ignore]
@@ -68,7 +68,7 @@ def same_set(answer: str, truth: str, read: Read) -> bool | None:
 
 def same_relation(answer: str, truth: str) -> bool | None:
     """True if an answer is the chain of relations that the truth is, or that chain read from its end; else None."""
-    given, expected = (list(map(str.strip, _RELATION.split(synonymous(unwrapped(text))))) for text in (answer, truth))
+    given, expected = (list(map(str.strip, _RELATION.split(plain_text(text)))) for text in (answer, truth))
     if len(expected) < 3 or len(given) != len(expected) or "" in given[::2] + expected[::2]:
         return None
     flipped = [_FLIPPED[part] if place % 2 else part for place, part in enumerate(given)][::-1]
@@ -80,7 +80,7 @@ def same_relation(answer: str, truth: str) -> bool | None:
 
 def real_set(content: str, read: Read) -> RealSet | None:
     """The set that a content is; None if it is not read as one."""
-    text = _CLOSED_OUTWARDS.sub(")", _OPEN_OUTWARDS.sub("(", synonymous(unwrapped(content)).strip()))
+    text = _CLOSED_OUTWARDS.sub(")", _OPEN_OUTWARDS.sub("(", plain_text(content)))
     return _alternatives(text, read)
 
 

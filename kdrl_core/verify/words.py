@@ -7,9 +7,8 @@ dressed (``\textbf{(A)}``) and followed by what it stands for, but by no other l
 
 import re
 from collections import Counter
-from collections.abc import Callable
 
-from kdrl_core.verify.latex import synonymous, unwrapped
+from kdrl_core.verify.latex import Equal, plain_text, unwrapped
 
 _LETTERS = re.compile(r"[A-Za-zÀ-ÿ]+")
 _ALLOWED = re.compile(r"(?:[A-Za-zÀ-ÿ ,;.:!?'’\"“”`&()-]|\\[{}])+")
@@ -52,7 +51,7 @@ def word_items(content: str) -> Counter[str] | None:
         return None
     found = _LETTERS.findall(bare)
     is_text = bare != " ".join(content.split()) or '"' in bare or "“" in bare
-    items = Counter(filter(None, map(_plain, _LIST.split(bare))))
+    items = _items(bare)
     is_list_of_letters = is_text and len(items) > 1 and all(len(item) == 1 for item in items)
     has_word = any(len(word) > 1 and (is_text or looks_like_a_word(word)) for word in found)
     return items if has_word or is_list_of_letters else None
@@ -66,7 +65,7 @@ def same_words(answer: str, truth: str) -> bool | None:
     bare = unwrapped(answer)
     if words.keys() <= {"yes", "no"} and (said := _YES_OR_NO.match(bare)):
         return said[1].lower() in words and not _CONTRARY[said[1].lower()].search(bare, said.end())
-    return bool(_ALLOWED.fullmatch(bare)) and Counter(filter(None, map(_plain, _LIST.split(bare)))) == words
+    return bool(_ALLOWED.fullmatch(bare)) and _items(bare) == words
 
 
 def looks_like_a_word(word: str) -> bool:
@@ -74,6 +73,10 @@ def looks_like_a_word(word: str) -> bool:
     if len(word) == 2:
         return word.lower() in _SHORT_WORDS or (word[0].isupper() and word[1] in "aeiouy")
     return len(word) > 2 and bool(_VOWEL_WITHIN.search(word))
+
+
+def _items(bare: str) -> Counter[str]:
+    return Counter(filter(None, map(_plain, _LIST.split(bare))))
 
 
 def _plain(item: str) -> str:
@@ -86,10 +89,10 @@ def same_choice(answer: str, truth: str) -> bool | None:
 
     The letter may be followed by its text or value. Another letter beside it is refused.
     """
-    letter = _CHOICE.fullmatch(synonymous(unwrapped(truth)).strip("$ "))
+    letter = _CHOICE.fullmatch(plain_text(truth).strip("$ "))
     if letter is None:
         return None
-    given = synonymous(unwrapped(answer)).strip("$ ")
+    given = plain_text(answer).strip("$ ")
     chosen = _CHOSEN.match(given)
     if chosen is None:
         return False
@@ -97,14 +100,14 @@ def same_choice(answer: str, truth: str) -> bool | None:
     return (chosen[1] or chosen[2] or chosen[3]) == letter[1] and not _OTHER_CHOICE.search(rest)
 
 
-def same_choice_and_value(answer: str, truth: str, equal: Callable[[str, str], bool]) -> bool | None:
+def same_choice_and_value(answer: str, truth: str, equal: Equal) -> bool | None:
     """Whether an answer is the letter, the value, or both, of a ground truth such as ``(B) 12``; None for others."""
-    text = synonymous(unwrapped(truth))
+    text = plain_text(truth)
     match = _WITH_VALUE.match(text)
     if match is None:
         return None
     letter, value = match[1] or match[2], text[match.end() :]
-    given = synonymous(unwrapped(answer))
+    given = plain_text(answer)
     if own := _WITH_VALUE.match(given):
         return (own[1] or own[2]) == letter and equal(given[own.end() :], value)
     return bool(same_choice(answer, letter)) or equal(answer, value)

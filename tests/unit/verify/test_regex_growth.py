@@ -62,7 +62,8 @@ def test_every_pattern_is_found() -> None:
 )
 def test_slow_patterns_are_caught(pattern: str, call: str) -> None:
     target = growth.Target(name="old", pattern=re.compile(pattern), call=call)
-    assert growth.measure(target, length=1_024).exponent > MAX_EXPONENT
+    # Measured three times at most, as above: another process can make the shorter text slow.
+    assert any(growth.measure(target, length=1_024).exponent > MAX_EXPONENT for _ in range(3))
 
 
 @pytest.mark.parametrize("char", ["\ufdfa", "·", "°", "½", "√", "∞", "²"])
