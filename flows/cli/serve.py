@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.shared import err, errors, out
+from kdrl_core.engines.devices import visible_devices
 from kdrl_core.errors import EngineError, ModelError
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def serve(
         _require_servable(model, "cpu" if cpu else "cuda", dtype, max_model_len, kv_cache_gb, tensor_parallel)
         if port + replicas > 65_536:
             raise EngineError(f"--port {port}: {replicas} ports from there on are beyond 65535; give a lower one")
-        devices = None if cpu else visible_devices(replicas * tensor_parallel)
+        devices = None
+        if not cpu:
+            devices = visible_devices(replicas * tensor_parallel, needed_for="--replicas × --tensor-parallel")
         for number in range(replicas):
             _require_free(host, port + number)
         arguments = [
@@ -156,22 +159,6 @@ def _replica(
     place = ["--host", host, "--port", str(port)]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place]
     return Replica(url=f"http://{host}:{port}/v1", command=command, environment=environment)
-
-
-def visible_devices(count: int) -> list[str]:
-    """The first `count` GPUs that this process may use. Raises EngineError if there are fewer."""
-    import torch
-
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [each.strip() for each in named.split(",") if each.strip()] if named is not None else None
-    if found is None:
-        found = [str(number) for number in range(torch.cuda.device_count())]
-    if len(found) < count:
-        raise EngineError(
-            f"{count} GPUs are needed (--replicas × --tensor-parallel), {len(found)} are visible; "
-            "give fewer replicas, or --cpu"
-        )
-    return found[:count]
 
 
 def _require_free(host: str, port: int) -> None:

@@ -39,6 +39,8 @@ class VLLMConfig(Section):
     kv_cache_gb: float | None = Field(None, gt=0.0, description="GiB of key-value cache; null: vLLM decides")
     gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of the GPU, weights and cache")
     tensor_parallel: Positive = Field(1, description="GPUs that share one engine")
+    replicas: Positive = Field(1, description="engines of each role; above 1 the run starts them as servers of its own")
+    batch_invariant: bool = Field(False, description="the same bits for any batch (CUDA; slower): VLLM_BATCH_INVARIANT")
     sleep: bool = Field(True, description="free memory between phases: weights (GPU) and key-value cache")
 
 
