@@ -130,7 +130,7 @@ class StageSession:
             self.rest(but=self._scorers.get(role))
             if role not in self._scorers:
                 scorer = self._scorers[role] = self._builders.scorer(role)
-                if isinstance(scorer, HTTPScorer):
+                if isinstance(scorer, HTTPScorer) and scorer.says:
                     self._note_served(scorer.says)
             return self._scorers[role]
 

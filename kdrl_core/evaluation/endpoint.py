@@ -53,7 +53,7 @@ class ChatEndpoint:
             served_model(config),
             role="model",
             field="MODEL",
-            max_tokens=max_context_tokens - 1,
+            max_tokens=max_context_tokens,
             options={
                 "model": "--served-as",
                 "api_key": "--api-key",
