@@ -27,6 +27,7 @@ class Replica:
         self.loads: list[str] = []
         self.num_sampled = 0
         self.num_tokens = 0
+        self.context = 128
         self.is_asleep = False
         self.told: list[str] = []
         self._lock = threading.Lock()
@@ -37,7 +38,7 @@ class Replica:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                outer._send(self, {"data": [{"id": NAME, "max_model_len": 128}]})
+                outer._send(self, {"data": [{"id": NAME, "max_model_len": outer.context}]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -9,7 +9,7 @@ from kdrl_core.config import EngineName, LocalEngine, ModelConfig, StageConfig
 from kdrl_core.engines.from_recipe import local_scorer, rollout_engine
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
-from kdrl_core.engines.server_pool import served_model
+from kdrl_core.engines.server_client import served_model
 from kdrl_core.engines.sync import PROBE_RESPONSES, SyncReport
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, is_published, verify_own, verify_published

@@ -10,7 +10,8 @@ from typing import Any
 
 from kdrl_core.config import EngineName, LocalEngine, ModelConfig, Recipe
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
-from kdrl_core.engines.server_pool import START_S, ServedModel, served_model
+from kdrl_core.engines.server_client import ServedModel, served_model
+from kdrl_core.engines.server_pool import START_S
 from kdrl_core.models.loading import load_model, read_config, stop_token_ids
 
 _REPLICA_S = 7_200.0

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from kdrl_core.engines.protocols import OnFinished
-from kdrl_core.engines.server_client import ROUTES, TransientError, completion_of
-from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, ServedModel, Server, ServerPool
+from kdrl_core.engines.server_client import ROUTES, ServedModel, TransientError, completion_of
+from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest
@@ -117,7 +117,8 @@ class HTTPRolloutEngine:
             self._incarnations.pop(server.url, None)  # it may return with other weights
             raise
         if (highest := max(token_ids)) >= self._num_tokens:
-            raise EngineError(
+            self._incarnations.pop(server.url, None)  # one of our own was just started again
+            raise (TransientError if self._is_own else EngineError)(
                 f"rollout server {server.url} sampled the id {highest}, but the tokenizer ends at "
                 f"{self._num_tokens - 1}; start it anew with this release's kdrl serve, which samples no padding"
             )

@@ -8,15 +8,21 @@ import json
 import resource
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from kdrl_core.config import ServersConfig
+from kdrl_core.config.secrets import resolve_secret
 from kdrl_core.engines.answer_body import ACCEPTED, BodyTooLargeError, most_bytes, read_body
 from kdrl_core.errors import EngineError
+
+if TYPE_CHECKING:
+    from kdrl_core.engines.server_processes import ReplicaGroup
 
 ROUTES = "/kdrl"
 """Where a server of kdrl has the addresses of `server_routes`."""
@@ -35,6 +41,31 @@ class TransientError(Exception):
     def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """How to reach the servers of a model: the fields of `ServersConfig`, and the key itself."""
+
+    urls: Sequence[str]
+    model: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    timeout_s: float = 600.0
+    retry_for_s: float = 600.0
+    """From a request's first fault to the start of its last try. Even a request that takes longer is tried twice."""
+    first_pause_s: float = 1.0
+    """Doubled with each try, up to 30 s, with jitter."""
+    concurrency: int | None = None
+    """Requests in flight, over all servers; None: 32 for each."""
+    sleep: bool = False
+    own: "ReplicaGroup | None" = None
+    """The servers, if this program has started them; then it also ends them."""
+
+
+def served_model(config: ServersConfig) -> ServedModel:
+    """The servers of a recipe, with the key that it names. Raises SecretError if there is no such key."""
+    key = None if config.api_key is None else resolve_secret(config.api_key)
+    return ServedModel(**{**config.model_dump(include=set(ServersConfig.model_fields)), "api_key": key})
 
 
 class ServerClient:

@@ -11,16 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from kdrl_core.config import ServersConfig
-from kdrl_core.config.secrets import resolve_secret
 from kdrl_core.engines.retrying import DaemonThreads, all_at_once, retry_transient
-from kdrl_core.engines.server_client import ROUTES, ServerClient, TransientError, models_of
+from kdrl_core.engines.server_client import ROUTES, ServedModel, ServerClient, TransientError, models_of
 from kdrl_core.errors import EngineError
-
-if TYPE_CHECKING:
-    from kdrl_core.engines.server_processes import ReplicaGroup
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Sampling parameters of vLLM: sample from all of softmax(logits / T). If a parameter is not sent, a vLLM server takes
@@ -69,31 +64,6 @@ Attempt = Callable[[Server], _Result]
 """A request to a server. Raises TransientError for a fault that may pass."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """How to reach the servers of a model: the fields of `ServersConfig`, and the key itself."""
-
-    urls: Sequence[str]
-    model: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    timeout_s: float = 600.0
-    retry_for_s: float = 600.0
-    """From a request's first fault to the start of its last try. Even a request that takes longer is tried twice."""
-    first_pause_s: float = 1.0
-    """Doubled with each try, up to 30 s, with jitter."""
-    concurrency: int | None = None
-    """Requests in flight, over all servers; None: 32 for each."""
-    sleep: bool = False
-    own: "ReplicaGroup | None" = None
-    """The servers, if this program has started them; then it also ends them."""
-
-
-def served_model(config: ServersConfig) -> ServedModel:
-    """The servers of a recipe, with the key that it names. Raises SecretError if there is no such key."""
-    key = None if config.api_key is None else resolve_secret(config.api_key)
-    return ServedModel(**{**config.model_dump(include=set(ServersConfig.model_fields)), "api_key": key})
-
-
 class ServerPool:
     """The servers of one model.
 
@@ -121,6 +91,8 @@ class ServerPool:
     ) -> None:
         self.servers = [Server(url.rstrip("/"), is_asleep=served.sleep) for url in served.urls]  # kdrl serve --asleep
         self._served, self._own = served, served.own
+        self.sleeps = served.sleep
+        """Whether the servers are put to sleep while others need their GPUs."""
         self._concurrency = served.concurrency or _REQUESTS_EACH * len(served.urls)
         self._role = role
         self._options = {
@@ -164,7 +136,7 @@ class ServerPool:
                 server.is_asleep, server.faults, server.out_until = self.sleeps, 0, 0.0
 
     def begin(self, what: str, attempt: Attempt[_Result]) -> "Future[_Result]":
-        """Begin an attempt and return at once. The future gives its result, or raises EngineError."""
+        """Begin an attempt; the future gives its result, or raises EngineError."""
         return self._ahead.submit(self._asked, what, attempt, self._over)
 
     def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
@@ -223,11 +195,6 @@ class ServerPool:
             except EngineError as fault:
                 faults[server.url] = fault
         return found, faults
-
-    @property
-    def sleeps(self) -> bool:
-        """Whether the servers are put to sleep while others need their GPUs."""
-        return self._served.sleep
 
     def sleep(self) -> None:
         """Have every server that answers free its memory, if the recipe says so."""

@@ -12,7 +12,7 @@ from replica import Replica, replica
 
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.http_rollout import HTTPRolloutEngine
-from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.engines.server_client import ServedModel
 from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import EngineError
 from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids

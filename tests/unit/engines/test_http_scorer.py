@@ -19,7 +19,7 @@ from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.config.secrets import register_secret_source, resolve_secret
 from kdrl_core.engines.http_scorer import HTTPScorer
-from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.engines.server_client import ServedModel
 from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import EngineError, KdrlError, RecipeError, SecretError
 from kdrl_core.ledger import is_published, open_run
@@ -387,7 +387,7 @@ def test_a_program_does_not_wait_at_its_end_for_requests_in_flight(tmp_path: Pat
     program = f"""
 import socket, threading, time
 from kdrl_core.engines.http_scorer import HTTPScorer
-from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.engines.server_client import ServedModel
 from kdrl_core.errors import EngineError
 from kdrl_core.types import ScoreRequest
 from pathlib import Path
