@@ -74,6 +74,7 @@ def main(folder: Path, student: Path, teacher: Path) -> None:
     assert isinstance(scorer, HTTPScorer)
     group = scorer._pool._own
     assert group is not None
+    found["is_stopped_while_others_work"] = sampler._pool._own._kept[0]._process.poll() is not None
     asked = as_requests(first)
     expected = theirs_of(teacher, first)
     found["score_gap"] = gap(scorer.score(asked), expected)

@@ -104,8 +104,11 @@ class ReplicaGroup:
                 self.changed.wait(_POLL_S)
 
     def rest(self) -> None:
-        """Say that the servers sleep: one that comes up is put to sleep."""
+        """Say that the servers sleep. One that is just being started again is ended: others need its GPU now."""
         self.is_resting = True
+        for each in self._kept:
+            if not each.answers:
+                each.stop()
 
     def use(self) -> None:
         """Say that the servers are used: one that comes up stays awake, and one that has ended is started again."""
@@ -176,6 +179,11 @@ class _Kept:
         self._over.set()
         with self._starting, suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
+
+    def stop(self) -> None:
+        """End it until it is started again."""
+        with self._starting:
+            kill_group(self._process.pid)
 
     def end(self, deadline: float) -> None:
         """Wait for its end, and at the deadline (by `time.monotonic`) kill it."""

@@ -247,6 +247,7 @@ def test_a_run_starts_its_replicas_survives_their_deaths_and_leaves_none(models:
     for name in ("rollout_gap", "score_gap", "topk_gap", "score_gap_without_one", "score_gap_of_the_new_one"):
         assert found[name] < 1e-4, name
     assert found["same_responses"]
+    assert found["is_stopped_while_others_work"]
     assert found["topk_same"] > 0.99  # near ties may change places
     assert sum("ended with signal SIGKILL" in text for text in found["said"]) == 2
     assert not found["key_in_arguments"]
