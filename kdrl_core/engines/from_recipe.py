@@ -106,7 +106,7 @@ def _vllm_settings(recipe: Recipe, config: ModelConfig, *, max_model_len: int, t
         num_threads=runtime.num_threads,
         trust_remote_code=config.trust_remote_code,
         own_process=runtime.device != "cpu",
-        **recipe.vllm.model_dump(exclude={"replicas", "batch_invariant"}),
+        **recipe.vllm.model_dump(exclude={"replicas"}),
     )
 
 
