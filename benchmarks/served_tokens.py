@@ -133,9 +133,7 @@ def measure(what: str, url: str, call: Callable[[], list[Any]]) -> None:
         best = max(best, (tokens / seconds, received[0] / tokens, 1e6 * ours / tokens, 1e6 * theirs / tokens))
     server_client.read_body = read_body  # type: ignore[attr-defined]
     rate, size, ours, theirs = best
-    print(
-        f"{what:24} {rate:9,.0f} tokens/s, {size:.1f} bytes, here {ours:5.2f} µs, there {theirs:5.1f} µs a token"
-    )
+    print(f"{what:24} {rate:9,.0f} tokens/s, {size:.1f} bytes, here {ours:5.2f} µs, there {theirs:5.1f} µs a token")
 
 
 if __name__ == "__main__":

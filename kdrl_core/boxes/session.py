@@ -120,6 +120,7 @@ class StageSession:
                         requests[: self._builders.num_probes],
                         self.trainer_at(step).score,
                         tolerance=self.run.recipe.rollout.sync_tolerance,
+                        dtype=self.run.recipe.runtime.dtype,
                     )
                 self._sampler = SyncedEngine(engine=engine, version=step, sync=sync)
             return self._sampler

@@ -145,7 +145,6 @@ def _started(recipe: Recipe, model: Path, settings: Any, logs: Path | None, *, r
         ports=free_ports(count),
         devices=devices,
         key=key,
-        batch_invariant=recipe.vllm.batch_invariant,
         logs=logs,
     )
     _logger.info("starting %d replicas of %s; their logs are in %s", count, model.name, logs)
@@ -172,7 +171,7 @@ def _vllm_settings(recipe: Recipe, config: ModelConfig, *, max_model_len: int, *
         num_threads=runtime.num_threads,
         trust_remote_code=config.trust_remote_code,
         own_process=runtime.device != "cpu",
-        **recipe.vllm.model_dump(exclude={"replicas", "batch_invariant"}),
+        **recipe.vllm.model_dump(exclude={"replicas"}),
         **options,
     )
 

@@ -50,6 +50,8 @@ class HTTPRolloutEngine:
         self._max_response_tokens = max_response_tokens
         self._weights = ""
         self._incarnations: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        self._is_loaded = False
         self._locks = {url.rstrip("/"): threading.Lock() for url in served.urls}
         max_tokens = max_prompt_tokens + max_response_tokens
         self._pool = ServerPool(served, role="rollout", field="rollout.server", max_tokens=max_tokens)
@@ -58,7 +60,14 @@ class HTTPRolloutEngine:
         """Have every replica that answers load the weights; the others load them when they are back."""
         self._weights = str(checkpoint_dir.resolve())
         self._incarnations.clear()
+        self._digests.clear()
+        self._is_loaded = False
         self._pool.each(f"loading {checkpoint_dir}", self._bring_up_to_date)
+        self._is_loaded = True
+
+    def digests(self) -> dict[str, str]:
+        """Of every replica that has loaded the weights."""
+        return {f"replica {url}": digest for url, digest in self._digests.items()}
 
     def generate(
         self,
@@ -176,8 +185,20 @@ class HTTPRolloutEngine:
                     state = self._pool.ask_workers(server, "kdrl_load", [self._weights, self._num_tokens])
                 else:
                     state = self._state(server)
+                self._compare(server, state["digest"])
                 known = self._incarnations[server.url] = state["incarnation"]
             return known
+
+    def _compare(self, server: Server, digest: str) -> None:
+        """Note the digest of a replica's weights. Raises TransientError if it loads them later than the others, whose
+        digests were compared with the exported files, and has other weights than they."""
+        others = set(filter(None, self._digests.values())) if self._is_loaded else set()
+        if digest and others and digest not in others:
+            raise TransientError(
+                f"{self._pool.where(server)} has loaded other weights from {self._weights} than the other replicas: "
+                f"digest {digest}, not {' or '.join(sorted(others))}"
+            )
+        self._digests[server.url] = digest
 
     def _confirmed(self) -> dict[str, str]:
         """The incarnation of each replica that sampled, without those that do not answer or have other weights."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import kdrl_core
 from kdrl_core.engines.server_processes import Replica
 from kdrl_core.engines.vllm_engine import VLLMSettings, _batched_tokens
+from kdrl_core.engines.vllm_support import hf_overrides
 from kdrl_core.models.loading import context_limit, read_config
 
 _OF_KDRL = (
@@ -37,9 +38,11 @@ def server_arguments(model: Path, settings: VLLMSettings) -> list[str]:
         ),
         *_OF_KDRL,
     ]
-    if settings.max_model_len > (context_limit(read_config(model)) or settings.max_model_len):
-        # a teacher's one more token; no other token attends to it
-        arguments += ["--hf-overrides", json.dumps({"max_position_embeddings": settings.max_model_len})]
+    context = context_limit(read_config(model))
+    samples = context is None or settings.max_model_len <= context  # a longer server scores: kdrl serve is not told
+    overrides = hf_overrides(context, dtype=settings.dtype, max_model_len=settings.max_model_len, samples=samples)
+    if overrides:
+        arguments += ["--hf-overrides", json.dumps(overrides)]
     if settings.kv_cache_gb is not None:
         arguments += ["--kv-cache-memory-bytes", str(int(settings.kv_cache_gb * 2**30))]
     if settings.trust_remote_code:
@@ -63,7 +66,6 @@ def replicas_of(
     host: str = "127.0.0.1",
     devices: Sequence[str] | None = None,
     key: str | None = None,
-    batch_invariant: bool = False,
     logs: Path | None = None,
 ) -> list[Replica]:
     """Servers of a model, one for each port.
@@ -81,7 +83,7 @@ def replicas_of(
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         **({} if key is None else {"VLLM_API_KEY": key}),  # not an argument: those are seen by everyone here
-        **({"VLLM_BATCH_INVARIANT": "1"} if batch_invariant else {}),
+        "VLLM_BATCH_INVARIANT": str(int(settings.batch_invariant)),
     }
     if devices is None:
         common["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")

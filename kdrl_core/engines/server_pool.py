@@ -214,7 +214,7 @@ class ServerPool:
     def ask_workers(
         self, server: Server, method: str, arguments: Sequence[str | int] = (), *, timeout_s: float = _CONTROL_S
     ) -> dict[str, str]:
-        """Call a method of `KdrlWorker` in every worker of the server. Returns their weights and incarnations.
+        """Call a method of `KdrlWorker` in every worker of the server. Returns their weights, incarnations and digest.
 
         Afterwards the server is known to be asleep or awake. Raises as `answer`.
         """
@@ -229,10 +229,10 @@ class ServerPool:
             states = [(str(state["weights"]), str(state["incarnation"])) for state in answer["results"]]
             weights = {weights for weights, _ in states}
             state = {"weights": weights.pop(), "incarnation": " ".join(sorted(each for _, each in states))}
-        except (KeyError, TypeError):
+            state["digest"] = " ".join(sorted({str(each.get("digest", "")) for each in answer["results"]}))
+        except (KeyError, TypeError, AttributeError):
             raise TransientError(f"{self.where(server)} does not say which weights it has") from None
-        if method != "kdrl_state":  # loading wakes it
-            server.is_asleep = method == "kdrl_sleep"
+        server.is_asleep = server.is_asleep if method == "kdrl_state" else method == "kdrl_sleep"  # loading wakes it
         return state
 
     def where(self, server: Server) -> str:
