@@ -24,7 +24,7 @@ from kdrl_core.engines import server_client
 from kdrl_core.engines.http_rollout import HTTPRolloutEngine
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.miniature.models import MiniatureModel, build_model, save_model
-from kdrl_core.models.loading import load_tokenizer, stop_token_ids
+from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.types import RolloutRequest, ScoreRequest
 
 CONTEXT = 32_768
@@ -91,7 +91,7 @@ def compare(url: str, key: str | None, args: argparse.Namespace) -> None:
     engine = HTTPRolloutEngine(
         served,
         tokenizer,
-        stop_ids=stop_token_ids(STUDENT, tokenizer),
+        stop_ids=[],
         temperature=1.0,
         max_response_tokens=256,
         max_prompt_tokens=8,

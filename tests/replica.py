@@ -28,6 +28,8 @@ class Replica:
         self.num_sampled = 0
         self.num_tokens = 0
         self.context = 128
+        self.met: threading.Barrier | None = None
+        """Where it waits for others before it does what it is told."""
         self.is_asleep = False
         self.told: list[str] = []
         self._lock = threading.Lock()
@@ -72,6 +74,8 @@ class Replica:
     def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         if handler.path == "/collective_rpc":
             self.told.append(body["method"])
+            if self.met is not None:
+                self.met.wait()
             if body["method"] != "kdrl_state":
                 self.is_asleep = body["method"] == "kdrl_sleep"
             if body["method"] == "kdrl_load":

@@ -134,8 +134,8 @@ class HTTPScorer:
         best = [best_tokens(position, k, self._num_tokens, server.url) for position in positions]
         if (fewest := min(map(len, best))) < k:
             raise self._lacking(server, fewest, k)
-        found = np.array(best).reshape(-1, k, 2)
-        return logprobs, found[..., 0].astype(np.int32), found[..., 1].astype(np.float32)
+        token_ids = np.array([[token for token, _ in row] for row in best], np.int32)
+        return logprobs, token_ids, np.array([[value for _, value in row] for row in best], np.float32)
 
     def _score_binary(self, request: ScoreRequest, k: int, server: Server) -> Scored:
         """As `_score_one`, from the addresses of `server_routes`."""

@@ -127,6 +127,22 @@ def test_a_fault_that_passes_costs_only_time(
     assert KEY not in caplog.text
 
 
+@pytest.mark.parametrize("fault", ["", "short", "nan", "409", "503"])
+def test_a_server_of_kdrl_sends_bytes(fault: str, make: Make, expected: list[np.ndarray]) -> None:
+    with faulty_server(TEACHER, key=KEY) as server:
+        server.has_routes = True
+        server.faults.extend([fault] * 3 if fault else [])
+        scorer = make([server.url], timeout_s=60.0, retry_for_s=60.0, num_tokens=22)
+        same(scorer.score(REQUESTS), expected)
+        assert server.requests == len(REQUESTS) + len(fault and 3 * "x")
+        local = TransformersScorer(load_model(TEACHER), temperature=1.0, batch_tokens=2048, num_tokens=22)
+        for ours, theirs in zip(scorer.score_topk(REQUESTS, 3), local.score_topk(REQUESTS, 3), strict=True):
+            assert (ours.topk_ids == theirs.topk_ids).all()
+            np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=2e-5)
+        assert server.temperatures == {1.0}
+        scorer.close()
+
+
 @pytest.mark.parametrize("fault", ["hang", "500", "garbage", "null", "echo"])
 def test_a_fault_that_does_not_pass_ends_in_bounded_time(fault: str, make: Make, server: FaultyServer) -> None:
     scorer = make(retry_for_s=0.6, timeout_s=0.2)
