@@ -23,6 +23,9 @@ from kdrl_core.training.messages import pack, unpack
 from kdrl_core.training.rank_group import call_back
 
 _PR_SET_PDEATHSIG = 1
+_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""Either sets torch's allocator. Rows of a rank have many lengths: segments that can grow leave no gaps of odd sizes.
+Ranks alone set it: vLLM's sleep cannot live with it."""
 _SHOW_AT = 0.9
 """Share of a time limit after which a rank prints what it is doing."""
 
@@ -34,6 +37,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program ends its ranks itself
     spec = json.loads(Path(sys.argv[1]).read_text())
     os.environ["DS_ACCELERATOR"] = spec["settings"]["device"]  # launchers do not pass it on to other hosts
+    if not any(name in os.environ for name in _ALLOCATOR):  # torch is not imported yet
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     connection = call_back(spec)
     commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, commands), daemon=True).start()
