@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import MutableMapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,9 +24,6 @@ from kdrl_core.training.messages import pack, unpack
 from kdrl_core.training.rank_group import call_back
 
 _PR_SET_PDEATHSIG = 1
-_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-"""Either sets torch's allocator. Rows of a rank have many lengths: segments that can grow leave no gaps of odd sizes.
-Ranks alone set it: vLLM's sleep cannot live with it."""
 _SHOW_AT = 0.9
 """Share of a time limit after which a rank prints what it is doing."""
 
@@ -37,8 +35,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program ends its ranks itself
     spec = json.loads(Path(sys.argv[1]).read_text())
     os.environ["DS_ACCELERATOR"] = spec["settings"]["device"]  # launchers do not pass it on to other hosts
-    if not any(name in os.environ for name in _ALLOCATOR):  # torch is not imported yet
-        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+    if spec["settings"]["device"] == "cuda":
+        let_segments_grow(os.environ)
     connection = call_back(spec)
     commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, commands), daemon=True).start()
@@ -62,6 +60,14 @@ def main() -> int:
         faulthandler.cancel_dump_traceback_later()
         message = commands.get()
         limit_s = spec["settings"]["step_timeout_s"]
+
+
+def let_segments_grow(environment: MutableMapping[str, str]) -> None:
+    """Have torch, before it is imported, take the GPU's memory in segments that can grow: micro-batches have many sizes,
+    and fixed segments leave gaps between them. What the user has set stays. For ranks alone: vLLM's sleep mode cannot
+    live with it."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _read(connection: Connection, commands: "queue.SimpleQueue[bytes]") -> None:

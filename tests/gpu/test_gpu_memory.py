@@ -1,16 +1,14 @@
-"""What an update takes of a GPU against the plan, what it leaves behind, and how wide a chunk of logits should be."""
+"""What an update takes of a GPU, against the plan, and what a command leaves behind."""
 
 import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu.conftest import SLOW_DEVICES, batch_of, config_of, on_gpu, one_rank, plain
+from gpu.conftest import SLOW_DEVICES, batch_of, config_of, one_rank, plain
 
-from kdrl_core.logprobs.chunked import CHUNK_BYTES, OutputLayer, token_statistics
 from kdrl_core.look.planning.memory import TrainerSettings, trainer_states, update_components
 from kdrl_core.look.planning.shapes import shape_from_config
 
@@ -95,26 +93,3 @@ def test_a_rank_stays_within_the_plan_and_gives_back_what_it_has_freed(
             kept = sum(trainer_states(shape_from_config(config, name="test"), settings).values()) / GIB
             print(f"the GPU lacks {taken:.2f} GiB after the command; states {kept:.2f}, planned peak {planned:.2f}")
             assert taken < 1.1 * kept + 2.5  # DeepSpeed's bucket of 0.93 GiB, CUDA's context, NCCL's buffers
-
-
-@on_gpu
-def test_the_default_chunk_is_about_the_fastest() -> None:
-    """Logprobs and entropy of 16,384 tokens at Qwen2.5-1.5B's output layer, forward and backward."""
-    hidden = torch.randn(16_384, 1536, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    weight = (torch.randn(151_936, 1536, device="cuda", dtype=torch.bfloat16) / 13).requires_grad_()
-    ids = torch.randint(151_936, (16_384,), device="cuda")
-    seconds = {}
-    for mib in (16, 32, 64, 128, 256, 512):
-        for _ in range(3):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            found = token_statistics(
-                hidden, OutputLayer(weight, None, 0.6), ids, with_entropy=True, chunk_bytes=mib * 2**20
-            )
-            assert found.entropy is not None
-            (found.logprobs.sum() + found.entropy.sum()).backward()
-            torch.cuda.synchronize()
-            seconds[mib] = time.perf_counter() - started
-            hidden.grad = weight.grad = None
-    print({f"{mib} MiB": f"{1000 * value:.0f} ms" for mib, value in seconds.items()})
-    assert seconds[CHUNK_BYTES["cuda"] // 2**20] < 1.2 * min(seconds.values())
