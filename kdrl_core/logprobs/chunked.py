@@ -211,7 +211,7 @@ def use_float32_logits(model: Any) -> None:
     because of its weights or of autocast. An output layer that is no `nn.Linear` is left as it is."""
     layer = model.get_output_embeddings()
     if type(layer) is torch.nn.Linear:
-        layer.forward = partial(_float32_logits, layer)
+        layer.forward = partial(_float32_logits, layer)  # type: ignore[method-assign]
 
 
 def _float32_logits(layer: torch.nn.Linear, hidden: Tensor) -> Tensor:

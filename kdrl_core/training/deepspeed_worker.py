@@ -63,9 +63,9 @@ def main() -> int:
 
 
 def let_segments_grow(environment: MutableMapping[str, str]) -> None:
-    """Have torch, before it is imported, take the GPU's memory in segments that can grow: micro-batches have many sizes,
-    and fixed segments leave gaps between them. What the user has set stays. For ranks alone: vLLM's sleep mode cannot
-    live with it."""
+    """Have torch, which is not imported yet, take a GPU's memory in segments that can grow. Micro-batches have many
+    sizes, and fixed segments leave gaps between them. A setting of the user's stays. For ranks alone: vLLM's sleep mode
+    cannot live with it."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
