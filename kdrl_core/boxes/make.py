@@ -154,6 +154,8 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
     if found is not None and made_by.replay is not None:
         made_by.replay(run, path, found, facts)
         return Made(path=path, manifest=found, reused=True)
+    if not inputs.are_read:  # the box may have waited for one of them, as rollouts do for a checkpoint
+        inputs = _Inputs.of(run, made_by, node)
     expected = required_sha256(run, path)
     manifest = _publish(run, node, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
     _logger.debug("%s made and published in %.2f s", node.place, time.perf_counter() - started)
@@ -178,6 +180,8 @@ class _Inputs:
     manifests: dict[Node, Manifest]
     in_shards: set[str]
     """Rows whose shards are all inputs."""
+    are_read: bool
+    """Whether the box reads or compares them."""
 
     @classmethod
     def of(cls, run: Run, box: Box, node: Node) -> "_Inputs":
@@ -185,12 +189,14 @@ class _Inputs:
         verified the files when it loaded them."""
         choices = needs(run.recipe, node)
         names = {choice[0].name for choice in choices}
-        look = manifest_of if box.is_kept and names.isdisjoint(box.parameters) else verify_published
+        are_read = not box.is_kept or not names.isdisjoint(box.parameters)
+        look = verify_published if are_read else manifest_of
         sources = [source for choice in choices for source in _published(run, choice)]
         return cls(
             run=run,
             manifests={source: look(run.paths.root / source.place) for source in sources},
             in_shards={choice[0].name for choice in choices if choice[0].at == EVERY},
+            are_read=are_read,
         )
 
     @property
