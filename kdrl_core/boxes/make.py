@@ -37,6 +37,7 @@ from kdrl_core.ledger import (
     verify_published,
 )
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
+from kdrl_core.ledger.versions import replace_lost, version_of
 from kdrl_core.tables.files import read_table, write_table
 from kdrl_core.tables.schemas import SCHEMAS
 
@@ -144,6 +145,9 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
     if found is not None and made_by.replay is None:
         _logger.debug("%s is published, reused", node.place)
         return Made(path=path, manifest=found, reused=True)
+    may_differ = row.by_model and not run.recipe.is_exact
+    if found is None and may_differ:
+        replace_lost(run, node)
     inputs = inputs or _Inputs.of(run, made_by, node)
     if made_by.phase is not None:
         report_progress(run, stage=stage or made_by.phase, at=at if isinstance(at, int) else 0, phase=made_by.phase)
@@ -157,6 +161,7 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
     if not inputs.are_read:  # the box may have waited for one of them, as rollouts do for a checkpoint
         inputs = _Inputs.of(run, made_by, node)
     expected = required_sha256(run, path)
+    facts = {**facts, **(version_of(run, node) if may_differ else {})}
     manifest = _publish(run, node, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
     _logger.debug("%s made and published in %.2f s", node.place, time.perf_counter() - started)
     return Made(path=path, manifest=manifest, reused=False)

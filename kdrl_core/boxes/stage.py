@@ -13,7 +13,7 @@ import pyarrow as pa
 from kdrl_core.alarms import Alarm, raised_at_last, to_metadata
 from kdrl_core.boxes.make import Box, Product, box, make
 from kdrl_core.errors import DamagedArtifactError, RunError
-from kdrl_core.ledger import Manifest, Run, find_intact, find_own, is_published, retract
+from kdrl_core.ledger import Manifest, Run, find_intact, find_own, is_published, required_sha256, retract
 from kdrl_core.ledger.graph import CHECKPOINT
 from kdrl_core.ledger.heal import ASIDE_PREFIX, forget
 from kdrl_core.tables import schemas
@@ -167,10 +167,11 @@ def end_step(session: "StageSession", update: Box, step: int) -> StepSummary:
 
 
 def _is_waited_for(session: "StageSession", at: int) -> bool:
-    """Whether a checkpoint is needed before the next rollouts, or none follow: it is evaluated, it ends the stage, or
-    the stage samples nothing."""
-    config = session.config
-    return at == config.steps or config.is_evaluation_due(at) or config.objective == "sft"
+    """Whether a checkpoint is needed before the next rollouts are sampled, or none are: it is evaluated, it ends the
+    stage, the stage samples nothing, or the rollouts are there and were made from it."""
+    config, path = session.config, session.run.paths.checkpoint(session.stage, at)
+    is_last = at == config.steps or config.objective == "sft"
+    return is_last or config.is_evaluation_due(at) or required_sha256(session.run, path) is not None
 
 
 def step_facts(

@@ -22,7 +22,7 @@ from kdrl_core.training.torch_trainer import TorchTrainer
 
 pytestmark = pytest.mark.usefixtures("fast_sessions", "aside")
 
-SHORT = ["stage1=null", "stage2.steps=3"]
+SHORT = ["stage1=null", "stage2.steps=2"]
 _WAIT_S = 20.0
 
 
@@ -78,10 +78,10 @@ def test_it_is_saved_while_the_next_responses_are_sampled(tmp_path: Path, monkey
     while_sampling(monkeypatch, sampling)
     monkeypatch.setattr(TorchTrainer, "save", saving)
     train(run)
-    assert sampled == [0, 1, 2]
+    assert sampled == [0, 1]
     assert differing(run, plain) == []
     assert inputs_of(run) == inputs_of(plain)
-    assert "checkpoints/stage2/step-000002" in inputs_of(run)["rollouts/stage=stage2/step=000002/rollouts.parquet"]
+    assert "checkpoints/stage2/step-000001" in inputs_of(run)["rollouts/stage=stage2/step=000001/rollouts.parquet"]
     assert check_run(run).findings == []
 
 
