@@ -18,7 +18,9 @@ from crash.damage import (
     unlink,
 )
 from crash.tiny_run import differing, finish, open_tiny, results, train
+from typer.testing import CliRunner
 
+from flows.cli import app
 from kdrl_core.boxes.check import Remedy, check_run, replace_artifact
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.session import close_sessions
@@ -181,7 +183,7 @@ def kept_of(run: Run) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("inexact")
-@pytest.mark.parametrize("damage", [flip, lose_manifest])
+@pytest.mark.parametrize("damage", [flip, pytest.param(lose_manifest, marks=pytest.mark.slow)])
 def test_lost_rollouts_of_the_last_step_are_replaced_where_sampling_is_not_exact(
     damage: Damage, stopped: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -219,9 +221,7 @@ def test_later_work_is_given_up_only_if_that_is_asked_for(stopped: Run, tmp_path
     place = run.paths.relative(path)
     flip(path)
     before = results(run)
-    with pytest.raises(
-        DamagedArtifactError, match=r"rollouts\.parquet was made again .* see `kdrl check` for a run on"
-    ):
+    with pytest.raises(DamagedArtifactError, match=r"rollouts\.parquet was made again .* see `kdrl check`"):
         train(run)
     close_sessions()
     assert {name: digest for name, digest in before.items() if name != place} == results(run)
@@ -243,12 +243,19 @@ def test_later_work_is_given_up_only_if_that_is_asked_for(stopped: Run, tmp_path
 
 
 @pytest.mark.usefixtures("inexact")
-def test_a_past_step_takes_everything_after_it_along(whole: Run, tmp_path: Path) -> None:
+def test_a_past_step_takes_everything_after_it_along(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = copy_of(whole, tmp_path)
     paths = run.paths
     flip(paths.rollouts("stage1", 1))
     assert is_finished(run, verify=True)  # it does not need them
-    replace_artifact(run, check_run(run), paths.relative(paths.rollouts("stage1", 1)))
+    monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path))
+    told = CliRunner().invoke(app, ["check", "r"])
+    assert (told.exit_code, "a backup, or kdrl check --replace" in told.output) == (1, True)
+    done = CliRunner().invoke(app, ["check", "r", "--replace", paths.relative(paths.rollouts("stage1", 1))])
+    assert done.exit_code == 0
+    assert "make them anew with: kdrl resume r" in done.output
     assert check_run(run).findings == []
     left = {paths.relative(path) for path in published_below(paths.root)}
     step = "rollouts/stage=stage1/step=000000"
