@@ -47,7 +47,8 @@ def rollout(session: StageSession, at: int) -> Product:
     """
     requests = _requests(session, at)
     sampler = session.sampler_at(at, requests)
-    rollouts = generate_for(session, sampler.engine, requests, at=at, phase="rollout")
+    with session.saving():
+        rollouts = generate_for(session, sampler.engine, requests, at=at, phase="rollout")
     engine = session.run.recipe.rollout.engine
     table = rollouts_table(requests, rollouts, session.pool, policy_version=at, engine=engine)
     return Product(content=table, facts=timed(**({} if sampler.sync is None else {"sync": asdict(sampler.sync)})))

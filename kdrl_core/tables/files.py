@@ -242,7 +242,7 @@ def _rows_or_none(run: Run, stage: str, step: int, kind: str) -> list[dict[str, 
 
 
 def _write(path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
-    if kind == "alarms" and not rows:
+    if not rows:
         path.unlink(missing_ok=True)
         return
     table = pa.Table.from_pylist(rows, schema=ALARMS if kind == "alarms" else None)

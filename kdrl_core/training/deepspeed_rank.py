@@ -1,6 +1,5 @@
 """A rank of a `DeepSpeedTrainer`: it loads the model once, then carries out one command after the other."""
 
-import copy
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,7 +11,7 @@ import torch
 
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
-from kdrl_core.models.loading import export_model, free_cached_memory, load_model
+from kdrl_core.models.loading import export_weights, free_cached_memory, load_model
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork
@@ -81,7 +80,7 @@ class Rank:
             "update": lambda: self._update(RankWork.unpack(header, arrays)),
             "score": lambda: self._score(RankWork.unpack(header, arrays)),
             "save": lambda: self._save(Path(header["path"])),
-            "export": lambda: self._export(Path(header["path"])),
+            "export": lambda: self._export(Path(header["path"]), header["dtype"]),
             "load": lambda: self._load(Path(header["path"])),
         }
         found = commands[header["command"]]()
@@ -160,30 +159,30 @@ class Rank:
         self._step += 1
         return float(norm)
 
-    def _export(self, path: Path) -> Answer:
+    def _export(self, path: Path, dtype: str) -> Answer:
         is_first = self._is_first()
-        weights = full_weights(self._engine, self._model, keep=is_first)
+        weights = full_weights(self._engine, self._model, keep=is_first, dtype=getattr(torch, dtype))
         if is_first:
-            self._write_model(path, weights)
+            export_weights(self._model, weights, path)
         return self.state()
 
     def _save(self, path: Path) -> Answer:
-        self._export(path)
-        is_first = self._is_first()
+        self._export(path, "float32")
+        is_first, known = self._is_first(), {}
         moments = full_moments(self._engine, self._model, keep=is_first)
         if is_first:
             groups = [
                 {**{k: v for k, v in group.items() if k != "params"}, "params": list(range(len(self._names)))}
                 for group in self._optimizer.param_groups
             ]
-            write_state(
+            known = write_state(
                 path,
                 step=self._step,
                 moments={self._names.index(name): state for name, state in moments.items()},
                 param_groups=groups,
                 schedule=self._schedule.state_dict(),
             )
-        return self.state()
+        return {**self.state()[0], "files": known}, {}
 
     def _load(self, path: Path) -> Answer:
         source = load_model(path, trust_remote_code=self._settings["trust_remote_code"])
@@ -196,17 +195,6 @@ class Rank:
         self._schedule.load_state_dict(state["schedule"])
         self._step = state["step"]
         return self.state()
-
-    def _write_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Write a model directory as the plain trainer does; a model on the meta device takes the float32 weights."""
-        config = copy.deepcopy(self._model.config)
-        config.dtype = torch.float32
-        with torch.device("meta"):
-            shell = type(self._model)(config)
-        shell.load_state_dict(weights, strict=False, assign=True)
-        shell.tie_weights()
-        shell.generation_config = self._model.generation_config
-        export_model(shell, path)
 
     def _is_first(self) -> bool:
         return int(torch.distributed.get_rank()) == 0
