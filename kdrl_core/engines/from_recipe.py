@@ -6,6 +6,7 @@ from typing import Any
 from kdrl_core.config import EngineName, LocalEngine, ModelConfig, Recipe
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.server_pool import served_model
+from kdrl_core.models.gpu_share import USABLE, engine_share
 from kdrl_core.models.loading import load_model, stop_token_ids
 
 
@@ -106,7 +107,8 @@ def _vllm_settings(recipe: Recipe, config: ModelConfig, *, max_model_len: int, t
         num_threads=runtime.num_threads,
         trust_remote_code=config.trust_remote_code,
         own_process=runtime.device != "cpu",
-        **recipe.vllm.model_dump(exclude={"replicas", "batch_invariant"}),
+        gpu_memory_utilization=engine_share(recipe) if runtime.device != "cpu" else USABLE,
+        **recipe.vllm.model_dump(exclude={"replicas", "batch_invariant", "gpu_memory_utilization"}),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from crash.tiny_run import open_tiny, train
 
 from kdrl_core.boxes.session import close_sessions
-from kdrl_core.look.planning.cost import rates_of_run
+from kdrl_core.look.planning.measured import rates_of_run
 from kdrl_core.tables.files import load_metrics
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -8,9 +8,11 @@ import pytest
 
 from kdrl_core.config import load_recipe
 from kdrl_core.look.planning.cluster import Cluster, Engines, default_gpus, engines_of, work_of
-from kdrl_core.look.planning.cost import Rates, rates_of, step_time
+from kdrl_core.look.planning.conditions import conditions, ranks_note
+from kdrl_core.look.planning.cost import Rates, step_time
+from kdrl_core.look.planning.measured import rates_of
 from kdrl_core.look.planning.placement import KV_CACHE, Placement
-from kdrl_core.look.planning.stage_plan import StagePlan, conditions, plan_stage, ranks_note, time_alone
+from kdrl_core.look.planning.stage_plan import StagePlan, plan_stage, time_alone
 
 SERVED = ["rollout.engine=server", "rollout.server.urls=['http://127.0.0.1:8000/v1']"]
 
@@ -279,7 +281,7 @@ def test_rates_measured_on_several_ranks_have_their_collectives() -> None:
     assert communication(has_collectives=True) == 0.0
 
 
-def test_a_share_of_the_gpu_bounds_the_cache() -> None:
+def test_a_largest_share_the_gpu_bounds_the_cache() -> None:
     plan, _ = planned(["vllm.gpu_memory_utilization=0.5"])
     parts = components(plan, "rollout")
     assert sum(parts[name] for name in ("rollout weights", "workspace", KV_CACHE)) == pytest.approx(0.5 * 80e9)
