@@ -115,7 +115,7 @@ def plan(
     """
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
-    from kdrl_core.look.planning.cluster import engines_of, work_of
+    from kdrl_core.look.planning.cluster import CPU_BANDWIDTH, engines_of, work_of
     from kdrl_core.look.planning.conditions import conditions, ranks_note
     from kdrl_core.look.planning.cost import Rates
     from kdrl_core.look.planning.stage_plan import plan_stage, total_hours
@@ -135,6 +135,8 @@ def plan(
             storage_bandwidth=storage_bandwidth * 1e9,
         )
         total = cluster.gpus
+        if from_run is not None and memory_bandwidth is None and loaded.runtime.device == "cpu":
+            cluster = replace(cluster, memory_bandwidth=CPU_BANDWIDTH)
         engines = engines_of(loaded)
         measured = None
         if from_run is not None:

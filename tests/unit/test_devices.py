@@ -9,42 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from fake_smi import A100S
 
 from kdrl_core.boxes.preflight import check_devices
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import EngineError, RecipeError
 from kdrl_core.models.devices import Gpu, devices_of_ranks, gpus, named_devices, visible_devices
 from kdrl_core.training import rank_group
-
-A100S = "".join(
-    f"{n}, GPU-{n}c8f6de6-41b1-4b6e-a5a7-0c2e2f6f3a1{n}, NVIDIA A100-SXM4-80GB, 81920, 580.65.06\n" for n in range(4)
-)
-MIGS = """GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0c8f6de6-41b1-4b6e-a5a7-0c2e2f6f3a10)
-  MIG 3g.40gb     Device  0: (UUID: MIG-1ab0b8a1-51e8-5ca3-aa1c-5d5a1c4a8c55)
-  MIG 1g.10gb     Device  1: (UUID: MIG-2ee5a2f1-cf05-5c7d-9a0f-d9ab2a0f0f10)
-GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-1c8f6de6-41b1-4b6e-a5a7-0c2e2f6f3a11)
-"""
-
-
-@pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts an `nvidia-smi` on PATH that prints what it is given, and sets CUDA_VISIBLE_DEVICES."""
-
-    def put(query: str = A100S, *, names: str | None = None, listing: str = MIGS, status: int = 0) -> None:
-        (tmp_path / "query").write_text(query)
-        (tmp_path / "listing").write_text(listing)
-        tool = tmp_path / "nvidia-smi"
-        tool.write_text(
-            f'#!/bin/sh\ncase "$1" in -L) cat {tmp_path}/listing;; *) cat {tmp_path}/query;; esac\nexit {status}\n'
-        )
-        tool.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        if names is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
-
-    return put
 
 
 def test_the_gpus_of_a_node(smi: Any) -> None:

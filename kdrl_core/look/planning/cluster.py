@@ -16,6 +16,8 @@ MEAN_RESPONSE_SHARE = 0.4
 """Assumed mean response length, as a share of the longest, if none is given."""
 MEAN_PROMPT_TOKENS = 256
 """Assumed mean prompt length, if none is given."""
+CPU_BANDWIDTH = 8e9
+"""Bytes per second between one core of a server and its memory; for plans from a run on a CPU."""
 PROBLEMS = 61_000
 """Problems of a pool, if nothing else is known: what the filter leaves for stage 2 (B.1.1)."""
 

@@ -147,7 +147,7 @@ def rollout_s(
         shape_for(role, work),
         engines,
         cluster,
-        tensor_parallel=engines.split(role),
+        role=role,
         overhead_s=rates.decoding_overhead_s,
         flops=rates.score_flops or rates.update_flops,
     )

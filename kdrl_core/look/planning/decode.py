@@ -1,7 +1,7 @@
 """Seconds to generate responses, decoding step by decoding step.
 
     decoding step of n sequences with c cached tokens =
-        overhead + max((weights + c · KV bytes) / (memory bandwidth · share), n · forward FLOPs / (peak · MFU))
+        overhead + max(weights / bandwidth, n · FLOPs / (peak · MFU)) + c · KV bytes / bandwidth
 
 An engine has at most so many sequences in flight. vLLM starts the next when one ends;
 `transformers` starts the next batch when all have ended. So the batch shrinks at the end, and the cache grows with the
@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from kdrl_core.look.planning.cluster import Cluster, Engines
+from kdrl_core.look.planning.cluster import Cluster, Engines, Role
 from kdrl_core.look.planning.lengths import response_lengths
 from kdrl_core.look.planning.memory import engine_weights, kv_bytes
 from kdrl_core.look.planning.shapes import ModelShape
 
+_COPYING = 3
+"""How often `transformers` touches its cache in a step: it copies it, to add a token, and reads it."""
 _MOST = 2_048
 """Responses of an engine that are simulated one by one. Of more, these stand for all."""
 
@@ -36,7 +38,7 @@ class DecodingCost:
     def steps(self, count: float, *, sequences: int, cached: float) -> float:
         """Seconds of `count` steps of `sequences` that have `cached` tokens in all before the first of them."""
         between = cached + sequences * (count - 1) / 2  # the cache grows by one token of each
-        return count * (self.overhead + max(self.weights + self.cached * between, self.arithmetic * sequences))
+        return count * (self.overhead + max(self.weights, self.arithmetic * sequences) + self.cached * between)
 
 
 def decoding_cost(
@@ -44,22 +46,24 @@ def decoding_cost(
     engines: Engines,
     cluster: Cluster,
     *,
-    tensor_parallel: int,
+    role: Role = "rollout",
     overhead_s: float | None = None,
     flops: float | None = None,
 ) -> DecodingCost:
-    """The cost on one engine of `tensor_parallel` GPUs.
+    """The cost on one engine of a role.
 
     Args:
         overhead_s: of a step; None: the cluster's.
         flops: FLOPs per second and GPU; None: the cluster's.
     """
+    tensor_parallel = engines.split(role)
     bandwidth = cluster.memory_bandwidth * cluster.bandwidth_share
+    passes = _COPYING if engines.engine(role) == "transformers" else 1
     rate = (flops or cluster.peak_flops * cluster.mfu) * tensor_parallel
     return DecodingCost(
         overhead=cluster.step_overhead_s if overhead_s is None else overhead_s,
         weights=engine_weights(shape, width=engines.width, tensor_parallel=tensor_parallel) / bandwidth,
-        cached=kv_bytes(shape, width=engines.width, tensor_parallel=tensor_parallel) / bandwidth,
+        cached=passes * kv_bytes(shape, width=engines.width, tensor_parallel=tensor_parallel) / bandwidth,
         arithmetic=2 * shape.matmul_parameters / rate,
     )
 

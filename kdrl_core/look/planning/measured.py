@@ -14,7 +14,7 @@ from typing import Any
 from kdrl_core.config import Recipe
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import open_run
-from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work, engines_of, gpus_of, work_of
+from kdrl_core.look.planning.cluster import CPU_BANDWIDTH, Cluster, Engines, Role, Work, engines_of, gpus_of, work_of
 from kdrl_core.look.planning.cost import Rates, busiest, busiest_generation
 from kdrl_core.look.planning.decode import decoding_cost
 from kdrl_core.look.planning.lengths import cut
@@ -26,8 +26,8 @@ def rates_of_run(run_name: str, *, gpus: int | None = None, cluster: Cluster | N
     step, with the measured prompt and response lengths.
 
     `gpus`: GPUs that each phase of the run used; None: the recipe's numbers for each engine and the trainer. `cluster`:
-    the memory bandwidth of these GPUs; None: the default. Raises RunError if there is no such run, or it has trained no
-    step; ModelError if the shape of a model is not known.
+    the memory bandwidth of what it ran on; None: the default for GPUs or a CPU. Raises RunError if there is no such
+    run, or it has trained no step; ModelError if the shape of a model is not known.
     """
     run = open_run(run_name)
     loops = [name for name in run.recipe.stages if run.recipe.stage(name).objective != "sft"]
@@ -84,21 +84,22 @@ def rates_of(
         update_flops=rate("time/update_s", update),
         has_collectives=used["update"] > 1,
         sync_s_per_parameter=sync_s / work.student.parameters if sync_s else None,
-        verify_s_per_response=seconds("time/verify_s", "time/verify_hidden_s") / work.responses,
+        verify_s_per_response=seconds("time/verify_s") / work.responses,
         reserved_bytes=max((row.get("memory/reserved_gib") or 0.0 for row in rows), default=0.0) * 2**30 or None,
     )
+    if cluster is None:
+        cluster = Cluster(gpus=1, gpus_per_node=1, gpu_memory=80e9)
+        if recipe.runtime.device == "cpu":
+            cluster = replace(cluster, memory_bandwidth=CPU_BANDWIDTH)
     return _with_decoding(found, seconds("time/rollout_s", "sync/seconds"), work, engines, cluster, used["rollout"])
 
 
-def _with_decoding(
-    rates: Rates, measured_s: float, work: Work, engines: Engines, cluster: Cluster | None, gpus: int
-) -> Rates:
+def _with_decoding(rates: Rates, measured_s: float, work: Work, engines: Engines, cluster: Cluster, gpus: int) -> Rates:
     """`rates` with the overhead of a decoding step, so that the rollout of `work` takes `measured_s`."""
     cost = decoding_cost(
         work.student,
         engines,
-        cluster or Cluster(gpus=gpus, gpus_per_node=gpus, gpu_memory=80e9),
-        tensor_parallel=engines.split("rollout"),
+        cluster,
         overhead_s=0.0,
         flops=rates.score_flops or rates.update_flops,
     )
