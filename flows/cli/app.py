@@ -63,6 +63,7 @@ def run(
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
     from kdrl_core.ledger import RunPaths, require_free, require_same_recipe, validate_run_name
+    from kdrl_core.look.planning.machine import require_fit
 
     with errors():
         loaded = fetched(load_recipe(recipe, overrides or []))
@@ -70,6 +71,7 @@ def run(
         require_free(RunPaths.of(run_name).lock)
         require_same_recipe(run_name, loaded)
         check_inputs(loaded)
+        require_fit(loaded)
         _run_in_process(recipe, run_name, overrides or [], verbose=verbose)
 
 
@@ -87,6 +89,7 @@ def resume(
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
     from kdrl_core.ledger import open_run, require_free, require_resumable, require_same_recipe
+    from kdrl_core.look.planning.machine import require_fit
 
     with errors():
         opened = open_run(run_name)
@@ -100,6 +103,7 @@ def resume(
             return
         require_same_recipe(run_name, loaded)
         check_inputs(loaded)
+        require_fit(loaded)
         _run_in_process(str(opened.paths.recipe), run_name, overrides or [], verbose=verbose)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.shared import err, errors, out
-from kdrl_core.engines.devices import visible_devices
+from kdrl_core.models.devices import visible_devices
 from kdrl_core.errors import EngineError, ModelError
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from kdrl_core.config import EngineName, LocalEngine, ModelConfig, Recipe
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.server_client import ServedModel, served_model
 from kdrl_core.engines.server_pool import START_S
+from kdrl_core.models.gpu_share import USABLE, engine_share
 from kdrl_core.models.loading import load_model, read_config, stop_token_ids
 
 _REPLICA_S = 7_200.0
@@ -128,7 +129,7 @@ def _started(recipe: Recipe, model: Path, settings: Any, logs: Path | None, *, r
     Args:
         requests_each: requests in flight for each server.
     """
-    from kdrl_core.engines.devices import visible_devices
+    from kdrl_core.models.devices import visible_devices
     from kdrl_core.engines.server_command import replicas_of
     from kdrl_core.engines.server_processes import ReplicaGroup, free_ports, new_key
 
@@ -171,7 +172,8 @@ def _vllm_settings(recipe: Recipe, config: ModelConfig, *, max_model_len: int, *
         num_threads=runtime.num_threads,
         trust_remote_code=config.trust_remote_code,
         own_process=runtime.device != "cpu",
-        **recipe.vllm.model_dump(exclude={"replicas"}),
+        gpu_memory_utilization=engine_share(recipe) if runtime.device != "cpu" else USABLE,
+        **recipe.vllm.model_dump(exclude={"replicas", "gpu_memory_utilization"}),
         **options,
     )
 

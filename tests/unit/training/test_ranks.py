@@ -157,7 +157,7 @@ def test_the_step_reports_the_rank_that_needs_most_memory() -> None:
 
 def test_the_launcher_is_deepspeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    here = rank_group.launch_command(tmp_path / "spec", num_ranks=2, hostfile=None, master_port=29_000)
+    here = rank_group.launch_command(tmp_path / "spec", num_ranks=2, hostfile=None, master_port=29_000, device="cuda")
     assert here[1:3] == ["-m", "deepspeed.launcher.launch"]
     world = next(part for part in here if part.startswith("--world_info=")).removeprefix("--world_info=")
     assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": ["4", "6"]}
