@@ -1,7 +1,7 @@
 """The process that does a step for real: `python -m kdrl_core.look.doctor.child SPEC`, SPEC being a JSON file.
 
 Its stdout gets an event per line. What libraries print there goes to stderr in its place. The parent may end this
-process at any time, and tells from the last event what was under way.
+process at any time, and tells from the last event what was under way. Heavy imports wait until a check needs them.
 """
 
 import faulthandler
@@ -9,24 +9,24 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.boxes.preflight import check_inputs
-from kdrl_core.boxes.session import StageSession
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.engines.devices import Gpu
-from kdrl_core.ledger import create_run, run_lock
 from kdrl_core.look.doctor import needs
 from kdrl_core.look.doctor.checks import Finding, Recorder
 from kdrl_core.look.doctor.machine import size_words
+from kdrl_core.look.doctor.random_models import own_folder, write_random_models
 from kdrl_core.look.doctor.trial import NAME, Trial, make_trial, models_to_try
 
 PLAN, MEMORY, SPACE = "plan", "host memory", "space for a run"
 MODELS, PREFLIGHT, OPEN, CLOSE = "random models", "checks before a run", "run opened", "all processes end"
+_START_LIMIT_S = 600.0
+_BYTES_PER_S = 5e7
+"""Slowest reading of weights that a limit allows for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,6 @@ class ChildSpec:
         return cls(recipe=Path(values["recipe"]), folder=Path(values["folder"]), gpus=gpus)
 
 
-Patch = Callable[[StageSession], None]
-
-
 def try_recipe(recipe: Recipe, folder: Path, found: tuple[Gpu, ...], recorder: Recorder) -> None:
     """Every check that needs the models' shapes, or a model."""
     check = recorder.run
@@ -64,13 +61,20 @@ def try_recipe(recipe: Recipe, folder: Path, found: tuple[Gpu, ...], recorder: R
     weights: dict[str, int] = {}
     check(MODELS, partial(_write_models, recipe, folder, weights), limit_s=1800.0)
     trials: list[Trial] = []
-    check(PREFLIGHT, partial(_preflight, recipe, folder, trials), needs=[MODELS])
-    if not trials:
-        return
-    from kdrl_core.look.doctor.exercise import Exercise, WatchedBuilders, limit_of
+    if check(PREFLIGHT, partial(_preflight, recipe, folder, trials), needs=[MODELS]):
+        start_timeout_s = trials[0].recipe.trainer.start_timeout_s
+        limit_s = max(weights.values()) / _BYTES_PER_S + max(_START_LIMIT_S, start_timeout_s)
+        planned = needs.planned_update_gib(recipe, found)
+        _exercise(trials[0], folder, recorder, limit_s=limit_s, planned_gib=planned)
 
-    trial = trials[0]
-    limit_s = limit_of(weights, trial.recipe.trainer.start_timeout_s)
+
+def _exercise(trial: Trial, folder: Path, recorder: Recorder, *, limit_s: float, planned_gib: float | None) -> None:
+    """Open a run of the trial's recipe, exercise its stage, close everything."""
+    from kdrl_core.boxes.session import StageSession
+    from kdrl_core.ledger import create_run, run_lock
+    from kdrl_core.look.doctor.exercise import Exercise, WatchedBuilders
+
+    run = create_run(NAME, trial.recipe, artifacts=folder)
     sessions: list[StageSession] = []
 
     def open_session() -> Finding:
@@ -82,21 +86,17 @@ def try_recipe(recipe: Recipe, folder: Path, found: tuple[Gpu, ...], recorder: R
         sessions.pop().close()
         return Finding(says="engines, ranks and workers are closed")
 
-    run = create_run(NAME, trial.recipe, artifacts=folder)
     with run_lock(run.paths.lock):
         try:
-            if check(OPEN, open_session, limit_s=limit_s):
-                planned = needs.planned_update_gib(recipe, found)
-                Exercise(sessions[0], recorder, planned_gib=planned).run(limit_s=limit_s)
-                check(CLOSE, close, limit_s=limit_s)
+            if recorder.run(OPEN, open_session, limit_s=limit_s):
+                Exercise(sessions[0], recorder, planned_gib=planned_gib).run(limit_s=limit_s)
+                recorder.run(CLOSE, close, limit_s=limit_s)
         finally:
             for session in sessions:
                 session.close()
 
 
 def _write_models(recipe: Recipe, folder: Path, weights: dict[str, int]) -> Finding:
-    from kdrl_core.look.doctor.random_models import own_folder, write_random_models
-
     needs.check_room(recipe, folder)
     models = models_to_try(recipe)
     weights.update(write_random_models(models, folder / "models", seed=recipe.seed))
@@ -107,6 +107,8 @@ def _write_models(recipe: Recipe, folder: Path, weights: dict[str, int]) -> Find
 
 def _preflight(recipe: Recipe, folder: Path, trials: list[Trial]) -> Finding:
     """What `kdrl run` checks before it loads anything."""
+    from kdrl_core.boxes.preflight import check_inputs
+
     trial = make_trial(recipe, folder)
     check_inputs(trial.recipe)
     trials.append(trial)

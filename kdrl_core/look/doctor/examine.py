@@ -4,6 +4,7 @@ import fcntl
 import os
 import platform
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ from kdrl_core.look.doctor.watch import watch_child
 PYTHON, PACKAGES, CUDA, DRIVER = "Python", "packages", "CUDA of torch", "driver"
 GPUS, LINKS, SHARED_MEMORY, OPEN_FILES, DISK = "GPUs", "links of the GPUs", "shared memory", "open files", "disk"
 REAL = "a step for real"
-_BLOCKING = (PYTHON, PACKAGES, CUDA, GPUS, DISK)
+_BLOCKING = (PYTHON, PACKAGES, CUDA, DRIVER, GPUS, DISK)
 """Checks without which nothing can be loaded."""
 _PREFIX = ".doctor-"
 _LOCK = "lock"
@@ -40,6 +41,8 @@ class Diagnosis:
     checks: tuple[CheckResult, ...]
     versions: dict[str, str]
     machine: dict[str, Any]
+    folder: Path
+    """On the disk that was measured."""
 
     @property
     def failed(self) -> list[str]:
@@ -57,7 +60,8 @@ class Diagnosis:
             "machine": self.machine,
             "checks": [asdict(each) for each in self.checks],
         }
-        return dict(_each_text(values, _discreet))
+        names = {str(self.folder): "FOLDER", str(Path.cwd()): ".", str(Path.home()): "~", socket.gethostname(): "HOST"}
+        return dict(_each_text(values, partial(_discreet, names)))
 
 
 def examine(recipe: Recipe, *, folder: Path | None = None, on_event: Emit) -> Diagnosis:
@@ -96,6 +100,7 @@ def examine(recipe: Recipe, *, folder: Path | None = None, on_event: Emit) -> Di
         checks=tuple(results),
         versions=versions.installed_versions(),
         machine=machine.describe_machine(found),
+        folder=root,
     )
 
 
@@ -177,9 +182,9 @@ def _each_text(value: Any, change: Any) -> Any:
     return [_each_text(each, change) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _discreet(text: str) -> str:
-    """Without keys, and without the names of folders that may be a person's."""
-    for place, name in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
+def _discreet(names: dict[str, str], text: str) -> str:
+    """Without keys, and with `names` in place of folders and hosts that may be called after a person."""
+    for place, name in names.items():
         if len(place) > 1:
             text = text.replace(place, name)
     return redact(text)

@@ -31,15 +31,12 @@ SYNC, SAMPLING, SLEEP = "weight sync", "sampling", "engine sleeps"
 VERIFICATION = "verification"
 LONGEST_UPDATE, MIXED_UPDATE = "update, longest rows", "update, mixed rows"
 RESYNC, SAVE, LOAD, EXPORT = "sync after the updates", "checkpoint saved", "checkpoint loaded", "student exported"
-CLOSE = "all processes end"
 
 _SAMPLED_TOKENS = 32
 _REQUESTS = 8
 _MIXED_ROWS = 6
 """Of each rank in the update with mixed rows."""
 _COLLECTIVE_BYTES = {"cpu": 4 * MIB, "cuda": 256 * MIB}
-_BYTES_PER_S = 5e7
-"""Slowest reading of weights that a limit allows for."""
 _MEMORY = ("peak_gib", "reserved_gib")
 _SAME = 1e-3
 """Nats by which the policy of a loaded checkpoint may differ from the saved one."""
@@ -328,8 +325,3 @@ def _memory_words(memory: dict[str, float]) -> str:
 
 def _written(size: int, what: str) -> Finding:
     return Finding(says=f"{size_words(size)} {what}", figures={"bytes": size})
-
-
-def limit_of(weights: dict[str, int], start_timeout_s: float) -> float:
-    """Seconds that a check may take: a start with all its weights read slowly, and some to spare."""
-    return max(weights.values()) / _BYTES_PER_S + max(600.0, start_timeout_s)

@@ -30,7 +30,7 @@ _SHM = Path("/dev/shm")  # noqa: S108
 _SHM_RANK = 68 * MIB
 _SHM_SPLIT_ENGINE = 240 * MIB
 _OPEN_FILES = 512
-_MOST_WRITTEN = 512 * MIB
+_MOST_WRITTEN = 256 * MIB
 _SHARE_WRITTEN = 0.05
 """At most this share of what is free is written to measure the disk."""
 _BLOCK = 8 * MIB
@@ -98,7 +98,7 @@ def check_links(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
 
 def links_in(table: str) -> set[str]:
     """The kinds of links between GPUs in the table of `nvidia-smi topo -m`."""
-    rows = [line.split() for line in table.splitlines() if re.match(r"\s*GPU\d+\s", line)]
+    rows = [line.split() for line in table.splitlines() if re.match(r"GPU\d+\s", line)]
     cells = [cell for row in rows for cell in row[1 : 1 + len(rows)]]
     return {kind for cell in cells for mark, kind in _LINKS.items() if re.fullmatch(rf"{mark}\d*", cell)}
 

@@ -111,8 +111,9 @@ def check_room(recipe: Recipe, folder: Path) -> None:
 
 def doctor_bytes(recipe: Recipe) -> float:
     """Bytes that the doctor itself writes at most: random models, one checkpoint, two exports."""
-    shapes = _shapes(recipe)
-    return sum(4 * shape.parameters for shape in shapes.values()) + 20 * shapes["student"].parameters
+    shapes, width = _shapes(recipe), engines_of(recipe).width
+    own = (_CHECKPOINT_BYTES + 2 * _EXPORT_BYTES) * shapes["student"].parameters
+    return own + sum(width * shape.parameters for shape in shapes.values())
 
 
 def available_memory() -> int:

@@ -1,8 +1,8 @@
 """Model directories with random weights, of the shape that a recipe's models have. Nothing is downloaded.
 
-If the recipe's folder has a config.json, it is used, with the folder's tokenizer; its weights are not read. Else the
-published model of that name is known to the planner. Then the tokenizer is the miniature's, filled up with words of its
-own to the size of the vocabulary, so that sampling and scoring work on all of it.
+If the recipe's folder has a config.json, its shape is taken; its weights are not read. Else the planner knows the
+published model of that name. If no folder has a tokenizer, the miniature's is filled up to the size of the vocabulary
+with words that no text holds, so that sampling and scoring work on all of it.
 """
 
 import json
@@ -28,6 +28,7 @@ _POOL = 16_777_213
 _SPARE = 100_003
 _STD = 0.02
 """Of Qwen's and Llama's own initialisation."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TOKENIZER = "builtin:miniature/student"
 _CONTEXT = 131_072
 _TEMPLATE = (
@@ -45,27 +46,31 @@ def own_folder(model: ModelConfig) -> Path | None:
     return None
 
 
+def tokenizer_folder(models: Mapping[str, ModelConfig]) -> Path | None:
+    """The first model's folder that has a tokenizer."""
+    folders = [folder for model in models.values() if (folder := own_folder(model)) is not None]
+    return next((folder for folder in folders if any((folder / name).is_file() for name in _TOKENIZER_FILES)), None)
+
+
 def write_random_models(models: Mapping[str, ModelConfig], folder: Path, *, seed: int) -> dict[str, int]:
     """Write `folder/<role>` with random weights for each role; returns the bytes of the weights.
 
-    All have one tokenizer: that of the first model whose folder is there, else one that fits the smallest vocabulary.
+    All have one tokenizer: that of the first model that has one, else one that fits the smallest vocabulary.
 
     Raises:
         ModelError: neither a config.json nor a published model of that name is known.
     """
     configs = {role: _config(model, role=role) for role, model in models.items()}
-    sources = {role: own_folder(model) for role, model in models.items()}
-    known = next((source for source in sources.values() if source is not None), None)
+    tokenizer = tokenizer_folder(models)
     sizes = {}
     for number, (role, model) in enumerate(models.items()):
-        place, source = folder / role, sources[role] or known
-        place.mkdir(parents=True)
-        if source is None:
+        (place := folder / role).mkdir(parents=True)
+        own = own_folder(model)
+        if tokenizer is None:
             write_tokenizer(place, size=min(config.vocab_size for config in configs.values()))
-        else:
-            for pattern in (*READ_WITH_WEIGHTS, *(["*.py"] if sources[role] else [])):
-                for file in source.glob(pattern):
-                    shutil.copyfile(file, place / file.name)
+        for source, patterns in ((tokenizer, READ_WITH_WEIGHTS), (own, ["*.py"])):
+            for file in [] if source is None else [file for pattern in patterns for file in source.glob(pattern)]:
+                shutil.copyfile(file, place / file.name)
         sizes[role] = _write_weights(
             configs[role], place, trust_remote_code=model.trust_remote_code, seed=seed + number
         )

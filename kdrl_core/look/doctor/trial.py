@@ -14,7 +14,7 @@ from typing import Any
 
 from kdrl_core.config import ModelConfig, Recipe, StageConfig
 from kdrl_core.config.load import validate_recipe
-from kdrl_core.look.doctor.random_models import own_folder
+from kdrl_core.look.doctor.random_models import tokenizer_folder
 
 NAME = "doctor"
 """Of the recipe and of its run."""
@@ -66,7 +66,7 @@ def make_trial(recipe: Recipe, folder: Path) -> Trial:
     roles = models_to_try(recipe)
     for role in ("student", "teacher"):
         values[role] = _model(values[role], folder / "models" / role) if role in roles else None
-    if all(own_folder(model) is None for model in roles.values()):  # the tokenizer is the doctor's
+    if tokenizer_folder(roles) is None:  # the tokenizer is the doctor's
         values["student"]["chat_template"] = None
         values["prompt"] |= {"chat_template_kwargs": {}}
     if recipe.rollout.engine == "server":
