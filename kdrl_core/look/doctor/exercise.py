@@ -162,7 +162,9 @@ class Exercise:
                 "every step would cost a restart of the engine: report this with --json",
                 **figures,
             )
-        return Finding(says=f"engine and trainer {sampler.sync.gap_mean:.2g} nats apart in the mean", figures=figures)
+        digests = ", the digests of their weights are equal" if figures.get("digest") else ""
+        says = f"engine and trainer {sampler.sync.gap_mean:.2g} nats apart in the mean{digests}"
+        return Finding(says=says, figures=figures)
 
     def _sample(self) -> Finding:
         engine = self._session.sampler_at(0, self._requests).engine

@@ -6,6 +6,7 @@ signal or the time limit, and every process that the child has started is ended.
 
 import json
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -26,6 +27,9 @@ _LOG_LINES = 30
 _STACKS_S = 1.0
 """Time for a child that hangs to write its stacks into the log."""
 _POLL_S = 0.5
+_GONE_S = 5.0
+_MARK = "KDRL_DOCTOR"
+"""Environment variable of the child and of all processes below it."""
 _STARTING, _BETWEEN = "child process starts", "between two checks"
 _START_LIMIT_S = 120.0
 
@@ -88,7 +92,8 @@ def watch_child(spec: Path, emit: Emit, *, log: Path, environment: dict[str, str
     """Run the child to its end, or to that of its processes. What it prints goes to `log`."""
     kills = kernel_kills()
     watched = _Watched(emit)
-    guard = _start(spec, log, environment)
+    mark = secrets.token_hex(8)
+    guard = _start(spec, log, {**environment, _MARK: mark})
     try:
         overdue = _read_events(guard, watched)
         if overdue is not None:
@@ -103,7 +108,7 @@ def watch_child(spec: Path, emit: Emit, *, log: Path, environment: dict[str, str
                 more = f"; the kernel has ended {killed - kills} processes for want of memory meanwhile"
             watched.fail(f"the process ended with {how_ended(guard.wait())}{more}", _tail(log))
     finally:
-        _end_all(guard)
+        _end_all(guard, mark)
 
 
 def how_ended(code: int) -> str:
@@ -149,16 +154,19 @@ def _read_events(guard: "subprocess.Popen[bytes]", watched: _Watched) -> float |
             watched.take(json.loads(line))
 
 
-def _end_all(guard: "subprocess.Popen[bytes]") -> None:
-    """End the child and every process below it, also those in sessions of their own."""
-    with suppress(psutil.NoSuchProcess):
-        below = psutil.Process(guard.pid).children(recursive=True)
-        process_guard.kill_group(guard.pid)
-        for process in below:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(below, timeout=5.0)
+def _end_all(guard: "subprocess.Popen[bytes]", mark: str) -> None:
+    """End the child and every process that it has started, also those in other sessions, or whose parent died."""
+    process_guard.kill_group(guard.pid)
     guard.wait()
+    if guard.stdout is not None:
+        guard.stdout.close()
+    left = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get(_MARK) == mark:
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=_GONE_S)
 
 
 def _tail(log: Path) -> str:
