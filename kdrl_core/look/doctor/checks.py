@@ -36,14 +36,14 @@ class CheckResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Observed:
     """The result of a check that did not fail: a sentence, and its numbers."""
 
     says: str
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-class Fault(Exception):  # noqa: N818 (never leaves the doctor)
+class CheckFailed(Exception):  # noqa: N818 (never leaves the doctor)
     """A check failed."""
 
     def __init__(self, says: str, remedy: str | None = None, **figures: Any) -> None:
@@ -72,7 +72,7 @@ class Recorder:
     def run(
         self,
         check: str,
-        work: Callable[[], Finding],
+        work: Callable[[], Observed],
         *,
         needs: Sequence[str] = (),
         limit_s: float = DEFAULT_LIMIT_S,
@@ -102,7 +102,7 @@ class Recorder:
             if inner is not None:
                 self._end(check, CheckStatus.SKIPPED, seconds, f"needs: {inner}")
             else:
-                figures = error.figures if isinstance(error, Fault) else {}
+                figures = error.figures if isinstance(error, CheckFailed) else {}
                 self._end(check, CheckStatus.FAILED, seconds, _words(error), figures=figures, remedy=remedy_for(error))
             if self._inner_s:
                 raise
@@ -133,7 +133,7 @@ class Recorder:
 
 
 def _words(error: BaseException) -> str:
-    return str(error) if isinstance(error, Fault) else told(error)
+    return str(error) if isinstance(error, CheckFailed) else told(error)
 
 
 def _is_from(error: BaseException | None, earlier: BaseException) -> bool:

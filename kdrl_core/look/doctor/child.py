@@ -17,7 +17,7 @@ from typing import Any
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.engines.devices import Gpu
 from kdrl_core.look.doctor import needs
-from kdrl_core.look.doctor.checks import Finding, Recorder
+from kdrl_core.look.doctor.checks import Observed, Recorder
 from kdrl_core.look.doctor.machine import size_words
 from kdrl_core.look.doctor.random_models import own_folder, write_random_models
 from kdrl_core.look.doctor.trial import NAME, Trial, make_trial, models_to_try
@@ -77,14 +77,14 @@ def _exercise(trial: Trial, folder: Path, recorder: Recorder, *, limit_s: float,
     run = create_run(NAME, trial.recipe, artifacts=folder)
     sessions: list[StageSession] = []
 
-    def open_session() -> Finding:
+    def open_session() -> Observed:
         watched = partial(WatchedBuilders, recorder=recorder, limit_s=limit_s)
         sessions.append(StageSession(run, trial.stage, builders=watched))
-        return Finding(says="; ".join(trial.notes) or f"{trial.stage}, in a run of its own")
+        return Observed(says="; ".join(trial.notes) or f"{trial.stage}, in a run of its own")
 
-    def close() -> Finding:
+    def close() -> Observed:
         sessions.pop().close()
-        return Finding(says="engines, ranks and workers are closed")
+        return Observed(says="engines, ranks and workers are closed")
 
     with run_lock(run.paths.lock):
         try:
@@ -96,23 +96,23 @@ def _exercise(trial: Trial, folder: Path, recorder: Recorder, *, limit_s: float,
                 session.close()
 
 
-def _write_models(recipe: Recipe, folder: Path, weights: dict[str, int]) -> Finding:
+def _write_models(recipe: Recipe, folder: Path, weights: dict[str, int]) -> Observed:
     needs.check_room(recipe, folder)
     models = models_to_try(recipe)
     weights.update(write_random_models(models, folder / "models", seed=recipe.seed))
     shape = {role: "its config.json" if own_folder(model) else "its name" for role, model in models.items()}
     told = [f"{role} {size_words(size)} (shape from {shape[role]})" for role, size in weights.items()]
-    return Finding(says=", ".join(told), figures={"bytes": dict(weights)})
+    return Observed(says=", ".join(told), figures={"bytes": dict(weights)})
 
 
-def _preflight(recipe: Recipe, folder: Path, trials: list[Trial]) -> Finding:
+def _preflight(recipe: Recipe, folder: Path, trials: list[Trial]) -> Observed:
     """What `kdrl run` checks before it loads anything."""
     from kdrl_core.boxes.preflight import check_inputs
 
     trial = make_trial(recipe, folder)
     check_inputs(trial.recipe)
     trials.append(trial)
-    return Finding(says="those of kdrl run, on the recipe that is tried")
+    return Observed(says="those of kdrl run, on the recipe that is tried")
 
 
 def main(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from kdrl_core.errors import EngineError
 from kdrl_core.ledger.lock import redact
 from kdrl_core.ledger.publish import storage_errors
 from kdrl_core.look.doctor import machine, versions
-from kdrl_core.look.doctor.checks import CheckResult, CheckStatus, Emit, Fault, Finding, Recorder
+from kdrl_core.look.doctor.checks import CheckFailed, CheckResult, CheckStatus, Emit, Observed, Recorder
 from kdrl_core.look.doctor.child import ChildSpec
 from kdrl_core.look.doctor.watch import watch_child
 
@@ -107,14 +107,14 @@ def examine(recipe: Recipe, *, folder: Path | None = None, on_event: Emit) -> Di
 def _check_versions(recipe: Recipe, recorder: Recorder, found: list[Gpu]) -> None:
     """The checks before anything is written; fills `found` with the GPUs."""
 
-    def look() -> Finding:
+    def look() -> Observed:
         try:
             found.extend(gpus())
         except EngineError as error:
             if machine.gpus_needed(recipe):
                 raise
-            return Finding(says=str(error))
-        return machine.check_gpus(recipe, found)
+            return Observed(says=str(error))
+        return machine.check_visible_gpus(recipe, found)
 
     recorder.run(PYTHON, versions.check_python)
     recorder.run(PACKAGES, partial(versions.check_packages, recipe))
@@ -137,8 +137,8 @@ def _skip(emit: Emit, why: str) -> None:
     emit({"event": "end", "check": REAL, "status": CheckStatus.SKIPPED, "seconds": 0.0, "says": why})
 
 
-def _refuse(error: OSError) -> Finding:
-    raise Fault(str(error), "give a folder that can be written: --folder DIR, KDRL_ARTIFACTS=DIR") from error
+def _refuse(error: OSError) -> Observed:
+    raise CheckFailed(str(error), "give a folder that can be written: --folder DIR, KDRL_ARTIFACTS=DIR") from error
 
 
 @contextmanager

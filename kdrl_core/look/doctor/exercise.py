@@ -18,7 +18,7 @@ from kdrl_core.boxes.session import StageSession
 from kdrl_core.data import render_prompts, think_opened
 from kdrl_core.engines.protocols import TeacherScorer
 from kdrl_core.ledger import publish_directory
-from kdrl_core.look.doctor.checks import Fault, Finding, Recorder
+from kdrl_core.look.doctor.checks import CheckFailed, Observed, Recorder
 from kdrl_core.look.doctor.machine import MIB, gpu_memory_used, size_words
 from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.sampling.responses import requests_for
@@ -69,19 +69,19 @@ class WatchedBuilders(Builders):
     def _watched(self, check: str, build: Callable[[], _Built], says: str) -> _Built:
         built: list[_Built] = []
 
-        def work() -> Finding:
+        def work() -> Observed:
             built.append(build())
-            return Finding(says=says)
+            return Observed(says=says)
 
         self.recorder.run(check, work, limit_s=self.limit_s)
         return built[0]
 
-    def _collective(self, trainer: DeepSpeedTrainer) -> Finding:
+    def _collective(self, trainer: DeepSpeedTrainer) -> Observed:
         num_bytes = _COLLECTIVE_BYTES[self.run.recipe.runtime.device]
         seconds = trainer.collective_s(num_bytes, timeout_s=self.limit_s)
         speed = num_bytes / seconds
         figures = {"bytes": num_bytes, "seconds": seconds}
-        return Finding(
+        return Observed(
             says=f"{num_bytes / MIB:.0f} MiB over {self.run.recipe.trainer.ranks} ranks, {speed / 1e9:.2f} GB/s",
             figures=figures,
         )
@@ -151,22 +151,22 @@ class Exercise:
 
     # --- engine -------------------------------------------------------------------------------------------------------
 
-    def _sync(self, step: int) -> Finding:
+    def _sync(self, step: int) -> Observed:
         sampler = self._session.sampler_at(step, self._requests)
         if sampler.sync is None:
-            return Finding(says=f"{self._recipe.rollout.engine} loads weights without a probe")
+            return Observed(says=f"{self._recipe.rollout.engine} loads weights without a probe")
         figures = asdict(sampler.sync)
         if sampler.sync.rebuilt:
-            raise Fault(
+            raise CheckFailed(
                 "the engine did not sample with the weights that it was given, until it was started anew",
                 "every step would cost a restart of the engine: report this with --json",
                 **figures,
             )
         digests = ", the digests of their weights are equal" if figures.get("digest") else ""
         says = f"engine and trainer {sampler.sync.gap_mean:.2g} nats apart in the mean{digests}"
-        return Finding(says=says, figures=figures)
+        return Observed(says=says, figures=figures)
 
-    def _sample(self) -> Finding:
+    def _sample(self) -> Observed:
         engine = self._session.sampler_at(0, self._requests).engine
         self._rollouts = engine.generate(self._requests, max_response_tokens=_SAMPLED_TOKENS)
         tokens = sum(len(rollout.token_ids) for rollout in self._rollouts)
@@ -175,9 +175,9 @@ class Exercise:
         self._refuse_gap(gap, moved=None)
         figures = {"responses": len(self._rollouts), "tokens": tokens, "gap_mean": gap}
         says = f"{len(self._rollouts)} responses, {tokens} tokens; engine and trainer {gap:.2g} nats apart"
-        return Finding(says=says, figures=figures)
+        return Observed(says=says, figures=figures)
 
-    def _resync(self) -> Finding:
+    def _resync(self) -> Observed:
         """The engine gets the weights of the updates, and must have moved with the trainer."""
         told = self._sync(self._steps)
         engine = self._session.sampler_at(self._steps, self._requests).engine
@@ -188,7 +188,7 @@ class Exercise:
         gap = self._gap(self._before)
         self._refuse_gap(gap, moved=moved)
         says = f"the updates moved logprobs by {moved:.2g} nats; engine and trainer are {gap:.2g} apart"
-        return Finding(says=says, figures={**told.figures, "moved": moved, "gap_mean": gap})
+        return Observed(says=says, figures={**told.figures, "moved": moved, "gap_mean": gap})
 
     def _sampled(self) -> list[ScoreRequest]:
         return [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in self._rollouts]
@@ -203,36 +203,36 @@ class Exercise:
             return
         figures = {"gap_mean": gap, "moved": moved}
         if moved is not None and gap >= _OLD_WEIGHTS * moved:
-            raise Fault(
+            raise CheckFailed(
                 f"a stale engine: it samples {gap:.2g} nats from the trainer, and the updates moved the trainer by "
                 f"{moved:.2g}, so the engine kept its old weights",
                 "rollouts would be off-policy: compare the engine's version with its pin, and report this with --json",
                 **figures,
             )
-        raise Fault(
+        raise CheckFailed(
             f"engine and trainer are {gap:.2g} nats apart, rollout.sync_tolerance is "
             f"{self._recipe.rollout.sync_tolerance:g}",
             "they have to agree in model, dtype and temperature; report this with --json",
             **figures,
         )
 
-    def _rest(self) -> Finding:
+    def _rest(self) -> Observed:
         """All engines sleep; on GPUs, how much memory that gives back."""
         is_cuda = self._recipe.runtime.device == "cuda"
         before = gpu_memory_used() if is_cuda else []
         self._session.rest()
         after = gpu_memory_used() if is_cuda else []
         if not self._recipe.vllm.sleep:
-            return Finding(says="vllm.sleep=false: memory stays taken")
+            return Observed(says="vllm.sleep=false: memory stays taken")
         if not before or len(before) != len(after):
-            return Finding(says="memory is given back, where the engine can")
+            return Observed(says="memory is given back, where the engine can")
         freed = max(was - now for was, now in zip(before, after, strict=True))
         says = f"{freed:.1f} GiB given back on one GPU, at most {max(after):.1f} still in use"
-        return Finding(says=says, figures={"used_gib_before": before, "used_gib_after": after})
+        return Observed(says=says, figures={"used_gib_before": before, "used_gib_after": after})
 
     # --- scores and verdicts ------------------------------------------------------------------------------------------
 
-    def _score(self, role: str) -> Finding:
+    def _score(self, role: str) -> Observed:
         """Scores of all rows of both updates."""
         rows = [*self._longest, *self._mixed]
         scorer = self._session.scorer(role)
@@ -245,16 +245,16 @@ class Exercise:
             logprobs = scorer.score(rows)
         self._signals["teacher_logprobs" if role == "teacher" else "ref_logprobs"] = logprobs
         if not np.isfinite(flat := np.concatenate(logprobs)).all() or flat.max() > _SAME:
-            raise Fault("the scores are no logprobs: some are not finite, or above 0", "report this with --json")
+            raise CheckFailed("the scores are no logprobs: some are not finite, or above 0", "report this with --json")
         tokens = sum(len(row.prompt_token_ids) + len(row.token_ids) for row in rows)
         says = f"{len(rows)} rows, {tokens:,} tokens, the longest {self._context:,}"
-        return Finding(says=says, figures={"rows": len(rows), "tokens": tokens, "longest": self._context})
+        return Observed(says=says, figures={"rows": len(rows), "tokens": tokens, "longest": self._context})
 
     @property
     def _context(self) -> int:
         return self._config.max_prompt_tokens + self._config.max_response_tokens
 
-    def _verify(self) -> Finding:
+    def _verify(self) -> Observed:
         """A right answer that only math-verify finds right, and a wrong one."""
         opened = think_opened(self._prompt, self._recipe)
         thought = {True: "so</think>", False: "<think>so</think>", "closed": ""}[opened]
@@ -263,15 +263,15 @@ class Exercise:
         verdicts = self._session.verifier.verify_batch(items, **options)
         if [verdict.accuracy_reward for verdict in verdicts] != [1.0, 0.0]:
             reasons = "; ".join(verdict.reason for verdict in verdicts)
-            raise Fault(
+            raise CheckFailed(
                 f"a right answer and a wrong one were judged: {reasons}",
                 "raise verification.timeout_s or verification.memory_limit_mb; compare math-verify with its pin",
             )
-        return Finding(says=f"{self._recipe.verification.workers} workers judge right and wrong")
+        return Observed(says=f"{self._recipe.verification.workers} workers judge right and wrong")
 
     # --- trainer ------------------------------------------------------------------------------------------------------
 
-    def _update(self, rows: Sequence[ScoreRequest]) -> Finding:
+    def _update(self, rows: Sequence[ScoreRequest]) -> Observed:
         self._session.rest()
         first = 0 if rows is self._longest else len(self._longest)
         signals = {name: values[first : first + len(rows)] for name, values in self._signals.items()}
@@ -292,31 +292,31 @@ class Exercise:
         memory = self._memory(stats)
         figures = {"rows": len(rows), "tokens": tokens, "longest": longest, **memory}
         shown = f", {_memory_words(memory)}" if memory else ""
-        return Finding(says=f"{len(rows)} rows, {tokens:,} tokens, the longest {longest:,}{shown}", figures=figures)
+        return Observed(says=f"{len(rows)} rows, {tokens:,} tokens, the longest {longest:,}{shown}", figures=figures)
 
     def _memory(self, stats: StepStats) -> dict[str, float]:
         """GiB of the largest rank, where the trainer measures them (CUDA), and as planned."""
         found = {name: stats.metrics[f"memory/{name}"] for name in _MEMORY if f"memory/{name}" in stats.metrics}
         return {**found, "plan_gib": self._planned_gib} if found and self._planned_gib else found
 
-    def _save(self, folder: Path) -> Finding:
+    def _save(self, folder: Path) -> Observed:
         manifest = publish_directory(folder, self._trainer.save)
         return _written(manifest.size, "written, hashed and synced to the disk")
 
-    def _load(self, folder: Path) -> Finding:
+    def _load(self, folder: Path) -> Observed:
         """The policy of the saved checkpoint, loaded again, gives the same logprobs."""
         before = np.concatenate(self._trainer.score(self._sampled()))
         self._trainer.load(folder)
         gap = float(np.mean(np.abs(np.concatenate(self._trainer.score(self._sampled())) - before)))
         if not gap <= _SAME:
-            raise Fault(
+            raise CheckFailed(
                 f"the loaded checkpoint gives logprobs {gap:.2g} nats from those before it was saved",
                 "a resumed run would go on with another policy: report this with --json",
                 gap_mean=gap,
             )
-        return Finding(says=f"the same policy, {gap:.2g} nats apart", figures={"gap_mean": gap})
+        return Observed(says=f"the same policy, {gap:.2g} nats apart", figures={"gap_mean": gap})
 
-    def _export(self, folder: Path) -> Finding:
+    def _export(self, folder: Path) -> Observed:
         return _written(publish_directory(folder, self._trainer.export_hf).size, "for engines")
 
 
@@ -325,5 +325,5 @@ def _memory_words(memory: dict[str, float]) -> str:
     return f"GiB a GPU: {words}"
 
 
-def _written(size: int, what: str) -> Finding:
-    return Finding(says=f"{size_words(size)} {what}", figures={"bytes": size})
+def _written(size: int, what: str) -> Observed:
+    return Observed(says=f"{size_words(size)} {what}", figures={"bytes": size})

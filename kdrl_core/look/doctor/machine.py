@@ -22,7 +22,7 @@ from kdrl_core.config import Recipe
 from kdrl_core.engines.devices import Gpu
 from kdrl_core.errors import StorageError
 from kdrl_core.ledger.publish import storage_errors
-from kdrl_core.look.doctor.checks import Fault, Finding, NotApplicable
+from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
 
 MIB, GIB = 2**20, 2**30
 
@@ -48,7 +48,7 @@ def gpus_needed(recipe: Recipe) -> int:
     return max(engines, recipe.trainer.ranks if recipe.trainer.hostfile is None else 1)
 
 
-def check_gpus(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
+def check_visible_gpus(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
     """The number of visible GPUs against ranks and engines, their kind and memory."""
     needed = gpus_needed(recipe)
     if needed == 0:
@@ -63,7 +63,7 @@ def check_gpus(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
     }
     told = ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in kinds) or "none"
     if len(found) < needed:
-        raise Fault(
+        raise CheckFailed(
             f"{len(found)} GPUs are visible{limited} ({told}), the recipe uses {needed}: trainer.ranks="
             f"{recipe.trainer.ranks}, vllm.replicas={recipe.vllm.replicas}, vllm.tensor_parallel="
             f"{recipe.vllm.tensor_parallel}",
@@ -71,11 +71,13 @@ def check_gpus(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
             **figures,
         )
     if len(kinds) > 1:
-        raise Fault(f"the GPUs differ ({told}); the smallest sets the limit for all", "show equal GPUs only", **figures)
-    return Finding(says=f"{len(found)} × {told}{limited}, {needed} used", figures=figures)
+        raise CheckFailed(
+            f"the GPUs differ ({told}); the smallest sets the limit for all", "show equal GPUs only", **figures
+        )
+    return Observed(says=f"{len(found)} × {told}{limited}, {needed} used", figures=figures)
 
 
-def check_links(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
+def check_links(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
     """How the GPUs are linked, from `nvidia-smi topo -m`. Without NVLink the ranks' collectives are slow, not wrong."""
     if gpus_needed(recipe) < 2 or len(found) < 2:
         raise NotApplicable("one GPU or none, so no links")
@@ -93,7 +95,7 @@ def check_links(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
     if not kinds:
         raise NotApplicable("nvidia-smi topo -m names no links")
     slow = "" if kinds == ["NVLink"] else "; collectives are slow without NVLink: prefer trainer.zero_stage=2 to 3"
-    return Finding(says=f"{', '.join(kinds)}{slow}", figures={"links": kinds})
+    return Observed(says=f"{', '.join(kinds)}{slow}", figures={"links": kinds})
 
 
 def links_in(table: str) -> set[str]:
@@ -103,7 +105,7 @@ def links_in(table: str) -> set[str]:
     return {kind for cell in cells for mark, kind in _LINKS.items() if re.fullmatch(rf"{mark}\d*", cell)}
 
 
-def check_shared_memory(recipe: Recipe, *, place: Path = _SHM) -> Finding:
+def check_shared_memory(recipe: Recipe, *, place: Path = _SHM) -> Observed:
     """Free space in /dev/shm against what ranks and engines of several GPUs put there."""
     ranks = recipe.trainer.ranks if recipe.trainer.engine == "deepspeed" else 0
     split = recipe.vllm.replicas if recipe.vllm.tensor_parallel > 1 else 0
@@ -111,18 +113,18 @@ def check_shared_memory(recipe: Recipe, *, place: Path = _SHM) -> Finding:
     if not needed:
         raise NotApplicable("one process computes, nothing is shared")
     if not place.is_dir():
-        raise Fault(f"{place} is not there", "mount a tmpfs there")
+        raise CheckFailed(f"{place} is not there", "mount a tmpfs there")
     free = shutil.disk_usage(place).free
     figures = {"free": free, "needed": needed}
     says = f"{free / GIB:.2f} GiB free, about {needed / GIB:.2f} needed"
     if free < needed:
-        raise Fault(
+        raise CheckFailed(
             says, "give the container more: docker run --shm-size=16g, Kubernetes: an emptyDir of Memory", **figures
         )
-    return Finding(says=says, figures=figures)
+    return Observed(says=says, figures=figures)
 
 
-def check_open_files(recipe: Recipe) -> Finding:
+def check_open_files(recipe: Recipe) -> Observed:
     """The limit on open files against the connections of requests in flight."""
     teacher = recipe.teacher.server if recipe.teacher is not None else None
     servers = [server for server in (recipe.rollout.server, teacher) if server is not None]
@@ -134,29 +136,33 @@ def check_open_files(recipe: Recipe) -> Finding:
     figures = {"limit": limit, "needed": needed}
     says = f"{limit:,} may be open, about {needed:,} needed"
     if limit != resource.RLIM_INFINITY and limit < needed:
-        raise Fault(says, "ulimit -n 65536, in the shell or job script that starts the run", **figures)
-    return Finding(says=says, figures=figures)
+        raise CheckFailed(says, "ulimit -n 65536, in the shell or job script that starts the run", **figures)
+    return Observed(says=says, figures=figures)
 
 
-def check_disk(folder: Path) -> Finding:
+def check_disk(folder: Path) -> Observed:
     """Write a file and wait until it is on the disk (fsync), as checkpoints are written."""
     try:
         with storage_errors(folder):
             size = int(min(_MOST_WRITTEN, _SHARE_WRITTEN * shutil.disk_usage(folder).free)) // _BLOCK * _BLOCK
             if size < _BLOCK:
                 free = shutil.disk_usage(folder).free
-                raise Fault(f"only {free / MIB:.0f} MiB are free", "free some, or give another disk: --folder DIR")
+                raise CheckFailed(
+                    f"only {free / MIB:.0f} MiB are free", "free some, or give another disk: --folder DIR"
+                )
             seconds = _write(folder / "disk", size)
     except StorageError as error:
-        raise Fault(f"{error}", "free some space, or give another disk: --folder DIR, KDRL_ARTIFACTS=DIR") from error
+        raise CheckFailed(
+            f"{error}", "free some space, or give another disk: --folder DIR, KDRL_ARTIFACTS=DIR"
+        ) from error
     speed, free = size / seconds, shutil.disk_usage(folder).free
     figures = {"bytes_per_s": speed, "written": size, "free": free}
     says = f"{speed / 1e6:,.0f} MB/s ({size / MIB:.0f} MiB with fsync), {free / 1e9:,.1f} GB free"
     if speed < _SLOW_DISK:
-        raise Fault(
+        raise CheckFailed(
             f"{says}: checkpoints would hold up the run", "put the artifacts on a local disk: KDRL_ARTIFACTS", **figures
         )
-    return Finding(says=says, figures=figures)
+    return Observed(says=says, figures=figures)
 
 
 def gpu_memory_used() -> list[float]:

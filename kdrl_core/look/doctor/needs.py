@@ -11,7 +11,7 @@ import psutil
 from kdrl_core.config import Recipe, StageConfig
 from kdrl_core.engines.devices import Gpu
 from kdrl_core.errors import KdrlError
-from kdrl_core.look.doctor.checks import Fault, Finding, NotApplicable
+from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
 from kdrl_core.look.doctor.machine import GIB, size_words
 from kdrl_core.look.doctor.trial import models_to_try, stage_to_try
 from kdrl_core.look.planning import memory
@@ -45,18 +45,18 @@ def plan_here(recipe: Recipe, found: Sequence[Gpu]) -> StagePlan:
     return plan_stage(work_of(recipe, stage), engines_of(recipe), cluster)
 
 
-def check_plan(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
+def check_plan(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
     """The memory of each phase against the GPUs that are here; if it does not fit, what would make it fit."""
     plan = plan_here(recipe, found)
     chosen = plan.candidates[0]
     phases = {phase.phase: round(phase.total / GIB, 2) for phase in chosen.memory}
     if plan.best is None:
         fits = "; ".join(plan.remedies) or "no single change that was tried makes it fit; take a smaller model"
-        raise Fault(chosen.reason, f"would fit with: {fits}", gib=phases)
+        raise CheckFailed(chosen.reason, f"would fit with: {fits}", gib=phases)
     worst = chosen.worst
     limit = plan.cluster.usable_memory / GIB
     says = f"fits: at most {worst.total / GIB:.1f} of {limit:.1f} GiB a GPU, in {worst.phase}"
-    return Finding(says=says, figures={"gib": phases})
+    return Observed(says=says, figures={"gib": phases})
 
 
 def planned_update_gib(recipe: Recipe, found: Sequence[Gpu]) -> float | None:
@@ -67,7 +67,7 @@ def planned_update_gib(recipe: Recipe, found: Sequence[Gpu]) -> float | None:
     return None
 
 
-def check_host_memory(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
+def check_host_memory(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
     """Free memory of the host: for models that sleep there, or on a CPU for everything."""
     if recipe.runtime.device == "cpu":
         needed, what = _cpu_bytes(recipe), "for weights, optimiser and the longest update"
@@ -80,11 +80,11 @@ def check_host_memory(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
     says = f"{size_words(free)} free, about {size_words(needed)} needed {what}"
     figures = {"free": free, "needed": needed}
     if free < needed:
-        raise Fault(says, "give the job more memory, or take smaller models or fewer ranks", **figures)
-    return Finding(says=says, figures=figures)
+        raise CheckFailed(says, "give the job more memory, or take smaller models or fewer ranks", **figures)
+    return Observed(says=says, figures=figures)
 
 
-def check_space(recipe: Recipe, folder: Path) -> Finding:
+def check_space(recipe: Recipe, folder: Path) -> Observed:
     """Free space for the run's checkpoints and exports, and for the doctor's own files."""
     student = _shapes(recipe)["student"]
     run = student.parameters * _CHECKPOINT_BYTES * sum(_num_kept(recipe.stage(name)) for name in recipe.stages)
@@ -95,15 +95,15 @@ def check_space(recipe: Recipe, folder: Path) -> Finding:
     says = f"{size_words(free)} free, {size_words(run)} needed for {kept} checkpoints and two exports of a run"
     figures = {"free": free, "run": run, "doctor": own}
     if free < run:
-        raise Fault(says, "lower checkpoint.keep_last, raise keep_every, or give another disk", **figures)
-    return Finding(says=says, figures=figures)
+        raise CheckFailed(says, "lower checkpoint.keep_last, raise keep_every, or give another disk", **figures)
+    return Observed(says=says, figures=figures)
 
 
 def check_room(recipe: Recipe, folder: Path) -> None:
-    """Raise Fault if the doctor's own files do not fit on the disk."""
+    """Raise CheckFailed if the doctor's own files do not fit on the disk."""
     own, free = doctor_bytes(recipe), shutil.disk_usage(folder).free
     if free < own:
-        raise Fault(
+        raise CheckFailed(
             f"{size_words(free)} are free, the doctor's models and checkpoint take {size_words(own)}",
             "free some space, or give another disk: --folder DIR",
         )

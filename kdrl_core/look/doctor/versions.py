@@ -22,7 +22,7 @@ import kdrl_core
 from kdrl_core.config import Recipe
 from kdrl_core.engines.devices import Gpu
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, vllm_version
-from kdrl_core.look.doctor.checks import Fault, Finding, NotApplicable
+from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
 
 _DISTRIBUTION = "kdrl"
 _SHOWN = ("torch", "transformers", "deepspeed", "safetensors", "prefect", "pyarrow", "math-verify", "numpy")
@@ -32,15 +32,17 @@ _PINNED_CUDA = (13, 0)
 """CUDA of the torch that the pinned vLLM needs on a GPU."""
 
 
-def check_python() -> Finding:
+def check_python() -> Observed:
     """Python's version against the one that kdrl asks for."""
     found, needed = platform.python_version(), _python_needed()
     if not SpecifierSet(needed).contains(found, prereleases=True):
-        raise Fault(f"Python {found}, kdrl needs {needed}", f"make the environment with Python {needed}", python=found)
-    return Finding(says=found, figures={"python": found})
+        raise CheckFailed(
+            f"Python {found}, kdrl needs {needed}", f"make the environment with Python {needed}", python=found
+        )
+    return Observed(says=found, figures={"python": found})
 
 
-def check_packages(recipe: Recipe) -> Finding:
+def check_packages(recipe: Recipe) -> Observed:
     """Every package of the recipe's engines against the range that kdrl works with."""
     faults, remedies = [], []
     for requirement in required_packages(recipe):
@@ -54,8 +56,8 @@ def check_packages(recipe: Recipe) -> Finding:
         how.append(how_to_install(recipe.runtime.device))
     figures = installed_versions()
     if faults:
-        raise Fault("; ".join(faults), "; ".join(how), **figures)
-    return Finding(says=", ".join(f"{name} {found}" for name, found in figures.items()), figures=figures)
+        raise CheckFailed("; ".join(faults), "; ".join(how), **figures)
+    return Observed(says=", ".join(f"{name} {found}" for name, found in figures.items()), figures=figures)
 
 
 def uses_vllm(recipe: Recipe) -> bool:
@@ -99,21 +101,21 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def check_torch_cuda(recipe: Recipe) -> Finding:
+def check_torch_cuda(recipe: Recipe) -> Observed:
     """Whether torch is a CUDA build, if the recipe asks for GPUs."""
     if recipe.runtime.device == "cpu":
         raise NotApplicable("runtime.device=cpu")
     found = torch_cuda()
     if found is None:
-        raise Fault(
+        raise CheckFailed(
             "torch is a CPU build, and runtime.device=cuda",
             "install a CUDA build (on a GPU node: pip install -e '.[vllm,deepspeed]'), or set runtime.device=cpu",
         )
     text = ".".join(map(str, found))
-    return Finding(says=f"CUDA {text}", figures={"cuda": text})
+    return Observed(says=f"CUDA {text}", figures={"cuda": text})
 
 
-def check_driver(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
+def check_driver(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
     """The driver against the CUDA of torch."""
     if recipe.runtime.device == "cpu":
         raise NotApplicable("runtime.device=cpu")
@@ -123,13 +125,13 @@ def check_driver(recipe: Recipe, found: Sequence[Gpu]) -> Finding:
     least = _LEAST_DRIVER.get(cuda[0])
     says = f"driver {driver}, CUDA {cuda[0]}.{cuda[1]} of torch needs {least} or later"
     if least is not None and int(driver.partition(".")[0]) < least:
-        raise Fault(
+        raise CheckFailed(
             says,
             f"update the driver to {least} or later (with the forward-compatibility package cuda-compat-{cuda[0]}-"
             f"{cuda[1]} an older data-centre driver may do), or take a node that has one",
             driver=driver,
         )
-    return Finding(says=says, figures={"driver": driver})
+    return Observed(says=says, figures={"driver": driver})
 
 
 def torch_cuda() -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ import pytest
 from kdrl_core.config import load_recipe
 from kdrl_core.engines.devices import gpus
 from kdrl_core.look.doctor import machine, needs, versions
-from kdrl_core.look.doctor.checks import CheckStatus, Fault, Finding, NotApplicable, Recorder
+from kdrl_core.look.doctor.checks import CheckFailed, CheckStatus, NotApplicable, Observed, Recorder
 from kdrl_core.look.doctor.examine import Diagnosis, doctor_folder, examine
 from kdrl_core.look.doctor.remedies import remedy_for_text
 from kdrl_core.look.doctor.watch import how_ended
@@ -85,19 +85,19 @@ def test_a_node_with_what_the_paper_needs(smi: Callable[..., None], monkeypatch:
     found = gpus()
     monkeypatch.setattr(versions, "torch_cuda", lambda: (13, 0))
     assert versions.check_driver(PAPER, found).figures == {"driver": "580.65.06"}
-    assert machine.check_gpus(PAPER, found).says == "8 × NVIDIA H100 80GB HBM3 80 GiB, 8 used"
+    assert machine.check_visible_gpus(PAPER, found).says == "8 × NVIDIA H100 80GB HBM3 80 GiB, 8 used"
     assert machine.check_links(PAPER, found).says == "NVLink"
     assert needs.check_plan(PAPER, found).says.startswith("fits: at most ")
 
 
 def test_too_few_gpus_too_small_ones_and_slow_links(smi: Callable[..., None]) -> None:
     smi(count=4, link="SYS")
-    with pytest.raises(Fault, match=r"4 GPUs are visible \(.*\), the recipe uses 8: trainer.ranks=8") as fault:
-        machine.check_gpus(PAPER, gpus())
+    with pytest.raises(CheckFailed, match=r"4 GPUs are visible \(.*\), the recipe uses 8: trainer.ranks=8") as fault:
+        machine.check_visible_gpus(PAPER, gpus())
     assert "set these fields to what is there" in str(fault.value.remedy)
     assert "PCIe, across sockets; collectives are slow" in machine.check_links(PAPER, gpus()).says
     smi(mebibytes=16_000)
-    with pytest.raises(Fault, match="does not fit, because") as cramped:
+    with pytest.raises(CheckFailed, match="does not fit, because") as cramped:
         needs.check_plan(PAPER, gpus())
     assert "would fit with: --set" in str(cramped.value.remedy)
 
@@ -141,7 +141,7 @@ def test_a_full_and_a_read_only_disk(disk: Path) -> None:
 
 
 def test_shared_memory_of_a_container(disk: Path) -> None:
-    with pytest.raises(Fault, match=r"0\.06 GiB free, about 0\.53 needed") as fault:
+    with pytest.raises(CheckFailed, match=r"0\.06 GiB free, about 0\.53 needed") as fault:
         machine.check_shared_memory(PAPER, place=disk)
     assert "--shm-size" in str(fault.value.remedy)
 
@@ -151,7 +151,7 @@ def test_too_little_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "memory.max").write_text(f"{64 * 2**20}\n")
     (tmp_path / "memory.current").write_text(f"{20 * 2**20}\n")
     monkeypatch.setattr(needs, "_CGROUP", tmp_path)
-    with pytest.raises(Fault, match=r"46\.1 MB free, about [\d.]+ MB needed for weights") as fault:
+    with pytest.raises(CheckFailed, match=r"46\.1 MB free, about [\d.]+ MB needed for weights") as fault:
         needs.check_host_memory(MINIATURE, [])
     assert "give the job more memory" in str(fault.value.remedy)
 
@@ -160,13 +160,13 @@ def test_space_for_the_checkpoints_of_the_paper(tmp_path: Path, monkeypatch: pyt
     """1.78B parameters · 12 bytes · (2 last, 5 and 2 of every 100th, the newest of each stage) and two exports."""
     student = 1_777_088_000
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(CheckFailed) as fault:
         needs.check_space(PAPER, tmp_path)
     assert fault.value.figures["run"] == student * (12 * (2 + 5 + 1 + 2 + 2 + 1) + 8)
 
 
 def test_a_cpu_recipe_needs_no_gpu() -> None:
-    for check in (machine.check_gpus, versions.check_driver, needs.check_plan):
+    for check in (machine.check_visible_gpus, versions.check_driver, needs.check_plan):
         with pytest.raises(NotApplicable, match=r"runtime\.device=cpu"):
             check(MINIATURE, [])
 
@@ -186,19 +186,19 @@ def test_a_check_inside_of_another_counts_its_own_time_and_its_failure_once() ->
     events: list[dict[str, Any]] = []
     recorder = Recorder(events.append)
 
-    def inner() -> Finding:
-        raise Fault("broken", "mend it", volts=3)
+    def inner() -> Observed:
+        raise CheckFailed("broken", "mend it", volts=3)
 
-    def outer() -> Finding:
+    def outer() -> Observed:
         try:
             recorder.run("inner", inner)
-        except Fault as error:
+        except CheckFailed as error:
             raise RuntimeError("without it nothing works") from error
         raise AssertionError("the failure goes on to the outer check")
 
     assert not recorder.run("outer", outer)
-    assert not recorder.run("after", lambda: Finding(says="never"), needs=["outer"])
-    assert recorder.run("other", lambda: Finding(says="fine"))
+    assert not recorder.run("after", lambda: Observed(says="never"), needs=["outer"])
+    assert recorder.run("other", lambda: Observed(says="fine"))
     ends = [(each["check"], each["status"], each["says"], each["remedy"]) for each in events if each["event"] == "end"]
     assert ends == [
         ("inner", "failed", "broken", "mend it"),

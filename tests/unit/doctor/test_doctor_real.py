@@ -42,8 +42,6 @@ def attempt(recipe: Recipe, folder: Path) -> dict[str, CheckResult]:
     (folder / "artifacts").mkdir()
     recorder = Recorder(lambda event: None)
     child.try_recipe(recipe, folder / "artifacts", (), recorder)
-    for each in recorder.results:
-        print(each.check, each.seconds)
     return {each.check: each for each in recorder.results}
 
 
