@@ -37,13 +37,13 @@ _logger = logging.getLogger("kdrl")
 
 
 class StageSession:
-    """The models of one stage of one run, made when first needed.
+    """The models of one stage of one run, made when first needed by `builders`.
 
     Raises:
         RunError: models, data or code outside of the run are not those that it began with.
     """
 
-    def __init__(self, run: Run, stage: str) -> None:
+    def __init__(self, run: Run, stage: str, builders: Callable[..., Builders] = Builders) -> None:
         import torch
 
         self.run = run
@@ -68,7 +68,7 @@ class StageSession:
             chat_template=run.recipe.student.chat_template,
             trust_remote_code=run.recipe.student.trust_remote_code,
         )
-        self._builders = Builders(run=run, stage=stage, policy=policy, tokenizer=self.tokenizer)
+        self._builders = builders(run=run, stage=stage, policy=policy, tokenizer=self.tokenizer)
 
     @property
     def pool(self) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A rank of a `DeepSpeedTrainer`: it loads the model once, then carries out one command after the other."""
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,8 @@ from kdrl_core.training.torch_trainer import (
 from kdrl_core.training.zero_state import full_moments, full_weights, set_moments, set_weights
 
 Answer = tuple[dict[str, Any], Arrays]
+
+_COLLECTIVES = 3
 
 
 class Rank:
@@ -82,6 +85,7 @@ class Rank:
             "save": lambda: self._save(Path(header["path"])),
             "export": lambda: self._export(Path(header["path"]), header["dtype"]),
             "load": lambda: self._load(Path(header["path"])),
+            "collective": lambda: self._collective(header["bytes"]),
         }
         found = commands[header["command"]]()
         free_cached_memory(self._device)
@@ -134,6 +138,18 @@ class Rank:
             logprobs = self._engine(padded).logprobs
         found = logprobs.cpu()[padded.response_mask.bool().cpu()].numpy()
         return {"step": self._step}, {"logprobs": found}
+
+    def _collective(self, num_bytes: int) -> Answer:
+        """Sum `num_bytes` over all ranks a few times; answers with the seconds of the fastest."""
+        values = torch.ones(num_bytes // 4, device=self._device)
+        seconds = []
+        for _ in range(_COLLECTIVES):
+            started = time.perf_counter()
+            torch.distributed.all_reduce(values)
+            values[0].item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+        expected = float(torch.distributed.get_world_size()) ** _COLLECTIVES
+        return {"step": self._step, "seconds": min(seconds), "is_right": bool((values == expected).all())}, {}
 
     def _agree(self, is_fine: bool) -> bool:
         """Whether `is_fine` holds on all ranks."""

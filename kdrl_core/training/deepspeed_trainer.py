@@ -147,6 +147,14 @@ class DeepSpeedTrainer:
         self._command("export", path, dtype=dtype)
         return self._companions.write(path)
 
+    def collective_s(self, num_bytes: int, *, timeout_s: float) -> float:
+        """Seconds of the slowest rank to add up `num_bytes` over all ranks. Raises EngineError if a sum is wrong."""
+        message = pack({"command": "collective", "bytes": num_bytes})
+        replies = self._ranks.ask([message] * self._config.ranks, doing="a collective", timeout_s=timeout_s)
+        if not all(reply.header["is_right"] for reply in replies):
+            raise EngineError("a collective of the ranks gave a wrong sum; test the links between these GPUs")
+        return max(float(reply.header["seconds"]) for reply in replies)
+
     def close(self) -> None:
         self._ranks.close()
 
