@@ -18,7 +18,7 @@ VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import cur
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-rollout-queries assets clean
+.PHONY: help setup demo test test-slow test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-host bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -112,6 +112,9 @@ bench-logprobs: setup  ## print peak memory and time of the logprobs at Qwen's v
 
 bench-rollouts: setup  ## print tokens per second of the rollout engines on the same requests
 	@$(BIN)/python benchmarks/rollout_engines.py
+
+bench-host: setup  ## print the CPU seconds of a step's host work at full size, by function, without a model
+	@$(BIN)/python benchmarks/host_work.py
 
 FOLDER ?= artifacts
 
