@@ -20,7 +20,7 @@ VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import cur
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo test test-slow test-gpu test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-rollout-queries assets clean
+.PHONY: help setup setup-gpu demo test test-slow test-gpu test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-host bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -87,9 +87,9 @@ test-slow: setup  ## run the slow tests: a real pretrained model, the miniature'
 	@$(BIN)/python -m pytest -m slow
 
 # Of the environment at hand, which `make setup` would fill with a CPU build of torch.
-GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_PYTHON ?= $(firstword $(wildcard .venv-gpu/bin/python $(BIN)/python) $(PYTHON))
 
-test-gpu:  ## run the tests that need a GPU, with .venv or else PYTHON (torch with CUDA, extras dev and deepspeed)
+test-gpu:  ## run the tests that need a GPU, in .venv-gpu (make setup-gpu), or else .venv
 	@$(GPU_PYTHON) -m pytest tests/gpu -m gpu -s
 
 test-roads: setup  ## kill server, worker and flow process for real, and go on by every road (10 minutes)
@@ -128,6 +128,9 @@ bench-logprobs: setup  ## print peak memory and time of the logprobs at Qwen's v
 
 bench-rollouts: setup  ## print tokens per second of the rollout engines on the same requests
 	@$(BIN)/python benchmarks/rollout_engines.py
+
+bench-host: setup  ## print the CPU seconds of a step's host work at full size, by function, without a model
+	@$(BIN)/python benchmarks/host_work.py
 
 FOLDER ?= artifacts
 

@@ -115,7 +115,7 @@ def _packed_difference(layer: Any, dtype: torch.dtype, rank: int, num_ranks: int
     """What to add for the packed copy that vLLM's CPU build computes with: its sum less that of the parameter, which is
     empty for most layers. The copy is opaque, so it is read back: its product with each unit vector is a column."""
     weight = layer.weight
-    if weight.is_meta or weight.ndim != 2 and weight.numel():
+    if weight.is_meta or (weight.ndim != 2 and weight.numel()):
         return torch.zeros((), dtype=torch.int64)
     size = weight.shape[1] if weight.numel() else getattr(layer, "input_size_per_partition", layer.input_size)
     torch.get_num_threads()  # sets OpenMP's count in this thread; vLLM's kernels compare it with torch's

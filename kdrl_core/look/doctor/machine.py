@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 
 from kdrl_core.config import Recipe
-from kdrl_core.engines.devices import Gpu
 from kdrl_core.errors import StorageError
 from kdrl_core.ledger.publish import storage_errors
 from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
+from kdrl_core.models.devices import Gpu
 
 MIB, GIB = 2**20, 2**30
 
@@ -128,7 +128,7 @@ def check_open_files(recipe: Recipe) -> Observed:
     """The limit on open files against the connections of requests in flight."""
     teacher = recipe.teacher.server if recipe.teacher is not None else None
     servers = [server for server in (recipe.rollout.server, teacher) if server is not None]
-    in_flight = max((server.concurrency for server in servers), default=0)
+    in_flight = max((server.concurrency or 32 * len(server.urls) for server in servers), default=0)
     if recipe.vllm.replicas > 1:
         in_flight = max(in_flight, recipe.vllm.replicas * recipe.vllm.max_num_seqs)
     needed = _OPEN_FILES + in_flight

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from kdrl_core.config import load_recipe
-from kdrl_core.engines.devices import gpus
 from kdrl_core.look.doctor import machine, needs, versions
 from kdrl_core.look.doctor.checks import CheckFailed, CheckStatus, NotApplicable, Observed, Recorder
 from kdrl_core.look.doctor.examine import Diagnosis, doctor_folder, examine
 from kdrl_core.look.doctor.remedies import remedy_for_text
 from kdrl_core.look.doctor.watch import how_ended
+from kdrl_core.models.devices import gpus
 
 PAPER = load_recipe("paper-1.5b")
 MINIATURE = load_recipe("miniature")
