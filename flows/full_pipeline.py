@@ -13,6 +13,7 @@ from kdrl_core.boxes.preflight import check_inputs
 from kdrl_core.config import load_recipe
 from kdrl_core.config.fetch import fetched
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
+from kdrl_core.look.planning.machine import require_fit
 from tasks.boxes import adopt
 from tasks.secrets import register_blocks
 
@@ -41,6 +42,7 @@ def full_pipeline(
     """
     register_blocks()
     check_inputs(loaded := fetched(load_recipe(recipe, overrides or [])))
+    require_fit(loaded)
     run = create_run(run_name or default_run_name(), loaded)
     with run_lock(run.paths.lock):
         sweep_temporaries(run.paths.root)  # of an interrupted publication

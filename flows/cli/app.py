@@ -8,6 +8,7 @@ import typer
 
 from flows.cli.check import check, recover
 from flows.cli.data import filter_command, label
+from flows.cli.doctor import doctor
 from flows.cli.evaluate import evaluate
 from flows.cli.plan import plan
 from flows.cli.printed_tables import alarm_mark, fitted, grid, print_alarms
@@ -63,6 +64,7 @@ def run(
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
     from kdrl_core.ledger import RunPaths, require_free, require_same_recipe, validate_run_name
+    from kdrl_core.look.planning.machine import require_fit
 
     with errors():
         loaded = fetched(load_recipe(recipe, overrides or []))
@@ -70,6 +72,7 @@ def run(
         require_free(RunPaths.of(run_name).lock)
         require_same_recipe(run_name, loaded)
         check_inputs(loaded)
+        require_fit(loaded)
         _run_in_process(recipe, run_name, overrides or [], verbose=verbose)
 
 
@@ -87,6 +90,7 @@ def resume(
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
     from kdrl_core.ledger import open_run, require_free, require_resumable, require_same_recipe
+    from kdrl_core.look.planning.machine import require_fit
 
     with errors():
         opened = open_run(run_name)
@@ -100,6 +104,7 @@ def resume(
             return
         require_same_recipe(run_name, loaded)
         check_inputs(loaded)
+        require_fit(loaded)
         _run_in_process(str(opened.paths.recipe), run_name, overrides or [], verbose=verbose)
 
 
@@ -186,6 +191,7 @@ app.command()(check)
 app.command()(bake_teacher)
 app.command()(serve)
 app.command()(plan)
+app.command()(doctor)
 app.command()(report)
 app.command()(ui)
 app.add_typer(sweep_app, name="sweep")

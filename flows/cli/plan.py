@@ -13,21 +13,26 @@ from flows.cli.shared import JsonOption, RecipeOption, SetOption, err, errors, o
 from kdrl_core.errors import RecipeError
 
 if TYPE_CHECKING:
+    from kdrl_core.config import Recipe
     from kdrl_core.look.planning.candidates import Candidate
+    from kdrl_core.look.planning.cluster import Cluster
     from kdrl_core.look.planning.cost import Rates
     from kdrl_core.look.planning.shapes import ModelShape
     from kdrl_core.look.planning.stage_plan import StagePlan
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _MAX_OTHERS = 3
+_GPUS_PER_NODE, _GPU_MEMORY = 8, 80e9
 _TIMES = {
     "rollout": "rollout",
     "teacher": "teacher_score",
     "reference": "reference_score",
+    "verify": "verify",
     "update": "update",
     "comm.": "communication",
     "sync": "weight_sync",
-    "offload": "offload",
+    "sleep": "offload",
+    "host": "host",
     "save": "checkpoint",
     "total": "total",
 }
@@ -39,11 +44,19 @@ def plan(
     overrides: SetOption = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="GPUs in all; default: --nodes × --gpus-per-node, else as many as the recipe uses."),
+        typer.Option(
+            min=1,
+            help="GPUs in all; default: --nodes × --gpus-per-node, else this machine's, else what the recipe uses.",
+        ),
     ] = None,
-    gpu_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one GPU, e.g. 80GB or 24GiB.")] = "80GB",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of one GPU, e.g. 80GB or 24GiB; default: this machine's, else 80GB."),
+    ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines; default: as many as the GPUs need.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one machine.")] = 8,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of one machine; default: this machine's, else 8.")
+    ] = None,
     utilization: Annotated[
         float, typer.Option(min=0.1, max=1.0, help="Share of the memory that a plan may use; CUDA gets the rest.")
     ] = 0.9,
@@ -57,16 +70,20 @@ def plan(
         float | None, typer.Option(min=0.001, help="Response tokens per second and GPU; default: from the bandwidth.")
     ] = None,
     peak_tflops: Annotated[
-        float, typer.Option(min=0.001, help="Peak of one GPU in bfloat16. A100 312, H100 989 (data sheets, dense).")
-    ] = 312.0,
+        float | None,
+        typer.Option(min=0.001, help="Peak of one GPU in bfloat16; default: this machine's, else an A100's 312."),
+    ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.001, max=1.0, help="Share of the peak that training and scoring reach.")
     ] = 0.35,
     memory_bandwidth: Annotated[
-        float, typer.Option(min=0.001, help="GB/s of one GPU. A100 80GB 2,039, H100 3,350 (data sheets).")
-    ] = 2000.0,
+        float | None, typer.Option(min=0.001, help="GB/s of one GPU; default: this machine's, else an A100's 2,000.")
+    ] = None,
     network_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s per GPU between nodes.")] = 25.0,
     storage_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s of the shared storage in all.")] = 5.0,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="Problems that sft samples; default: data.max_problems, else 61,000.")
+    ] = None,
     from_run: Annotated[
         str | None, typer.Option(metavar="RUN", help="Take tokens/s, FLOPs/s and lengths from this run's own steps.")
     ] = None,
@@ -84,7 +101,8 @@ def plan(
     placement that fits is chosen. If none fits, the output says why, and what to change.
 
     The recipe sets engines, ZeRO stage, activation checkpointing and tensor parallelism: change them with --set, as for
-    `kdrl run`. A plan uses all GPUs that you name, and lists the settings that a run needs to use them.
+    `kdrl run`. A plan uses all GPUs that you name (without options, this machine's), and lists the settings that a run
+    needs to use them.
 
     \b
     kdrl plan --recipe paper-1.5b --gpus 8 --gpu-memory 80GB
@@ -97,45 +115,49 @@ def plan(
     """
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
-    from kdrl_core.look.planning.cluster import Cluster, default_gpus, engines_of, work_of
+    from kdrl_core.look.planning.cluster import CPU_BANDWIDTH, engines_of, work_of
+    from kdrl_core.look.planning.conditions import conditions, ranks_note
     from kdrl_core.look.planning.cost import Rates
-    from kdrl_core.look.planning.stage_plan import conditions, plan_stage, ranks_note, total_hours
+    from kdrl_core.look.planning.stage_plan import plan_stage, total_hours
 
     with errors():
         loaded = fetched(load_recipe(recipe, overrides or []), weights=False)
-        total = _gpus(gpus, nodes, gpus_per_node) or default_gpus(loaded, gpus_per_node=gpus_per_node)
-        cluster = Cluster(
-            gpus=total,
-            gpus_per_node=min(gpus_per_node, total),
-            gpu_memory=parse_size(gpu_memory),
+        cluster = _cluster(
+            loaded,
+            gpus=_gpus(gpus, nodes, gpus_per_node),
+            gpus_per_node=gpus_per_node,
+            gpu_memory=None if gpu_memory is None else parse_size(gpu_memory),
             utilization=utilization,
-            peak_flops=peak_tflops * 1e12,
+            peak_flops=peak_tflops and peak_tflops * 1e12,
             mfu=mfu,
-            memory_bandwidth=memory_bandwidth * 1e9,
+            memory_bandwidth=memory_bandwidth and memory_bandwidth * 1e9,
             network_bandwidth=network_bandwidth * 1e9,
             storage_bandwidth=storage_bandwidth * 1e9,
         )
+        total = cluster.gpus
+        if from_run is not None and memory_bandwidth is None and loaded.runtime.device == "cpu":
+            cluster = replace(cluster, memory_bandwidth=CPU_BANDWIDTH)
         engines = engines_of(loaded)
         measured = None
         if from_run is not None:
-            from kdrl_core.look.planning.cost import rates_of_run, scaled
+            from kdrl_core.look.planning.measured import lengths_for, rates_of_run, scaled
 
-            rates, measured = rates_of_run(from_run, gpus=run_gpus)
+            rates, measured = rates_of_run(from_run, gpus=run_gpus, cluster=cluster)
             if not as_json:
                 err.say(f"rates of {from_run}, {measured.stage}: {_rates(rates)}")
-        lengths = (measured.mean_prompt, measured.mean_response) if measured else None
         plans = []
         for stage in loaded.stages:
-            config = loaded.stage(stage)
+            config, mean, longest, prompt = loaded.stage(stage), mean_response_tokens, None, mean_prompt_tokens
+            if measured is not None:
+                found, longest = lengths_for(measured, limit=config.max_response_tokens)
+                mean = mean or found
+                prompt = prompt or min(measured.mean_prompt, config.max_prompt_tokens)
             work = work_of(
-                loaded,
-                stage,
-                mean_response=mean_response_tokens or (lengths and min(lengths[1], config.max_response_tokens)),
-                mean_prompt=mean_prompt_tokens or (lengths and min(lengths[0], config.max_prompt_tokens)),
+                loaded, stage, mean_response=mean, mean_prompt=prompt, longest_response=longest, problems=problems
             )
             used = Rates() if measured is None else scaled(rates, measured, work)
             if rollout_tokens_per_s is not None:
-                used = replace(used, rollout_tokens_per_s=rollout_tokens_per_s)
+                used = replace(used, rollout_tokens_per_s=rollout_tokens_per_s, decoding_overhead_s=None)
             plans.append(plan_stage(work, engines, cluster, used))
         hours = total_hours(plans)
         if as_json:
@@ -165,7 +187,24 @@ def parse_size(text: str) -> float:
     return float(found[1]) * unit
 
 
-def _gpus(gpus: int | None, nodes: int | None, gpus_per_node: int) -> int | None:
+def _cluster(
+    recipe: "Recipe", *, gpus: int | None, gpus_per_node: int | None, gpu_memory: float | None, **given: float | None
+) -> "Cluster":
+    """The cluster of the options; what they leave open is this machine's, if they name no other GPUs."""
+    from kdrl_core.look.planning.cluster import Cluster, default_gpus
+    from kdrl_core.look.planning.machine import cluster_of
+    from kdrl_core.models.devices import gpus as gpus_here
+
+    found = gpus_here() if gpu_memory is None and gpus is None else []
+    node = gpus_per_node or len(found) or _GPUS_PER_NODE
+    total = gpus or len(found) or default_gpus(recipe, gpus_per_node=node)
+    base = cluster_of(found) if found else Cluster(gpus=total, gpus_per_node=node, gpu_memory=_GPU_MEMORY)
+    changes = {name: value for name, value in {"gpu_memory": gpu_memory, **given}.items() if value is not None}
+    return replace(base, gpus=total, gpus_per_node=min(node, total), **changes)
+
+
+def _gpus(gpus: int | None, nodes: int | None, gpus_per_node: int | None) -> int | None:
+    gpus_per_node = gpus_per_node or _GPUS_PER_NODE
     if gpus is not None and nodes is not None and gpus != nodes * gpus_per_node:
         raise RecipeError(
             f"--gpus {gpus} is not --nodes {nodes} × --gpus-per-node {gpus_per_node} = {nodes * gpus_per_node}; "
@@ -213,6 +252,9 @@ def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None
     if plan.best is None or plan.step_s is None or plan.hours is None:
         return
     out.print(_time_table(plan))
+    if work.sampled:
+        span = _span(plan.sampling_s / 3600, cluster.gpus)
+        out.say(f"  before the first step, {work.sampled:,} responses of the teacher: {span}")
     out.say(
         f"  {many(work.steps, 'step')} of {_number(plan.step_s)} s and {many(work.evaluations, 'evaluation')}: "
         f"{_span(plan.hours, cluster.gpus)}; "

@@ -15,7 +15,8 @@ from kdrl_core.data.benchmarks import load_benchmark
 from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.data.fitting import require_fitting
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
-from kdrl_core.errors import DataError, ModelError, RecipeError
+from kdrl_core.errors import DataError, EngineError, ModelError, RecipeError
+from kdrl_core.models.devices import devices_of_ranks, named_devices, visible_devices
 from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit, read_config
 from kdrl_core.models.tokenizer import check_embedding, vocabulary_of
 from kdrl_core.models.weights import compare_architecture, other_kind, stored_weights
@@ -54,6 +55,7 @@ def check_inputs(recipe: Recipe) -> None:
     check_estimators(recipe)
     check_device(recipe)
     check_trainer(recipe)
+    check_devices(recipe)
     check_engines(recipe)
     check_trackers(recipe)
     check_weights(recipe)
@@ -141,6 +143,34 @@ def check_trainer(recipe: Recipe) -> None:
     if trainer.hostfile is not None and (slots := hostfile_slots(Path(trainer.hostfile))) != trainer.ranks:
         raise RecipeError(
             f"{field}.ranks': {trainer.ranks}, but {trainer.hostfile} has {slots} slots; set trainer.ranks={slots}"
+        )
+
+
+def check_devices(recipe: Recipe) -> None:
+    """Raise RecipeError if this process may use fewer GPUs than the recipe's ranks or engines take, or if DeepSpeed
+    would take others than CUDA_VISIBLE_DEVICES names."""
+    if recipe.runtime.device == "cpu":
+        return
+    where, trainer, vllm = f"recipe {recipe.name}, field", recipe.trainer, recipe.vllm
+    engines = [recipe.rollout.engine]
+    if recipe.teacher is not None and recipe.teacher.server is None:
+        engines.append(recipe.teacher.engine)
+    try:
+        if trainer.hostfile is None:
+            field = "trainer.ranks"
+            devices_of_ranks(trainer.ranks)
+        if "vllm" in engines:
+            field, count = "vllm.replicas", vllm.replicas * vllm.tensor_parallel
+            visible_devices(
+                count, needed_for=f"vllm.replicas={vllm.replicas} × vllm.tensor_parallel={vllm.tensor_parallel}"
+            )
+    except EngineError as error:
+        raise RecipeError(f"{where} '{field}': {error}") from error
+    names = named_devices()
+    if trainer.hostfile is not None and names is not None and names != [str(n) for n in range(len(names))]:
+        raise RecipeError(
+            f"{where} 'trainer.hostfile': DeepSpeed gives the ranks of a host its GPUs 0, 1, …, not those of "
+            f"CUDA_VISIBLE_DEVICES={','.join(names)}; unset the variable, or set trainer.hostfile=null"
         )
 
 

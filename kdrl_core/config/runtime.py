@@ -33,11 +33,13 @@ class RolloutConfig(Section):
 
 
 class VLLMConfig(Section):
-    """Settings of each vLLM engine in this process, for rollouts and for the teacher."""
+    """Settings of each vLLM engine that the run starts, for rollouts and for the teacher."""
 
     max_num_seqs: Positive = Field(256, description="responses in flight")
     kv_cache_gb: float | None = Field(None, gt=0.0, description="GiB of key-value cache; null: vLLM decides")
-    gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0, description="share of the GPU, weights and cache")
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0.0, le=1.0, description="share of the GPU, weights and cache; null: what the trainer leaves of 0.9"
+    )
     tensor_parallel: Positive = Field(1, description="GPUs that share one engine")
     replicas: Positive = Field(1, description="engines of each role; above 1 the run starts them as servers of its own")
     batch_invariant: bool = Field(False, description="the same bits for any batch (CUDA; slower): VLLM_BATCH_INVARIANT")

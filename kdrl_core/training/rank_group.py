@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import kdrl_core
+from kdrl_core import process_guard
 from kdrl_core.errors import EngineError
-from kdrl_core.training import process_guard
+from kdrl_core.models.devices import devices_of_ranks
+from kdrl_core.process_guard import kill_group
 from kdrl_core.training.messages import Arrays, pack, unpack
-from kdrl_core.training.process_guard import kill_group
 
 WORKER = "kdrl_core.training.deepspeed_worker"
 SPEC = "ranks.json"
@@ -92,6 +93,7 @@ class RankGroup:
                 num_ranks=num_ranks,
                 hostfile=hostfile,
                 master_port=free_port() if master_port is None else master_port,
+                device=settings.get("device", "cpu"),
             )
             deadline = time.monotonic() + start_timeout_s
             try:
@@ -268,14 +270,18 @@ def call_back(spec: dict[str, Any]) -> Connection:
     return connection
 
 
-def launch_command(spec: Path, *, num_ranks: int, hostfile: str | None, master_port: int) -> list[str]:
-    """DeepSpeed's launcher, here or on the hosts of a hostfile, with the worker for every rank."""
+def launch_command(
+    spec: Path, *, num_ranks: int, hostfile: str | None, master_port: int, device: str = "cpu"
+) -> list[str]:
+    """DeepSpeed's launcher, here or on the hosts of a hostfile, with the worker for every rank.
+
+    It sets CUDA_VISIBLE_DEVICES of the ranks anew: here to the names that this process has, so that local rank i gets
+    the i-th of them; on the hosts of a hostfile to 0, 1, …. Raises EngineError if this process has fewer GPUs."""
     worker = ["--log_level=error", "--module", "--no_local_rank", WORKER, str(spec)]
     if hostfile is not None:
         options = ["--hostfile", hostfile, f"--master_port={master_port}"]
         return [sys.executable, "-m", "deepspeed.launcher.runner", *options, *worker]
-    visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    devices = visible[:num_ranks] if len(visible) >= num_ranks else list(range(num_ranks))
+    devices = list(range(num_ranks)) if device == "cpu" else devices_of_ranks(num_ranks)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={master_port}"]
     return [sys.executable, "-m", "deepspeed.launcher.launch", *options, *worker]

@@ -9,7 +9,8 @@ from math import ceil
 from kdrl_core.errors import RecipeError
 from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
 from kdrl_core.look.planning.cost import Rates, StepTime, step_time
-from kdrl_core.look.planning.placement import PhaseMemory, Placement, phase_memories, sequence_bytes
+from kdrl_core.look.planning.lengths import cut
+from kdrl_core.look.planning.placement import SAMPLING, PhaseMemory, Placement, phase_memories, sequence_bytes
 from kdrl_core.look.planning.shapes import ModelShape
 
 GB = 1e9
@@ -24,7 +25,7 @@ class Candidate:
     time: StepTime
     usable: float
     share: float
-    """Bytes of a GPU that a vLLM engine in process may take (vllm.gpu_memory_utilization)."""
+    """Bytes of a GPU that a vLLM engine of the run may take (vllm.gpu_memory_utilization)."""
 
     @property
     def worst(self) -> PhaseMemory:
@@ -61,9 +62,9 @@ def candidates_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) 
     found = []
     for placement in _placements(work, engines, cluster):
         memory = tuple(phase_memories(work, engines, cluster, placement))
-        held = next(phase.sequences for phase in memory if phase.phase == "rollout")
+        held = next((phase.sequences for phase in memory if phase.phase in ("rollout", SAMPLING)), None)
         time = step_time(work, engines, cluster, placement, rates, kv_sequences=held)
-        share = engines.memory_share * cluster.gpu_memory
+        share = (engines.memory_share or cluster.utilization) * cluster.gpu_memory
         found.append(
             Candidate(placement=placement, memory=memory, time=time, usable=cluster.usable_memory, share=share)
         )
@@ -77,8 +78,9 @@ def _placements(work: Work, engines: Engines, cluster: Cluster) -> Iterator[Plac
         for gpus in range(step, cluster.gpus, step)
         if cluster.gpus <= 16 or gpus % (cluster.gpus // 16) == 0  # above 16 GPUs, only sixteenths
     ]
-    for teacher in [0, *(shares if work.teacher is not None and engines.teacher == "vllm" else [])]:
-        for rollout in shares if engines.rollout == "server" else [0]:
+    may_split = work.teacher is not None and engines.teacher == "vllm" and not work.sampled
+    for teacher in [0, *(shares if may_split else [])]:
+        for rollout in shares if engines.rollout == "server" and not work.sampled else [0]:
             if (student := cluster.gpus - teacher - rollout) > 0:
                 yield Placement(student_gpus=student, teacher_gpus=teacher, rollout_gpus=rollout)
 
@@ -143,14 +145,24 @@ def _check_kv_cache(work: Work, engines: Engines) -> None:
 _LARGER_GPUS = (24 * GB, 40 * GB, 48 * GB, 80 * GB, 96 * GB, 141 * GB, 192 * GB, 288 * GB)
 
 
-def remedies_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> Iterator[str]:
-    """Single changes that make the stage fit; if none does alone, the first few that do together. Then other GPUs."""
+def remedies_of(
+    work: Work,
+    engines: Engines,
+    cluster: Cluster,
+    rates: Rates,
+    *,
+    fits: Callable[[Work, Engines, Cluster], bool] | None = None,
+) -> Iterator[str]:
+    """Single changes that make the stage fit; if none does alone, the first few that do together. Then other GPUs.
+    `fits`: None: any placement may."""
 
-    def fits(work: Work, engines: Engines, cluster: Cluster = cluster) -> bool:
+    def fits_somewhere(work: Work, engines: Engines, cluster: Cluster) -> bool:
         return candidates_of(work, engines, cluster, rates)[0].fits
 
+    fits = fits or fits_somewhere
+
     changes = list(_changes(work, engines, cluster))
-    single = [name for name, change in changes if fits(*change(work, engines))]
+    single = [name for name, change in changes if fits(*change(work, engines), cluster)]
     yield from single
     if not single:
         names: list[str] = []
@@ -158,7 +170,7 @@ def remedies_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) ->
         for name, change in changes:
             names.append(name)
             both = change(*both)
-            if fits(*both):
+            if fits(*both, cluster):
                 yield " ".join(names)
                 break
     for memory in _LARGER_GPUS:
@@ -179,9 +191,8 @@ def _changes(work: Work, engines: Engines, cluster: Cluster) -> Iterator[tuple[s
     """Changes of settings, from the cheapest to those that change the method."""
     if not engines.is_checkpointed:
         yield "--set trainer.activation_checkpointing=true", lambda w, e: (w, replace(e, is_checkpointed=True))
-    most = Engines().memory_share
-    if engines.memory_share < most and "vllm" in (engines.rollout, engines.teacher):
-        yield f"--set vllm.gpu_memory_utilization={most:g}", lambda w, e: (w, replace(e, memory_share=most))
+    if engines.memory_share is not None and "vllm" in (engines.rollout, engines.teacher):
+        yield "--set vllm.gpu_memory_utilization=null", lambda w, e: (w, replace(e, memory_share=None))
     if engines.rollout == "transformers" and (fewer := work.num_in_process // 4):
         yield f"--set runtime.rollout_batch_size={fewer}", lambda w, e: (replace(w, num_in_process=fewer), e)
     if (budget := work.context) < work.micro_batch_tokens:
@@ -210,8 +221,9 @@ def _changes(work: Work, engines: Engines, cluster: Cluster) -> Iterator[tuple[s
 
 def _shorten(limit: int, work: Work, engines: Engines) -> tuple[Work, Engines]:
     budget = min(work.micro_batch_tokens, work.max_prompt + limit)
-    mean = min(work.mean_response, limit)
-    return replace(work, max_response=limit, mean_response=mean, micro_batch_tokens=budget), engines
+    mean, longest = cut(work.mean_response, work.longest_response, limit)
+    work = replace(work, max_response=limit, mean_response=mean, longest_response=longest)
+    return replace(work, micro_batch_tokens=budget), engines
 
 
 def _divides(split: int, work: Work, cluster: Cluster) -> bool:

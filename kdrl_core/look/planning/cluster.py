@@ -5,8 +5,10 @@ from typing import Literal
 
 from kdrl_core.config import EngineName, LocalEngine, Recipe, ServersConfig, StageConfig
 from kdrl_core.errors import RecipeError
+from kdrl_core.look.planning.lengths import mean_square
 from kdrl_core.look.planning.memory import Precision, TrainerSettings
 from kdrl_core.look.planning.shapes import ModelShape, shape_of
+from kdrl_core.models.gpu_share import USABLE
 
 Role = Literal["rollout", "teacher", "reference"]
 
@@ -14,6 +16,10 @@ MEAN_RESPONSE_SHARE = 0.4
 """Assumed mean response length, as a share of the longest, if none is given."""
 MEAN_PROMPT_TOKENS = 256
 """Assumed mean prompt length, if none is given."""
+CPU_BANDWIDTH = 8e9
+"""Bytes per second between one core of a server and its memory; for plans from a run on a CPU."""
+PROBLEMS = 61_000
+"""Problems of a pool, if nothing else is known: what the filter leaves for stage 2 (B.1.1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +30,7 @@ class Cluster:
     gpus_per_node: int
     gpu_memory: float
     """Bytes."""
-    utilization: float = 0.9
+    utilization: float = USABLE
     """Share of the memory that a plan may use; the rest is for the runtime, collectives and fragmentation."""
     peak_flops: float = 312e12
     mfu: float = 0.35
@@ -42,6 +48,8 @@ class Cluster:
     """Between a GPU and its host's memory."""
     storage_bandwidth: float = 5.0e9
     """Shared storage, for all nodes together."""
+    hash_bandwidth: float = 1.5e9
+    """Of sha256 on one core of the host."""
 
     @property
     def nodes(self) -> int:
@@ -68,16 +76,18 @@ class Engines:
     offloads_optimizer: bool = False
     tensor_parallel: int = 1
     """GPUs of one vLLM engine or replica."""
+    replicas: int = 1
+    """Engines of each `vllm` role that the run itself starts."""
     max_sequences: int = 256
     """Responses that an engine generates at a time, vLLM's max_num_seqs."""
     concurrency: int | None = None
     """Requests in flight over all replicas of `server`; None: as many as they take."""
-    memory_share: float = 0.9
-    """Share of a GPU that a vLLM engine in this process takes: weights, workspace and cache."""
+    memory_share: float | None = None
+    """Share of a GPU that a vLLM engine of the run takes: weights, workspace and cache; None: what others leave."""
     kv_cache_bytes: float | None = None
     """Bytes of KV cache of a vLLM engine in process; if given, `memory_share` does not apply."""
     served: tuple[Role, ...] = ()
-    """Roles whose `vllm` engines are replicas, as many as the recipe lists. Other `vllm` roles have one engine."""
+    """Roles whose `vllm` engines are servers that the recipe lists. Other `vllm` roles have `replicas` engines."""
     score_tokens: int = 2_048
     """Tokens per forward pass that gives the teacher's logprobs."""
 
@@ -113,7 +123,7 @@ class Engines:
 
 
 def engines_of(recipe: Recipe) -> Engines:
-    """The engines that a recipe names. A run has one vLLM engine per role; a plan has as many as the GPUs hold."""
+    """The engines that a recipe names. A run has `vllm.replicas` per role; a plan has as many as the GPUs hold."""
     trainer, vllm, server = recipe.trainer, recipe.vllm, recipe.rollout.server
     sleeping = sleeping_servers(recipe)
     return Engines(
@@ -126,6 +136,7 @@ def engines_of(recipe: Recipe) -> Engines:
         is_checkpointed=trainer.activation_checkpointing,
         offloads_optimizer=trainer.offload_optimizer,
         tensor_parallel=vllm.tensor_parallel,
+        replicas=vllm.replicas,
         max_sequences=vllm.max_num_seqs,
         concurrency=server.concurrency if server is not None else None,
         memory_share=vllm.gpu_memory_utilization,
@@ -141,13 +152,19 @@ def sleeping_servers(recipe: Recipe) -> dict[Role, ServersConfig]:
 
 
 def gpus_of(recipe: Recipe) -> dict[Role | Literal["update"], int]:
-    """GPUs that a run of the recipe uses in each phase; replicas have `vllm.tensor_parallel` each."""
+    """GPUs that a run of the recipe uses in each phase; vLLM engines have `vllm.tensor_parallel` each."""
     engines, sleeping = engines_of(recipe), sleeping_servers(recipe)
     servers = recipe.rollout.server
+
+    def own(role: Role) -> int:
+        return engines.split(role) * (engines.replicas if engines.engine(role) == "vllm" else 1)
+
     return {
-        "rollout": engines.split("rollout") * (len(servers.urls) if servers is not None else 1),
-        "teacher": engines.split("teacher") * (len(sleeping["teacher"].urls) if "teacher" in sleeping else 1),
-        "reference": engines.split("reference"),
+        "rollout": engines.split("rollout") * len(servers.urls) if servers is not None else own("rollout"),
+        "teacher": engines.split("teacher") * len(sleeping["teacher"].urls)
+        if "teacher" in sleeping
+        else own("teacher"),
+        "reference": own("reference"),
         "update": recipe.trainer.ranks,
     }
 
@@ -169,7 +186,7 @@ class Work:
     steps: int
     student: ModelShape
     teacher: ModelShape | None
-    """The teacher that scores on these GPUs; None without a teacher, or if it runs on servers elsewhere."""
+    """The teacher that scores, or gives responses, on these GPUs; None without one, or if it is served elsewhere."""
     has_reference: bool
     """The stage's initial policy scores as well (stage 1's penalty)."""
     responses: int
@@ -184,6 +201,14 @@ class Work:
     evaluations: int
     """Periodic evaluations in the stage."""
     checkpoint_every: int
+    longest_response: float
+    """Tokens of the longest response that is expected; at most `max_response`."""
+    sampled: int = 0
+    """Responses that the teacher gives before the first step (objective sft)."""
+    sampled_together: int = 0
+    """Of these, so many are published before the next are sampled."""
+    verifiers: int = 1
+    """Processes that verify."""
     num_in_process: int = 256
     """Responses that the `transformers` engine generates at a time."""
     score_tokens_in_process: int = 65_536
@@ -203,41 +228,62 @@ class Work:
         """Prompt and response tokens of a step."""
         return self.responses * self.mean_sequence
 
+    @property
+    def attended(self) -> float:
+        """Context that a mean token stands in: longer sequences have more tokens, so it is more than the mean."""
+        prompt, response = self.mean_prompt, self.mean_response
+        square = prompt**2 + 2 * prompt * response + mean_square(response, self.longest_response)
+        return square / self.mean_sequence
+
 
 def work_of(
-    recipe: Recipe, stage: str, *, mean_response: float | None = None, mean_prompt: float | None = None
+    recipe: Recipe,
+    stage: str,
+    *,
+    mean_response: float | None = None,
+    mean_prompt: float | None = None,
+    longest_response: float | None = None,
+    problems: int | None = None,
 ) -> Work:
-    """The work of a recipe's stage. Mean lengths are in tokens; None: 0.4 of the longest response, and 256 for prompts
-    (or the longest prompt, if shorter). Raises RecipeError if the stage has no loop of steps (objective sft), or a mean
-    is above its limit; ModelError if a model's shape is not known."""
+    """The work of a recipe's stage.
+
+    Args:
+        mean_response, mean_prompt: tokens; None: 0.4 of the longest response, and 256 for prompts (or the longest
+            prompt, if shorter).
+        longest_response: tokens; None: the recipe's limit.
+        problems: of the stage's pool, which sft samples; None: `data.max_problems`, or 61,000 as in the paper.
+
+    Raises RecipeError if a mean is above its limit; ModelError if a model's shape is not known."""
     from kdrl_core.data.benchmarks import load_benchmark  # imports pyarrow, so only when planning
 
     config = recipe.stage(stage)
-    if config.objective == "sft":
-        raise RecipeError(
-            f"{stage}.objective=sft has no loop of rollouts and updates that could be planned; plan grpo, kd_rkl, "
-            f"kdrl or reward_shaping with --set {stage}.objective=…"
-        )
-    response = _mean(mean_response, MEAN_RESPONSE_SHARE * config.max_response_tokens, config.max_response_tokens)
+    most = config.max_response_tokens
+    response = _mean(mean_response, MEAN_RESPONSE_SHARE * most, most)
     prompt = _mean(mean_prompt, min(MEAN_PROMPT_TOKENS, config.max_prompt_tokens), config.max_prompt_tokens)
     periodic = [b for b in recipe.evaluation.benchmarks if b.name in recipe.evaluation.periodic]
+    is_sft = config.objective == "sft"
+    pool = problems or config.data.max_problems or PROBLEMS
     return Work(
         stage=stage,
         objective=config.objective,
         steps=config.steps,
         student=shape_of(recipe.student, role="student"),
         teacher=_teacher(recipe, config),
-        has_reference=config.ref_beta > 0.0,
-        responses=config.responses_per_step,
+        has_reference=config.ref_beta > 0.0 and not is_sft,
+        responses=config.sft.batch_size if is_sft else config.responses_per_step,
         mean_prompt=prompt,
         mean_response=response,
+        longest_response=max(response, min(longest_response or most, most)),
         max_prompt=config.max_prompt_tokens,
-        max_response=config.max_response_tokens,
+        max_response=most,
         micro_batch_tokens=config.micro_batch_tokens,
         evaluation_context=recipe.evaluation.max_context_tokens,
         evaluation_responses=sum(len(load_benchmark(b)) * b.samples for b in periodic),
         evaluations=config.steps // config.evaluate_every if config.evaluate_every else 0,
         checkpoint_every=config.checkpoint.every,
+        sampled=pool * config.sft.samples if is_sft else 0,
+        sampled_together=config.sft.shard_prompts * config.sft.samples if is_sft else 0,
+        verifiers=recipe.verification.workers,
         num_in_process=recipe.runtime.rollout_batch_size,
         score_tokens_in_process=recipe.runtime.score_batch_tokens,
     )
@@ -250,7 +296,7 @@ def _mean(given: float | None, assumed: float, most: int) -> float:
 
 
 def _teacher(recipe: Recipe, config: StageConfig) -> ModelShape | None:
-    if recipe.teacher is None or not config.scores_teacher:
+    if recipe.teacher is None or not config.uses_teacher:
         return None
     if recipe.teacher.server is not None and not recipe.teacher.server.sleep:
         return None

@@ -1,40 +1,37 @@
 """Seconds of a step by phase, and bytes that it moves.
 
-    decoding step of n sequences = overhead + (weights + n · context · KV bytes) / (memory bandwidth · share)
-    rollout = max(response tokens / tokens per second of all engines, longest response · decoding step of one sequence)
+    rollout = the decoding steps of the busiest engine (kdrl_core.look.planning.decode)
     scoring = forward FLOPs / (peak · MFU · GPUs),  update = update FLOPs / (peak · MFU · GPUs)
+    weight sync = write once, read on every node, load onto each GPU; a digest at either end
+    offload = weights of engines that sleep go to the host and come back
+    checkpoint = 12 bytes a parameter, written and hashed once; only what the next rollout does not hide counts
+    host = tables of Arrow and Parquet, and answers of servers, per token
 
 A GPU with any work trains or scores at least one longest sequence, so the slowest of many has more than the mean.
-Verification and hidden (overlapped) work count as 0. A teacher on GPUs of its own scores while others generate.
-`transformers` always generates and scores on one GPU.
+Verification runs while responses are sampled; only the rest counts. A teacher on GPUs of its own scores while others
+generate. `transformers` always generates and scores on one GPU.
 
 Bytes that a GPU sends or receives (N parameters, b bytes, R ranks, m micro-batches of a rank):
 ZeRO-0: 2·4·N·(R−1)/R once; ZeRO-2: m·b·N·(R−1)/R and b·N·(R−1)/R; ZeRO-3: 3·m·b·N·(R−1)/R.
-Weight sync writes the new policy once in float32, and every node reads it once.
-
-`rates_of_run` measures rates in a run's own steps, in place of data sheets: tokens per second of its engine, FLOPs per
-second of scorer and trainer, each per GPU of the run's recipe. They hold for the same kind of GPU and engines; FLOPs
-per second hold roughly for other models too. The FLOPs of an update include recomputed activations.
+The new policy has the engine's dtype (float32 for `transformers`). It is written once, and every node reads it once.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import ceil
-from statistics import median
-from typing import Any
 
-from kdrl_core.config import Recipe
-from kdrl_core.errors import RunError
-from kdrl_core.ledger import open_run
-from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work, engines_of, gpus_of, work_of
-from kdrl_core.look.planning.memory import engine_weights, kv_bytes
-from kdrl_core.look.planning.placement import Placement, in_flight, replicas, sleeping_models
+from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
+from kdrl_core.look.planning.decode import DecodingCost, Generation, decoding_cost, generation_of
+from kdrl_core.look.planning.placement import Placement, in_flight, replicas, shape_for, sleeping_models
 from kdrl_core.look.planning.shapes import ModelShape
-from kdrl_core.tables.files import LOOKED_AT, load_metrics, read_table
 
-_EXPORT_BYTES = 4
-"""Bytes of a weight in a checkpoint: float32."""
-_MOMENT_BYTES = 8
+_CHECKPOINT_BYTES = 12
+"""Of a parameter: float32 weight and two moments."""
+HOST_S_PER_TOKEN = 0.6e-6
+"""Assumed seconds of one core to make a step's tables, per response token."""
+ANSWER_S_PER_TOKEN = 0.1e-6
+"""Assumed seconds of one core to read a server's answer, per scored token."""
+VERIFY_S = 0.01
+"""Assumed seconds of one core to verify a response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +39,21 @@ class Rates:
     """Rates that are given or measured; None: computed."""
 
     rollout_tokens_per_s: float | None = None
-    """Response tokens, per GPU."""
+    """Response tokens, per GPU. Of a run only shown: `decoding_overhead_s` predicts more."""
+    decoding_overhead_s: float | None = None
+    """Of a decoding step, beyond arithmetic and memory."""
+    decoding_factor: float = 1.0
+    """By which arithmetic and memory of a decoding step take less than computed."""
     score_flops: float | None = None
     """FLOPs per second and GPU."""
     update_flops: float | None = None
     has_collectives: bool = False
     """The update was measured on several ranks, so its rate includes their collectives."""
+    sync_s_per_parameter: float | None = None
+    verify_s_per_response: float | None = None
+    """Without the part that overlaps with generation."""
+    reserved_bytes: float | None = None
+    """GPU memory that a rank keeps between updates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +64,18 @@ class StepTime:
     teacher_score: float
     """Without the part that overlaps with generation."""
     reference_score: float
+    verify: float
+    """The part that does not overlap with generation."""
     update: float
     communication: float
     """Collectives of the update."""
     weight_sync: float
     offload: float
-    """Models that go to sleep and wake up."""
+    """Engines that go to sleep and wake up."""
+    host: float
+    """Tables and answers of servers."""
     checkpoint: float
-    """A step's share of a checkpoint."""
+    """A step's share of a checkpoint, without the part that overlaps with generation."""
 
     @property
     def total(self) -> float:
@@ -85,32 +95,35 @@ def step_time(
     """Predicted seconds of one step. `kv_sequences`: longest sequences that fit into the rollout engine's KV cache;
     None: no limit."""
     gpus = placement.student_gpus
-    rollout = rollout_s(work, engines, cluster, placement.generating_gpus, rates, kv_sequences=kv_sequences)
-    teacher = reference = 0.0
-    if work.teacher is not None:
-        teacher = score_s("teacher", work.teacher, work, engines, cluster, placement.teacher_gpus or gpus, rates)
-    if placement.is_split:
-        teacher = max(0.0, teacher - rollout)
-    if work.has_reference:
-        reference = score_s("reference", work.student, work, engines, cluster, gpus, rates)
-    trainers = 1 if engines.trainer == "torch" else gpus
-    tokens = busiest(work, trainers)
-    flops = work.student.update_flops(tokens, context=work.mean_sequence, is_checkpointed=engines.is_checkpointed)
+    rollout = teacher = reference = verify = synced = moved = host = 0.0
+    if not work.sampled:  # an update of sft has no rollout
+        rollout = rollout_s(work, engines, cluster, placement.generating_gpus, rates, kv_sequences=kv_sequences)
+        verify = _verify_s(work, rates, rollout)
+        synced = weight_sync_s(work, engines, cluster, rates)
+        moved = 2 * sum(sleeping_models(work, engines, placement).values()) / cluster.host_bandwidth
+        host = work.responses * work.mean_response * HOST_S_PER_TOKEN
+        if work.teacher is not None:
+            teacher = score_s("teacher", work.teacher, work, engines, cluster, placement.teacher_gpus or gpus, rates)
+            is_served = placement.is_split or "teacher" in engines.served or engines.replicas > 1
+            host += work.tokens * ANSWER_S_PER_TOKEN * is_served
+        if placement.is_split:
+            teacher = max(0.0, teacher - rollout)
+        if work.has_reference:
+            reference = score_s("reference", work.student, work, engines, cluster, gpus, rates)
+    tokens = busiest(work, 1 if engines.trainer == "torch" else gpus)
+    flops = work.student.update_flops(tokens, context=work.attended, is_checkpointed=engines.is_checkpointed)
     bandwidth = cluster.link_bandwidth if gpus <= cluster.gpus_per_node else cluster.network_bandwidth
-    exported = _EXPORT_BYTES * work.student.parameters
-    saved = exported + _MOMENT_BYTES * work.student.parameters
-    # `transformers` takes the new policy from memory; others from storage.
-    synced = 0.0 if engines.rollout == "transformers" else exported + sync_traffic(work, cluster)
-    moved = sum(sleeping_models(work, engines, placement).values())  # each wakes once in a step
     return StepTime(
         rollout=rollout,
         teacher_score=teacher,
         reference_score=reference,
+        verify=verify,
         update=flops / (rates.update_flops or cluster.peak_flops * cluster.mfu),
         communication=0.0 if rates.has_collectives else gradient_traffic(work, engines, gpus) / bandwidth,
-        weight_sync=synced / cluster.storage_bandwidth,
-        offload=moved / cluster.host_bandwidth,
-        checkpoint=saved / cluster.storage_bandwidth / work.checkpoint_every,
+        weight_sync=synced,
+        offload=moved,
+        host=host,
+        checkpoint=max(0.0, checkpoint_s(work, cluster) - rollout) / work.checkpoint_every,
     )
 
 
@@ -123,35 +136,80 @@ def rollout_s(
     *,
     responses: int | None = None,
     kv_sequences: int | None = None,
+    role: Role = "rollout",
 ) -> float:
-    """Seconds to generate `responses`; None: those of a step."""
+    """Seconds to generate `responses` with the model of a role; None: those of a step."""
     count = work.responses if responses is None else responses
-    tokens = -(-count // replicas(engines, "rollout", gpus)) * work.mean_response  # of the busiest engine
-    if rates.rollout_tokens_per_s is not None:
-        return tokens / (rates.rollout_tokens_per_s * engines.split("rollout"))
-    context = work.mean_prompt + work.mean_response / 2  # on average, a response is half done
-    sequences = in_flight(work, engines, gpus, count)
+    if rates.rollout_tokens_per_s is not None and rates.decoding_overhead_s is None:
+        tokens = -(-count // replicas(engines, role, gpus)) * work.mean_response  # of the busiest engine
+        return tokens / (rates.rollout_tokens_per_s * engines.split(role))
+    cost = decoding_cost(
+        shape_for(role, work),
+        engines,
+        cluster,
+        role=role,
+        overhead_s=rates.decoding_overhead_s,
+        flops=rates.score_flops or rates.update_flops,
+    )
+    found = busiest_generation(work, engines, cost, gpus, responses=count, kv_sequences=kv_sequences, role=role)
+    return found.seconds * rates.decoding_factor
+
+
+def busiest_generation(
+    work: Work,
+    engines: Engines,
+    cost: DecodingCost,
+    gpus: int,
+    *,
+    responses: int,
+    kv_sequences: int | None = None,
+    role: Role = "rollout",
+) -> Generation:
+    """The decoding of the engine with the most of `responses`."""
+    sequences = in_flight(work, engines, gpus, responses, role=role)
     if kv_sequences is not None:
         sequences = max(1, min(sequences, int(kv_sequences * work.context / work.mean_sequence)))
-    bulk = tokens / sequences * decode_step_s(work.student, engines, cluster, sequences=sequences, context=context)
-    alone = decode_step_s(work.student, engines, cluster, sequences=1, context=work.context / 2)
-    return max(bulk, work.max_response * alone)
-
-
-def decode_step_s(shape: ModelShape, engines: Engines, cluster: Cluster, *, sequences: int, context: float) -> float:
-    """Seconds for one token of each sequence. It reads every weight, and every cached key and value."""
-    split = engines.split("rollout")
-    read = engine_weights(shape, width=engines.width, tensor_parallel=split)
-    read += sequences * context * kv_bytes(shape, width=engines.width, tensor_parallel=split)
-    return cluster.step_overhead_s + read / (cluster.memory_bandwidth * cluster.bandwidth_share)
+    return generation_of(
+        cost,
+        responses,
+        engines=replicas(engines, role, gpus),
+        mean=work.mean_response,
+        longest=work.longest_response,
+        prompt=work.mean_prompt,
+        slots=sequences,
+        is_continuous=engines.engine(role) != "transformers",
+    )
 
 
 def score_s(
     role: Role, shape: ModelShape, work: Work, engines: Engines, cluster: Cluster, gpus: int, rates: Rates
 ) -> float:
     """Seconds to score a step's responses with the frozen model of a role."""
-    flops = shape.forward_flops(busiest(work, replicas(engines, role, gpus)), context=work.mean_sequence)
+    flops = shape.forward_flops(busiest(work, replicas(engines, role, gpus)), context=work.attended)
     return flops / ((rates.score_flops or cluster.peak_flops * cluster.mfu) * engines.split(role))
+
+
+def _verify_s(work: Work, rates: Rates, rollout: float) -> float:
+    if rates.verify_s_per_response is not None:
+        return work.responses * rates.verify_s_per_response
+    return max(0.0, work.responses * VERIFY_S / work.verifiers - rollout)
+
+
+def weight_sync_s(work: Work, engines: Engines, cluster: Cluster, rates: Rates) -> float:
+    """Seconds from the trainer's weights to those of every engine."""
+    if rates.sync_s_per_parameter is not None:
+        return rates.sync_s_per_parameter * work.student.parameters
+    exported = exported_bytes(work, engines)
+    moved = (exported + sync_traffic(work, engines, cluster)) / cluster.storage_bandwidth
+    if engines.rollout == "transformers":
+        return moved
+    return moved + exported / engines.split("rollout") / cluster.host_bandwidth + 2 * exported / cluster.hash_bandwidth
+
+
+def checkpoint_s(work: Work, cluster: Cluster) -> float:
+    """Seconds to write and hash a checkpoint."""
+    size = _CHECKPOINT_BYTES * work.student.parameters
+    return size / min(cluster.storage_bandwidth, cluster.hash_bandwidth)
 
 
 def gradient_traffic(work: Work, engines: Engines, gpus: int) -> float:
@@ -168,67 +226,16 @@ def gradient_traffic(work: Work, engines: Engines, gpus: int) -> float:
     return 2 * 4 * work.student.parameters * share
 
 
-def sync_traffic(work: Work, cluster: Cluster) -> float:
+def exported_bytes(work: Work, engines: Engines) -> float:
+    """Bytes of the new policy as the engines take it."""
+    return float((4 if engines.rollout == "transformers" else engines.width) * work.student.parameters)
+
+
+def sync_traffic(work: Work, engines: Engines, cluster: Cluster) -> float:
     """Bytes that all nodes read from shared storage to take the new policy."""
-    return float(cluster.nodes * _EXPORT_BYTES * work.student.parameters)
+    return cluster.nodes * exported_bytes(work, engines)
 
 
 def busiest(work: Work, gpus: int) -> float:
     """Tokens of the busiest GPU: the mean, or one longest sequence if that is more."""
     return max(work.tokens / gpus, float(min(work.context, work.tokens)))
-
-
-def rates_of_run(run_name: str, *, gpus: int | None = None) -> tuple[Rates, Work]:
-    """Median rates over the steps of the last trained stage, without the first step (a warm-up); and the work of a mean
-    step, with the measured prompt and response lengths.
-
-    `gpus`: GPUs that each phase of the run used; None: the recipe's numbers for each engine and the trainer. Raises
-    RunError if there is no such run, or it has trained no step; ModelError if the shape of a model is not known.
-    """
-    run = open_run(run_name)
-    trained = [name for name in run.recipe.stages if load_metrics(run, name)]
-    if not trained:
-        raise RunError(
-            f"run {run_name} has no trained steps, so nothing is measured in it; "
-            "give --rollout-tokens-per-s and --mfu, or another run"
-        )
-    stage = trained[-1]
-    rows = load_metrics(run, stage)
-    rows = rows[1:] or rows
-    path = run.paths.rollouts(stage, rows[-1]["step"])
-    prompts = read_table(path, ["prompt_token_ids"], most_bytes=LOOKED_AT)["prompt_token_ids"]
-    mean_prompt = sum(len(ids) for ids in prompts.to_pylist()) / len(prompts)
-    response = sum(row["response/length_mean"] for row in rows) / len(rows)
-    work = work_of(run.recipe, stage, mean_response=response, mean_prompt=mean_prompt)
-    return rates_of(run.recipe, work, rows, gpus=gpus), work
-
-
-def rates_of(recipe: Recipe, work: Work, rows: Sequence[Mapping[str, Any]], *, gpus: int | None = None) -> Rates:
-    """Rates per GPU, from the timings `rows` of steps with the mean work `work`. `gpus` as in `rates_of_run`."""
-    used = gpus_of(recipe) if gpus is None else dict.fromkeys(gpus_of(recipe), gpus)
-
-    def rate(phase: str, flops: float) -> float | None:
-        seconds = median(row[phase] for row in rows)
-        return flops / seconds if seconds > 0.0 else None
-
-    role: Role = "teacher" if work.teacher is not None else "reference"
-    scored = work.teacher or (work.student if work.has_reference else None)
-    scoring = scored.forward_flops(work.tokens, context=work.mean_sequence) / used[role] if scored else 0.0
-    is_checkpointed = engines_of(recipe).is_checkpointed
-    update = work.student.update_flops(
-        busiest(work, used["update"]), context=work.mean_sequence, is_checkpointed=is_checkpointed
-    )
-    return Rates(
-        rollout_tokens_per_s=median(row["throughput/rollout_tokens_per_s"] for row in rows) / used["rollout"],
-        score_flops=rate(f"time/{role}_score_s", scoring) if scored else None,
-        update_flops=rate("time/update_s", update),
-        has_collectives=used["update"] > 1,
-    )
-
-
-def scaled(rates: Rates, measured: Work, planned: Work) -> Rates:
-    """Rates for another student: tokens per second fall as parameters grow; FLOPs per second stay."""
-    if rates.rollout_tokens_per_s is None:
-        return rates
-    factor = measured.student.matmul_parameters / planned.student.matmul_parameters
-    return replace(rates, rollout_tokens_per_s=rates.rollout_tokens_per_s * factor)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdrl_core.look.planning.shapes import ModelShape
+from kdrl_core.models.gpu_share import state_bytes
 
 Precision = Literal["float32", "bfloat16", "autocast"]
 Components = dict[str, float]
@@ -61,11 +62,13 @@ class TrainerSettings:
 
 def trainer_states(shape: ModelShape, settings: TrainerSettings) -> Components:
     """Weights and optimiser, which stay from step to step."""
-    cut = settings.ranks if settings.zero_stage >= 2 else 1
-    weights = settings.weight_bytes * shape.parameters / (settings.ranks if settings.zero_stage == 3 else 1)
-    optimizer = 8 * shape.parameters / cut
-    if settings.precision == "bfloat16":
-        optimizer += 4 * shape.parameters / cut  # the float32 master copy
+    weights, optimizer = state_bytes(
+        shape.parameters,
+        weight_bytes=settings.weight_bytes,
+        has_masters=settings.precision == "bfloat16",
+        zero_stage=settings.zero_stage,
+        ranks=settings.ranks,
+    )
     on_gpu = {"trainer weights": weights}
     if not settings.offloads_optimizer:
         on_gpu["optimizer"] = optimizer

@@ -10,6 +10,8 @@ from kdrl_core.look.planning.memory import Components
 from kdrl_core.look.planning.shapes import ModelShape
 
 KV_CACHE = "KV cache"
+SAMPLING = "teacher-sample"
+"""The phase before the first step of sft, as the run names it."""
 _TEACHER_GPUS = "teacher GPUs"
 """Here the teacher is served, so the recipe's settings for engines in process do not apply."""
 
@@ -79,17 +81,22 @@ def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Pl
     weights = {"rollout weights": _weights("rollout", student, engines)}
     sync_buffer = {"sync buffer": 4.0 * student.embedding}
 
-    def generating(phase: str, context: int, responses: int) -> PhaseMemory:
-        sequences = in_flight(work, engines, placement.generating_gpus, responses)
-        split = engines.split("rollout")
-        workspace = memory.decode_workspace(student, sequences=sequences, width=engines.width, tensor_parallel=split)
-        own = {**weights, "workspace": workspace, **(sync_buffer if placement.rollout_gpus else {})}
+    def generating(phase: str, context: int, responses: int, role: Role = "rollout") -> PhaseMemory:
+        shape, split = shape_for(role, work), engines.split(role)
+        sequences = in_flight(work, engines, placement.generating_gpus, responses, role=role)
+        workspace = memory.decode_workspace(shape, sequences=sequences, width=engines.width, tensor_parallel=split)
+        own = {f"{role} weights": _weights(role, shape, engines), "workspace": workspace}
+        own |= sync_buffer if placement.rollout_gpus else {}
         where, others = ("rollout GPUs", {}) if placement.rollout_gpus else (gpus, between)
-        running = _Running(role="rollout", shape=student, own=own, context=context, sequences=sequences)
+        running = _Running(role=role, shape=shape, own=own, context=context, sequences=sequences)
         return _with_kv_cache(phase, where, others, running, engines, cluster)
 
-    yield generating("rollout", work.context, work.responses)
-    if work.teacher is not None:
+    if work.sampled:
+        if work.teacher is not None:
+            yield generating(SAMPLING, work.context, work.sampled_together, "teacher")
+    else:
+        yield generating("rollout", work.context, work.responses)
+    if work.teacher is not None and not work.sampled:
         where, others = (_TEACHER_GPUS, {}) if placement.is_split else (gpus, between)
         yield _scoring("teacher", where, others, work.teacher, work, engines, cluster)
     if work.has_reference:
@@ -100,7 +107,7 @@ def phase_memories(work: Work, engines: Engines, cluster: Cluster, placement: Pl
     yield PhaseMemory(phase="update", gpus=gpus, components={**update, **resident})
     step = memory.optimizer_step_components(student, training)
     yield PhaseMemory(phase="optimizer step", gpus=gpus, components={**step, **resident})
-    if not placement.rollout_gpus:  # replicas load beside their KV cache, in the phase `rollout`
+    if not placement.rollout_gpus and not work.sampled:  # replicas load beside their KV cache, in the phase `rollout`
         yield PhaseMemory(phase="weight sync", gpus=gpus, components={**between, **weights, **sync_buffer})
     if work.evaluation_responses:
         phase = generating("evaluation", work.evaluation_context, work.evaluation_responses)
@@ -116,13 +123,21 @@ def replicas(engines: Engines, role: Role, gpus: int) -> int:
     return 1 if engines.engine(role) == "transformers" else max(1, gpus // engines.tensor_parallel)
 
 
-def in_flight(work: Work, engines: Engines, gpus: int, responses: int) -> int:
-    """Responses that one engine generates at a time."""
-    if engines.rollout == "transformers":
+def shape_for(role: Role, work: Work) -> ModelShape:
+    """The model of a role."""
+    if role != "teacher":
+        return work.student
+    assert work.teacher is not None  # without one, no such role is planned
+    return work.teacher
+
+
+def in_flight(work: Work, engines: Engines, gpus: int, responses: int, *, role: Role = "rollout") -> int:
+    """Responses that one engine of a role generates at a time."""
+    if engines.engine(role) == "transformers":
         return min(work.num_in_process, responses)
-    count = replicas(engines, "rollout", gpus)
+    count = replicas(engines, role, gpus)
     most = engines.max_sequences
-    if engines.concurrency is not None:
+    if engines.concurrency is not None and role == "rollout":
         most = min(most, engines.concurrency // count)
     return max(1, min(most, -(-responses // count)))
 
@@ -222,7 +237,7 @@ def _with_kv_cache(
         held = engines.kv_cache_bytes
     else:
         left = cluster.usable_memory - sum(components.values())
-        if engine == "vllm":
+        if engine == "vllm" and engines.memory_share is not None:
             left = min(left, engines.memory_share * cluster.gpu_memory - sum(own.values()))
         held = max(per_sequence, min(sequences * per_sequence, left))
     takes_share = engine == "vllm" and engines.kv_cache_bytes is None

@@ -13,6 +13,16 @@ NODES = (1, 2, 4, 8, 16, 32, 64)
 RECIPE, STAGE = "paper-1.5b", "stage2"
 _GPUS_PER_NODE = 8
 _GPU_MEMORY = 80e9
+_COLUMNS = {
+    "rollout": "rollout",
+    "score": "teacher_score",
+    "update": "update",
+    "comm.": "communication",
+    "sync": "weight_sync",
+    "sleep": "offload",
+    "host": "host",
+}
+"""Columns and their fields of StepTime; verification and checkpoints are hidden."""
 
 
 def tables() -> dict[str, str]:
@@ -22,11 +32,11 @@ def tables() -> dict[str, str]:
     return {
         "models": _table(("model", "parameters", "KV cache per token", "forward, FLOPs per token"), _models(work)),
         "time": _table(
-            ("nodes", "GPUs", "placement", "rollout", "score", "update", "comm.", "sync", "step", "hours", "GPU-hours"),
+            ("nodes", "GPUs", "placement", *_COLUMNS, "step", "hours", "GPU-hours"),
             _times(plans),
         ),
         "engines": _table(
-            ("8 GPUs, stage 2", "placement", "rollout", "score", "update", "step"), _engines(work, engines)
+            ("8 GPUs, stage 2", "placement", "rollout", "score", "update", "rest", "step"), _engines(work, engines)
         ),
         "traffic": _table(
             ("nodes", "ZeRO-0", "ZeRO-2", "ZeRO-3", "weight sync, all nodes", "sync at 5 GB/s"),
@@ -59,8 +69,7 @@ def _times(plans: Sequence[StagePlan]) -> Iterator[tuple[str, ...]]:
         best = plan.best
         assert best is not None  # and plan.hours with it
         assert plan.hours is not None
-        time = best.time
-        seconds = (time.rollout, time.teacher_score, time.update, time.communication, time.weight_sync, time.total)
+        seconds = (*(getattr(best.time, field) for field in _COLUMNS.values()), best.time.total)
         yield (
             str(plan.cluster.nodes),
             str(plan.cluster.gpus),
@@ -72,30 +81,31 @@ def _times(plans: Sequence[StagePlan]) -> Iterator[tuple[str, ...]]:
 
 
 def _engines(work: Work, engines: Engines) -> Iterator[tuple[str, ...]]:
-    """Engines on every GPU, one engine per role, replicas that sleep, and replicas that stay awake."""
+    """An engine of each role on every GPU, one engine of each role, and servers that stay awake."""
     cluster = _cluster(1)
 
     def row(name: str, chosen: Candidate, time: StepTime) -> tuple[str, ...]:
-        seconds = (time.rollout, time.teacher_score, time.update, time.total)
-        return (name, chosen.placement.name, *(f"{value:,.1f}" for value in seconds))
+        shown = (time.rollout, time.teacher_score, time.update)
+        return (
+            name,
+            chosen.placement.name,
+            *(f"{value:,.1f}" for value in (*shown, time.total - sum(shown), time.total)),
+        )
 
-    plan = plan_stage(work, engines, cluster)
-    chosen = plan.candidates[0]
-    yield row("vLLM in the process: an engine on every GPU, as planned", chosen, chosen.time)
-    yield row("the same with one engine of each role, as it is run", chosen, time_alone(plan, chosen))
-    sleeping = plan_stage(work, replace(engines, served=("rollout", "teacher")), cluster)
-    best = sleeping.candidates[0]
-    yield row("replicas of student and teacher on every GPU, which sleep", best, time_alone(sleeping, best))
+    for count in (8, 1):
+        plan = plan_stage(work, replace(engines, replicas=count), cluster)
+        chosen = plan.candidates[0]
+        yield row(f"`vllm.replicas={count}`", chosen, time_alone(plan, chosen))
     for concurrency in (32, 1024):
         served = plan_stage(work, replace(engines, rollout="server", concurrency=concurrency), cluster)
         best = next(one for one in served.candidates if one.placement.is_split)
-        yield row(f"replicas of student and teacher, awake, {concurrency:,} rollouts in flight", best, best.time)
+        yield row(f"servers of both models, awake, {concurrency:,} rollouts in flight", best, best.time)
 
 
 def _traffic(work: Work, engines: Engines, nodes: int) -> tuple[str, ...]:
     cluster = _cluster(nodes)
     zero = [gradient_traffic(work, replace(engines, zero_stage=stage), cluster.gpus) for stage in (0, 2, 3)]
-    sync = sync_traffic(work, cluster)
+    sync = sync_traffic(work, engines, cluster)
     return (
         str(nodes),
         *(f"{value / 1e9:,.1f} GB" for value in zero),

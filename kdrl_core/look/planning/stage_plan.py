@@ -1,24 +1,26 @@
 """The plan of a stage on a cluster: the fastest placement that fits; or why none fits, and which changes help.
 
-`conditions` says what to set or start so that a run of the recipe follows the plan. A plan uses all GPUs. A run uses
-only the ranks and servers in its recipe, and itself starts one vLLM engine per role, in its own process.
+A plan uses all GPUs. A run uses only the ranks, servers and `vllm.replicas` of its recipe: `time_alone` is its time,
+and kdrl_core.look.planning.conditions says what to set.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import floor
 from typing import Any
 
-from kdrl_core.config import Recipe
 from kdrl_core.look.planning.candidates import Candidate, candidates_of, check_gpus, remedies_of
-from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
+from kdrl_core.look.planning.cluster import Cluster, Engines, Work
 from kdrl_core.look.planning.cost import Rates, StepTime, gradient_traffic, rollout_s, score_s, sync_traffic
-from kdrl_core.look.planning.placement import KV_CACHE, host_bytes, in_flight, replicas, sequence_bytes
+from kdrl_core.look.planning.placement import KV_CACHE, SAMPLING, host_bytes, sequence_bytes
 
 # B.2: 280 KDRL steps ≈ 200 KD-RKL steps ≈ 460 GRPO steps ≈ 80 hours.
 _REPORTED_STEPS = {"kdrl": 280, "kd_rkl": 200, "grpo": 460}
 _REPORTED_S = 80 * 3600.0
 _REPORTED_STUDENT, _REPORTED_RESPONSE = "DeepSeek-R1-Distill-Qwen-1.5B", 20_480
+
+
+NOTICED = 0.05
+"""A time with the engines of the recipe is told if it is longer than the plan's by more than this share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +56,9 @@ class StagePlan:
         """Seconds of all periodic evaluations of the stage."""
         if self.best is None or not self.work.evaluation_responses:
             return 0.0
+        longest = self.work.evaluation_context - self.work.max_prompt
         one = rollout_s(
-            replace(self.work, max_response=self.work.evaluation_context - self.work.max_prompt),
+            replace(self.work, max_response=longest, longest_response=max(longest, self.work.mean_response)),
             self.engines,
             self.cluster,
             self.best.placement.generating_gpus,
@@ -65,9 +68,34 @@ class StagePlan:
         return one * self.work.evaluations
 
     @property
+    def sampling_s(self) -> float:
+        """Seconds until the teacher has given its responses, before the first step of sft."""
+        return 0.0 if self.best is None else self.sampling_of(self.work.sampled)
+
+    def sampling_of(self, responses: int) -> float:
+        """Seconds in which the teacher gives so many responses, one published part after the other."""
+        work, chosen = self.work, self.candidates[0]
+        if work.teacher is None or not responses:
+            return 0.0
+        held = next(phase.sequences for phase in chosen.memory if phase.phase == SAMPLING)
+        one = rollout_s(
+            work,
+            self.engines,
+            self.cluster,
+            chosen.placement.student_gpus,
+            self.rates,
+            responses=work.sampled_together,
+            kv_sequences=held,
+            role="teacher",
+        )
+        return one * responses / work.sampled_together
+
+    @property
     def hours(self) -> float | None:
-        """Hours of all steps of the stage, with periodic evaluations."""
-        return (self.step_s * self.work.steps + self.evaluation_s) / 3600 if self.step_s is not None else None
+        """Hours of the stage: the teacher's responses, all steps, and periodic evaluations."""
+        if self.step_s is None:
+            return None
+        return (self.sampling_s + self.step_s * self.work.steps + self.evaluation_s) / 3600
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, seconds, hours."""
@@ -80,6 +108,8 @@ class StagePlan:
             "paper_step_s": self.reported_step_s,
             "steps": self.work.steps,
             "evaluation_s": self.evaluation_s,
+            "sampled": self.work.sampled,
+            "sampling_s": self.sampling_s,
             "hours": self.hours,
             "gpu_hours": self.hours * self.cluster.gpus if self.hours is not None else None,
             "parameters": {
@@ -89,6 +119,7 @@ class StagePlan:
             "assumed": {
                 "mean_prompt_tokens": self.work.mean_prompt,
                 "mean_response_tokens": self.work.mean_response,
+                "longest_response_tokens": self.work.longest_response,
                 "engines": asdict(self.engines),
                 "cluster": asdict(self.cluster),
                 "rates": asdict(self.rates),
@@ -120,7 +151,7 @@ def _candidate_json(plan: StagePlan, candidate: Candidate) -> dict[str, Any]:
         "host_bytes_per_node": host_bytes(plan.work, plan.engines, plan.cluster, candidate.placement),
         "time_s": {**asdict(candidate.time), "total": candidate.time.total},
         "gradient_bytes_per_gpu": gradient_traffic(plan.work, plan.engines, gpus),
-        "sync_bytes": sync_traffic(plan.work, plan.cluster),
+        "sync_bytes": sync_traffic(plan.work, plan.engines, plan.cluster),
     }
 
 
@@ -136,10 +167,12 @@ def plan_stage(work: Work, engines: Engines, cluster: Cluster, rates: Rates | No
 
 
 def kv_note(plan: StagePlan, candidate: Candidate) -> str:
-    """The capacity of the rollout's KV cache, in words."""
-    phase = next(each for each in candidate.memory if each.phase == "rollout")
+    """The capacity of the generating engine's KV cache, in words."""
+    phase = next((each for each in candidate.memory if each.phase in ("rollout", SAMPLING)), None)
+    if phase is None:
+        return "the teacher's responses come from teacher.server"
     held = phase.sequences or 0
-    if plan.engines.rollout == "transformers":
+    if plan.engines.engine("teacher" if plan.work.sampled else "rollout") == "transformers":
         return f"{held} responses are generated at a time"
     mean = int(held * plan.work.context / plan.work.mean_sequence)
     return (
@@ -154,174 +187,38 @@ def total_hours(plans: Sequence[StagePlan]) -> float | None:
     return None if None in hours else sum(hour for hour in hours if hour is not None)
 
 
-_URLS = "urls=['http://127.0.0.1:8000/v1',…]"
-NOTICED = 0.05
-"""`conditions` mentions that a run has fewer engines if its step takes longer by more than this share."""
-
-
-def conditions(plan: StagePlan, recipe: Recipe) -> list[str]:
-    """Sentences with the settings to add to `kdrl run`; none if the recipe runs as planned, or does not fit."""
-    if (chosen := plan.best) is None:
-        return []
-    return [
-        *_training(plan, recipe, chosen),
-        *_rollouts(plan, recipe, chosen),
-        *_scores(plan, recipe, chosen),
-        *_share(plan, chosen),
-        *_device(recipe),
-    ]
-
-
-def _training(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]:
-    ranks, trainer = chosen.placement.student_gpus, recipe.trainer
-    if trainer.engine == "torch":
-        if ranks > 1:
-            yield (
-                "trainer.engine=torch trains on one GPU alone; on all that are planned: "
-                f"--set trainer.engine=deepspeed --set trainer.ranks={ranks}"
-            )
-        return
-    if trainer.ranks != ranks:
-        yield f"{ranks} GPUs train in this plan, {trainer.ranks} in the recipe: --set trainer.ranks={ranks}"
-    if ranks > plan.cluster.gpus_per_node and trainer.hostfile is None:
-        yield "ranks on several nodes: --set trainer.hostfile=FILE (docs/scaling.md)"
-
-
 def time_alone(plan: StagePlan, chosen: Candidate) -> StepTime:
-    """Time of a step if each role without replicas has only one vLLM engine, in the run's process."""
+    """Time of a step with the engines that a run of the recipe has: `vllm.replicas` of each role without servers."""
     engines, work, cluster, rates, time = plan.engines, plan.work, plan.cluster, plan.rates, chosen.time
-    split = engines.tensor_parallel
+    if work.sampled:
+        return time
     rollout, teacher, reference = time.rollout, time.teacher_score, time.reference_score
+    placement = chosen.placement
     if engines.rollout == "vllm" and "rollout" not in engines.served:
-        rollout = rollout_s(work, engines, cluster, split, rates, kv_sequences=_capacity(plan, chosen))
-    in_process = engines.teacher == "vllm" and "teacher" not in engines.served and not chosen.placement.is_split
+        gpus = gpus_alone(engines, placement.generating_gpus)
+        rollout = rollout_s(work, engines, cluster, gpus, rates, kv_sequences=_capacity(plan, chosen))
+    gpus = gpus_alone(engines, placement.student_gpus)
+    in_process = engines.teacher == "vllm" and "teacher" not in engines.served and not placement.is_split
     if work.teacher is not None and in_process:
-        teacher = score_s("teacher", work.teacher, work, engines, cluster, split, rates)
+        teacher = score_s("teacher", work.teacher, work, engines, cluster, gpus, rates)
     if work.has_reference and engines.engine("reference") == "vllm":
-        reference = score_s("reference", work.student, work, engines, cluster, split, rates)
+        reference = score_s("reference", work.student, work, engines, cluster, gpus, rates)
     return replace(time, rollout=rollout, teacher_score=teacher, reference_score=reference)
+
+
+def gpus_alone(engines: Engines, gpus: int) -> int:
+    """Of `gpus`, how many the engines of a role use that the run itself starts."""
+    return min(engines.replicas * engines.tensor_parallel, gpus)
 
 
 def _capacity(plan: StagePlan, chosen: Candidate) -> int:
     """Number of longest sequences that fit into the KV cache of an engine in process."""
     phase, engines = next(phase for phase in chosen.memory if phase.phase == "rollout"), plan.engines
     others = phase.total - phase.components[KV_CACHE]
-    room = engines.kv_cache_bytes or min(
-        plan.cluster.usable_memory - others, chosen.share - (others - (phase.beside or 0.0))
-    )
+    own = others - (phase.beside or 0.0)
+    room = engines.kv_cache_bytes or min(plan.cluster.usable_memory - others, chosen.share - own)
     return int(room / sequence_bytes("rollout", plan.work.student, engines, context=plan.work.context))
-
-
-def _rollouts(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]:
-    engines, alone = plan.engines, time_alone(plan, chosen)
-    count = replicas(engines, "rollout", chosen.placement.generating_gpus)
-    if engines.rollout == "server" or "rollout" in engines.served:
-        yield from _replicas(plan, recipe, chosen, count)
-    if engines.rollout == "transformers" and plan.cluster.gpus > 1:
-        yield "rollout.engine=transformers generates on one GPU alone; on more: --set rollout.engine=vllm"
-    least = NOTICED * chosen.time.total
-    if alone.rollout - chosen.time.rollout > least:
-        yield (
-            f"the rollout time assumes {count} engines; rollout.engine=vllm starts one, of "
-            f"{many(engines.tensor_parallel, 'GPU')} (vllm.tensor_parallel), which takes {alone.rollout:,.0f} s in "
-            f"place of {chosen.time.rollout:,.0f}. For more: kdrl serve --replicas {count} (docs/engines.md), and "
-            f'--set rollout.engine=server --set "rollout.server.{_URLS}" --set rollout.server.sleep=true'
-        )
-    if alone.reference_score - chosen.time.reference_score > least:
-        yield (
-            f"the reference policy's score time assumes {count} engines; a run has one, which takes "
-            f"{alone.reference_score:,.0f} s in place of {chosen.time.reference_score:,.0f}"
-        )
-
-
-def _scores(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]:
-    placement, engines, alone = chosen.placement, plan.engines, time_alone(plan, chosen)
-    if plan.work.teacher is None:
-        if recipe.stage(plan.work.stage).scores_teacher:
-            yield "the teacher's scores come from teacher.server: neither its GPUs nor its time are in this plan"
-        return
-    if placement.is_split:
-        count = placement.teacher_gpus // engines.tensor_parallel
-        yield (
-            f"the teacher has GPUs of its own: serve it there, {many(count, 'replica')}, and list all in "
-            "teacher.server.urls (docs/teacher-servers.md)"
-        )
-    elif engines.teacher == "transformers" and plan.cluster.gpus > 1:
-        yield "teacher.engine=transformers scores on one GPU alone; on more: --set teacher.engine=vllm"
-    elif alone.teacher_score - chosen.time.teacher_score > NOTICED * chosen.time.total:
-        yield (
-            f"the teacher's score time assumes {replicas(engines, 'teacher', placement.student_gpus)} engines; "
-            f"teacher.engine=vllm starts one, which takes {alone.teacher_score:,.0f} s in place of "
-            f"{chosen.time.teacher_score:,.0f}. For more, serve the teacher (docs/teacher-servers.md): "
-            f'--set "teacher.server.{_URLS}" --set teacher.server.sleep=true'
-        )
-    if "teacher" in engines.served and not placement.is_split:
-        yield from _listed(recipe, "teacher", replicas(engines, "teacher", placement.student_gpus))
-
-
-def _replicas(plan: StagePlan, recipe: Recipe, chosen: Candidate, count: int) -> Iterator[str]:
-    server, split = recipe.rollout.server, plan.engines.tensor_parallel
-    assert server is not None  # the recipe was validated
-    if split > 1:
-        yield f"replicas have {split} GPUs each: kdrl serve --tensor-parallel {split}"
-    yield from _listed(recipe, "rollout", count)
-    asked = in_flight(plan.work, plan.engines, chosen.placement.generating_gpus, plan.work.responses)
-    room = min(plan.engines.max_sequences, -(-plan.work.responses // count))
-    if asked < room:
-        yield (
-            f"{server.concurrency} requests in flight are {asked} for each replica, which has room for more: "
-            f"--set rollout.server.concurrency={room * count}"
-        )
-
-
-def _listed(recipe: Recipe, role: Role, count: int) -> Iterator[str]:
-    """What to do if the plan has another number of replicas than the recipe lists."""
-    server = recipe.rollout.server if role == "rollout" or recipe.teacher is None else recipe.teacher.server
-    listed = len(server.urls) if server is not None else 0
-    if listed != count:
-        does = "generate" if role == "rollout" else "score"
-        asleep = " --asleep" if server is not None and server.sleep else ""
-        yield (
-            f"{count} replicas {does} in this plan, the recipe lists {listed}: start them with kdrl serve --replicas "
-            f"{count}{asleep} and list all in {role}.server.urls"
-        )
 
 
 def many(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _share(plan: StagePlan, chosen: Candidate) -> Iterator[str]:
-    """vLLM takes its whole share even if the plan needs less. It does not start if others use a part of that share."""
-    beside = [phase.beside for phase in chosen.memory if phase.beside is not None]
-    if not beside:
-        return
-    cluster = plan.cluster
-    most = floor(100 * (cluster.usable_memory - max(beside)) / cluster.gpu_memory + 1e-9) / 100
-    if plan.engines.memory_share > most:
-        yield (
-            f"a vLLM engine takes {plan.engines.memory_share:g} of its GPU, beside {max(beside) / 1e9:.1f} GB of "
-            f"others: --set vllm.gpu_memory_utilization={most:g}"
-        )
-    if plan.engines.served:
-        share = min(plan.engines.memory_share, most)
-        yield (
-            "replicas that sleep are started asleep, one model after the other: kdrl serve --asleep "
-            f"--gpu-memory-utilization {share:g}"
-        )
-
-
-def ranks_note(plans: Sequence[StagePlan]) -> str | None:
-    """What to do if stages train on different numbers of GPUs: a recipe has only one `trainer.ranks`."""
-    ranks = [plan.candidates[0].placement.student_gpus for plan in plans if plan.engines.trainer == "deepspeed"]
-    if len(set(ranks)) < 2:
-        return None
-    return (
-        f"{plans[0].work.stage} trains on {ranks[0]} GPUs, {plans[1].work.stage} on {ranks[1]}: stop the run after "
-        f"{plans[0].work.stage}, then kdrl resume RUN --set trainer.ranks={ranks[1]}"
-    )
-
-
-def _device(recipe: Recipe) -> Iterator[str]:
-    if recipe.runtime.device == "cpu":
-        yield "the recipe runs on a CPU, the plan is for GPUs: --set runtime.device=cuda"

@@ -1,6 +1,7 @@
 """`kdrl plan` as a program."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,14 +11,14 @@ import pytest
 from crash.tiny_run import open_tiny, train
 
 from kdrl_core.boxes.session import close_sessions
-from kdrl_core.look.planning.cost import rates_of_run
+from kdrl_core.look.planning.measured import rates_of_run
 from kdrl_core.tables.files import load_metrics
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def test_the_paper_fits_eight_gpus(cli: Cli) -> None:
-    done = cli("plan", "--recipe", "paper-1.5b", "--gpus", "8", "--gpu-memory", "80GB")
+    done = cli("plan", "--recipe", "paper-1.5b", "--gpus", "8", "--gpu-memory", "80GB", "--set", "vllm.replicas=1")
     assert done.returncode == 0, done.stderr
     for part in (
         "placement: colocated",
@@ -28,20 +29,21 @@ def test_the_paper_fits_eight_gpus(cli: Cli) -> None:
         "GPU-hours",
         "1,029",
         "one engine each",
-        "rollout.engine=vllm starts one",
+        "--set vllm.replicas=8",
     ):
         assert part in done.stdout
 
 
 def test_set_changes_the_plan_as_it_changes_the_run(cli: Cli) -> None:
-    done = cli("plan", "--set", "trainer.zero_stage=3", "--set", "trainer.ranks=4", "--json")
+    settings = ("trainer.zero_stage=3", "trainer.ranks=4", "vllm.replicas=1")
+    done = cli("plan", *(part for each in settings for part in ("--set", each)), "--json")
     assert done.returncode == 0, done.stderr
     stage = json.loads(done.stdout)["stages"][-1]
     assert stage["assumed"]["engines"]["zero_stage"] == 3
     assert stage["assumed"]["cluster"]["gpus"] == 4
     update = next(phase for phase in stage["placements"][0]["memory"] if phase["phase"] == "update")
     assert update["components"]["trainer weights"] == 2 * 1_777_088_000 / 4
-    assert any("rollout.engine=vllm starts one" in each for each in stage["conditions"])
+    assert any("--set vllm.replicas=4" in each for each in stage["conditions"])
 
 
 def test_json_says_the_same(cli: Cli) -> None:
@@ -131,3 +133,15 @@ def test_a_run_predicts_its_own_steps(
     for phase, name in (("teacher_score", "time/teacher_score_s"), ("update", "time/update_s")):
         low, high = min(each[name] for each in rows), max(each[name] for each in rows)
         assert 0.99 * low <= time[phase] <= 1.01 * high
+
+
+def test_without_options_the_plan_is_for_this_machines_gpus(cli: Cli, smi: Callable[..., None]) -> None:
+    smi()  # four of 80 GiB
+    done = cli("plan", "--json", PATH=os.environ["PATH"])
+    assert done.returncode == 0, done.stderr
+    cluster = json.loads(done.stdout)["stages"][-1]["assumed"]["cluster"]
+    assert (cluster["gpus"], cluster["gpus_per_node"], cluster["gpu_memory"]) == (4, 4, 80 * 2**30)
+    given = json.loads(cli("plan", "--gpus", "2", "--json", PATH=os.environ["PATH"]).stdout)["stages"][-1]["assumed"][
+        "cluster"
+    ]
+    assert (given["gpus"], given["gpu_memory"]) == (2, 80e9)

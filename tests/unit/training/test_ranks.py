@@ -19,9 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity.ranks import make_batch, with_topk
 
-from kdrl_core.training import process_guard, rank_group
-from kdrl_core.training.deepspeed_trainer import deal_batches
+from kdrl_core import process_guard
+from kdrl_core.training import rank_group
+from kdrl_core.training.deepspeed_trainer import deal_batches, most_memory
+from kdrl_core.training.deepspeed_worker import let_segments_grow
 from kdrl_core.training.messages import RankWork, pack, share_of, unpack
+from kdrl_core.training.rank_group import Reply
 from kdrl_core.training.torch_trainer import totals_of
 
 
@@ -62,7 +65,8 @@ def test_work_survives_the_socket(has_topk: bool) -> None:
         None if totals.group_tokens is None else [totals.group_tokens[r] for r in rows]
     )
     for index, row in enumerate(rows):
-        assert found.batch.sequences[index] == batch.sequences[row]
+        for name in ("prompt_token_ids", "token_ids"):
+            assert list(getattr(found.batch.sequences[index], name)) == getattr(batch.sequences[row], name)
         assert found.batch.advantages[index] == batch.advantages[row]
         assert found.batch.kd_weights[index] == batch.kd_weights[row]
         for name in ("teacher_logprobs", "ref_logprobs", "rollout_logprobs", "topk_ids", "topk_logprobs"):
@@ -130,9 +134,31 @@ def test_exit_statuses_are_told_in_words(code: int, text: str) -> None:
     assert rank_group._status(code).startswith(text)
 
 
+def test_a_ranks_memory_grows_in_segments_unless_the_user_says_otherwise() -> None:
+    """It is decided before torch is imported, which reads the variable."""
+    nothing: dict[str, str] = {}
+    let_segments_grow(nothing)
+    assert nothing == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    own = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
+    let_segments_grow(own)
+    assert own == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
+    program = "import sys, kdrl_core.training.deepspeed_worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_step_reports_the_rank_that_needs_most_memory() -> None:
+    headers = [
+        {"memory/peak_gib": 3.5, "memory/reserved_gib": 4.0},
+        {"memory/peak_gib": 3.0, "memory/reserved_gib": 5.0},
+    ]
+    replies = [Reply(header={"memory": header}, arrays={}) for header in headers]
+    assert most_memory(replies) == {"memory/peak_gib": 3.5, "memory/reserved_gib": 5.0}
+    assert most_memory([Reply(header={"memory": {}}, arrays={})] * 2) == {}
+
+
 def test_the_launcher_is_deepspeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    here = rank_group.launch_command(tmp_path / "spec", num_ranks=2, hostfile=None, master_port=29_000)
+    here = rank_group.launch_command(tmp_path / "spec", num_ranks=2, hostfile=None, master_port=29_000, device="cuda")
     assert here[1:3] == ["-m", "deepspeed.launcher.launch"]
     world = next(part for part in here if part.startswith("--world_info=")).removeprefix("--world_info=")
     assert json.loads(base64.urlsafe_b64decode(world)) == {"localhost": ["4", "6"]}
