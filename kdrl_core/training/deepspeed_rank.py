@@ -67,6 +67,7 @@ class Rank:
         if self._is_mixed:
             set_weights(self._engine, self._model, initial)  # the float32 weights, before bfloat16 rounded them
         _unname_buffers()
+        free_cached_memory(self._device)
 
     @property
     def _is_mixed(self) -> bool:
