@@ -283,12 +283,13 @@ class StageSession:
 
     def _weights_at(self, step: int) -> Path:
         """Model directory for the rollout engine: the stage's initial policy, a checkpoint, or an export in the dtype
-        that engines compute in, which is half of a checkpoint's weights in bfloat16."""
+        that engines compute in: in bfloat16 half of a checkpoint's weights to write, and to load for each engine."""
         if step == 0:
             return self._builders.policy
         trainer = self.idle_trainer_at(step)  # restoring it verifies the checkpoint: none is sampled from if damaged
-        dtype = self.run.recipe.runtime.dtype
-        if dtype == "float32" and is_published(checkpoint := self.run.paths.checkpoint(self.stage, step)):
+        dtype, engine = self.run.recipe.runtime.dtype, self.run.recipe.rollout.engine
+        checkpoint = self.run.paths.checkpoint(self.stage, step)
+        if (dtype == "float32" or engine == "transformers") and is_published(checkpoint):
             return checkpoint
         for old in self.run.paths.scratch.glob("policy-*"):
             shutil.rmtree(old, ignore_errors=True)

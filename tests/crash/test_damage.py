@@ -252,7 +252,7 @@ def test_a_past_step_takes_everything_after_it_along(
     assert is_finished(run, verify=True)  # it does not need them
     monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path))
     told = CliRunner().invoke(app, ["check", "r"])
-    assert (told.exit_code, "a backup, or kdrl check --replace" in told.output) == (1, True)
+    assert (told.exit_code, "--replace" in told.output) == (1, True)
     done = CliRunner().invoke(app, ["check", "r", "--replace", paths.relative(paths.rollouts("stage1", 1))])
     assert done.exit_code == 0
     assert "make them anew with: kdrl resume r" in done.output
