@@ -106,8 +106,8 @@ def replicas_of(
 
 
 def _pass_tokens(model: Path, settings: VLLMSettings) -> int:
-    """Tokens of a forward pass: as many as a scorer may take, since kdrl serve is not told what a server is for. A CPU's
-    sampler needs room for whole prompts."""
+    """Tokens of a forward pass: as many as a scorer may take, since kdrl serve is not told what a server is for. The
+    sampler of a CPU needs room for whole prompts."""
     samples = settings.samples and settings.device == "cpu"
     most = _batched_tokens(model, replace(settings, samples=samples))
     return max(most, min(settings.max_num_seqs, settings.max_model_len))
