@@ -81,6 +81,7 @@ def replicas_of(
     common = {
         "VLLM_SERVER_DEV_MODE": "1",  # the address by which workers are told to load and to sleep
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # `vllm_process` says why
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         **({} if key is None else {"VLLM_API_KEY": key}),  # not an argument: those are seen by everyone here
         "VLLM_BATCH_INVARIANT": str(int(settings.batch_invariant)),

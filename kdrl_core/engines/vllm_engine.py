@@ -135,8 +135,8 @@ class VLLMEngine:
         self._digest = _digest_of(states)
 
     def digest(self) -> str:
-        """Digest of the weights that it computes with, as `weight_digest.folder_digest` of their folder; empty if the two
-        cannot be compared for this model. Raises EngineError if it fails."""
+        """Digest of the weights that it computes with, as `weight_digest.folder_digest` of their folder; empty if the
+        two cannot be compared for this model. Raises EngineError if it fails."""
         if self._digest is None:
             self._is_asleep = False
             self._digest = _digest_of(self._tell("kdrl_look"))
