@@ -83,9 +83,7 @@ def test_a_server_that_cannot_start_is_named_with_the_end_of_its_log(tmp_path: P
         log=tmp_path / "replica-1.log",
     )
     group = ReplicaGroup([replica], say=lambda _: None, starts=1)
-    with pytest.raises(
-        EngineError, match=r"replica 1 .* status 3 before it answered\. The end of its log:\nout"
-    ):
+    with pytest.raises(EngineError, match=r"replica 1 .* status 3 before it answered\. The end of its log:\nout"):
         group.wait_until_ready(60.0)
 
 
