@@ -22,7 +22,7 @@ from prefect.states import Cancelling, Crashed, Pending
 from flows.full_pipeline import full_pipeline
 from flows.signals import STOPPED, Signals
 from kdrl_core.errors import KdrlError, RunError, Stopped, told
-from kdrl_core.training.process_guard import kill_group
+from kdrl_core.process_guard import kill_group
 
 _GRACE_S = 4.0
 _STOP_TIMEOUT_S = 5.5

@@ -13,7 +13,9 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import torch
 
 from kdrl_core.models.loading import load_model
@@ -32,6 +34,9 @@ class FaultyServer:
         self.seen_keys: set[str | None] = set()
         self.can_be_told = False
         """As `kdrl serve`'s; plain `vllm serve` cannot."""
+        self.has_routes = False
+        """As `kdrl serve`'s: it sends bytes."""
+        self.temperatures: set[float] = set()
         self.is_asleep = False
         self.told: list[str] = []
         self._lock = threading.Lock()
@@ -43,6 +48,9 @@ class FaultyServer:
             def do_GET(self) -> None:
                 if outer.is_refused(self):
                     return
+                if self.path == "/kdrl":
+                    outer.send(self, {"kdrl": 1} if outer.has_routes else {}, status=200 if outer.has_routes else 404)
+                    return
                 outer.send(self, {"object": "list", "data": [{"id": NAME, "max_model_len": outer.context}]})
 
             def do_POST(self) -> None:
@@ -51,6 +59,8 @@ class FaultyServer:
                     return
                 if self.path == "/collective_rpc":
                     outer.tell(self, json.loads(body)["method"])
+                elif outer.has_routes and self.path.startswith("/kdrl/score"):
+                    outer.score(self, body)
                 else:
                     outer.complete(self, json.loads(body))
 
@@ -82,6 +92,28 @@ class FaultyServer:
         self.told.append(method)
         self.is_asleep = method == "kdrl_sleep"
         self.send(handler, {"results": [{"weights": "", "incarnation": "first"}]})
+
+    def score(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        """Bytes of `server_routes`; faults `short` and `nan` are done to them, others are a status."""
+        asked = parse_qs(urlsplit(handler.path).query)
+        k, first = int(asked["k"][0]), int(asked["first"][0])
+        self.temperatures.add(float(asked["temperature"][0]))
+        self.requests += 1
+        fault = self.faults.popleft() if self.faults else ""
+        positions = self._scored({"prompt": np.frombuffer(body, "<i4").tolist(), "prompt_logprobs": k})
+        rows = positions["choices"][0]["prompt_logprobs"][first:]
+        own = [next(iter(row)) for row in rows]
+        best = [sorted(row, key=lambda each: -row[each]["logprob"])[:k] for row in rows]
+        chosen = [[token, *tokens] for token, tokens in zip(own, best, strict=True)]
+        values = [[row[token]["logprob"] for token in tokens] for row, tokens in zip(rows, chosen, strict=True)]
+        logprobs = np.array(values, "<f4")
+        if fault == "nan":
+            logprobs[-1, 0] = np.nan
+        data = logprobs.tobytes() + (np.array(chosen, "<i4").tobytes() if k else b"")
+        if fault.isdecimal():
+            self.send(handler, {"error": "trouble"}, status=int(fault))
+        else:
+            self.send(handler, data[:-4] if fault == "short" else data)
 
     def complete(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         with self._lock:

@@ -27,6 +27,9 @@ class Replica:
         self.loads: list[str] = []
         self.num_sampled = 0
         self.num_tokens = 0
+        self.context = 128
+        self.met: threading.Barrier | None = None
+        """Where it waits for others before it does what it is told."""
         self.is_asleep = False
         self.told: list[str] = []
         self._lock = threading.Lock()
@@ -37,7 +40,7 @@ class Replica:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                outer._send(self, {"data": [{"id": NAME, "max_model_len": 128}]})
+                outer._send(self, {"data": [{"id": NAME, "max_model_len": outer.context}]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -71,6 +74,8 @@ class Replica:
     def _answer(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         if handler.path == "/collective_rpc":
             self.told.append(body["method"])
+            if self.met is not None:
+                self.met.wait()
             if body["method"] != "kdrl_state":
                 self.is_asleep = body["method"] == "kdrl_sleep"
             if body["method"] == "kdrl_load":

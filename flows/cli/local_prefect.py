@@ -22,7 +22,7 @@ from flows.private_prefect import IS_PRIVATE, QUIET, private_environment, withou
 from kdrl_core.errors import KdrlError, told
 from kdrl_core.ledger import artifacts_root
 from kdrl_core.ledger.publish import require_writable
-from kdrl_core.training.process_guard import kill_group
+from kdrl_core.process_guard import kill_group
 
 _MIN_FREE_MB = 64
 _START_S = 120.0

@@ -1,10 +1,7 @@
 """`kdrl serve`: vLLM replicas that sample or score for a run. `kdrl bake-teacher`: a teacher for them."""
 
-import json
 import os
 import socket
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,15 +12,7 @@ from kdrl_core.engines.devices import visible_devices
 from kdrl_core.errors import EngineError, ModelError
 
 if TYPE_CHECKING:
-    from flows.cli.replicas import Replica
-
-_OF_KDRL = (
-    *("--logprobs-mode", "processed_logprobs"),  # of softmax(logits / T)
-    *("--generation-config", "vllm"),  # else requests get the model's own top-k, top-p and penalties by default
-    *("--worker-extension-cls", "kdrl_core.engines.vllm_extension.KdrlWorker"),
-    "--disable-uvicorn-access-log",  # a line for every response
-    "--no-enable-prefix-caching",  # its entries would be stale after a weight sync
-)
+    from kdrl_core.engines.vllm_engine import VLLMSettings
 
 
 def serve(
@@ -70,48 +59,50 @@ def serve(
     \b
     kdrl serve --model models/student --max-model-len 21504 --replicas 8
     """
-    from flows.cli.replicas import serve_replicas
+    from kdrl_core.engines.server_command import replicas_of
+    from kdrl_core.engines.server_processes import ReplicaGroup
+    from kdrl_core.engines.vllm_engine import VLLMSettings
 
     with errors():
-        limit = _context_of(model, max_model_len)
-        _require_servable(model, "cpu" if cpu else "cuda", dtype, max_model_len, kv_cache_gb, tensor_parallel)
+        _require_context(model, max_model_len)
+        settings = VLLMSettings(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            kv_cache_gb=kv_cache_gb,
+            gpu_memory_utilization=gpu_memory_utilization,
+            tensor_parallel=tensor_parallel,
+            dtype=dtype,
+            device="cpu" if cpu else "cuda",
+            max_logprobs=max_logprobs,
+        )
+        _require_servable(model, settings)
         if port + replicas > 65_536:
             raise EngineError(f"--port {port}: {replicas} ports from there on are beyond 65535; give a lower one")
         devices = None
         if not cpu:
             devices = visible_devices(replicas * tensor_parallel, needed_for="--replicas × --tensor-parallel")
-        for number in range(replicas):
-            _require_free(host, port + number)
-        arguments = [
-            *("--model", str(model.absolute()), "--served-model-name", model.absolute().name),
-            *("--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)),
-            *("--tensor-parallel-size", str(tensor_parallel), "--max-logprobs", str(max_logprobs)),
-            *_OF_KDRL,
-        ]
-        if max_model_len > limit:  # a teacher's one more token; no other token attends to it
-            arguments += ["--hf-overrides", json.dumps({"max_position_embeddings": max_model_len})]
-        if kv_cache_gb is not None:
-            arguments += ["--kv-cache-memory-bytes", str(int(kv_cache_gb * 2**30))]
-        if cpu:  # its sampler cannot work on half a prompt
-            arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
-            arguments += ["--max-num-batched-tokens", str(max(2048, max_model_len))]
-        else:  # not on a CPU: there kdrl's worker frees the cache without sleep mode
-            arguments += ["--gpu-memory-utilization", str(gpu_memory_utilization), "--enable-sleep-mode"]
-        servers = [
-            _replica(number, arguments, host=host, port=port + number, devices=devices, split=tensor_parallel)
-            for number in range(replicas)
-        ]
+        ports = range(port, port + replicas)
+        for each in ports:
+            _require_free(host, each)
+        key = os.environ.get("VLLM_API_KEY") or None
+        servers = replicas_of(model, settings, ports=ports, host=host, devices=devices, key=key)
         urls = ",".join(f"'{server.url}'" for server in servers)
         err.say(f'serving {model}; for a run: --set rollout.engine=server --set "rollout.server.urls=[{urls}]"')
         err.say(f'as its teacher: --set "teacher.server.urls=[{urls}]"')
+        group = ReplicaGroup(servers, say=err.say, key=key or "", asleep=asleep, keeps_resting=True)
         try:
-            serve_replicas(servers, asleep=asleep, say=err.say)
+            group.wait_until_ready()
+            answer = "the replica answers" if replicas == 1 else f"all {replicas} replicas answer"
+            err.say(f"{answer} at {', '.join(group.urls)}; Ctrl-C ends it all")
+            group.wait_until_failed()
         except KeyboardInterrupt:
             err.say("ended")
+        finally:
+            group.close()
 
 
-def _context_of(model: Path, asked: int) -> int:
-    """The model's context in tokens; `asked` if its config has none. Raises ModelError if `asked` is above it."""
+def _require_context(model: Path, asked: int) -> None:
+    """Raise ModelError if `model` is no model directory, or its context is too short, one more for a teacher."""
     from kdrl_core.models.loading import context_limit, read_config
 
     if not (model / "config.json").is_file():
@@ -119,46 +110,26 @@ def _context_of(model: Path, asked: int) -> int:
     limit = context_limit(read_config(model)) or asked
     if asked > limit + 1:
         raise ModelError(f"--max-model-len {asked}: {model} has a context of {limit} tokens; give {limit} or less")
-    return limit
 
 
-def _require_servable(
-    model: Path, device: str, dtype: str, tokens: int, kv_cache_gb: float | None, tensor_parallel: int
-) -> None:
+def _require_servable(model: Path, settings: "VLLMSettings") -> None:
     """Raise EngineError, with the remedy, for what vLLM would refuse after its start."""
     from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
     from kdrl_core.models.loading import read_config
 
     if (fault := install_fault()) is not None:
-        raise EngineError(f"{fault}; install it with {how_to_install(device)}")
+        raise EngineError(f"{fault}; install it with {how_to_install(settings.device)}")
     found = model_fault(
         read_config(model),
-        tensor_parallel=tensor_parallel,
-        kv_cache_gb=kv_cache_gb,
-        device=device,
-        dtype=dtype,
-        tokens=tokens,
+        tensor_parallel=settings.tensor_parallel,
+        kv_cache_gb=settings.kv_cache_gb,
+        device=settings.device,
+        dtype=settings.dtype,
+        tokens=settings.max_model_len,
     )
     if found is not None:
         option = f"--{found[0].replace('_', '-')}: " if found[0] else f"{model} has "
         raise EngineError(f"{option}{found[1]}")
-
-
-def _replica(
-    number: int, arguments: Sequence[str], *, host: str, port: int, devices: Sequence[str] | None, split: int
-) -> "Replica":
-    """How server `number` is started. `devices` are the GPUs of all servers; each gets `split` of them."""
-    from flows.cli.replicas import Replica
-
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment["VLLM_LOGGING_PREFIX"] = f"[replica {number + 1}] "
-    if devices is None:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    else:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[number * split :][:split])
-    place = ["--host", host, "--port", str(port)]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, *place]
-    return Replica(url=f"http://{host}:{port}/v1", command=command, environment=environment)
 
 
 def _require_free(host: str, port: int) -> None:

@@ -9,7 +9,7 @@ from kdrl_core.config import EngineName, LocalEngine, ModelConfig, StageConfig
 from kdrl_core.engines.from_recipe import local_scorer, rollout_engine
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
-from kdrl_core.engines.server_pool import served_model
+from kdrl_core.engines.server_client import served_model
 from kdrl_core.engines.sync import PROBE_RESPONSES, SyncReport
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, is_published, verify_own, verify_published
@@ -88,19 +88,21 @@ class Builders:
     @property
     def num_probes(self) -> int:
         """Number of responses that test a weight sync: at least one per replica."""
-        server = self.run.recipe.rollout.server
-        return max(PROBE_RESPONSES, len(server.urls) if server is not None else 0)
+        recipe = self.run.recipe
+        server = recipe.rollout.server
+        return max(PROBE_RESPONSES, recipe.vllm.replicas if server is None else len(server.urls))
 
     def sampler(self) -> SyncedEngine:
         """The student's rollout engine, with the stage's initial policy, or before its first weight sync."""
-        engine = self._rollout_engine(self.policy, self.run.recipe.student)
+        engine = self._rollout_engine(self.policy, self.run.recipe.student, role="student")
         return SyncedEngine(engine=engine, version=0 if self.run.recipe.rollout.engine == "transformers" else -1)
 
     def teacher_engine(self) -> RolloutEngine:
         """The teacher as a sampler, at the stage's temperature and response limit."""
         teacher = self.run.recipe.teacher
         assert teacher is not None  # the recipe was validated
-        return self._rollout_engine(prepared_model(teacher, self.run.paths.root), teacher, engine=teacher.engine)
+        model = prepared_model(teacher, self.run.paths.root)
+        return self._rollout_engine(model, teacher, role="teacher-sampler", engine=teacher.engine)
 
     def scorer(self, role: str) -> TeacherScorer:
         """The frozen model of a role, `teacher` or `reference`, at the student's temperature.
@@ -116,7 +118,13 @@ class Builders:
         if role == "reference":
             engine: LocalEngine = "vllm" if recipe.rollout.engine == "vllm" else "transformers"
             return local_scorer(
-                recipe, self.policy, recipe.student, engine=engine, temperature=config.temperature, **limits
+                recipe,
+                self.policy,
+                recipe.student,
+                engine=engine,
+                temperature=config.temperature,
+                logs=self._logs(role),
+                **limits,
             )
         teacher = recipe.teacher
         assert teacher is not None  # the recipe was validated
@@ -129,10 +137,17 @@ class Builders:
             engine=teacher.engine,
             temperature=config.temperature,
             max_topk=config.topk.k if config.needs_topk else 0,
+            logs=self._logs(role),
             **limits,
         )
 
-    def _rollout_engine(self, model: Path, config: ModelConfig, *, engine: EngineName | None = None) -> RolloutEngine:
+    def _logs(self, role: str) -> Path:
+        """Folder of the logs of servers that the run starts."""
+        return self.run.paths.scratch / f"servers-{self.stage}-{role}"
+
+    def _rollout_engine(
+        self, model: Path, config: ModelConfig, *, role: str, engine: EngineName | None = None
+    ) -> RolloutEngine:
         return rollout_engine(
             self.run.recipe,
             model,
@@ -142,6 +157,7 @@ class Builders:
             max_prompt_tokens=self._config.max_prompt_tokens,
             max_response_tokens=self._config.max_response_tokens,
             engine=engine,
+            logs=self._logs(role),
         )
 
     def _new_trainer(self) -> Trainer:

@@ -195,6 +195,7 @@ def check_engines(recipe: Recipe) -> None:
             device=device,
             dtype=recipe.runtime.dtype,
             tokens=_longest(recipe, config),
+            batch_invariant=recipe.vllm.batch_invariant,
         )
         if found is not None and found[0]:
             raise RecipeError(f"{where} 'vllm.{found[0]}': {found[1]} ({model.path})")

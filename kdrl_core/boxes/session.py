@@ -120,6 +120,7 @@ class StageSession:
                         requests[: self._builders.num_probes],
                         self.trainer_at(step).score,
                         tolerance=self.run.recipe.rollout.sync_tolerance,
+                        dtype=self.run.recipe.runtime.dtype,
                     )
                 self._sampler = SyncedEngine(engine=engine, version=step, sync=sync)
             return self._sampler
@@ -130,7 +131,7 @@ class StageSession:
             self.rest(but=self._scorers.get(role))
             if role not in self._scorers:
                 scorer = self._scorers[role] = self._builders.scorer(role)
-                if isinstance(scorer, HTTPScorer):
+                if isinstance(scorer, HTTPScorer) and scorer.says:
                     self._note_served(scorer.says)
             return self._scorers[role]
 

@@ -30,7 +30,7 @@ class ServersConfig(Section):
         600.0, ge=0.0, description="how long a request is retried after its first fault, if the fault may pass"
     )
     first_pause_s: float = Field(1.0, gt=0.0, description="before the second try; doubled with each, up to 30 s")
-    concurrency: Positive = Field(32, description="requests in flight, over all servers")
+    concurrency: Positive | None = Field(None, description="requests in flight, over all servers; null: 32 for each")
     sleep: bool = Field(False, description="they share GPUs with other phases and sleep during those (kdrl serve)")
 
     @field_validator("urls")
@@ -66,7 +66,7 @@ class ReplicasConfig(ServersConfig):
     """Replicas of the student, which sample (kdrl serve)."""
 
     timeout_s: float = Field(7_200.0, gt=0.0, description="of one response, to its last token")
-    concurrency: Positive = Field(1_024, description="responses in flight, over all replicas")
+    concurrency: Positive | None = Field(1_024, description="responses in flight, over all replicas")
 
 
 class ServerConfig(ServersConfig):

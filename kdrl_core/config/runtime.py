@@ -33,7 +33,7 @@ class RolloutConfig(Section):
 
 
 class VLLMConfig(Section):
-    """Settings of each vLLM engine in this process, for rollouts and for the teacher."""
+    """Settings of each vLLM engine that the run starts, for rollouts and for the teacher."""
 
     max_num_seqs: Positive = Field(256, description="responses in flight")
     kv_cache_gb: float | None = Field(None, gt=0.0, description="GiB of key-value cache; null: vLLM decides")

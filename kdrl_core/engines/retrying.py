@@ -4,8 +4,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_exponential_jitter
@@ -109,3 +109,12 @@ class DaemonThreads:
     def _run(self) -> None:
         while (work := self._waiting.get()) is not None:
             work()
+
+
+def all_at_once(calls: Sequence[Callable[[], _Result]], name: str) -> "list[Future[_Result]]":
+    """The finished futures of calls, each made in a daemon thread of its own."""
+    workers = DaemonThreads(len(calls), name)
+    futures = [workers.submit(call) for call in calls]
+    wait(futures)
+    workers.stop()
+    return futures

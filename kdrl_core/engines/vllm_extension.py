@@ -5,10 +5,16 @@ methods through `collective_rpc`. They return dicts, since the server turns anyt
 """
 
 import ctypes
+import logging
 import mmap
 import uuid
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from kdrl_core.engines.weight_digest import folder_digest, model_digest
+
+_logger = logging.getLogger("kdrl")
 
 _INCARNATION = uuid.uuid4().hex
 """Identity of this process. A restarted worker has another identity, and its initial weights."""
@@ -22,12 +28,47 @@ class KdrlWorker:
         `kdrl_sample_below`. Returns `kdrl_state`."""
         worker: Any = self
         self.kdrl_wake()
+        is_comparable = self._kdrl_is_comparable()  # looks at the weights of the start
+        worker.kdrl_digest = ""
         worker.reload_weights(weights_path=path)
         renew_output_layer(worker.model_runner.get_model())
         if num_tokens is not None:
             self.kdrl_sample_below(num_tokens)
         worker.kdrl_weights = path
+        worker.kdrl_digest = self._kdrl_computed() if is_comparable else ""
         return self.kdrl_state()
+
+    def kdrl_look(self) -> dict[str, str]:
+        """Wake up and compute the digest of the weights anew. Returns `kdrl_state`."""
+        worker: Any = self
+        self.kdrl_wake()
+        worker.kdrl_digest = self._kdrl_computed() if self._kdrl_is_comparable() else ""
+        return self.kdrl_state()
+
+    def _kdrl_is_comparable(self) -> bool:
+        """Whether a digest of this model can be compared with that of a folder: after vLLM's own start they were equal.
+        They are not for weights that vLLM changes or leaves out as it loads them, or that it was not given as a
+        folder of safetensors."""
+        worker: Any = self
+        if not hasattr(self, "kdrl_is_comparable"):
+            config = worker.vllm_config.model_config
+            try:
+                of_folder = folder_digest(Path(config.model), str(config.dtype).removeprefix("torch."))
+                worker.kdrl_is_comparable = self._kdrl_computed() == of_folder
+            except Exception as error:
+                _logger.warning("no digest of %s can be computed: %s", config.model, error)
+                worker.kdrl_is_comparable = False
+        return bool(worker.kdrl_is_comparable)
+
+    def _kdrl_computed(self) -> str:
+        worker: Any = self
+        config = worker.vllm_config
+        return model_digest(
+            worker.model_runner.get_model(),
+            config.model_config.dtype,
+            rank=worker.rank % config.parallel_config.tensor_parallel_size,
+            num_ranks=config.parallel_config.tensor_parallel_size,
+        )
 
     def kdrl_sample_below(self, num_tokens: int) -> None:
         """Sample no id from `num_tokens` on: padding of the embedding, which the tokenizer does not have."""
@@ -61,8 +102,13 @@ class KdrlWorker:
         return self.kdrl_state()
 
     def kdrl_state(self) -> dict[str, str]:
-        """`weights`, the directory that was loaded last (empty: the initial weights), and `incarnation`."""
-        return {"weights": getattr(self, "kdrl_weights", ""), "incarnation": _INCARNATION}
+        """`weights`, the directory that was loaded last (empty: the initial weights), `incarnation`, and `digest` of the
+        loaded weights (`weight_digest`; empty if it was not computed, or can be compared with no folder's)."""
+        return {
+            "weights": getattr(self, "kdrl_weights", ""),
+            "incarnation": _INCARNATION,
+            "digest": getattr(self, "kdrl_digest", ""),
+        }
 
 
 def sample_below(sampler: Any, num_tokens: int) -> None:

@@ -40,6 +40,9 @@ class VLLMRolloutEngine:
     def load_weights(self, checkpoint_dir: Path) -> None:
         self._engine.load_weights(checkpoint_dir)
 
+    def digests(self) -> dict[str, str]:
+        return {"the engine": self._engine.digest()}
+
     def rebuild(self, checkpoint_dir: Path) -> None:
         """Start the engine again from a checkpoint. Raises EngineError as `VLLMEngine`."""
         self._engine.close()

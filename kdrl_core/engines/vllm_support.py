@@ -38,8 +38,35 @@ def vllm_version() -> str | None:
     return None
 
 
+def hf_overrides(context: int | None, *, dtype: str, max_model_len: int, samples: bool) -> dict[str, Any]:
+    """Changes to a model's config.json for vLLM: `hf_overrides` of an engine, `--hf-overrides` of a server.
+
+    In bfloat16 the output layer gives float32 logits. A bfloat16 matrix product rounds them: at T = 0.6 logprobs are
+    wrong by 0.01 to 0.02 nats in the mean, and the teacher's temperature would be applied to rounded logits. On a GPU this
+    needs no more memory (float32 logits were made anyway); on a CPU each pass makes a float32 copy of the layer.
+
+    A scorer whose sequences fill the context gets one more position: vLLM samples a token that nothing attends to.
+
+    Args:
+        context: positions of the model; None if its config.json does not say.
+        max_model_len: of the engine, with a scorer's one token more.
+        samples: whether it samples responses; otherwise it scores given ones.
+    """
+    overrides: dict[str, Any] = {"head_dtype": "float32"} if dtype != "float32" else {}
+    if not samples and context is not None and max_model_len == context + 1:
+        overrides["max_position_embeddings"] = max_model_len
+    return overrides
+
+
 def model_fault(
-    config: Mapping[str, Any], *, tensor_parallel: int, kv_cache_gb: float | None, device: str, dtype: str, tokens: int
+    config: Mapping[str, Any],
+    *,
+    tensor_parallel: int,
+    kv_cache_gb: float | None,
+    device: str,
+    dtype: str,
+    tokens: int,
+    batch_invariant: bool = False,
 ) -> tuple[str, str] | None:
     """Why vLLM cannot run a model whose sequences have up to `tokens` tokens; None if it can.
 
@@ -47,6 +74,11 @@ def model_fault(
     at fault (empty: the model itself), and what is wrong.
     """
     heads, split = config.get("num_attention_heads"), tensor_parallel
+    if batch_invariant and device == "cpu":
+        return "batch_invariant", (
+            "true, but only vLLM's CUDA kernels have this mode, and the CPU's have none; set it to false, or "
+            "runtime.device=cuda"
+        )
     if split > 1 and device == "cpu":
         return "tensor_parallel", f"{split} needs as many GPUs; set it to 1, or runtime.device=cuda"
     if heads and heads % split:

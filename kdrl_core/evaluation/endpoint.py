@@ -12,8 +12,8 @@ from typing import Any
 
 from kdrl_core.config import ServersConfig
 from kdrl_core.data.text import as_unicode
-from kdrl_core.engines.server_client import TransientError
-from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool, served_model
+from kdrl_core.engines.server_client import TransientError, served_model
+from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.sampling.responses import OnResponses, Response
 from kdrl_core.types import FinishReason, RolloutRequest
@@ -53,7 +53,7 @@ class ChatEndpoint:
             served_model(config),
             role="model",
             field="MODEL",
-            max_tokens=max_context_tokens - 1,
+            max_tokens=max_context_tokens,
             options={
                 "model": "--served-as",
                 "api_key": "--api-key",

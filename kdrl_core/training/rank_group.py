@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import kdrl_core
+from kdrl_core import process_guard
 from kdrl_core.errors import EngineError
 from kdrl_core.models.devices import devices_of_ranks
-from kdrl_core.training import process_guard
+from kdrl_core.process_guard import kill_group
 from kdrl_core.training.messages import Arrays, pack, unpack
-from kdrl_core.training.process_guard import kill_group
 
 WORKER = "kdrl_core.training.deepspeed_worker"
 SPEC = "ranks.json"

@@ -1,8 +1,9 @@
-"""A teacher served by vLLM gives the logprobs of transformers, at temperature 1 and with another one baked in.
+"""A teacher served by the documented commands gives the logprobs of transformers at the temperature baked into it.
 
 Needs vLLM: importable here, or by the Python that KDRL_VLLM_PYTHON names.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -18,13 +19,14 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from documented import serving
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from vllm_models import why_left_out
 
 from flows.cli.local_prefect import free_port
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.http_scorer import HTTPScorer
-from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.engines.server_client import ServedModel
 from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.models.loading import load_model
 from kdrl_core.models.prepare import bake_temperature
@@ -52,6 +54,7 @@ def write_model(folder: Path, *, tied: bool) -> Path:
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "tie_word_embeddings": tied,
+            "max_position_embeddings": 131_072,  # as Skywork-OR1-Math-7B's
         }
     )
     torch.manual_seed(0)
@@ -79,9 +82,8 @@ def test_a_baked_model_has_the_logprobs_of_the_temperature(tmp_path: Path, tied:
 
 
 @contextmanager
-def served(model: Path, log: Path) -> Iterator[str]:
-    """`vllm serve` on loopback for the time of the context; its URL."""
-    assert PYTHON is not None
+def served(command: list[str], log: Path) -> Iterator[str]:
+    """A server on loopback for the time of the context; its URL."""
     port = free_port()
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -90,10 +92,9 @@ def served(model: Path, log: Path) -> Iterator[str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "VLLM_API_KEY": KEY,
     }
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "t"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY, "--enforce-eager", "--dtype", "float32"]
-    command += ["--max-logprobs", "32"]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -105,7 +106,7 @@ def served(model: Path, log: Path) -> Iterator[str]:
             assert server.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             try:
-                if httpx.get(f"{url}/health", timeout=2).is_success:
+                if httpx.get(f"{url}/v1/models", timeout=2, headers={"Authorization": f"Bearer {KEY}"}).is_success:
                     break
             except httpx.HTTPError:
                 time.sleep(0.5)
@@ -119,23 +120,41 @@ def served(model: Path, log: Path) -> Iterator[str]:
             server.wait()
 
 
+def documented_command(program: str, model: Path) -> list[str]:
+    """`kdrl serve` or `vllm serve` of docs/teacher-servers.md, for a CPU, with another model."""
+    assert PYTHON is not None
+    blocks = [block for page, block in serving() if page == "teacher-servers"]
+    (words,) = [words for block in blocks for words in block if words[:2] == [program, "serve"]]
+    if program == "kdrl":
+        named = [str(model) if before == "--model" else word for before, word in itertools.pairwise(words)]
+        return [PYTHON, "-m", "flows.cli", *named, "--cpu"]
+    start = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    return [*start, *words[3:], "--enforce-eager"]
+
+
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-def test_vllm_gives_the_logprobs_of_transformers(tmp_path: Path, tied: bool) -> None:
-    model = write_model(tmp_path / "teacher", tied=tied)
+@pytest.mark.parametrize("program", ["vllm", "kdrl"])
+def test_a_documented_teacher_gives_the_logprobs_of_transformers(tmp_path: Path, program: str) -> None:
+    model = write_model(tmp_path / "teacher", tied=True)
     bake_temperature(model, tmp_path / "baked", 0.6)
-    for folder, temperature in ((model, 1.0), (tmp_path / "baked", 0.6)):
-        with served(folder, tmp_path / "vllm.log") as url:
-            scorer = HTTPScorer(ServedModel(urls=[url], api_key=KEY, retry_for_s=30.0), num_tokens=24, max_tokens=100)
-            found = scorer.score(REQUESTS)
-            topk = scorer.score_topk(REQUESTS, 5)
-            scorer.close()
-        local = TransformersScorer(load_model(model), temperature=temperature, batch_tokens=4096, num_tokens=24)
-        pairs = list(zip(found, local.score(REQUESTS), strict=True))
-        gap = max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
-        print(f"tied={tied} T={temperature}: largest difference {gap:.1e}")
-        assert gap < 1e-4
-        for ours, theirs in zip(topk, local.score_topk(REQUESTS, 5), strict=True):
-            assert (ours.topk_ids == theirs.topk_ids).mean() > 0.99  # near ties may change places
-            np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=1e-4)
+    limit = 1024 + 20_480
+    longest = ScoreRequest(prompt_token_ids=[5, 6, 7, 8] * 256, token_ids=[9, 4, 7, 11, 6, 1, 13, 8] * 2560)
+    with served(documented_command(program, tmp_path / "baked"), tmp_path / "vllm.log") as url:
+        scorer = HTTPScorer(ServedModel(urls=[url], api_key=KEY, retry_for_s=30.0), num_tokens=24, max_tokens=limit)
+        found = scorer.score(REQUESTS)
+        topk = scorer.score_topk(REQUESTS, 5)
+        (whole,) = scorer.score([longest])
+        assert scorer._pool.servers[0].has_routes == (program == "kdrl")
+        refused = httpx.post(f"{url.removesuffix('/v1')}/collective_rpc", json={"method": "kdrl_sleep"})
+        assert refused.status_code == (401 if program == "kdrl" else 404)
+        scorer.close()
+    assert whole.shape == (20_480,)
+    local = TransformersScorer(load_model(model), temperature=0.6, batch_tokens=4096, num_tokens=24)
+    pairs = list(zip(found, local.score(REQUESTS), strict=True))
+    gap = max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
+    print(f"{program} serve: largest difference {gap:.1e}")
+    assert gap < 1e-4
+    for ours, theirs in zip(topk, local.score_topk(REQUESTS, 5), strict=True):
+        assert (ours.topk_ids == theirs.topk_ids).mean() > 0.99  # near ties may change places
+        np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=1e-4)

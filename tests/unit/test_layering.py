@@ -98,7 +98,7 @@ def imports_in(file: Path) -> set[str]:
 
 
 STOREYS = (
-    {"errors", "types"},
+    {"errors", "process_guard", "types"},
     {"objectives"},
     {"config"},
     {"ledger"},

@@ -1,5 +1,6 @@
 """Rollouts by replicas: load shared, faults tried again, and never a response of weights that were not loaded."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from replica import Replica, replica
 
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.http_rollout import HTTPRolloutEngine
-from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.engines.server_client import ServedModel
 from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import EngineError
 from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
@@ -212,3 +213,19 @@ def test_a_replica_that_was_away_when_the_others_fell_asleep_is_used_again(polic
         assert one.is_asleep
         assert are_of(engine.generate(REQUESTS[:4]), policies[0])
         engine.close()
+
+
+@pytest.mark.parametrize("what", ["load", "sleep"])
+def test_replicas_are_told_at_once(replicas: list[Replica], policies: list[Path], what: str) -> None:
+    """One after the other they would wait for each other in vain."""
+    engine = make([server.url for server in replicas], sleep=True, retry_for_s=0.0)
+    met = threading.Barrier(2, timeout=5.0)
+    for server in replicas:
+        server.met = met
+    if what == "load":
+        engine.load_weights(policies[0])
+    else:
+        engine.sleep()
+    assert [server.told for server in replicas] == [[f"kdrl_{what}"]] * 2
+    engine.close()  # at once as well
+    assert [server.told[-1] for server in replicas] == ["kdrl_sleep"] * 2

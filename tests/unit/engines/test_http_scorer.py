@@ -19,7 +19,7 @@ from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.config.secrets import register_secret_source, resolve_secret
 from kdrl_core.engines.http_scorer import HTTPScorer
-from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.engines.server_client import ServedModel
 from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import EngineError, KdrlError, RecipeError, SecretError
 from kdrl_core.ledger import is_published, open_run
@@ -125,6 +125,22 @@ def test_a_fault_that_passes_costs_only_time(
     assert sum(record.name == "kdrl" and "tried again in" in record.message for record in caplog.records) == 3
     assert server.url in caplog.text
     assert KEY not in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["", "short", "nan", "409", "503"])
+def test_a_server_of_kdrl_sends_bytes(fault: str, make: Make, expected: list[np.ndarray]) -> None:
+    with faulty_server(TEACHER, key=KEY) as server:
+        server.has_routes = True
+        server.faults.extend([fault] * 3 if fault else [])
+        scorer = make([server.url], timeout_s=60.0, retry_for_s=60.0, num_tokens=22)
+        same(scorer.score(REQUESTS), expected)
+        assert server.requests == len(REQUESTS) + len(fault and 3 * "x")
+        local = TransformersScorer(load_model(TEACHER), temperature=1.0, batch_tokens=2048, num_tokens=22)
+        for ours, theirs in zip(scorer.score_topk(REQUESTS, 3), local.score_topk(REQUESTS, 3), strict=True):
+            assert (ours.topk_ids == theirs.topk_ids).all()
+            np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=2e-5)
+        assert server.temperatures == {1.0}
+        scorer.close()
 
 
 @pytest.mark.parametrize("fault", ["hang", "500", "garbage", "null", "echo"])
@@ -387,7 +403,7 @@ def test_a_program_does_not_wait_at_its_end_for_requests_in_flight(tmp_path: Pat
     program = f"""
 import socket, threading, time
 from kdrl_core.engines.http_scorer import HTTPScorer
-from kdrl_core.engines.server_pool import ServedModel
+from kdrl_core.engines.server_client import ServedModel
 from kdrl_core.errors import EngineError
 from kdrl_core.types import ScoreRequest
 from pathlib import Path

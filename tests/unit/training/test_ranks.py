@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity.ranks import make_batch, with_topk
 
-from kdrl_core.training import process_guard, rank_group
+from kdrl_core import process_guard
+from kdrl_core.training import rank_group
 from kdrl_core.training.deepspeed_trainer import deal_batches
 from kdrl_core.training.messages import RankWork, pack, share_of, unpack
 from kdrl_core.training.torch_trainer import totals_of

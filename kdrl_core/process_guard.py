@@ -2,7 +2,7 @@
 
 Run as a file, with the pid of that program and the command: `python -I process_guard.py PID COMMAND…`, in a session of
 its own. It ends with the command's exit status. When the program is gone, however it died, the guard kills the whole
-group, itself included; no process in it has to cooperate.
+group, itself included; no process in it has to cooperate. The command alone heeds a SIGTERM to the group.
 """
 
 import os
@@ -24,6 +24,7 @@ def kill_group(group: int) -> None:
 def main() -> int:
     """Start the command, and wait for it or for the program's end."""
     program, command = int(sys.argv[1]), sys.argv[2:]
+    signal.signal(signal.SIGTERM, lambda *_: None)  # one to the group is for the command, which may end in order
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while child.poll() is None:
         if os.getppid() != program:
