@@ -42,7 +42,11 @@ def test_the_papers_recipe_fits_its_node(smi: Any, caplog: pytest.LogCaptureFixt
                 "trainer.activation_checkpointing=true",
             ],
         ),
-        (SMALL, [], ["8 × NVIDIA A10G with 24 GB", "vllm.gpu_memory_utilization", "or GPUs with"]),
+        (
+            SMALL,
+            [],
+            ["8 × NVIDIA A10G with 24 GB", "teacher-score needs", "vllm.tensor_parallel=4; or GPUs with 40 GB"],
+        ),
         (
             EIGHT,
             ["vllm.gpu_memory_utilization=0.97"],
