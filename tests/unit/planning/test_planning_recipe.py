@@ -167,8 +167,7 @@ def test_the_share_that_a_run_computes_is_the_plans(
         cluster,
         Placement(student_gpus=recipe.trainer.ranks),
     )
-    (beside,) = {phase.beside for phase in memory if phase.beside is not None} or {None}
-    if beside is not None:
+    for beside in {phase.beside for phase in memory if phase.beside is not None}:
         stays = any(recipe.stage(name).ref_beta > 0 for name in recipe.stages) and recipe.rollout.engine != "vllm"
         beside += stays * engine_weights(KNOWN_SHAPES["DeepSeek-R1-Distill-Qwen-1.5B"], width=2, tensor_parallel=1)
         assert gpu_share.engine_share(recipe, gpu_memory=80e9) == floor(100 * (0.9 - beside / 80e9) + 1e-9) / 100
@@ -342,7 +341,7 @@ def test_rates_measured_on_several_ranks_have_their_collectives() -> None:
     assert communication(has_collectives=True) == 0.0
 
 
-def test_a_largest_share_the_gpu_bounds_the_cache() -> None:
+def test_a_share_of_the_gpu_bounds_the_cache() -> None:
     plan, _ = planned(["vllm.gpu_memory_utilization=0.5"])
     parts = components(plan, "rollout")
     assert sum(parts[name] for name in ("rollout weights", "workspace", KV_CACHE)) == pytest.approx(0.5 * 80e9)

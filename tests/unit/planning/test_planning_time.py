@@ -78,7 +78,8 @@ def test_the_papers_rollout_is_the_sum_of_its_steps_and_not_the_longest_response
 
 def test_sync_sleep_and_checkpoint_by_hand() -> None:
     """N = 1.777 G in bfloat16: 3.554 GB are written at 5 GB/s, 0.711 s; then read (0.711) and copied to a GPU at 20
-    GB/s (0.178) while its digest is made, at 3.2 GB/s 1.111 s. Student and teacher (15.231 GB) go to the host and back."""
+    GB/s (0.178) while their digest is made, at 3.2 GB/s 1.111 s. Student and teacher (15.231 GB) go to the host and
+    come back."""
     work = work_of(load_recipe("paper-1.5b"), "stage2")
     found = step_time(work, Engines(), NODE, Placement(student_gpus=8), Rates())
     assert found.weight_sync == pytest.approx(0.711 + 1.111, abs=0.002)
