@@ -4,7 +4,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +23,7 @@ from kdrl_core.look.planning.conditions import conditions
 from kdrl_core.look.planning.cost import Rates, rollout_s, step_time
 from kdrl_core.look.planning.decode import DecodingCost, decoding_cost, generation
 from kdrl_core.look.planning.lengths import cut, mean_square, response_lengths
-from kdrl_core.look.planning.measured import lengths_for, rates_of_run
+from kdrl_core.look.planning.measured import lengths_for, rates_of, rates_of_run
 from kdrl_core.look.planning.placement import Placement
 from kdrl_core.look.planning.shapes import KNOWN_SHAPES
 from kdrl_core.look.planning.stage_plan import plan_stage
@@ -123,6 +123,7 @@ PHASES = {
     "teacher_score": "time/teacher_score_s",
     "update": "time/update_s",
 }
+SHOWN = ("time/verify_s", "throughput/rollout_tokens_per_s")
 
 
 def random_model(folder: Path, role: str, *, hidden: int, layers: int) -> Path:
@@ -160,7 +161,7 @@ def test_a_run_predicts_the_phases_of_another_within_a_quarter(
 
     def open_run(name: str, *, prompts: int, limit: int) -> Run:
         sizes = [f"prompts_per_step={prompts}", f"mini_batch_prompts={prompts}", f"max_response_tokens={limit}"]
-        sizes += ["steps=6", "group_size=8", "learning_rate=1.0e-6"]
+        sizes += ["steps=8", "group_size=8", "learning_rate=1.0e-6"]
         run = open_tiny(artifacts, name, [*settings, *(f"stage2.{size}" for size in sizes)])
         filter_run(run)
         return run
@@ -176,7 +177,8 @@ def test_a_run_predicts_the_phases_of_another_within_a_quarter(
                 train_step(run, "stage2", step)
     finally:
         close_sessions()
-    rates, measured = rates_of_run("base")
+    _, measured = rates_of_run("base")
+    rates = rates_of(runs[0].recipe, measured, [quietest(runs[0])])
     cluster = Cluster(gpus=1, gpus_per_node=1, gpu_memory=80e9, memory_bandwidth=CPU_BANDWIDTH)
     wrong = []
     for run in runs[1:]:
@@ -190,8 +192,14 @@ def test_a_run_predicts_the_phases_of_another_within_a_quarter(
         )
         time_s = step_time(work, engines_of(run.recipe), cluster, Placement(student_gpus=1), rates)
         for phase, name in PHASES.items():
-            planned, found = getattr(time_s, phase), median(row[name] for row in rows)
+            planned, found = getattr(time_s, phase), quietest(run)[name]
             print(f"{run.name:7} {phase:14} {planned:.3f} s planned, {found:.3f} measured, {planned / found:.2f}")
             if not 0.75 <= planned / found <= 1.25:
                 wrong.append((run.name, phase, planned, found))
     assert not wrong
+
+
+def quietest(run: Run) -> dict[str, float]:
+    """Of each figure the smallest over the steps after the first: other programs only make a phase longer."""
+    rows = load_metrics(run, "stage2")[1:]
+    return {name: min(row[name] for row in rows) for name in (*PHASES.values(), *SHOWN)}
