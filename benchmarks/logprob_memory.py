@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--terms", nargs="+", default=list(TERMS), choices=TERMS, help="what is computed")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="of weight and hidden states")
-    parser.add_argument("--chunk-mib", type=float, default=CHUNK_BYTES / 2**20, help="size of a chunk's logits")
+    parser.add_argument("--chunk-mib", type=float, default=CHUNK_BYTES[DEVICE] / 2**20, help="size of a chunk's logits")
     parser.add_argument("--one", choices=["full", "chunks"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:

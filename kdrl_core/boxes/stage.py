@@ -161,7 +161,9 @@ def step_facts(
     session: "StageSession", step: int, metrics: Mapping[str, float], timings: Mapping[str, float]
 ) -> dict[str, Any]:
     """What an update's manifest records: metrics, timings, and the alarms that the recipe's rules raise for the step,
-    from its own and earlier metrics."""
+    from its own and earlier metrics. Memory is with the timings: like them, a replay does not reproduce it."""
+    timings = {**timings, **{name: value for name, value in metrics.items() if name.startswith("memory/")}}
+    metrics = {name: value for name, value in metrics.items() if name not in timings}
     before = [row for row in load_metrics(session.run, session.stage) if row["step"] < step]
     rows = [*before, {"step": step, **metrics}]
     raised = raised_at_last(rows, session.alarm_rules, stage=session.stage)

@@ -27,17 +27,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kdrl_core.engines.protocols import OnFinished, TopKScore
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger.names import uniforms
-from kdrl_core.logprobs.model import (
-    LogprobModel,
-    PaddedBatch,
-    agree,
-    forward,
-    pad_sequences,
-    probe_ids,
-    refuse_padding_fault,
-    token_budget_batches,
-)
-from kdrl_core.models.loading import load_weights_into
+from kdrl_core.logprobs.chunked import use_float32_logits
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, forward, pad_sequences, token_budget_batches
+from kdrl_core.logprobs.trial import agree, probe_ids, refuse_padding_fault
+from kdrl_core.models.loading import free_cached_memory, load_weights_into
 from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest, ScoreRequest
 
@@ -68,6 +61,7 @@ class TransformersRolloutEngine:
         self._batch_size = batch_size
         self._num_tokens = num_token_ids(tokenizer)
         refuse_padding_fault(model)
+        use_float32_logits(model)
         self._cache_method = _usable_cache(model)
 
     def load_weights(self, checkpoint_dir: Path) -> None:
@@ -88,7 +82,8 @@ class TransformersRolloutEngine:
         return rollouts
 
     def sleep(self) -> None:
-        """Nothing: the model stays where it is."""
+        """Free what torch keeps for later; the model stays where it is."""
+        free_cached_memory(self._model.device)
 
     def close(self) -> None:
         """Nothing: the model is freed with the engine."""
@@ -315,7 +310,8 @@ class TransformersScorer:
         return ordered
 
     def sleep(self) -> None:
-        """Nothing: the model stays where it is."""
+        """Free what torch keeps for later; the model stays where it is."""
+        free_cached_memory(self._model.device)
 
     def close(self) -> None:
         """Nothing: the model is freed with the scorer."""

@@ -26,6 +26,8 @@ from kdrl_core.models.loading import context_limit, read_config
 _BATCHED_TOKENS = 2048
 _PIECE_LOGITS_BYTES = 2**28
 """Limit on the bytes of the float32 logits of one scoring pass; vLLM holds several arrays of this size."""
+_PIECE_TOKENS_ON_GPU = 8192
+"""Tokens of a scoring pass on a GPU, where vLLM's model runner computes the logits of 1,024 tokens at a time."""
 _one_at_a_time = threading.RLock()
 _live: set[int] = set()
 """ids of the open engines of this process."""
@@ -244,6 +246,8 @@ def _batched_tokens(model: Path, settings: VLLMSettings) -> int:
     """Tokens of a forward pass: room for whole prompts when it samples, a limit on the logits when it scores."""
     if settings.samples:
         return max(_BATCHED_TOKENS, settings.max_model_len)
+    if settings.device != "cpu" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "1") != "0":
+        return _PIECE_TOKENS_ON_GPU
     return max(1, min(_BATCHED_TOKENS, _PIECE_LOGITS_BYTES // (4 * int(read_config(model)["vocab_size"]))))
 
 

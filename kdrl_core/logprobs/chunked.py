@@ -16,7 +16,8 @@ Shapes: N tokens (response tokens only, packed), H hidden size, V vocabulary, K 
 """
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +25,16 @@ from torch import Tensor
 from kdrl_core.logprobs.chunked_function import (
     ChunkedStatistics,
     ChunkSettings,
+    Float32Linear,
     RunningSums,
     gather_into,
     logit_chunks,
     sum_dtype,
 )
 
-CHUNK_BYTES = 32 * 2**20
-"""Default size of one chunk's logits; about three tensors of this size live at a time."""
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
+"""Default size of one chunk's logits by kind of device; about three tensors of this size live at a time. docs/memory.md
+has what is measured; a GPU must have work for longer than the chunk's kernels take to start."""
 
 
 class OutputLayer(NamedTuple):
@@ -86,7 +89,7 @@ def token_statistics(
     with_entropy: bool = False,
     topk: TopKTeacher | None = None,
     compute_dtype: torch.dtype | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> TokenStatistics:
     """Logprobs of `target_ids` under the softmax of the layer's logits, on request entropy and Top-K KL.
 
@@ -99,9 +102,9 @@ def token_statistics(
         target_ids: [N] integers in [0, V).
         with_entropy: compute the entropy as well.
         topk: compute the KL to this teacher as well.
-        compute_dtype: of the matmuls, whose sums are float32 inside; weights are cast chunk by chunk. None: the
-            dtype of autocast if it is on, else of `hidden`. Everything after a matmul is float32 at least.
-        chunk_bytes: bound on one chunk's float32 logits (256 columns at least).
+        compute_dtype: of the matmuls' operands; weights are cast chunk by chunk. None: the dtype of autocast if it is
+            on, else of `hidden`. Logits, and everything after them, are float32 at least.
+        chunk_bytes: bound on one chunk's float32 logits (256 columns at least); None: `CHUNK_BYTES` of the device.
 
     Returns:
         [N] per token; `entropy` or `topk_kl` is None where not asked for.
@@ -117,7 +120,7 @@ def token_statistics(
         topk_ids = topk.ids.long()
         teacher = topk.logits.detach().to(sum_dtype(hidden)).log_softmax(-1)
     dtype, floor = _compute_dtype(hidden, compute_dtype), 0.0 if topk is None else topk.floor
-    settings = ChunkSettings(1.0 / layer.temperature, dtype, chunk_bytes, with_entropy, floor)
+    settings = ChunkSettings(1.0 / layer.temperature, dtype, _chunk_bytes(hidden, chunk_bytes), with_entropy, floor)
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the sums as well
         found = ChunkedStatistics.apply(
             hidden, layer.weight, layer.bias, target_ids.long(), topk_ids, teacher, settings
@@ -135,7 +138,7 @@ def best_tokens(
     *,
     num_tokens: int | None = None,
     compute_dtype: torch.dtype | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> BestTokens:
     """Logprobs of `target_ids` and of the `k` likeliest tokens, the softmax taken over the whole vocabulary.
 
@@ -149,7 +152,8 @@ def best_tokens(
     last = vocabulary if num_tokens is None else min(num_tokens, vocabulary)
     if not 1 <= k <= last:
         raise ValueError(f"k: expected 1 to {last}, the tokens of the vocabulary, given {k}")
-    settings = ChunkSettings(1.0 / layer.temperature, _compute_dtype(hidden, compute_dtype), chunk_bytes, False, 0.0)
+    dtype = _compute_dtype(hidden, compute_dtype)
+    settings = ChunkSettings(1.0 / layer.temperature, dtype, _chunk_bytes(hidden, chunk_bytes), False, 0.0)
     targets = target_ids.long()[:, None]
     sums = RunningSums(len(hidden), hidden.device, sum_dtype(hidden), with_entropy=False)
     logit = sums.highest.new_zeros(len(hidden), 1)
@@ -200,6 +204,30 @@ class LogprobHead(torch.nn.Module):
     def layer(self) -> OutputLayer:
         """The layer as a record."""
         return OutputLayer(self.output_layer.weight, self.output_layer.bias, self.temperature)
+
+
+def use_float32_logits(model: Any) -> None:
+    """Have the output layer of a transformers model give float32 logits where it computes in bfloat16 or float16,
+    because of its weights or of autocast. An output layer that is no `nn.Linear` is left as it is."""
+    layer = model.get_output_embeddings()
+    if type(layer) is torch.nn.Linear:
+        layer.forward = partial(_float32_logits, layer)  # type: ignore[method-assign]
+
+
+def _float32_logits(layer: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """[..., V] from hidden states [..., H]."""
+    dtype = _compute_dtype(hidden, None)
+    if dtype.itemsize >= 4:
+        return torch.nn.functional.linear(hidden, layer.weight, layer.bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits: Tensor = Float32Linear.apply(hidden.flatten(0, -2).to(dtype), layer.weight.to(dtype))
+        if layer.bias is not None:
+            logits = logits + layer.bias
+    return logits.unflatten(0, hidden.shape[:-1])
+
+
+def _chunk_bytes(hidden: Tensor, given: int | None) -> int:
+    return given if given is not None else CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
 
 
 def _compute_dtype(hidden: Tensor, given: torch.dtype | None) -> torch.dtype:

@@ -8,8 +8,7 @@ output layer that is wrapped or quantised) it takes the model's own logits [B, T
 The model always runs in eval mode, in training too: the policy that is trained is the one that was sampled, so no kind
 of dropout is on. Its config keeps the dropout values.
 
-Ragged token lists become padded tensors first: prompts left-padded, responses right-padded. B = responses, P = longest
-prompt, T = longest response of the batch.
+Ragged token lists become padded tensors first. B = responses, T = longest response, W = width of a padded row.
 """
 
 import inspect
@@ -24,9 +23,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kdrl_core.errors import ModelError
-from kdrl_core.logprobs.chunked import BestTokens, LogprobHead, TokenStatistics, best_tokens
+from kdrl_core.logprobs.chunked import BestTokens, LogprobHead, TokenStatistics, best_tokens, use_float32_logits
 from kdrl_core.objectives import topk_kl
 from kdrl_core.types import ScoreRequest
+
+MASKED_UP_TO = 1024
+"""Widest batch, in tokens of a row, that is padded on both sides and masked on a CPU. Earlier versions padded all so;
+short rows gain nothing without a mask, and their runs come out the same to the bit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,33 +37,56 @@ class PaddedBatch:
     """Tensors of one forward pass."""
 
     input_ids: Tensor
-    """[B, P + T] int64."""
-    attention_mask: Tensor
-    """[B, P + T] int64."""
+    """[B, W] int64."""
+    attention_mask: Tensor | None
+    """[B, W] int64; None: all padding comes after a row's tokens, which never attend to it."""
     position_ids: Tensor
-    """[B, P + T] int64."""
+    """[B, W] int64."""
+    sources: Tensor
+    """[B, T] int64: where in its row the hidden state is that predicts a response token; any place where padded."""
     response_ids: Tensor
     """[B, T] int64, 0 where padded."""
     response_mask: Tensor
     """[B, T] float32, 1 on response tokens, EOS included."""
 
 
-def pad_sequences(sequences: Sequence[ScoreRequest], *, device: torch.device | str = "cpu") -> PaddedBatch:
-    """Pad prompts and responses into one batch."""
-    prompt_width = max(len(s.prompt_token_ids) for s in sequences)
-    response_width = max(len(s.token_ids) for s in sequences)
-    ids = torch.zeros(len(sequences), prompt_width + response_width, dtype=torch.long)
+def pad_sequences(
+    sequences: Sequence[ScoreRequest], *, device: torch.device | str = "cpu", is_masked: bool | None = None
+) -> PaddedBatch:
+    """Pad prompts and responses into one batch.
+
+    Without a mask, every row begins at the left and ends in padding. A causal model gives its tokens the same logits,
+    and attention keeps what a mask turns off: torch's flash kernel, and key-value heads that are not repeated.
+
+    Args:
+        is_masked: pad prompts on the left and responses on the right, with a mask. None: on a CPU, for rows up to
+            `MASKED_UP_TO`.
+    """
+    prompts = torch.tensor([len(s.prompt_token_ids) for s in sequences])
+    responses = torch.tensor([len(s.token_ids) for s in sequences])
+    num_targets = int(responses.max())
+    width = int(prompts.max()) + num_targets
+    if is_masked is None:
+        is_masked = torch.device(device).type == "cpu" and width <= MASKED_UP_TO
+    starts = prompts.max() - prompts
+    if not is_masked:
+        starts, width = torch.zeros_like(prompts), int((prompts + responses).max())
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        start, end = prompt_width - len(sequence.prompt_token_ids), prompt_width + len(sequence.token_ids)
-        ids[row, start:end] = torch.tensor([*sequence.prompt_token_ids, *sequence.token_ids])
-        mask[row, start:end] = 1
+    for row, (start, sequence) in enumerate(zip(starts.tolist(), sequences, strict=True)):
+        tokens = torch.tensor([*sequence.prompt_token_ids, *sequence.token_ids])
+        ids[row, start : start + len(tokens)] = tokens
+        mask[row, start : start + len(tokens)] = 1
+    targets = ((starts + prompts)[:, None] + torch.arange(num_targets)).clamp(max=width - 1)
+    response_mask = torch.arange(num_targets) < responses[:, None]
+    positions = (mask.cumsum(1) - 1).clamp(min=0) if is_masked else torch.arange(width).expand_as(ids)
     return PaddedBatch(
         input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-        response_ids=ids[:, prompt_width:].to(device),
-        response_mask=mask[:, prompt_width:].float().to(device),
+        attention_mask=mask.to(device) if is_masked else None,
+        position_ids=positions.to(device),
+        sources=(targets - 1).to(device),
+        response_ids=torch.where(response_mask, ids.gather(1, targets), 0).to(device),
+        response_mask=response_mask.float().to(device),
     )
 
 
@@ -95,6 +121,8 @@ class LogprobModel(torch.nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, recomputes: bool = False) -> None:
+        from kdrl_core.logprobs.trial import has_linear_logits, refuse_padding_fault  # which runs passes of this file
+
         super().__init__()
         self.model = model.eval()
         refuse_padding_fault(model)
@@ -103,6 +131,8 @@ class LogprobModel(torch.nn.Module):
         """None: the model's own logits are used."""
         if has_linear_logits(model):
             self.head = LogprobHead(model.get_output_embeddings(), temperature=temperature)
+        else:
+            use_float32_logits(model)
         if recomputes:
             _recompute_activations(model)
 
@@ -139,7 +169,7 @@ class LogprobModel(torch.nn.Module):
             return TokenStatistics(logprobs, entropy, kl)
         places = batch.response_mask.flatten().nonzero().squeeze(1)
         found = self.head(
-            _response_hidden(self.model, batch).index_select(0, places),
+            _response_hidden(self.model, batch, places),
             batch.response_ids.flatten()[places],
             None if topk_ids is None else topk_ids.flatten(0, 1)[places],
             None if topk_logits is None else topk_logits.flatten(0, 1)[places],
@@ -164,91 +194,13 @@ class LogprobModel(torch.nn.Module):
             return BestTokens(response_logprobs(logits, batch)[0], best.indices, best.values)
         places = batch.response_mask.flatten().nonzero().squeeze(1)
         found = best_tokens(
-            _response_hidden(self.model, batch).index_select(0, places),
+            _response_hidden(self.model, batch, places),
             self.head.layer,
             batch.response_ids.flatten()[places],
             k,
             num_tokens=num_tokens,
         )
         return BestTokens(*(_unpack(values, places, batch) for values in found))
-
-
-def has_linear_logits(model: PreTrainedModel) -> bool:
-    """Whether logits = output layer(last hidden states of the base model) of a model in eval mode, tested by two tiny
-    forward passes.
-
-    The output layer gets large random numbers in place of its input. The model's logits must be their linear map: with
-    large logits, a soft cap or a scale shows. And the input that was replaced must be what the base model returns.
-    Draws nothing from torch's random stream.
-    """
-    layer, base = model.get_output_embeddings(), model.base_model
-    if type(layer) is not torch.nn.Linear or base is model:
-        return False
-    ids = torch.arange(4, device=model.device)[None] % layer.out_features
-    generator = torch.Generator().manual_seed(0)
-    loud = torch.randn(1, 4, layer.in_features, generator=generator).to(layer.weight)
-    seen: list[Tensor] = []
-
-    def replace_input(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        seen.append(inputs[0])
-        return (loud,)
-
-    hook = layer.register_forward_pre_hook(replace_input)
-    try:
-        with torch.no_grad():
-            spread = (loud @ layer.weight.t()).float().std()
-            if torch.isfinite(spread) and spread > 0:
-                loud *= 100.0 / spread
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=4).logits
-            hidden = base(input_ids=ids, use_cache=False).last_hidden_state
-            hook.remove()
-            expected = layer(loud)
-    except TypeError:  # the model knows no logits_to_keep
-        return False
-    finally:
-        hook.remove()
-    # NaN is equal to NaN here: this test does not refuse a model with broken weights.
-    return (
-        len(seen) == 1
-        and seen[0].shape == hidden.shape
-        and torch.allclose(seen[0], hidden, rtol=1e-3, atol=1e-5, equal_nan=True)
-        and logits.shape == expected.shape
-        and torch.allclose(logits, expected, rtol=1e-3, atol=1e-2, equal_nan=True)
-    )
-
-
-def refuse_padding_fault(model: PreTrainedModel) -> None:
-    """Raise ModelError if logits of a model in eval mode depend on padding before the prompt; tried on a few tokens.
-    Engines and trainers batch prompts of several lengths."""
-    ids = probe_ids(model)
-    short, long = (ScoreRequest(prompt_token_ids=prompt, token_ids=ids[6:9]) for prompt in (ids[1:3], ids[2:6]))
-    with torch.no_grad():
-        padded, alone = (
-            response_logits(model, pad_sequences(batch, device=model.device), temperature=1.0)[0]
-            for batch in ([short, long], [short])
-        )
-    if not agree(padded, alone, dtype=model.dtype):
-        raise ModelError(
-            f"{type(model).__name__} gives other logits where a prompt is padded on the left, so kdrl can neither "
-            "sample from it nor train it in batches; use a model of another architecture"
-        )
-
-
-def probe_ids(model: PreTrainedModel) -> list[int]:
-    """Eleven token ids to try a model with."""
-    return [number % int(model.get_input_embeddings().num_embeddings) for number in range(11)]
-
-
-def agree(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> bool:
-    """Whether logits are the same up to the rounding of the model's dtype: their mean gap is small beside their spread.
-    NaN is equal to NaN here: broken weights are reported elsewhere."""
-    limit = 0.01 if dtype in (torch.float32, torch.float64) else 0.3
-    found, expected = found.double(), expected.double()
-    is_fine = expected.isfinite()
-    if not torch.equal(found.isfinite(), is_fine):
-        return False
-    gap, spread = (found - expected)[is_fine].abs().mean(), expected[is_fine].std()
-    return not bool(gap > limit * spread + 1e-6)
 
 
 def _recompute_activations(model: PreTrainedModel) -> None:
@@ -298,16 +250,18 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str] | None:
 
 def response_logits(model: PreTrainedModel, batch: PaddedBatch, *, temperature: float) -> Tensor:
     """Forward `batch`: logits / T [B, T, V] float32 of its response tokens, with gradient; padding holds anything."""
-    width = batch.response_ids.shape[1]
+    first = int(batch.sources.min())
+    num_kept = batch.input_ids.shape[1] - first
     logits = forward(
         model,
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits[:, -width - 1 : -1]
-    scaled: Tensor = logits.float() / temperature
+        logits_to_keep=num_kept,
+    ).logits[:, -num_kept:]
+    rows = torch.arange(len(logits), device=logits.device)[:, None]
+    scaled: Tensor = logits[rows, batch.sources - first].float() / temperature
     return scaled
 
 
@@ -327,8 +281,8 @@ def response_logprobs(
     return logprobs, torch.where(is_response, entropy, 0.0)
 
 
-def _response_hidden(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
-    """[B · T, H] last hidden states that predict the response tokens, with gradient."""
+def _response_hidden(model: PreTrainedModel, batch: PaddedBatch, places: Tensor) -> Tensor:
+    """[N, H] last hidden states, with gradient, that predict the response tokens at `places` [N] of [B · T]."""
     hidden: Tensor = forward(
         model.base_model,
         input_ids=batch.input_ids,
@@ -336,7 +290,9 @@ def _response_hidden(model: PreTrainedModel, batch: PaddedBatch) -> Tensor:
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
-    return hidden[:, -batch.response_ids.shape[1] - 1 : -1].flatten(0, 1)
+    num_rows, width = batch.input_ids.shape
+    sources = batch.sources + width * torch.arange(num_rows, device=hidden.device)[:, None]
+    return hidden.flatten(0, 1).index_select(0, sources.flatten()[places])
 
 
 def _unpack(values: Tensor, places: Tensor, batch: PaddedBatch) -> Tensor:

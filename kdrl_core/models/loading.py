@@ -211,6 +211,14 @@ def load_model(
     return model.to(device).eval()
 
 
+def free_cached_memory(device: "torch.device") -> None:
+    """Give back the memory of a GPU that torch has freed and keeps for later: whoever works next there needs it."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:
     """Copy the safetensors weights of `checkpoint_dir` into `model`; tied weights stay tied.
 

@@ -12,7 +12,7 @@ import torch
 
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
-from kdrl_core.models.loading import export_model, load_model
+from kdrl_core.models.loading import export_model, free_cached_memory, load_model
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork
@@ -22,6 +22,7 @@ from kdrl_core.training.torch_trainer import (
     micro_batch_loss,
     micro_batch_statistics,
     read_state,
+    watch_memory,
     write_state,
 )
 from kdrl_core.training.zero_state import full_moments, full_weights, set_moments, set_weights
@@ -64,6 +65,7 @@ class Rank:
         if self._is_mixed:
             set_weights(self._engine, self._model, initial)  # the float32 weights, before bfloat16 rounded them
         _unname_buffers()
+        free_cached_memory(self._device)
 
     @property
     def _is_mixed(self) -> bool:
@@ -75,7 +77,7 @@ class Rank:
         return {"step": self._step}, {}
 
     def answer(self, header: dict[str, Any], arrays: Arrays) -> Answer:
-        """Carry out one command."""
+        """Carry out one command. Memory that torch has freed by then is the GPU's again."""
         commands: dict[str, Callable[[], Answer]] = {
             "update": lambda: self._update(RankWork.unpack(header, arrays)),
             "score": lambda: self._score(RankWork.unpack(header, arrays)),
@@ -83,18 +85,22 @@ class Rank:
             "export": lambda: self._export(Path(header["path"])),
             "load": lambda: self._load(Path(header["path"])),
         }
-        return commands[header["command"]]()
+        found = commands[header["command"]]()
+        free_cached_memory(self._device)
+        return found
 
     def _update(self, work: RankWork) -> Answer:
         seed = derive_seed(self._settings["seed"], "update", self._step)
         torch.manual_seed((seed + torch.distributed.get_rank()) % 2**63)
         learning_rate = float(self._schedule.get_last_lr()[0])
+        memory = watch_memory(self._device)
         metrics: list[dict[str, float]] = []
         record = TokenRecord(work.batch)
         for index in range(len(work.passes)):
             metrics.append(self._forward_backward(work, index, record))
         grad_norm = self._step_optimizer()
         answer = {"metrics": metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "step": self._step}
+        answer["memory"] = memory()
         found = {"logprobs": np.concatenate(record.logprobs)}
         if record.entropies is not None:
             found["entropies"] = np.concatenate(record.entropies)

@@ -111,6 +111,7 @@ class DeepSpeedTrainer:
                 **metrics,
                 "optim/grad_norm": grad_norm,
                 "optim/learning_rate": replies[0].header["learning_rate"],
+                **most_memory(replies),
             },
             logprobs=_gather("logprobs", replies, shares, dealt, len(batch.sequences)),
             entropies=_gather("entropies", replies, shares, dealt, len(batch.sequences))
@@ -191,6 +192,11 @@ def _sum_metrics(replies: list[Reply]) -> dict[str, float]:
             for name, value in micro_batch.items():
                 metrics[name] += value
     return dict(metrics)
+
+
+def most_memory(replies: list[Reply]) -> dict[str, float]:
+    """`watch_memory` of the rank that needed most, by metric; empty on CPUs."""
+    return {name: max(reply.header["memory"][name] for reply in replies) for name in replies[0].header["memory"]}
 
 
 def _gather(

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import MutableMapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +35,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program ends its ranks itself
     spec = json.loads(Path(sys.argv[1]).read_text())
     os.environ["DS_ACCELERATOR"] = spec["settings"]["device"]  # launchers do not pass it on to other hosts
+    if spec["settings"]["device"] == "cuda":
+        let_segments_grow(os.environ)
     connection = call_back(spec)
     commands: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, commands), daemon=True).start()
@@ -57,6 +60,14 @@ def main() -> int:
         faulthandler.cancel_dump_traceback_later()
         message = commands.get()
         limit_s = spec["settings"]["step_timeout_s"]
+
+
+def let_segments_grow(environment: MutableMapping[str, str]) -> None:
+    """Have torch, which is not imported yet, take a GPU's memory in segments that can grow. Micro-batches have many
+    sizes, and fixed segments leave gaps between them. A setting of the user's stays. For ranks alone: vLLM's sleep mode
+    cannot live with it."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _read(connection: Connection, commands: "queue.SimpleQueue[bytes]") -> None:

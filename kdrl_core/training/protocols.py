@@ -91,7 +91,8 @@ class StepStats:
     """Results of an optimiser step."""
 
     metrics: dict[str, float]
-    """Metrics of the loss over all tokens of the step, and `optim/grad_norm`, `optim/learning_rate`."""
+    """Metrics of the loss over all tokens of the step, and `optim/grad_norm`, `optim/learning_rate`; on GPUs also
+    `memory/peak_gib` and `memory/reserved_gib` of the update, the most of any rank."""
     logprobs: Sequence[Float32s]
     """The trainer's own logprobs of the sampled tokens, before the update."""
     entropies: Sequence[Float32s] | None = None

@@ -23,7 +23,7 @@ from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed
 from kdrl_core.logprobs.chunked import TokenStatistics
 from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.models.loading import export_model, load_weights_into
+from kdrl_core.models.loading import export_model, free_cached_memory, load_weights_into
 from kdrl_core.models.prepare import companions
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
@@ -68,6 +68,7 @@ class TorchTrainer:
     def update(self, batch: UpdateBatch) -> StepStats:
         """Raises EngineError if loss or gradient norm is not finite; nothing is changed then."""
         torch.manual_seed(derive_seed(self._settings.seed, "update", self._step) % 2**63)
+        memory = watch_memory(self._model.device)
         totals = totals_of(batch)
         metrics: defaultdict[str, float] = defaultdict(float)
         record = TokenRecord(batch)
@@ -90,8 +91,13 @@ class TorchTrainer:
         self._optimizer.step()
         self._schedule.step()
         self._step += 1
+        optim = {"optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate}
+        measured = memory()
+        if measured:  # on a GPU: the engines use it until the next update
+            self._optimizer.zero_grad(set_to_none=True)
+        free_cached_memory(self._model.device)
         return StepStats(
-            metrics={**metrics, "optim/grad_norm": grad_norm, "optim/learning_rate": learning_rate},
+            metrics={**metrics, **optim, **measured},
             logprobs=record.logprobs,
             entropies=record.entropies,
         )
@@ -103,6 +109,7 @@ class TorchTrainer:
             self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
         ):
             logprobs = self._logprobs(padded).logprobs.cpu().numpy()
+        free_cached_memory(self._model.device)
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
     def save(self, path: Path) -> Listing:
@@ -126,6 +133,7 @@ class TorchTrainer:
         self._optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
         self._schedule.load_state_dict(state["schedule"])
         self._step = state["step"]
+        free_cached_memory(self._model.device)
 
     def export_hf(self, path: Path) -> Listing:
         export_model(self._model, path)
@@ -233,6 +241,16 @@ def _scatter(values: torch.Tensor, mask: torch.Tensor, rows: Sequence[int], into
     found = values.detach().cpu()
     for index, row in enumerate(rows):
         into[row] = found[index][mask[index]].numpy()
+
+
+def watch_memory(device: torch.device) -> Callable[[], dict[str, float]]:
+    """Watch torch's memory on a GPU from now on. The result gives the most so far, in GiB: `memory/peak_gib` in use and
+    `memory/reserved_gib` taken from the GPU; nothing on a CPU."""
+    if device.type != "cuda":
+        return dict
+    torch.cuda.reset_peak_memory_stats(device)
+    most = {"memory/peak_gib": torch.cuda.max_memory_allocated, "memory/reserved_gib": torch.cuda.max_memory_reserved}
+    return lambda: {name: count(device) / 2**30 for name, count in most.items()}
 
 
 def refuse_not_finite(step: int, metrics: Mapping[str, float], grad_norm: float) -> None:

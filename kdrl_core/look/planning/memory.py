@@ -25,8 +25,8 @@ from kdrl_core.models.gpu_share import state_bytes
 Precision = Literal["float32", "bfloat16", "autocast"]
 Components = dict[str, float]
 
-CHUNK_BYTES = 32 * 2**20
-"""One chunk of logits; three are in memory at a time (kdrl_core.logprobs.chunked)."""
+CHUNK_BYTES = 128 * 2**20
+"""One chunk of logits on a GPU; three are in memory at a time (kdrl_core.logprobs.chunked)."""
 _MIN_COLUMNS = 256
 _BUCKET = 500_000_000
 """Numbers in a bucket of gradients or gathered weights, DeepSpeed's default."""
@@ -139,7 +139,7 @@ def worst_micro_batch(
 
 def logprob_bytes(shape: ModelShape, *, tokens: int, width: int, has_gradient: bool) -> float:
     """Memory of chunked logprobs beyond hidden states and gradients: chunks of logits, and per-token values."""
-    chunks = 3 * max(CHUNK_BYTES, 4 * _MIN_COLUMNS * tokens)
+    chunks = 3 * min(max(CHUNK_BYTES, 4 * _MIN_COLUMNS * tokens), 4 * tokens * shape.vocabulary)
     per_token = (4 + 2 * width) * shape.hidden if has_gradient else width * shape.hidden
     return chunks + tokens * (per_token + 64)
 

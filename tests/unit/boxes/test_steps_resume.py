@@ -71,6 +71,9 @@ def test_replayed_step_says_so_and_rewrites_nothing(tmp_path: Path) -> None:
     before = path.stat().st_mtime_ns, load_metrics(run, "stage2")
     run = open_tiny(tmp_path, "r", SPARSE)
     session = stage_session(run.paths.root, "stage2")
+    told = stage_module.step_facts(session, 2, {"loss/total": 1.0, "memory/peak_gib": 2.0}, {"time/update_s": 3.0})
+    assert told["metrics"] == {"loss/total": 1.0}  # a replay compares them
+    assert told["timings"] == {"time/update_s": 3.0, "memory/peak_gib": 2.0}
     for step in range(2):
         assert make(session, rollout, step).reused
         assert make(session, verify, step).reused

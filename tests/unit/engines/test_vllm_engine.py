@@ -17,3 +17,15 @@ def test_logits_of_what_is_scored_at_once_are_bounded(vocab_size: int, tokens: i
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
     assert _batched_tokens(tmp_path, SCORES) == tokens
     assert _batched_tokens(tmp_path, replace(SCORES, samples=True)) == 20_481
+
+
+@pytest.mark.parametrize(("runner", "tokens"), [(None, 8192), ("1", 8192), ("0", 441)])
+def test_a_gpu_scores_long_pieces_unless_vllm_keeps_all_their_logits(
+    runner: str | None, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's earlier model runner, which VLLM_USE_V2_MODEL_RUNNER=0 asks for, has the logits of a whole piece."""
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if runner is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 151_936}))
+    assert _batched_tokens(tmp_path, replace(SCORES, device="cuda")) == tokens

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from kdrl_core.logprobs.chunked import CHUNK_BYTES
+from kdrl_core.look.planning import memory
 from kdrl_core.look.planning.memory import (
     TrainerSettings,
     gradient_bytes,
@@ -22,6 +24,17 @@ from kdrl_core.look.planning.memory import (
 from kdrl_core.look.planning.shapes import ModelShape, shape_from_config
 
 GIB = 2**30
+ON_A_GPU = memory.CHUNK_BYTES
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured here is smaller than on the GPUs of a plan."""
+    monkeypatch.setattr(memory, "CHUNK_BYTES", CHUNK_BYTES["cpu"])
+
+
+def test_a_plan_knows_the_chunks_of_a_gpu() -> None:
+    assert CHUNK_BYTES["cuda"] == ON_A_GPU
 
 
 def tiny(layers: int = 2, **changes: Any) -> Qwen2Config:

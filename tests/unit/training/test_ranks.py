@@ -21,8 +21,10 @@ from parity.ranks import make_batch, with_topk
 
 from kdrl_core import process_guard
 from kdrl_core.training import rank_group
-from kdrl_core.training.deepspeed_trainer import deal_batches
+from kdrl_core.training.deepspeed_trainer import deal_batches, most_memory
+from kdrl_core.training.deepspeed_worker import let_segments_grow
 from kdrl_core.training.messages import RankWork, pack, share_of, unpack
+from kdrl_core.training.rank_group import Reply
 from kdrl_core.training.torch_trainer import totals_of
 
 
@@ -129,6 +131,28 @@ def test_a_silent_caller_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_exit_statuses_are_told_in_words(code: int, text: str) -> None:
     assert rank_group._status(code).startswith(text)
+
+
+def test_a_ranks_memory_grows_in_segments_unless_the_user_says_otherwise() -> None:
+    """It is decided before torch is imported, which reads the variable."""
+    nothing: dict[str, str] = {}
+    let_segments_grow(nothing)
+    assert nothing == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    own = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
+    let_segments_grow(own)
+    assert own == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
+    program = "import sys, kdrl_core.training.deepspeed_worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_step_reports_the_rank_that_needs_most_memory() -> None:
+    headers = [
+        {"memory/peak_gib": 3.5, "memory/reserved_gib": 4.0},
+        {"memory/peak_gib": 3.0, "memory/reserved_gib": 5.0},
+    ]
+    replies = [Reply(header={"memory": header}, arrays={}) for header in headers]
+    assert most_memory(replies) == {"memory/peak_gib": 3.5, "memory/reserved_gib": 5.0}
+    assert most_memory([Reply(header={"memory": {}}, arrays={})] * 2) == {}
 
 
 def test_the_launcher_is_deepspeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

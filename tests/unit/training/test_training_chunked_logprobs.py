@@ -14,11 +14,11 @@ from kdrl_core.logprobs.chunked import OutputLayer, TopKTeacher, best_tokens, to
 from kdrl_core.logprobs.model import (
     LogprobModel,
     PaddedBatch,
-    has_linear_logits,
     pad_sequences,
     response_logits,
     response_logprobs,
 )
+from kdrl_core.logprobs.trial import has_linear_logits
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.objectives import topk_kl
 from kdrl_core.types import ScoreRequest
@@ -194,7 +194,7 @@ def test_float32_is_as_exact_as_full_logits() -> None:
             assert gap(leaf.grad, reference.grad) < max(2e-6, 4 * gap(other.grad, reference.grad))
 
 
-def test_bfloat16_is_as_exact_as_full_logits() -> None:
+def test_in_bfloat16_only_operands_and_gradients_are_rounded() -> None:
     """Each row of the weight's gradient is rounded once, as in a single matmul."""
     case = make_case(64, 3000, 32, 8, has_bias=False)
     rounded = case._replace(hidden=case.hidden.bfloat16().double(), weight=case.weight.bfloat16().double())
@@ -211,7 +211,7 @@ def test_bfloat16_is_as_exact_as_full_logits() -> None:
         differentiate(results, case)
     for values, reference, other in zip(found, expected, full, strict=True):
         assert values.dtype == torch.float32
-        assert gap(values, reference) < 1.5 * gap(other, reference) + 1e-6
+        assert gap(values, reference) < 1e-6 < 1e-4 < gap(other, reference)  # only torch rounds the logits
     for leaf, reference, other in zip(ours[:2], exact[:2], naive[:2], strict=True):
         assert leaf is not None
         assert reference is not None
@@ -232,9 +232,9 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients() -> None:
     full = [table.gather(1, case.targets[:, None])[:, 0], -(table.exp() * table).sum(-1)]
     for values, reference in zip(found, full, strict=False):
         assert gap(values, reference) < 1e-2
-    rounded = chunked(case, case.leaves(torch.bfloat16), 0.7, chunk_bytes=1)
-    for values, reference in zip(found, rounded, strict=True):
-        assert torch.equal(values, reference)  # the matmuls alone are bfloat16, no sum after them
+    rounded = [*case.leaves(torch.bfloat16)[:2], case.leaves(torch.float32)[2]]
+    for values, reference in zip(found, chunked(case, rounded, 0.7, chunk_bytes=1), strict=True):
+        assert torch.equal(values, reference)  # the matmuls' operands alone are bfloat16, no sum after them
     differentiate(found, case, [0, 1])
     differentiate(full, case, [0, 1])
     for leaf, reference in zip(ours, naive, strict=True):
