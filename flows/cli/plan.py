@@ -195,7 +195,7 @@ def _cluster(
     from kdrl_core.look.planning.machine import cluster_of
     from kdrl_core.models.devices import gpus as gpus_here
 
-    found = gpus_here() if gpu_memory is None and gpus is None else []
+    found = [gpu for gpu in gpus_here() if gpu.memory] if gpu_memory is None and gpus is None else []
     node = gpus_per_node or len(found) or _GPUS_PER_NODE
     total = gpus or len(found) or default_gpus(recipe, gpus_per_node=node)
     base = cluster_of(found) if found else Cluster(gpus=total, gpus_per_node=node, gpu_memory=_GPU_MEMORY)

@@ -34,7 +34,7 @@ class Gpu:
     uuid: str
     name: str
     memory: int
-    """Bytes."""
+    """Bytes; 0 if nvidia-smi does not know, as where GPU and host share theirs."""
     driver: str
     """The driver's version, like `580.65.06`."""
 
@@ -42,7 +42,7 @@ class Gpu:
 def gpus() -> list[Gpu]:
     """The GPUs that CUDA shows to this process, in its order; none if there are none, or no `nvidia-smi`.
 
-    Raises EngineError if `nvidia-smi` fails, or gives no memory size."""
+    Raises EngineError if `nvidia-smi` fails."""
     found = _installed()
     if (names := named_devices()) is None:
         return found
@@ -120,13 +120,14 @@ def _installed() -> list[Gpu]:
         if not line.strip() or _NO_DEVICES in line:
             continue
         values = [value.strip() for value in line.split(",")]
-        if len(values) != len(_FIELDS) or not values[0].isdigit() or not values[3].isdigit():
+        if len(values) != len(_FIELDS) or not values[0].isdigit():
             raise EngineError(
-                f"nvidia-smi {_QUERY} printed {line!r}, not an index, a UUID, a name, MiB of memory and a driver; give "
-                "the sizes by hand: kdrl plan --gpus N --gpu-memory SIZE"
+                f"nvidia-smi {_QUERY} printed {line!r}, not an index, a UUID, a name, MiB of memory and a driver; "
+                "repair the driver first"
             )
         index, uuid, name, mebibytes, driver = values
-        found.append(Gpu(index=int(index), uuid=uuid, name=name, memory=int(mebibytes) * 2**20, driver=driver))
+        memory = int(mebibytes) * 2**20 if mebibytes.isdigit() else 0
+        found.append(Gpu(index=int(index), uuid=uuid, name=name, memory=memory, driver=driver))
     return sorted(found, key=lambda gpu: gpu.index)
 
 

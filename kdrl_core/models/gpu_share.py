@@ -42,9 +42,9 @@ def engine_share(recipe: Recipe, *, gpu_memory: float | None = None) -> float:
     if (given := recipe.vllm.gpu_memory_utilization) is not None:
         return given
     found = [gpu.memory for gpu in gpus()] if gpu_memory is None else [gpu_memory]
-    if not found:
+    if not all(found or [0]):
         raise EngineError(
-            "the memory of the GPUs is not known, since nvidia-smi is not there or lists none; set "
+            "the memory of the GPUs is not known, since nvidia-smi is not there or does not say; set "
             "vllm.gpu_memory_utilization (kdrl plan --gpu-memory SIZE says to what)"
         )
     beside = _beside(recipe)

@@ -14,7 +14,9 @@ from fake_smi import A100S
 from kdrl_core.boxes.preflight import check_devices
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import EngineError, RecipeError
+from kdrl_core.look.planning.machine import require_fit
 from kdrl_core.models.devices import Gpu, devices_of_ranks, gpus, named_devices, visible_devices
+from kdrl_core.models.gpu_share import engine_share
 from kdrl_core.training import rank_group
 
 
@@ -82,13 +84,22 @@ def test_parts_of_a_gpu_have_their_own_memory_and_are_no_ranks(smi: Any) -> None
             9,
             "status 9: NVIDIA-SMI has",
         ),
-        ("0, GPU-1, NVIDIA GB10, [N/A], 580.95.05\n", 0, r"printed '0, GPU-1, NVIDIA GB10, \[N/A\]"),
+        ("Unable to determine the device handle\n", 0, "printed 'Unable to determine the device handle', not an index"),
     ],
 )
 def test_what_nvidia_smi_does_not_know_is_an_error(smi: Any, query: str, status: int, message: str) -> None:
     smi(query, status=status)
     with pytest.raises(EngineError, match=message):
         gpus()
+
+
+def test_memory_that_nvidia_smi_does_not_know_is_none(smi: Any) -> None:
+    smi("0, GPU-1, NVIDIA GB10, [N/A], 580.95.05\n")
+    assert gpus()[0].memory == 0
+    recipe = load_recipe("paper-1.5b", ["student.path=builtin:miniature/student"])
+    with pytest.raises(EngineError, match=r"memory of the GPUs is not known, .* set vllm.gpu_memory_utilization"):
+        engine_share(recipe)
+    require_fit(recipe)  # nothing can be said
 
 
 def test_a_machine_without_gpus(smi: Any) -> None:
@@ -143,6 +154,6 @@ def test_a_recipe_with_more_ranks_or_engines_than_gpus_is_refused(
     smi: Any, overrides: list[str], names: str | None, message: str | None
 ) -> None:
     smi("".join(A100S.splitlines(keepends=True)[:3]), names=names)
-    recipe = load_recipe("paper-1.5b", overrides)
+    recipe = load_recipe("paper-1.5b", ["vllm.replicas=1", *overrides])
     with pytest.raises(RecipeError, match=message) if message else nullcontext():
         check_devices(recipe)

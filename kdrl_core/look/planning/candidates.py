@@ -61,7 +61,7 @@ def candidates_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) 
     """All placements: those that fit, fastest first; then the others, least memory first."""
     found = []
     for placement in _placements(work, engines, cluster):
-        memory = tuple(phase_memories(work, engines, cluster, placement))
+        memory = tuple(_as_measured(phase, rates) for phase in phase_memories(work, engines, cluster, placement))
         held = next((phase.sequences for phase in memory if phase.phase in ("rollout", SAMPLING)), None)
         time = step_time(work, engines, cluster, placement, rates, kv_sequences=held)
         share = (engines.memory_share or cluster.utilization) * cluster.gpu_memory
@@ -69,6 +69,13 @@ def candidates_of(work: Work, engines: Engines, cluster: Cluster, rates: Rates) 
             Candidate(placement=placement, memory=memory, time=time, usable=cluster.usable_memory, share=share)
         )
     return sorted(found, key=lambda one: (not one.fits, one.time.total if one.fits else one.worst.total))
+
+
+def _as_measured(phase: PhaseMemory, rates: Rates) -> PhaseMemory:
+    """The update's phase with all memory that the ranks of a run reserved, if that was more than is planned."""
+    if phase.phase != "update" or (more := (rates.reserved_bytes or 0.0) - phase.total) <= 0:
+        return phase
+    return replace(phase, components={**phase.components, "measured beyond the plan": more})
 
 
 def _placements(work: Work, engines: Engines, cluster: Cluster) -> Iterator[Placement]:

@@ -2,7 +2,7 @@
 
     rollout = the decoding steps of the busiest engine (kdrl_core.look.planning.decode)
     scoring = forward FLOPs / (peak · MFU · GPUs),  update = update FLOPs / (peak · MFU · GPUs)
-    weight sync = write once, read on every node, load onto each GPU; a digest at either end
+    weight sync = write once; read on every node and load onto each GPU, while the files' digest is made
     offload = weights of engines that sleep go to the host and come back
     checkpoint = 12 bytes a parameter, written and hashed once; only what the next rollout does not hide counts
     host = tables of Arrow and Parquet, and answers of servers, per token
@@ -53,7 +53,7 @@ class Rates:
     verify_s_per_response: float | None = None
     """Without the part that overlaps with generation."""
     reserved_bytes: float | None = None
-    """GPU memory that a rank keeps between updates."""
+    """GPU memory that a rank took at most in its updates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,10 +200,14 @@ def weight_sync_s(work: Work, engines: Engines, cluster: Cluster, rates: Rates) 
     if rates.sync_s_per_parameter is not None:
         return rates.sync_s_per_parameter * work.student.parameters
     exported = exported_bytes(work, engines)
-    moved = (exported + sync_traffic(work, engines, cluster)) / cluster.storage_bandwidth
+    written, read = (
+        exported / cluster.storage_bandwidth,
+        sync_traffic(work, engines, cluster) / cluster.storage_bandwidth,
+    )
     if engines.rollout == "transformers":
-        return moved
-    return moved + exported / engines.split("rollout") / cluster.host_bandwidth + 2 * exported / cluster.hash_bandwidth
+        return written + read
+    loaded = read + exported / engines.split("rollout") / cluster.host_bandwidth
+    return written + max(loaded, exported / cluster.digest_bandwidth)  # the digest is made beside the load
 
 
 def checkpoint_s(work: Work, cluster: Cluster) -> float:

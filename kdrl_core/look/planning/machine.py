@@ -70,7 +70,7 @@ def misfits(recipe: Recipe, cluster: Cluster) -> list[Misfit]:
 def require_fit(recipe: Recipe) -> None:
     """Raise RecipeError if the recipe's run cannot fit the GPUs that this process may use, with what would. Warn in the
     log if it needs more than a plan may use. Nothing is checked on a CPU, or if the GPUs are not known."""
-    if recipe.runtime.device == "cpu" or not (found := gpus()):
+    if recipe.runtime.device == "cpu" or not (found := gpus()) or not all(gpu.memory for gpu in found):
         return
     cluster = cluster_of(found)
     try:

@@ -118,6 +118,16 @@ def scaled(rates: Rates, measured: Work, planned: Work) -> Rates:
         rates,
         rollout_tokens_per_s=None if tokens is None else tokens * factor,
         decoding_overhead_s=None if overhead is None else overhead * planned.student.layers / measured.student.layers,
+        reserved_bytes=rates.reserved_bytes if _updates_alike(measured, planned) else None,
+    )
+
+
+def _updates_alike(measured: Work, planned: Work) -> bool:
+    """Whether micro-batches and weights are as large."""
+    return (measured.student.parameters, measured.micro_batch_tokens, measured.context) == (
+        planned.student.parameters,
+        planned.micro_batch_tokens,
+        planned.context,
     )
 
 

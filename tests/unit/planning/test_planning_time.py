@@ -4,7 +4,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +23,7 @@ from kdrl_core.look.planning.conditions import conditions
 from kdrl_core.look.planning.cost import Rates, rollout_s, step_time
 from kdrl_core.look.planning.decode import DecodingCost, decoding_cost, generation
 from kdrl_core.look.planning.lengths import cut, mean_square, response_lengths
-from kdrl_core.look.planning.measured import lengths_for, rates_of_run
+from kdrl_core.look.planning.measured import lengths_for, rates_of, rates_of_run
 from kdrl_core.look.planning.placement import Placement
 from kdrl_core.look.planning.shapes import KNOWN_SHAPES
 from kdrl_core.look.planning.stage_plan import plan_stage
@@ -77,11 +77,12 @@ def test_the_papers_rollout_is_the_sum_of_its_steps_and_not_the_longest_response
 
 
 def test_sync_sleep_and_checkpoint_by_hand() -> None:
-    """N = 1.777 G in bfloat16: 3.554 GB are written and read at 5 GB/s, go to a GPU at 20 GB/s, and are hashed twice at
-    1.5 GB/s: 0.711 + 0.711 + 0.178 + 4.739 s. Student and teacher (15.231 GB) go to the host and back."""
+    """N = 1.777 G in bfloat16: 3.554 GB are written at 5 GB/s, 0.711 s; then read (0.711) and copied to a GPU at 20
+    GB/s (0.178) while their digest is made, at 3.2 GB/s 1.111 s. Student and teacher (15.231 GB) go to the host and
+    come back."""
     work = work_of(load_recipe("paper-1.5b"), "stage2")
     found = step_time(work, Engines(), NODE, Placement(student_gpus=8), Rates())
-    assert found.weight_sync == pytest.approx(6.338, abs=0.002)
+    assert found.weight_sync == pytest.approx(0.711 + 1.111, abs=0.002)
     assert found.offload == pytest.approx(2 * (3.554 + 15.231) / 20, abs=0.002)
     assert found.checkpoint == 0.0  # 21.3 GB in 14.2 s, while responses are sampled
     short = replace(work, mean_response=10.0, longest_response=10.0, mean_prompt=1.0, max_response=10)
@@ -122,6 +123,7 @@ PHASES = {
     "teacher_score": "time/teacher_score_s",
     "update": "time/update_s",
 }
+SHOWN = ("time/verify_s", "throughput/rollout_tokens_per_s")
 
 
 def random_model(folder: Path, role: str, *, hidden: int, layers: int) -> Path:
@@ -159,7 +161,7 @@ def test_a_run_predicts_the_phases_of_another_within_a_quarter(
 
     def open_run(name: str, *, prompts: int, limit: int) -> Run:
         sizes = [f"prompts_per_step={prompts}", f"mini_batch_prompts={prompts}", f"max_response_tokens={limit}"]
-        sizes += ["steps=6", "group_size=8", "learning_rate=1.0e-6"]
+        sizes += ["steps=8", "group_size=8", "learning_rate=1.0e-6"]
         run = open_tiny(artifacts, name, [*settings, *(f"stage2.{size}" for size in sizes)])
         filter_run(run)
         return run
@@ -175,7 +177,8 @@ def test_a_run_predicts_the_phases_of_another_within_a_quarter(
                 train_step(run, "stage2", step)
     finally:
         close_sessions()
-    rates, measured = rates_of_run("base")
+    _, measured = rates_of_run("base")
+    rates = rates_of(runs[0].recipe, measured, [quietest(runs[0])])
     cluster = Cluster(gpus=1, gpus_per_node=1, gpu_memory=80e9, memory_bandwidth=CPU_BANDWIDTH)
     wrong = []
     for run in runs[1:]:
@@ -189,8 +192,14 @@ def test_a_run_predicts_the_phases_of_another_within_a_quarter(
         )
         time_s = step_time(work, engines_of(run.recipe), cluster, Placement(student_gpus=1), rates)
         for phase, name in PHASES.items():
-            planned, found = getattr(time_s, phase), median(row[name] for row in rows)
+            planned, found = getattr(time_s, phase), quietest(run)[name]
             print(f"{run.name:7} {phase:14} {planned:.3f} s planned, {found:.3f} measured, {planned / found:.2f}")
             if not 0.75 <= planned / found <= 1.25:
                 wrong.append((run.name, phase, planned, found))
     assert not wrong
+
+
+def quietest(run: Run) -> dict[str, float]:
+    """Of each figure the smallest over the steps after the first: other programs only make a phase longer."""
+    rows = load_metrics(run, "stage2")[1:]
+    return {name: min(row[name] for row in rows) for name in (*PHASES.values(), *SHOWN)}
