@@ -10,6 +10,7 @@ vLLM keeps state in the process that it runs in (what its start changes: `vllm_p
 """
 
 import gc
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -18,10 +18,10 @@ from typing import Any
 
 import psutil
 
+from kdrl_core import process_guard
 from kdrl_core.look.doctor.checks import CheckStatus, Emit
 from kdrl_core.look.doctor.machine import kernel_kills
 from kdrl_core.look.doctor.remedies import remedy_for_text
-from kdrl_core.training import process_guard
 
 _LOG_LINES = 30
 _STACKS_S = 1.0

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kdrl_core.engines.devices import gpus
 
 from kdrl_core.config import load_recipe
-from kdrl_core.engines.devices import gpus
 from kdrl_core.look.doctor import machine, needs, versions
 from kdrl_core.look.doctor.checks import CheckFailed, CheckStatus, NotApplicable, Observed, Recorder
 from kdrl_core.look.doctor.examine import Diagnosis, doctor_folder, examine
