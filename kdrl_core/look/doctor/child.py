@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.config import Recipe, load_recipe
-from kdrl_core.engines.devices import Gpu
 from kdrl_core.look.doctor import needs
 from kdrl_core.look.doctor.checks import Observed, Recorder
 from kdrl_core.look.doctor.machine import size_words
 from kdrl_core.look.doctor.random_models import own_folder, write_random_models
 from kdrl_core.look.doctor.trial import NAME, Trial, make_trial, models_to_try
+from kdrl_core.models.devices import Gpu
 
 PLAN, MEMORY, SPACE = "plan", "host memory", "space for a run"
 MODELS, PREFLIGHT, OPEN, CLOSE = "random models", "checks before a run", "run opened", "all processes end"

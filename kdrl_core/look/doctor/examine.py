@@ -15,7 +15,6 @@ from typing import Any
 
 from kdrl_core.config import Recipe, dump_recipe
 from kdrl_core.config.paths import artifacts_root
-from kdrl_core.engines.devices import Gpu, gpus
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger.lock import redact
 from kdrl_core.ledger.publish import storage_errors
@@ -23,6 +22,7 @@ from kdrl_core.look.doctor import machine, versions
 from kdrl_core.look.doctor.checks import CheckFailed, CheckResult, CheckStatus, Emit, Observed, Recorder
 from kdrl_core.look.doctor.child import ChildSpec
 from kdrl_core.look.doctor.watch import watch_child
+from kdrl_core.models.devices import Gpu, gpus
 
 PYTHON, PACKAGES, CUDA, DRIVER = "Python", "packages", "CUDA of torch", "driver"
 GPUS, LINKS, SHARED_MEMORY, OPEN_FILES, DISK = "GPUs", "links of the GPUs", "shared memory", "open files", "disk"

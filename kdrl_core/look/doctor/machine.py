@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 
 from kdrl_core.config import Recipe
-from kdrl_core.engines.devices import Gpu
 from kdrl_core.errors import StorageError
 from kdrl_core.ledger.publish import storage_errors
 from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
+from kdrl_core.models.devices import Gpu
 
 MIB, GIB = 2**20, 2**30
 

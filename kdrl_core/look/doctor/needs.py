@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 
 from kdrl_core.config import Recipe, StageConfig
-from kdrl_core.engines.devices import Gpu
 from kdrl_core.errors import KdrlError
 from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
 from kdrl_core.look.doctor.machine import GIB, size_words
@@ -20,6 +19,7 @@ from kdrl_core.look.planning.machine import cluster_of, misfits
 from kdrl_core.look.planning.placement import host_bytes
 from kdrl_core.look.planning.shapes import ModelShape, shape_of
 from kdrl_core.look.planning.stage_plan import StagePlan, plan_stage
+from kdrl_core.models.devices import Gpu
 
 _CHECKPOINT_BYTES = 12
 """Of a parameter: the float32 weight and AdamW's two moments."""

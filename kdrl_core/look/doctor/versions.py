@@ -20,9 +20,9 @@ from packaging.version import Version
 
 import kdrl_core
 from kdrl_core.config import Recipe
-from kdrl_core.engines.devices import Gpu
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, vllm_version
 from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
+from kdrl_core.models.devices import Gpu
 
 _DISTRIBUTION = "kdrl"
 _SHOWN = ("torch", "transformers", "deepspeed", "safetensors", "prefect", "pyarrow", "math-verify", "numpy")

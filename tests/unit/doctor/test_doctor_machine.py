@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kdrl_core.engines.devices import gpus
 
 from kdrl_core.config import load_recipe
 from kdrl_core.look.doctor import machine, needs, versions
@@ -17,6 +16,7 @@ from kdrl_core.look.doctor.checks import CheckFailed, CheckStatus, NotApplicable
 from kdrl_core.look.doctor.examine import Diagnosis, doctor_folder, examine
 from kdrl_core.look.doctor.remedies import remedy_for_text
 from kdrl_core.look.doctor.watch import how_ended
+from kdrl_core.models.devices import gpus
 
 PAPER = load_recipe("paper-1.5b")
 MINIATURE = load_recipe("miniature")
@@ -97,9 +97,9 @@ def test_too_few_gpus_too_small_ones_and_slow_links(smi: Callable[..., None]) ->
     assert "set these fields to what is there" in str(fault.value.remedy)
     assert "PCIe, across sockets; collectives are slow" in machine.check_links(PAPER, gpus()).says
     smi(mebibytes=16_000)
-    with pytest.raises(CheckFailed, match="stage1: .* does not fit, because") as cramped:
+    with pytest.raises(CheckFailed, match=r"stage2: .* does not fit, because") as cramped:
         needs.check_plan(PAPER, gpus())
-    assert "would fit with stage1: --set" in str(cramped.value.remedy)
+    assert "would fit with stage2: --set" in str(cramped.value.remedy)
 
 
 def test_links_are_read_between_gpus_only() -> None:
