@@ -158,8 +158,8 @@ class Exercise:
         figures = asdict(sampler.sync)
         if sampler.sync.rebuilt:
             raise CheckFailed(
-                "the engine did not sample with the weights that it was given, until it was started anew",
-                "every step would cost a restart of the engine: report this with --json",
+                "a stale engine: it did not hold the weights that it was given until it was started anew",
+                "every step would cost a restart: compare the engine's version with its pin; report this with --json",
                 **figures,
             )
         digests = ", the digests of their weights are equal" if figures.get("digest") else ""
