@@ -171,14 +171,14 @@ def test_a_child_that_the_kernel_kills_or_that_hangs(tmp_path: Path, fault: str)
     """The check under way is named, and nothing is left."""
 
     def hurt(event: dict[str, Any]) -> None:
-        if event["event"] == "begin" and event["check"] == "host memory":
+        if event["event"] == "begin" and event["check"] == "libraries load":
             children = psutil.Process().children(recursive=True)
             process = next(each for each in children if child.__name__ in each.cmdline() and "-I" not in each.cmdline())
             process.send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
             event["limit_s"] = 1.0
 
     diagnosis = examine(MINIATURE, folder=tmp_path / "artifacts", on_event=hurt)
-    assert diagnosis.failed == ["host memory"]
+    assert diagnosis.failed == ["libraries load"]
     last = diagnosis.checks[-1]
     if fault == "killed":
         assert last.says.startswith("the process ended with signal SIGKILL, which the kernel sends when memory has run")
