@@ -94,7 +94,7 @@ def test_too_few_gpus_too_small_ones_and_slow_links(smi: Callable[..., None]) ->
     smi(count=4, link="SYS")
     with pytest.raises(CheckFailed, match=r"4 GPUs are visible \(.*\), the recipe uses 8: trainer.ranks=8") as fault:
         machine.check_visible_gpus(PAPER, gpus())
-    assert "set these fields to what is there" in str(fault.value.remedy)
+    assert "or use these: --set trainer.ranks=4 --set vllm.replicas=4; whether" in str(fault.value.remedy)
     assert "PCIe, across sockets; collectives are slow" in machine.check_links(PAPER, gpus()).says
     smi(mebibytes=16_000)
     with pytest.raises(CheckFailed, match=r"stage2: .* does not fit, because") as cramped:
