@@ -104,6 +104,7 @@ def test_vllm_with_ranks_of_which_one_dies_at_the_end(tmp_path: Path) -> None:
     assert [name for name in results if name in STEP] == STEP
     assert "signal SIGKILL" in results["student exported"].says
     assert "rank " in results["student exported"].says
+    assert results["student exported"].figures["log"]
     assert str(results["student exported"].remedy).startswith("the host's memory ran out")
     assert results["collective of the ranks"].figures["bytes"] == 4 * 2**20
     assert results["weight sync"].figures["gap_mean"] < 1e-5
