@@ -1,15 +1,17 @@
 """A check, its result, and the recorder that runs checks one after the other and tells what each of them found."""
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from kdrl_core.errors import told
+from kdrl_core.errors import KdrlError, told
 from kdrl_core.look.doctor.remedies import remedy_for
 
 DEFAULT_LIMIT_S = 300.0
+_TRACEBACK_PARTS = 6
 
 
 class CheckStatus(StrEnum):
@@ -102,8 +104,8 @@ class Recorder:
             if inner is not None:
                 self._end(check, CheckStatus.SKIPPED, seconds, f"needs: {inner}")
             else:
-                figures = error.figures if isinstance(error, CheckFailed) else {}
-                self._end(check, CheckStatus.FAILED, seconds, _words(error), figures=figures, remedy=remedy_for(error))
+                says, figures = _told(error)
+                self._end(check, CheckStatus.FAILED, seconds, says, figures=figures, remedy=remedy_for(error))
             if self._inner_s:
                 raise
             return False
@@ -132,8 +134,14 @@ class Recorder:
         self._emit({"event": "end", **asdict(result)})
 
 
-def _words(error: BaseException) -> str:
-    return str(error) if isinstance(error, CheckFailed) else told(error)
+def _told(error: Exception) -> tuple[str, dict[str, Any]]:
+    """The first line of an error, and its figures; more lines, such as the end of a rank's log, are among these."""
+    if isinstance(error, CheckFailed):
+        return str(error), error.figures
+    if not isinstance(error, KdrlError):
+        return told(error), {"log": "".join(traceback.format_exception(error)[-_TRACEBACK_PARTS:]).strip()}
+    says, _, log = str(error).partition("\n")
+    return says, {"log": log} if log else {}
 
 
 def _is_from(error: BaseException | None, earlier: BaseException) -> bool:

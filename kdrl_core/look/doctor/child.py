@@ -16,15 +16,16 @@ from typing import Any
 
 from kdrl_core.config import Recipe, load_recipe
 from kdrl_core.look.doctor import needs
-from kdrl_core.look.doctor.checks import Observed, Recorder
+from kdrl_core.look.doctor.checks import CheckFailed, Observed, Recorder
 from kdrl_core.look.doctor.machine import size_words
 from kdrl_core.look.doctor.random_models import own_folder, write_random_models
 from kdrl_core.look.doctor.trial import NAME, Trial, make_trial, models_to_try
 from kdrl_core.models.devices import Gpu
 
-PLAN, MEMORY, SPACE = "plan", "host memory", "space for a run"
+IMPORTS, PLAN, MEMORY, SPACE = "libraries load", "plan", "host memory", "space for a run"
 MODELS, PREFLIGHT, OPEN, CLOSE = "random models", "checks before a run", "run opened", "all processes end"
 _START_LIMIT_S = 600.0
+_WRITE_LIMIT_S = 1800.0
 _BYTES_PER_S = 5e7
 """Slowest reading of weights that a limit allows for."""
 
@@ -55,11 +56,12 @@ class ChildSpec:
 def try_recipe(recipe: Recipe, folder: Path, found: tuple[Gpu, ...], recorder: Recorder) -> None:
     """Every check that needs the models' shapes, or a model."""
     check = recorder.run
-    check(PLAN, partial(needs.check_plan, recipe, found))
-    check(MEMORY, partial(needs.check_host_memory, recipe, found))
-    check(SPACE, partial(needs.check_space, recipe, folder))
+    check(IMPORTS, partial(_import, recipe.runtime.device))
+    check(PLAN, partial(needs.check_plan, recipe, found), needs=[IMPORTS])
+    check(MEMORY, partial(needs.check_host_memory, recipe, found), needs=[IMPORTS])
+    check(SPACE, partial(needs.check_space, recipe, folder), needs=[IMPORTS])
     weights: dict[str, int] = {}
-    check(MODELS, partial(_write_models, recipe, folder, weights), limit_s=1800.0)
+    check(MODELS, partial(_write_models, recipe, folder, weights), needs=[IMPORTS], limit_s=_WRITE_LIMIT_S)
     trials: list[Trial] = []
     if check(PREFLIGHT, partial(_preflight, recipe, folder, trials), needs=[MODELS]):
         start_timeout_s = trials[0].recipe.trainer.start_timeout_s
@@ -94,6 +96,20 @@ def _exercise(trial: Trial, folder: Path, recorder: Recorder, *, limit_s: float,
         finally:
             for session in sessions:
                 session.close()
+
+
+def _import(device: str) -> Observed:
+    """A package that is broken, or built for another machine, often fails or crashes here."""
+    os.environ.setdefault("DS_ACCELERATOR", device)  # as `load_model` does: transformers may import DeepSpeed
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CheckFailed(
+            f"torch {torch.__version__} sees no GPU",
+            "compare the driver with torch's CUDA above; in a container pass the GPUs through (docker run --gpus all)",
+        )
+    return Observed(says=f"{torch.__name__}, {AutoModelForCausalLM.__module__.partition('.')[0]}")
 
 
 def _write_models(recipe: Recipe, folder: Path, weights: dict[str, int]) -> Observed:

@@ -18,7 +18,7 @@ from kdrl_core.boxes.session import StageSession
 from kdrl_core.data import render_prompts, think_opened
 from kdrl_core.engines.protocols import TeacherScorer
 from kdrl_core.ledger import publish_directory
-from kdrl_core.look.doctor.checks import CheckFailed, Observed, Recorder
+from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed, Recorder
 from kdrl_core.look.doctor.machine import MIB, gpu_memory_used, size_words
 from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.sampling.responses import requests_for
@@ -110,6 +110,7 @@ class Exercise:
         self._signals: dict[str, list[Any]] = {}
         self._steps = 0
         """Updates done so far."""
+        self._failed_update: str | None = None
 
     def run(self, *, limit_s: float) -> None:
         """All checks, in the order of a step."""
@@ -146,7 +147,9 @@ class Exercise:
 
     @property
     def _trainer(self) -> Trainer:
-        """The trainer at the step that it is at."""
+        """The trainer at its step. Raises NotApplicable once an update has failed: its ranks have ended."""
+        if self._failed_update is not None:
+            raise NotApplicable(f"needs: {self._failed_update}")
         return self._session.trainer_at(self._steps)
 
     # --- engine -------------------------------------------------------------------------------------------------------
@@ -158,8 +161,8 @@ class Exercise:
         figures = asdict(sampler.sync)
         if sampler.sync.rebuilt:
             raise CheckFailed(
-                "the engine did not sample with the weights that it was given, until it was started anew",
-                "every step would cost a restart of the engine: report this with --json",
+                "a stale engine: it did not hold the weights that it was given until it was started anew",
+                "every step would cost a restart: compare the engine's version with its pin; report this with --json",
                 **figures,
             )
         digests = ", the digests of their weights are equal" if figures.get("digest") else ""
@@ -285,7 +288,12 @@ class Exercise:
             kd_weights=[1.0] * len(rows),
             **signals,
         )
-        stats = self._trainer.update(batch)
+        trainer = self._trainer
+        try:
+            stats = trainer.update(batch)
+        except Exception:
+            self._failed_update = LONGEST_UPDATE if rows is self._longest else MIXED_UPDATE
+            raise
         self._steps += 1
         tokens = sum(len(row.prompt_token_ids) + len(row.token_ids) for row in rows)
         longest = max(len(row.prompt_token_ids) + len(row.token_ids) for row in rows)

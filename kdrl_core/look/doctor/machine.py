@@ -67,7 +67,7 @@ def check_visible_gpus(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
             f"{len(found)} GPUs are visible{limited} ({told}), the recipe uses {needed}: trainer.ranks="
             f"{recipe.trainer.ranks}, vllm.replicas={recipe.vllm.replicas}, vllm.tensor_parallel="
             f"{recipe.vllm.tensor_parallel}",
-            "install a driver, show more GPUs, or set these fields to what is there; kdrl plan says what fits then",
+            _use_fewer(recipe, len(found)),
             **figures,
         )
     if len(kinds) > 1:
@@ -75,6 +75,15 @@ def check_visible_gpus(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
             f"the GPUs differ ({told}); the smallest sets the limit for all", "show equal GPUs only", **figures
         )
     return Observed(says=f"{len(found)} × {told}{limited}, {needed} used", figures=figures)
+
+
+def _use_fewer(recipe: Recipe, count: int) -> str:
+    """What to do if only `count` GPUs are there."""
+    if count == 0:
+        return "take a node with GPUs and a driver; in a container pass them through (docker run --gpus all)"
+    replicas = max(1, count // recipe.vllm.tensor_parallel)
+    fields = f"--set trainer.ranks={count} --set vllm.replicas={replicas}"
+    return f"show more GPUs, or use these: {fields}; whether that fits: kdrl plan --gpus {count} {fields}"
 
 
 def check_links(recipe: Recipe, found: Sequence[Gpu]) -> Observed:

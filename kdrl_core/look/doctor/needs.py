@@ -14,7 +14,8 @@ from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
 from kdrl_core.look.doctor.machine import GIB, size_words
 from kdrl_core.look.doctor.trial import models_to_try, stage_to_try
 from kdrl_core.look.planning import memory
-from kdrl_core.look.planning.cluster import Cluster, default_gpus, engines_of, work_of
+from kdrl_core.look.planning.cluster import default_gpus, engines_of, work_of
+from kdrl_core.look.planning.machine import cluster_of, misfits
 from kdrl_core.look.planning.placement import host_bytes
 from kdrl_core.look.planning.shapes import ModelShape, shape_of
 from kdrl_core.look.planning.stage_plan import StagePlan, plan_stage
@@ -40,9 +41,8 @@ def plan_here(recipe: Recipe, found: Sequence[Gpu]) -> StagePlan:
     stage = stage_to_try(recipe)
     if recipe.stage(stage).objective == "sft":
         raise NotApplicable(f"{stage}.objective=sft has no loop that is planned")
-    gpus = min(len(found), default_gpus(recipe, gpus_per_node=len(found)))
-    cluster = Cluster(gpus=gpus, gpus_per_node=gpus, gpu_memory=min(gpu.memory for gpu in found))
-    return plan_stage(work_of(recipe, stage), engines_of(recipe), cluster)
+    used = found[: default_gpus(recipe, gpus_per_node=len(found))]
+    return plan_stage(work_of(recipe, stage), engines_of(recipe), cluster_of(used))
 
 
 def check_plan(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
@@ -50,9 +50,10 @@ def check_plan(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
     plan = plan_here(recipe, found)
     chosen = plan.candidates[0]
     phases = {phase.phase: round(phase.total / GIB, 2) for phase in chosen.memory}
-    if plan.best is None:
-        fits = "; ".join(plan.remedies) or "no single change that was tried makes it fit; take a smaller model"
-        raise CheckFailed(chosen.reason, f"would fit with: {fits}", gib=phases)
+    if wrong := misfits(recipe, cluster_of(found)):
+        fits = "; ".join(f"{each.stage}: {' or '.join(each.remedies) or 'a smaller model'}" for each in wrong)
+        says = "; ".join(f"{each.stage}: {each.reason}" for each in wrong)
+        raise CheckFailed(says, f"would fit with {fits}", gib=phases)
     worst = chosen.worst
     limit = plan.cluster.usable_memory / GIB
     says = f"fits: at most {worst.total / GIB:.1f} of {limit:.1f} GiB a GPU, in {worst.phase}"

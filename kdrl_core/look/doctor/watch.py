@@ -61,7 +61,10 @@ class _Watched:
             self._under_way.append((event["check"], time.monotonic(), event["limit_s"]))
             return
         if self._under_way and event.get("check") == self._under_way[-1][0]:
-            self._under_way.pop()
+            inner_s = time.monotonic() - self._under_way.pop()[1]
+            if self._under_way:  # the limit of the check around it is for its own time
+                name, began, limit_s = self._under_way.pop()
+                self._under_way.append((name, began + inner_s, limit_s))
         self._between = _BETWEEN, time.monotonic(), _START_LIMIT_S
 
     @property

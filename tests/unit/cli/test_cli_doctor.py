@@ -12,7 +12,7 @@ def test_a_machine_without_gpus(cli: Callable[..., Any], artifacts: Path) -> Non
     lines = done.stdout.splitlines()
     gpus = next(index for index, line in enumerate(lines) if line.startswith("✗ GPUs "))
     assert "0 GPUs are visible with CUDA_VISIBLE_DEVICES= (none), the recipe uses " in lines[gpus]
-    assert lines[gpus + 1].startswith("  → install a driver, show more GPUs, or set these fields")
+    assert lines[gpus + 1].startswith("  → take a node with GPUs and a driver")
     assert any(line.startswith("✓ Python ") for line in lines)
     real = next(line for line in lines if line.startswith("– a step for real "))
     assert "nothing can be loaded before this is mended: " in real

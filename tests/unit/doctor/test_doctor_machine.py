@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kdrl_core.config import load_recipe
+from kdrl_core.errors import EngineError
 from kdrl_core.look.doctor import machine, needs, versions
 from kdrl_core.look.doctor.checks import CheckFailed, CheckStatus, NotApplicable, Observed, Recorder
 from kdrl_core.look.doctor.examine import Diagnosis, doctor_folder, examine
@@ -94,12 +95,12 @@ def test_too_few_gpus_too_small_ones_and_slow_links(smi: Callable[..., None]) ->
     smi(count=4, link="SYS")
     with pytest.raises(CheckFailed, match=r"4 GPUs are visible \(.*\), the recipe uses 8: trainer.ranks=8") as fault:
         machine.check_visible_gpus(PAPER, gpus())
-    assert "set these fields to what is there" in str(fault.value.remedy)
+    assert "or use these: --set trainer.ranks=4 --set vllm.replicas=4; whether" in str(fault.value.remedy)
     assert "PCIe, across sockets; collectives are slow" in machine.check_links(PAPER, gpus()).says
     smi(mebibytes=16_000)
-    with pytest.raises(CheckFailed, match="does not fit, because") as cramped:
+    with pytest.raises(CheckFailed, match=r"stage2: .* does not fit, because") as cramped:
         needs.check_plan(PAPER, gpus())
-    assert "would fit with: --set" in str(cramped.value.remedy)
+    assert "would fit with stage2: --set" in str(cramped.value.remedy)
 
 
 def test_links_are_read_between_gpus_only() -> None:
@@ -221,6 +222,21 @@ def test_a_check_inside_of_another_counts_its_own_time_and_its_failure_once() ->
 def test_remedies_of_errors_that_tell_none(text: str, remedy: str | None) -> None:
     found = remedy_for_text(text)
     assert found == remedy if remedy is None else str(found).startswith(remedy)
+
+
+def test_an_error_of_several_lines_is_told_by_its_first() -> None:
+    recorder = Recorder(lambda event: None)
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    recorder.run("known", lambda: fail(EngineError("update: rank 1 failed: out\nof its log")))
+    recorder.run("unknown", lambda: fail(MemoryError("no more")))
+    known, unknown = recorder.results
+    assert (known.says, known.figures) == ("update: rank 1 failed: out", {"log": "of its log"})
+    assert unknown.says == "MemoryError: no more"
+    assert unknown.figures["log"].endswith("MemoryError: no more")
+    assert str(unknown.remedy).startswith("the host's memory ran out")
 
 
 def test_how_a_process_ended() -> None:

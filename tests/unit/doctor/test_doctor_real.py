@@ -104,6 +104,7 @@ def test_vllm_with_ranks_of_which_one_dies_at_the_end(tmp_path: Path) -> None:
     assert [name for name in results if name in STEP] == STEP
     assert "signal SIGKILL" in results["student exported"].says
     assert "rank " in results["student exported"].says
+    assert results["student exported"].figures["log"]
     assert str(results["student exported"].remedy).startswith("the host's memory ran out")
     assert results["collective of the ranks"].figures["bytes"] == 4 * 2**20
     assert results["weight sync"].figures["gap_mean"] < 1e-5
@@ -126,7 +127,7 @@ def test_a_tenth_of_a_billion_parameters_at_the_vocabulary_of_qwen(tmp_path: Pat
         "learning_rate": 1e-6,
         "temperature": 0.6,
         "max_prompt_tokens": 16,
-        "max_response_tokens": 16,
+        "max_response_tokens": 8,
         "entropy_coef": 0.001,
         "micro_batch_tokens": 512,
     }
@@ -141,7 +142,7 @@ def test_a_tenth_of_a_billion_parameters_at_the_vocabulary_of_qwen(tmp_path: Pat
     assert shape_of(recipe.student, role="student").parameters == pytest.approx(1e8, rel=0.1)
     results = attempt(recipe, tmp_path)
     assert failed(results) == []
-    assert results["sampling"].figures["tokens"] == 8 * 16
+    assert results["sampling"].figures["tokens"] == 8 * 8
     assert results["checkpoint saved"].figures["bytes"] == pytest.approx(12 * 1e8, rel=0.1)
     assert results["sync after the updates"].figures["moved"] > 0.05
 
@@ -171,14 +172,14 @@ def test_a_child_that_the_kernel_kills_or_that_hangs(tmp_path: Path, fault: str)
     """The check under way is named, and nothing is left."""
 
     def hurt(event: dict[str, Any]) -> None:
-        if event["event"] == "begin" and event["check"] == "host memory":
+        if event["event"] == "begin" and event["check"] == "libraries load":
             children = psutil.Process().children(recursive=True)
             process = next(each for each in children if child.__name__ in each.cmdline() and "-I" not in each.cmdline())
             process.send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
             event["limit_s"] = 1.0
 
     diagnosis = examine(MINIATURE, folder=tmp_path / "artifacts", on_event=hurt)
-    assert diagnosis.failed == ["host memory"]
+    assert diagnosis.failed == ["libraries load"]
     last = diagnosis.checks[-1]
     if fault == "killed":
         assert last.says.startswith("the process ended with signal SIGKILL, which the kernel sends when memory has run")
