@@ -334,6 +334,26 @@ def test_a_checkpoint_that_cannot_be_made_again_is_refused(
     assert [n for n, digest in before.items() if "stage2/step-000003" not in n and results(run).get(n) != digest] == []
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("inexact")
+def test_a_lost_checkpoint_takes_only_the_step_along_that_was_sampled_from_it(
+    stopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(stopped, tmp_path)
+    shutil.rmtree(run.paths.step("stage2", 4))
+    checkpoint = run.paths.checkpoint("stage2", 3)
+    published = manifest_of(checkpoint).sha256
+    flip(checkpoint / "model.safetensors")
+    train_otherwise(monkeypatch, by=1e-9)
+    train(run)
+    made = manifest_of(run.paths.rollouts("stage2", 3))
+    assert made.metadata["version"] == 2
+    assert made.inputs[run.paths.relative(checkpoint)] != published
+    assert "version" not in manifest_of(run.paths.update("stage2", 2)).metadata
+    assert {name.split("/")[0] for name in kept_of(run)} == {"checkpoints", "rollouts"}
+    assert check_run(run).findings == []
+
+
 @pytest.mark.parametrize("name", ["rollouts", "teacher", "rewards", "update"])
 def test_a_file_of_another_step_is_refused(name: str, stopped: Run, whole: Run, tmp_path: Path) -> None:
     """It is whole, and somebody put it there: it is not for kdrl to delete it."""
