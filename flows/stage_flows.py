@@ -40,7 +40,11 @@ def stage_loop(run: Run, stage: str) -> Iterator[tuple[range, shown.StageProgres
         steps = open_stage(run, stage)
         progress = shown.StageProgress(run, stage)
         alarms.stage_opened(run, stage, steps)
-        yield steps, progress
+        try:
+            yield steps, progress
+        except Exception:  # under the lock still, so that a policy in memory is saved; an interrupt leaves that out
+            close_sessions()
+            raise
         close_sessions()
         require_trained(run, stage)
         progress.finish()

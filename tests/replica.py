@@ -10,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
+from kdrl_core.engines.weight_digest import model_digest
 from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import RolloutRequest
 
@@ -19,12 +22,14 @@ NAME = "student"
 
 class Replica:
     """`faults` are done to requests one by one: an HTTP status, `drop`, or `restart`, which answers the request with
-    the initial weights and forgets what was loaded, as a server does that was started anew in the meantime."""
+    the initial weights and forgets what was loaded, as a server does that was started anew in the meantime. The next
+    `ignored` loads change nothing, and it says that they did."""
 
     def __init__(self, model: Path) -> None:
         self.model = model
         self.faults: deque[str] = deque()
         self.loads: list[str] = []
+        self.ignored = 0
         self.num_sampled = 0
         self.num_tokens = 0
         self.context = 128
@@ -81,8 +86,13 @@ class Replica:
             if body["method"] == "kdrl_load":
                 self.weights, self.num_tokens = body["args"]
                 self.loads.append(self.weights)
-                self.engine.load_weights(Path(self.weights))
-            self._send(handler, {"results": [{"weights": self.weights, "incarnation": self.incarnation}]})
+                if self.ignored:
+                    self.ignored -= 1
+                else:
+                    self.engine.load_weights(Path(self.weights))
+            digest = model_digest(self.engine._model, torch.float32)
+            state = {"weights": self.weights, "incarnation": self.incarnation, "digest": digest}
+            self._send(handler, {"results": [state]})
             return
         assert not self.is_asleep, "asked for a response while it sleeps"
         fault = self.faults.popleft() if self.faults else ""

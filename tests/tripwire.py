@@ -52,12 +52,13 @@ VOLATILE = {
     "manifest_sha256",
     "sample_s",
     "seconds",
+    "stamp",
     "timings",
     "total_evaluation_time_seconds",
     "verify_s",
     "versions",
 }
-"""JSON fields of which only the kind of value counts: times, versions of packages, checksums over these."""
+"""JSON fields of which only the kind of value counts: times, inodes, versions of packages, checksums over these."""
 
 _SHOWN = 20
 _PRODUCT = ("kdrl_core", "tasks", "flows")

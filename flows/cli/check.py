@@ -19,15 +19,25 @@ def check(
     repair: Annotated[
         bool, typer.Option("--repair", help="Make damaged verdicts and scores of past steps again from their rollouts.")
     ] = False,
+    replace: Annotated[
+        str | None,
+        typer.Option(
+            "--replace",
+            metavar="ARTIFACT",
+            help="Give up this damaged artifact and all later work made from it; kdrl resume makes them anew. "
+            "The old files are kept in the run's .replaced.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every published file of a run with its manifest: hashes, sizes, inputs, missing steps. Models, data and
     code that the recipe names are compared with the hashes that the run has recorded.
 
-    Without --repair it only reads, so you may use it during the run. `kdrl resume` checks the files that it continues
-    from, and makes damaged ones again; this command also finds damage in past steps. Exit code 1 if damage is left.
+    Without --repair and --replace it only reads, so you may use it during the run. `kdrl resume` checks the files that
+    it continues from, and makes damaged ones again; this command also finds damage in past steps. Exit code 1 if damage
+    is left.
     """
-    from kdrl_core.boxes.check import check_run, repair_run
+    from kdrl_core.boxes.check import check_run, repair_run, replace_artifact
     from kdrl_core.ledger import open_run
 
     with errors():
@@ -35,15 +45,22 @@ def check(
         with counted_progress(err, "artifacts") as progress:
             report = check_run(run, on_checked=lambda done, total: progress("comparing", done, total))
         repaired, refused = repair_run(run, report) if repair and report.findings else ([], [])
-        if repaired:
+        replaced = replace_artifact(run, report, replace) if replace else []
+        if repaired or replaced:
             report = check_run(run)
         if as_json:
-            out.print_json(data={"run": run_name, **asdict(report), "repaired": repaired, "refused": refused})
+            out.print_json(
+                data={"run": run_name, **asdict(report), "repaired": repaired, "refused": refused, "replaced": replaced}
+            )
         else:
             for path in repaired:
                 out.say(f"made again: {path}")
             for reason in refused:
                 out.say(f"not made again: {reason}")
+            for path in replaced:
+                out.say(f"given up, kept in .replaced: {path}")
+            if replaced:
+                out.say(f"make them anew with: kdrl resume {run_name}")
             if report.findings:
                 rows = [[one.path, one.problem, one.remedy] for one in report.findings]
                 out.print(grid(["artifact", "problem", "made whole by"], "lll", rows, overflow="fold"))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.shared import err, errors, out
-from kdrl_core.engines.devices import visible_devices
 from kdrl_core.errors import EngineError, ModelError
+from kdrl_core.models.devices import visible_devices
 
 if TYPE_CHECKING:
     from kdrl_core.engines.vllm_engine import VLLMSettings

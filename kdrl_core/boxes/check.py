@@ -21,7 +21,8 @@ from kdrl_core.ledger.heal import ASIDE_PREFIX
 from kdrl_core.ledger.identity import difference, identify_slot
 from kdrl_core.ledger.manifest import artifact_stem, published_below
 from kdrl_core.ledger.names import stage_and_step
-from kdrl_core.tables.files import differing_metrics
+from kdrl_core.ledger.versions import give_up, later_than
+from kdrl_core.tables.files import differing_metrics, rebuild_metrics
 
 _SETTLE_S = 1.0
 
@@ -38,6 +39,9 @@ class Remedy(StrEnum):
     """For verdicts and scores of old steps: they are made again from the step's rollouts."""
     BACKUP = "a backup"
     """For records that kdrl cannot make again, such as the rollouts of an old step. The run continues without them."""
+    REPLACE = "a backup, or kdrl check --replace"
+    """For what models have made where they do not compute the same bits again, and later steps were made from it: those
+    can only be restored, or be given up (`replace_artifact`)."""
     RESTORE = "restoring it"
     """For models, data and code outside of the run: only their owner can restore them. The run refuses to go on."""
     OWNER = "moving or deleting it"
@@ -160,6 +164,26 @@ def repair_run(run: Run, report: CheckReport) -> tuple[list[str], list[str]]:
     return repaired, refused
 
 
+def replace_artifact(run: Run, report: CheckReport, place: str) -> list[str]:
+    """Give up a damaged artifact that `Remedy.REPLACE` applies to, and everything that was made from it: a resume makes
+    other versions. Returns the places of what was given up, the latest first; it is all kept in `.replaced`.
+
+    Raises:
+        RunError: the report has no such finding.
+        RunLockedError: another process works on the run.
+    """
+    may = [finding.path for finding in report.findings if finding.remedy is Remedy.REPLACE]
+    node = node_at(place)
+    if place not in may or node is None:
+        of_these = f"only {', '.join(may)} can be" if may else "nothing of this run can be"
+        raise RunError(f"{place} cannot be replaced; {of_these}. kdrl check {run.name} says what else is damaged")
+    with run_lock(run.paths.lock):
+        given_up = give_up(run, node)
+        for stage in run.recipe.stages:
+            rebuild_metrics(run, stage, num_steps=latest_checkpoint(run, stage))
+    return given_up
+
+
 def _set_aside(run: Run) -> Iterator[Path]:
     """The artifacts that were set aside and not made again."""
     for leftover in sorted(run.paths.root.rglob(f"{ASIDE_PREFIX}*")):
@@ -207,7 +231,11 @@ def _remedy(run: Run, name: str, step: int | None) -> Remedy:
     node = node_at(name)
     if node is None:
         return Remedy.RESUME if step is None else Remedy.OWNER
-    if not _is_past(run, node):
+    is_past = _is_past(run, node)
+    varies = node.row.by_model and not run.recipe.is_exact
+    if varies and (node.name == ROLLOUTS.name if is_past else later_than(run, node)):
+        return Remedy.REPLACE
+    if not is_past:
         return Remedy.RESUME
     return Remedy.REPAIR if node.row.per == "step" and node.row.follows else Remedy.BACKUP
 

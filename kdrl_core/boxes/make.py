@@ -37,6 +37,7 @@ from kdrl_core.ledger import (
     verify_published,
 )
 from kdrl_core.ledger.graph import EVERY, Artifact, At, Choice, Node, needs
+from kdrl_core.ledger.versions import replace_lost, version_of
 from kdrl_core.tables.files import read_table, write_table
 from kdrl_core.tables.schemas import SCHEMAS
 
@@ -144,6 +145,9 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
     if found is not None and made_by.replay is None:
         _logger.debug("%s is published, reused", node.place)
         return Made(path=path, manifest=found, reused=True)
+    may_differ = row.by_model and not run.recipe.is_exact
+    if found is None and may_differ:
+        replace_lost(run, node)
     inputs = inputs or _Inputs.of(run, made_by, node)
     if made_by.phase is not None:
         report_progress(run, stage=stage or made_by.phase, at=at if isinstance(at, int) else 0, phase=made_by.phase)
@@ -154,7 +158,10 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
     if found is not None and made_by.replay is not None:
         made_by.replay(run, path, found, facts)
         return Made(path=path, manifest=found, reused=True)
+    if not inputs.are_read:  # the box may have waited for one of them, as rollouts do for a checkpoint
+        inputs = _Inputs.of(run, made_by, node)
     expected = required_sha256(run, path)
+    facts = {**facts, **(version_of(run, node) if may_differ else {})}
     manifest = _publish(run, node, product.content, inputs=inputs.hashes, metadata=facts, expected=expected)
     _logger.debug("%s made and published in %.2f s", node.place, time.perf_counter() - started)
     return Made(path=path, manifest=manifest, reused=False)
@@ -178,6 +185,8 @@ class _Inputs:
     manifests: dict[Node, Manifest]
     in_shards: set[str]
     """Rows whose shards are all inputs."""
+    are_read: bool
+    """Whether the box reads or compares them."""
 
     @classmethod
     def of(cls, run: Run, box: Box, node: Node) -> "_Inputs":
@@ -185,12 +194,14 @@ class _Inputs:
         verified the files when it loaded them."""
         choices = needs(run.recipe, node)
         names = {choice[0].name for choice in choices}
-        look = manifest_of if box.is_kept and names.isdisjoint(box.parameters) else verify_published
+        are_read = not box.is_kept or not names.isdisjoint(box.parameters)
+        look = verify_published if are_read else manifest_of
         sources = [source for choice in choices for source in _published(run, choice)]
         return cls(
             run=run,
             manifests={source: look(run.paths.root / source.place) for source in sources},
             in_shards={choice[0].name for choice in choices if choice[0].at == EVERY},
+            are_read=are_read,
         )
 
     @property

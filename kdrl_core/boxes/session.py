@@ -8,7 +8,9 @@ their published rollouts.
 import logging
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
 from kdrl_core.engines.sync import RebuildableEngine, sync_weights
 from kdrl_core.errors import RunError
-from kdrl_core.ledger import Run, is_published, note, open_run_dir, settle_outside, verify_published
+from kdrl_core.ledger import Run, holds_lock, is_published, note, open_run_dir, settle_outside, verify_published
 from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.tables.files import read_table
@@ -35,13 +37,13 @@ _logger = logging.getLogger("kdrl")
 
 
 class StageSession:
-    """The models of one stage of one run, made when first needed.
+    """The models of one stage of one run, made when first needed by `builders`.
 
     Raises:
         RunError: models, data or code outside of the run are not those that it began with.
     """
 
-    def __init__(self, run: Run, stage: str) -> None:
+    def __init__(self, run: Run, stage: str, builders: Callable[..., Builders] = Builders) -> None:
         import torch
 
         self.run = run
@@ -49,6 +51,7 @@ class StageSession:
         self.config: StageConfig = run.recipe.stage(stage)
         self._lock = threading.RLock()
         self._trainer: Trainer | None = None
+        self._save: Callable[[], object] | None = None
         self._sampler: SyncedEngine | None = None
         self._teacher_engine: RolloutEngine | None = None
         self._dataset: pa.Table | None = None
@@ -65,7 +68,7 @@ class StageSession:
             chat_template=run.recipe.student.chat_template,
             trust_remote_code=run.recipe.student.trust_remote_code,
         )
-        self._builders = Builders(run=run, stage=stage, policy=policy, tokenizer=self.tokenizer)
+        self._builders = builders(run=run, stage=stage, policy=policy, tokenizer=self.tokenizer)
 
     @property
     def pool(self) -> dict[str, dict[str, Any]]:
@@ -79,11 +82,16 @@ class StageSession:
             return self._pool
 
     def trainer_at(self, step: int) -> Trainer:
-        """The trainer, holding the policy after `step` updates.
+        """The trainer, holding the policy after `step` updates; that policy is saved first if it is to be.
 
         Raises:
             RunError: memory and files are at different steps, so training would use another policy's rollouts.
         """
+        self.finish_saving()
+        return self.idle_trainer_at(step)
+
+    def idle_trainer_at(self, step: int) -> Trainer:
+        """`trainer_at` for commands that do not change the policy, which may still have to be saved."""
         with self._lock:
             if self._trainer is None:
                 self._trainer = self._builders.trainer()
@@ -93,6 +101,46 @@ class StageSession:
                     f"resume the run with: kdrl resume {self.run.name}"
                 )
             return self._trainer
+
+    @property
+    def trainer_saves_aside(self) -> bool:
+        """Whether the trainer can save beside other work of this process."""
+        return self._trainer is not None and self._trainer.saves_aside
+
+    def save_later(self, save: Callable[[], object]) -> None:
+        """Note what saves the policy. It is done inside of `saving`, or by `finish_saving`."""
+        self._save = save
+
+    def finish_saving(self) -> None:
+        """Save the policy now if it is still to be saved."""
+        save, self._save = self._save, None
+        if save is not None:
+            save()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save the policy, if it is to be saved, in a thread beside the work inside; it is saved when the context ends,
+        also by an error. An interrupt does not wait for it: the trainer is closed, and nothing is published.
+
+        Raises:
+            the errors of the save, unless the work inside has failed.
+        """
+        if self._save is None:
+            yield
+            return
+        with ThreadPoolExecutor(1, "kdrl-save") as thread:
+            saved = thread.submit(self.finish_saving)
+            try:
+                yield
+            except Exception:
+                if (error := saved.exception()) is not None:
+                    _logger.warning("the checkpoint could not be saved: %s", error)
+                raise
+            except BaseException:
+                if self._trainer is not None:
+                    self._trainer.close()
+                raise
+            saved.result()
 
     def sampler_at(self, step: int, requests: Sequence[RolloutRequest]) -> SyncedEngine:
         """The rollout engine with the weights of the policy after `step` updates.
@@ -118,7 +166,7 @@ class StageSession:
                         cast(RebuildableEngine, engine),
                         weights,
                         requests[: self._builders.num_probes],
-                        self.trainer_at(step).score,
+                        self.idle_trainer_at(step).score,
                         tolerance=self.run.recipe.rollout.sync_tolerance,
                         dtype=self.run.recipe.runtime.dtype,
                     )
@@ -214,8 +262,15 @@ class StageSession:
         return self._verdict_options
 
     def close(self) -> None:
-        """Close models and processes."""
+        """Close models and processes. A policy that is still to be saved is saved first, if this process still holds
+        the run's lock; otherwise a resume makes its update again."""
         with self._lock:
+            if holds_lock(self.run.paths.root):
+                try:
+                    self.finish_saving()
+                except Exception as error:
+                    _logger.warning("the checkpoint could not be saved: %s", error)
+            self._save = None
             if self._verifier is not None:
                 self._verifier.close()
             if self._trainer is not None:
@@ -227,15 +282,21 @@ class StageSession:
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
 
     def _weights_at(self, step: int) -> Path:
+        """Model directory for the rollout engine: the stage's initial policy, a checkpoint, or an export in the dtype
+        that engines compute in: in bfloat16 half of a checkpoint's weights to write, and to load for each engine."""
         if step == 0:
             return self._builders.policy
-        trainer = self.trainer_at(step)  # restoring it verifies the checkpoint: nothing is sampled from a damaged one
-        if is_published(checkpoint := self.run.paths.checkpoint(self.stage, step)):
+        trainer = self.idle_trainer_at(step)  # restoring it verifies the checkpoint: none is sampled from if damaged
+        dtype, engine = self.run.recipe.runtime.dtype, self.run.recipe.rollout.engine
+        checkpoint = self.run.paths.checkpoint(self.stage, step)
+        if (dtype == "float32" or engine == "transformers") and is_published(checkpoint):
             return checkpoint
-        scratch = self.run.paths.scratch / f"policy-{self.stage}"
-        shutil.rmtree(scratch, ignore_errors=True)
+        for old in self.run.paths.scratch.glob("policy-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        # A folder per policy: replicas name the weights that they have by their folder.
+        scratch = self.run.paths.scratch / f"policy-{self.stage}-{step:06d}"
         scratch.mkdir(parents=True)
-        trainer.export_hf(scratch)
+        trainer.export_hf(scratch, dtype)
         return scratch
 
 

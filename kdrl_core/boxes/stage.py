@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from kdrl_core.alarms import Alarm, raised_at_last, to_metadata
 from kdrl_core.boxes.make import Box, Product, box, make
 from kdrl_core.errors import DamagedArtifactError, RunError
-from kdrl_core.ledger import Manifest, Run, find_intact, find_own, is_published, retract
+from kdrl_core.ledger import Manifest, Run, find_intact, find_own, is_published, required_sha256, retract
 from kdrl_core.ledger.graph import CHECKPOINT
 from kdrl_core.ledger.heal import ASIDE_PREFIX, forget
 from kdrl_core.tables import schemas
@@ -124,6 +125,7 @@ class StepSummary:
     metrics: dict[str, float]
     timings: dict[str, float]
     checkpoint: Path | None
+    """Of the policy after the step, if one is kept. It may be published with the next rollouts only."""
     replayed: bool
     alarms: tuple[Alarm, ...] = ()
     """Alarms that the step raised; empty for a replayed step, whose alarms were reported when it was made."""
@@ -132,29 +134,44 @@ class StepSummary:
 @box(CHECKPOINT)
 def checkpoint(session: "StageSession", at: int) -> Product:
     """Save the policy after `at` updates, with the state of its trainer."""
-    return Product(content=session.trainer_at(at).save)
+    return Product(content=session.idle_trainer_at(at).save)
+
+
+def save(session: "StageSession", at: int) -> None:
+    """Publish the checkpoint of `at` updates, and delete those that it pushes out of the retention."""
+    make(session, checkpoint, at)
+    prune_checkpoints(session.run, session.stage)
 
 
 def end_step(session: "StageSession", update: Box, step: int) -> StepSummary:
-    """Make a step's update, append its metrics to the stage's metrics, and save a checkpoint if one is due.
-    Raises as the box `update` does."""
+    """Make a step's update, append its metrics to the stage's metrics, and save a checkpoint if one is due: beside the
+    next rollouts if the trainer can, unless something else waits for it. Raises as the box `update` does."""
     run, stage = session.run, session.stage
     made = make(session, update, step)
     recorded = made.manifest.metadata
     append_metrics(run, stage, step)
-    saved = None
-    if is_checkpoint_due(run, stage, step + 1):
-        saved = make(session, checkpoint, step + 1).path
-        prune_checkpoints(run, stage)
+    is_due = is_checkpoint_due(run, stage, step + 1)
+    if is_due:
+        session.save_later(partial(save, session, step + 1))
+        if not session.trainer_saves_aside or _is_waited_for(session, step + 1):
+            session.finish_saving()
     alarms = [] if made.reused else recorded["alarms"]
     return StepSummary(
         step=step,
         metrics=recorded["metrics"],
         timings=recorded["timings"],
-        checkpoint=saved,
+        checkpoint=run.paths.checkpoint(stage, step + 1) if is_due else None,
         replayed=made.reused,
         alarms=tuple(Alarm(stage=stage, step=step, **alarm) for alarm in alarms),
     )
+
+
+def _is_waited_for(session: "StageSession", at: int) -> bool:
+    """Whether a checkpoint is needed before the next rollouts are sampled, or none are: it is evaluated, it ends the
+    stage, the stage samples nothing, or the rollouts are there and were made from it."""
+    config, path = session.config, session.run.paths.checkpoint(session.stage, at)
+    is_last = at == config.steps or config.objective == "sft"
+    return is_last or config.is_evaluation_due(at) or required_sha256(session.run, path) is not None
 
 
 def step_facts(

@@ -35,6 +35,9 @@ from kdrl_core.verify.screening import refuse_failures
 TO_VERIFY = ["prompt_id", "sample", "prompt", "response", "ground_truth"]
 """Columns of ROLLOUTS that a verdict needs."""
 _TO_SCORE = ["prompt_id", "sample", "prompt_token_ids", "token_ids"]
+_TO_TRAIN = [*_TO_SCORE, "rollout_logprobs", "length", "finish_reason", "repetition_rate"]
+_ROWS_AT_ONCE = 32
+"""Responses that `kl_columns` pads together: few enough for the processor's cache."""
 
 
 @box(ROLLOUTS, is_kept=True)
@@ -47,7 +50,8 @@ def rollout(session: StageSession, at: int) -> Product:
     """
     requests = _requests(session, at)
     sampler = session.sampler_at(at, requests)
-    rollouts = generate_for(session, sampler.engine, requests, at=at, phase="rollout")
+    with session.saving():
+        rollouts = generate_for(session, sampler.engine, requests, at=at, phase="rollout")
     engine = session.run.recipe.rollout.engine
     table = rollouts_table(requests, rollouts, session.pool, policy_version=at, engine=engine)
     return Product(content=table, facts=timed(**({} if sampler.sync is None else {"sync": asdict(sampler.sync)})))
@@ -141,7 +145,7 @@ def update_step(session: StageSession, step: int) -> StepSummary:
     return end_step(session, update, step)
 
 
-@box(UPDATE, is_kept=True, replay=check_replay, phase="update")
+@box(UPDATE, is_kept=True, replay=check_replay, phase="update", rollouts=_TO_TRAIN)
 def update(
     session: StageSession,
     at: int,
@@ -212,12 +216,23 @@ def _signals_of(batch: UpdateBatch, stats: StepStats) -> dict[str, Any]:
     columns: dict[str, Any] = {"advantage": batch.advantages, "kd_weight": batch.kd_weights}
     columns = {name: np.asarray(values, np.float32) for name, values in columns.items()}
     if batch.teacher_logprobs is not None:
-        (student, mask), (teacher, _) = _padded(stats.logprobs), _padded(batch.teacher_logprobs)
-        kl_sum = (recorded_kl(student, teacher, batch.objective.kl_estimator) * mask).sum(1)
-        columns["kl_sum"] = kl_sum.numpy()
-        columns["kl_mean"] = (kl_sum / mask.sum(1)).numpy()
-        columns["log_ratio_sum"] = (teacher - student).sum(1).numpy()
+        columns |= kl_columns(stats.logprobs, batch.teacher_logprobs, batch.objective.kl_estimator)
     return columns
+
+
+def kl_columns(student: Sequence[Float32s], teacher: Sequence[Float32s], estimator: str) -> dict[str, Float32s]:
+    """The columns [B] of UPDATE that compare the student's logprobs with the teacher's, [T_i] each.
+
+    Rows are summed as padded to the longest of all, so the sums do not depend on how many are padded at once.
+    """
+    width = max(len(row) for row in student)
+    parts = []
+    for start in range(0, len(student), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        (own, mask), (theirs, _) = _padded(student[rows], width), _padded(teacher[rows], width)
+        kl_sum = (recorded_kl(own, theirs, estimator) * mask).sum(1)
+        parts.append(torch.stack([kl_sum, kl_sum / mask.sum(1), (theirs - own).sum(1)]))
+    return dict(zip(("kl_sum", "kl_mean", "log_ratio_sum"), torch.cat(parts, 1).numpy(), strict=True))
 
 
 def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
@@ -255,9 +270,9 @@ def _timings(told: Told, update_s: float, tokens: int) -> dict[str, float]:
     return timings
 
 
-def _padded(rows: Sequence[Float32s]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ragged rows as [B, T] values, 0 on padding, and their mask."""
-    width = max(len(row) for row in rows)
+def _padded(rows: Sequence[Float32s], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged rows as [B, T] values, 0 on padding, and their mask. T is `width`, or that of the longest row."""
+    width = width or max(len(row) for row in rows)
     values, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width)
     for index, row in enumerate(rows):
         values[index, : len(row)] = torch.from_numpy(row)

@@ -223,6 +223,13 @@ class Recipe(Section):
         return config
 
     @property
+    def is_exact(self) -> bool:
+        """Whether what its models compute has the same bits when it is computed again (docs/resuming.md)."""
+        teacher = self.teacher
+        here = teacher is None or (teacher.engine == "transformers" and teacher.server is None)
+        return here and self.rollout.engine == "transformers" and self.runtime.device == "cpu"
+
+    @property
     def stages(self) -> tuple[StageName, ...]:
         """Names of the stages that run, in order."""
         configured: list[tuple[StageName, StageConfig | None]] = [("stage1", self.stage1), ("stage2", self.stage2)]

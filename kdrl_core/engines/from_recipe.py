@@ -129,9 +129,9 @@ def _started(recipe: Recipe, model: Path, settings: Any, logs: Path | None, *, r
     Args:
         requests_each: requests in flight for each server.
     """
-    from kdrl_core.engines.devices import visible_devices
     from kdrl_core.engines.server_command import replicas_of
     from kdrl_core.engines.server_processes import ReplicaGroup, free_ports, new_key
+    from kdrl_core.models.devices import visible_devices
 
     count, key, devices = recipe.vllm.replicas, new_key(), None
     if settings.device != "cpu":

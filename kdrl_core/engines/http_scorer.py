@@ -149,7 +149,7 @@ class HTTPScorer:
             if len(content) != length:
                 raise TransientError(f"teacher server {server.url} gave {len(content)} bytes for {length}")
             logprobs = np.frombuffer(content, "<f4", count * width).reshape(count, width)
-            if not np.isfinite(logprobs[:, 0]).all():
+            if not np.isfinite(logprobs).all():
                 raise TransientError(f"teacher server {server.url} gave logprobs that are not finite")
             if not k:
                 return logprobs[:, 0].copy(), *_NOTHING

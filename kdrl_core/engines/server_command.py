@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import kdrl_core
@@ -20,7 +21,6 @@ _OF_KDRL = (
     "--disable-uvicorn-access-log",  # a line for every response
     "--no-enable-prefix-caching",  # its entries would be stale after a weight sync
 )
-_MIN_BATCHED_TOKENS = 2048
 _ROOT = Path(kdrl_core.__file__).parents[1]
 
 
@@ -81,6 +81,7 @@ def replicas_of(
     common = {
         "VLLM_SERVER_DEV_MODE": "1",  # the address by which workers are told to load and to sleep
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # `vllm_process` says why
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         **({} if key is None else {"VLLM_API_KEY": key}),  # not an argument: those are seen by everyone here
         "VLLM_BATCH_INVARIANT": str(int(settings.batch_invariant)),
@@ -106,7 +107,8 @@ def replicas_of(
 
 
 def _pass_tokens(model: Path, settings: VLLMSettings) -> int:
-    """Tokens of a forward pass. Prompt logprobs of a pass hold its logits, so passes are short where they can be."""
-    if not settings.samples or settings.device == "cpu":
-        return max(_batched_tokens(model, settings), min(settings.max_num_seqs, settings.max_model_len))
-    return max(_MIN_BATCHED_TOKENS, settings.max_num_seqs)
+    """Tokens of a forward pass: as many as a scorer may take, since kdrl serve is not told what a server is for. The
+    sampler of a CPU needs room for whole prompts."""
+    samples = settings.samples and settings.device == "cpu"
+    most = _batched_tokens(model, replace(settings, samples=samples))
+    return max(most, min(settings.max_num_seqs, settings.max_model_len))

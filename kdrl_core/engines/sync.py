@@ -2,8 +2,9 @@
 
 An engine that keeps old weights, or a mixture of old and new, raises no error, but its rollouts are off-policy.
 
-- The digest of the engine's weights must be that of the exported files. It notices a copy that is one update behind: at a
-  learning rate of 1e-6 an update changes a hundredth of the weights in bfloat16, and logprobs by less than bfloat16's noise.
+- The digest of the engine's weights must be that of the exported files. It notices a copy that is one update behind: at
+  a learning rate of 1e-6 an update changes a hundredth of the weights in bfloat16, and logprobs by less than the noise
+  of bfloat16.
 - The engine samples a few short responses, and the trainer computes the logprobs of the same tokens. This probe notices
   gross faults that have the right weights: another temperature, a wrong kernel, weights that were exchanged.
 """
@@ -54,8 +55,8 @@ class SyncReport:
     seconds: float
     """Loading, comparing digests, and probing."""
     digest: str
-    """Digest of the weights, the same in the engine and in the exported folder; empty if vLLM holds this model's weights in
-    a form that cannot be compared."""
+    """Digest of the weights, the same in the engine and in the exported folder; empty if vLLM holds the weights of this
+    model in a form that cannot be compared."""
     gap_mean: float
     """Mean absolute difference between engine and trainer logprobs on the probe's tokens, in nats."""
     gap_max: float
@@ -99,8 +100,8 @@ def sync_weights(
             raise EngineError(f"{fault}, though it was started anew from {weights}. {found.remedy}")
     if not found.digest:
         _logger.warning(
-            "the weights of this model in vLLM have no digest that could be compared with %s; the probe alone tests the "
-            "sync, and does not notice an engine that is one small update behind (docs/engines.md)",
+            "the weights of this model in vLLM have no digest that could be compared with %s; the probe alone tests "
+            "the sync, and does not notice an engine that is one small update behind (docs/engines.md)",
             weights,
         )
     return SyncReport(

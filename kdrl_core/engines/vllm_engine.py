@@ -10,6 +10,7 @@ vLLM keeps state in the process that it runs in (what its start changes: `vllm_p
 """
 
 import gc
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,8 +135,8 @@ class VLLMEngine:
         self._digest = _digest_of(states)
 
     def digest(self) -> str:
-        """Digest of the weights that it computes with, as `weight_digest.folder_digest` of their folder; empty if the two
-        cannot be compared for this model. Raises EngineError if it fails."""
+        """Digest of the weights that it computes with, as `weight_digest.folder_digest` of their folder; empty if the
+        two cannot be compared for this model. Raises EngineError if it fails."""
         if self._digest is None:
             self._is_asleep = False
             self._digest = _digest_of(self._tell("kdrl_look"))

@@ -102,8 +102,8 @@ class KdrlWorker:
         return self.kdrl_state()
 
     def kdrl_state(self) -> dict[str, str]:
-        """`weights`, the directory that was loaded last (empty: the initial weights), `incarnation`, and `digest` of the
-        loaded weights (`weight_digest`; empty if it was not computed, or can be compared with no folder's)."""
+        """`weights`, the directory that was loaded last (empty: the initial weights), `incarnation`, and `digest` of
+        the loaded weights (`weight_digest`; empty if it was not computed, or cannot be compared with a folder's)."""
         return {
             "weights": getattr(self, "kdrl_weights", ""),
             "incarnation": _INCARNATION,

@@ -1,12 +1,12 @@
 """What the start of a vLLM engine does to this process and hands to its workers; both are kept apart here.
 
 Workers of an engine with processes of its own are spawned, never forked. A child that is forked after torch has run in
-parallel hangs at its first parallel operation, and a forked child holds everything that is open here: the run's lock, the
-connections to the ranks. vLLM forks by default. A spawned worker of kdrl does not import this process's `__main__`: it
-needs nothing from it, and a script without an `if __name__ == "__main__"` guard would run again.
+parallel hangs at its first parallel operation, and a forked child holds everything that is open here: the run's lock,
+the connections to the ranks. vLLM forks by default. A spawned worker of kdrl does not import this process's `__main__`:
+it needs nothing from it, and a script without an `if __name__ == "__main__"` guard would run again.
 
-vLLM changes its process: its CPU worker replaces `torch.set_num_threads` by a no-op, and it leaves environment variables
-behind (LD_PRELOAD, OMP_NUM_THREADS, its own), which every later child would inherit. All of this is undone.
+vLLM changes its process: its CPU worker replaces `torch.set_num_threads` by a no-op, and it leaves environment
+variables behind (LD_PRELOAD, OMP_NUM_THREADS, its own), which every later child would inherit. All of this is undone.
 """
 
 import logging

@@ -1,9 +1,11 @@
 """Rollouts by vLLM in this process: one engine per stage, which loads the new weights after each update."""
 
-import math
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kdrl_core.engines.protocols import OnFinished
 from kdrl_core.engines.vllm_engine import VLLMEngine, VLLMSettings
@@ -89,8 +91,8 @@ class VLLMRolloutEngine:
         self._engine.close()
 
     def _rollout(self, request: RolloutRequest, completion: Any) -> Rollout:
-        logprobs = list(completion.logprobs.logprobs)
-        if not all(map(math.isfinite, logprobs)):
+        logprobs = array("f", completion.logprobs.logprobs)
+        if not np.isfinite(logprobs).all():
             raise EngineError("the policy's logits are not finite: training has diverged; lower learning_rate")
         token_ids = list(completion.token_ids)
         return Rollout(

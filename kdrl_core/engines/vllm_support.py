@@ -42,8 +42,8 @@ def hf_overrides(context: int | None, *, dtype: str, max_model_len: int, samples
     """Changes to a model's config.json for vLLM: `hf_overrides` of an engine, `--hf-overrides` of a server.
 
     In bfloat16 the output layer gives float32 logits. A bfloat16 matrix product rounds them: at T = 0.6 logprobs are
-    wrong by 0.01 to 0.02 nats in the mean, and the teacher's temperature would be applied to rounded logits. On a GPU this
-    needs no more memory (float32 logits were made anyway); on a CPU each pass makes a float32 copy of the layer.
+    wrong by 0.01 to 0.02 nats in the mean, and the teacher's temperature would be applied to rounded logits. On a GPU
+    this needs no more memory (float32 logits are made anyway); on a CPU each pass makes a float32 copy of the layer.
 
     A scorer whose sequences fill the context gets one more position: vLLM samples a token that nothing attends to.
 

@@ -2,10 +2,10 @@
 
     digest = Σ mix(bits of w) mod 2^64, over every element w of every weight, in the engine's dtype
 
-The sum is the same in any order. So it does not matter how an engine packs its weights (q, k and v in one matrix), splits
-them over GPUs, or pads them: mix(0) = 0. One changed element always changes it, and a larger change is missed once in
-2^32. It says nothing about the order: weights of one shape that were exchanged have the same digest, and are found by the
-probe of a weight sync.
+The sum is the same in any order. So it does not matter how an engine packs its weights (q, k and v in one matrix),
+splits them over GPUs, or pads them: mix(0) = 0. One changed element always changes it, and a larger change is missed
+once in 2^32. It says nothing about the order: weights of one shape that were exchanged have the same digest, and are
+found by the probe of a weight sync.
 
 vLLM's own checksums (`compute_weight_checksums`) are SHA-256 of its packed parameters. They cannot be compared with an
 export, are empty on a CPU, where the packed copies are not parameters, and take seconds on the host.
@@ -56,8 +56,8 @@ def folder_digest(folder: Path, dtype: str) -> str:
 def model_digest(model: torch.nn.Module, dtype: torch.dtype, *, rank: int = 0, num_ranks: int = 1) -> str:
     """Digest of the weights that a model computes with, as `folder_digest`.
 
-    With `num_ranks` above 1 the model is this rank's part of a vLLM model, and the ranks of vLLM's tensor-parallel group
-    call this together; the digest is that of the whole.
+    With `num_ranks` above 1 the model is this rank's part of a vLLM model, and the ranks of vLLM's tensor-parallel
+    group call this together; the digest is that of the whole.
     """
     seen: set[int] = set()
     total = torch.zeros((), dtype=torch.int64)
@@ -112,10 +112,11 @@ def _own(layer: torch.nn.Module, name: str, weight: torch.Tensor, rank: int, num
 
 
 def _packed_difference(layer: Any, dtype: torch.dtype, rank: int, num_ranks: int) -> torch.Tensor:
-    """What to add for the packed copy that vLLM's CPU build computes with: its sum less that of the parameter, which is
-    empty for most layers. The copy is opaque, so it is read back: its product with each unit vector is a column."""
+    """What to add for the packed copy that vLLM's CPU build computes with. The parameter of most layers is empty: then
+    it is the copy's sum. Otherwise it is twice the difference of their sums, so that both must be right: some passes
+    use the parameter. The copy is opaque, so it is read back: its product with each unit vector is a column."""
     weight = layer.weight
-    if weight.is_meta or weight.ndim != 2 and weight.numel():
+    if weight.is_meta or (weight.ndim != 2 and weight.numel()):
         return torch.zeros((), dtype=torch.int64)
     size = weight.shape[1] if weight.numel() else getattr(layer, "input_size_per_partition", layer.input_size)
     torch.get_num_threads()  # sets OpenMP's count in this thread; vLLM's kernels compare it with torch's
@@ -124,4 +125,4 @@ def _packed_difference(layer: Any, dtype: torch.dtype, rank: int, num_ranks: int
     for part in units.split(_ROWS_READ_BACK):
         columns = layer.cpu_linear(part, weight, None)
         total += _mixed_sum(_own(layer, "weight", columns.t(), rank, num_ranks), dtype)
-    return total
+    return 2 * total if weight.numel() else total

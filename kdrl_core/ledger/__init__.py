@@ -9,8 +9,10 @@ from kdrl_core.ledger.manifest import (
     Listing,
     Manifest,
     digest,
+    holds_lock,
     is_current,
     is_published,
+    listing,
     manifest_of,
     model_identity,
     published_below,
@@ -27,6 +29,7 @@ from kdrl_core.ledger.publish import (
     retract,
     storage_errors,
     sweep_temporaries,
+    write_hashed,
 )
 from kdrl_core.ledger.run import (
     Run,
@@ -47,10 +50,10 @@ from kdrl_core.ledger.run import (
 __all__ = [
     "ConstantFiles", "Listing", "Manifest", "Outside", "Run", "RunPaths", "adopt_published", "adopted",
     "artifacts_root", "checkpoint_label", "checkpoint_step", "create_run", "derive_seed", "digest",
-    "find_intact", "find_own", "is_current", "is_published", "list_runs", "lock_holder", "manifest_of",
-    "model_identity", "note", "open_run", "open_run_dir", "outside_of", "prompts_of_step", "publish_directory",
-    "publish_file", "published_below", "record_adoption", "replace_file", "require_free", "require_resumable",
-    "require_same_outside", "require_same_recipe", "require_writable", "required_sha256", "retract", "run_lock",
-    "settle_outside", "storage_errors", "sweep_temporaries", "uniforms", "validate_run_name", "verify_own",
-    "verify_published",
+    "find_intact", "find_own", "holds_lock", "is_current", "is_published", "list_runs", "listing", "lock_holder",
+    "manifest_of", "model_identity", "note", "open_run", "open_run_dir", "outside_of", "prompts_of_step",
+    "publish_directory", "publish_file", "published_below", "record_adoption", "replace_file", "require_free",
+    "require_resumable", "require_same_outside", "require_same_recipe", "require_writable", "required_sha256",
+    "retract", "run_lock", "settle_outside", "storage_errors", "sweep_temporaries", "uniforms", "validate_run_name",
+    "verify_own", "verify_published", "write_hashed",
 ]  # fmt: skip

@@ -57,6 +57,8 @@ class Artifact:
     """The part of a run that it belongs to when runs share their work; None: every run makes its own."""
     is_exact: bool = True
     """Whether it has the same bytes when it is made again. An artifact that holds times has not."""
+    by_model: bool = False
+    """Whether a model computes it. Then it has the same bytes again only where `Recipe.is_exact` holds."""
     follows: bool = False
     """Whether it is made again after its inputs are. If so, its inputs need not keep their bytes."""
     is_pruned: bool = False

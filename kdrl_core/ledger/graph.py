@@ -162,26 +162,26 @@ POOL = Artifact(name="pool", pattern="data/pool.parquet", shared_as="data",
 FILTER_REPORT = Artifact(name="filter_report", pattern="data/filter.json", needs=_of_pool, shared_as="data")
 
 SAMPLE_ROLLOUTS = Artifact(name="sample_rollouts", pattern=f"{_SHARD}/rollouts.parquet", schemas=("ROLLOUTS",),
-                           needs=_of_pool, when=_samples, reads=_read_by_samples, shared_as=_SAMPLES)
+                           needs=_of_pool, when=_samples, reads=_read_by_samples, shared_as=_SAMPLES, by_model=True)
 SAMPLE_REWARDS = Artifact(name="sample_rewards", pattern=f"{_SHARD}/rewards.parquet", schemas=("REWARDS",),
                           needs=_beside(SAMPLE_ROLLOUTS), when=_samples, shared_as=_SAMPLES, follows=True)
 SFT_DATASET = Artifact(name="sft_dataset", pattern="samples/stage={stage}/dataset.parquet", schemas=("SFT_DATASET",),
                        needs=_of_shards, when=_samples, shared_as=_SAMPLES)
 
 ROLLOUTS = Artifact(name="rollouts", pattern=f"{STEP.pattern}/rollouts.parquet", schemas=("ROLLOUTS",),
-                    needs=_of_pool_and_policy, when=_rolls_out, reads=_read_by_stage)
+                    needs=_of_pool_and_policy, when=_rolls_out, reads=_read_by_stage, by_model=True)
 REWARDS = Artifact(name="rewards", pattern=f"{STEP.pattern}/rewards.parquet", schemas=("REWARDS",),
                    needs=_beside(ROLLOUTS), when=_rolls_out, follows=True)
 TEACHER = Artifact(name="teacher", pattern=f"{STEP.pattern}/teacher.parquet", schemas=("TEACHER", "TEACHER_TOPK"),
                    needs=_beside(ROLLOUTS), when=lambda config: config.scores_teacher,
-                   reads=lambda recipe, node: (*_TEACHER, *_ENGINES), follows=True)
+                   reads=lambda recipe, node: (*_TEACHER, *_ENGINES), follows=True, by_model=True)
 REFERENCE = Artifact(name="reference", pattern=f"{STEP.pattern}/reference.parquet", schemas=("REFERENCE",),
                      needs=_beside(ROLLOUTS), when=lambda config: _rolls_out(config) and config.ref_beta > 0.0,
-                     follows=True)
+                     follows=True, by_model=True)
 UPDATE = Artifact(name="update", pattern=f"{STEP.pattern}/update.parquet", schemas=("UPDATE",),
-                  needs=_of_step, reads=_read_by_stage)
+                  needs=_of_step, reads=_read_by_stage, by_model=True)
 CHECKPOINT = Artifact(name="checkpoint", pattern="checkpoints/{stage}/step-{step:06d}", needs=_of_update,
-                      is_pruned=True)
+                      is_pruned=True, by_model=True)
 
 EVALUATION = Artifact(name="evaluation", pattern="evaluation/{label}", needs=_of_model, is_exact=False,
                       reads=lambda recipe, node: ("evaluation.*", *_ENGINES, *(_TEACHER * (node.at == "teacher"))),
@@ -233,6 +233,26 @@ def consumers(recipe: Recipe, node: Node) -> Iterator[Node]:
         shorter = recipe.model_copy(update={last: config.model_copy(update={"steps": node.at})})
         known = {*_inverse(recipe, node)}
         yield from (each for each in _inverse(shorter, node) if not each.row.is_of_stage and each not in known)
+
+
+def made_from(recipe: Recipe, node: Node) -> list[Node]:
+    """Every node that may have been made from `node`, directly or by way of others, the latest first."""
+    stages, rows = list[str](recipe.stages), list(ARTIFACTS)
+    found: dict[Node, None] = {}
+    left = [node]
+    if node.stage in stages:  # a later stage may be SFT, whose updates do not name their first policy
+        left += [UPDATE.node(later, 0) for later in stages[stages.index(node.stage) + 1 :]]
+        found |= dict.fromkeys(left[1:])
+    while left:
+        new = [each for each in consumers(recipe, left.pop()) if each not in found]
+        found |= dict.fromkeys(new)
+        left += new
+
+    def when(one: Node) -> tuple[int, int, int]:
+        place = stages.index(one.stage) if one.stage in stages else len(stages)
+        return place, one.at if isinstance(one.at, int) else -1, rows.index(one.name)
+
+    return sorted(found, key=when, reverse=True)
 
 
 def _inverse(recipe: Recipe, node: Node) -> Iterator[Node]:

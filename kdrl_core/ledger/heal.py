@@ -4,6 +4,8 @@ Making an artifact again gives the same bytes, on a CPU at least. So a lost arti
 made from it stays valid. If the bytes differ (another machine, another version, a sampler that is not deterministic),
 nothing is published: the error gives both hashes.
 
+Where models do not compute the same bits again, another version takes its place (`kdrl_core.ledger.versions`).
+
 In a run an artifact is right if it was made from the files that are there, and later ones were made from it.
 """
 
@@ -95,8 +97,13 @@ def set_aside(path: Path) -> None:
 
 def forget(path: Path) -> None:
     """Delete the set-aside files of the artifact at `path`."""
-    for leftover in (_aside(path), _aside(file_manifest_path(path))):
+    for leftover in set_aside_of(path):
         delete(leftover)
+
+
+def set_aside_of(path: Path) -> tuple[Path, Path]:
+    """Where an artifact and its manifest lie while they are set aside."""
+    return _aside(path), _aside(file_manifest_path(path))
 
 
 def delete(path: Path) -> None:
@@ -119,7 +126,8 @@ def settled(path: Path, made: Manifest, expected: str | None) -> Manifest:
     """
     if expected is not None and made.sha256 != expected:
         was = f"later artifacts were made from {expected[:12]}…"
-        _refuse_other_bytes(path, made.sha256, was, "restore it from a backup, or start a new run")
+        remedy = "restore it from a backup, or start a new run; see `kdrl check` for a run on GPUs or with vLLM"
+        _refuse_other_bytes(path, made.sha256, was, remedy)
     lost = _lost(path)
     if lost is None:
         return made

@@ -268,6 +268,11 @@ def begin_memory(root: Path) -> None:
     _steps.pop(root, None)
 
 
+def holds_lock(root: Path) -> bool:
+    """Whether this process holds the lock of the run in `root`."""
+    return root in _held
+
+
 def end_memory(root: Path) -> None:
     """Forget the run: its lock is released, so others may change its files."""
     _held.pop(root, None)

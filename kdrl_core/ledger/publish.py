@@ -6,10 +6,12 @@ leaves only hidden siblings and files without manifest: neither counts.
 """
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,6 +114,20 @@ def publish_directory(
                 _fsync(path.parent)
         heal.forget(path)
     return Manifest.from_bytes(written)
+
+
+def write_hashed(path: Path, parts: Iterable[memoryview | bytes]) -> dict[str, Any]:
+    """Write a large file from memory, durably. Returns its entry of a `Listing`, so that nobody has to read it for its
+    hash: each part is hashed in a thread while it is written."""
+    found, size = hashlib.sha256(), 0
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        for part in parts:
+            hashed = beside.submit(found.update, part)
+            size += file.write(part)
+            hashed.result()
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": found.hexdigest()}
 
 
 class ConstantFiles:

@@ -95,7 +95,8 @@ def float32_product(left: Tensor, right: Tensor) -> Tensor:
     if left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=torch.float32)
     left = left.float()  # in float32 the products of such numbers are exact
-    return torch.cat([left @ part.float() for part in right.split(_CAST_COLUMNS, dim=1)], dim=1)
+    parts = [left @ part.float() for part in right.split(_CAST_COLUMNS, dim=1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class Float32Linear(torch.autograd.Function):

@@ -7,7 +7,9 @@ run code when they are loaded, and an adapter names another model to fetch. Code
 where the recipe says `trust_remote_code: true`.
 """
 
+import copy
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,6 +267,21 @@ def export_model(model: "PreTrainedModel", folder: Path) -> None:
         model.generation_config = own
     if own is not None:
         own.to_json_file(folder / GENERATION, use_diff=True, keys_to_pop=["compile_config"])  # as transformers does
+
+
+def export_weights(model: "PreTrainedModel", weights: "Mapping[str, torch.Tensor]", folder: Path) -> None:
+    """`export_model` with these weights, in their dtype, in place of the model's own. A weight that is tied to another
+    may be left out."""
+    import torch
+
+    config = copy.deepcopy(model.config)
+    config.dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        shell = type(model)(config)
+    shell.load_state_dict(weights, strict=False, assign=True)
+    shell.tie_weights()
+    shell.generation_config = model.generation_config
+    export_model(shell, folder)
 
 
 def stop_token_ids(model: "PreTrainedModel | Path", tokenizer: Any) -> tuple[int, ...]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from kdrl_core.engines.protocols import OnFinished, RolloutEngine
 from kdrl_core.ledger import derive_seed
+from kdrl_core.tables.files import views
 from kdrl_core.tables.schemas import ROLLOUTS
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest, VerdictKind
 
@@ -137,14 +139,15 @@ def rollouts_table(
     """
     asked = [problems[rollout.prompt_id] for rollout in rollouts]
     truths = {problem["problem_id"]: problem["answer"] for problem in asked}
+    token_ids = pa.array([r.token_ids for r in rollouts], pa.list_(pa.int32()))
     return pa.Table.from_pydict(
         {
             **response_columns(responses_of(rollouts, [request.seed for request in requests]), truths),
             "prompt": [problem["prompt"] for problem in asked],
             "prompt_token_ids": [r.prompt_token_ids for r in rollouts],
-            "token_ids": [r.token_ids for r in rollouts],
-            "rollout_logprobs": [r.logprobs for r in rollouts],
-            "repetition_rate": [repetition_rate(r.token_ids) for r in rollouts],
+            "token_ids": token_ids,
+            "rollout_logprobs": [np.asarray(r.logprobs, np.float32) for r in rollouts],
+            "repetition_rate": [repetition_rate(row) for row in views(token_ids)],
             "policy_version": [policy_version] * len(rollouts),
             "engine": [engine] * len(rollouts),
         },
@@ -152,12 +155,14 @@ def rollouts_table(
     )
 
 
-def repetition_rate(token_ids: Sequence[int], *, n: int = REPETITION_NGRAM) -> float:
+def repetition_rate(token_ids: Sequence[int] | NDArray[np.int32], *, n: int = REPETITION_NGRAM) -> float:
     """Share of the response's n-grams that occurred before in it; 0 for responses shorter than n + 1 tokens."""
     total = len(token_ids) - n + 1
     if total < 2:
         return 0.0
-    distinct = len({tuple(token_ids[start : start + n]) for start in range(total)})
+    ngrams = np.lib.stride_tricks.sliding_window_view(np.asarray(token_ids, np.int32), n)
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(ngrams))]
+    distinct = len(pa.Array.from_buffers(pa.binary(4 * n), total, buffers).unique())
     return 1.0 - distinct / total
 
 

@@ -8,6 +8,7 @@ of their own; they are replaced atomically.
 
 import itertools
 import logging
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -120,22 +121,25 @@ def _measured(source: Path | pa.Buffer, names: list[str], most_bytes: int) -> in
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
-# Per-token columns become numpy arrays, never Python objects.
+# Per-token columns become arrays, never Python objects.
 
 
 def ragged(column: pa.ChunkedArray) -> list[NDArray[np.float32]]:
     """A column of lists as one float32 array [T_i] a row."""
-    array = column.combine_chunks()
-    values, offsets = array.flatten().to_numpy(), array.offsets.to_numpy()
-    offsets = offsets - offsets[0]
-    return [np.array(values[a:b], np.float32) for a, b in itertools.pairwise(offsets)]
+    return [np.array(row, np.float32) for row in views(column.combine_chunks())]
+
+
+def views(lists: pa.ListArray) -> list[NDArray[Any]]:
+    """Each list as an array [T_i] that shares the memory of `lists`: read-only."""
+    values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def matrices(column: pa.ChunkedArray) -> list[NDArray[Any]]:
     """A column of lists of equally long lists as one array [T_i, K] a row, in the type of its values."""
-    array = column.combine_chunks()
-    inner = array.flatten()
-    values, offsets = inner.flatten().to_numpy(), array.offsets.to_numpy()
+    lists = column.combine_chunks()
+    inner = lists.flatten()
+    values, offsets = inner.flatten().to_numpy(), lists.offsets.to_numpy()
     offsets = offsets - offsets[0]
     table = values.reshape(len(inner), -1)
     return [np.array(table[a:b]) for a, b in itertools.pairwise(offsets)]
@@ -151,9 +155,13 @@ def from_matrices(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
 
 
 def score_requests(table: pa.Table) -> list[ScoreRequest]:
-    """The sequences of a table with `prompt_token_ids` and `token_ids`."""
-    columns = (table[name].to_pylist() for name in ("prompt_token_ids", "token_ids"))
-    return [ScoreRequest(prompt_token_ids=prompt, token_ids=tokens) for prompt, tokens in zip(*columns, strict=True)]
+    """The sequences of a table with `prompt_token_ids` and `token_ids`. Each is an `array.array` of 4 bytes a token,
+    which numpy reads without copying, and whose items are plain ints."""
+    prompts, responses = (views(table[name].combine_chunks()) for name in ("prompt_token_ids", "token_ids"))
+    return [
+        ScoreRequest(prompt_token_ids=array("i", prompt.tobytes()), token_ids=array("i", response.tobytes()))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
 def verdict_columns(verdicts: Sequence[Verdict]) -> dict[str, list[Any]]:
@@ -242,7 +250,7 @@ def _rows_or_none(run: Run, stage: str, step: int, kind: str) -> list[dict[str, 
 
 
 def _write(path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
-    if kind == "alarms" and not rows:
+    if not rows:
         path.unlink(missing_ok=True)
         return
     table = pa.Table.from_pylist(rows, schema=ALARMS if kind == "alarms" else None)

@@ -1,7 +1,7 @@
 """A rank of a `DeepSpeedTrainer`: it loads the model once, then carries out one command after the other."""
 
-import copy
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
-from kdrl_core.models.loading import export_model, free_cached_memory, load_model
+from kdrl_core.models.loading import export_weights, free_cached_memory, load_model
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork
@@ -28,6 +28,8 @@ from kdrl_core.training.torch_trainer import (
 from kdrl_core.training.zero_state import full_moments, full_weights, set_moments, set_weights
 
 Answer = tuple[dict[str, Any], Arrays]
+
+_COLLECTIVES = 3
 
 
 class Rank:
@@ -82,8 +84,9 @@ class Rank:
             "update": lambda: self._update(RankWork.unpack(header, arrays)),
             "score": lambda: self._score(RankWork.unpack(header, arrays)),
             "save": lambda: self._save(Path(header["path"])),
-            "export": lambda: self._export(Path(header["path"])),
+            "export": lambda: self._export(Path(header["path"]), header["dtype"]),
             "load": lambda: self._load(Path(header["path"])),
+            "collective": lambda: self._collective(header["bytes"]),
         }
         found = commands[header["command"]]()
         free_cached_memory(self._device)
@@ -137,6 +140,18 @@ class Rank:
         found = logprobs.cpu()[padded.response_mask.bool().cpu()].numpy()
         return {"step": self._step}, {"logprobs": found}
 
+    def _collective(self, num_bytes: int) -> Answer:
+        """Sum `num_bytes` over all ranks a few times; answers with the seconds of the fastest."""
+        values = torch.ones(num_bytes // 4, device=self._device)
+        seconds = []
+        for _ in range(_COLLECTIVES):
+            started = time.perf_counter()
+            torch.distributed.all_reduce(values)
+            values[0].item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+        expected = float(torch.distributed.get_world_size()) ** _COLLECTIVES
+        return {"step": self._step, "seconds": min(seconds), "is_right": bool((values == expected).all())}, {}
+
     def _agree(self, is_fine: bool) -> bool:
         """Whether `is_fine` holds on all ranks."""
         flag = torch.tensor(float(is_fine), device=self._device)
@@ -161,30 +176,30 @@ class Rank:
         self._step += 1
         return float(norm)
 
-    def _export(self, path: Path) -> Answer:
+    def _export(self, path: Path, dtype: str) -> Answer:
         is_first = self._is_first()
-        weights = full_weights(self._engine, self._model, keep=is_first)
+        weights = full_weights(self._engine, self._model, keep=is_first, dtype=getattr(torch, dtype))
         if is_first:
-            self._write_model(path, weights)
+            export_weights(self._model, weights, path)
         return self.state()
 
     def _save(self, path: Path) -> Answer:
-        self._export(path)
-        is_first = self._is_first()
+        self._export(path, "float32")
+        is_first, known = self._is_first(), {}
         moments = full_moments(self._engine, self._model, keep=is_first)
         if is_first:
             groups = [
                 {**{k: v for k, v in group.items() if k != "params"}, "params": list(range(len(self._names)))}
                 for group in self._optimizer.param_groups
             ]
-            write_state(
+            known = write_state(
                 path,
                 step=self._step,
                 moments={self._names.index(name): state for name, state in moments.items()},
                 param_groups=groups,
                 schedule=self._schedule.state_dict(),
             )
-        return self.state()
+        return {**self.state()[0], "files": known}, {}
 
     def _load(self, path: Path) -> Answer:
         source = load_model(path, trust_remote_code=self._settings["trust_remote_code"])
@@ -197,17 +212,6 @@ class Rank:
         self._schedule.load_state_dict(state["schedule"])
         self._step = state["step"]
         return self.state()
-
-    def _write_model(self, path: Path, weights: dict[str, torch.Tensor]) -> None:
-        """Write a model directory as the plain trainer does; a model on the meta device takes the float32 weights."""
-        config = copy.deepcopy(self._model.config)
-        config.dtype = torch.float32
-        with torch.device("meta"):
-            shell = type(self._model)(config)
-        shell.load_state_dict(weights, strict=False, assign=True)
-        shell.tie_weights()
-        shell.generation_config = self._model.generation_config
-        export_model(shell, path)
 
     def _is_first(self) -> bool:
         return int(torch.distributed.get_rank()) == 0

@@ -43,6 +43,8 @@ class DeepSpeedTrainer:
         EngineError: the ranks cannot be started, or are not ready in time.
     """
 
+    saves_aside = True
+
     def __init__(
         self,
         model: Path,
@@ -133,31 +135,39 @@ class DeepSpeedTrainer:
         return list(ragged(replies[0].arrays["logprobs"], lengths))
 
     def save(self, path: Path) -> Listing:
-        self._command("save", path)
-        return self._companions.write(path)
+        files: Listing = self._command("save", path)["files"]
+        return files | self._companions.write(path)
 
     def load(self, path: Path) -> None:
         """Raises RunError if there is no trainer state."""
         require_state(path)
-        self._step = self._command("load", path)
+        self._step = self._command("load", path)["step"]
 
-    def export_hf(self, path: Path) -> Listing:
-        self._command("export", path)
+    def export_hf(self, path: Path, dtype: str = "float32") -> Listing:
+        self._command("export", path, dtype=dtype)
         return self._companions.write(path)
+
+    def collective_s(self, num_bytes: int, *, timeout_s: float) -> float:
+        """Seconds of the slowest rank to add up `num_bytes` over all ranks. Raises EngineError if a sum is wrong."""
+        message = pack({"command": "collective", "bytes": num_bytes})
+        replies = self._ranks.ask([message] * self._config.ranks, doing="a collective", timeout_s=timeout_s)
+        if not all(reply.header["is_right"] for reply in replies):
+            raise EngineError("a collective of the ranks gave a wrong sum; test the links between these GPUs")
+        return max(float(reply.header["seconds"]) for reply in replies)
 
     def close(self) -> None:
         self._ranks.close()
 
-    def _command(self, command: str, path: Path) -> int:
-        """Have all ranks carry out a command; returns their step."""
-        message = pack({"command": command, "path": str(path.resolve())})
+    def _command(self, command: str, path: Path, **more: str) -> dict[str, Any]:
+        """Have all ranks carry out a command; returns the first one's answer."""
+        message = pack({"command": command, "path": str(path.resolve()), **more})
         replies = self._ranks.ask(
             [message] * self._config.ranks, doing=f"{command} {path}", timeout_s=self._config.step_timeout_s
         )
         steps = {reply.header["step"] for reply in replies}
         if len(steps) > 1:
             raise EngineError(f"{command} {path}: the ranks are at different steps {sorted(steps)}; resume the run")
-        return int(steps.pop())
+        return replies[0].header
 
 
 def deal_batches(batches: Sequence[Sequence[int]], *, ranks: int) -> tuple[list[list[list[int]]], list[int]]:

@@ -1,6 +1,7 @@
 """Messages between a trainer and its ranks: a JSON header and plain arrays, as safetensors. Never a pickle."""
 
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -75,7 +76,7 @@ class RankWork:
         values |= {name: ragged(arrays[name], lengths) for name in PER_TOKEN if name in arrays}
         batch = UpdateBatch(
             sequences=[
-                ScoreRequest(prompt_token_ids=p.tolist(), token_ids=r.tolist())
+                ScoreRequest(prompt_token_ids=array("i", p.tobytes()), token_ids=array("i", r.tobytes()))
                 for p, r in zip(prompts, responses, strict=True)
             ],
             objective=Objective(**header["objective"]),

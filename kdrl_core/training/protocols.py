@@ -102,6 +102,9 @@ class StepStats:
 class Trainer(Protocol):
     """Holds the policy and its optimiser."""
 
+    saves_aside: bool
+    """Whether `save` is the work of other processes, so that it may run in a thread beside other work."""
+
     @property
     def step(self) -> int:
         """Updates done so far."""
@@ -116,15 +119,17 @@ class Trainer(Protocol):
         ...
 
     def save(self, path: Path) -> Listing:
-        """Write weights and trainer state to an existing empty folder; returns a listing for `publish_directory`."""
+        """Write weights and trainer state to an existing empty folder. Returns a listing for `publish_directory`: the
+        files that are hashed already, and on the disk."""
         ...
 
     def load(self, path: Path) -> None:
         """Take weights and trainer state from a folder that `save` wrote."""
         ...
 
-    def export_hf(self, path: Path) -> Listing:
-        """Write an ordinary Hugging Face model directory: weights, config, tokenizer, chat template; as `save`."""
+    def export_hf(self, path: Path, dtype: str = "float32") -> Listing:
+        """Write an ordinary Hugging Face model directory with weights of this dtype: weights, config, tokenizer, chat
+        template. bfloat16 weights have the bits that an engine makes of float32 ones. Returns a listing as `save`."""
         ...
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ back-propagated, so that losses, gradients and metrics of micro-batches add up t
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +15,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from kdrl_core.config.paths import read_json
 from kdrl_core.errors import EngineError, RunError
-from kdrl_core.ledger import ConstantFiles, Listing, derive_seed
+from kdrl_core.ledger import ConstantFiles, Listing, derive_seed, listing, write_hashed
 from kdrl_core.logprobs.chunked import TokenStatistics
 from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.models.loading import export_model, free_cached_memory, load_weights_into
+from kdrl_core.models.loading import export_model, export_weights, free_cached_memory, load_weights_into
 from kdrl_core.models.prepare import companions
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
@@ -41,6 +41,8 @@ class TorchTrainer:
         autocast_dtype: run the forward pass in this dtype (bfloat16 on GPUs); None keeps float32.
         activation_checkpointing: recompute activations in the backward pass.
     """
+
+    saves_aside = False
 
     def __init__(
         self,
@@ -114,16 +116,16 @@ class TorchTrainer:
 
     def save(self, path: Path) -> Listing:
         """Tensors as safetensors, the rest as JSON: equal states give equal bytes, which pickle does not guarantee."""
-        known = self.export_hf(path)
+        export_model(self._model, path)
         optimizer = self._optimizer.state_dict()
-        write_state(
+        known = write_state(
             path,
             step=self._step,
             moments=optimizer["state"],
             param_groups=optimizer["param_groups"],
             schedule=self._schedule.state_dict(),
         )
-        return known
+        return known | self._companions.write(path)
 
     def load(self, path: Path) -> None:
         """Raises RunError if there is no trainer state."""
@@ -135,8 +137,13 @@ class TorchTrainer:
         self._step = state["step"]
         free_cached_memory(self._model.device)
 
-    def export_hf(self, path: Path) -> Listing:
-        export_model(self._model, path)
+    def export_hf(self, path: Path, dtype: str = "float32") -> Listing:
+        if dtype == "float32":
+            export_model(self._model, path)
+        else:
+            kind, state = getattr(torch, dtype), self._model.state_dict()
+            weights = {name: value.to(kind) if value.is_floating_point() else value for name, value in state.items()}
+            export_weights(self._model, weights, path)
         return self._companions.write(path)
 
     def close(self) -> None:
@@ -294,16 +301,34 @@ def write_state(
     moments: Mapping[int, Mapping[str, torch.Tensor]],
     param_groups: list[dict[str, Any]],
     schedule: dict[str, Any],
-) -> None:
-    """Write trainer state into the checkpoint `path`, the same for every trainer.
+) -> Listing:
+    """Write trainer state into the checkpoint `path`, which holds the exported model, the same for every trainer.
+    Returns a listing of both.
 
     `moments` is Adam's state of each parameter, by its position among the model's parameters.
     """
+    known = listing(path, durable=True)
     tensors = {f"{index}.{name}": value for index, state in moments.items() for name, value in state.items()}
     state = {"step": step, "param_groups": param_groups, "schedule": schedule}
     (path / STATE_DIR).mkdir()
-    save_file(tensors, path / STATE_DIR / _TENSORS)
+    known[f"{STATE_DIR}/{_TENSORS}"] = write_hashed(path / STATE_DIR / _TENSORS, _safetensors(tensors))
     (path / STATE_DIR / _STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+    return known
+
+
+def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
+    """The content of a safetensors file of float32 tensors, part by part. `save_file` writes the same bytes, but the
+    file has to be read again for its hash, and no other thread of the process runs meanwhile."""
+    header, end = {}, 0
+    for name in sorted(tensors):
+        assert tensors[name].dtype == torch.float32
+        start, end = end, end + 4 * tensors[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in header:
+        yield tensors[name].detach().cpu().contiguous().numpy().reshape(-1).data.cast("B")
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, torch.Tensor]]]:

@@ -17,15 +17,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
-def full_weights(engine: Any, model: torch.nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Float32 weights by name, on the CPU; empty without `keep`, so that only one rank needs the memory."""
+def full_weights(
+    engine: Any, model: torch.nn.Module, *, keep: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The float32 weights by name, cast to `dtype`, on the CPU; empty without `keep`, so that only one rank needs the
+    memory."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         value = parameter if _is_plain(engine) else safe_get_full_fp32_param(parameter)
         if keep:
-            weights[name] = value.detach().to("cpu", torch.float32, copy=True)
+            weights[name] = value.detach().to(dtype).to("cpu", copy=True)
     return weights
 
 

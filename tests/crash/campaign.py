@@ -36,7 +36,7 @@ _RANDOM_SHARE = 0.25
 _DAMAGE_SHARE = 0.3
 _WITH_WORKERS = 5
 """Each fifth run has answers that need workers, which are killed and suspended, and measures a label. All are cancelled
-now and then."""
+now and then. Each second one saves its checkpoints beside the next rollouts."""
 
 
 @dataclass(slots=True)
@@ -122,6 +122,7 @@ def campaign(folder: Path, *, kills: int, seed: int, show: bool = False) -> Repo
             report.runs += 1
             artifacts = folder / f"run-{report.runs}"
             is_harder = report.runs % _WITH_WORKERS == 0
+            lives.saves_aside = report.runs % 2 == 0
             run = open_tiny(artifacts, "tiny", harder if is_harder else SPARSE)
             before = report.kills
             _finish_with_kills(lives, run, artifacts, report, passes, life.seconds, kills, rng)

@@ -96,6 +96,8 @@ class Lives:
     """Starts lives of one run after the other. RuntimeError if a life ends otherwise than `Life.status` says."""
 
     def __enter__(self) -> "Lives":
+        self.saves_aside = False
+        """Whether the lives to come save checkpoints beside the next rollouts, as with trainers on ranks."""
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -128,6 +130,7 @@ class Lives:
         assert self._process.stdout is not None
         command = {"artifacts": str(artifacts), "name": name, "die_at": die_at, "skip": skip, "after_s": after_s}
         command["trouble"] = None if trouble is None else asdict(trouble)
+        command["saves_aside"] = self.saves_aside
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
@@ -176,7 +179,9 @@ def _live(command: dict[str, Any], writer: int, tiny_run: Any) -> None:
     from kdrl_core.errors import Stopped
     from kdrl_core.ledger import open_run
     from kdrl_core.ledger.lock import request_stop
+    from kdrl_core.training.torch_trainer import TorchTrainer
 
+    TorchTrainer.saves_aside = command["saves_aside"]
     signal.signal(signal.SIGTERM, lambda *_: request_stop("cancelled"))
     os.setsid()
     os.set_inheritable(writer, False)

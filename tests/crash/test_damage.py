@@ -18,11 +18,16 @@ from crash.damage import (
     unlink,
 )
 from crash.tiny_run import differing, finish, open_tiny, results, train
+from typer.testing import CliRunner
 
+from flows.cli import app
+from kdrl_core.boxes.check import Remedy, check_run, replace_artifact
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.session import close_sessions
-from kdrl_core.errors import DamagedArtifactError, ForeignFileError
-from kdrl_core.ledger import Run, is_published, open_run, verify_published
+from kdrl_core.config import Recipe
+from kdrl_core.errors import DamagedArtifactError, ForeignFileError, RunError
+from kdrl_core.ledger import Run, is_published, manifest_of, open_run, published_below, verify_published
+from kdrl_core.look.rollouts.query import RolloutStore
 from kdrl_core.objectives import group_advantages
 from kdrl_core.tables.files import load_metrics
 
@@ -163,6 +168,113 @@ def test_rollouts_that_nothing_was_made_from_may_come_out_otherwise(
     train(run)
     for name in ("rollouts", "teacher", "rewards", "update"):
         verify_published(step / f"{name}.parquet")
+
+
+@pytest.fixture
+def inexact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are as on GPUs: what models compute comes out otherwise when it is computed again."""
+    monkeypatch.setattr(Recipe, "is_exact", False)
+    sample_otherwise(monkeypatch)
+
+
+def kept_of(run: Run) -> dict[str, bytes]:
+    root = run.paths.root / ".replaced" / "1"
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("inexact")
+@pytest.mark.parametrize("damage", [flip, pytest.param(lose_manifest, marks=pytest.mark.slow)])
+def test_lost_rollouts_of_the_last_step_are_replaced_where_sampling_is_not_exact(
+    damage: Damage, stopped: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copy_of(stopped, tmp_path)
+    path = run.paths.rollouts("stage2", 4)
+    published = manifest_of(path).sha256
+    damage(path)
+    before = {file.relative_to(run.paths.root).as_posix(): file.read_bytes() for file in path.parent.iterdir()}
+    others = {name: digest for name, digest in results(run).items() if name not in before and "metrics/" not in name}
+
+    train(run)
+
+    assert kept_of(run) == before
+    assert f"{path} is lost" in caplog.text
+    made = manifest_of(path)
+    assert made.metadata["version"] == 2
+    kept = ".replaced/1/rollouts/stage=stage2/step=000004/rollouts.parquet"
+    assert made.metadata["replaces"] == {"kept": kept} | ({"sha256": published} if damage is flip else {})
+    assert made.sha256 != published
+    for name in ("teacher", "rewards", "update"):
+        assert manifest_of(path.with_name(f"{name}.parquet")).inputs[run.paths.relative(path)] == made.sha256
+    assert "version" not in manifest_of(run.paths.rollouts("stage2", 5)).metadata
+    assert {name: results(run)[name] for name in others} == others
+    assert check_run(run).findings == []
+    with RolloutStore.open([run.paths.root]) as store:  # readers see the new version alone
+        assert [step["step"] for step in store.steps() if step["stage"] == "stage2"] == list(range(7))
+    finish(run)
+    assert is_finished(run, verify=True)
+
+
+@pytest.mark.usefixtures("inexact")
+def test_later_work_is_given_up_only_if_that_is_asked_for(stopped: Run, tmp_path: Path) -> None:
+    run = copy_of(stopped, tmp_path)
+    path = run.paths.rollouts("stage2", 3)
+    place = run.paths.relative(path)
+    flip(path)
+    before = results(run)
+    with pytest.raises(DamagedArtifactError, match=r"rollouts\.parquet was made again .* see `kdrl check`"):
+        train(run)
+    close_sessions()
+    assert {name: digest for name, digest in before.items() if name != place} == results(run)
+    report = check_run(run)
+    assert {finding.path: finding.remedy for finding in report.findings} == {place: Remedy.REPLACE}
+    with pytest.raises(RunError, match=rf"step=000004/rollouts\.parquet cannot be replaced; only {place} can be"):
+        replace_artifact(run, report, run.paths.relative(run.paths.rollouts("stage2", 4)))
+    given_up = replace_artifact(run, report, place)
+    assert given_up[-1] == place
+    assert [Path(name).parent.name for name in given_up] == ["step=000004"] * 4 + ["step=000003"] * 4
+    assert check_run(run).findings == []
+    assert [row["step"] for row in load_metrics(run, "stage2")] == [0, 1, 2]
+
+    train(run)
+
+    found = [manifest_of(run.paths.update("stage2", step)).metadata.get("version") for step in range(7)]
+    assert found == [None, None, None, 2, 2, None, None]
+    assert check_run(run).findings == []
+
+
+@pytest.mark.usefixtures("inexact")
+def test_a_past_step_takes_everything_after_it_along(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copy_of(whole, tmp_path)
+    paths = run.paths
+    flip(paths.rollouts("stage1", 1))
+    assert is_finished(run, verify=True)  # it does not need them
+    monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path))
+    told = CliRunner().invoke(app, ["check", "r"])
+    assert (told.exit_code, "--replace" in told.output) == (1, True)
+    done = CliRunner().invoke(app, ["check", "r", "--replace", paths.relative(paths.rollouts("stage1", 1))])
+    assert done.exit_code == 0
+    assert "make them anew with: kdrl resume r" in done.output
+    assert check_run(run).findings == []
+    left = {paths.relative(path) for path in published_below(paths.root)}
+    step = "rollouts/stage=stage1/step=000000"
+    assert left == {
+        *("data/pool.parquet", "data/filter.json", "checkpoints/stage1/step-000001"),
+        *(f"{step}/{name}.parquet" for name in ("rollouts", "rewards", "reference", "update")),
+        *("evaluation/base", "evaluation/teacher"),
+    }
+    assert {row["step"] for row in load_metrics(run, "stage1")} == {0}
+    assert load_metrics(run, "stage2") == []
+    assert "student/model.safetensors" in kept_of(run)
+
+
+def test_nothing_of_an_exact_run_is_replaced(stopped: Run, tmp_path: Path) -> None:
+    run = copy_of(stopped, tmp_path)
+    place = run.paths.relative(run.paths.rollouts("stage2", 0))
+    flip(run.paths.root / place)
+    with pytest.raises(RunError, match="nothing of this run can be"):
+        replace_artifact(run, check_run(run), place)
 
 
 def train_otherwise(monkeypatch: pytest.MonkeyPatch, *, by: float) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from parity.ranks import make_batch, needs_deepspeed, processes_of, rank_process
 from tiny_run import open_tiny, rows, train
 from torch.utils import cpp_extension
 
+from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.config import resolve_path
 from kdrl_core.errors import EngineError
+from kdrl_core.ledger import manifest_of
 from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.training.extensions import KernelBaton
 
@@ -122,7 +125,7 @@ def test_a_run_whose_trainer_is_deepspeed(artifacts: Path, fast_sessions: None) 
     """Trained here by one process, there by two ranks from its checkpoint on: the trainer may change on resume."""
     name, last = "ranks", ["stage1=null", "stage2.steps=3"]
     run = open_tiny(artifacts, name, last)
-    train(run, until=("stage2", 2))
+    train(run, until=("stage2", 1))
     changed = ["trainer.engine=deepspeed", "trainer.ranks=2", "trainer.zero_stage=3", "trainer.start_timeout_s=300"]
     run = open_tiny(artifacts, name, [*last, *changed])
     train(run)
@@ -132,6 +135,12 @@ def test_a_run_whose_trainer_is_deepspeed(artifacts: Path, fast_sessions: None) 
     assert [row["step"] for row in found] == [0, 1, 2]
     assert all(row["engine/logprob_gap_max"] < 1e-4 for row in found)
     assert (run.paths.checkpoint("stage2", 3) / "trainer" / "state.json").is_file()
+    assert check_run(run).findings == []
+    saved_aside = "checkpoints/stage2/step-000002"
+    assert (
+        manifest_of(run.paths.rollouts("stage2", 2)).inputs[saved_aside]
+        == manifest_of(run.paths.root / saved_aside).sha256
+    )
 
 
 @pytest.mark.slow
@@ -143,6 +152,22 @@ def test_a_silent_rank_is_given_up(tmp_path: Path) -> None:
         with pytest.raises(EngineError, match=r"gave no answer within 3 s; raise trainer.step_timeout_s"):
             trainer.update(make_batch(0))
         assert time.monotonic() - started < 6
+        assert processes_of(folder) == []
+
+
+@pytest.mark.slow
+def test_closing_ends_a_save_in_another_thread(tmp_path: Path) -> None:
+    """As an interrupt does; the save itself would never end."""
+    folder = tmp_path / "ranks"
+    with ranks(STUDENT, None, folder) as trainer, ThreadPoolExecutor(1) as thread:
+        rank_processes(folder)[0].suspend()
+        saved = thread.submit(trainer.save, tmp_path)
+        time.sleep(0.5)
+        assert not saved.done()
+        started = time.monotonic()
+        trainer.close()
+        assert saved.exception(5.0) is not None
+        assert time.monotonic() - started < 5
         assert processes_of(folder) == []
 
 

@@ -16,6 +16,7 @@ from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.stage import open_stage
 from kdrl_core.boxes.step import rollout, score_step, update_step, verify
 from kdrl_core.config import load_recipe, resolve_path
+from kdrl_core.errors import Stopped
 from kdrl_core.labelling import LabelOptions, label_problems, plan_labels
 from kdrl_core.ledger import Run, create_run, run_lock, sweep_temporaries
 from kdrl_core.ledger.graph import evaluated_labels
@@ -106,7 +107,11 @@ def train(run: Run, *, until: tuple[str, int] | None = None) -> None:
                     close_sessions()
                     return
                 train_step(run, stage, step)
-                stop_if_requested()
+                try:
+                    stop_if_requested()
+                except Stopped:
+                    close_sessions()
+                    raise
         close_sessions()
 
 

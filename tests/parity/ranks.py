@@ -1,6 +1,7 @@
 """DeepSpeed trainers beside the plain one, and batches with every term of the loss."""
 
 import importlib.util
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.models.loading import load_model
 from kdrl_core.objectives import Objective
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
-from kdrl_core.training.protocols import OptimizerSettings, StepStats, Trainer, UpdateBatch
+from kdrl_core.training.protocols import STATE_DIR, OptimizerSettings, StepStats, Trainer, UpdateBatch
 from kdrl_core.training.rank_group import WORKER
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import ScoreRequest
@@ -127,6 +130,16 @@ def rank_processes(folder: Path) -> list[psutil.Process]:
 
 def _processes() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline", "status"]) if p.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def assert_rounded(exported: Path, saved: Path) -> None:
+    """An export in bfloat16 has the bits that an engine makes of the float32 weights, and says so."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (exported, saved))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name].to(torch.bfloat16)) for name in theirs)
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not (exported / STATE_DIR).exists()
+    assert (exported / "tokenizer.json").read_bytes() == (saved / "tokenizer.json").read_bytes()
 
 
 def train(trainer: Trainer, batches: Sequence[UpdateBatch]) -> list[StepStats]:

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from parity.ranks import (
+    assert_rounded,
     gaps,
     make_batch,
     needs_deepspeed,
@@ -24,6 +25,7 @@ from parity.ranks import (
 from safetensors.torch import load_file
 
 from kdrl_core.errors import EngineError, RunError
+from kdrl_core.ledger import listing
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import UpdateBatch
@@ -62,7 +64,9 @@ def spoiled(batch: UpdateBatch) -> UpdateBatch:
 
 def save(trainer: Any, path: Path) -> Path:
     path.mkdir()
-    trainer.save(path)
+    told = trainer.save(path)
+    assert told.items() <= listing(path).items()
+    assert {"model.safetensors", "trainer/optimizer.safetensors"} <= told.keys()
     return path
 
 
@@ -115,6 +119,9 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
         assert contents(untouched) == contents(save(plain_trainer(tied_dir, tokenizer), tmp_path / "initial"))
         actual = train(sharded, BATCHES[:2])
         saved = save(sharded, tmp_path / "saved")
+        (tmp_path / "engine").mkdir()
+        sharded.export_hf(tmp_path / "engine", "bfloat16")
+        assert_rounded(tmp_path / "engine", saved)
         with pytest.raises(EngineError, match=r"step 2: loss -?(inf|nan) .* is not finite"):
             sharded.update(spoiled(BATCHES[0]))
         assert contents(save(sharded, tmp_path / "refused")) == contents(saved)

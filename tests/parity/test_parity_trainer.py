@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from parity.conftest import dense_log_probabilities, largest_gap
-from parity.ranks import with_objective
+from parity.ranks import assert_rounded, with_objective
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import EngineError, RunError
+from kdrl_core.ledger import listing
 from kdrl_core.models.loading import load_model
 from kdrl_core.objectives import Objective
 from kdrl_core.training.protocols import OptimizerSettings, UpdateBatch
@@ -233,10 +235,15 @@ def test_tied_embeddings_stay_tied(make_trainer: MakeTrainer, batch: UpdateBatch
     trainer, model = make_trainer(learning_rate=1e-2)
     assert model.config.tie_word_embeddings
     trainer.update(batch)
-    trainer.save(tmp_path)
+    saved, exported = tmp_path / "saved", tmp_path / "exported"
+    for folder in (saved, exported):
+        folder.mkdir()
+    trainer.save(saved)
     other, other_model = make_trainer()
-    other.load(tmp_path)
-    for trained in (model, other_model, load_model(tmp_path)):
+    other.load(saved)
+    trainer.export_hf(exported, "bfloat16")
+    assert_rounded(exported, saved)
+    for trained in (model, other_model, load_model(saved)):
         assert trained.lm_head.weight.data_ptr() == trained.model.embed_tokens.weight.data_ptr()
         assert torch.equal(parameters(trained), parameters(model))
 
@@ -254,7 +261,10 @@ def test_restored_trainer_continues_to_the_bit(
         first.update(batch)
     saved = tmp_path / "saved"
     saved.mkdir()
-    first.save(saved)
+    told = first.save(saved)
+    assert told.items() <= listing(saved).items()  # hashed while it was written
+    written = (saved / "trainer" / "optimizer.safetensors").read_bytes()
+    assert written == to_bytes(load_file(saved / "trainer" / "optimizer.safetensors"))
     second, second_model = make_trainer(path, **options)
     second.load(saved)
     assert second.step == 2

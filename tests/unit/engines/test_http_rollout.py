@@ -14,7 +14,9 @@ from replica import Replica, replica
 from kdrl_core.config.paths import ASSETS
 from kdrl_core.engines.http_rollout import HTTPRolloutEngine
 from kdrl_core.engines.server_client import ServedModel
+from kdrl_core.engines.sync import SyncReport, sync_weights
 from kdrl_core.engines.transformers_engines import TransformersScorer
+from kdrl_core.engines.weight_digest import folder_digest
 from kdrl_core.errors import EngineError
 from kdrl_core.models.loading import load_model, load_tokenizer, stop_token_ids
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
@@ -91,6 +93,42 @@ def test_replicas_share_the_work_and_take_each_policy(
     assert [server.num_tokens for server in replicas] == [27, 27]  # ids beyond are padding, not to be sampled
     assert min(server.num_sampled for server in replicas) > 3
     assert all(len(r.token_ids) <= 3 for r in engine.generate(REQUESTS, max_response_tokens=3))
+
+
+def synced(engine: HTTPRolloutEngine, policy: Path) -> SyncReport:
+    scorer = TransformersScorer(load_model(policy), temperature=1.0, batch_tokens=2048)
+    return sync_weights(engine, policy, REQUESTS[:2], scorer.score, tolerance=1e-4)
+
+
+def test_a_replica_that_keeps_its_weights_is_named(
+    engine: HTTPRolloutEngine, replicas: list[Replica], policies: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = folder_digest(policies[1], "float32")
+    engine.load_weights(policies[0])
+    replicas[1].ignored = 1
+    report = synced(engine, policies[1])
+    assert (report.rebuilt, report.digest) == (True, expected)
+    assert f"replica {replicas[1].url} has float32:" in caplog.text
+    assert f"replica {replicas[0].url} has float32:" not in caplog.text
+    engine.load_weights(policies[0])
+    replicas[1].ignored = 2
+    with pytest.raises(EngineError, match=r"has other weights .* replica http.*Do replicas see the same files"):
+        synced(engine, policies[1])
+
+
+def test_a_replica_that_loads_other_weights_later_than_the_others_is_left_out(
+    engine: HTTPRolloutEngine, replicas: list[Replica], policies: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was started anew in the middle of a step, and finds old files."""
+    synced(engine, policies[0])
+    whole = engine.generate(REQUESTS)
+    replicas[1].ignored = 1
+    replicas[1].faults.append("restart")
+    caplog.clear()
+    rollouts = engine.generate(REQUESTS)
+    assert rollouts == whole
+    assert are_of(rollouts, policies[0])
+    assert replicas[1].ignored == 0
 
 
 def test_a_server_that_samples_padding_is_named(engine: HTTPRolloutEngine, policies: list[Path]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdrl_core.engines.vllm_engine import VLLMSettings, _batched_tokens
+from kdrl_core.engines.vllm_support import hf_overrides
 
 SCORES = VLLMSettings(max_model_len=20_481, samples=False)
 
@@ -17,6 +18,23 @@ def test_logits_of_what_is_scored_at_once_are_bounded(vocab_size: int, tokens: i
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
     assert _batched_tokens(tmp_path, SCORES) == tokens
     assert _batched_tokens(tmp_path, replace(SCORES, samples=True)) == 20_481
+
+
+@pytest.mark.parametrize(
+    ("context", "dtype", "max_model_len", "samples", "overrides"),
+    [
+        (128, "float32", 128, True, {}),
+        (128, "bfloat16", 128, True, {"head_dtype": "float32"}),
+        (128, "float32", 129, False, {"max_position_embeddings": 129}),
+        (128, "bfloat16", 129, False, {"head_dtype": "float32", "max_position_embeddings": 129}),
+        (128, "float32", 129, True, {}),  # vLLM refuses it
+        (None, "float32", 129, False, {}),
+    ],
+)
+def test_changes_to_a_models_config(
+    context: int | None, dtype: str, max_model_len: int, samples: bool, overrides: dict[str, object]
+) -> None:
+    assert hf_overrides(context, dtype=dtype, max_model_len=max_model_len, samples=samples) == overrides
 
 
 @pytest.mark.parametrize(("runner", "tokens"), [(None, 8192), ("1", 8192), ("0", 441)])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -34,13 +35,14 @@ def test_repetition_counts_8_grams() -> None:
     assert repetition_rate(once + once) == pytest.approx(13 / 33)  # of 33 8-grams the last 13 came before
 
 
-@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 9))
+@given(st.lists(st.integers(0, 3) | st.sampled_from([256, 151_935, 2**31 - 1]), max_size=60), st.integers(1, 9))
 def test_repetition_is_a_share_and_grows_with_repeating(tokens: list[int], n: int) -> None:
     rate = repetition_rate(tokens, n=n)
     assert 0.0 <= rate < 1.0
-    assert repetition_rate([*tokens], n=n) == rate
-    if rate == 0.0 and len(tokens) > n:
-        assert len({tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}) == len(tokens) - n + 1
+    total = len(tokens) - n + 1
+    if total > 1:  # the definition, n-gram by n-gram
+        assert rate == 1.0 - len({tuple(tokens[start : start + n]) for start in range(total)}) / total
+    assert repetition_rate(np.array(tokens, np.int32), n=n) == rate
     if len(tokens) >= n:
         assert repetition_rate(tokens * 2, n=n) >= rate
 
