@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -91,12 +91,20 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 15.0) -> bool:
     return True
 
 
-def test_order_is_kept_and_progress_reported() -> None:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Verifier]:
+    """Two workers that no test kills; their memory of verdicts is everybody's."""
+    with Verifier(workers=2) as verifier:
+        verifier.verify(boxed(r"\frac{1}{97}"), "1/97")
+        _FOREIGN.update(workers_of(psutil.Process()))
+        yield verifier
+
+
+def test_order_is_kept_and_progress_reported(shared: Verifier) -> None:
     items = [(boxed(rf"\frac{{{number}}}{{2}}"), f"{number / 2}") for number in range(1, 40)]
     items.insert(20, (boxed("7"), "8"))
     steps: list[tuple[int, int]] = []
-    with Verifier(workers=2) as verifier:
-        verdicts = verifier.verify_batch(items, on_progress=lambda done, total: steps.append((done, total)))
+    verdicts = shared.verify_batch(items, on_progress=lambda done, total: steps.append((done, total)))
     assert kinds(verdicts) == [CORRECT] * 20 + [WRONG] + [CORRECT] * 19
     assert [v.extracted for v in verdicts[:3]] == [r"\frac{1}{2}", r"\frac{2}{2}", r"\frac{3}{2}"]
     assert steps == [(done, 40) for done in range(1, 41)]
@@ -120,31 +128,30 @@ def test_a_tower_of_powers_times_out_and_the_rest_goes_on() -> None:
     assert time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "reason"),
-    [
-        ("exit", ERROR, "exit code 3"),
-        ("kill", ERROR, "exit code -9"),
-        ("exit silently", TIMEOUT, "no result"),  # indistinguishable from one that never answers
-        ("sleep", TIMEOUT, "no result"),
-        ("hog", ERROR, "memory limit"),
-        ("hog and deny", ERROR, "memory limit"),
-    ],
-)
-def test_a_worker_that_dies_is_replaced(
-    monkeypatch: pytest.MonkeyPatch, answer: str, kind: VerdictKind, reason: str
-) -> None:
+def test_a_worker_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "judge", misbehave)
     monkeypatch.setattr(pool, "_WAITS", 1.0)
     monkeypatch.setattr(pool, "_WAIT_GRACE_S", 0.5)
-    items = [(boxed(HALF), "0.5"), (boxed(answer), "5"), (boxed(r"\frac{2}{4}"), "0.5"), (boxed(r"\frac{3}{6}"), "0.5")]
     models = b"m" * 2**29  # a parent larger than the limit, as one with models in it: its peak is not the worker's
     with Verifier(workers=1, timeout_s=2.5, memory_limit_mb=512) as verifier:
-        verdicts = verifier.verify_batch(items)
+        assert verifier.verify(boxed(HALF), "0.5").kind is CORRECT
+        for number, (answer, kind, reason) in enumerate(
+            [
+                ("exit", ERROR, "exit code 3"),
+                ("kill", ERROR, "exit code -9"),
+                ("exit silently", TIMEOUT, "no result"),  # indistinguishable from one that never answers
+                ("sleep", TIMEOUT, "no result"),
+                ("hog", ERROR, "memory limit"),
+                ("hog and deny", ERROR, "memory limit"),
+            ],
+            start=2,
+        ):
+            after = [(boxed(rf"\frac{{{n}}}{{{2 * n}}}"), "0.5") for n in (10 * number, 10 * number + 1)]
+            verdicts = verifier.verify_batch([(boxed(answer), "5"), *after])
+            assert kinds(verdicts) == [kind, CORRECT, CORRECT], answer
+            assert reason in verdicts[0].reason
+            assert (verdicts[0].reward, verdicts[0].extracted) == (0.0, answer)
     assert len(models) == 2**29
-    assert kinds(verdicts) == [CORRECT, kind, CORRECT, CORRECT]
-    assert reason in verdicts[1].reason
-    assert (verdicts[1].reward, verdicts[1].extracted) == (0.0, answer)
 
 
 def test_workers_killed_while_idle_are_replaced() -> None:
@@ -270,12 +277,12 @@ def refuse_to_start(memory_limit_mb: int) -> None:
     os._exit(1)
 
 
-def test_equal_pairs_are_computed_once() -> None:
-    with Verifier(workers=1) as verifier:
-        first = verifier.verify_batch([(boxed(HALF), "0.5")] * 50 + [(boxed(HALF), "0.25")] * 50)
-        assert verifier.num_computed == 2
-        again = verifier.verify_batch([(rf"<think>b</think>So \boxed{{{HALF}}}", "0.5")] * 3)
-        assert verifier.num_computed == 2
+def test_equal_pairs_are_computed_once(shared: Verifier) -> None:
+    answer, before = r"\frac{13}{26}", shared.num_computed
+    first = shared.verify_batch([(boxed(answer), "0.5")] * 50 + [(boxed(answer), "0.25")] * 50)
+    assert shared.num_computed == before + 2
+    again = shared.verify_batch([(rf"<think>b</think>So \boxed{{{answer}}}", "0.5")] * 3)
+    assert shared.num_computed == before + 2
     assert kinds(first + again) == [CORRECT] * 50 + [WRONG] * 50 + [CORRECT] * 3
 
 
@@ -306,19 +313,18 @@ def test_plain_answers_need_no_worker() -> None:
     verifier.close()
 
 
-def test_works_from_several_threads_at_once() -> None:
+def test_works_from_several_threads_at_once(shared: Verifier) -> None:
     results: dict[int, list[VerdictKind]] = {}
-    with Verifier(workers=2) as verifier:
 
-        def work(number: int) -> None:
-            items = [(boxed(rf"\frac{{{number}}}{{{k}}}"), f"{number}/{k}") for k in range(2, 8)]
-            results[number] = kinds(verifier.verify_batch(items))
+    def work(number: int) -> None:
+        items = [(boxed(rf"\frac{{{number}}}{{{k}}}"), f"{number}/{k}") for k in range(2, 8)]
+        results[number] = kinds(shared.verify_batch(items))
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(11, 15)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(11, 15)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
     assert results == {number: [CORRECT] * 6 for number in range(11, 15)}
 
 
@@ -347,7 +353,7 @@ def test_works_in_a_spawned_process() -> None:
     assert child.exitcode == 0
 
 
-def test_what_was_begun_ahead_is_not_begun_again() -> None:
+def test_what_was_begun_ahead_is_not_begun_again(shared: Verifier) -> None:
     items = [(boxed(rf"\frac{{{number}}}{{2}}"), f"{number / 2}") for number in range(1, 30)]
     with Verifier(workers=2) as verifier:
         for start in range(0, 20, 5):
@@ -355,22 +361,20 @@ def test_what_was_begun_ahead_is_not_begun_again() -> None:
         verdicts = verifier.verify_batch(items)
         assert verifier.num_computed == len(items)
         assert wait_until(lambda: verifier.hidden_seconds() == 0.0)
-    with Verifier(workers=2) as other:
-        assert other.verify_batch(items) == verdicts
+    assert shared.verify_batch(items) == verdicts  # not begun ahead there
     assert kinds(verdicts) == [CORRECT] * len(items)
 
 
-def test_verdicts_wait_while_something_else_is_done() -> None:
-    items = [(boxed(rf"\frac{{{number}}}{{2}}"), f"{number / 2}") for number in range(1, 30)]
-    with Verifier(workers=2) as verifier:
-        verifier.verify_batch(items[:1])
-        verifier.verify_ahead(items)
-        time.sleep(1.5)
-        assert verifier.hidden_seconds() > 0.0
-        assert verifier.hidden_seconds() == 0.0  # asked since
-        started = time.monotonic()
-        assert kinds(verifier.verify_batch(items)) == [CORRECT] * len(items)
-        assert time.monotonic() - started < 0.5
+def test_verdicts_wait_while_something_else_is_done(shared: Verifier) -> None:
+    items = [(boxed(rf"\frac{{{number}}}{{34}}"), f"{number / 34}") for number in range(1, 30)]
+    shared.hidden_seconds()
+    shared.verify_ahead(items)
+    time.sleep(1.5)
+    assert shared.hidden_seconds() > 0.0
+    assert shared.hidden_seconds() == 0.0  # asked since
+    started = time.monotonic()
+    assert kinds(shared.verify_batch(items)) == [CORRECT] * len(items)
+    assert time.monotonic() - started < 0.5
 
 
 def test_a_hostile_item_begun_ahead_costs_its_limit_once() -> None:
