@@ -295,7 +295,7 @@ def test_logits_that_are_not_finite_are_no_rollouts(
 
 
 def test_a_fault_of_who_listens_is_not_vllms(engine: VLLMRolloutEngine) -> None:
-    def listen(rollouts: list[Rollout]) -> None:
+    def listen(rollouts: Sequence[Rollout]) -> None:
         raise KeyError(rollouts[0].prompt_id)
 
     with pytest.raises(KeyError):
@@ -384,7 +384,7 @@ def test_a_second_engine_starts_after_torch_has_worked_in_parallel(tmp_path: Pat
             done += len(verify_batch([(r"<think>a</think>\boxed{1}", "1")] * 20, workers=1, timeout_s=20.0))
         return done
 
-    def sample() -> list[list[list[int]]]:
+    def sample() -> list[list[Sequence[int]]]:
         found, before = [], dict(os.environ)
         for _ in range(2):
             torch.mm(torch.randn(800, 800), torch.randn(800, 800)).to(torch.bfloat16).sum()
