@@ -103,7 +103,9 @@ def test_vllm_with_ranks_of_which_one_dies_at_the_end(tmp_path: Path) -> None:
     results = {each.check: each for each in diagnosis.checks}
     assert diagnosis.failed == ["student exported"]
     assert [name for name in results if name in STEP] == STEP
-    assert re.search(r": rank 1 \(pid \d+ on .*\) (ended with signal SIGKILL|is gone)", results["student exported"].says)
+    assert re.search(
+        r": rank 1 \(pid \d+ on .*\) (ended with signal SIGKILL|is gone)", results["student exported"].says
+    )
     assert "return code = -9" in results["student exported"].figures["log"]  # the launcher's words
     assert str(results["student exported"].remedy).startswith("the host's memory ran out")
     assert results["collective of the ranks"].figures["bytes"] == 4 * 2**20
