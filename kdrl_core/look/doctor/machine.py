@@ -137,9 +137,10 @@ def check_open_files(recipe: Recipe) -> Observed:
     """The limit on open files against the connections of requests in flight."""
     teacher = recipe.teacher.server if recipe.teacher is not None else None
     servers = [server for server in (recipe.rollout.server, teacher) if server is not None]
-    in_flight = max((server.concurrency or 32 * len(server.urls) for server in servers), default=0)
+    most = recipe.vllm.max_num_seqs
+    in_flight = max((server.concurrency or len(server.urls) * most for server in servers), default=0)
     if recipe.vllm.replicas > 1:
-        in_flight = max(in_flight, recipe.vllm.replicas * recipe.vllm.max_num_seqs)
+        in_flight = max(in_flight, recipe.vllm.replicas * most)
     needed = _OPEN_FILES + in_flight
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     figures = {"limit": limit, "needed": needed}

@@ -12,7 +12,7 @@ _HOST_MEMORY = (
 )
 _REMEDIES = (
     (r"CUDA out of memory|OutOfMemoryError|No available memory for the cache|Free memory on device", _GPU_MEMORY),
-    (r"signal SIGKILL|MemoryError|Cannot allocate memory|DefaultCPUAllocator", _HOST_MEMORY),
+    (r"signal SIGKILL|return code = -9|MemoryError|Cannot allocate memory|DefaultCPUAllocator", _HOST_MEMORY),
     (
         r"NCCL|ProcessGroup|Gloo|gloo",
         "the ranks cannot talk to each other: export NCCL_DEBUG=INFO and look at the log below; often /dev/shm is too "
