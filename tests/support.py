@@ -2,8 +2,13 @@
 
 import gc
 import http.client
+import os
+import shutil
+import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +19,21 @@ MARK = "KDRL_TEST_MARK"
 """Environment variable by which a test finds the processes of a program it started."""
 
 _PATIENCE_S = 10.0
+
+
+@contextmanager
+def small_disk(folder: Path, *, mib: int) -> Iterator[Path]:
+    """A real file system of so many MiB at `folder`; the test is skipped where none can be mounted."""
+    folder.mkdir()
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("only root can mount a small tmpfs")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:  # lazy: a writer that failed may hold its file
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def benchmarks(*names: str, samples: int, max_problems: int) -> str:

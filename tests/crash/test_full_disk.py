@@ -1,6 +1,5 @@
 """A disk that is full, or read-only, in each phase of a run: told, nothing half-written, and the run goes on."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from crash.tiny_run import differing, finish, open_tiny, train
+from support import small_disk
 
 from kdrl_core.boxes.completion import student
 from kdrl_core.boxes.evaluate import evaluate_model
@@ -35,16 +35,9 @@ _BEFORE_A_CHECKPOINT = {"update.parquet", "_update.manifest.json"} | {
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 96 MiB, of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("only root can mount a small tmpfs")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    close_sessions()
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", mib=96) as folder:
+        yield folder
+        close_sessions()
 
 
 def fill(disk: Path, *, leave: int = 0) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import small_disk
 
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, KdrlError, RunError, StorageError
 from kdrl_core.ledger import (
@@ -420,17 +421,10 @@ def test_sweeping_removes_temporaries_only(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("only root can mount a small tmpfs")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy: a writer that failed may hold its file
+    with small_disk(tmp_path / "disk", mib=2) as folder:
+        yield folder
 
 
 def write_too_much(path: Path) -> None:
@@ -462,30 +456,30 @@ def write_too_much_torch(path: Path) -> None:
 @pytest.mark.parametrize(
     "write", [write_too_much, write_too_much_parquet, write_too_much_safetensors, write_too_much_torch]
 )
-def test_a_full_disk_is_told_and_leaves_nothing(write: Callable[[Path], None], small_disk: Path) -> None:
-    path = small_disk / "run" / "rollouts.parquet"
+def test_a_full_disk_is_told_and_leaves_nothing(write: Callable[[Path], None], disk: Path) -> None:
+    path = disk / "run" / "rollouts.parquet"
     publish_file(path, write_content)
     with pytest.raises(StorageError, match="no disk space; free some") as caught:
         publish_file(path.with_name("teacher.parquet"), write)
     assert "teacher.parquet" in str(caught.value)
     with pytest.raises(StorageError, match="no disk space; free some"):
         publish_directory(path.with_name("model"), lambda folder: write(folder / "weights"))
-    assert everything_below(small_disk) == ["run", "run/_rollouts.manifest.json", "run/rollouts.parquet"]
+    assert everything_below(disk) == ["run", "run/_rollouts.manifest.json", "run/rollouts.parquet"]
     verify_published(path)
 
 
-def test_a_full_disk_is_told_by_replace_file(small_disk: Path) -> None:
-    replace_file(small_disk / "metrics", b"old")
+def test_a_full_disk_is_told_by_replace_file(disk: Path) -> None:
+    replace_file(disk / "metrics", b"old")
     with pytest.raises(StorageError, match="no disk space"):
-        replace_file(small_disk / "metrics", b"x" * 2**22)
-    assert (small_disk / "metrics").read_bytes() == b"old"
-    assert everything_below(small_disk) == ["metrics"]
+        replace_file(disk / "metrics", b"x" * 2**22)
+    assert (disk / "metrics").read_bytes() == b"old"
+    assert everything_below(disk) == ["metrics"]
 
 
-def test_too_little_space_is_told_before_work_begins(small_disk: Path) -> None:
+def test_too_little_space_is_told_before_work_begins(disk: Path) -> None:
     with pytest.raises(StorageError, match=r"has [012] MiB left, at least 64 are needed; .* KDRL_ARTIFACTS"):
-        require_writable(small_disk / "runs", free_mb=64)
-    require_writable(small_disk / "runs", free_mb=1)
+        require_writable(disk / "runs", free_mb=64)
+    require_writable(disk / "runs", free_mb=1)
 
 
 def test_a_limit_on_file_size_is_told_like_a_full_disk(tmp_path: Path) -> None:
@@ -513,10 +507,10 @@ def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_a_read_only_disk_is_told(small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+def test_a_read_only_disk_is_told(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(StorageError, match="cannot be written; change its permissions or set KDRL_ARTIFACTS"):
-        require_writable(small_disk / "runs", free_mb=1)
+        require_writable(disk / "runs", free_mb=1)
 
 
 def test_a_file_where_a_folder_is_needed_is_told(tmp_path: Path) -> None:
