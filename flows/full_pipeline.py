@@ -9,11 +9,10 @@ from flows.reporting import reporting
 from flows.sft_stage import sft_stage
 from flows.training_stage import training_stage
 from kdrl_core.boxes.completion import is_finished, require_finished
-from kdrl_core.boxes.preflight import check_inputs
 from kdrl_core.config import load_recipe
 from kdrl_core.config.fetch import fetched
 from kdrl_core.ledger import create_run, run_lock, sweep_temporaries
-from kdrl_core.look.planning.machine import require_fit
+from kdrl_core.look.planning.machine import require_runnable
 from tasks.boxes import adopt
 from tasks.secrets import register_blocks
 
@@ -41,8 +40,7 @@ def full_pipeline(
         share_with: other runs; their finished parts of the same work are taken over (docs/sweeps.md).
     """
     register_blocks()
-    check_inputs(loaded := fetched(load_recipe(recipe, overrides or [])))
-    require_fit(loaded)
+    require_runnable(loaded := fetched(load_recipe(recipe, overrides or [])))
     run = create_run(run_name or default_run_name(), loaded)
     with run_lock(run.paths.lock):
         sweep_temporaries(run.paths.root)  # of an interrupted publication

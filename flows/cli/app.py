@@ -60,19 +60,17 @@ def run(
     Nothing has to be set up: without PREFECT_API_URL the run starts a Prefect API of its own and ends it again.
     You may interrupt the run at any time (Ctrl-C); `kdrl resume` continues it from its files.
     """
-    from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
     from kdrl_core.ledger import RunPaths, require_free, require_same_recipe, validate_run_name
-    from kdrl_core.look.planning.machine import require_fit
+    from kdrl_core.look.planning.machine import require_runnable
 
     with errors():
         loaded = fetched(load_recipe(recipe, overrides or []))
         run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
         require_free(RunPaths.of(run_name).lock)
         require_same_recipe(run_name, loaded)
-        check_inputs(loaded)
-        require_fit(loaded)
+        require_runnable(loaded)
         _run_in_process(recipe, run_name, overrides or [], verbose=verbose)
 
 
@@ -86,11 +84,10 @@ def resume(
 
     `--set` changes fields that published files do not depend on, e.g. --set stage2.steps=400 for more steps.
     """
-    from kdrl_core.boxes.preflight import check_inputs
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
     from kdrl_core.ledger import open_run, require_free, require_resumable, require_same_recipe
-    from kdrl_core.look.planning.machine import require_fit
+    from kdrl_core.look.planning.machine import require_runnable
 
     with errors():
         opened = open_run(run_name)
@@ -103,8 +100,7 @@ def resume(
             out.print(f"nothing to do: run {run_name} is finished; its report is {opened.paths.report / 'report.html'}")
             return
         require_same_recipe(run_name, loaded)
-        check_inputs(loaded)
-        require_fit(loaded)
+        require_runnable(loaded)
         _run_in_process(str(opened.paths.recipe), run_name, overrides or [], verbose=verbose)
 
 

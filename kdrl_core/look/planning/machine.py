@@ -67,6 +67,14 @@ def misfits(recipe: Recipe, cluster: Cluster) -> list[Misfit]:
     return found
 
 
+def require_runnable(recipe: Recipe) -> None:
+    """All that is known of a run before anything is loaded: `check_inputs`, then `require_fit`. Raises as they do."""
+    from kdrl_core.boxes.preflight import check_inputs
+
+    check_inputs(recipe)
+    require_fit(recipe)
+
+
 def require_fit(recipe: Recipe) -> None:
     """Raise RecipeError if the recipe's run cannot fit the GPUs that this process may use, with what would. Warn in the
     log if it needs more than a plan may use. Nothing is checked on a CPU, or if the GPUs are not known."""

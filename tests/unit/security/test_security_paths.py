@@ -98,7 +98,7 @@ def test_no_flow_parameter_is_another_name(name: str, tmp_path: Path, monkeypatc
     from flows import full_pipeline
 
     monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path / "artifacts"))
-    monkeypatch.setattr(full_pipeline, "check_inputs", lambda recipe: None)
+    monkeypatch.setattr(full_pipeline, "require_runnable", lambda recipe: None)
     with pytest.raises(RunError, match="is not allowed"):
         full_pipeline.full_pipeline.fn(recipe="miniature", run_name=name)
     assert everything_below(tmp_path) == []
