@@ -57,7 +57,8 @@ def step_ended(run: Run, stage: str, summary: StepSummary, progress: shown.Stage
     track(run)
     alarms.step_ended(run, stage, summary.alarms)
     stop_if_cancelled()
-    evaluate_if_due(run, stage, summary.step + 1, progress)
+    if summary.checkpoint is not None:
+        evaluate_if_due(run, stage, summary.step + 1, progress)
 
 
 def evaluate_if_due(run: Run, stage: str, step: int, progress: shown.StageProgress) -> None:

@@ -15,7 +15,7 @@ from kdrl_core.boxes.make import Box, Product, box, make
 from kdrl_core.errors import DamagedArtifactError, RunError
 from kdrl_core.ledger import Manifest, Run, find_intact, find_own, is_published, required_sha256, retract
 from kdrl_core.ledger.graph import CHECKPOINT
-from kdrl_core.ledger.heal import ASIDE_PREFIX, forget
+from kdrl_core.ledger.heal import ASIDE_PREFIX, forget, set_aside_of
 from kdrl_core.tables import schemas
 from kdrl_core.tables.files import append_metrics, load_metrics, rebuild_metrics
 from kdrl_core.training.protocols import StepStats
@@ -125,7 +125,7 @@ class StepSummary:
     metrics: dict[str, float]
     timings: dict[str, float]
     checkpoint: Path | None
-    """Of the policy after the step, if one is kept. It may be published with the next rollouts only."""
+    """Of the policy after the step, if one is saved. It may be published with the next rollouts only."""
     replayed: bool
     alarms: tuple[Alarm, ...] = ()
     """Alarms that the step raised; empty for a replayed step, whose alarms were reported when it was made."""
@@ -150,7 +150,7 @@ def end_step(session: "StageSession", update: Box, step: int) -> StepSummary:
     made = make(session, update, step)
     recorded = made.manifest.metadata
     append_metrics(run, stage, step)
-    is_due = is_checkpoint_due(run, stage, step + 1)
+    is_due = is_checkpoint_due(run, stage, step + 1) and not (made.reused and _is_past(session, step + 1))
     if is_due:
         session.save_later(partial(save, session, step + 1))
         if not session.trainer_saves_aside or _is_waited_for(session, step + 1):
@@ -164,6 +164,16 @@ def end_step(session: "StageSession", update: Box, step: int) -> StepSummary:
         replayed=made.reused,
         alarms=tuple(Alarm(stage=stage, step=step, **alarm) for alarm in alarms),
     )
+
+
+def _is_past(session: "StageSession", at: int) -> bool:
+    """Whether a replay goes past a checkpoint that the retention has deleted, and that it cannot make with the same
+    bytes again (`Recipe.is_exact`). What was made from it is there; the next checkpoint is a later one."""
+    run, path = session.run, session.run.paths.checkpoint(session.stage, at)
+    if run.recipe.is_exact or at == session.config.steps or is_published(path):
+        return False
+    is_damaged = any(left.exists() for left in set_aside_of(path))
+    return not is_damaged and required_sha256(run, path) is not None
 
 
 def _is_waited_for(session: "StageSession", at: int) -> bool:

@@ -24,6 +24,7 @@ from flows.cli import app
 from kdrl_core.boxes.check import Remedy, check_run, replace_artifact
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.session import close_sessions
+from kdrl_core.boxes.stage import checkpoint_steps
 from kdrl_core.config import Recipe
 from kdrl_core.errors import DamagedArtifactError, ForeignFileError, RunError
 from kdrl_core.ledger import Run, is_published, manifest_of, open_run, published_below, verify_published
@@ -212,6 +213,22 @@ def test_lost_rollouts_of_the_last_step_are_replaced_where_sampling_is_not_exact
         assert [step["step"] for step in store.steps() if step["stage"] == "stage2"] == list(range(7))
     finish(run)
     assert is_finished(run, verify=True)
+
+
+@pytest.mark.usefixtures("inexact")
+def test_a_replay_goes_past_deleted_checkpoints_that_come_out_otherwise(
+    stopped: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts were sampled from the one of step 3, which the retention may delete. The last step is replaced."""
+    run = copy_of(stopped, tmp_path)
+    shutil.rmtree(run.paths.checkpoint("stage2", 3))
+    flip(run.paths.rollouts("stage2", 4))
+    train_otherwise(monkeypatch, by=1e-9)
+    train(run)
+    assert checkpoint_steps(run, "stage2") == [6, 7]
+    found = [manifest_of(run.paths.update("stage2", step)).metadata.get("version") for step in range(7)]
+    assert found == [None, None, None, None, 2, None, None]
+    assert check_run(run).findings == []
 
 
 @pytest.mark.usefixtures("inexact")
