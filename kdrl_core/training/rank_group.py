@@ -129,7 +129,7 @@ class RankGroup:
     def close(self) -> None:
         """End every process of the group."""
         for connection in self._connections:
-            connection.close()  # this ends ranks on other hosts
+            hang_up(connection)  # this ends ranks on other hosts
         guard, self._guard = self._guard, None
         if guard is not None:
             kill_group(guard.pid)
@@ -251,6 +251,14 @@ class RankGroup:
             if lines:
                 return ". The end of their log:\n" + "\n".join(lines)
         return ""
+
+
+def hang_up(connection: Connection) -> None:
+    """Close a connection, even while another thread waits for it: that keeps the socket open, and the other end would
+    not notice."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as own:
+        own.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def call_back(spec: dict[str, Any]) -> Connection:

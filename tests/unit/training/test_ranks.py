@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kdrl_core.training import rank_group
 from kdrl_core.training.deepspeed_trainer import deal_batches, most_memory
 from kdrl_core.training.deepspeed_worker import let_segments_grow
 from kdrl_core.training.messages import RankWork, pack, share_of, unpack
-from kdrl_core.training.rank_group import Reply
+from kdrl_core.training.rank_group import Reply, hang_up
 from kdrl_core.training.torch_trainer import totals_of
 
 
@@ -47,6 +48,22 @@ def test_dealing_golden() -> None:
     assert deal_batches([[4, 1], [2, 3], [0]], ranks=2) == ([[[4, 1], [3]], [[2], [0]]], [0, 0])
     # one response for three ranks: two of them go through it for company
     assert deal_batches([[0]], ranks=3) == ([[[0]], [[0]], [[0]]], [0, 1, 1])
+
+
+def test_a_connection_is_hung_up_while_another_thread_waits_for_it() -> None:
+    """As Ctrl-C does while a checkpoint is saved. The ranks of other hosts end when they notice."""
+    here, there = (Connection(end.detach()) for end in socket.socketpair())
+    waiting = threading.Thread(target=wait, args=([here], 20.0))
+    waiting.start()
+    time.sleep(0.1)
+    hang_up(here)
+    assert there.poll(10.0)
+    with pytest.raises(EOFError):
+        there.recv_bytes()
+    waiting.join(10.0)
+    assert not waiting.is_alive()
+    hang_up(here)  # once more does nothing
+    there.close()
 
 
 @pytest.mark.parametrize("has_topk", [False, True])
