@@ -143,7 +143,7 @@ def _cpu_bytes(recipe: Recipe) -> float:
     stage = stage_to_try(recipe)
     shapes, config, engines = _shapes(recipe), recipe.stage(stage), engines_of(recipe)
     student, ranks = shapes["student"], recipe.trainer.ranks
-    settings = replace(engines.training(ranks), precision="float32")
+    settings = replace(engines.training(ranks), precision="float32", is_masked=True)
     longest = config.max_prompt_tokens + config.max_response_tokens
     one = memory.update_components(
         student, settings, micro_batch_tokens=max(config.micro_batch_tokens, longest), longest=longest

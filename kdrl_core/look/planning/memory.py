@@ -4,8 +4,8 @@ A layer keeps this for its backward pass, per token (H hidden, A·D query, K·D 
 dtype), in `transformers` with torch's fused attention:
 
     two RMSNorms   24·H float32; 16·H bfloat16 weights; 26·H float32 weights under bfloat16 autocast (casts included)
-    attention      b·2·(A·D + K·D) + 4·A   (rotated q and k, v, output, log-sum); padded batches keep k and v per head,
-                   b·4·A·D, and a mask of b·s bytes per token of a sequence padded to s
+    attention      b·2·(A·D + K·D) + 4·A   (rotated q and k, v, output, log-sum); rows with a mask, as short ones on a
+                   CPU, keep k and v per head, b·4·A·D, and b·s bytes of mask per token of a row padded to s
     MLP            b·4·I
 
 With activation checkpointing, a layer keeps only its input, and only one layer at a time holds the rest. Logprobs are
@@ -48,6 +48,8 @@ class TrainerSettings:
     """Activation checkpointing."""
     offloads_optimizer: bool = False
     """Optimiser states in the host's memory."""
+    is_masked: bool = False
+    """Several rows of a micro-batch have a mask, as short ones on a CPU (kdrl_core.logprobs.model)."""
 
     @property
     def activation_bytes(self) -> int:
@@ -115,9 +117,10 @@ def working_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, wi
 
 
 def _layer_bytes(shape: ModelShape, settings: TrainerSettings, *, rows: int, width: int) -> float:
-    """Bytes that one layer keeps, with a mask if there is padding."""
-    mask = width * settings.activation_bytes if rows > 1 else 0
-    return rows * width * (layer_activation_bytes(shape, settings, is_padded=rows > 1) + mask)
+    """Bytes that one layer keeps, with a mask if there is one."""
+    is_padded = settings.is_masked and rows > 1
+    mask = width * settings.activation_bytes if is_padded else 0
+    return rows * width * (layer_activation_bytes(shape, settings, is_padded=is_padded) + mask)
 
 
 def worst_micro_batch(

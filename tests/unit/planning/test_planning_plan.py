@@ -131,8 +131,8 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert "activations" in plan.candidates[0].reason
     assert "--set trainer.activation_checkpointing=true" in plan.remedies
     assert planned(is_checkpointed=True).best is not None  # the remedy holds
-    assert "GPUs with 141 GB" in plan.remedies
-    assert planned(is_checkpointed=False, memory=141e9).best is not None
+    assert "GPUs with 96 GB" in plan.remedies
+    assert planned(is_checkpointed=False, memory=96e9).best is not None
 
 
 def test_remedies_are_combined_where_none_does_alone() -> None:
