@@ -4,7 +4,8 @@
     scoring = forward FLOPs / (peak · MFU · GPUs),  update = update FLOPs / (peak · MFU · GPUs)
     weight sync = write once; read on every node and load onto each GPU, while the files' digest is made
     offload = weights of engines that sleep go to the host and come back
-    checkpoint = 12 bytes a parameter, written and hashed once; only what the next rollout does not hide counts
+    checkpoint = 12 bytes a parameter, written and hashed once; only what the next rollout does not hide counts, but all
+                 of it for the trainer `torch`, which saves at once
     host = tables of Arrow and Parquet, and answers of servers, per token
 
 A GPU with any work trains or scores at least one longest sequence, so the slowest of many has more than the mean.
@@ -112,6 +113,7 @@ def step_time(
             reference = score_s("reference", work.student, work, engines, cluster, gpus, rates)
     tokens = busiest(work, 1 if engines.trainer == "torch" else gpus)
     flops = work.student.update_flops(tokens, context=work.attended, is_checkpointed=engines.is_checkpointed)
+    hidden = 0.0 if engines.trainer == "torch" else rollout  # torch saves in the process that samples
     bandwidth = cluster.link_bandwidth if gpus <= cluster.gpus_per_node else cluster.network_bandwidth
     return StepTime(
         rollout=rollout,
@@ -123,7 +125,7 @@ def step_time(
         weight_sync=synced,
         offload=moved,
         host=host,
-        checkpoint=max(0.0, checkpoint_s(work, cluster) - rollout) / work.checkpoint_every,
+        checkpoint=max(0.0, checkpoint_s(work, cluster) - hidden) / work.checkpoint_every,
     )
 
 

@@ -85,6 +85,8 @@ def test_sync_sleep_and_checkpoint_by_hand() -> None:
     assert found.weight_sync == pytest.approx(0.711 + 1.111, abs=0.002)
     assert found.offload == pytest.approx(2 * (3.554 + 15.231) / 20, abs=0.002)
     assert found.checkpoint == 0.0  # 21.3 GB in 14.2 s, while responses are sampled
+    alone = step_time(work, Engines(trainer="torch"), NODE, Placement(student_gpus=8), Rates())
+    assert alone.checkpoint == pytest.approx(14.2 / 10, abs=0.01)  # every tenth step; torch saves at once
     short = replace(work, mean_response=10.0, longest_response=10.0, mean_prompt=1.0, max_response=10)
     assert step_time(short, Engines(), NODE, Placement(student_gpus=8), Rates()).checkpoint > 1.0
 
