@@ -40,7 +40,7 @@ class Rates:
     """Rates that are given or measured; None: computed."""
 
     rollout_tokens_per_s: float | None = None
-    """Response tokens, per GPU. Of a run only shown: `decoding_overhead_s` predicts more."""
+    """Response tokens, per GPU. Not used if `decoding_overhead_s` is given, which holds for other lengths too."""
     decoding_overhead_s: float | None = None
     """Of a decoding step, beyond arithmetic and memory."""
     decoding_factor: float = 1.0
