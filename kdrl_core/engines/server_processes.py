@@ -21,7 +21,7 @@ import httpx
 
 from kdrl_core import process_guard
 from kdrl_core.errors import EngineError
-from kdrl_core.process_guard import kill_group
+from kdrl_core.process_guard import how_ended, kill_group
 
 _POLL_S = 0.5
 _ANSWER_S = 2.0
@@ -259,7 +259,7 @@ class _Kept:
                 self._is_gone = True
         self.answers = False
         if not self.story and not self._over.is_set():
-            self.story = f"ended with {_status(code)}"
+            self.story = f"ended with {how_ended(code)}"
             self._group.say(f"{self.name} {self.story}")
         if not self.has_ever_answered and self._starts >= self._group.starts:
             times = f", {self._starts} times before it answered" if self._starts > 1 else " before it answered"
@@ -313,12 +313,3 @@ def free_ports(count: int) -> list[int]:
             if len(found) == count:
                 return found
     raise EngineError(f"no {count} free ports from {first} on at 127.0.0.1")
-
-
-def _status(code: int) -> str:
-    """An exit status of `process_guard` in words: it reports a signal as a shell does."""
-    number = -code if code < 0 else code - 128
-    try:
-        return f"signal {signal.Signals(number).name}"
-    except ValueError:
-        return f"status {code}"

@@ -17,7 +17,6 @@ from kdrl_core.look.doctor import machine, needs, versions
 from kdrl_core.look.doctor.checks import CheckFailed, CheckStatus, NotApplicable, Observed, Recorder
 from kdrl_core.look.doctor.examine import Diagnosis, doctor_folder, examine
 from kdrl_core.look.doctor.remedies import remedy_for_text
-from kdrl_core.look.doctor.watch import how_ended
 from kdrl_core.models.devices import gpus
 
 PAPER = load_recipe("paper-1.5b")
@@ -231,9 +230,3 @@ def test_an_error_of_several_lines_is_told_by_its_first() -> None:
     assert unknown.says == "MemoryError: no more"
     assert unknown.figures["log"].endswith("MemoryError: no more")
     assert str(unknown.remedy).startswith("the host's memory ran out")
-
-
-def test_how_a_process_ended() -> None:
-    assert how_ended(137) == how_ended(-9) == "signal SIGKILL, which the kernel sends when memory has run out"
-    assert how_ended(139) == "signal SIGSEGV"
-    assert how_ended(1) == "status 1"

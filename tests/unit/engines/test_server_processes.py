@@ -77,8 +77,9 @@ def test_a_server_is_started_again_but_not_while_it_rests(tmp_path: Path, monkey
         ]
         kill()
         until(lambda: said)
-        assert said == [f"replica 1 ({url}) ended with signal SIGKILL"]
-        assert group.state_of(url) == " (ended with signal SIGKILL)"
+        told = "ended with signal SIGKILL, which the kernel sends when memory has run out"
+        assert said == [f"replica 1 ({url}) {told}"]
+        assert group.state_of(url) == f" ({told})"
         assert "POST /collective_rpc True" in group.last_words()
         time.sleep(1.2)
         assert log.read_text().count("up") == 1
