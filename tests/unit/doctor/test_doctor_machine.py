@@ -140,10 +140,29 @@ def test_shared_memory_of_a_container(disk: Path) -> None:
     assert "--shm-size" in str(fault.value.remedy)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "mebibytes"),
+    [
+        (["vllm.replicas=8"], 0),
+        (["vllm.replicas=1"], 3 * (160 + 240)),  # student, reference and teacher
+        (["vllm.replicas=4", "vllm.tensor_parallel=2"], 3 * 4 * (160 + 2 * 240)),
+        (["vllm.replicas=1", "teacher.engine=transformers"], 2 * (160 + 240)),
+        (["vllm.replicas=1", "runtime.device=cpu"], 0),
+    ],
+)
+def test_shared_memory_of_vllms_workers(
+    overrides: list[str], mebibytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10**12))
+    found = machine.check_shared_memory(load_recipe("paper-1.5b", overrides), place=tmp_path).figures
+    assert found["needed"] == (8 * 68 + mebibytes) * 2**20
+
+
 def test_too_little_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit of a control group counts, though the machine has more."""
+    """The limit of a control group counts, though the machine has more. Memory of cached files is free."""
     (tmp_path / "memory.max").write_text(f"{30 * 2**20}\n")
-    (tmp_path / "memory.current").write_text(f"{20 * 2**20}\n")
+    (tmp_path / "memory.current").write_text(f"{26 * 2**20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {20 * 2**20}\nactive_file {4 * 2**20}\ninactive_file {2 * 2**20}\n")
     monkeypatch.setattr(needs, "_CGROUP", tmp_path)
     with pytest.raises(CheckFailed, match=r"10\.5 MB free, about [\d.]+ MB needed for weights") as fault:
         needs.check_host_memory(MINIATURE, [])
