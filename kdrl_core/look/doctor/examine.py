@@ -1,4 +1,4 @@
-"""All checks of a recipe on this machine, and their report. Nothing is left on the disk."""
+"""All checks of a recipe on this machine, and their report. Nothing of kdrl's is left on the disk."""
 
 import fcntl
 import os
