@@ -84,6 +84,24 @@ def test_a_node_with_what_the_paper_needs(smi: Callable[..., None], monkeypatch:
     assert needs.check_plan(PAPER, found).says.startswith("fits: at most ")
 
 
+def test_vllm_needs_a_compiler_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gcc").write_text("")
+    (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(versions.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(CheckFailed, match=r"^not there: /.*/Python\.h$") as fault:
+        versions.check_compiler(PAPER)
+    assert "python3-dev" in str(fault.value.remedy)
+    (tmp_path / "Python.h").touch()
+    assert versions.check_compiler(PAPER).says == f"{tmp_path}/gcc, {tmp_path}/Python.h"
+    (tmp_path / "gcc").unlink()
+    with pytest.raises(CheckFailed, match=r"^not there: a C compiler$"):
+        versions.check_compiler(PAPER)
+    with pytest.raises(NotApplicable):
+        versions.check_compiler(MINIATURE)
+
+
 def test_too_few_gpus_too_small_ones_and_slow_links(smi: Callable[..., None]) -> None:
     smi(count=4, link="SYS")
     with pytest.raises(CheckFailed, match=r"4 GPUs are visible \(.*\), the recipe uses 8: trainer.ranks=8") as fault:
