@@ -281,6 +281,9 @@ class ServerPool:
         return self._retried(what, partial(self._at_a_server, attempt), over)
 
     def _retried(self, what: str, call: Callable[[], _Result], over: threading.Event) -> _Result:
+        advice = f"({self._options['retry_for_s']}). {self._options['remedy']}"
+        if self._own is not None:
+            advice = "(the run started these servers). Mend what their logs say, then resume the run: nothing is lost"
         try:
             return retry_transient(
                 what,
@@ -288,7 +291,7 @@ class ServerPool:
                 retry_for_s=self._served.retry_for_s,
                 first_pause_s=self._served.first_pause_s,
                 over=over,
-                advice=f"({self._options['retry_for_s']}). {self._options['remedy']}",
+                advice=advice,
             )
         except EngineError as error:
             if self._own is not None and (words := self._own.last_words()):
