@@ -21,6 +21,16 @@ def kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
+def how_ended(code: int) -> str:
+    """An exit status in words. The guard reports a signal as 128 + its number, DeepSpeed's launcher as 256 − it."""
+    number = -code if code < 0 else 256 - code if code > 192 else code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"status {code}"
+    return f"signal {name}" + (", which the kernel sends when memory has run out" if name == "SIGKILL" else "")
+
+
 def main() -> int:
     """Start the command, and wait for it or for the program's end."""
     program, command = int(sys.argv[1]), sys.argv[2:]

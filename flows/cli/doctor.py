@@ -31,7 +31,7 @@ def doctor(
     kdrl doctor --recipe miniature --json > doctor.json
 
     A line for each check: ✓ fine, ✗ failed, with what to do about it, – skipped, with the reason. It resumes no run and
-    leaves nothing behind. Exit code 0 if nothing failed, else 1.
+    leaves nothing behind but cached kernels. Exit code 0 if nothing failed, else 1.
     """
     from kdrl_core.config import load_recipe
     from kdrl_core.look.doctor.examine import examine

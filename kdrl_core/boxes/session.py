@@ -158,6 +158,8 @@ class StageSession:
             engine, sync = self._sampler.engine, None
             self.rest(but=engine)
             if self._sampler.version != step:
+                if self._trainer is None:
+                    engine.sleep()  # an engine that is awake may leave too little of a GPU for a trainer's start
                 weights = self._weights_at(step)
                 if self.run.recipe.rollout.engine == "transformers":
                     engine.load_weights(weights)

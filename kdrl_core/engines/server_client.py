@@ -90,6 +90,7 @@ class ServerClient:
         )
 
     def close(self) -> None:
+        """Close the connections."""
         self._client.close()
 
     def answer(
@@ -155,6 +156,7 @@ class ServerClient:
         return self.without_key(" ".join(content.decode(errors="replace").split()))[:_MAX_BODY_SHOWN]
 
     def without_key(self, text: str) -> str:
+        """A text in which the key is not shown."""
         return text.replace(self._key, "[the key]") if self._key else text
 
     def _exchange(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import kdrl_core
 from kdrl_core.engines.server_processes import Replica
-from kdrl_core.engines.vllm_engine import VLLMSettings, _batched_tokens
+from kdrl_core.engines.vllm_engine import VLLMSettings, batched_tokens
 from kdrl_core.engines.vllm_support import hf_overrides
 from kdrl_core.models.loading import context_limit, read_config
 
@@ -110,5 +110,5 @@ def _pass_tokens(model: Path, settings: VLLMSettings) -> int:
     """Tokens of a forward pass: as many as a scorer may take, since kdrl serve is not told what a server is for. The
     sampler of a CPU needs room for whole prompts."""
     samples = settings.samples and settings.device == "cpu"
-    most = _batched_tokens(model, replace(settings, samples=samples))
+    most = batched_tokens(model, replace(settings, samples=samples))
     return max(most, min(settings.max_num_seqs, settings.max_model_len))

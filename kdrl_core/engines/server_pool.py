@@ -114,8 +114,15 @@ class ServerPool:
         """What the first server, if it can be reached, says of the model: its name, and from where it was loaded."""
         self._over = threading.Event()
         self._ahead = DaemonThreads(self._concurrency, f"kdrl-{role}-ahead")
-        self.model = self._check_servers(max_tokens)
-        """Name under which the servers serve the model."""
+        try:
+            self.model = self._check_servers(max_tokens)
+            """Name under which the servers serve the model."""
+        except BaseException:
+            if self._own is not None:
+                self._own.close()
+            self._ahead.stop()
+            self._client.close()
+            raise
 
     def close(self) -> None:
         """Close the connections and drop requests in flight. Servers that this program has started are ended; others
@@ -199,11 +206,14 @@ class ServerPool:
     def sleep(self) -> None:
         """Have every server that answers free its memory, if the recipe says so."""
         if self.sleeps:  # also those known to be asleep: an evaluation may have woken them
-            self.each("sleep", partial(self.ask_workers, method="kdrl_sleep"))
-            for server in self.servers:
-                server.is_asleep = True  # also one that did not answer: it may be back by then
+            sleep = partial(self.ask_workers, method="kdrl_sleep")
+            asleep = self.each("sleep", sleep)
             if self._own is not None:
                 self._own.rest()
+                if len(asleep) < len(self.servers):  # one that came up between the two is still awake
+                    self._at_every_server(sleep)
+            for server in self.servers:
+                server.is_asleep = True  # also one that did not answer: it may be back by then
 
     def wake(self, server: Server) -> None:
         """Wake a server before a request. Raises TransientError, EngineError as `answer`."""
@@ -236,6 +246,7 @@ class ServerPool:
         return state
 
     def where(self, server: Server) -> str:
+        """A server as messages name it."""
         return f"{self._role} server {server.url}"
 
     def answer(
@@ -270,6 +281,9 @@ class ServerPool:
         return self._retried(what, partial(self._at_a_server, attempt), over)
 
     def _retried(self, what: str, call: Callable[[], _Result], over: threading.Event) -> _Result:
+        advice = f"({self._options['retry_for_s']}). {self._options['remedy']}"
+        if self._own is not None:
+            advice = "(the run started these servers). Mend what their logs say, then resume the run: nothing is lost"
         try:
             return retry_transient(
                 what,
@@ -277,7 +291,7 @@ class ServerPool:
                 retry_for_s=self._served.retry_for_s,
                 first_pause_s=self._served.first_pause_s,
                 over=over,
-                advice=f"({self._options['retry_for_s']}). {self._options['remedy']}",
+                advice=advice,
             )
         except EngineError as error:
             if self._own is not None and (words := self._own.last_words()):

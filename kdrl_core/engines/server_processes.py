@@ -21,7 +21,7 @@ import httpx
 
 from kdrl_core import process_guard
 from kdrl_core.errors import EngineError
-from kdrl_core.process_guard import kill_group
+from kdrl_core.process_guard import how_ended, kill_group
 
 _POLL_S = 0.5
 _ANSWER_S = 2.0
@@ -78,6 +78,7 @@ class ReplicaGroup:
 
     @property
     def urls(self) -> list[str]:
+        """Of the servers, in order."""
         return [each.replica.url for each in self._kept]
 
     def wait_until_ready(self, limit_s: float | None = None) -> None:
@@ -87,6 +88,7 @@ class ReplicaGroup:
         try:
             while not all(each.answers for each in self._kept):
                 self._raise_failure()
+                self._raise_lost()
                 if deadline is not None and time.monotonic() > deadline:
                     late = next(each for each in self._kept if not each.answers)
                     raise EngineError(f"{late.name} does not answer after {limit_s:g} s{late.last_words()}")
@@ -154,6 +156,13 @@ class ReplicaGroup:
             if each.failure is not None:
                 raise each.failure
 
+    def _raise_lost(self) -> None:
+        """Raise EngineError if a server has ended that nobody starts again: it ended asleep, while others came up."""
+        if self.is_resting and not self.keeps_resting:
+            for each in self._kept:
+                if each.has_ever_answered and each.story:
+                    raise EngineError(f"{each.name} {each.story} while others came up{each.last_words()}")
+
 
 class _Kept:
     """A server, its process, and the thread that looks after it."""
@@ -164,10 +173,12 @@ class _Kept:
         self.story = ""
         """How it ended, until it answers again."""
         self.failure: EngineError | None = None
+        self.has_ever_answered = False
         self._group = group
         self._starts = 0
         self._next_start = 0.0
-        self._has_ever_answered = False
+        self._is_gone = False
+        """Whether its process has ended and the rest of its group was killed. The system may use its id again then."""
         self.falling_asleep = threading.Lock()
         self._over = threading.Event()
         self._starting = threading.Lock()
@@ -178,22 +189,31 @@ class _Kept:
         """Ask every process of the server to end."""
         self._over.set()
         with self._starting, suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
+            if not self._is_gone:
+                os.killpg(self._process.pid, signal.SIGTERM)
 
     def stop(self) -> None:
         """End it until it is started again."""
         with self._starting:
-            kill_group(self._process.pid)
+            if not self._is_gone:
+                kill_group(self._process.pid)
 
     def end(self, deadline: float) -> None:
         """Wait for its end, and at the deadline (by `time.monotonic`) kill it."""
+        with self._starting:
+            if not self._is_gone:
+                self._await_end(deadline)
+                kill_group(self._process.pid)
+                self._process.wait()
+                self._is_gone = True
+
+    def _await_end(self, deadline: float) -> None:
+        """Return when no process of the server is left, or at the deadline."""
         with suppress(ProcessLookupError):
             while time.monotonic() < deadline:
                 self._process.poll()  # reaps it
                 os.killpg(self._process.pid, 0)
                 time.sleep(0.02)
-        kill_group(self._process.pid)
-        self._process.wait()
 
     def last_words(self) -> str:
         """The end of its log, to append to a message."""
@@ -212,7 +232,7 @@ class _Kept:
         command = [sys.executable, "-I", process_guard.__file__, str(os.getpid()), *self.replica.command]
         with ExitStack() as stack:
             log = None if self.replica.log is None else stack.enter_context(self.replica.log.open("ab"))
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 env={**os.environ, **self.replica.environment},
                 stdin=subprocess.DEVNULL,
@@ -220,6 +240,8 @@ class _Kept:
                 stderr=log,
                 start_new_session=True,
             )
+        self._is_gone = False
+        return process
 
     def _look_after(self) -> None:
         while not self._over.wait(_POLL_S) and self.failure is None:
@@ -230,12 +252,16 @@ class _Kept:
 
     def _ended(self, code: int) -> None:
         """Say how it has ended, and start it again when its time has come."""
-        kill_group(self._process.pid)  # its engine and workers outlive a server that is killed, and hold memory
+        with self._starting:
+            if not self._is_gone:
+                kill_group(self._process.pid)  # its engine and workers outlive a server that is killed, and hold memory
+                self._await_end(time.monotonic() + _GRACE_S)
+                self._is_gone = True
         self.answers = False
         if not self.story and not self._over.is_set():
-            self.story = f"ended with {_status(code)}"
+            self.story = f"ended with {how_ended(code)}"
             self._group.say(f"{self.name} {self.story}")
-        if not self._has_ever_answered and self._starts >= self._group.starts:
+        if not self.has_ever_answered and self._starts >= self._group.starts:
             times = f", {self._starts} times before it answered" if self._starts > 1 else " before it answered"
             self.failure = EngineError(f"{self.name} {self.story}{times}{self.last_words()}")
             with self._group.changed:
@@ -243,7 +269,10 @@ class _Kept:
         elif time.monotonic() >= self._next_start and (self._group.keeps_resting or not self._group.is_resting):
             with self._starting:
                 if not self._over.is_set():
-                    self._process = self._launched()
+                    try:
+                        self._process = self._launched()
+                    except OSError as error:  # no process or file can be had now
+                        self._group.say(f"{self.name} cannot be started again now: {error}")
 
     def _ask(self) -> None:
         """Ask whether it answers. If the group rests, put it to sleep when it does."""
@@ -257,7 +286,7 @@ class _Kept:
                     body = {"method": "kdrl_sleep"}
                     with client.stream("POST", workers, json=body, timeout=_SLEEP_S) as answer:
                         answer.raise_for_status()
-                self.answers = self._has_ever_answered = True
+                self.answers = self.has_ever_answered = True
             self.story, self._starts = "", 0
             with self._group.changed:
                 self._group.changed.notify_all()
@@ -284,12 +313,3 @@ def free_ports(count: int) -> list[int]:
             if len(found) == count:
                 return found
     raise EngineError(f"no {count} free ports from {first} on at 127.0.0.1")
-
-
-def _status(code: int) -> str:
-    """An exit status of `process_guard` in words: it reports a signal as a shell does."""
-    number = -code if code < 0 else code - 128
-    try:
-        return f"signal {signal.Signals(number).name}"
-    except ValueError:
-        return f"status {code}"

@@ -87,7 +87,7 @@ class VLLMEngine:
             from vllm import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
-            batched_tokens = _batched_tokens(model, settings)
+            pass_tokens = batched_tokens(model, settings)
             arguments = EngineArgs(
                 model=str(model),
                 skip_tokenizer_init=True,
@@ -100,7 +100,7 @@ class VLLMEngine:
                     max_model_len=settings.max_model_len,
                     samples=settings.samples,
                 ),
-                max_num_seqs=min(settings.max_num_seqs, batched_tokens),
+                max_num_seqs=min(settings.max_num_seqs, pass_tokens),
                 tensor_parallel_size=settings.tensor_parallel,
                 distributed_executor_backend="mp" if settings.own_process else None,
                 enable_sleep_mode=settings.sleep and settings.device != "cpu",
@@ -109,7 +109,7 @@ class VLLMEngine:
                 enforce_eager=settings.device == "cpu",
                 # If a prompt comes in two parts, the CPU's sampler cannot undo the random number drawn for the first.
                 enable_chunked_prefill=settings.device != "cpu" or not settings.samples,
-                max_num_batched_tokens=batched_tokens,
+                max_num_batched_tokens=pass_tokens,
                 use_tqdm_on_load=False,
                 enable_prefix_caching=False,  # prompts are short, and the cache would hold old weights
                 logprobs_mode="processed_logprobs",  # of softmax(logits / T)
@@ -214,6 +214,7 @@ class VLLMEngine:
         self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
 
     def close(self) -> None:
+        """End the engine and free its memory; a second call does nothing."""
         with _one_at_a_time:
             if self._engine is not None:
                 _live.discard(id(self))
@@ -243,7 +244,7 @@ def _compiles_nothing(device: str) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if device == "cpu" else nullcontext()
 
 
-def _batched_tokens(model: Path, settings: VLLMSettings) -> int:
+def batched_tokens(model: Path, settings: VLLMSettings) -> int:
     """Tokens of a forward pass: room for whole prompts when it samples, a limit on the logits when it scores."""
     if settings.samples:
         return max(_BATCHED_TOKENS, settings.max_model_len)

@@ -76,9 +76,13 @@ class KdrlWorker:
         sample_below(worker.model_runner.sampler, num_tokens)
 
     def kdrl_scale_prompt_logprobs(self, temperature: float) -> None:
-        """Make `prompt_logprobs` use softmax(logits / temperature). Sampling has its own temperature."""
+        """Make `prompt_logprobs` use softmax(logits / temperature). Sampling has its own temperature. A model's
+        own scale of its logits stays (Granite, Cohere)."""
         worker: Any = self
-        worker.model_runner.get_model().logits_processor.scale = 1.0 / temperature
+        processor = worker.model_runner.get_model().logits_processor
+        if not hasattr(processor, "kdrl_scale"):
+            processor.kdrl_scale = processor.scale
+        processor.scale = processor.kdrl_scale / temperature
 
     def kdrl_sleep(self) -> dict[str, str]:
         """Free memory until `kdrl_wake`. On a GPU it frees the key-value cache and moves the weights to the host's

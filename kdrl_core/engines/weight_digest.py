@@ -89,9 +89,9 @@ def _mixed_sum(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         mixed = bits.to(torch.int32, copy=True)
         mixed.masked_fill_(bits == torch.iinfo(bits.dtype).min, 0)  # -0.0: a packed matrix does not give its sign back
         mixed *= -1_640_531_535  # odd, about 2^32 / 1.618
-        mixed ^= mixed >> 15
+        mixed ^= (mixed >> 15).bitwise_and_(2**17 - 1)  # without the copies of the sign that >> shifts in
         mixed *= -2_048_144_777
-        mixed ^= mixed >> 13
+        mixed ^= (mixed >> 13).bitwise_and_(2**19 - 1)
         total += mixed.sum(dtype=torch.int64)
     return total
 

@@ -79,12 +79,15 @@ def named_devices() -> list[str] | None:
 
 
 def visible_devices(count: int, *, needed_for: str) -> list[str]:
-    """The first `count` GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. `needed_for` says in the
-    error what asks for them. Raises EngineError if there are fewer."""
+    """The first `count` GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them. UUIDs are completed, since
+    vLLM does not know parts of them. `needed_for` says in the error what asks for them.
+
+    Raises EngineError if there are fewer."""
     names = named_devices()
     if which("nvidia-smi") is not None:
         shown = gpus()
-        names = [str(gpu.index) for gpu in shown] if names is None else names[: len(shown)]
+        are_uuids = names is not None and any("-" in name for name in names)
+        names = [gpu.uuid if are_uuids else str(gpu.index) for gpu in shown]
     elif names is None:  # a container without it
         import torch
 

@@ -11,7 +11,6 @@ import base64
 import json
 import os
 import secrets
-import signal
 import socket
 import struct
 import subprocess
@@ -29,7 +28,7 @@ import kdrl_core
 from kdrl_core import process_guard
 from kdrl_core.errors import EngineError
 from kdrl_core.models.devices import devices_of_ranks
-from kdrl_core.process_guard import kill_group
+from kdrl_core.process_guard import how_ended, kill_group
 from kdrl_core.training.messages import Arrays, pack, unpack
 
 WORKER = "kdrl_core.training.deepspeed_worker"
@@ -176,7 +175,7 @@ class RankGroup:
         while len(found) < self._num_ranks:
             assert self._guard is not None
             if (code := self._guard.poll()) is not None:
-                raise EngineError(f"the launcher of the training ranks ended with {_status(code)}{self._log_tail()}")
+                raise EngineError(f"the launcher of the training ranks ended with {how_ended(code)}{self._log_tail()}")
             if time.monotonic() > deadline:
                 missing = sorted(set(range(self._num_ranks)) - set(found))
                 raise EngineError(
@@ -241,7 +240,7 @@ class RankGroup:
         assert self._guard is not None
         how = "is gone"
         with suppress(subprocess.TimeoutExpired):
-            how = f"ended with {_status(self._guard.wait(_LAST_WORDS_S))}"
+            how = f"ended with {how_ended(self._guard.wait(_LAST_WORDS_S))}"
         return EngineError(f"{doing}: rank {rank} ({self._places[rank]}) {how}{self._log_tail()}")
 
     def _log_tail(self, num_lines: int = _LOG_LINES) -> str:
@@ -334,14 +333,3 @@ def _write_private(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
-
-
-def _status(code: int) -> str:
-    """An exit status in words; the launcher reports a rank's signal as 256 − signal, a shell as 128 + signal."""
-    number = -code if code < 0 else 256 - code if code > 192 else code - 128 if code > 128 else 0
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        return f"status {code}"
-    memory = ", which the kernel sends when memory has run out" if name == "SIGKILL" else ""
-    return f"signal {name}{memory}"

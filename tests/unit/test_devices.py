@@ -46,8 +46,8 @@ def test_the_gpus_of_a_node(smi: Any) -> None:
 def test_only_visible_gpus_count_and_in_their_order(smi: Any, names: str, indices: list[int]) -> None:
     smi(names=names)
     assert [gpu.index for gpu in gpus()] == indices
-    taken = [name.strip() for name in names.split(",")][: len(indices)]
-    assert visible_devices(len(indices), needed_for="the test") == taken
+    taken = visible_devices(len(indices), needed_for="the test")
+    assert taken == [gpu.uuid if "GPU" in names else str(gpu.index) for gpu in gpus()]
     with pytest.raises(EngineError, match=rf"5 GPUs are needed \(the test\), {len(indices)} are visible with CUDA_VIS"):
         visible_devices(5, needed_for="the test")
 
@@ -123,7 +123,7 @@ def test_local_rank_i_gets_the_ith_gpu_that_is_named(smi: Any, tmp_path: Path, m
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     seen = [(tmp_path / str(rank)).read_text().split(",")[rank] for rank in range(2)]
-    assert seen == ["GPU-3c8f6de6", "GPU-1c8f6de6"]
+    assert seen == [f"GPU-{n}c8f6de6-41b1-4b6e-a5a7-0c2e2f6f3a1{n}" for n in (3, 1)]  # in full, as vLLM needs them
 
 
 @pytest.mark.parametrize(

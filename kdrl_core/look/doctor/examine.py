@@ -1,4 +1,4 @@
-"""All checks of a recipe on this machine, and their report. Nothing is left on the disk."""
+"""All checks of a recipe on this machine, and their report. Nothing of kdrl's is left on the disk."""
 
 import fcntl
 import os
@@ -25,6 +25,7 @@ from kdrl_core.look.doctor.watch import watch_child
 from kdrl_core.models.devices import Gpu, gpus
 
 PYTHON, PACKAGES, CUDA, DRIVER = "Python", "packages", "CUDA of torch", "driver"
+COMPILER = "C compiler"
 GPUS, LINKS, SHARED_MEMORY, OPEN_FILES, DISK = "GPUs", "links of the GPUs", "shared memory", "open files", "disk"
 REAL = "a step for real"
 _BLOCKING = (PYTHON, PACKAGES, CUDA, DRIVER, GPUS, DISK)
@@ -119,6 +120,7 @@ def _check_versions(recipe: Recipe, recorder: Recorder, found: list[Gpu]) -> Non
     recorder.run(PYTHON, versions.check_python)
     recorder.run(PACKAGES, partial(versions.check_packages, recipe))
     recorder.run(CUDA, partial(versions.check_torch_cuda, recipe))
+    recorder.run(COMPILER, partial(versions.check_compiler, recipe))
     recorder.run(GPUS, look)
     recorder.run(DRIVER, partial(versions.check_driver, recipe, found))
     recorder.run(LINKS, partial(machine.check_links, recipe, found))

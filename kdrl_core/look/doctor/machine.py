@@ -2,8 +2,9 @@
 
 How much is needed comes from the recipe; the numbers per process are those of NCCL, vLLM and DeepSpeed:
 
-    /dev/shm   NCCL: ~64 MB a rank; vLLM: a message queue of 240 MB for an engine of several GPUs (24 MB × 10);
-               DeepSpeed on a CPU: two buffers of 32 MB a rank and 4 MB of small ones
+    /dev/shm   NCCL: ~64 MB a rank; DeepSpeed on a CPU: two buffers of 32 MB a rank and 4 MB of small ones;
+               vLLM, if its workers are processes of their own: queues of 160 MB for the engine (16 MB × 10) and of
+               240 MB for each worker (24 MB × 10)
     open files one connection per request in flight, besides what Python, sockets and shards of models take
 """
 
@@ -28,7 +29,7 @@ MIB, GIB = 2**20, 2**30
 
 _SHM = Path("/dev/shm")  # noqa: S108
 _SHM_RANK = 68 * MIB
-_SHM_SPLIT_ENGINE = 240 * MIB
+_SHM_ENGINE, _SHM_WORKER = 160 * MIB, 240 * MIB
 _OPEN_FILES = 512
 _MOST_WRITTEN = 256 * MIB
 _SHARE_WRITTEN = 0.05
@@ -115,10 +116,9 @@ def links_in(table: str) -> set[str]:
 
 
 def check_shared_memory(recipe: Recipe, *, place: Path = _SHM) -> Observed:
-    """Free space in /dev/shm against what ranks and engines of several GPUs put there."""
+    """Free space in /dev/shm against what ranks and vLLM's workers put there."""
     ranks = recipe.trainer.ranks if recipe.trainer.engine == "deepspeed" else 0
-    split = recipe.vllm.replicas if recipe.vllm.tensor_parallel > 1 else 0
-    needed = ranks * _SHM_RANK + 2 * split * _SHM_SPLIT_ENGINE  # the student's engines and the teacher's
+    needed = ranks * _SHM_RANK + _vllm_shared_memory(recipe)
     if not needed:
         raise NotApplicable("one process computes, nothing is shared")
     if not place.is_dir():
@@ -131,6 +131,18 @@ def check_shared_memory(recipe: Recipe, *, place: Path = _SHM) -> Observed:
             says, "give the container more: docker run --shm-size=16g, Kubernetes: an emptyDir of Memory", **figures
         )
     return Observed(says=says, figures=figures)
+
+
+def _vllm_shared_memory(recipe: Recipe) -> int:
+    """Bytes of the queues between vLLM and its workers. A server with one GPU and an engine on a CPU have none."""
+    vllm = recipe.vllm
+    if recipe.runtime.device == "cpu" or (vllm.replicas > 1 and vllm.tensor_parallel == 1):
+        return 0
+    is_sampling, teacher = recipe.rollout.engine == "vllm", recipe.teacher
+    has_reference = any(recipe.stage(name).ref_beta > 0 for name in recipe.stages)
+    has_teacher = teacher is not None and teacher.server is None and teacher.engine == "vllm"
+    engines = is_sampling + (is_sampling and has_reference) + has_teacher
+    return engines * vllm.replicas * (_SHM_ENGINE + vllm.tensor_parallel * _SHM_WORKER)
 
 
 def check_open_files(recipe: Recipe) -> Observed:

@@ -118,11 +118,15 @@ def doctor_bytes(recipe: Recipe) -> float:
 
 
 def available_memory() -> int:
-    """Bytes that a process can still take: of the machine, or of its control group if that has less."""
+    """Bytes that a process can still take: of the machine, or of its control group if that has less. The kernel gives
+    the memory of cached files back when it is needed."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no limit, or cgroups of another version
         limit = int((_CGROUP / "memory.max").read_text())
-        free = min(free, limit - int((_CGROUP / "memory.current").read_text()))
+        taken = int((_CGROUP / "memory.current").read_text())
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(counts["active_file"]) + int(counts["inactive_file"])
+        free = min(free, limit - taken + cached)
     return free
 
 

@@ -19,6 +19,7 @@ _REMEDIES = (
         "small (Docker: --shm-size=16g), or NCCL_SOCKET_IFNAME names no interface",
     ),
     (r"No space left|no disk space", "free some space, or give another disk: --folder DIR, KDRL_ARTIFACTS=DIR"),
+    (r"C compiler|Python\.h", "Triton compiles small C files: install gcc and Python's headers (apt: gcc python3-dev)"),
     (
         r"nvcc|CUDA_HOME|ninja|compiler",
         "something has to be compiled here: install the CUDA toolkit of torch's version and g++, and set CUDA_HOME",

@@ -4,14 +4,17 @@ The pins are not written here again: they are read from the installed kdrl (its 
 `kdrl_core.engines.vllm_support`. Nothing is imported, so a package that crashes at import is looked at as well.
 """
 
+import os
 import platform
 import re
+import sysconfig
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -113,6 +116,19 @@ def check_torch_cuda(recipe: Recipe) -> Observed:
         )
     text = ".".join(map(str, found))
     return Observed(says=f"CUDA {text}", figures={"cuda": text})
+
+
+def check_compiler(recipe: Recipe) -> Observed:
+    """Whether there are a C compiler and Python's headers: Triton, on which vLLM's CUDA code is built, compiles small C
+    files when an engine first starts."""
+    if recipe.runtime.device == "cpu" or not uses_vllm(recipe):
+        raise NotApplicable("no engine that compiles C files")
+    found = which(os.environ.get("CC", "gcc")) or which("clang")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    lacking = [*(["a C compiler"] if found is None else []), *([] if header.is_file() else [f"{header}"])]
+    if lacking:
+        raise CheckFailed(f"not there: {', '.join(lacking)}", "install gcc and Python's headers (apt: gcc python3-dev)")
+    return Observed(says=f"{found}, {header}")
 
 
 def check_driver(recipe: Recipe, found: Sequence[Gpu]) -> Observed:

@@ -22,6 +22,7 @@ from kdrl_core import process_guard
 from kdrl_core.look.doctor.checks import CheckStatus, Emit
 from kdrl_core.look.doctor.machine import kernel_kills
 from kdrl_core.look.doctor.remedies import remedy_for_text
+from kdrl_core.process_guard import how_ended, kill_group
 
 _LOG_LINES = 30
 _STACKS_S = 1.0
@@ -114,16 +115,6 @@ def watch_child(spec: Path, emit: Emit, *, log: Path, environment: dict[str, str
         _end_all(guard, mark)
 
 
-def how_ended(code: int) -> str:
-    """An exit status in words; the guard reports a signal as 128 + its number, as a shell does."""
-    number = -code if code < 0 else code - 128
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        return f"status {code}"
-    return f"signal {name}" + (", which the kernel sends when memory has run out" if name == "SIGKILL" else "")
-
-
 def _start(spec: Path, log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     """The child, below a guard that ends it if this process is gone. Its stdout is the pipe of events."""
     child = [sys.executable, "-m", f"{__package__}.child", str(spec)]
@@ -159,7 +150,7 @@ def _read_events(guard: "subprocess.Popen[bytes]", watched: _Watched) -> float |
 
 def _end_all(guard: "subprocess.Popen[bytes]", mark: str) -> None:
     """End the child and every process that it has started, also those in other sessions, or whose parent died."""
-    process_guard.kill_group(guard.pid)
+    kill_group(guard.pid)
     guard.wait()
     if guard.stdout is not None:
         guard.stdout.close()

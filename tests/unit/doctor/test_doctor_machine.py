@@ -17,7 +17,6 @@ from kdrl_core.look.doctor import machine, needs, versions
 from kdrl_core.look.doctor.checks import CheckFailed, CheckStatus, NotApplicable, Observed, Recorder
 from kdrl_core.look.doctor.examine import Diagnosis, doctor_folder, examine
 from kdrl_core.look.doctor.remedies import remedy_for_text
-from kdrl_core.look.doctor.watch import how_ended
 from kdrl_core.models.devices import gpus
 
 PAPER = load_recipe("paper-1.5b")
@@ -85,6 +84,24 @@ def test_a_node_with_what_the_paper_needs(smi: Callable[..., None], monkeypatch:
     assert needs.check_plan(PAPER, found).says.startswith("fits: at most ")
 
 
+def test_vllm_needs_a_compiler_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gcc").write_text("")
+    (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(versions.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(CheckFailed, match=r"^not there: /.*/Python\.h$") as fault:
+        versions.check_compiler(PAPER)
+    assert "python3-dev" in str(fault.value.remedy)
+    (tmp_path / "Python.h").touch()
+    assert versions.check_compiler(PAPER).says == f"{tmp_path}/gcc, {tmp_path}/Python.h"
+    (tmp_path / "gcc").unlink()
+    with pytest.raises(CheckFailed, match=r"^not there: a C compiler$"):
+        versions.check_compiler(PAPER)
+    with pytest.raises(NotApplicable):
+        versions.check_compiler(MINIATURE)
+
+
 def test_too_few_gpus_too_small_ones_and_slow_links(smi: Callable[..., None]) -> None:
     smi(count=4, link="SYS")
     with pytest.raises(CheckFailed, match=r"4 GPUs are visible \(.*\), the recipe uses 8: trainer.ranks=8") as fault:
@@ -141,10 +158,29 @@ def test_shared_memory_of_a_container(disk: Path) -> None:
     assert "--shm-size" in str(fault.value.remedy)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "mebibytes"),
+    [
+        (["vllm.replicas=8"], 0),
+        (["vllm.replicas=1"], 3 * (160 + 240)),  # student, reference and teacher
+        (["vllm.replicas=4", "vllm.tensor_parallel=2"], 3 * 4 * (160 + 2 * 240)),
+        (["vllm.replicas=1", "teacher.engine=transformers"], 2 * (160 + 240)),
+        (["vllm.replicas=1", "runtime.device=cpu"], 0),
+    ],
+)
+def test_shared_memory_of_vllms_workers(
+    overrides: list[str], mebibytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10**12))
+    found = machine.check_shared_memory(load_recipe("paper-1.5b", overrides), place=tmp_path).figures
+    assert found["needed"] == (8 * 68 + mebibytes) * 2**20
+
+
 def test_too_little_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit of a control group counts, though the machine has more."""
+    """The limit of a control group counts, though the machine has more. Memory of cached files is free."""
     (tmp_path / "memory.max").write_text(f"{30 * 2**20}\n")
-    (tmp_path / "memory.current").write_text(f"{20 * 2**20}\n")
+    (tmp_path / "memory.current").write_text(f"{26 * 2**20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {20 * 2**20}\nactive_file {4 * 2**20}\ninactive_file {2 * 2**20}\n")
     monkeypatch.setattr(needs, "_CGROUP", tmp_path)
     with pytest.raises(CheckFailed, match=r"10\.5 MB free, about [\d.]+ MB needed for weights") as fault:
         needs.check_host_memory(MINIATURE, [])
@@ -231,9 +267,3 @@ def test_an_error_of_several_lines_is_told_by_its_first() -> None:
     assert unknown.says == "MemoryError: no more"
     assert unknown.figures["log"].endswith("MemoryError: no more")
     assert str(unknown.remedy).startswith("the host's memory ran out")
-
-
-def test_how_a_process_ended() -> None:
-    assert how_ended(137) == how_ended(-9) == "signal SIGKILL, which the kernel sends when memory has run out"
-    assert how_ended(139) == "signal SIGSEGV"
-    assert how_ended(1) == "status 1"

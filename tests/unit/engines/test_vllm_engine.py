@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_core.engines.vllm_engine import VLLMSettings, _batched_tokens
+from kdrl_core.engines.vllm_engine import VLLMSettings, batched_tokens
 from kdrl_core.engines.vllm_support import hf_overrides
 
 SCORES = VLLMSettings(max_model_len=20_481, samples=False)
@@ -16,8 +16,8 @@ SCORES = VLLMSettings(max_model_len=20_481, samples=False)
 def test_logits_of_what_is_scored_at_once_are_bounded(vocab_size: int, tokens: int, tmp_path: Path) -> None:
     """By 2^28 bytes of float32, and by 2048 tokens: 2^28 / (4 x 151,936) = 441.7."""
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
-    assert _batched_tokens(tmp_path, SCORES) == tokens
-    assert _batched_tokens(tmp_path, replace(SCORES, samples=True)) == 20_481
+    assert batched_tokens(tmp_path, SCORES) == tokens
+    assert batched_tokens(tmp_path, replace(SCORES, samples=True)) == 20_481
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ def test_a_gpu_scores_long_pieces_unless_vllm_keeps_all_their_logits(
     if runner is not None:
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 151_936}))
-    assert _batched_tokens(tmp_path, replace(SCORES, device="cuda")) == tokens
+    assert batched_tokens(tmp_path, replace(SCORES, device="cuda")) == tokens

@@ -1,10 +1,12 @@
-"""What kdrl's vLLM worker does to memory."""
+"""What kdrl's vLLM worker does to memory, and to the temperature of scores."""
+
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from kdrl_core.engines.vllm_extension import release_pages
+from kdrl_core.engines.vllm_extension import KdrlWorker, release_pages
 
 
 def test_pages_of_tensors_are_given_back_at_the_same_addresses() -> None:
@@ -23,3 +25,14 @@ def test_pages_of_tensors_are_given_back_at_the_same_addresses() -> None:
 def test_an_engine_without_sleep_mode_is_told_so() -> None:
     with pytest.raises(RuntimeError, match="started without --enable-sleep-mode"):
         release_pages([torch.empty(4, device="meta")])
+
+
+def test_a_temperature_leaves_a_model_its_own_scale_of_logits() -> None:
+    """As Granite's and Cohere's have; the temperature is set anew, not on top of the last one."""
+    worker, processor = KdrlWorker(), SimpleNamespace(scale=0.0625)
+    worker.model_runner = SimpleNamespace(  # type: ignore[attr-defined]
+        get_model=lambda: SimpleNamespace(logits_processor=processor)
+    )
+    for temperature in (0.5, 2.0, 1.0):
+        worker.kdrl_scale_prompt_logprobs(temperature)
+        assert processor.scale == 0.0625 / temperature

@@ -14,15 +14,12 @@ NORM = torch.ones(16)
 
 
 def mixed(bits: int) -> int:
-    """The hash of one element, in whole numbers: 32-bit arithmetic with sign."""
-
-    def signed(value: int) -> int:
-        return (value + 2**31) % 2**32 - 2**31
-
-    bits = signed(bits * -1_640_531_535)
+    """The hash of one element: in whole numbers below 2^32, and at the end with a sign."""
+    bits = bits * -1_640_531_535 % 2**32
     bits ^= bits >> 15
-    bits = signed(bits * -2_048_144_777)
-    return bits ^ (bits >> 13)
+    bits = bits * -2_048_144_777 % 2**32
+    bits ^= bits >> 13
+    return bits - 2**32 if bits >= 2**31 else bits
 
 
 def stored(path: Path, weights: dict[str, torch.Tensor], **config: object) -> Path:
@@ -66,6 +63,16 @@ def test_one_changed_element_is_enough(dtype: torch.dtype) -> None:
     assert model_digest(packed(weights), dtype) != before
     bits[123, 45] ^= 1
     assert model_digest(packed(weights), dtype) == before
+
+
+def test_no_two_numbers_have_one_hash() -> None:
+    """All of bfloat16 but NaN; of float32 a part, and the number that would have the hash of 0 if >> kept the sign."""
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    halves = halves[~halves.isnan()]
+    digests = {model_digest(packed(half[None]), torch.bfloat16) for half in halves[::16]}
+    assert len(digests) == len(halves[::16])
+    number = torch.tensor([-244_002_641], dtype=torch.int32).view(torch.float32)
+    assert model_digest(packed(number), torch.float32) != model_digest(packed(torch.zeros(1)), torch.float32)
 
 
 def test_a_tied_head_counts_once_in_memory_and_file(tmp_path: Path) -> None:

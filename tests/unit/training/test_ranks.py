@@ -143,12 +143,14 @@ def test_a_silent_caller_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
         (1, "status 1"),
         (247, "signal SIGKILL, which"),
         (137, "signal SIGKILL, which"),
+        (-9, "signal SIGKILL, which"),
+        (139, "signal SIGSEGV"),
         (-15, "signal SIGTERM"),
         (245, "signal SIGSEGV"),
     ],
 )
 def test_exit_statuses_are_told_in_words(code: int, text: str) -> None:
-    assert rank_group._status(code).startswith(text)
+    assert process_guard.how_ended(code).startswith(text)
 
 
 def test_a_ranks_memory_grows_in_segments_unless_the_user_says_otherwise() -> None:
