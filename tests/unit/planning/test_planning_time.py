@@ -154,8 +154,8 @@ def test_a_run_predicts_the_phases_of_another_within_a_quarter(
     artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A student of 3.6M and a teacher of 13M parameters, `transformers` and `torch`: from 8 × 8 responses of up to 24
-    tokens to twice as many, and to up to 64 tokens. The runs come one after the other: in turns,
-    every step would load its models anew. What the policy samples is not the plan's: the lengths are those of each run."""
+    tokens to twice as many, and to up to 64 tokens. The runs come one after the other: in turns, every step would load
+    its models anew. What the policy samples is not the plan's: the lengths are those of each run."""
     monkeypatch.setenv("KDRL_ARTIFACTS", str(artifacts))
     student = random_model(tmp_path, "student", hidden=192, layers=6)
     teacher = random_model(tmp_path, "teacher", hidden=320, layers=8)
