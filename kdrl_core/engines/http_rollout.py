@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from kdrl_core.engines.protocols import OnFinished
+from kdrl_core.engines.server import Server
 from kdrl_core.engines.server_client import ROUTES, ServedModel, TransientError, completion_of
-from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool
+from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest

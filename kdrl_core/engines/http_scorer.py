@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdrl_core.engines.protocols import TopKScore
+from kdrl_core.engines.server import Server
 from kdrl_core.engines.server_client import ROUTES, ServedModel, TransientError, best_tokens, logprobs_of, positions_of
-from kdrl_core.engines.server_pool import Server, ServerPool
+from kdrl_core.engines.server_pool import ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.types import ScoreRequest
 from kdrl_core.verify.workers import Clock

@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from kdrl_core.engines.retrying import DaemonThreads, all_at_once, retry_transient
+from kdrl_core.engines.server import Server
 from kdrl_core.engines.server_client import ROUTES, ServedModel, ServerClient, TransientError, models_of
 from kdrl_core.errors import EngineError
 
@@ -22,8 +22,6 @@ WHOLE_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penal
 it from the model's generation_config.json."""
 START_S = 1_800.0
 """Until servers that this program starts have loaded their model and answer."""
-_MAX_OUT_S = 60.0
-_MAX_DOUBLINGS = 16
 _CONTROL_S = 600.0
 """Limit of a request that generates nothing: loading weights, falling asleep."""
 _LAST_S = 10.0
@@ -36,28 +34,6 @@ _TOLD = {
 _REQUESTS_EACH = 32
 _logger = logging.getLogger("kdrl")
 _Result = TypeVar("_Result")
-
-
-@dataclass(slots=True, eq=False)
-class Server:
-    """One server and its state."""
-
-    url: str
-    """Up to and with `/v1`."""
-    in_flight: int = 0
-    asked: int = 0
-    """Requests so far. Among equally busy servers the one with the fewest goes first, so that a probe reaches each."""
-    faults: int = 0
-    """Faults in a row. Faults of requests that were in flight together count once."""
-    out_until: float = 0.0
-    is_asleep: bool = False
-    has_routes: bool | None = None
-    """Whether it has the addresses of `server_routes`; None: not known yet."""
-    wakes: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def is_out(self, now: float) -> bool:
-        """Whether other servers go first: for a while after a fault, then while one request tests if it is back."""
-        return self.out_until > now or (self.faults > 0 and self.in_flight > 0)
 
 
 Attempt = Callable[[Server], _Result]
@@ -140,7 +116,8 @@ class ServerPool:
         if self._own is not None:
             self._own.restart(START_S)
             for server in self.servers:
-                server.is_asleep, server.faults, server.out_until = self.sleeps, 0, 0.0
+                server.is_asleep = self.sleeps
+                server.take_back()
 
     def begin(self, what: str, attempt: Attempt[_Result]) -> "Future[_Result]":
         """Begin an attempt; the future gives its result, or raises EngineError."""
@@ -176,9 +153,9 @@ class ServerPool:
             with self._lock:
                 for server in self.servers:
                     if server.url in faults:
-                        self._leave_out(server)
+                        server.leave_out(self._served.first_pause_s)
                     else:
-                        server.faults, server.out_until = 0, 0.0
+                        server.take_back()
             if not found:
                 raise next(iter(faults.values()))
             for fault in faults.values():
@@ -313,22 +290,15 @@ class ServerPool:
             result = attempt(server)
         except TransientError as fault:
             with self._lock:
-                self._leave_out(server)
+                server.leave_out(self._served.first_pause_s)
             raise self._explained(server, fault) from None
         else:
             with self._lock:
-                server.faults, server.out_until = 0, 0.0
+                server.take_back()
             return result
         finally:
             with self._lock:
                 server.in_flight -= 1
-
-    def _leave_out(self, server: Server) -> None:
-        now = time.monotonic()
-        if now >= server.out_until:  # else another request in flight has left it out already
-            server.faults += 1
-            pause = 2.0 ** min(server.faults, _MAX_DOUBLINGS) * self._served.first_pause_s
-            server.out_until = now + min(pause, _MAX_OUT_S)
 
     def _check_servers(self, max_tokens: int | None) -> str:
         """The name of the served model, which must be the same at every server that can be reached."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from kdrl_core.config import ServersConfig
 from kdrl_core.data.text import as_unicode
+from kdrl_core.engines.server import Server
 from kdrl_core.engines.server_client import TransientError, served_model
-from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, Server, ServerPool
+from kdrl_core.engines.server_pool import WHOLE_DISTRIBUTION, ServerPool
 from kdrl_core.errors import EngineError
 from kdrl_core.sampling.responses import OnResponses, Response
 from kdrl_core.types import FinishReason, RolloutRequest
