@@ -17,7 +17,7 @@ from kdrl_core.errors import EngineError
 
 _FIELDS = ("index", "uuid", "name", "memory.total", "driver_version")
 _QUERY = f"--query-gpu={','.join(_FIELDS)}"
-_FORMAT = "--format=csv,noheader,nounits"
+CSV = "--format=csv,noheader,nounits"
 _PATIENCE_S = 60.0
 _NO_DEVICES = "No devices were found"
 _VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -119,7 +119,7 @@ def _installed() -> list[Gpu]:
     if which("nvidia-smi") is None:
         return []
     found = []
-    for line in _ask(_QUERY, _FORMAT).splitlines():
+    for line in ask_nvidia_smi(_QUERY, CSV).splitlines():
         if not line.strip() or _NO_DEVICES in line:
             continue
         values = [value.strip() for value in line.split(",")]
@@ -137,7 +137,7 @@ def _installed() -> list[Gpu]:
 def _mig_devices(parents: Sequence[Gpu]) -> list[Gpu]:
     """The MIG devices of all GPUs. A profile `1g.10gb` has at least 10 GB."""
     by_uuid, parent, found = {gpu.uuid: gpu for gpu in parents}, None, []
-    for line in _ask("-L").splitlines():
+    for line in ask_nvidia_smi("-L").splitlines():
         if whole := re.match(r"GPU \d+: .*\(UUID: (\S+)\)", line):
             parent = by_uuid.get(whole[1])
         part = re.match(r"\s+MIG (\S*?(\d+)gb\S*)\s.*\(UUID: (\S+)\)", line)
@@ -147,8 +147,8 @@ def _mig_devices(parents: Sequence[Gpu]) -> list[Gpu]:
     return found
 
 
-def _ask(*arguments: str) -> str:
-    """What nvidia-smi prints. Raises EngineError."""
+def ask_nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints. Raises EngineError if it is not there, fails, or does not answer within a minute."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *arguments],  # noqa: S607

@@ -12,7 +12,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from pathlib import Path
 import psutil
 
 from kdrl_core.config import Recipe
-from kdrl_core.errors import StorageError
+from kdrl_core.errors import EngineError, StorageError
 from kdrl_core.ledger.publish import storage_errors
 from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
-from kdrl_core.models.devices import Gpu
+from kdrl_core.models.devices import CSV, Gpu, ask_nvidia_smi
 
 MIB, GIB = 2**20, 2**30
 
@@ -38,7 +37,6 @@ _BLOCK = 8 * MIB
 _SLOW_DISK = 50e6
 """Bytes per second. A disk below it keeps a GPU node waiting: 21 GB of a 1.5B checkpoint take 7 minutes."""
 _LINKS = {"NV": "NVLink", "PIX": "PCIe", "PXB": "PCIe", "PHB": "PCIe", "NODE": "PCIe", "SYS": "PCIe, across sockets"}
-_PATIENCE_S = 30.0
 
 
 def gpus_needed(recipe: Recipe) -> int:
@@ -92,16 +90,10 @@ def check_links(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
     if gpus_needed(recipe) < 2 or len(found) < 2:
         raise NotApplicable("one GPU or none, so no links")
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "topo", "-m"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE_S,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NotApplicable(f"nvidia-smi topo -m does not answer ({error})") from error
-    kinds = sorted(links_in(done.stdout))
+        table = ask_nvidia_smi("topo", "-m")
+    except EngineError as error:
+        raise NotApplicable(str(error)) from error
+    kinds = sorted(links_in(table))
     if not kinds:
         raise NotApplicable("nvidia-smi topo -m names no links")
     slow = "" if kinds == ["NVLink"] else "; collectives are slow without NVLink: prefer trainer.zero_stage=2 to 3"
@@ -189,11 +181,9 @@ def check_disk(folder: Path) -> Observed:
 
 def gpu_memory_used() -> list[float]:
     """GiB in use on each GPU of this machine; empty if nvidia-smi does not say."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=True)
-        return [int(line) / 1024 for line in done.stdout.split()]
-    except (OSError, ValueError, subprocess.SubprocessError):
+        return [int(line) / 1024 for line in ask_nvidia_smi("--query-gpu=memory.used", CSV).split()]
+    except (EngineError, ValueError):
         return []
 
 
