@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from kdrl_core.engines.server_client import ROUTES
+from kdrl_core.engines.vllm_support import request_parameters
 
 _BINARY = "application/octet-stream"
 
@@ -97,14 +98,9 @@ class KdrlRoutes:
 
 async def _result(engine: Any, tokens: list[int], **parameters: Any) -> Any:
     """vLLM's RequestOutput; or an answer of status 400 that says why vLLM does not take the request."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     output = None
     try:
-        sampling = SamplingParams(
-            detokenize=False, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY, **parameters
-        )
+        sampling = request_parameters(**parameters)
         name = f"kdrl-{secrets.token_hex(8)}"
         async for each in engine.generate({"prompt_token_ids": tokens}, sampling, name):
             output = each

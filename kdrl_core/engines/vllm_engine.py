@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_core.engines.vllm_process import starting
-from kdrl_core.engines.vllm_support import hf_overrides, how_to_install, model_fault
+from kdrl_core.engines.vllm_support import hf_overrides, how_to_install, model_fault, request_parameters
 from kdrl_core.errors import EngineError
 from kdrl_core.models.loading import context_limit, read_config
 
@@ -206,12 +206,7 @@ class VLLMEngine:
             return list(self._engine.collective_rpc(method, args=arguments))
 
     def _add(self, name: str, prompt: Sequence[int], parameters: Mapping[str, Any]) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        final = RequestOutputKind.FINAL_ONLY
-        sampling = SamplingParams(detokenize=False, flat_logprobs=True, output_kind=final, **parameters)
-        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, request_parameters(**parameters))
 
     def close(self) -> None:
         """End the engine and free its memory; a second call does nothing."""

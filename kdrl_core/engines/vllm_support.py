@@ -58,6 +58,16 @@ def hf_overrides(context: int | None, *, dtype: str, max_model_len: int, samples
     return overrides
 
 
+def request_parameters(**parameters: Any) -> Any:
+    """vLLM's SamplingParams of a request: token ids and flat logprobs when it has ended, no text. `parameters` are more
+    of its arguments. Raises ValueError if vLLM refuses one."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    final = RequestOutputKind.FINAL_ONLY
+    return SamplingParams(detokenize=False, flat_logprobs=True, output_kind=final, **parameters)
+
+
 def model_fault(
     config: Mapping[str, Any],
     *,
