@@ -5,7 +5,7 @@
 
 A real run makes step 0 with its real boxes: requests, rollouts table, scores, verdicts, update, files, hashes, metrics.
 Stand-ins answer at once in place of engine, scorers, verifier and ranks, so what remains is the work of the process
-that drives the GPUs, which wait meanwhile. A function's seconds are CPU time without that of the other functions in the
+that drives the GPUs; they wait for it. Each function has its own CPU seconds, without those of other functions in the
 table. Below the sum: what each rank does with its message, side by side with the others, and the decoding of responses
 with Qwen's tokenizer, which goes on while others are sampled.
 """
