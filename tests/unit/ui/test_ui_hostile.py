@@ -92,7 +92,7 @@ def test_the_last_of_many_rows(visit: Visit, many: Path) -> None:
 
     page.hover(".rows")
     page.mouse.wheel(0, 340)  # a wheel moves by rows, however coarse the scroll bar
-    page.wait_for_function("() => Number(document.querySelector('.rows .row').dataset.index) === 10")
+    page.wait_for_function("() => Number(document.querySelector('.rows .row')?.dataset.index) === 10")
     page.evaluate("() => { const table = document.querySelector('.table'); table.scrollTop = table.scrollHeight / 2; }")
     page.wait_for_function("() => Number(document.querySelector('.rows .row')?.dataset.index) > 10")
     page.wait_for_function("() => !document.querySelector('.rows .waiting')")

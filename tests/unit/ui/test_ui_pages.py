@@ -37,7 +37,7 @@ def rows(page: Any) -> list[list[str]]:
 
 def total(page: Any, text: str) -> None:
     """Wait until the table says that it has this many rows."""
-    page.wait_for_function("text => document.querySelector('.total').textContent === text", arg=text)
+    page.wait_for_function("text => document.querySelector('.total')?.textContent === text", arg=text)
 
 
 def column(runs: Runs, part: str, name: str, step: int = 1) -> list[Any]:
@@ -156,7 +156,7 @@ def test_keys_lead_through_rows_to_a_response_and_back(visit: Visit, runs: Runs)
     assert (address(page)[1]["prompt"], address(page)[1]["sample"]) == ids[2]
     page.keyboard.press("j")
     page.wait_for_function("() => location.hash.includes('at=3')")
-    page.wait_for_function(f"() => document.querySelector('h1').textContent.endsWith('› #{ids[3][1]}')")
+    page.wait_for_function(f"() => document.querySelector('h1')?.textContent.endsWith('› #{ids[3][1]}')")
     page.keyboard.press("g")
     page.wait_for_selector(".view.group .card")
     page.go_back()
@@ -266,7 +266,7 @@ def test_the_same_prompt_in_two_runs_and_at_two_steps(visit: Visit, runs: Runs) 
     right.locator("select").first.select_option("kdrl")
     page.wait_for_function("() => location.hash.includes('run_b=kdrl')")
     assert address(page)[1]["run_a"] == "kdrl"
-    page.wait_for_function("() => document.querySelector('[data-side=b] select').value === 'kdrl'")
+    page.wait_for_function("() => document.querySelector('[data-side=b] select')?.value === 'kdrl'")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_an_address_is_the_whole_view(visit: Visit, runs: Runs, at: str) -> None
     before, url = seen(page), page.url
     page.reload()
     page.wait_for_selector("main > .view")
-    page.wait_for_function("before => document.querySelector('main').innerText === before", arg=before)
+    page.wait_for_function("before => document.querySelector('main')?.innerText === before", arg=before)
     assert page.url == url
     assert url.endswith(at)
 
@@ -298,7 +298,7 @@ def test_an_address_is_the_whole_view(visit: Visit, runs: Runs, at: str) -> None
 def seen(page: Any) -> str:
     """What the view says, once it rests."""
     page.wait_for_function(
-        "() => !document.querySelector('.waiting, .stale') && document.querySelector('main').innerText.length > 80"
+        "() => !document.querySelector('.waiting, .stale') && document.querySelector('main')?.innerText.length > 80"
     )
     text: str = page.inner_text("main")
     return text
