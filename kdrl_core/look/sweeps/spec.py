@@ -11,7 +11,8 @@ vary:                        # every combination, of every variant
   stage2.learning_rate: [1.0e-4, 3.0e-4]
 recipes:                     # values that depend on the recipe, by its name: the same three sections, on top
   paper-1.5b: {variants: {KDRL: {stage2.beta: {init: 2.0e-3}}}}
-claims:                      # what the table judges: holds, does not hold, unclear
+judged_on: test              # the benchmark of claims about accuracy; avg: the mean of all
+claims:                      # what the table judges; or the name of a shipped list: claims: paper
   - {text: the joint loss beats GRPO, source: Sec. 3.1, more: KDRL, less: GRPO, measure: "accuracy:test"}
 """
 
@@ -21,30 +22,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe, read_fields
-from kdrl_core.config.alarms import AlarmMetric
 from kdrl_core.config.load import RECIPES_DIR
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
-from kdrl_core.ledger.graph import reference_labels
-from kdrl_core.look.reporting.run_summary import MODEL_NAMES
+from kdrl_core.look.sweeps.claims import AVERAGE, CLAIM_TAGS, Claim, Claims, claims_of
 
 SWEEPS_DIR = RECIPES_DIR.parent / "sweeps"
 _OWN_FIELDS = ("seed", "name", "description")
 """Recipe fields that a sweep sets itself."""
 _MAX_SEEDS = 1_000
-ACCURACY, LENGTH = "accuracy", "length"
-"""Measures of a claim that are not metrics."""
-CLAIM_METRICS = (
-    *get_args(AlarmMetric),
-    *("beta", "optim/learning_rate", "ratio/mean", "ratio/clipped_frac", "sft/epoch"),
-)
-"""Metrics of a step that a claim may be about; `time/…`, `throughput/…` and `sync/…` as well."""
 
 FieldPath = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$")]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f|]*[A-Za-z0-9][^\x00-\x1f\x7f|]*$", max_length=60)]
@@ -71,25 +63,6 @@ class Grid(BaseModel):
         return fields
 
 
-class Claim(BaseModel):
-    """The claim that one variant or reference model has more of a quantity than another."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-    text: str = Field(min_length=1, max_length=200, description="the claim in words")
-    source: str = Field("", description="where the claim is made, e.g. Sec. 3.1")
-    more: str = Field(min_length=1, description="variant or reference model, by its name in the table")
-    less: str = Field(min_length=1, description="likewise")
-    expected: Literal["holds", "does not hold", "unclear"] = Field(
-        "holds", description="what the source says; unclear: no difference to speak of"
-    )
-    measure: str = Field(
-        min_length=1,
-        description="accuracy:BENCHMARK, length (tokens of the final answers), or a metric of the last stage: "
-        "its mean over the last fifth of the steps",
-    )
-
-
 class SweepSpec(Grid):
     """A sweep, as its file describes it."""
 
@@ -98,7 +71,8 @@ class SweepSpec(Grid):
     recipe: str = Field("miniature", min_length=1, description="name of a shipped recipe, or path of a YAML file")
     seeds: int | list[int] = Field(1, description="number of seeds, counted from 0, or the list of seeds")
     recipes: dict[str, Grid] = Field({}, description="recipe's name → values for this recipe; they override the others")
-    claims: list[Claim] = Field([], description="claims that the report judges by the runs")
+    judged_on: str = Field(AVERAGE, description="benchmark of claims about `accuracy`, and of the figures; avg: all")
+    claims: Claims = Field([], description="claims that the report judges: a list, or the name of a shipped list")
 
     @field_validator("seeds")
     @classmethod
@@ -179,11 +153,12 @@ def dump_sweep(spec: SweepSpec) -> str:
 
 
 def _explain(fault: Any) -> str:
-    location = [str(part) for part in fault["loc"] if part not in ("[key]", "int", "list[int]")]
+    location = [str(part) for part in fault["loc"] if part not in ("[key]", "int", "list[int]", *CLAIM_TAGS)]
     field = ".".join(location) or "sweep"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        known = SweepSpec.model_fields if len(location) == 1 else Grid.model_fields
+        parts = SweepSpec if len(location) == 1 else Claim if location[0] == "claims" else Grid
+        known = parts.model_fields
         message = f"unknown field{did_you_mean(location[-1], known)}; known here: {', '.join(known)}"
     elif fault["type"] == "missing":
         message = "required but not given"
@@ -235,7 +210,7 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
                 run = _run_name(spec.name, variant, seed, origin=origin)
                 cells.append(Cell(run=run, variant=variant, seed=seed, overrides=own, recipe=recipe))
     _require_different(cells, origin=origin)
-    _check_claims(spec, cells, origin=origin)
+    claims_of(spec.claims, spec.judged_on, {cell.variant: cell.recipe for cell in cells}, origin=origin)
     return cells
 
 
@@ -287,38 +262,6 @@ def _run_name(sweep: str, variant: str, seed: int, *, origin: str) -> str:
         return validate_run_name(f"{sweep}--{slug}--seed{seed}")
     except RunError as error:
         raise RecipeError(f"sweep {origin}, variant '{variant}': {error}; give it a shorter label") from None
-
-
-def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> None:
-    """Raise RecipeError if a claim names a variant, model, benchmark or metric that the sweep does not have."""
-    variants = list(dict.fromkeys(cell.variant for cell in cells))
-    benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
-    names = dict.fromkeys(MODEL_NAMES[label] for cell in cells for label in reference_labels(cell.recipe))
-    references = [*names, *(f"{name} of {variant}" for name in names for variant in variants)]
-    for number, claim in enumerate(spec.claims, start=1):
-        where = f"sweep {origin}, claim {number}"
-        kind, colon, benchmark = claim.measure.partition(":")
-        # Reference models have answers, but no metrics of the compared stage.
-        labels = [*variants, *(references if kind in (ACCURACY, LENGTH) else ())]
-        for field, label in (("more", claim.more), ("less", claim.less)):
-            if label not in labels:
-                raise RecipeError(f"{where}, field '{field}': no variant '{label}'{did_you_mean(label, labels)}")
-        if claim.more == claim.less:
-            raise RecipeError(f"{where}: '{claim.more}' is compared with itself; correct 'more' or 'less'")
-        if kind == ACCURACY and benchmark not in benchmarks:
-            raise RecipeError(
-                f"{where}, field 'measure': no benchmark '{benchmark}'{did_you_mean(benchmark, benchmarks)}; "
-                f"accuracy:NAME, of {', '.join(benchmarks)}"
-            )
-        if kind != ACCURACY and colon:
-            raise RecipeError(
-                f"{where}, field 'measure': '{claim.measure}' is not a measure; give accuracy:BENCHMARK or a metric"
-            )
-        if kind != ACCURACY and kind not in CLAIM_METRICS and not kind.startswith(("time/", "throughput/", "sync/")):
-            raise RecipeError(
-                f"{where}, field 'measure': no metric '{kind}'{did_you_mean(kind, [LENGTH, *CLAIM_METRICS])}; "
-                "accuracy:BENCHMARK, length, or a column of metrics.parquet"
-            )
 
 
 def _require_different(cells: list[Cell], *, origin: str) -> None:
