@@ -71,7 +71,9 @@ class SweepSpec(Grid):
     recipe: str = Field("miniature", min_length=1, description="name of a shipped recipe, or path of a YAML file")
     seeds: int | list[int] = Field(1, description="number of seeds, counted from 0, or the list of seeds")
     recipes: dict[str, Grid] = Field({}, description="recipe's name → values for this recipe; they override the others")
-    judged_on: str = Field(AVERAGE, description="benchmark of claims about `accuracy`, and of the figures; avg: all")
+    judged_on: str | Annotated[list[str], Field(min_length=1)] = Field(
+        AVERAGE, description="benchmark of claims about `accuracy`; avg: all; of several, the first that the recipe has"
+    )
     claims: Claims = Field([], description="claims that the report judges: a list, or the name of a shipped list")
 
     @field_validator("seeds")
