@@ -139,7 +139,7 @@ def show(
         out.say(f"{request.spec.name}: {request.spec.description}")
         rows = [[c.variant, ", ".join(c.overrides[:-1]) or "–"] for c in request.cells if c.seed == first]
         print_rows(["variant", "fields"], rows, num_text=3)
-        seeds_told = ", ".join(str(seed) for seed in request.spec.seed_list)
+        seeds_told = ", ".join(str(seed) for seed in dict.fromkeys(c.seed for c in request.cells))
         out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}")
         rows = [[part, str(have), str(made)] for part, (have, made) in work.by_part.items()]
         print_rows(["shared", "cells", "times done"], rows)
