@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdrl_core.evaluation.statistics import Accuracy, Scores, over_seeds, paired_difference
+from kdrl_core.look.sweeps.equality import unequal_notes
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 from kdrl_core.look.sweeps.spec import ACCURACY, LENGTH, Claim
 from kdrl_core.look.sweeps.table import AVERAGE, VALIDATION, ClaimVerdict, JudgedClaim, Row, Score, SweepTable, TimedRow
@@ -45,6 +46,7 @@ def build_table(results: SweepResults) -> SweepTable:
         timed=timed,
         cells=[_cell_record(cell) for cell in results.cells],
         missing=[status.to_json() for status in results.missing],
+        notes=unequal_notes(results.recipes),
         claims=judge_claims(results.claims, results),
     )
 

@@ -6,7 +6,8 @@ A field counts where the variant's objective reads it: GRPO's β, which plain GR
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdrl_core.config import Recipe, StageConfig, did_you_mean
+from kdrl_core.config import Recipe, StageConfig, did_you_mean, diff_recipes
+from kdrl_core.config.changes import leaf_fields
 from kdrl_core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ _READ: dict[str, Callable[[StageConfig], bool]] = {
     "mini_batch_prompts": lambda stage: stage.objective != "sft",
 }
 """Field → whether a stage reads it; the others are read by every stage."""
+_TOLD = ("objective", "steps", "learning_rate", "kl_estimator", "kd_masking")
+_NO_DIFFERENCE = ("name", "description", "seed")
 _MARKED = {"steps": "{} steps", "learning_rate": "a learning rate of {:g}"}
 """Fields of the last stage that a table tells of if its rows differ in them."""
 
@@ -45,7 +48,12 @@ def require_equal(spec: "SweepSpec", grid: "Grid", cells: Sequence["Cell"], *, o
             raise RecipeError(f"sweep {origin}, field 'equal': a stage has no field '{field}'{near}")
         first: Cell | None = None
         for cell in cells:
-            if field in spec.unequal.get(cell.label, []) or not _reads(cell, field) or _is_varied(grid, cell, field):
+            path = f"{cell.recipe.stages[-1]}.{field}"
+            if (
+                field in spec.unequal.get(cell.label, [])
+                or _is_varied(grid, cell, path)
+                or _is_ignored(path, cell.recipe)
+            ):
                 continue
             first = first or cell
             _require_same(first, cell, field, origin=origin)
@@ -79,16 +87,33 @@ def unequal_notes(recipes: Mapping[str, Recipe]) -> list[str]:
     return notes
 
 
+def differences(first: Recipe, recipe: Recipe) -> list[str]:
+    """Fields in which a variant's recipe differs from the first variant's, except those that its objective ignores."""
+    changes = diff_recipes(first, recipe)
+    return [str(one) for one in changes if one.field not in _NO_DIFFERENCE and not _is_ignored(one.field, recipe)]
+
+
+def last_stage_told(recipe: Recipe) -> list[str]:
+    """What a variant is, in the fields of its last stage that variants mostly differ in."""
+    stage, fields = recipe.stages[-1], leaf_fields(recipe)
+    wanted = ("teacher.path", *(f"{stage}.{name}" for name in _TOLD))
+    return [
+        f"{name}: {value!r}" for name, value in fields.items() if name in wanted or name.startswith(f"{stage}.beta.")
+    ]
+
+
 def _last(recipe: Recipe) -> StageConfig:
     return recipe.stage(recipe.stages[-1])
 
 
-def _reads(cell: "Cell", field: str) -> bool:
-    return field not in _READ or _READ[field](_last(cell.recipe))
+def _is_ignored(path: str, recipe: Recipe) -> bool:
+    """Whether a field of a stage, or a part of one, is not read by the stage's objective."""
+    stage, _, rest = path.partition(".")
+    field = rest.split(".")[0]
+    return stage in recipe.stages and field in _READ and not _READ[field](recipe.stage(stage))
 
 
-def _is_varied(grid: "Grid", cell: "Cell", field: str) -> bool:
-    path = f"{cell.recipe.stages[-1]}.{field}"
+def _is_varied(grid: "Grid", cell: "Cell", path: str) -> bool:
     varied = [*grid.vary, *grid.vary_each.get(cell.label, {})]
     return any(f"{one}.".startswith(f"{path}.") or path.startswith(f"{one}.") for one in varied)
 

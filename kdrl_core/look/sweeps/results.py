@@ -12,7 +12,7 @@ from kdrl_core.config import Recipe
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
 from kdrl_core.ledger.graph import reference_labels
-from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, summarize
+from kdrl_core.look.reporting.run_summary import StageRow, is_spent, model_name, summarize
 from kdrl_core.look.sweeps.spec import Claim
 from kdrl_core.look.sweeps.state import CellState, CellStatus
 from kdrl_core.tables.files import LOOKED_AT, load_metrics, read_table
@@ -182,7 +182,7 @@ def _owners(results: SweepResults) -> dict[str, tuple[str, list[str]]]:
 def reference_groups(recipe: Recipe) -> dict[str, str]:
     """Name of each reference model of a recipe → its group: equal for all recipes and seeds with the same model."""
     groups = {part.name: part.key for part in parts_of(recipe.model_copy(update={"seed": 0}))}
-    return {MODEL_NAMES[label]: groups[f"evaluation of {label}"] for label in reference_labels(recipe)}
+    return {model_name(label): groups[f"evaluation of {label}"] for label in reference_labels(recipe)}
 
 
 def _cell(run: Run, status: CellStatus) -> CellResult:
@@ -216,7 +216,7 @@ def says_something(row: Mapping[str, float], metric: str) -> bool:
 def _references(run: Run, variant: str) -> Iterator[ReferenceResult]:
     groups = reference_groups(run.recipe)
     for label in reference_labels(run.recipe):
-        path, name = run.paths.evaluation(label), MODEL_NAMES[label]
+        path, name = run.paths.evaluation(label), model_name(label)
         if is_published(path):
             yield ReferenceResult(
                 name=name, group=groups[name], first_variant=variant, seed=run.recipe.seed, model=_model(path)

@@ -34,7 +34,7 @@ from kdrl_core.config.load import RECIPES_DIR
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger.graph import reference_labels
-from kdrl_core.look.reporting.run_summary import MODEL_NAMES
+from kdrl_core.look.reporting.run_summary import model_name
 from kdrl_core.look.sweeps.catalogue import written_out
 from kdrl_core.look.sweeps.equality import require_equal
 from kdrl_core.look.sweeps.grid import Grid, Label, RecipeGrid, Seeds, checked_seeds, layered, listed_seeds
@@ -272,7 +272,7 @@ def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> Non
     """Raise RecipeError if a claim names a variant, model, benchmark or metric that the sweep does not have."""
     variants = list(dict.fromkeys(cell.variant for cell in cells))
     benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
-    names = dict.fromkeys(MODEL_NAMES[label] for cell in cells for label in reference_labels(cell.recipe))
+    names = dict.fromkeys(model_name(label) for cell in cells for label in reference_labels(cell.recipe))
     references = [*names, *(f"{name} of {variant}" for name in names for variant in variants)]
     for number, claim in enumerate(spec.claims, start=1):
         where = f"sweep {origin}, claim {number}"

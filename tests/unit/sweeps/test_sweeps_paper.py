@@ -9,7 +9,7 @@ from kdrl_core.look.sweeps.catalogue import load_catalogue
 from kdrl_core.look.sweeps.spec import Cell, expand, list_sweeps, load_sweep
 
 STRONG, WEAK = "models/Skywork-OR1-Math-7B", "models/DeepSeek-R1-Distill-Qwen-7B"
-# Section 4.1: 280 steps under identical settings. Table 3: 1e-6, k2 (mse), the teacher. Sec. 3.3, 3.4, 4.4, B.2: the rest.
+# 4.1: 280 steps under identical settings. Table 3: 1e-6, k2 (mse), the teacher. Sec. 3.3, 3.4, 4.4, B.2: the rest.
 # label: objective, β (init, decay, minimum), estimator, mask, teacher; None: the objective does not read it
 MAIN: dict[str, tuple[Any, ...]] = {
     "KDRL-Annealing": ("kdrl", (5e-3, 5e-5, 1e-3), "k2", "none", STRONG),
@@ -80,7 +80,9 @@ def test_cells_on_the_paper_s_recipe_are_the_paper_s(name: str) -> None:
         assert stage.steps == steps.get(cell.variant, STEPS[recipe]), cell.variant
         assert stage.learning_rate == (2e-7 if cell.variant == "SFT" else 1e-6), cell.variant  # B.2; Tables 3, 5
         assert (stage.prompts_per_step, stage.group_size, stage.sft.samples, stage.sft.batch_size) == (64, 16, 8, 128)
-        assert cell.recipe.evaluation == load_recipe(recipe).evaluation
+        assert cell.recipe.evaluation.model_copy(update={"also": {}}) == load_recipe(recipe).evaluation
+        also = {"R1-Distill-Qwen-7B": WEAK} if name == "table1" else {}  # Table 1 has its row
+        assert {label: model.path for label, model in cell.recipe.evaluation.also.items()} == also
 
 
 @pytest.mark.parametrize("name", SWEEPS)
