@@ -8,9 +8,19 @@ t with S − 1 degrees of freedom around the observed mean, scaled by the spread
 seeds vary and are normally distributed. With one seed this is the bootstrap over problems alone. All models with the
 same number of seeds and problems share the same draws, so differences are paired: a problem that is hard for both
 models cancels out.
+
+A bootstrap draws nothing that it has not seen. If all problems of a benchmark have the same score, such as 0, every
+draw is the same, and the interval would be a point. If at most three problems differ from the others, more than 2.5 %
+of the draws have none of them (e⁻³ = 5 %), and the interval ends at that point. Then each end is the wider one of the
+bootstrap's and of Wilson's score interval. Wilson's n is the number of problems, however many samples and seeds there
+are, since those answer the same problems: 0 of 256 gives 0 to 1.5 %. For a difference of two accuracies d, the same is
+asked of the problems that tell the two apart: of n there are none, so Wilson's interval says that their share is at
+most z² / (n + z²), and each of them can change d by at most 1 − d or 1 + d: two times 0 of 256 differ by −1.5 to 1.5
+points. (For two zeros this is Newcombe's interval, too.) In a mean of benchmarks, what an interval is widened by is
+added as squares.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import comb, sqrt
@@ -23,6 +33,10 @@ from kdrl_core.ledger.names import derive_seed
 from kdrl_core.verify.normalise import vote_of
 
 _RESAMPLES, _SEED_RESAMPLES = 1_000, 4_000
+_Z = 1.959964
+"""97.5 % point of the normal distribution."""
+_FEW = 3
+"""So many problems may differ from the others without the bootstrap's interval reaching away from those."""
 
 Scores = NDArray[np.float64]
 """[S, P]: share of right samples of each seed and problem."""
@@ -38,7 +52,8 @@ class Accuracy:
 
 
 def accuracy(correct: Sequence[Sequence[float]], *, seed: int) -> Accuracy:
-    """Avg@k of a benchmark with a percentile bootstrap over problems.
+    """Avg@k of a benchmark with a percentile bootstrap over problems, and Wilson's interval where (almost) all problems
+    are alike.
 
     Args:
         correct: accuracy rewards of the k samples, per problem.
@@ -48,11 +63,36 @@ def accuracy(correct: Sequence[Sequence[float]], *, seed: int) -> Accuracy:
     rng = np.random.default_rng(seed)
     means = rng.choice(per_problem, size=(_RESAMPLES, len(per_problem))).mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Accuracy(mean=float(per_problem.mean()), low=float(low), high=float(high))
+    found = Accuracy(mean=float(per_problem.mean()), low=float(low), high=float(high))
+    if not _almost_alike(per_problem):
+        return found
+    floor = wilson(found.mean, len(per_problem))
+    return Accuracy(mean=found.mean, low=min(found.low, floor.low), high=max(found.high, floor.high))
+
+
+def wilson(share: float, count: int) -> Accuracy:
+    """Wilson's score interval (95 %) of a share among `count` problems. It is not a point for a share of 0 or 1."""
+    center = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
+    return Accuracy(mean=share, low=min(share, max(0.0, center - half)), high=max(share, min(1.0, center + half)))
+
+
+def unseen_difference(difference: float, count: int) -> Accuracy:
+    """Interval (95 %) of a difference of two accuracies that is the same on each of `count` problems."""
+    share = wilson(0.0, count).high
+    return Accuracy(
+        mean=difference, low=difference - share * (1 + difference), high=difference + share * (1 - difference)
+    )
+
+
+def _almost_alike(per_problem: NDArray[np.float64]) -> bool:
+    """Whether at most `_FEW` problems differ from the most frequent value."""
+    counts = np.unique(per_problem.round(9), return_counts=True)[1]
+    return len(per_problem) - int(counts.max()) <= _FEW
 
 
 def standard_error(correct: Sequence[Sequence[float]]) -> float:
-    """Standard error of Avg@k over problems; 0 for a single problem, which has no spread."""
+    """Standard error of Avg@k over problems; 0 where all problems are alike, or there is only one."""
     return stdev(fmean(samples) for samples in correct) / sqrt(len(correct)) if len(correct) > 1 else 0.0
 
 
@@ -95,13 +135,37 @@ def over_seeds(scores: Mapping[str, Scores]) -> Accuracy:
     Args:
         scores: by benchmark; all with the same seeds in the same order.
     """
-    found = _summary(scores)
+    found = _widened(scores, wilson)
     return Accuracy(mean=found.mean, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
+def accuracy_difference(ours: Mapping[str, Scores], theirs: Mapping[str, Scores]) -> Accuracy:
+    """Ours − theirs as `over_seeds`, in [−1, 1]. Both have the same seeds and problems in the same order."""
+    found = _widened({name: array - theirs[name] for name, array in ours.items()}, unseen_difference)
+    return Accuracy(mean=found.mean, low=max(-1.0, found.low), high=min(1.0, found.high))
+
+
 def paired_difference(ours: Mapping[str, Scores], theirs: Mapping[str, Scores]) -> Accuracy:
-    """Ours − theirs as `over_seeds`, not clipped. Both have the same seeds and problems in the same order."""
+    """As `accuracy_difference`, of quantities that have no largest value, such as lengths: never widened, nor
+    clipped."""
     return _summary({name: array - theirs[name] for name, array in ours.items()})
+
+
+def _widened(scores: Mapping[str, Scores], floor: Callable[[float, int], Accuracy]) -> Accuracy:
+    """The mean over benchmarks with its interval; wider where almost all problems of a benchmark are alike."""
+    found = _summary(scores)
+    down = up = 0.0
+    for name, array in scores.items():
+        if _almost_alike(array.mean(axis=0)):
+            drawn = _summary({name: array})
+            least = floor(drawn.mean, array.shape[1])
+            down += max(0.0, (least.mean - least.low) ** 2 - (drawn.mean - drawn.low) ** 2) / len(scores) ** 2
+            up += max(0.0, (least.high - least.mean) ** 2 - (drawn.high - drawn.mean) ** 2) / len(scores) ** 2
+    return Accuracy(
+        mean=found.mean,
+        low=found.mean - sqrt((found.mean - found.low) ** 2 + down) if down else found.low,
+        high=found.mean + sqrt((found.high - found.mean) ** 2 + up) if up else found.high,
+    )
 
 
 def _summary(scores: Mapping[str, Scores]) -> Accuracy:

@@ -19,6 +19,7 @@ from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger import Run, open_run, replace_file
 from kdrl_core.look.sweeps.aggregate import build_table
+from kdrl_core.look.sweeps.claims import claims_of
 from kdrl_core.look.sweeps.dynamics import SweepDynamics, read_dynamics
 from kdrl_core.look.sweeps.figures import color_of, dash_of, panels_of
 from kdrl_core.look.sweeps.results import SweepResults, read_results_of
@@ -36,7 +37,8 @@ def read_sweep(name: str) -> SweepResults:
             with suppress(RecipeError):  # lost or edited: a run that has begun has its own copy
                 recipes[cell.variant] = load_recipe(paths.recipe(cell.run))
     spec = record.spec
-    return read_results_of(name, spec.description, spec.recipe, statuses, claims=spec.claims, recipes=recipes)
+    judged = claims_of(spec.claims, spec.judged_on_of(recipes), recipes)
+    return read_results_of(name, spec.description, spec.recipe, statuses, judged=judged, recipes=recipes)
 
 
 def write_sweep_report(name: str) -> SweepTable:

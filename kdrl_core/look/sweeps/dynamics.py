@@ -14,7 +14,8 @@ from kdrl_core.ledger import Run, adopted, is_published, open_run
 from kdrl_core.look.reporting.run_report import filter_reports
 from kdrl_core.look.reporting.run_summary import is_spent, sample_responses, summarize
 from kdrl_core.look.sweeps.equality import differences
-from kdrl_core.look.sweeps.results import SweepResults, says_something
+from kdrl_core.look.sweeps.fifths import says_something
+from kdrl_core.look.sweeps.results import SweepResults
 from kdrl_core.look.sweeps.state import CellState
 from kdrl_core.tables.files import load_metrics
 

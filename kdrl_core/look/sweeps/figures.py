@@ -12,9 +12,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from kdrl_core.look.reporting.run_report import LOOK, ema
+from kdrl_core.look.sweeps.claims import AVERAGE
 from kdrl_core.look.sweeps.dynamics import Line, SweepDynamics, VariantDynamics
-from kdrl_core.look.sweeps.results import SweepResults, Watched
-from kdrl_core.look.sweeps.table import AVERAGE, SweepTable
+from kdrl_core.look.sweeps.results import SweepResults, Watched, benchmarks_of, by_label
+from kdrl_core.look.sweeps.table import SweepTable
 
 COLORS = ("#3b82d6", "#d9622b", "#2a9d74", "#8e6bc9", "#b8891b", "#cf5a94", "#1f9bb3", "#7d8797")
 """Distinct on white, on black, and for most colour-blind readers. The ninth variant starts again, with dotted lines."""
@@ -55,18 +56,20 @@ def dash_of(position: int) -> str:
 
 def panels_of(table: SweepTable, results: SweepResults, dynamics: SweepDynamics) -> list[Panel]:
     """The figures that have data."""
-    found = [_accuracies(table)]
+    found = [_accuracies(table, results.judged.benchmark)]
     found += [
         panel for name, title in _PANELS.items() if (panel := _metric(name, title, dynamics.variants)) is not None
     ]
-    found += _watched(results, [variant.label for variant in dynamics.variants])
+    labels = [variant.label for variant in dynamics.variants]
+    found += [*_watched(results, labels), _final_by_length(results, labels)]
     found.append(_phases(dynamics.variants))
     return [panel for panel in found if panel is not None]
 
 
-def _accuracies(table: SweepTable) -> Panel | None:
+def _accuracies(table: SweepTable, judged_on: str) -> Panel | None:
     """A dot and its interval for each row; reference models are open circles."""
-    name = AVERAGE if len(table.averaged) > 1 else next(iter([*table.averaged, *table.benchmarks]), "")
+    average = [AVERAGE] if len(table.averaged) > 1 else table.averaged
+    name = judged_on if judged_on in table.benchmarks else next(iter([*average, *table.benchmarks]), "")
     rows = [row for row in table.rows if name in row.scores]
     if not rows:
         return None
@@ -99,6 +102,40 @@ def _accuracies(table: SweepTable) -> Panel | None:
     return Panel(key="accuracy", title=title, figure=figure, is_wide=True)
 
 
+def _final_by_length(results: SweepResults, labels: Sequence[str]) -> Panel | None:
+    """A dot for each row, as in Figure 6 left: mean accuracy and length of the final answers; reference models are open
+    circles."""
+    judged_on = results.judged.benchmark
+    rows = {label: [cell.model for cell in results.cells if cell.variant == label] for label in labels}
+    references = {label: list(models.values()) for label, (models, _) in by_label(results).items()}
+    figure = go.Figure()
+    names: dict[str, None] = {}
+    for label, models in [*references.items(), *rows.items()]:
+        if not models:
+            continue
+        names |= dict.fromkeys(name for model in models for name in benchmarks_of(model.scores, judged_on))
+        is_variant = label in rows
+        figure.add_trace(
+            go.Scatter(
+                x=[float(np.mean([model.length_mean(judged_on) for model in models]))],
+                y=[100 * float(np.mean([model.accuracy(judged_on) for model in models]))],
+                mode="markers",
+                marker={
+                    "color": color_of(labels.index(label)) if is_variant else COLORS[-1],
+                    "size": 10,
+                    "symbol": "circle" if is_variant else "circle-open",
+                },
+                name=label,
+                legendgroup=label,
+            )
+        )
+    if not figure.data:
+        return None
+    _style(figure, x_title="tokens of the final answers")
+    title = f"accuracy on {', '.join(names)}, %, by output length at the end (Figure 6 left)"
+    return Panel(key="final-length", title=title, figure=figure)
+
+
 def _metric(name: str, title: str, variants: Sequence[VariantDynamics]) -> Panel | None:
     """The mean over seeds, faint, and its moving average."""
     figure = go.Figure()
@@ -116,15 +153,22 @@ def _metric(name: str, title: str, variants: Sequence[VariantDynamics]) -> Panel
 def _watched(results: SweepResults, labels: Sequence[str]) -> list[Panel]:
     """Periodic accuracy by step and, as in Figure 6, by output length and training time. From a variant's finished
     cells; while there are none, from those that have begun."""
+    judged_on = results.judged.benchmark
+    models = [
+        w.model for seeds in (*results.begun.values(), [c.watched for c in results.cells]) for s in seeds for w in s
+    ]
+    names = dict.fromkeys(name for model in models for name in benchmarks_of(model.scores, judged_on))
+    what = f"accuracy in training on {', '.join(names)}, %"
     axes = {
-        "accuracy-steps": ("periodic accuracy, %, by step", "step of the last stage"),
-        "accuracy-length": ("periodic accuracy, %, by output length (Figure 6)", "tokens"),
-        "accuracy-time": ("periodic accuracy, %, by training time (Figure 6)", "seconds of the last stage"),
+        "accuracy-steps": (f"{what}, by step", "step of the last stage"),
+        "accuracy-length": (f"{what}, by output length (Figure 6)", "tokens"),
+        "accuracy-time": (f"{what}, by training time (Figure 6)", "seconds of the last stage"),
     }
     figures = {key: go.Figure() for key in axes}
     for position, label in enumerate(labels):
         finished = [cell.watched for cell in results.cells if cell.variant == label]
-        points = _points(finished or [watched for watched in results.begun.get(label, []) if watched])
+        begun = [watched for watched in results.begun.get(label, []) if watched]
+        points = _points(finished or begun, judged_on)
         for key, axis in zip(axes, ("step", "length", "seconds"), strict=True):
             if points:
                 xs, ys = [point[axis] for point in points], [100 * point["accuracy"] for point in points]
@@ -137,19 +181,18 @@ def _watched(results: SweepResults, labels: Sequence[str]) -> list[Panel]:
     return found
 
 
-def _points(seeds: Sequence[Sequence[Watched]]) -> list[dict[str, float]]:
+def _points(seeds: Sequence[Sequence[Watched]], judged_on: str) -> list[dict[str, float]]:
     """Means over the seeds, at the steps that all of them have evaluated."""
     common = sorted(set.intersection(*({w.step for w in seed} for seed in seeds))) if seeds else []
     found = []
     for step in common:
         watched = [w for seed in seeds for w in seed if w.step == step]
-        accuracies = [np.mean([np.mean(list(s.values())) for s in w.model.scores.values()]) for w in watched]
         found.append(
             {
                 "step": float(step),
-                "length": float(np.mean([w.model.length_mean for w in watched])),
+                "length": float(np.mean([w.model.length_mean(judged_on) for w in watched])),
                 "seconds": float(np.mean([w.seconds for w in watched])),
-                "accuracy": float(np.mean(accuracies)),
+                "accuracy": float(np.mean([w.model.accuracy(judged_on) for w in watched])),
             }
         )
     return found

@@ -1,33 +1,44 @@
 """The results of a sweep's cells, read from their runs. Unfinished cells have partial results."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-
-import pyarrow as pa
 
 from kdrl_core.boxes.sharing import parts_of
 from kdrl_core.config import Recipe
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
 from kdrl_core.ledger.graph import reference_labels
-from kdrl_core.look.reporting.run_summary import StageRow, is_spent, model_name, summarize
-from kdrl_core.look.sweeps.spec import Claim
+from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, model_name, summarize
+from kdrl_core.look.sweeps.claims import VALIDATION, JudgedOn
+from kdrl_core.look.sweeps.fifths import Fifths, fifths_of
 from kdrl_core.look.sweeps.state import CellState, CellStatus
 from kdrl_core.tables.files import LOOKED_AT, load_metrics, read_table
-
-_OF_SOME = {"response/repetition_overlong": "response/clip_ratio", "kd/kl_unmasked": "kd/active_frac"}
-"""Metric that is a mean over some responses or tokens → metric with their share. If that is 0, the mean is void."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelScores:
-    """One evaluated model: benchmark → problem → share of right samples; and its mean output."""
+    """One evaluated model: benchmark → problem → share of right samples, and mean length of the responses in tokens."""
 
     scores: dict[str, dict[str, float]]
-    length_mean: float
-    """Tokens, mean over the responses to all benchmarks."""
+    lengths: dict[str, dict[str, float]]
+
+    def length_mean(self, judged_on: str) -> float:
+        """Tokens: mean over the benchmarks' means over problems."""
+        return fmean(fmean(self.lengths[name].values()) for name in benchmarks_of(self.lengths, judged_on))
+
+    def accuracy(self, judged_on: str) -> float:
+        """Mean over the benchmarks' means over problems."""
+        return fmean(fmean(self.scores[name].values()) for name in benchmarks_of(self.scores, judged_on))
+
+
+def benchmarks_of(names: Collection[str], judged_on: str) -> list[str]:
+    """The benchmark that a sweep is judged on, if it is among the names. Otherwise those of `avg`: all but
+    `validation`, or `validation` if there is no other."""
+    if judged_on in names:
+        return [judged_on]
+    return [name for name in names if name != VALIDATION] or [*names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +63,10 @@ class CellResult:
     """Of the last stage, without evaluations."""
     model: ModelScores
     watched: list[Watched] = field(default_factory=list)
-    late: dict[str, float] = field(default_factory=dict)
-    """Every metric's mean over the last fifth of the last stage's steps, without steps in which it is void."""
+    start_s: float = 0.0
+    """Seconds of the last stage before its first step: of an SFT stage's teacher samples."""
+    metrics: dict[str, Fifths] = field(default_factory=dict)
+    """Every metric of the last stage, as its means over fifths of the steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +95,7 @@ class SweepResults:
     """Variant → partial results of its unfinished cells."""
     recipes: dict[str, Recipe] = field(default_factory=dict)
     """Variant → recipe of its first cell as planned; also for variants that have not begun."""
-    claims: list[Claim] = field(default_factory=list)
+    judged: JudgedOn = field(default_factory=JudgedOn)
 
     @property
     def missing(self) -> list[CellStatus]:
@@ -95,7 +108,7 @@ def read_results_of(
     recipe: str,
     statuses: Sequence[CellStatus],
     *,
-    claims: Sequence[Claim] = (),
+    judged: JudgedOn | None = None,
     recipes: Mapping[str, Recipe] | None = None,
 ) -> SweepResults:
     """Read the evaluations and timings of every cell that has them. `recipes`: variant → recipe of its first cell;
@@ -107,7 +120,7 @@ def read_results_of(
         statuses=[],
         cells=[],
         references=[],
-        claims=list(claims),
+        judged=judged or JudgedOn(),
         recipes=dict(recipes or {}),
     )
     seen: set[tuple[str, int]] = set()
@@ -179,6 +192,15 @@ def _owners(results: SweepResults) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
+def starts_of(results: SweepResults, variant: str) -> dict[int, ModelScores]:
+    """Seed → the model that a variant's last stage started from, as it was evaluated as a model for reference."""
+    if (recipe := results.recipes.get(variant)) is None:
+        return {}
+    label = ["base", *recipe.stages][-2]
+    group = reference_groups(recipe)[MODEL_NAMES[label]]
+    return {reference.seed: reference.model for reference in results.references if reference.group == group}
+
+
 def reference_groups(recipe: Recipe) -> dict[str, str]:
     """Name of each reference model of a recipe → its group: equal for all recipes and seeds with the same model."""
     groups = {part.name: part.key for part in parts_of(recipe.model_copy(update={"seed": 0}))}
@@ -197,20 +219,9 @@ def _cell(run: Run, status: CellStatus) -> CellResult:
         train_s=row.seconds,
         model=_model(run.paths.evaluation(stage)),
         watched=list(_watched(run, stage, before_s=_before_s(row))),
-        late=_late(load_metrics(run, stage)),
+        start_s=_before_s(row),
+        metrics=fifths_of(load_metrics(run, stage)),
     )
-
-
-def _late(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    last = rows[-max(1, len(rows) // 5) :]
-    names = set.intersection(*(set(row) for row in last)) - {"step"} if last else set()
-    found = {name: [row[name] for row in last if says_something(row, name)] for name in sorted(names)}
-    return {name: fmean(values) for name, values in found.items() if values}
-
-
-def says_something(row: Mapping[str, float], metric: str) -> bool:
-    """Whether a step's metric is not void. The repetition rate of cut responses is void if none was cut."""
-    return metric not in _OF_SOME or row.get(_OF_SOME[metric]) != 0.0
 
 
 def _references(run: Run, variant: str) -> Iterator[ReferenceResult]:
@@ -248,9 +259,10 @@ def _model(path: Path) -> ModelScores:
     table = read_table(
         path / "responses.parquet", ["benchmark", "prompt_id", "accuracy_reward", "length"], most_bytes=LOOKED_AT
     )
-    means = table.group_by(["benchmark", "prompt_id"], use_threads=False).aggregate([("accuracy_reward", "mean")])
-    scores: dict[str, dict[str, float]] = {}
+    keys = ["benchmark", "prompt_id"]
+    means = table.group_by(keys, use_threads=False).aggregate([("accuracy_reward", "mean"), ("length", "mean")])
+    model = ModelScores(scores={}, lengths={})
     for row in means.to_pylist():
-        scores.setdefault(row["benchmark"], {})[row["prompt_id"]] = row["accuracy_reward_mean"]
-    lengths: pa.ChunkedArray = table["length"]
-    return ModelScores(scores=scores, length_mean=float(lengths.to_numpy().mean()))
+        model.scores.setdefault(row["benchmark"], {})[row["prompt_id"]] = row["accuracy_reward_mean"]
+        model.lengths.setdefault(row["benchmark"], {})[row["prompt_id"]] = row["length_mean"]
+    return model

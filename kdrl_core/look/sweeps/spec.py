@@ -11,9 +11,10 @@ vary:                        # every combination, of every variant; vary_each: {
   stage2.learning_rate: [1.0e-4, 3.0e-4]
 variants_of: paper           # with `pick`: variants of a catalogue (catalogue.py); their own values come on top
 equal: [steps]               # fields of the last stage that no variant may have another value of
-recipes:                     # values that depend on the recipe, by its name: the same sections and seeds, on top
-  paper-1.5b: {variants: {KDRL: {stage2.beta: {init: 2.0e-3}}}, seeds: 1}
-claims:                      # what the table judges: holds, does not hold, unclear
+recipes:                     # values that depend on the recipe, by its name: on top of those above
+  paper-1.5b: {variants: {KDRL: {stage2.beta: {init: 2.0e-3}}}, seeds: 1, judged_on: aime24}
+judged_on: test              # the benchmark of claims about accuracy; avg: the mean of all
+claims:                      # what the table judges; or the name of a shipped list: claims: paper
   - {text: the joint loss beats GRPO, source: Sec. 3.1, more: KDRL, less: GRPO, measure: "accuracy:test"}
 """
 
@@ -23,49 +24,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe, read_fields
-from kdrl_core.config.alarms import AlarmMetric
 from kdrl_core.config.load import RECIPES_DIR
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
-from kdrl_core.ledger.graph import reference_labels
-from kdrl_core.look.reporting.run_summary import model_name
 from kdrl_core.look.sweeps.catalogue import written_out
+from kdrl_core.look.sweeps.claims import AVERAGE, CLAIM_TAGS, Claim, Claims, claims_of
 from kdrl_core.look.sweeps.equality import require_equal
 from kdrl_core.look.sweeps.grid import Grid, Label, RecipeGrid, Seeds, checked_seeds, layered, listed_seeds
 
 SWEEPS_DIR = RECIPES_DIR.parent / "sweeps"
-ACCURACY, LENGTH = "accuracy", "length"
-"""Measures of a claim that are not metrics."""
-CLAIM_METRICS = (
-    *get_args(AlarmMetric),
-    *("beta", "optim/learning_rate", "ratio/mean", "ratio/clipped_frac", "sft/epoch"),
-)
-"""Metrics of a step that a claim may be about; `time/…`, `throughput/…` and `sync/…` as well."""
-
-
-class Claim(BaseModel):
-    """The claim that one variant or reference model has more of a quantity than another."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-    text: str = Field(min_length=1, max_length=200, description="the claim in words")
-    source: str = Field("", description="where the claim is made, e.g. Sec. 3.1")
-    more: str = Field(min_length=1, description="variant or reference model, by its name in the table")
-    less: str = Field(min_length=1, description="likewise")
-    expected: Literal["holds", "does not hold", "unclear"] = Field(
-        "holds", description="what the source says; unclear: no difference to speak of"
-    )
-    measure: str = Field(
-        min_length=1,
-        description="accuracy:BENCHMARK, length (tokens of the final answers), or a metric of the last stage: "
-        "its mean over the last fifth of the steps",
-    )
 
 
 class SweepSpec(Grid):
@@ -81,7 +54,8 @@ class SweepSpec(Grid):
     equal: list[str] = Field([], description="fields of the last stage that are the same in all variants")
     unequal: dict[Label, list[str]] = Field({}, description="variant → fields of `equal` in which it differs")
     recipes: dict[str, RecipeGrid] = Field({}, description="recipe's name → values for it; they override the others")
-    claims: list[Claim] = Field([], description="claims that the report judges by the runs")
+    judged_on: str = Field(AVERAGE, description="benchmark of claims about `accuracy`, and of the figures; avg: all")
+    claims: Claims = Field([], description="claims that the report judges: a list, or the name of a shipped list")
 
     @field_validator("seeds")
     @classmethod
@@ -96,6 +70,13 @@ class SweepSpec(Grid):
         if self.pick and self.variants_of is None:
             raise ValueError("`pick` is of a catalogue; name it in `variants_of`")
         return self
+
+    def judged_on_of(self, recipes: Mapping[str, Recipe]) -> str:
+        """The benchmark that the sweep is judged on, given the recipes of its variants."""
+        names = {recipe.name for recipe in recipes.values()}
+        return next(
+            (grid.judged_on for name, grid in self.recipes.items() if name in names and grid.judged_on), self.judged_on
+        )
 
     def grid_for(self, recipe: Recipe, *, origin: str) -> RecipeGrid:
         """What this sweep varies in a recipe: the general values, overridden by the values for this recipe. Raises
@@ -161,11 +142,12 @@ def dump_sweep(spec: SweepSpec) -> str:
 
 
 def _explain(fault: Any) -> str:
-    location = [str(part) for part in fault["loc"] if part not in ("[key]", "int", "list[int]")]
+    location = [str(part) for part in fault["loc"] if part not in ("[key]", "int", "list[int]", *CLAIM_TAGS)]
     field = ".".join(location) or "sweep"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        known = SweepSpec.model_fields if len(location) == 1 else RecipeGrid.model_fields
+        parts = SweepSpec if len(location) == 1 else Claim if location[0] == "claims" else RecipeGrid
+        known = parts.model_fields
         message = f"unknown field{did_you_mean(location[-1], known)}; known here: {', '.join(known)}"
     elif fault["type"] == "missing":
         message = "required but not given"
@@ -225,7 +207,8 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
                 cells.append(Cell(run=run, variant=variant, label=label, seed=seed, overrides=own, recipe=recipe))
     _require_different(cells, origin=origin)
     require_equal(spec, grid, cells, origin=origin)
-    _check_claims(spec, cells, origin=origin)
+    recipes = {cell.variant: cell.recipe for cell in cells}
+    claims_of(spec.claims, spec.judged_on_of(recipes), recipes, origin=origin)
     return cells
 
 
@@ -266,38 +249,6 @@ def _run_name(sweep: str, variant: str, seed: int, *, origin: str) -> str:
         return validate_run_name(f"{sweep}--{slug}--seed{seed}")
     except RunError as error:
         raise RecipeError(f"sweep {origin}, variant '{variant}': {error}; give it a shorter label") from None
-
-
-def _check_claims(spec: SweepSpec, cells: Sequence[Cell], *, origin: str) -> None:
-    """Raise RecipeError if a claim names a variant, model, benchmark or metric that the sweep does not have."""
-    variants = list(dict.fromkeys(cell.variant for cell in cells))
-    benchmarks = [benchmark.name for benchmark in cells[0].recipe.evaluation.benchmarks]
-    names = dict.fromkeys(model_name(label) for cell in cells for label in reference_labels(cell.recipe))
-    references = [*names, *(f"{name} of {variant}" for name in names for variant in variants)]
-    for number, claim in enumerate(spec.claims, start=1):
-        where = f"sweep {origin}, claim {number}"
-        kind, colon, benchmark = claim.measure.partition(":")
-        # Reference models have answers, but no metrics of the compared stage.
-        labels = [*variants, *(references if kind in (ACCURACY, LENGTH) else ())]
-        for field, label in (("more", claim.more), ("less", claim.less)):
-            if label not in labels:
-                raise RecipeError(f"{where}, field '{field}': no variant '{label}'{did_you_mean(label, labels)}")
-        if claim.more == claim.less:
-            raise RecipeError(f"{where}: '{claim.more}' is compared with itself; correct 'more' or 'less'")
-        if kind == ACCURACY and benchmark not in benchmarks:
-            raise RecipeError(
-                f"{where}, field 'measure': no benchmark '{benchmark}'{did_you_mean(benchmark, benchmarks)}; "
-                f"accuracy:NAME, of {', '.join(benchmarks)}"
-            )
-        if kind != ACCURACY and colon:
-            raise RecipeError(
-                f"{where}, field 'measure': '{claim.measure}' is not a measure; give accuracy:BENCHMARK or a metric"
-            )
-        if kind != ACCURACY and kind not in CLAIM_METRICS and not kind.startswith(("time/", "throughput/", "sync/")):
-            raise RecipeError(
-                f"{where}, field 'measure': no metric '{kind}'{did_you_mean(kind, [LENGTH, *CLAIM_METRICS])}; "
-                "accuracy:BENCHMARK, length, or a column of metrics.parquet"
-            )
 
 
 def _require_different(cells: list[Cell], *, origin: str) -> None:

@@ -11,11 +11,8 @@ from typing import Any
 
 from kdrl_core.evaluation.statistics import Accuracy
 from kdrl_core.look.reporting.run_summary import Table
+from kdrl_core.look.sweeps.claims import AVERAGE
 
-AVERAGE = "avg"
-"""Mean of the benchmarks that every row has, without `VALIDATION`."""
-VALIDATION = "validation"
-"""Name of the benchmark that chooses learning rates and checkpoints; it is left out of averages for that reason."""
 _MISSING = "–"
 
 
@@ -51,16 +48,19 @@ class TimedRow:
 
     label: str
     seeds: list[int]
-    step: int | None
-    """Step of its last evaluation within that time."""
+    steps: list[int]
+    """The two evaluations around that time, or the one at it; empty if the time is before the first one."""
+    first_step: int
+    """Step of the first evaluation."""
     scores: dict[str, Score]
-    """Empty if there is no such evaluation."""
+    """Interpolated between the two; empty if there are none."""
 
 
 class ClaimVerdict(StrEnum):
-    """What the runs say about a claim."""
+    """What the runs say about a claim. A difference that is expected holds; that there is none to speak of agrees."""
 
     HOLDS = "holds"
+    AGREES = "agrees"
     DOES_NOT = "does not hold"
     UNCLEAR = "unclear"
     MISSING = "missing"
@@ -80,8 +80,16 @@ class JudgedClaim:
     difference: Accuracy | None
     """More − less, in the quantity's own unit; None if a variant is missing."""
     num_seeds: int
+    """Seeds in the difference."""
+    num_planned: int
+    """Seeds that both sides will have."""
     is_share: bool
-    """Whether the quantity is an accuracy, shown in points."""
+    """Whether the quantity is a share, shown in points."""
+
+    @property
+    def seeds(self) -> str:
+        """`8`, or `3 of 8` where some are missing."""
+        return str(self.num_seeds) if self.num_seeds == self.num_planned else f"{self.num_seeds} of {self.num_planned}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +113,8 @@ class SweepTable:
     notes: list[str] = field(default_factory=list)
     """In what the rows were not trained alike: steps, learning rates."""
     claims: list[JudgedClaim] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Why → claims of a shipped list that the sweep cannot judge."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,28 +152,38 @@ class SweepTable:
         )
 
     def equal_time_table(self) -> Table:
-        """Periodic accuracy after equal training time, in %."""
+        """Accuracy in training after equal time, in %."""
         names = list(dict.fromkeys(name for row in self.timed for name in row.scores))
         rows = [
-            [row.label, *(_cell(row.scores.get(name)) for name in names), _number(row.step), str(len(row.seeds))]
+            [row.label, *(_cell(row.scores.get(name)) for name in names), _between(row), str(len(row.seeds))]
             for row in self.timed
         ]
         title = f"Accuracy in training, % after {self.equal_time_s or 0.0:.3g} s of the last stage each"
-        return Table(title=title, header=["variant", *names, "step", "seeds"], rows=rows)
+        return Table(title=title, header=["variant", *names, "between steps", "seeds"], rows=rows)
 
     def claim_table(self) -> Table:
         rows = [
-            [
-                *(claim.text, claim.source, claim.expected, str(claim.verdict), claim.what),
-                *(_measured(claim), str(claim.num_seeds)),
-            ]
+            [claim.text, claim.source, claim.expected, str(claim.verdict), claim.what, _measured(claim), claim.seeds]
             for claim in self.claims
         ]
+        verdicts = [claim.verdict for claim in self.claims]
+        told = ", ".join(f"{verdicts.count(each)} {each}" for each in ClaimVerdict if each in verdicts)
         return Table(
-            title="Claims (more − less, 95 % interval, paired)",
-            header=["claim", "source", "there", "here", "comparison", "difference", "seeds"],
+            title=f"Claims: {told} (more − less, 95 % interval, paired)",
+            header=["claim", "source", "the paper says", "here", "comparison", "difference", "seeds"],
             rows=rows,
             num_text=5,
+        )
+
+    def left_out_table(self) -> Table:
+        """Claims of the shipped list that are about something which this sweep does not have."""
+        rows = [[why, "; ".join(texts), str(len(texts))] for why, texts in self.left_out.items()]
+        total = sum(map(len, self.left_out.values()))
+        return Table(
+            title=f"Claims left out: {total} of {total + len(self.claims)}",
+            header=["this sweep has", "claims", "number"],
+            rows=rows,
+            num_text=2,
         )
 
     def missing_table(self) -> Table:
@@ -179,6 +199,7 @@ class SweepTable:
             self.difference_table(),
             self.equal_time_table(),
             self.claim_table(),
+            self.left_out_table(),
         )
         return [table for table in (*found, self.missing_table()) if table.rows]
 
@@ -236,10 +257,17 @@ def _measured(claim: JudgedClaim) -> str:
     found = claim.difference
     if found is None:
         return _MISSING
-    if claim.is_share:
-        return _signed(found) + " points"
-    interval = f"{found.low:+.3g} to {found.high:+.3g}" if claim.num_seeds > 1 else "one seed"
-    return f"{found.mean:+.3g} ({interval})"
+    if claim.num_seeds == 1 and found.low == found.high:  # a number of one run
+        return f"{100 * found.mean:+.1f} points (one seed)" if claim.is_share else f"{found.mean:+.3g} (one seed)"
+    return (
+        _signed(found) + " points" if claim.is_share else f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g})"
+    )
+
+
+def _between(row: TimedRow) -> str:
+    if not row.steps:
+        return f"before step {row.first_step}"
+    return "–".join(map(str, row.steps))
 
 
 def _number(value: float | None) -> str:

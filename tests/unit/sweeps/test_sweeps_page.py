@@ -67,7 +67,8 @@ def test_figure_6_golden(results: SweepResults) -> None:
     """Two seeds of one variant: means at the steps that both have evaluated."""
 
     def watched(step: int, seconds: float, length: float, right: float) -> Watched:
-        model = ModelScores(scores={"a": {"p": right, "q": 0.0}, "b": {"r": 1.0}}, length_mean=length)
+        lengths = {"a": {"p": length - 5.0, "q": length + 5.0}, "b": {"r": length}}
+        model = ModelScores(scores={"a": {"p": right, "q": 0.0}, "b": {"r": 1.0}}, lengths=lengths)
         return Watched(step=step, seconds=seconds, model=model)
 
     cell = results.cells[0]

@@ -10,17 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdrl_core.evaluation.statistics import accuracy, over_seeds, paired_difference
+from kdrl_core.evaluation.statistics import accuracy, accuracy_difference, over_seeds, paired_difference, wilson
 from kdrl_core.look.sweeps.aggregate import build_table
+from kdrl_core.look.sweeps.claims import AVERAGE
+from kdrl_core.look.sweeps.equal_time import around
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults, Watched
 from kdrl_core.look.sweeps.state import CellState, CellStatus
-from kdrl_core.look.sweeps.table import AVERAGE, SweepTable
+from kdrl_core.look.sweeps.table import SweepTable
 
 
 def _model(test: list[float], hard: list[float], length: float = 30.0) -> ModelScores:
     named = {"test": test, "hard": hard}
     scores = {name: {f"p{i}": value for i, value in enumerate(values)} for name, values in named.items()}
-    return ModelScores(scores=scores, length_mean=length)
+    return ModelScores(scores=scores, lengths={name: dict.fromkeys(scores[name], length) for name in scores})
 
 
 def _cell(variant: str, seed: int, test: list[float], hard: list[float], **fields: Any) -> CellResult:
@@ -127,25 +129,60 @@ def test_a_teacher_of_one_recipe_alone_is_planned_for_its_seeds() -> None:
     assert table.to_json()["rows"][0]["num_planned"] == 1  # b's seed is not this teacher's, as far as is known
 
 
-def test_equal_time_takes_the_last_evaluation_within_it() -> None:
-    def watched(*points: tuple[int, float, float]) -> list[Watched]:
-        return [
-            Watched(step=step, seconds=seconds, model=ModelScores(scores={"val": {"p": right}}, length_mean=1.0))
-            for step, seconds, right in points
-        ]
-
-    cells = [
-        _cell("slow", 0, [1.0], [1.0], watched=watched((10, 9.0, 0.2), (20, 18.0, 0.6))),
-        _cell("fast", 0, [1.0], [1.0], watched=watched((10, 5.0, 0.1), (20, 10.0, 0.5))),
-        _cell("late", 0, [1.0], [1.0], watched=watched((20, 11.0, 0.9))),
+def _watched(*points: tuple[int, float, float]) -> list[Watched]:
+    """Step, seconds and accuracy."""
+    return [
+        Watched(step=step, seconds=seconds, model=ModelScores(scores={"val": {"p": right}}, lengths={}))
+        for step, seconds, right in points
     ]
-    statuses = [_status(cell.variant, 0) for cell in cells]
-    table = build_table(
+
+
+def _timed(cells: list[CellResult]) -> SweepTable:
+    statuses = [_status(cell.variant, cell.seed) for cell in cells]
+    return build_table(
         SweepResults(name="s", description="", recipe="r", statuses=statuses, cells=cells, references=[])
     )
+
+
+def test_at_equal_time_accuracy_is_read_between_two_evaluations() -> None:
+    slow = [
+        _cell("slow", 0, [1.0], [1.0], watched=_watched((10, 7.0, 0.2), (20, 15.0, 0.6))),
+        _cell("slow", 1, [1.0], [1.0], watched=_watched((10, 9.0, 0.4), (20, 17.0, 0.5))),
+    ]
+    fast = [_cell("fast", seed, [1.0], [1.0], watched=_watched((10, 5.0, 0.1), (20, 10.0, 0.5))) for seed in (0, 1)]
+    late = [_cell("late", seed, [1.0], [1.0], watched=_watched((20, 11.0, 0.9))) for seed in (0, 1)]
+    table = _timed([*slow, *fast, *late])
     assert table.equal_time_s == 10.0
-    found = {row.label: (row.step, {name: score.mean for name, score in row.scores.items()}) for row in table.timed}
-    assert found == {"slow": (10, {"val": 0.2}), "fast": (20, {"val": 0.5}), "late": (None, {})}
+    found = {row.label: (row.steps, {name: score.mean for name, score in row.scores.items()}) for row in table.timed}
+    # slow is at step 10 after 8 s and at step 20 after 16 s, so that 10 s are a quarter of the way:
+    # 0.2 + 0.4 / 4 = 0.3 and 0.4 + 0.1 / 4 = 0.425
+    assert found == {
+        "slow": ([10, 20], {"val": pytest.approx(0.3625)}),
+        "fast": ([20], {"val": 0.5}),
+        "late": ([], {}),
+    }
+    shown = table.equal_time_table()
+    assert shown.title == "Accuracy in training, % after 10 s of the last stage each"
+    assert [(row[0], row[-2], row[-1]) for row in shown.rows] == [
+        ("slow", "10–20", "2"), ("fast", "20", "2"), ("late", "before step 20", "0"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0.0, (0, 0, 0.0)),  # the teacher's samples take 2 s, in which the model is the one before the stage
+        (2.0, (0, 0, 0.0)),
+        (4.0, (0, 10, 0.25)),
+        (10.0, (10, 10, 0.0)),
+        (13.0, (10, 20, 0.75)),
+        (14.0, (20, 20, 0.0)),
+        (14.1, None),  # never beyond the last evaluation
+    ],
+)
+def test_steps_around_a_time(seconds: float, expected: tuple[int, int, float] | None) -> None:
+    assert around({0: 2.0, 10: 10.0, 20: 14.0}, seconds) == expected
+    assert around({10: 10.0, 20: 14.0}, 9.9) is None
 
 
 def test_one_seed_is_the_bootstrap_over_problems() -> None:
@@ -153,6 +190,61 @@ def test_one_seed_is_the_bootstrap_over_problems() -> None:
     ours, theirs = over_seeds({"x": right}), accuracy(right.T.tolist(), seed=0)
     assert ours.mean == theirs.mean
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.015)
+
+
+# Wilson's interval by hand, z² = 3.84146. 0 of n ends at z² / (n + z²), here 3.84146 / 259.84146. 1 of 256:
+# p + z² / 512 = 0.0114092 with p = 1 / 256, z √(p (1 − p) / 256 + z² / (4 · 256²)) = 1.959964 · 0.0054638, and
+# (0.0114092 ± 0.0107089) / (1 + z² / 256)
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [
+        (0, 256, 0.0, 0.014784),
+        (256, 256, 1 - 0.014784, 1.0),
+        (1, 256, 0.000690, 0.021791),
+        (0, 1, 0.0, 0.793451),
+        (5, 10, 0.236593, 0.763407),
+    ],
+)
+def test_wilson_golden(right: int, count: int, low: float, high: float) -> None:
+    found = wilson(right / count, count)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=2e-6)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_nothing_right_is_not_known_to_be_zero(num_seeds: int) -> None:
+    none = np.zeros((num_seeds, 256))
+    zero, full = over_seeds({"x": none}), over_seeds({"x": none + 1.0})
+    assert (zero.mean, zero.low, zero.high) == pytest.approx((0.0, 0.0, 0.014784), abs=2e-6)
+    assert (full.mean, full.low, full.high) == pytest.approx((1.0, 1 - 0.014784, 1.0), abs=2e-6)
+    assert accuracy([[0.0] * 4] * 256, seed=0).high == pytest.approx(0.014784, abs=2e-6)
+    equal = accuracy_difference({"x": none}, {"x": none})
+    assert (equal.mean, equal.low, equal.high) == pytest.approx((0.0, -0.014784, 0.014784), abs=2e-6)
+    apart = accuracy_difference({"x": none + 1.0}, {"x": none})
+    assert (apart.mean, apart.low, apart.high) == pytest.approx((1.0, 1 - 2 * 0.014784, 1.0), abs=2e-6)
+    halves = over_seeds({"x": none + 0.5})  # all alike, but neither 0 nor 1: Wilson of 128 in 256
+    assert halves.high - halves.low == pytest.approx(2 * 0.0608, abs=1e-3)
+
+
+def test_one_more_right_answer_does_not_narrow_the_interval() -> None:
+    widths = []
+    for right in range(6):
+        per_problem = np.zeros((1, 256))
+        per_problem[0, :right] = 1.0
+        found = over_seeds({"x": per_problem})
+        widths.append(found.high - found.low)
+        ours = accuracy_difference({"x": per_problem}, {"x": np.zeros((1, 256))})
+        assert ours.high - ours.low >= 0.0147
+    assert widths[0] == min(widths)
+    assert widths[:2] == sorted(widths[:2])
+
+
+def test_an_average_has_the_width_of_its_benchmarks() -> None:
+    """With y = 0 of 256, the average moves by half of y's 1.48 points, added as squares to what x moves it by."""
+    x = np.random.default_rng(0).integers(0, 2, (1, 200)).astype(float)
+    alone, both = over_seeds({"x": x}), over_seeds({"x": x, "y": np.zeros((1, 256))})
+    expected = np.hypot((alone.high - alone.mean) / 2, 0.014784 / 2)
+    assert both.high - both.mean == pytest.approx(expected)
+    assert both.mean - both.low == pytest.approx((alone.mean - alone.low) / 2)
 
 
 def test_seeds_that_differ_widen_the_interval() -> None:
