@@ -170,12 +170,17 @@ class JudgedOn:
 
 
 def claims_of(
-    claims: str | Sequence[Claim], judged_on: str, recipes: Mapping[str, Recipe], *, origin: str | None = None
+    claims: str | Sequence[Claim],
+    judged_on: str | Sequence[str],
+    recipes: Mapping[str, Recipe],
+    *,
+    origin: str | None = None,
 ) -> JudgedOn:
     """The claims that a sweep's report judges.
 
     Args:
         claims: name of a shipped list, or claims.
+        judged_on: a benchmark, `avg`, or several of them: the first one that the sweep has.
         recipes: variant → recipe of one of its cells.
         origin: name of the sweep in errors. None: nothing is refused, as for a sweep that has been started.
 
@@ -184,16 +189,19 @@ def claims_of(
             model, benchmark or metric that the sweep does not have.
     """
     has = _Known.of(recipes)
-    if origin is not None and judged_on not in (AVERAGE, *has.benchmarks):
+    wanted = [judged_on] if isinstance(judged_on, str) else judged_on
+    found = next((name for name in wanted if name in (AVERAGE, *has.benchmarks)), None)
+    if origin is not None and found is None:
         raise RecipeError(
-            f"sweep {origin}, field 'judged_on': no benchmark '{judged_on}'{did_you_mean(judged_on, has.benchmarks)}; "
+            f"sweep {origin}, field 'judged_on': no benchmark '{wanted[0]}'{did_you_mean(wanted[0], has.benchmarks)}; "
             f"avg, or one of {', '.join(has.benchmarks)}"
         )
+    benchmark = found or AVERAGE
     if not isinstance(claims, str):
         for number, claim in enumerate(claims if origin is not None else (), start=1):
             if fault := has.fault_of(claim):
                 raise RecipeError(f"sweep {origin}, claim {number}{fault}")
-        return JudgedOn(claims=list(claims), benchmark=judged_on)
+        return JudgedOn(claims=list(claims), benchmark=benchmark)
     kept: list[Claim] = []
     left_out: dict[str, list[str]] = {}
     for claim in load_claims(claims, f"sweep {origin or 'report'}, field 'claims'"):
@@ -201,7 +209,7 @@ def claims_of(
             left_out.setdefault(", ".join(missing), []).append(claim.text)
         else:
             kept.append(claim)
-    return JudgedOn(claims=kept, left_out=left_out, benchmark=judged_on)
+    return JudgedOn(claims=kept, left_out=left_out, benchmark=benchmark)
 
 
 def list_claims() -> list[str]:

@@ -41,8 +41,6 @@ class RecipeGrid(Grid):
 
     seeds: Seeds | None = Field(None, description="number or list of seeds; default: the sweep's")
 
-    judged_on: str | None = Field(None, description="benchmark of claims about `accuracy`; default: the sweep's")
-
     @field_validator("seeds")
     @classmethod
     def _some_seeds(cls, seeds: Seeds | None) -> Seeds | None:

@@ -12,7 +12,7 @@ vary:                        # every combination, of every variant; vary_each: {
 variants_of: paper           # with `pick`: variants of a catalogue (catalogue.py); their own values come on top
 equal: [steps]               # fields of the last stage that no variant may have another value of
 recipes:                     # values that depend on the recipe, by its name: on top of those above
-  paper-1.5b: {variants: {KDRL: {stage2.beta: {init: 2.0e-3}}}, seeds: 1, judged_on: aime24}
+  paper-1.5b: {variants: {KDRL: {stage2.beta: {init: 2.0e-3}}}, seeds: 1}
 judged_on: test              # the benchmark of claims about accuracy; avg: the mean of all
 claims:                      # what the table judges; or the name of a shipped list: claims: paper
   - {text: the joint loss beats GRPO, source: Sec. 3.1, more: KDRL, less: GRPO, measure: "accuracy:test"}
@@ -24,7 +24,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -54,7 +54,9 @@ class SweepSpec(Grid):
     equal: list[str] = Field([], description="fields of the last stage that are the same in all variants")
     unequal: dict[Label, list[str]] = Field({}, description="variant → fields of `equal` in which it differs")
     recipes: dict[str, RecipeGrid] = Field({}, description="recipe's name → values for it; they override the others")
-    judged_on: str = Field(AVERAGE, description="benchmark of claims about `accuracy`, and of the figures; avg: all")
+    judged_on: str | Annotated[list[str], Field(min_length=1)] = Field(
+        AVERAGE, description="benchmark of claims about `accuracy`; avg: all; of several, the first that the recipe has"
+    )
     claims: Claims = Field([], description="claims that the report judges: a list, or the name of a shipped list")
 
     @field_validator("seeds")
@@ -70,13 +72,6 @@ class SweepSpec(Grid):
         if self.pick and self.variants_of is None:
             raise ValueError("`pick` is of a catalogue; name it in `variants_of`")
         return self
-
-    def judged_on_of(self, recipes: Mapping[str, Recipe]) -> str:
-        """The benchmark that the sweep is judged on, given the recipes of its variants."""
-        names = {recipe.name for recipe in recipes.values()}
-        return next(
-            (grid.judged_on for name, grid in self.recipes.items() if name in names and grid.judged_on), self.judged_on
-        )
 
     def grid_for(self, recipe: Recipe, *, origin: str) -> RecipeGrid:
         """What this sweep varies in a recipe: the general values, overridden by the values for this recipe. Raises
@@ -208,7 +203,7 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
     _require_different(cells, origin=origin)
     require_equal(spec, grid, cells, origin=origin)
     recipes = {cell.variant: cell.recipe for cell in cells}
-    claims_of(spec.claims, spec.judged_on_of(recipes), recipes, origin=origin)
+    claims_of(spec.claims, spec.judged_on, recipes, origin=origin)
     return cells
 
 

@@ -318,7 +318,7 @@ def test_a_claim_that_says_nothing_is_refused(claim: dict[str, str], words: str)
 def test_a_sweep_names_a_shipped_list_and_its_benchmark() -> None:
     values: dict[str, Any] = {"name": "s", "variants": {"KDRL": {}, "GRPO": {"stage2.objective": "grpo"}}}
     never = {"set": {"stage2.evaluate_every": None}}
-    spec = validate_sweep({**values, **never, "claims": "paper", "judged_on": "test"}, origin="s.yaml")
+    spec = validate_sweep({**values, **never, "claims": "paper", "judged_on": ["aime24", "test"]}, origin="s.yaml")
     recipes = {cell.variant: cell.recipe for cell in expand(spec)}
     judged = claims_of(spec.claims, spec.judged_on, recipes)
     assert [claim.text for claim in judged.claims][:2] == ["the joint loss beats GRPO", "GRPO lengthens responses"]
@@ -346,7 +346,7 @@ def test_a_sweep_that_has_all_can_judge_every_shipped_claim(name: str) -> None:
     references = {"student before", "after stage 1", "teacher"}
     assert labels <= references | {
         *("KDRL", "KDRL-Annealing", "GRPO", "KD-RKL", "SFT", "reward shaping", "k3", "Top-K", "β small", "β large"),
-        *("response mask", "group mask", "weaker teacher"),
+        *("response mask", "group mask", "weaker teacher", "after GRPO"),
     }
     (cell,) = expand(validate_sweep({"name": "s", "variants": {"KDRL": {}}}, origin="s.yaml"))
     periodic = cell.recipe.evaluation.model_copy(update={"periodic": ["test"]})
