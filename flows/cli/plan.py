@@ -261,7 +261,7 @@ def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None
         f"mean response {work.mean_response:,.0f} tokens{' (assumed)' if is_assumed else ''}\n"
     )
     if plan.reported_step_s is not None:
-        out.print(f"  the paper: {plan.reported_step_s:,.0f} s a step (B.2: about 80 hours), on GPUs unknown to us\n")
+        out.print(f"  the paper: {plan.reported_step_s:,.0f} s a step (4.3: about 80 hours), on GPUs unknown to us\n")
 
 
 def _memory_table(chosen: "Candidate", plan: "StagePlan") -> RichTable:

@@ -25,6 +25,8 @@ def print_comparison(table: "SweepTable", report: Path) -> None:
     for one in table.tables():
         _print_table(one)
     out.print("▲ best, △ second best of the variants; – is missing")
+    for note in table.notes:
+        out.say(note)
     out.say(f"report  {report}")
 
 

@@ -116,7 +116,9 @@ def show(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate every cell of a sweep, and show the cells, the work they share, and the number of steps to train."""
+    """Validate every cell of a sweep, and show what each variant is, where it is described, the work that cells share,
+    and the number of steps to train. Models and data need not be there yet."""
+    from kdrl_core.look.sweeps.equality import differences, last_stage_told, unequal_notes
     from kdrl_core.look.sweeps.request import estimate, make_request
     from kdrl_core.look.sweeps.spec import dump_sweep
 
@@ -126,20 +128,30 @@ def show(
             typer.echo(dump_sweep(request.spec), nl=False)
             return
         work = estimate(request.cells)
+        variants = [cell for cell in request.cells if cell.seed == request.cells[0].seed]
+        first, sources = variants[0].recipe, request.spec.sources
+        fields = {c.variant: differences(first, c.recipe) for c in variants} | {
+            variants[0].variant: last_stage_told(first)
+        }
         if as_json:
             cells = [
                 {"run": c.run, "variant": c.variant, "seed": c.seed, "overrides": list(c.overrides)}
                 for c in request.cells
             ]
+            told = [
+                {"variant": c.variant, "source": sources.get(c.label), "fields": fields[c.variant]} for c in variants
+            ]
             shared = {part: {"cells": have, "made": made} for part, (have, made) in work.by_part.items()}
             steps = {"alone": work.alone, "shared": work.shared, "to_train": work.to_train}
-            out.print_json(data={"sweep": request.spec.name, "cells": cells, "shared": shared, "steps": steps})
+            found = {"sweep": request.spec.name, "variants": told, "cells": cells, "shared": shared, "steps": steps}
+            out.print_json(data=found)
             return
-        first = request.cells[0].seed
-        out.say(f"{request.spec.name}: {request.spec.description}")
-        rows = [[c.variant, ", ".join(c.overrides[:-1]) or "–"] for c in request.cells if c.seed == first]
-        print_rows(["variant", "fields"], rows, num_text=3)
-        seeds_told = ", ".join(str(seed) for seed in request.spec.seed_list)
+        out.say(f"{request.spec.name}: {request.spec.description}  Recipe: {request.spec.recipe}.")
+        rows = [[c.variant, "\n".join(fields[c.variant]) or "–", sources.get(c.label, "")] for c in variants]
+        print_rows(["variant", "fields (below the first: other than there)", "source"], rows, num_text=3)
+        for note in unequal_notes({c.variant: c.recipe for c in variants}):
+            out.say(note)
+        seeds_told = ", ".join(str(seed) for seed in dict.fromkeys(c.seed for c in request.cells))
         out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}")
         rows = [[part, str(have), str(made)] for part, (have, made) in work.by_part.items()]
         print_rows(["shared", "cells", "times done"], rows)

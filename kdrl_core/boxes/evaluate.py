@@ -39,13 +39,16 @@ from kdrl_core.sampling.job import settings_hash
 def model_of(run: Run, label: str) -> tuple[Path, ModelConfig]:
     """Model directory and config behind an evaluation label.
 
-    Labels: `base` and `teacher`; `<stage>` for a finished stage; `<stage>-step-<000012>` for a checkpoint.
+    Labels: `base` and `teacher`; `<stage>` for a finished stage; `<stage>-step-<000012>` for a checkpoint; the names of
+    `evaluation.also`.
     """
     recipe = run.recipe
     if label == "teacher":
         if recipe.teacher is None:
             raise ModelError("the recipe has no teacher to evaluate; set teacher.path")
         return prepared_model(recipe.teacher, run.paths.root), recipe.teacher
+    if label in recipe.evaluation.also:
+        return prepared_model(recipe.evaluation.also[label], run.paths.root), recipe.evaluation.also[label]
     if label == "base":
         return initial_policy(run, recipe.stages[0]), recipe.student
     node = model_node(recipe, label)
@@ -104,11 +107,13 @@ def _sample(
 
 
 def _plan(run: Run, label: str, config: ModelConfig, benchmarks: Sequence[BenchmarkConfig]) -> EvaluationPlan:
-    """The student uses the engine of rollouts; the teacher uses its own, since student replicas cannot load it."""
+    """The student uses the engine of rollouts. The teacher uses its own, since student replicas cannot load it, and so
+    do models for comparison if there are replicas."""
     recipe = run.recipe
     engine: EngineName = recipe.rollout.engine
-    if label == "teacher" and recipe.teacher is not None:
-        engine = recipe.teacher.engine
+    is_foreign = label == "teacher" or (label in recipe.evaluation.also and engine == "server")
+    if is_foreign:
+        engine = "transformers" if recipe.teacher is None else recipe.teacher.engine
     return EvaluationPlan(
         recipe=recipe,
         endpoint=None,

@@ -9,6 +9,7 @@ from typing import Any
 
 from kdrl_core.config import Recipe, resolve_path
 from kdrl_core.config.models import TeacherConfig
+from kdrl_core.config.outside import models_of
 from kdrl_core.config.secrets import is_known, resolve_secret
 from kdrl_core.data import find_files
 from kdrl_core.data.benchmarks import load_benchmark
@@ -42,6 +43,8 @@ def check_inputs(recipe: Recipe) -> None:
         compare_tokenizers(resolve_path(recipe.student.path), resolve_path(recipe.teacher.path))
         student_tokens = vocabulary_of(resolve_path(recipe.student.path))
         check_embedding(student_tokens, teacher, where=f"teacher.path={recipe.teacher.path}, the student's tokenizer")
+    for name, model in recipe.evaluation.also.items():
+        check_model_dir(model, role=f"evaluation.also.{name}")
     for name in recipe.stages:
         try:
             find_files(recipe.stage(name).data)
@@ -64,10 +67,11 @@ def check_inputs(recipe: Recipe) -> None:
 def check_weights(recipe: Recipe) -> None:
     """Raise ModelError if a model could not be loaded when its turn comes, which may be hours away. It reads JSON files
     and the headers of weights. It warns in the log if config.json ties an output layer but the files hold another."""
-    for role, model in (("student", recipe.student), ("teacher", recipe.teacher)):
-        if model is None or model.gguf_file is not None:
+    for slot, model in models_of(recipe).items():
+        if model.gguf_file is not None:
             continue
-        path, where = resolve_path(model.path), f"{role}.path={model.path}"
+        role = slot.removesuffix(".path")
+        path, where = resolve_path(model.path), f"{slot}={model.path}"
         engine = model.engine if isinstance(model, TeacherConfig) else recipe.rollout.engine
         stored = stored_weights(path)
         kind = other_kind(stored, read_config(path))

@@ -1,11 +1,12 @@
 """How a problem is asked, how its answer is judged, and what is evaluated: appendix B.1.2 and Section 4.1."""
 
 import json
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from kdrl_core.config.data import ColumnsConfig, DataFile
+from kdrl_core.config.models import ModelConfig
 from kdrl_core.config.section import Positive, Section, Share
 from kdrl_core.types import ThinkOpened
 
@@ -15,6 +16,10 @@ _SET_BY_KDRL = (
     "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
 """Arguments of transformers' `apply_chat_template` that are no variables of the template, or that kdrl sets."""
+
+
+_OWN_MODELS = ("base", "teacher", "stage")
+"""Beginnings of the names of models that every run evaluates."""
 
 
 class RewardConfig(Section):
@@ -85,6 +90,16 @@ class EvaluationConfig(Section):
     temperature: float = Field(0.6, ge=0.0, description="0 is greedy")
     top_p: float = Field(1.0, ge=1.0, le=1.0, description="only 1.0: the paper's setting")
     max_context_tokens: Positive = 32_768
+    also: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=60)], ModelConfig] = Field(
+        {}, description="name → a further model that is evaluated for comparison, with the engine of rollouts"
+    )
+
+    @field_validator("also")
+    @classmethod
+    def _other_names(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        if taken := [name for name in models if name.startswith(_OWN_MODELS)]:
+            raise ValueError(f"{taken[0]!r} begins like the name of a model of the run; rename it")
+        return models
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -17,7 +17,7 @@ from kdrl_core.config.paths import SCHEMES, WEIGHTS, resolve_path, shards
 from kdrl_core.config.recipe import Recipe
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
-_MODELS = ("student.path", "teacher.path")
+_MODELS = ("student.path", "teacher.path", "evaluation.also.*.path")
 _DATA = ("stage?.data.files.*", "stage?.data.decontamination.files.*", "evaluation.benchmarks.*.file")
 _CODE = ("stage?.kl_estimator", "stage?.ref_kl_estimator")
 _NO_CONTENT = ("trainer.hostfile",)
@@ -82,9 +82,7 @@ def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:
         ModelError: the index of a model's weights cannot be read.
         RecipeError: a `package:` path names a package that is not installed.
     """
-    if slot in _MODELS:
-        model = recipe.student if slot == _MODELS[0] else recipe.teacher
-        assert model is not None  # it has a slot
+    if (model := models_of(recipe).get(slot)) is not None:
         return model_files(model.model_copy(update={"path": text}))
     if is_code(slot):
         code = parse_reference(text).located() if is_reference(text) else None
@@ -95,6 +93,13 @@ def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:
         return {}
     root = os.path.commonpath([path.parent for path in found])
     return {path.relative_to(root).as_posix(): path for path in found}
+
+
+def models_of(recipe: Recipe) -> dict[str, ModelConfig]:
+    """Slot → the model that the recipe names there."""
+    teacher = {} if recipe.teacher is None else {"teacher.path": recipe.teacher}
+    also = {f"evaluation.also.{name}.path": model for name, model in recipe.evaluation.also.items()}
+    return {"student.path": recipe.student, **teacher, **also}
 
 
 def model_files(model: ModelConfig) -> dict[str, Path]:

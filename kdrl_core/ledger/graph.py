@@ -21,8 +21,9 @@ _OF_CHECKPOINT = Artifact(name="label", pattern="{stage}-step-{step:06d}")
 
 
 def evaluated_labels(recipe: Recipe) -> list[str]:
-    """Labels of the final evaluation: the student before training and after each stage, and the teacher."""
-    return ["base", *recipe.stages, *(["teacher"] if recipe.teacher is not None else [])]
+    """Labels of the final evaluation: the student before training and after each stage, the teacher, and the models
+    that the recipe names for comparison."""
+    return ["base", *recipe.stages, *(["teacher"] if recipe.teacher is not None else []), *recipe.evaluation.also]
 
 
 def reference_labels(recipe: Recipe) -> list[str]:
@@ -151,6 +152,12 @@ def _read_by_stage(recipe: Recipe, node: Node) -> tuple[str, ...]:
     return *_ENGINES, f"{node.stage}.*", *(f"!{node.stage}.{name}" for name, read in is_read.items() if not read)
 
 
+def _read_by_evaluation(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    """Of the models beside the run's own, an evaluation reads the one that it is of."""
+    others = (f"!evaluation.also.{name}.*" for name in recipe.evaluation.also if name != node.at)
+    return "evaluation.*", "!evaluation.also", *others, *_ENGINES, *(_TEACHER * (node.at == "teacher"))
+
+
 STEP = Artifact(name="step", pattern="rollouts/stage={stage}/step={step:06d}")
 """The folder of a step's files. It is not an artifact itself."""
 _SHARD, _SAMPLES = "samples/stage={stage}/shard={shard:06d}", "samples of {stage}"
@@ -184,7 +191,7 @@ CHECKPOINT = Artifact(name="checkpoint", pattern="checkpoints/{stage}/step-{step
                       is_pruned=True, by_model=True)
 
 EVALUATION = Artifact(name="evaluation", pattern="evaluation/{label}", needs=_of_model, is_exact=False,
-                      reads=lambda recipe, node: ("evaluation.*", *_ENGINES, *(_TEACHER * (node.at == "teacher"))),
+                      reads=_read_by_evaluation,
                       shared_as="evaluation of {label}")
 STUDENT = Artifact(name="student", pattern="student", shared_as=None,
                    needs=lambda recipe, node: _alone(final_checkpoint(recipe)))

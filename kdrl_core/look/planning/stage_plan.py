@@ -13,7 +13,7 @@ from kdrl_core.look.planning.cluster import Cluster, Engines, Work
 from kdrl_core.look.planning.cost import Rates, StepTime, gradient_traffic, rollout_s, score_s, sync_traffic
 from kdrl_core.look.planning.placement import KV_CACHE, SAMPLING, host_bytes, sequence_bytes
 
-# B.2: 280 KDRL steps ≈ 200 KD-RKL steps ≈ 460 GRPO steps ≈ 80 hours.
+# Sec. 4.3: 280 KDRL steps ≈ 200 KD-RKL steps ≈ 460 GRPO steps ≈ 80 hours.
 _REPORTED_STEPS = {"kdrl": 280, "kd_rkl": 200, "grpo": 460}
 _REPORTED_S = 80 * 3600.0
 _REPORTED_STUDENT, _REPORTED_RESPONSE = "DeepSeek-R1-Distill-Qwen-1.5B", 20_480
@@ -46,7 +46,7 @@ class StagePlan:
 
     @property
     def reported_step_s(self) -> float | None:
-        """Seconds of a step in the paper, for the setting that it reports (B.2). The paper does not name its GPUs."""
+        """Seconds of a step in the paper, for the setting that it reports (4.3). The paper does not name its GPUs."""
         is_reported = self.work.student.name == _REPORTED_STUDENT and self.work.max_response == _REPORTED_RESPONSE
         steps = _REPORTED_STEPS.get(self.work.objective) if is_reported else None
         return _REPORTED_S / steps if steps else None

@@ -83,8 +83,13 @@ def summarize(run: Run) -> RunSummary:
 def _model_name(run: Run, label: str) -> str:
     if label in run.recipe.stages:
         objective = run.recipe.stage(label).objective.upper().replace("_", "-")
-        return f"{MODEL_NAMES[label]} ({objective})"
-    return MODEL_NAMES[label]
+        return f"{model_name(label)} ({objective})"
+    return model_name(label)
+
+
+def model_name(label: str) -> str:
+    """How tables call an evaluated model. Models that a recipe names for comparison have their names there."""
+    return MODEL_NAMES.get(label, label)
 
 
 def _stage_row(run: Run, stage: str) -> StageRow | None:

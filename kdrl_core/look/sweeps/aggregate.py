@@ -12,6 +12,7 @@ import numpy as np
 from kdrl_core.evaluation.statistics import Accuracy, Scores, accuracy_difference, over_seeds
 from kdrl_core.look.sweeps.claims import AVERAGE, VALIDATION
 from kdrl_core.look.sweeps.equal_time import Answers, pace_of
+from kdrl_core.look.sweeps.equality import unequal_notes
 from kdrl_core.look.sweeps.judging import judge_claims
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
 from kdrl_core.look.sweeps.table import Row, Score, SweepTable, TimedRow
@@ -42,6 +43,7 @@ def build_table(results: SweepResults) -> SweepTable:
         timed=timed,
         cells=[_cell_record(cell) for cell in results.cells],
         missing=[status.to_json() for status in results.missing],
+        notes=unequal_notes(results.recipes),
         claims=judge_claims(results),
         left_out=results.judged.left_out,
     )

@@ -18,7 +18,7 @@ from kdrl_core.config.alarms import AlarmMetric
 from kdrl_core.config.load import RECIPES_DIR
 from kdrl_core.errors import RecipeError
 from kdrl_core.ledger.graph import reference_labels
-from kdrl_core.look.reporting.run_summary import MODEL_NAMES
+from kdrl_core.look.reporting.run_summary import model_name
 from kdrl_core.look.sweeps.fifths import SPANS
 
 CLAIMS_DIR = RECIPES_DIR.parent / "claims"
@@ -246,7 +246,7 @@ class _Known:
     @classmethod
     def of(cls, recipes: Mapping[str, Recipe | None]) -> "_Known":
         read = [recipe for recipe in recipes.values() if recipe is not None]
-        names = dict.fromkeys(MODEL_NAMES[label] for recipe in read for label in reference_labels(recipe))
+        names = dict.fromkeys(model_name(label) for recipe in read for label in reference_labels(recipe))
         return cls(
             variants=list(recipes),
             references=[*names, *(f"{name} of {variant}" for name in names for variant in recipes)],

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from kdrl_core.config import Recipe, diff_recipes
+from kdrl_core.config import Recipe
 from kdrl_core.config.paths import read_json
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, adopted, is_published, open_run
 from kdrl_core.look.reporting.run_report import filter_reports
 from kdrl_core.look.reporting.run_summary import is_spent, sample_responses, summarize
+from kdrl_core.look.sweeps.equality import differences
 from kdrl_core.look.sweeps.fifths import says_something
 from kdrl_core.look.sweeps.results import SweepResults
 from kdrl_core.look.sweeps.state import CellState
 from kdrl_core.tables.files import load_metrics
 
 _NUM_SAMPLES = 2
-_NO_DIFFERENCE = ("name", "description", "seed")
 
 Line = tuple[list[float], list[float]]
 """x and y."""
@@ -85,11 +85,7 @@ def _variant(
     names = dict.fromkeys(name for phases in spent for name in phases)
     dynamics.phases = {name: fmean(phases.get(name, 0.0) for phases in spent) for name in names}
     if label in recipes:
-        dynamics.differences = [
-            str(change)
-            for change in diff_recipes(next(iter(recipes.values())), recipes[label])
-            if change.field.split(".")[0] not in _NO_DIFFERENCE
-        ]
+        dynamics.differences = differences(next(iter(recipes.values())), recipes[label])
     if finished:
         with suppress(KdrlError):
             dynamics.samples = sample_responses(finished[0], _NUM_SAMPLES)

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from kdrl_core.look.reporting.run_report import LOOK, ema
 from kdrl_core.look.sweeps.claims import AVERAGE
 from kdrl_core.look.sweeps.dynamics import Line, SweepDynamics, VariantDynamics
-from kdrl_core.look.sweeps.results import SweepResults, Watched, benchmarks_of
+from kdrl_core.look.sweeps.results import SweepResults, Watched, benchmarks_of, by_label
 from kdrl_core.look.sweeps.table import SweepTable
 
 COLORS = ("#3b82d6", "#d9622b", "#2a9d74", "#8e6bc9", "#b8891b", "#cf5a94", "#1f9bb3", "#7d8797")
@@ -60,7 +60,8 @@ def panels_of(table: SweepTable, results: SweepResults, dynamics: SweepDynamics)
     found += [
         panel for name, title in _PANELS.items() if (panel := _metric(name, title, dynamics.variants)) is not None
     ]
-    found += _watched(results, [variant.label for variant in dynamics.variants])
+    labels = [variant.label for variant in dynamics.variants]
+    found += [*_watched(results, labels), _final_by_length(results, labels)]
     found.append(_phases(dynamics.variants))
     return [panel for panel in found if panel is not None]
 
@@ -99,6 +100,40 @@ def _accuracies(table: SweepTable, judged_on: str) -> Panel | None:
     _style(figure, height=110 + 30 * len(rows), x_title="")
     _name_rows(figure, [row.label for row in rows])
     return Panel(key="accuracy", title=title, figure=figure, is_wide=True)
+
+
+def _final_by_length(results: SweepResults, labels: Sequence[str]) -> Panel | None:
+    """A dot for each row, as in Figure 6 left: mean accuracy and length of the final answers; reference models are open
+    circles."""
+    judged_on = results.judged.benchmark
+    rows = {label: [cell.model for cell in results.cells if cell.variant == label] for label in labels}
+    references = {label: list(models.values()) for label, (models, _) in by_label(results).items()}
+    figure = go.Figure()
+    names: dict[str, None] = {}
+    for label, models in [*references.items(), *rows.items()]:
+        if not models:
+            continue
+        names |= dict.fromkeys(name for model in models for name in benchmarks_of(model.scores, judged_on))
+        is_variant = label in rows
+        figure.add_trace(
+            go.Scatter(
+                x=[float(np.mean([model.length_mean(judged_on) for model in models]))],
+                y=[100 * float(np.mean([model.accuracy(judged_on) for model in models]))],
+                mode="markers",
+                marker={
+                    "color": color_of(labels.index(label)) if is_variant else COLORS[-1],
+                    "size": 10,
+                    "symbol": "circle" if is_variant else "circle-open",
+                },
+                name=label,
+                legendgroup=label,
+            )
+        )
+    if not figure.data:
+        return None
+    _style(figure, x_title="tokens of the final answers")
+    title = f"accuracy on {', '.join(names)}, %, by output length at the end (Figure 6 left)"
+    return Panel(key="final-length", title=title, figure=figure)
 
 
 def _metric(name: str, title: str, variants: Sequence[VariantDynamics]) -> Panel | None:

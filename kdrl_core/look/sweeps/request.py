@@ -66,10 +66,7 @@ def make_request(
     options = {**origin.options, **given, "vary": {**origin.options.get("vary", {}), **varied}}
     if _is_file(source):
         given, varied = {n: value for n, value in options.items() if n != "vary"}, options["vary"]
-    values = {**values, **given, **({} if name is None else {"name": name})}
-    values["vary"] = {**values["vary"], **varied}
-    for of_recipe in values.get("recipes", {}).values():
-        of_recipe["vary"] = {field: some for field, some in of_recipe["vary"].items() if field not in varied}
+    values = _with_options(values, {**given, **({} if name is None else {"name": name})}, varied)
     spec = validate_sweep(values, origin=source or _VARY)
     own = tuple(overrides if overrides is not None else record.overrides if record else ())
     shared = tuple(share_with if share_with is not None else record.share_with if record else ())
@@ -77,6 +74,21 @@ def make_request(
         read_record(other)
     cells = tuple(expand(spec, own, origin=source))
     return Request(spec=spec, overrides=own, share_with=shared, cells=cells, origin=replace(origin, options=options))
+
+
+def _with_options(values: Mapping[str, Any], given: Mapping[str, Any], varied: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep's values with the options of a command, which override those by recipe or variant as well."""
+
+    def without(several: Mapping[str, Any]) -> dict[str, Any]:
+        return {field: some for field, some in several.items() if field not in varied}
+
+    found = {**values, **given, "vary": {**values["vary"], **varied}}
+    for grid in (found, *found.get("recipes", {}).values()):
+        grid["vary_each"] = {label: without(several) for label, several in grid.get("vary_each", {}).items()}
+        if grid is not found:
+            grid["vary"] = without(grid["vary"])
+            grid["seeds"] = None if "seeds" in given else grid["seeds"]
+    return found
 
 
 def _before(source: str | None, name: str | None) -> tuple[dict[str, Any], SweepRecord | None, Origin]:

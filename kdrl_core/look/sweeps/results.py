@@ -10,7 +10,7 @@ from kdrl_core.config import Recipe
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
 from kdrl_core.ledger.graph import reference_labels
-from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, summarize
+from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, model_name, summarize
 from kdrl_core.look.sweeps.claims import VALIDATION, JudgedOn
 from kdrl_core.look.sweeps.fifths import Fifths, fifths_of
 from kdrl_core.look.sweeps.state import CellState, CellStatus
@@ -204,7 +204,7 @@ def starts_of(results: SweepResults, variant: str) -> dict[int, ModelScores]:
 def reference_groups(recipe: Recipe) -> dict[str, str]:
     """Name of each reference model of a recipe → its group: equal for all recipes and seeds with the same model."""
     groups = {part.name: part.key for part in parts_of(recipe.model_copy(update={"seed": 0}))}
-    return {MODEL_NAMES[label]: groups[f"evaluation of {label}"] for label in reference_labels(recipe)}
+    return {model_name(label): groups[f"evaluation of {label}"] for label in reference_labels(recipe)}
 
 
 def _cell(run: Run, status: CellStatus) -> CellResult:
@@ -227,7 +227,7 @@ def _cell(run: Run, status: CellStatus) -> CellResult:
 def _references(run: Run, variant: str) -> Iterator[ReferenceResult]:
     groups = reference_groups(run.recipe)
     for label in reference_labels(run.recipe):
-        path, name = run.paths.evaluation(label), MODEL_NAMES[label]
+        path, name = run.paths.evaluation(label), model_name(label)
         if is_published(path):
             yield ReferenceResult(
                 name=name, group=groups[name], first_variant=variant, seed=run.recipe.seed, model=_model(path)

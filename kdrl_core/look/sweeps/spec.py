@@ -7,10 +7,12 @@ seeds: 3                     # 0, 1, 2; or a list
 set: {stage2.steps: 80}      # of every cell
 variants:                    # label → fields that make it
   KDRL: {stage2.beta: {init: 0.2}}
-vary:                        # every combination, of every variant
+vary:                        # every combination, of every variant; vary_each: {KDRL: …}: of this variant
   stage2.learning_rate: [1.0e-4, 3.0e-4]
-recipes:                     # values that depend on the recipe, by its name: the same three sections, on top
-  paper-1.5b: {variants: {KDRL: {stage2.beta: {init: 2.0e-3}}}}
+variants_of: paper           # with `pick`: variants of a catalogue (catalogue.py); their own values come on top
+equal: [steps]               # fields of the last stage that no variant may have another value of
+recipes:                     # values that depend on the recipe, by its name: on top of those above
+  paper-1.5b: {variants: {KDRL: {stage2.beta: {init: 2.0e-3}}}, seeds: 1}
 judged_on: test              # the benchmark of claims about accuracy; avg: the mean of all
 claims:                      # what the table judges; or the name of a shipped list: claims: paper
   - {text: the joint loss beats GRPO, source: Sec. 3.1, more: KDRL, less: GRPO, measure: "accuracy:test"}
@@ -25,42 +27,18 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kdrl_core.config import Recipe, config_hash, did_you_mean, load_recipe, read_fields
 from kdrl_core.config.load import RECIPES_DIR
 from kdrl_core.config.paths import validate_run_name
 from kdrl_core.errors import RecipeError, RunError
+from kdrl_core.look.sweeps.catalogue import written_out
 from kdrl_core.look.sweeps.claims import AVERAGE, CLAIM_TAGS, Claim, Claims, claims_of
+from kdrl_core.look.sweeps.equality import require_equal
+from kdrl_core.look.sweeps.grid import Grid, Label, RecipeGrid, Seeds, checked_seeds, layered, listed_seeds
 
 SWEEPS_DIR = RECIPES_DIR.parent / "sweeps"
-_OWN_FIELDS = ("seed", "name", "description")
-"""Recipe fields that a sweep sets itself."""
-_MAX_SEEDS = 1_000
-
-FieldPath = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$")]
-Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f|]*[A-Za-z0-9][^\x00-\x1f\x7f|]*$", max_length=60)]
-Values = dict[FieldPath, Any]
-
-
-class Grid(BaseModel):
-    """What is varied, and what is set in every cell."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-    set: Values = Field({}, description="fields of every cell")
-    variants: dict[Label, Values] = Field({}, description="label → fields that make the variant")
-    vary: dict[FieldPath, Annotated[list[Any], Field(min_length=1)]] = Field(
-        {}, description="field → its values; every combination is run, of every variant"
-    )
-
-    @field_validator("set", "variants", "vary")
-    @classmethod
-    def _leave_own_fields(cls, fields: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
-        sections = fields.values() if info.field_name == "variants" else [fields]
-        if taken := [name for section in sections for name in section if name in _OWN_FIELDS]:
-            raise ValueError(f"{taken[0]} is set by the sweep itself; give seeds by `seeds`, labels by `variants`")
-        return fields
 
 
 class SweepSpec(Grid):
@@ -69,8 +47,13 @@ class SweepSpec(Grid):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60, description="also the name of its folder")
     description: str = ""
     recipe: str = Field("miniature", min_length=1, description="name of a shipped recipe, or path of a YAML file")
-    seeds: int | list[int] = Field(1, description="number of seeds, counted from 0, or the list of seeds")
-    recipes: dict[str, Grid] = Field({}, description="recipe's name → values for this recipe; they override the others")
+    seeds: Seeds = Field(1, description="number of seeds, counted from 0, or the list of seeds")
+    variants_of: str | None = Field(None, min_length=1, description="a catalogue: a shipped one, or a YAML file")
+    pick: list[Label] = Field([], description="variants of the catalogue, in the order of the table; default: all")
+    sources: dict[Label, str] = Field({}, description="variant → where it is described; a catalogue gives these")
+    equal: list[str] = Field([], description="fields of the last stage that are the same in all variants")
+    unequal: dict[Label, list[str]] = Field({}, description="variant → fields of `equal` in which it differs")
+    recipes: dict[str, RecipeGrid] = Field({}, description="recipe's name → values for it; they override the others")
     judged_on: str | Annotated[list[str], Field(min_length=1)] = Field(
         AVERAGE, description="benchmark of claims about `accuracy`; avg: all; of several, the first that the recipe has"
     )
@@ -78,29 +61,25 @@ class SweepSpec(Grid):
 
     @field_validator("seeds")
     @classmethod
-    def _some_seeds(cls, seeds: int | list[int]) -> int | list[int]:
-        if isinstance(seeds, int) and not 1 <= seeds <= _MAX_SEEDS:
-            raise ValueError(f"{seeds} seeds; give 1 to {_MAX_SEEDS}, or the list of them")
-        if isinstance(seeds, list) and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
-            raise ValueError("seeds are different numbers from 0 on; correct the list")
-        return seeds
+    def _some_seeds(cls, seeds: Seeds) -> Seeds:
+        return checked_seeds(seeds)
 
     @model_validator(mode="after")
     def _varies(self) -> Self:
         grids: list[Grid] = [self, *self.recipes.values()]
-        if not any(grid.variants or grid.vary for grid in grids):
+        if self.variants_of is None and not any(grid.variants or grid.vary for grid in grids):
             raise ValueError("nothing is varied; give `variants`, `vary` or both")
+        if self.pick and self.variants_of is None:
+            raise ValueError("`pick` is of a catalogue; name it in `variants_of`")
         return self
 
-    @property
-    def seed_list(self) -> list[int]:
-        return self.seeds if isinstance(self.seeds, list) else list(range(self.seeds))
-
-    def grid_for(self, recipe: Recipe, *, origin: str) -> Grid:
+    def grid_for(self, recipe: Recipe, *, origin: str) -> RecipeGrid:
         """What this sweep varies in a recipe: the general values, overridden by the values for this recipe. Raises
         RecipeError if the sweep has values by recipe, but none for this one."""
         if not self.recipes:
-            return Grid(set=self.set, variants=self.variants, vary=self.vary)
+            return RecipeGrid(
+                set=self.set, variants=self.variants, vary=self.vary, vary_each=self.vary_each, seeds=self.seeds
+            )
         if recipe.name not in self.recipes:
             raise RecipeError(
                 f"sweep {origin}, field 'recipes': it has values for {', '.join(self.recipes)}, and none for recipe "
@@ -108,10 +87,12 @@ class SweepSpec(Grid):
             )
         own = self.recipes[recipe.name]
         labels = dict.fromkeys([*self.variants, *own.variants])
-        return Grid(
-            set={**self.set, **own.set},
-            variants={label: {**self.variants.get(label, {}), **own.variants.get(label, {})} for label in labels},
+        return RecipeGrid(
+            set=layered(self.set, own.set),
+            variants={label: layered(self.variants.get(label, {}), own.variants.get(label, {})) for label in labels},
             vary={**self.vary, **own.vary},
+            vary_each={**self.vary_each, **own.vary_each},
+            seeds=self.seeds if own.seeds is None else own.seeds,
         )
 
 
@@ -138,9 +119,10 @@ def load_sweep(source: str | Path) -> SweepSpec:
 
 
 def validate_sweep(values: Mapping[str, Any], *, origin: str) -> SweepSpec:
-    """Validate plain values as a sweep; `origin` names their source in errors. Raises RecipeError."""
+    """Validate plain values as a sweep; variants of a catalogue are written out. `origin` names the source of the
+    values in errors. Raises RecipeError."""
     try:
-        return SweepSpec.model_validate_json(json.dumps(values))
+        return written_out(SweepSpec.model_validate_json(json.dumps(values)), origin=origin)
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors()[:10])
         raise RecipeError(f"sweep {origin}: {faults}") from None
@@ -161,7 +143,7 @@ def _explain(fault: Any) -> str:
     field = ".".join(location) or "sweep"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        parts = SweepSpec if len(location) == 1 else Claim if location[0] == "claims" else Grid
+        parts = SweepSpec if len(location) == 1 else Claim if location[0] == "claims" else RecipeGrid
         known = parts.model_fields
         message = f"unknown field{did_you_mean(location[-1], known)}; known here: {', '.join(known)}"
     elif fault["type"] == "missing":
@@ -186,6 +168,8 @@ class CellName:
 class Cell(CellName):
     """One run of a sweep."""
 
+    label: str
+    """Its variant in the sweep's file: the row's label without varied values."""
     overrides: tuple[str, ...]
     """Of the sweep's recipe, as `kdrl run --set` takes them."""
     recipe: Recipe
@@ -196,37 +180,33 @@ def expand(spec: SweepSpec, overrides: Sequence[str] = (), *, origin: str | None
     of the command line) win in every cell; `origin` names the sweep in errors.
 
     Raises RecipeError if a cell's recipe is not valid (cell, file and field are named), two variants are the same, a
-    label gives no valid run name, or a claim names something that the sweep does not have.
+    label gives no valid run name, variants differ in a field of `equal`, or a claim names something that the sweep
+    does not have.
     """
     origin = origin or spec.name
     grid = spec.grid_for(_load(spec, f"sweep {origin}, recipe", [*overrides]), origin=origin)
     variants = grid.variants or {"": {}}
-    names = _short_names(list(grid.vary))
+    if unknown := [label for label in grid.vary_each if label not in variants]:
+        near = did_you_mean(unknown[0], variants)
+        raise RecipeError(f"sweep {origin}, field 'vary_each': no variant '{unknown[0]}'{near}")
     cells: list[Cell] = []
-    for seed in spec.seed_list:
+    for seed in listed_seeds(grid.seeds or 1):
         for label, values in variants.items():
-            for combination in itertools.product(*grid.vary.values()):
-                varied = dict(zip(grid.vary, combination, strict=True))
+            vary = {**grid.vary, **grid.vary_each.get(label, {})}
+            names = _short_names(list(vary))
+            for combination in itertools.product(*vary.values()):
+                varied = dict(zip(vary, combination, strict=True))
                 told = [f"{names[field]}={_shown(value)}" for field, value in varied.items()]
                 variant = ", ".join([label, *told] if label else told)
-                own = (*as_overrides(_layered(grid.set, values, varied)), *overrides, f"seed={seed}")
+                own = (*as_overrides(layered(grid.set, values, varied)), *overrides, f"seed={seed}")
                 recipe = _load(spec, f"sweep {origin}, variant '{variant}'", own)
                 run = _run_name(spec.name, variant, seed, origin=origin)
-                cells.append(Cell(run=run, variant=variant, seed=seed, overrides=own, recipe=recipe))
+                cells.append(Cell(run=run, variant=variant, label=label, seed=seed, overrides=own, recipe=recipe))
     _require_different(cells, origin=origin)
-    claims_of(spec.claims, spec.judged_on, {cell.variant: cell.recipe for cell in cells}, origin=origin)
+    require_equal(spec, grid, cells, origin=origin)
+    recipes = {cell.variant: cell.recipe for cell in cells}
+    claims_of(spec.claims, spec.judged_on, recipes, origin=origin)
     return cells
-
-
-def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge layers in order. A field moves to the end when it is set again, so that the last value wins, also where
-    one field lies within another."""
-    found: dict[str, Any] = {}
-    for layer in layers:
-        for name, value in layer.items():
-            found.pop(name, None)
-            found[name] = value
-    return found
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:

@@ -110,6 +110,8 @@ class SweepTable:
     """Finished cells: run, variant, seed, steps, train_s, scores (means)."""
     missing: list[dict[str, Any]]
     """Cells that are not finished: run, variant, seed, state, detail."""
+    notes: list[str] = field(default_factory=list)
+    """In what the rows were not trained alike: steps, learning rates."""
     claims: list[JudgedClaim] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Why → claims of a shipped list that the sweep cannot judge."""
@@ -205,8 +207,9 @@ class SweepTable:
         """The whole as a Markdown document."""
         parts = [f"# {self.name}", self.description, f"Recipe: {self.recipe}."]
         parts = [part for part in parts if part]
-        for table in self.tables(marked=True):
+        for number, table in enumerate(self.tables(marked=True)):
             parts += [f"## {_plain(table.title)}", _escaped(table).to_markdown()]
+            parts += [_plain(note) for note in self.notes if number == 0]
         parts.append(NOTE)
         return "\n\n".join(parts) + "\n"
 

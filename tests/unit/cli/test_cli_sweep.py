@@ -67,6 +67,25 @@ def test_show_tells_cells_sharing_and_steps(cli: Cli) -> None:
     assert shown["cells"][1]["run"] == "table1--kdrl--seed0"
 
 
+def test_show_tells_what_each_variant_is_beside_the_paper_without_models_or_data(cli: Cli) -> None:
+    shown = json.loads(cli("sweep", "show", "table1", "--recipe", "paper-1.5b", "--json").stdout)["variants"]
+    assert "stage2.steps: 280" in shown[0]["fields"]
+    assert "stage2.beta.decay: 5e-05" in shown[0]["fields"]
+    assert {one["variant"]: one["fields"] for one in shown[2:]} == {
+        "GRPO": ["stage2.objective: 'kdrl' → 'grpo'"],  # its β is not read
+        "KD-RKL": [
+            "stage2.objective: 'kdrl' → 'kd_rkl'",
+            "stage2.beta.init: 0.005 → 0.002",
+            "stage2.beta.decay: 5e-05 → 0.0",
+            "stage2.beta.minimum: 0.001 → 0.0",
+        ],
+        "SFT": ["stage2.objective: 'kdrl' → 'sft'", "stage2.learning_rate: 1e-06 → 2e-07"],
+    }
+    assert shown[4]["source"].startswith("B.2: 8 samples of the teacher per problem")
+    text = cli("sweep", "show", "figure6", "--recipe", "paper-1.5b").stdout
+    assert "Not trained alike: KD-RKL with 200 steps; GRPO with 460 steps; KDRL with 280 steps." in text
+
+
 def test_a_shown_file_is_a_sweep_again(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(cli("sweep", "show", "figure4", "--yaml").stdout)
     again = cli("sweep", "show", "mine.yaml", "--json")

@@ -64,7 +64,7 @@ def tuning_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 def test_every_accuracy_is_the_sweep_s(content: dict[str, Any], page: str) -> None:
     assert [line for row in content["rows"] if (line := accuracies(row)) not in page] == []
-    assert {len(row["seeds"]) for row in content["rows"]} == {len(load_sweep("findings").seed_list)}
+    assert {len(row["seeds"]) for row in content["rows"]} == {load_sweep("findings").seeds}
 
 
 def test_accuracies_at_equal_time(content: dict[str, Any], page: str) -> None:
@@ -89,9 +89,14 @@ def test_every_claim_is_judged_as_the_sweep_judged_it(content: dict[str, Any], p
 
 def test_every_learning_rate_is_the_one_that_tuning_found_best(content: dict[str, Any], page: str) -> None:
     assert [line for line in tuning_lines(content["tuning"]) if line not in page] == []
-    tried = {row["label"]: row["scores"]["validation"]["mean"] for row in content["tuning"]}
-    rates = {cell.variant: cell.recipe.stage("stage2").learning_rate for cell in expand(load_sweep("findings-tuning"))}
-    assert rates.keys() == tried.keys()
+    tried: dict[str, dict[float, float]] = {}
+    for row in content["tuning"]:
+        variant, rate = row["label"].rsplit(" ", 1)
+        tried.setdefault(variant, {})[float(rate)] = row["scores"]["validation"]["mean"]
+    planned: dict[str, set[float]] = {}
+    for cell in expand(load_sweep("findings-tuning")):
+        planned.setdefault(cell.label, set()).add(cell.recipe.stage("stage2").learning_rate)
+    assert planned == {variant: set(found) for variant, found in tried.items()}
     for cell in expand(load_sweep("findings")):
-        of_variant = {label: value for label, value in tried.items() if label.rsplit(" ", 1)[0] == cell.variant}
-        assert rates[max(of_variant, key=lambda label: of_variant[label])] == cell.recipe.stage("stage2").learning_rate
+        found = tried[cell.variant]
+        assert max(found, key=lambda rate: found[rate]) == cell.recipe.stage("stage2").learning_rate

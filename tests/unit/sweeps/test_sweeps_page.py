@@ -105,6 +105,17 @@ def test_the_markdown_holds_what_the_page_does_but_for_figures(results: SweepRes
     assert HOSTILE not in re.sub(r"^(`{3,})text\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def test_rows_that_were_not_trained_alike_are_marked(results: SweepResults) -> None:
+    (first, recipe), *others = results.recipes.items()
+    longer = recipe.model_copy(update={"stage2": recipe.stage("stage2").model_copy(update={"steps": 99})})
+    marked = replace(results, recipes={first: longer, **dict(others)})
+    steps = results.recipes[others[0][0]].stage("stage2").steps
+    note = f"Not trained alike: {first} with 99 steps; {others[0][0]} with {steps} steps."
+    assert note in page_of(marked)
+    assert f"\n\n{note}\n\n" in build_table(marked).to_markdown()
+    assert "Not trained alike" not in page_of(results)
+
+
 def test_foreign_text_stays_text(results: SweepResults) -> None:
     """A variant's name is in tables, legend and the figures' data."""
     statuses = [replace(status, variant=HOSTILE) for status in results.statuses if status.run == "kdrl"]

@@ -29,7 +29,7 @@ def test_a_started_sweep_goes_on_as_it_was_started() -> None:
     first = _start(seeds=2, overrides=["stage2.steps=5"])
     again = make_request("figure5")
     assert again == first
-    assert _runs(again)[3] == "figure5--no-mask--seed1"
+    assert _runs(again)[3] == "figure5--kdrl--seed1"
     assert make_request("figure5", name="other").cells[0].recipe.stage("stage2").steps == 80
     assert list_started() == ["figure5"]
 

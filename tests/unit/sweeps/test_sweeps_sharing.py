@@ -13,6 +13,9 @@ from kdrl_core.boxes.make import make
 from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.ledger import Run, adopted, manifest_of, publish
 from kdrl_core.ledger.manifest import file_manifest_path
+from kdrl_core.look.sweeps.aggregate import build_table
+from kdrl_core.look.sweeps.results import read_results_of
+from kdrl_core.look.sweeps.state import CellState, CellStatus
 
 GRPO = ["stage2.objective=grpo"]
 ALL_OF_STAGE1 = ["data", "stage1", "evaluation of stage1", "evaluation of base", "evaluation of teacher"]
@@ -157,6 +160,26 @@ def test_a_copy_serves_where_there_are_no_links(donor: Run, monkeypatch: pytest.
     assert list(adopt_parts(run, ["kdrl"])) == ALL_OF_STAGE1
     assert run.paths.pool.stat().st_ino != donor.paths.pool.stat().st_ino
     assert check_run(run).findings == []
+
+
+def test_a_model_for_comparison_is_evaluated_beside_shared_work_and_is_a_row(
+    donor: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts = donor.paths.root.parent.parent
+    also = ["evaluation.also={weak: {path: 'builtin:miniature/teacher-weak'}}"]
+    run = open_tiny(artifacts, "also", also)
+    shared = adopt_parts(run, ["kdrl"])  # all but the model that the donor does not know
+    assert {*shared} == {*ALL_OF_STAGE1, "stage2", "evaluation of stage2"}
+    finish(run)
+    assert is_finished(run, verify=True)
+    assert check_run(run).findings == []
+    later = open_tiny(artifacts, "later", [*also, *GRPO])
+    assert adopt_parts(later, ["kdrl", "also"])["evaluation of weak"] == "also"
+    monkeypatch.setenv("KDRL_ARTIFACTS", str(artifacts))
+    status = CellStatus(run="also", variant="KDRL", seed=0, state=CellState.FINISHED)
+    rows = build_table(read_results_of("s", "", "miniature", [status])).rows
+    assert [row.label for row in rows] == ["student before", "after stage 1", "teacher", "weak", "KDRL"]
+    assert rows[3].scores.keys() == rows[4].scores.keys()
 
 
 def _fields(manifest: publish.Manifest) -> dict[str, object]:
