@@ -167,7 +167,7 @@ class SweepTable:
             for claim in self.claims
         ]
         verdicts = [claim.verdict for claim in self.claims]
-        told = ", ".join(f"{verdicts.count(each)} {each}" for each in ClaimVerdict if each in verdicts)
+        told = ", ".join(f"{each} {verdicts.count(each)}" for each in ClaimVerdict if each in verdicts)
         return Table(
             title=f"Claims: {told} (more − less, 95 % interval, paired)",
             header=["claim", "source", "the paper says", "here", "comparison", "difference", "seeds"],

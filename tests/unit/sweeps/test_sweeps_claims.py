@@ -130,7 +130,7 @@ def test_the_table_shows_claims_in_points_and_units(results: SweepResults) -> No
     text = table.to_markdown()
     assert "| a over b | Sec. 1 | more | holds | a > b, accuracy on test | +41.7 (+38." in text
     assert " points | 2 of 3 |" in text
-    assert "## Claims: 2 holds, 1 unclear, 2 missing (more − less" in text
+    assert "## Claims: holds 2, unclear 1, missing 2 (more − less" in text
     assert "## Claims left out: 2 of 7" in text
     assert "| no variant 'x' | x beats y; x beats z | 2 |" in text
 
