@@ -172,7 +172,7 @@ class JudgedOn:
 def claims_of(
     claims: str | Sequence[Claim],
     judged_on: str | Sequence[str],
-    recipes: Mapping[str, Recipe],
+    recipes: Mapping[str, Recipe | None],
     *,
     origin: str | None = None,
 ) -> JudgedOn:
@@ -181,7 +181,7 @@ def claims_of(
     Args:
         claims: name of a shipped list, or claims.
         judged_on: a benchmark, `avg`, or several of them: the first one that the sweep has.
-        recipes: variant → recipe of one of its cells.
+        recipes: variant → recipe of one of its cells; None if it cannot be read.
         origin: name of the sweep in errors. None: nothing is refused, as for a sweep that has been started.
 
     Raises:
@@ -206,7 +206,7 @@ def claims_of(
     left_out: dict[str, list[str]] = {}
     for claim in load_claims(claims, f"sweep {origin or 'report'}, field 'claims'"):
         if missing := has.missing_of(claim):
-            left_out.setdefault(", ".join(missing), []).append(claim.text)
+            left_out.setdefault(missing, []).append(claim.text)
         else:
             kept.append(claim)
     return JudgedOn(claims=kept, left_out=left_out, benchmark=benchmark)
@@ -244,27 +244,28 @@ class _Known:
     """Whether some variant is evaluated during training."""
 
     @classmethod
-    def of(cls, recipes: Mapping[str, Recipe]) -> "_Known":
-        names = dict.fromkeys(model_name(label) for recipe in recipes.values() for label in reference_labels(recipe))
+    def of(cls, recipes: Mapping[str, Recipe | None]) -> "_Known":
+        read = [recipe for recipe in recipes.values() if recipe is not None]
+        names = dict.fromkeys(model_name(label) for recipe in read for label in reference_labels(recipe))
         return cls(
             variants=list(recipes),
             references=[*names, *(f"{name} of {variant}" for name in names for variant in recipes)],
-            benchmarks=list(dict.fromkeys(b.name for r in recipes.values() for b in r.evaluation.benchmarks)),
-            periodic=any(r.evaluation.periodic and r.stage(r.stages[-1]).evaluate_every for r in recipes.values()),
+            benchmarks=list(dict.fromkeys(b.name for recipe in read for b in recipe.evaluation.benchmarks)),
+            periodic=any(r.evaluation.periodic and r.stage(r.stages[-1]).evaluate_every for r in read),
         )
 
     def labels_of(self, claim: Claim) -> list[str]:
         return [*self.variants, *(self.references if claim.compared.quantity in (ACCURACY, LENGTH) else ())]
 
-    def missing_of(self, claim: Claim) -> list[str]:
-        """What the sweep lacks for a claim, in words; nothing if it can judge it."""
+    def missing_of(self, claim: Claim) -> str:
+        """The first thing that the sweep lacks for a claim, in words; empty if it can judge it."""
         labels, measure = self.labels_of(claim), claim.compared
-        found = [f"no variant '{label}'" for label in claim.sides if label and label not in labels]
+        for label in claim.sides:
+            if label and label not in labels:
+                return f"no variant '{label}'"
         if measure.benchmark is not None and measure.benchmark not in self.benchmarks:
-            found.append(f"no benchmark '{measure.benchmark}'")
-        if measure.quantity == EQUAL_TIME and not self.periodic:
-            found.append("no evaluations during training")
-        return found
+            return f"no benchmark '{measure.benchmark}'"
+        return "no evaluations during training" if measure.quantity == EQUAL_TIME and not self.periodic else ""
 
     def fault_of(self, claim: Claim) -> str:
         """What is wrong with a claim, as the end of an error message; empty if nothing is."""

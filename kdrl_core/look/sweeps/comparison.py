@@ -37,7 +37,7 @@ def read_sweep(name: str) -> SweepResults:
             with suppress(RecipeError):  # lost or edited: a run that has begun has its own copy
                 recipes[cell.variant] = load_recipe(paths.recipe(cell.run))
     spec = record.spec
-    judged = claims_of(spec.claims, spec.judged_on, recipes)
+    judged = claims_of(spec.claims, spec.judged_on, {cell.variant: recipes.get(cell.variant) for cell in record.cells})
     return read_results_of(name, spec.description, spec.recipe, statuses, judged=judged, recipes=recipes)
 
 

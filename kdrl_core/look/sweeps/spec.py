@@ -137,7 +137,9 @@ def dump_sweep(spec: SweepSpec) -> str:
 
 
 def _explain(fault: Any) -> str:
-    location = [str(part) for part in fault["loc"] if part not in ("[key]", "int", "list[int]", *CLAIM_TAGS)]
+    location = [
+        str(part) for part in fault["loc"] if part not in ("[key]", "int", "list[int]", "str", "list[str]", *CLAIM_TAGS)
+    ]
     field = ".".join(location) or "sweep"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":

@@ -32,10 +32,11 @@ def test_problems_not_samples_are_resampled() -> None:
     assert (few.low, few.high) == (many.low, many.high)
 
 
-def test_certain_accuracy_has_no_width() -> None:
-    for value in (0.0, 1.0):
-        found = accuracy([[value]] * 20, seed=3)
-        assert (found.low, found.mean, found.high) == (value, value, value)
+def test_a_certain_accuracy_has_a_width() -> None:
+    """Wilson's: 0 of 20 ends at z² / (20 + z²) = 3.84146 / 23.84146."""
+    none, full = accuracy([[0.0] * 4] * 20, seed=3), accuracy([[1.0]] * 20, seed=3)
+    assert (none.low, none.mean, none.high) == pytest.approx((0.0, 0.0, 0.161125), abs=2e-6)
+    assert (full.low, full.mean, full.high) == pytest.approx((1 - 0.161125, 1.0, 1.0), abs=2e-6)
 
 
 def test_seed_fixes_the_interval() -> None:
@@ -49,8 +50,12 @@ def test_interval_lies_within_the_problems(correct: list[list[float]]) -> None:
     found = accuracy(correct, seed=0)
     assert found.mean == pytest.approx(sum(shares) / len(shares))
     slack = 1e-9
-    assert min(shares) - slack <= found.low <= found.high <= max(shares) + slack
-    assert found.low <= found.mean + slack or len(set(shares)) > 1
+    assert -slack <= found.low <= found.mean + slack
+    assert found.mean - slack <= found.high <= 1.0 + slack
+    if len(shares) - max(map(shares.count, shares)) > 3:  # otherwise it may be Wilson's
+        assert min(shares) - slack <= found.low <= found.high <= max(shares) + slack
+    else:
+        assert found.low < found.high
 
 
 ROW = {"id": "p-1", "problem": "3+5", "answer": "8"}

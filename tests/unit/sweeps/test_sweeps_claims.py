@@ -199,7 +199,7 @@ def test_a_metric_in_five_means_golden() -> None:
     ],
 )
 def test_measures_over_the_course_of_training(measure: str, difference: float) -> None:
-    fifths = {"a": (3.0, 4.0, 5.0, 7.0, 9.0), "b": (1.0, 2.0, 3.0, 4.0, 1.0)}
+    fifths: dict[str, Any] = {"a": (3.0, 4.0, 5.0, 7.0, 9.0), "b": (1.0, 2.0, 3.0, 4.0, 1.0)}
     cells = [_cell(v, seed, [1.0] * 3, **{"reward/mean": fifths[v]}) for v in fifths for seed in (0, 1)]
     results = SweepResults(name="s", description="", recipe="r", statuses=[], cells=cells, references=[])
     found = _one(results, "a", "b", measure)
@@ -326,6 +326,10 @@ def test_a_sweep_names_a_shipped_list_and_its_benchmark() -> None:
     left = sum(map(len, judged.left_out.values()))
     assert len(judged.claims) + left == len(load_claims("paper", ""))
     assert "the joint loss beats KD-RKL" in judged.left_out["no variant 'KD-RKL'"]
+    # A claim that needs two things is told once, under the first of them.
+    assert "KD-RKL beats SFT" in judged.left_out["no variant 'KD-RKL'"]
+    unreadable = claims_of(spec.claims, spec.judged_on, {**recipes, "KD-RKL": None})
+    assert "the joint loss beats KD-RKL" in [claim.text for claim in unreadable.claims]
     assert judged.left_out["no evaluations during training"] == ["the joint loss beats GRPO at equal time"]
     own = {"text": "t", "more": "KDRL", "less": "GRPO", "measure": "accuracy_at_equal_time"}
     for wrong, words in (
@@ -365,6 +369,7 @@ def test_the_shipped_findings_name_every_finding_of_the_paper() -> None:
     spec = load_sweep("findings")
     assert isinstance(spec.seeds, int)
     assert spec.seeds >= 5
+    assert not isinstance(spec.claims, str)
     sections = " ".join(claim.source for claim in spec.claims)
     assert all(section in sections for section in ("Sec. 3.1", "Sec. 3.2", "Sec. 3.3", "Sec. 3.4", "Sec. 4.2"))
     labels = {cell.variant for cell in expand(spec)}
