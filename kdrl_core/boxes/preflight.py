@@ -184,6 +184,7 @@ def check_engines(recipe: Recipe) -> None:
     roles = [("rollout.engine", recipe.rollout.engine, recipe.student)]
     if recipe.teacher is not None and recipe.teacher.server is None:
         roles.append(("teacher.engine", recipe.teacher.engine, recipe.teacher))
+    roles += [("rollout.engine", recipe.rollout.engine, model) for model in recipe.evaluation.also.values()]
     for field, engine, model in roles:
         if engine != "vllm":
             continue

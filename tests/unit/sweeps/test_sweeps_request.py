@@ -142,6 +142,9 @@ def test_every_cell_is_looked_at_before_any_runs(artifacts: Path) -> None:
     missing = make_request(None, vary=["teacher.path='builtin:miniature/teacher',models/nix"], name="g")
     with pytest.raises(ModelError, match=r"variant 'path=models/nix', seed 0: teacher\.path=models/nix: no such"):
         check_request(missing)
+    also = make_request("figure5", seeds=1, overrides=["evaluation.also.weak.path=models/nix"], name="a")
+    with pytest.raises(ModelError, match=r"variant 'KDRL', seed 0: evaluation\.also\.weak\.path=models/nix: no such"):
+        check_request(also)
 
 
 def test_states_of_cells_come_from_their_runs(artifacts: Path) -> None:
