@@ -18,7 +18,7 @@ from flows.running_cells import DeployedCell, LocalCell
 from flows.stopping import stop_if_cancelled, stoppable
 from kdrl_core.boxes.make import read_progress
 from kdrl_core.boxes.sharing import is_finished_part, parts_of
-from kdrl_core.config.outside import models_of
+from kdrl_core.config.outside import named_models
 from kdrl_core.errors import RunError, Stopped
 from kdrl_core.ledger import RunPaths, lock_holder, run_lock
 from kdrl_core.look.sweeps.comparison import write_sweep_report
@@ -186,7 +186,7 @@ class Cells:
 def _prepare_models(cells: list[Cell]) -> None:
     """Convert GGUF models first, so that no two cells do so at the same time."""
     for cell in cells:
-        for model in models_of(cell.recipe).values():
+        for model in named_models(cell.recipe).values():
             if model.gguf_file is not None:
                 prepared_model(model, RunPaths.of(cell.run).root)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdrl_core.config import Recipe, resolve_path
 from kdrl_core.config.models import TeacherConfig
-from kdrl_core.config.outside import models_of
+from kdrl_core.config.outside import named_models
 from kdrl_core.config.secrets import is_known, resolve_secret
 from kdrl_core.data import find_files
 from kdrl_core.data.benchmarks import load_benchmark
@@ -67,7 +67,7 @@ def check_inputs(recipe: Recipe) -> None:
 def check_weights(recipe: Recipe) -> None:
     """Raise ModelError if a model could not be loaded when its turn comes, which may be hours away. It reads JSON files
     and the headers of weights. It warns in the log if config.json ties an output layer but the files hold another."""
-    for slot, model in models_of(recipe).items():
+    for slot, model in named_models(recipe).items():
         if model.gguf_file is not None:
             continue
         role = slot.removesuffix(".path")
@@ -184,6 +184,7 @@ def check_engines(recipe: Recipe) -> None:
     roles = [("rollout.engine", recipe.rollout.engine, recipe.student)]
     if recipe.teacher is not None and recipe.teacher.server is None:
         roles.append(("teacher.engine", recipe.teacher.engine, recipe.teacher))
+    roles += [("rollout.engine", recipe.rollout.engine, model) for model in recipe.evaluation.also.values()]
     for field, engine, model in roles:
         if engine != "vllm":
             continue

@@ -122,7 +122,7 @@ def _section_at(location: Iterable[str]) -> type[BaseModel]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if get_origin(annotation) in (Union, UnionType, list):
+    if get_origin(annotation) in (Union, UnionType, list, dict):
         return next((found for option in get_args(annotation) if (found := _section_of(option))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from kdrl_core.config.hub import HubPath, as_data, is_remote
 from kdrl_core.config.models import ModelConfig
-from kdrl_core.config.outside import READ_WITH_WEIGHTS, models_of, slots_of, with_slots
+from kdrl_core.config.outside import READ_WITH_WEIGHTS, named_models, slots_of, with_slots
 from kdrl_core.config.paths import WEIGHTS
 from kdrl_core.config.recipe import Recipe
 
@@ -32,7 +32,7 @@ def fetched(recipe: Recipe, *slots: str, weights: bool = True) -> Recipe:
         for slot, text in slots_of(recipe).items()
         if is_remote(text) and (not slots or any(fnmatchcase(slot, pattern) for pattern in slots))
     }
-    models = models_of(recipe)
+    models = named_models(recipe)
 
     def told(slot: str, text: str) -> str:
         if slot not in needed:

@@ -82,7 +82,7 @@ def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:
         ModelError: the index of a model's weights cannot be read.
         RecipeError: a `package:` path names a package that is not installed.
     """
-    if (model := models_of(recipe).get(slot)) is not None:
+    if (model := named_models(recipe).get(slot)) is not None:
         return model_files(model.model_copy(update={"path": text}))
     if is_code(slot):
         code = parse_reference(text).located() if is_reference(text) else None
@@ -95,7 +95,7 @@ def files_of(recipe: Recipe, slot: str, text: str) -> dict[str, Path]:
     return {path.relative_to(root).as_posix(): path for path in found}
 
 
-def models_of(recipe: Recipe) -> dict[str, ModelConfig]:
+def named_models(recipe: Recipe) -> dict[str, ModelConfig]:
     """Slot → the model that the recipe names there."""
     teacher = {} if recipe.teacher is None else {"teacher.path": recipe.teacher}
     also = {f"evaluation.also.{name}.path": model for name, model in recipe.evaluation.also.items()}

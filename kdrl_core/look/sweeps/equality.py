@@ -98,7 +98,9 @@ def last_stage_told(recipe: Recipe) -> list[str]:
     stage, fields = recipe.stages[-1], leaf_fields(recipe)
     wanted = ("teacher.path", *(f"{stage}.{name}" for name in _TOLD))
     return [
-        f"{name}: {value!r}" for name, value in fields.items() if name in wanted or name.startswith(f"{stage}.beta.")
+        f"{name}: {value!r}"
+        for name, value in fields.items()
+        if (name in wanted or name.startswith(f"{stage}.beta.")) and not _is_ignored(name, recipe)
     ]
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -19,6 +19,8 @@ Load = Callable[..., Recipe]
 def sections(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], bool]]:
     """Path, model and whether null is legal, of every section below a model; of a list of sections its first entry."""
     for name, field in model.model_fields.items():
+        if get_origin(field.annotation) is dict:  # its sections have names that a recipe gives
+            continue
         kinds = {kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)}
         for kind in kinds:
             if issubclass(kind, BaseModel):
@@ -103,6 +105,9 @@ REMEDIES = {
     "reward=false": "set reward.require_format=false",
     "alarms.clip_ratio=0.3": "set alarms.clip_ratio.above=0.3",
     "evaluation.benchmarks.1=aime24": "set evaluation.benchmarks.1.name=aime24",
+    "evaluation.also.weak=models/mine": "set evaluation.also.weak.path=models/mine",
+    "evaluation.also.weak.pth=models/mine": "field 'evaluation.also.weak.pth': unknown field, did you mean 'path'?",
+    "evaluation.also.teacher.path=models/mine": "'teacher' begins like the name of a model of the run; rename it",
     "stage2.beta=[0.1]": "(init, decay, minimum); set one of them, such as stage2.beta.init",
 }
 

@@ -26,7 +26,7 @@ from kdrl_core.boxes.sft import select, sft_step, teacher_sample, verify_samples
 from kdrl_core.boxes.shards import open_shards
 from kdrl_core.boxes.sharing import adopt_parts, parts_of
 from kdrl_core.boxes.stage import open_stage
-from kdrl_core.config import BetaConfig, Recipe, list_recipes, load_recipe
+from kdrl_core.config import BetaConfig, ModelConfig, Recipe, list_recipes, load_recipe
 from kdrl_core.config.changes import leaf_fields
 from kdrl_core.errors import ForeignFileError
 from kdrl_core.ledger import (
@@ -348,16 +348,22 @@ def test_which_fields_count_for_which_part() -> None:
     recipe = load_recipe("miniature")
     plain = {part.name: part.key for part in parts_of(recipe)}
     told_apart: dict[str, set[str]] = {}
-    known: dict[str, object] = {"objective": "reward_shaping", "beta": BetaConfig(init=0.5)}  # what is read as such
+    also = {"weak": ModelConfig(path="models/weak")}
+    known: dict[str, object] = {
+        "objective": "reward_shaping",
+        "beta": BetaConfig(init=0.5),
+        "also": also,
+    }  # read as such
     for field, value in leaf_fields(recipe).items():
         changed = value + 1 if isinstance(value, int | float) else f"{value} changed"
         other = _with(recipe, field, known.get(field.rpartition(".")[2], changed))
-        told_apart[field] = {part.name for part in parts_of(other) if plain[part.name] != part.key}
+        told_apart[field] = {part.name for part in parts_of(other) if plain.get(part.name) != part.key}
     everything = set(plain)
     of_stage2 = {"stage2", "evaluation of stage2"}
     assert told_apart["seed"] == told_apart["prompt.template"] == told_apart["runtime.dtype"] == everything
     assert told_apart["stage2.data.max_problems"] == everything - {"evaluation of base", "evaluation of teacher"}
     assert told_apart["stage2.learning_rate"] == told_apart["stage2.kd_masking"] == of_stage2
+    assert told_apart["evaluation.also"] == {"evaluation of weak"}  # a model for comparison changes no other part
     assert told_apart["teacher.path"] == {*of_stage2, "evaluation of teacher"}
     unread = {f for f, parts in told_apart.items() if not parts and not f.startswith(("alarms", "tracking"))}
     assert unread == {

@@ -110,7 +110,7 @@ def test_rows_that_were_not_trained_alike_are_marked(results: SweepResults) -> N
     longer = recipe.model_copy(update={"stage2": recipe.stage("stage2").model_copy(update={"steps": 99})})
     marked = replace(results, recipes={first: longer, **dict(others)})
     steps = results.recipes[others[0][0]].stage("stage2").steps
-    note = f"Not trained alike: {first} with 99 steps; {others[0][0]} with {steps} steps."
+    note = f"Not trained alike: {others[0][0]} with {steps} steps; {first} with 99 steps."
     assert note in page_of(marked)
     assert f"\n\n{note}\n\n" in build_table(marked).to_markdown()
     assert "Not trained alike" not in page_of(results)

@@ -1,5 +1,6 @@
 """What a command asks for, and what is kept of it for the next one."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,24 @@ def test_a_started_sweep_goes_on_as_it_was_started() -> None:
     assert _runs(again)[3] == "figure5--kdrl--seed1"
     assert make_request("figure5", name="other").cells[0].recipe.stage("stage2").steps == 80
     assert list_started() == ["figure5"]
+
+
+def test_a_sweep_that_an_earlier_version_started_goes_on_with_its_own_variants() -> None:
+    """figure3 as it was before there was a catalogue: other labels, no `vary_each`, `equal` or seeds by recipe."""
+    grid = {"set": {"stage2.beta": {"init": 0.2}}, "variants": {"Top-K": {"stage2.topk.k": 4}}, "vary": {}}
+    variants = {"k2": {}, "Top-K": {"stage2.kl_estimator": "topk"}}
+    spec = {"name": "figure3", "description": "", "recipe": "miniature", "seeds": 2, "set": {}, "variants": variants}
+    spec |= {"vary": {}, "recipes": {"miniature": grid}, "claims": []}
+    cells = [{"run": "figure3--k2--seed0", "variant": "k2", "seed": 0}]
+    record = {"spec": spec, "overrides": [], "share_with": [], "cells": cells, "origin": {"source": "figure3"}}
+    file = SweepPaths.of("figure3").record
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(record))
+    assert read_record("figure3").cells[0].variant == "k2"
+    again = make_request("figure3")
+    assert _runs(again) == [f"figure3--{label}--seed{seed}" for seed in (0, 1) for label in ("k2", "top-k")]
+    assert {cell.recipe.stage("stage2").topk.k for cell in again.cells if cell.variant == "Top-K"} == {4}
+    assert {cell.seed for cell in make_request("figure3", seeds=[7]).cells} == {7}
 
 
 def test_what_is_given_takes_the_place_of_what_was_kept() -> None:
@@ -123,6 +142,9 @@ def test_every_cell_is_looked_at_before_any_runs(artifacts: Path) -> None:
     missing = make_request(None, vary=["teacher.path='builtin:miniature/teacher',models/nix"], name="g")
     with pytest.raises(ModelError, match=r"variant 'path=models/nix', seed 0: teacher\.path=models/nix: no such"):
         check_request(missing)
+    also = make_request("figure5", seeds=1, overrides=["evaluation.also.weak.path=models/nix"], name="a")
+    with pytest.raises(ModelError, match=r"variant 'KDRL', seed 0: evaluation\.also\.weak\.path=models/nix: no such"):
+        check_request(also)
 
 
 def test_states_of_cells_come_from_their_runs(artifacts: Path) -> None:

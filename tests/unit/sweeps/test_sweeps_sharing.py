@@ -9,6 +9,7 @@ from crash.tiny_run import differing, finish, open_tiny, train
 
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.completion import is_finished
+from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.ledger import Run, adopted, manifest_of, publish
@@ -170,8 +171,7 @@ def test_a_model_for_comparison_is_evaluated_beside_shared_work_and_is_a_row(
     run = open_tiny(artifacts, "also", also)
     shared = adopt_parts(run, ["kdrl"])  # all but the model that the donor does not know
     assert {*shared} == {*ALL_OF_STAGE1, "stage2", "evaluation of stage2"}
-    finish(run)
-    assert is_finished(run, verify=True)
+    evaluate_model(run, "weak")
     assert check_run(run).findings == []
     later = open_tiny(artifacts, "later", [*also, *GRPO])
     assert adopt_parts(later, ["kdrl", "also"])["evaluation of weak"] == "also"
