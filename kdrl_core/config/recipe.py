@@ -48,7 +48,7 @@ class BetaConfig(Section):
 class TopKConfig(Section):
     """The Top-K teacher of Sec. 2.3 and A.3, read where kl_estimator is topk."""
 
-    k: Positive = Field(20, description="teacher logits kept per token")
+    k: Positive = Field(20, description="teacher logits kept per token; kdrl's choice")
     floor: float = Field(
         -20.0, le=0.0, description="log-probability of each other token, −∞ in the paper; mass there costs −floor nats"
     )
