@@ -3,8 +3,8 @@
     kdrl sweep run baselines
     python benchmarks/baselines_table.py
 
-Reads the sweep's runs in the artifacts folder, and writes docs/baselines.json and the table in docs/baselines.md. A test
-holds the page against the file, and the file's recipes against those that the sweep has now.
+Reads the sweep's runs in the artifacts folder, and writes docs/baselines.json and the table in docs/baselines.md. A
+test holds the page against the file, and the file's recipes against those that the sweep has now.
 """
 
 import json
