@@ -3,8 +3,8 @@
     pool ─▶ teacher-sample ─▶ verify ─▶ select ─▶ dataset.parquet ─▶ sft-update ─▶ update.parquet, metrics, checkpoint
 
 Every problem of the stage's pool gets `sft.samples` responses of the teacher, at the stage's temperature and response
-limit; those with reward 1 are kept. The seed of a response comes from (seed, stage, "sft", problem, sample), so it
-depends neither on the shards nor on the other problems.
+limit. Those with the right answer are kept (B.2), or those with reward 1 (`sft.keep`). The seed of a response comes
+from (seed, stage, "sft", problem, sample), so it depends neither on the shards nor on the other problems.
 
 The batch of step k is a function of the dataset and k: seeded passes over all kept responses follow one another, and
 each batch takes the next `sft.batch_size` responses. A pass is ordered by hashes of (seed, stage, epoch, problem,
@@ -32,6 +32,9 @@ from kdrl_core.training.protocols import UpdateBatch
 
 TEACHER_VERSION = -1
 """`policy_version` of the teacher's samples."""
+
+_KEEPS = {"accuracy": "accuracy_reward", "reward": "reward"}
+"""`sft.keep` → the column of REWARDS that is 1 where a response is kept."""
 
 
 @box(SAMPLE_ROLLOUTS, is_kept=True)
@@ -61,7 +64,7 @@ def verify_samples(session: StageSession, at: int, sample_rollouts: pa.Table) ->
     is_kept=True,
     phase="select",
     sample_rollouts=[name for name in schemas.SFT_DATASET.names if name != "shard"],
-    sample_rewards=["reward"],
+    sample_rewards=list(_KEEPS.values()),
 )
 def select(
     session: StageSession,
@@ -69,7 +72,7 @@ def select(
     sample_rewards: Iterator[pa.Table],
     manifests: Mapping[Node, Manifest],
 ) -> Product:
-    """Keep the responses with reward 1 of all shards.
+    """Keep the right responses of all shards, by `sft.keep`.
 
     The manifest counts: `sampled`, `kept`, `problems`, `problems_covered`, and the seconds of sampling and verifying.
 
@@ -80,7 +83,7 @@ def select(
     tables: list[pa.Table] = []
     sampled, problems = 0, 0
     for shard, (rollouts, rewards) in enumerate(zip(sample_rollouts, sample_rewards, strict=True)):
-        kept = rollouts.filter(pc.equal(rewards["reward"], 1.0))
+        kept = rollouts.filter(pc.equal(rewards[_KEEPS[config.sft.keep]], 1.0))
         kept = kept.append_column("shard", pa.array([shard] * len(kept), pa.int32()))
         tables.append(kept.select(schemas.SFT_DATASET.names).cast(schemas.SFT_DATASET))
         sampled += len(rollouts)

@@ -36,7 +36,7 @@ from kdrl_core.ledger import (
     verify_own,
 )
 from kdrl_core.ledger.artifact import ARTIFACTS, Node
-from kdrl_core.ledger.graph import CLAIMED, EVALUATION, checkpoint_label, needs, node_at, part_of, results
+from kdrl_core.ledger.graph import CLAIMED, EVALUATION, checkpoint_label, needs, node_at, part_ends, part_of
 from kdrl_core.tables.files import rebuild_metrics
 
 _NO_ACCOUNT = ("name", "description", "alarms.*", "tracking.*")
@@ -53,7 +53,7 @@ class Part:
     key: str
     """Hash of the recipe's fields that it depends on: equal keys, equal bytes."""
     results: tuple[str, ...]
-    """Places of artifacts: all are published exactly when the part is finished."""
+    """Places of artifacts: all are published exactly when the part is finished. They need not belong to it."""
     is_waited_for: bool = True
     """Whether a cell that needs the part waits while another cell makes it."""
 
@@ -61,10 +61,9 @@ class Part:
 def parts_of(recipe: Recipe, outside: Outside | None = None) -> list[Part]:
     """The parts of a run of `recipe`, in the order in which they are made. `outside`: what the run has recorded of the
     files that the recipe names; their content then counts in place of their paths."""
-    ends: dict[str, list[Node]] = {}
-    for node in results(recipe):
-        if (name := part_of(recipe, node)) is not None:
-            ends.setdefault(name, []).append(node)
+    found: dict[str, list[tuple[Node, str]]] = {}
+    for name, node, place in part_ends(recipe):
+        found.setdefault(name, []).append((node, place))
     recorded = outside or {}
 
     def content(slot: str, text: str) -> str:
@@ -74,11 +73,11 @@ def parts_of(recipe: Recipe, outside: Outside | None = None) -> list[Part]:
     return [
         Part(
             name=name,
-            key=_key(recipe, name, nodes, fields),
-            results=tuple(node.place for node in nodes),
-            is_waited_for=all(node.row.per != "label" for node in nodes),
+            key=_key(recipe, name, [node for node, _ in made], fields),
+            results=tuple(place for _, place in made),
+            is_waited_for=all(node.row.per != "label" for node, _ in made),
         )
-        for name, nodes in sorted(ends.items(), key=lambda end: _position(recipe, end[1][0]))
+        for name, made in sorted(found.items(), key=lambda part: _position(recipe, part[1][0][0]))
     ]
 
 
@@ -128,6 +127,8 @@ def _adopt(run: Run, donor: Run, part: Part) -> bool:
     try:
         ordered = sorted(order, key=lambda place: (order[place], place))
         wanted = {place: verify_own(donor, sources[place]) for place in ordered}
+        if not wanted:  # shards may be gone once there is a dataset
+            return False
         if (misfit := _misfit(run, part, wanted)) is not None:
             _logger.info("%s of %s is not taken over: %s", part.name, donor.name, misfit)
             return False

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from kdrl_core.config.earlier import completed, hashed
 from kdrl_core.config.faults import did_you_mean, explain
 from kdrl_core.config.paths import read_small
 from kdrl_core.config.plain_yaml import MAX_CHARS, NotYamlError, parse_yaml
@@ -35,7 +36,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such recipe, not YAML, or a field that is unknown, has the wrong type, is out of bounds or
             contradicts another. The message names the field and the remedy of every fault.
     """
-    values = read_fields(_find(source), what="recipe")
+    values = completed(read_fields(_find(source), what="recipe"))
     for override in overrides:
         _apply(values, override)
     return validate_recipe(values, origin=str(source))
@@ -87,9 +88,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def config_hash(recipe: Recipe) -> str:
-    """sha256 over the canonical JSON of every field that is not at its default: equal recipes have equal hashes."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)  # so that a field that is added changes no old hash
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    """sha256 over the canonical JSON of every field that is not at its default: equal recipes have equal hashes, and a
+    field that is added changes no old hash."""
+    canonical = json.dumps(hashed(recipe), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -18,7 +18,14 @@ from kdrl_core.config.models import ModelConfig, TeacherConfig
 from kdrl_core.config.runtime import RolloutConfig, RuntimeConfig, TrackingConfig, TrainerConfig, VLLMConfig
 from kdrl_core.config.section import Positive, Section, require_one_of
 from kdrl_core.objectives.inputs import BetaSchedule, Objective
-from kdrl_core.objectives.kinds import AGGREGATIONS, ESTIMATORS, MASKINGS, OBJECTIVES, ObjectiveKind
+from kdrl_core.objectives.kinds import (
+    AGGREGATIONS,
+    ESTIMATORS,
+    MASKINGS,
+    OBJECTIVES,
+    SFT_AGGREGATIONS,
+    ObjectiveKind,
+)
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 StageName = Literal["stage1", "stage2"]
@@ -41,7 +48,7 @@ class BetaConfig(Section):
 class TopKConfig(Section):
     """The Top-K teacher of Sec. 2.3 and A.3, read where kl_estimator is topk."""
 
-    k: Positive = Field(20, description="teacher logits kept per token")
+    k: Positive = Field(20, description="teacher logits kept per token; kdrl's choice")
     floor: float = Field(
         -20.0, le=0.0, description="log-probability of each other token, −∞ in the paper; mass there costs −floor nats"
     )
@@ -50,11 +57,19 @@ class TopKConfig(Section):
 class SFTConfig(Section):
     """SFT by rejection sampling (B.2), read where objective is sft: teacher samples → verify → SFT on the right ones.
 
-    The stage's steps, learning_rate, temperature and token limits apply; prompts_per_step and group_size do not.
+    The stage's steps, learning_rate and token limits apply, and its temperature to the teacher's sampling;
+    prompts_per_step and group_size do not.
     """
 
     samples: Positive = Field(8, description="teacher samples per problem (B.2: 8)")
+    keep: Literal["accuracy", "reward"] = Field(
+        "accuracy", description="keep what is right (B.2), or what has reward 1, which may also ask for the format"
+    )
     batch_size: Positive = Field(128, description="responses per optimiser step (B.2: 128)")
+    temperature: float = Field(1.0, gt=0.0, le=10.0, description="of the likelihood (B.2: the model's own, T = 1)")
+    aggregation: Annotated[str, BeforeValidator(lambda name: require_one_of(name, SFT_AGGREGATIONS))] = Field(
+        "response_mean", description="length-normalised: each response weighs the same (14); token_mean: each token"
+    )
     shard_prompts: Positive = Field(64, description="problems sampled and published together")
 
 
@@ -79,7 +94,9 @@ class StageConfig(Section):
     group_size: int = Field(ge=2, description="rollouts per prompt G (Tables 3, 5: 16)")
     batch_size: Positive | None = Field(None, description="responses per step, prompts × G; checked if given")
     learning_rate: float = Field(gt=0.0, le=1.0, description="Tables 3, 5: 1e-6")
-    temperature: float = Field(gt=0.0, le=10.0, description="of sampling and of every logprob (Table 3: 0.6)")
+    temperature: float = Field(
+        gt=0.0, le=10.0, description="of sampling and, except in sft, of every logprob (Table 3: 0.6)"
+    )
     max_prompt_tokens: Positive = Field(description="longer prompts are filtered out (Tables 3, 5: 1,024)")
     max_response_tokens: Positive = Field(description="longer responses are cut (Tables 3, 5)")
     entropy_coef: float = Field(ge=0.0, description="entropy bonus (Tables 3, 5: 1e-3)")
@@ -135,6 +152,11 @@ class StageConfig(Section):
         """B = prompts × G."""
         return self.prompts_per_step * self.group_size
 
+    @property
+    def update_temperature(self) -> float:
+        """T of the logprobs that are trained on: that of sampling; for SFT, on samples of the teacher, its own."""
+        return self.sft.temperature if self.objective == "sft" else self.temperature
+
     def objective_at(self, step: int) -> Objective:
         """The objective of an optimiser step, counted from 0. The loss takes this record unchanged."""
         beta = self.beta
@@ -152,7 +174,7 @@ class StageConfig(Section):
             ref_beta=self.ref_beta,
             ref_kl_estimator=self.ref_kl_estimator,
             entropy_coef=self.entropy_coef,
-            aggregation=self.aggregation,
+            aggregation=self.sft.aggregation if self.objective == "sft" else self.aggregation,
         )
 
     def is_evaluation_due(self, step: int) -> bool:

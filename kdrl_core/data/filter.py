@@ -20,7 +20,8 @@ max_problems         a seeded sample
 
 Departures. The paper lists the cap before the length rule. Here the cap comes last, because a later rule that removes
 solved problems would push the share of unsolved ones above it. The sample of `max_problems` keeps the cap as well. A
-problem without the student's label counts neither as solved nor as unsolved.
+problem without the student's label counts neither as solved nor as unsolved. The paper does not say whether repeated
+problems of its sets stay: to drop them is kdrl's choice.
 
 The result depends on the seed and not on the order of the input: rows are ranked by sha256(seed, rule, stage,
 problem_id), ties among duplicates are broken by content, and the result is sorted by problem_id.

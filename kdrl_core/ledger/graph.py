@@ -133,7 +133,7 @@ also those of a section that is new to recipes."""
 
 
 def _read_by_samples(recipe: Recipe, node: Node) -> tuple[str, ...]:
-    names = ("objective", "temperature", "max_response_tokens", "sft.*", "prompts_per_step")
+    names = ("objective", "temperature", "max_response_tokens", "sft.samples", "sft.shard_prompts", "prompts_per_step")
     return *_TEACHER, *_ENGINES, *(f"{node.stage}.{name}" for name in names)
 
 
@@ -173,7 +173,7 @@ SAMPLE_ROLLOUTS = Artifact(name="sample_rollouts", pattern=f"{_SHARD}/rollouts.p
 SAMPLE_REWARDS = Artifact(name="sample_rewards", pattern=f"{_SHARD}/rewards.parquet", schemas=("REWARDS",),
                           needs=_beside(SAMPLE_ROLLOUTS), when=_samples, shared_as=_SAMPLES, follows=True)
 SFT_DATASET = Artifact(name="sft_dataset", pattern="samples/stage={stage}/dataset.parquet", schemas=("SFT_DATASET",),
-                       needs=_of_shards, when=_samples, shared_as=_SAMPLES)
+                       needs=_of_shards, when=_samples, reads=_read_by_stage)
 
 ROLLOUTS = Artifact(name="rollouts", pattern=f"{STEP.pattern}/rollouts.parquet", schemas=("ROLLOUTS",),
                     needs=_of_pool_and_policy, when=_rolls_out, reads=_read_by_stage, by_model=True)
@@ -334,3 +334,14 @@ def part_of(recipe: Recipe, node: Node) -> str | None:
         stage, step = made
         return stage if stage in recipe.stages and recipe.stage(stage).is_evaluation_due(step) else None
     return node.row.shared_as and node.row.shared_as.format(stage=node.stage, label=node.at)
+
+
+def part_ends(recipe: Recipe) -> Iterator[tuple[str, Node, str]]:
+    """The nodes that end the parts of a run, in order: the part, the node, and the place that tells that it is made.
+    The number of shards is not known, but all are made once there is the dataset, which is made from them."""
+    for node in results(recipe):
+        if node.name == SFT_DATASET.name:
+            shards = SAMPLE_REWARDS.node(node.stage, EVERY)
+            yield str(part_of(recipe, shards)), shards, node.place
+        if (name := part_of(recipe, node)) is not None:
+            yield name, node, node.place

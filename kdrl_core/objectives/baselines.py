@@ -1,10 +1,10 @@
 """The paper's baselines that no flag of `kdrl_loss` gives (Sec. 2, B.2).
 
-    SFT (14)     −(1/Σ|o_i|) Σ_i Σ_t log π_θ(o_{i,t}), o ∼ π_T: forward KL up to a constant (3)
+    SFT (14)     −(1/N) Σ_i (1/|o_i|) Σ_t log π_θ(o_{i,t}), o ∼ π_T, N responses: forward KL up to a constant (3)
     KD-RKL (5)   −(1/Σ|o_i|) Σ_i Σ_t ρ_{i,t} sg(R_{i,t}), o ∼ π_θ
 
-Departure: "length-normalised" is read as the token mean over the batch, as everywhere here, so that every token weighs
-the same; the mean of per-response means weighs the tokens of short responses more. For one response they coincide.
+SFT is length-normalised: each response weighs the same, whatever its length. On request each token does
+("token_mean"), as in the other objectives. For responses of one length both are the same.
 KD-RKL as the paper trains it (B.2) is `kdrl_loss` with zero advantages: with "k1" it is `kd_rkl_loss` times β.
 """
 
@@ -12,20 +12,40 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
+from kdrl_core.objectives.inputs import check_choice, check_positive
+from kdrl_core.objectives.kinds import SFT_AGGREGATIONS
 from kdrl_core.objectives.kl import kl_policy_gradient
-from kdrl_core.objectives.loss import token_mean
+from kdrl_core.objectives.loss import group_mean, token_mean
 
 
-def sft_loss(logprobs: Tensor, response_mask: Tensor, *, total_tokens: float | Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of the teacher's responses (14), a scalar, minimised. Raises as `token_mean`.
+def sft_loss(
+    logprobs: Tensor,
+    response_mask: Tensor,
+    *,
+    aggregation: str = "response_mean",
+    num_responses: float | None = None,
+    total_tokens: float | Tensor | None = None,
+) -> Tensor:
+    """Negative log-likelihood of the teacher's responses (14), a scalar, minimised.
 
     Args:
         logprobs: [B, T] log π_θ of the teacher's tokens; the gradient flows here. Padding may hold anything.
         response_mask: [B, T], 1 on response tokens.
-        total_tokens: response tokens of the whole optimiser step, for micro-batches.
+        aggregation: "response_mean", the mean over responses of each response's mean (14), or "token_mean".
+        num_responses: responses of the whole optimiser step, for micro-batches with "response_mean"; None: B.
+        total_tokens: response tokens of the whole optimiser step, for micro-batches with "token_mean".
+
+    Raises:
+        ValueError: `aggregation` is neither, `num_responses` is not a positive number, or as `token_mean`.
     """
     check_num_dims("logprobs", logprobs, "[B, T]")
-    return -token_mean(logprobs, response_mask, total_tokens=total_tokens)
+    check_choice("aggregation", aggregation, SFT_AGGREGATIONS)
+    if aggregation == "token_mean":
+        return -token_mean(logprobs, response_mask, total_tokens=total_tokens)
+    lengths = as_is_response(response_mask, logprobs.shape).sum(1)
+    num_responses = len(lengths) if num_responses is None else num_responses
+    check_positive("num_responses", num_responses)
+    return -group_mean(logprobs, response_mask, num_groups=num_responses, group_tokens=lengths)  # groups of one
 
 
 def kd_rkl_loss(

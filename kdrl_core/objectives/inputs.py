@@ -49,7 +49,7 @@ class Objective:
     entropy_coef: float = 0.0
     """c ≥ 0, coefficient of the entropy bonus (Tables 3, 5)."""
     aggregation: str = "token_mean"
-    """"token_mean" | "group_mean" (Eq. 2 to the letter)."""
+    """"token_mean" | "group_mean" (Eq. 2 to the letter); of SFT "response_mean" (14) | "token_mean"."""
 
     @property
     def variant(self) -> ObjectiveKind:
@@ -112,6 +112,8 @@ class Totals:
 
     tokens: "float | Tensor | None" = None
     """Response tokens."""
+    responses: float | None = None
+    """Responses, for "response_mean"."""
     kd_tokens: "float | Tensor | None" = None
     """Response tokens on which KD acts, for the metric kd/kl_unmasked."""
     num_groups: float | None = None

@@ -76,3 +76,5 @@ class Variant:
 
 MASKINGS: dict[str, Variant] = {"none": Variant(), "response": Variant(), "group": Variant(needs_groups=True)}
 AGGREGATIONS: dict[str, Variant] = {"token_mean": Variant(), "group_mean": Variant(needs_groups=True)}
+SFT_AGGREGATIONS = ("response_mean", "token_mean")
+"""Of the likelihood: each response weighs the same (14), or each token does."""

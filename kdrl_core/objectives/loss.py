@@ -20,7 +20,7 @@ Departures and additions:
 Two means turn per-token values into one number. The denominators of the whole optimiser step are passed in, so that
 the results of micro-batches (or ranks) add up to the result of the whole batch:
 
-    token_mean  Σ_i Σ_t x_{i,t} / Σ_i |o_i|, over all responses of the step (the default; verl's token-mean)
+    token_mean  Σ_i Σ_t x_{i,t} / Σ_i |o_i|, over all responses of the step (the default, kdrl's choice; as in verl)
     group_mean  mean over groups of the same ratio within the group: Eq. 2 to the letter, whose Σ runs over one question
 
 Sums are computed and returned in float32 at least.

@@ -7,8 +7,9 @@ Departure: the paper sets the other logits to −∞, which makes the KL infinit
 outside the top-K; frameworks hide that behind the smallest number of their dtype. Here the log-probability of those
 tokens is the argument `floor`, so each unit of mass outside costs −floor nats. π'_T is not renormalised for it: the K
 tokens alone sum to 1, and may have logprobs below the floor. So with K = V this is the exact KL for any floor. The
-gradient is linear in the floor (−floor · ∇ mass outside); for a low floor this part outweighs the teacher's. The paper
-finds training on this unstable.
+gradient is linear in the floor: −floor · ∇ mass outside. On the miniature with K = 4 it is 1.6 times k2's at −20, which
+all shipped recipes and sweeps use, and 85 times at −1000, where nothing else counts: another method (docs/method.md has
+the norms). The paper's −∞ is like the latter; it finds training on it unstable.
 """
 
 import torch

@@ -156,7 +156,9 @@ def rollouts_table(
 
 
 def repetition_rate(token_ids: Sequence[int] | NDArray[np.int32], *, n: int = REPETITION_NGRAM) -> float:
-    """Share of the response's n-grams that occurred before in it; 0 for responses shorter than n + 1 tokens."""
+    """Share of the response's n-grams that occurred before in it; 0 for responses shorter than n + 1 tokens.
+
+    The paper does not say how it measures repetition; n-grams, and n = 8, are kdrl's choice."""
     total = len(token_ids) - n + 1
     if total < 2:
         return 0.0

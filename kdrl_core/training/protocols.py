@@ -39,7 +39,7 @@ class OptimizerSettings:
     """How a trainer updates the policy, the same for every step of a stage; the fields are those of `StageConfig`."""
 
     temperature: float
-    """Of the sampled policy; every logprob is at this temperature."""
+    """T of every logprob; `StageConfig.update_temperature`."""
     learning_rate: float
     weight_decay: float
     warmup_steps: int
@@ -52,7 +52,8 @@ class OptimizerSettings:
 
     @classmethod
     def of(cls, stage: StageConfig, *, seed: int) -> Self:
-        return cls(seed=seed, **{each.name: getattr(stage, each.name) for each in fields(cls) if each.name != "seed"})
+        own: dict[str, Any] = {"seed": seed, "temperature": stage.update_temperature}
+        return cls(**own, **{each.name: getattr(stage, each.name) for each in fields(cls) if each.name not in own})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

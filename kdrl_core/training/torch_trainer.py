@@ -161,13 +161,14 @@ def totals_of(batch: UpdateBatch) -> Totals:
     lengths = np.array([len(sequence.token_ids) for sequence in batch.sequences])
     objective, size = batch.objective, batch.objective.group_size
     group_tokens = num_groups = None
-    if AGGREGATIONS[objective.aggregation].needs_groups and objective.variant.loss == "joint":
+    if objective.variant.loss == "joint" and AGGREGATIONS[objective.aggregation].needs_groups:
         if size is None or len(lengths) % size:
             raise ValueError(f"group_size: expected a divisor of the {len(lengths)} responses, given {size}")
         group_tokens = lengths.reshape(-1, size).sum(1).repeat(size).tolist()
         num_groups = len(lengths) / size
     return Totals(
         tokens=int(lengths.sum()),
+        responses=len(lengths),
         kd_tokens=int(lengths[np.asarray(batch.kd_weights) != 0].sum()),
         num_groups=num_groups,
         group_tokens=group_tokens,
@@ -201,7 +202,13 @@ def micro_batch_loss(
         ValueError: as `joint_loss` and `sft_loss`.
     """
     if batch.objective.variant.loss == "likelihood":
-        loss = sft_loss(statistics.logprobs, padded.response_mask, total_tokens=totals.tokens)
+        loss = sft_loss(
+            statistics.logprobs,
+            padded.response_mask,
+            aggregation=batch.objective.aggregation,
+            num_responses=totals.responses,
+            total_tokens=totals.tokens,
+        )
         return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}
 
     def of_rows(values: Sequence[Any]) -> torch.Tensor:

@@ -35,6 +35,7 @@ pytestmark = needs_deepspeed
 TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 0.05
 BATCHES = [make_batch(seed) for seed in range(10)]
+BATCHES[3] = with_objective(BATCHES[3], kind="sft", aggregation="response_mean")
 
 
 @pytest.fixture(scope="session")

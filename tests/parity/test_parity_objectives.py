@@ -156,16 +156,22 @@ def test_group_mean_is_the_mean_of_the_groups_means(student_dir: Path, tokenizer
         trained(student_dir, tokenizer, with_objective(whole, group_size=7))
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [1, 250, 100_000])
+@pytest.mark.parametrize("aggregation", ["response_mean", "token_mean"])
 def test_sft_is_the_mean_negative_log_likelihood(
-    student_dir: Path, tokenizer: Any, batch: UpdateBatch, micro_batch_tokens: int
+    student_dir: Path, tokenizer: Any, batch: UpdateBatch, aggregation: str
 ) -> None:
-    sft = replace(with_objective(batch, kind="sft"), advantages=[np.nan] * len(batch.sequences))  # not read
-    ours, stats = trained(student_dir, tokenizer, sft, micro_batch_tokens)
+    """(14) written out and differentiated; in one micro-batch, in some, in one for each response."""
+    sft = with_objective(batch, kind="sft", aggregation=aggregation)
+    sft = replace(sft, advantages=[np.nan] * len(batch.sequences))  # not read
     model = load_model(student_dir)
-    loss = -torch.cat([dense_logprobs(model, s, TEMPERATURE) for s in batch.sequences]).mean()
+    each = [dense_logprobs(model, s, TEMPERATURE) for s in batch.sequences]
+    loss = -(torch.cat(each) if aggregation == "token_mean" else torch.stack([own.mean() for own in each])).mean()
     loss.backward()
-    assert float((ours - gradient(model)).norm() / gradient(model).norm()) < 1e-5
+    whole, stats = trained(student_dir, tokenizer, sft, 100_000)
+    for micro_batch_tokens in (250, 1):
+        ours, _ = trained(student_dir, tokenizer, sft, micro_batch_tokens)
+        assert float((ours - whole).norm() / whole.norm()) < 1e-6
+    assert float((whole - gradient(model)).norm() / gradient(model).norm()) < 1e-5
     assert stats.metrics["loss/sft"] == stats.metrics["loss/total"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert set(stats.metrics) == {"loss/sft", "loss/total", "optim/grad_norm", "optim/learning_rate"}
 

@@ -81,7 +81,7 @@ LOOK: dict[str, Any] = {
 
 
 def ema(values: Sequence[float], *, weight: float = _EMA) -> list[float]:
-    """Exponential moving average, debiased at its start."""
+    """Exponential moving average, debiased at its start. The paper does not name its weight; 0.8 is kdrl's choice."""
     smoothed, total, norm = [], 0.0, 0.0
     for value in values:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)

@@ -5,11 +5,15 @@ from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import yaml
 from crash.tiny_run import TINY, differing, results, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,15 +21,17 @@ from hypothesis import strategies as st
 from kdrl_core.boxes import make as make_module
 from kdrl_core.boxes import stage as stage_module
 from kdrl_core.boxes.filter import filter_run
-from kdrl_core.boxes.make import make
+from kdrl_core.boxes.make import Product, make
 from kdrl_core.boxes.session import close_sessions, stage_session
 from kdrl_core.boxes.sft import batch_of_step, select, sft_step, teacher_sample, verify_samples
 from kdrl_core.boxes.shards import num_shards, open_shards
+from kdrl_core.boxes.sharing import adopt_parts
 from kdrl_core.boxes.stage import open_stage
-from kdrl_core.config import load_recipe
+from kdrl_core.config import load_recipe, resolve_path
 from kdrl_core.errors import DataError
-from kdrl_core.ledger import Run, create_run, derive_seed, manifest_of, run_lock, sweep_temporaries
+from kdrl_core.ledger import Run, create_run, derive_seed, manifest_of, open_run, run_lock, sweep_temporaries
 from kdrl_core.look.reporting.run_summary import sft_table, summarize
+from kdrl_core.models.loading import load_model
 from kdrl_core.tables.files import load_metrics
 
 SFT = [
@@ -33,12 +39,15 @@ SFT = [
     "stage1=null",
     "stage2.objective=sft",
     "stage2.max_response_tokens=40",  # so that some answers of the teacher are right
+    "stage2.temperature=1.3",  # of the teacher; the likelihood is at 1
     "stage2.data.max_problems=8",
     "stage2.sft.samples=3",
     "stage2.sft.shard_prompts=3",
     "stage2.sft.batch_size=5",
     "stage2.checkpoint.every=2",
 ]
+BEFORE = {"keep": "reward", "temperature": 1.3, "aggregation": "token_mean"}
+"""The form of SFT before these were fields of a recipe."""
 
 
 def open_sft(artifacts: Path, overrides: list[str] | None = None) -> Run:
@@ -83,7 +92,7 @@ def test_every_problem_is_sampled_and_right_responses_alone_are_kept(whole: Run)
         right += [
             (r["prompt_id"], r["sample"], shard, r["token_ids"])
             for r, v in zip(responses, verdicts, strict=True)
-            if v["verdict"] == "correct"
+            if v["accuracy_reward"] == 1.0
         ]
     assert len(sampled) == len(set(sampled)) == 8 * 3
     assert [p for p, _ in sampled] == sorted(p for p, _ in sampled)
@@ -113,8 +122,65 @@ def test_steps_record_loss_and_nothing_they_do_not_know(whole: Run) -> None:
     (first, *_) = rows(whole.paths.update("stage2", 0))
     assert first["entropies"] is None
     assert first["advantage"] is first["kd_weight"] is first["kl_sum"] is None
-    tokens = [lp for row in rows(whole.paths.update("stage2", 0)) for lp in row["logprobs"]]  # type: ignore[attr-defined]
-    assert metrics[0]["loss/sft"] == pytest.approx(-sum(tokens) / len(tokens), rel=1e-5)
+
+
+def test_the_loss_is_the_model_s_own_likelihood_with_equal_weight_for_each_response(whole: Run) -> None:
+    """B.2, (14): at T = 1, although the teacher sampled at 1.3."""
+    model = load_model(resolve_path("builtin:miniature/student"))
+    taken = {(row["prompt_id"], row["sample"]): row for row in rows(whole.paths.sft_dataset("stage2"))}
+    means = []
+    for row in rows(whole.paths.update("stage2", 0)):
+        trained = taken[row["prompt_id"], row["sample"]]
+        prompt, response = (torch.tensor(trained[name]) for name in ("prompt_token_ids", "token_ids"))
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+        assert np.allclose(row["logprobs"], expected, atol=1e-4)
+        means.append(np.mean(row["logprobs"]))
+    assert len({len(row["logprobs"]) for row in rows(whole.paths.update("stage2", 0))}) > 1
+    assert load_metrics(whole, "stage2")[0]["loss/sft"] == pytest.approx(-np.mean(means), rel=1e-5)
+
+
+def test_a_run_of_before_goes_on_as_it_began_and_shares_its_samples(whole: Run, tmp_path: Path) -> None:
+    """Its recipe.yaml lacks what SFT has had fields for since. The samples do not depend on those."""
+    close_sessions()
+    shutil.copytree(whole.paths.root, tmp_path / "runs" / "r")
+    recipe = load_recipe("miniature", [*SFT, *(f"stage2.sft.{name}={value}" for name, value in BEFORE.items())])
+    told, frozen = (create_run(name, recipe, artifacts=tmp_path) for name in ("told", "frozen"))
+    values = yaml.safe_load(frozen.paths.recipe.read_text())
+    for name in BEFORE:
+        del values["stage2"]["sft"][name]
+    frozen.paths.recipe.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert open_run("frozen", artifacts=tmp_path).recipe == told.recipe
+
+    assert adopt_parts(told, ["r"]) == {"data": "r", "samples of stage2": "r"}
+    train_sft(told)
+    for until in (1, None):
+        train_sft(open_run("frozen", artifacts=tmp_path), until=until)
+        close_sessions()
+    assert differing(frozen, told) == []
+    tokens = [value for row in rows(told.paths.update("stage2", 0)) for value in row["logprobs"]]
+    assert load_metrics(told, "stage2")[0]["loss/sft"] == pytest.approx(-np.mean(tokens), rel=1e-5)
+    assert (
+        results(told)["checkpoints/stage2/step-000004/model.safetensors"]
+        != results(whole)["checkpoints/stage2/step-000004/model.safetensors"]
+    )
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("accuracy", ["right", "no format"]), ("reward", ["right"])])
+def test_what_is_kept(whole: Run, keep: str, kept: list[str]) -> None:
+    """Three samples of a problem: right; right in a wrong format; wrong in the right format."""
+    names = ["right", "no format", "wrong"]
+    blank = {name: [0] * 3 for name in ("sample", "length")}
+    samples = pa.table({"prompt_id": names, **blank, "prompt_token_ids": [[1]] * 3, "token_ids": [[2]] * 3})
+    rewards = pa.table({"accuracy_reward": [1.0, 1.0, 0.0], "reward": [1.0, 0.0, 0.0]})
+    config = whole.recipe.stage("stage2")
+    config = config.model_copy(update={"sft": config.sft.model_copy(update={"keep": keep, "batch_size": 1})})
+    session: Any = SimpleNamespace(stage="stage2", config=config)
+    made = select.function(session, iter([samples]), iter([rewards]), {})
+    assert isinstance(made, Product)
+    assert isinstance(made.content, pa.Table)
+    assert made.content["prompt_id"].to_pylist() == kept
 
 
 def test_summary_tells_what_was_kept(whole: Run) -> None:

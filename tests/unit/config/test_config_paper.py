@@ -8,6 +8,7 @@ import pytest
 
 from kdrl_core.config import Recipe, list_recipes, load_recipe, resolve_path
 from kdrl_core.config.load import RECIPES_DIR
+from kdrl_core.config.recipe import SFTConfig
 from kdrl_core.objectives import BetaSchedule
 
 MAIN_PROMPT = "{question} Let's think step by step and output the final answer within \\boxed{}."
@@ -190,10 +191,17 @@ def test_the_miniature_has_the_papers_structure() -> None:
     assert not set(recipe.evaluation.periodic) & {"test"}
 
 
+B2 = SFTConfig(
+    samples=8, keep="accuracy", batch_size=128, temperature=1.0, aggregation="response_mean", shard_prompts=64
+)
 BASELINES: list[tuple[str, list[str], dict[str, Any]]] = [
     ("paper-1.5b", ["stage2.beta={init: 2e-3}"], {"objective": "kdrl"}),
     ("paper-1.5b", ["stage2.objective=kd_rkl", "stage2.beta={init: 2e-3}"], {"objective": "kd_rkl"}),
-    ("paper-1.5b", ["stage2.objective=sft", "stage2.learning_rate=2e-7"], {"objective": "sft", "learning_rate": 2e-7}),
+    (
+        "paper-1.5b",
+        ["stage2.objective=sft", "stage2.learning_rate=2e-7"],
+        {"objective": "sft", "learning_rate": 2e-7, "sft": B2},
+    ),
     ("paper-1.5b", ["stage2.objective=grpo", "stage2.beta=null"], {"objective": "grpo", "beta": None}),
     ("paper-1.5b", ["stage2.kl_estimator=k3"], {"kl_estimator": "k3"}),
     ("paper-1.5b", ["stage2.kd_masking=response"], {"kd_masking": "response"}),

@@ -154,6 +154,30 @@ def test_hash_is_stable(load: Load) -> None:
     assert len(config_hash(recipe)) == 64
 
 
+def test_an_sft_recipe_of_before_means_what_it_meant(tmp_path: Path) -> None:
+    """Written out by kdrl when `sft` had three fields; its hash is of that time. Nothing else is taken for one."""
+    before = {"keep": "reward", "temperature": 0.6, "aggregation": "token_mean"}
+    sft = ["stage2.objective=sft", "stage2.temperature=0.6", "stage2.sft.samples=4"]
+    told = load_recipe("miniature", [*sft, *(f"stage2.sft.{name}={value}" for name, value in before.items())])
+    assert config_hash(told) == "5d5e561cf8198b781ffd289bb5bffce90d4c0bc8fbca79eb81d8e1a84326b5ae"
+    new = load_recipe("miniature", sft)
+    assert (new.stage("stage2").sft.keep, new.stage("stage2").sft.aggregation) == ("accuracy", "response_mean")
+    assert config_hash(new) != config_hash(told)
+
+    path = tmp_path / "frozen.yaml"
+    for recipe in (told, new):
+        path.write_text(dump_recipe(recipe))
+        assert load_recipe(path) == recipe
+        values = yaml.safe_load(path.read_text())
+        for name in before:
+            del values["stage2"]["sft"][name]
+        path.write_text(yaml.safe_dump(values))
+        assert load_recipe(path) == told
+    del values["stage2"]["topk"]  # as a person writes it
+    path.write_text(yaml.safe_dump(values))
+    assert load_recipe(path) == new
+
+
 def test_diff_shows_old_and_new(load: Load) -> None:
     changes = diff_recipes(load(), load("stage2.beta.init=0.004", "teacher.path=other", "stage1.beta=null"))
     assert [str(change) for change in changes] == [

@@ -372,7 +372,7 @@ def test_which_fields_count_for_which_part() -> None:
         *(
             f"{stage}.sft.{field}"
             for stage in ("stage1", "stage2")
-            for field in ("samples", "batch_size", "shard_prompts")
+            for field in ("samples", "keep", "batch_size", "temperature", "aggregation", "shard_prompts")
         ),
     }
 

@@ -13,16 +13,20 @@ ROOT = Path(__file__).parents[3]
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def bias() -> ModuleType:
-    """benchmarks/estimator_bias.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("estimator_bias", ROOT / "benchmarks" / "estimator_bias.py")
+def script(name: str) -> ModuleType:
+    """benchmarks/<name>.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bias() -> ModuleType:
+    return script("estimator_bias")
 
 
 def numbers(cell: str) -> list[float]:
@@ -69,6 +73,18 @@ def test_what_the_page_claims(bias: ModuleType) -> None:
             if length == 3:
                 ratio = found["k2 of the summed R"].variance / found["k2, per token"].variance
                 assert f"{ratio:.1f}" in METHOD
+
+
+@pytest.mark.slow
+def test_the_norms_of_top_k_by_floor_are_the_benchmark_s() -> None:
+    lines = [re.split(r" *\| *", line.strip("| \n")) for line in METHOD.splitlines()]
+    printed = {
+        cells[0]: [float(cell) for cell in cells[1:]] for cells in lines if len(cells) == 6 and cells[0].isdigit()
+    }
+    topk = script("topk_floor")
+    assert list(printed) == [str(k) for k in topk.KS]
+    for floor in (-20.0, -1000.0):
+        assert printed["4"][topk.FLOORS.index(floor)] == pytest.approx(topk.topk_norm(4, floor), rel=0.02)
 
 
 def test_every_test_that_the_page_names_exists() -> None:

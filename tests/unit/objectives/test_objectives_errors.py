@@ -178,7 +178,12 @@ OTHER_ERRORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: group_mean(BT, ONES, 2, num_groups="2"), r"^num_groups: .*, given '2'"),  # type: ignore[arg-type]
     (lambda: token_mean(BT, ONES, total_tokens=R4 + 1), r"^total_tokens: expected a finite number above 0, given"),
     (lambda: token_mean(BT, ONES, total_tokens=[1.0]), r"^total_tokens: .*, given \[1.0\]"),  # type: ignore[arg-type]
-    (lambda: sft_loss(BT, ONES, total_tokens=torch.ones(2)), r"^total_tokens: expected a finite number above 0"),
+    (
+        lambda: sft_loss(BT, ONES, aggregation="token_mean", total_tokens=torch.ones(2)),
+        r"^total_tokens: expected a finite number above 0",
+    ),
+    (lambda: sft_loss(BT, ONES, num_responses=0), r"^num_responses: expected a finite number above 0"),
+    (lambda: sft_loss(BT, ONES, aggregation="group_mean"), r"^aggregation: expected one of response_mean, token_mean"),
     (lambda: group_advantages(R4, 2, eps=None), r"^eps: expected .*, given None"),  # type: ignore[arg-type]
     (lambda: shape_rewards(R4, BT, BT, ONES, None), r"^beta: expected .*, given None"),  # type: ignore[arg-type]
     (lambda: sft_loss(BT, torch.ones(4, 1)), r"^response_mask: expected shape"),

@@ -227,13 +227,23 @@ def test_truncated_importance_weights(batch: dict[str, Any]) -> None:
     close(metrics["kd/kl_unmasked"], (0.5 * log_ratio(batch) ** 2 * mask).sum() / mask.sum())
 
 
-def test_sft_is_the_mean_negative_log_likelihood(batch: dict[str, Any]) -> None:
-    """(14): gradient −1 / Σ|o| on every response token."""
-    mask = batch["response_mask"]
-    loss = sft_loss(batch["logprobs"], mask)
-    close(loss, -(batch["logprobs"].detach() * mask).sum() / mask.sum())
-    close(torch.autograd.grad(loss, batch["logprobs"])[0], -mask / mask.sum())
-    close(sft_loss(batch["logprobs"], mask, total_tokens=56), -(batch["logprobs"].detach() * mask).sum() / 56)
+def test_sft_is_length_normalised() -> None:
+    """(14) by hand. Responses of 1 and 3 tokens, log π: −4; −1 −2 −3 (padding holds NaN).
+
+    response_mean: (4 + (1 + 2 + 3) / 3) / 2 = 3; gradient −1 / (2 · 1) and −1 / (2 · 3).
+    token_mean: (4 + 1 + 2 + 3) / 4 = 2.5; gradient −1 / 4.
+    In a step of 8 responses and 40 tokens: 6 / 8 = 0.75, and 10 / 40 = 0.25.
+    """
+    logprobs = torch.tensor([[-4.0, torch.nan, torch.nan], [-1.0, -2.0, -3.0]], requires_grad=True)
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
+    loss = sft_loss(logprobs, mask)
+    close(loss, torch.tensor(3.0))
+    close(torch.autograd.grad(loss, logprobs)[0], torch.tensor([[-1 / 2, 0.0, 0.0], [-1 / 6, -1 / 6, -1 / 6]]))
+    close(sft_loss(logprobs, mask, num_responses=8), torch.tensor(0.75))
+    tokens = sft_loss(logprobs, mask, aggregation="token_mean")
+    close(tokens, torch.tensor(2.5))
+    close(torch.autograd.grad(tokens, logprobs)[0], -mask / 4)
+    close(sft_loss(logprobs, mask, aggregation="token_mean", total_tokens=40), torch.tensor(0.25))
 
 
 def test_no_argument_is_mutated(batch: dict[str, Any]) -> None:

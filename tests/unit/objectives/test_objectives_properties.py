@@ -134,7 +134,12 @@ def test_padding_never_matters_to_the_other_functions(batch: dict[str, Any], gar
             torch.where(is_padding, fill, batch[name]).requires_grad_() for name in ("logprobs", "teacher_logprobs")
         )
         sft, rkl = sft_loss(logprobs, mask), kd_rkl_loss(logprobs, teacher, mask)
-        losses = [sft, rkl, token_mean(kl_policy_gradient(logprobs, teacher, ratio * logprobs), mask)]
+        losses = [
+            sft,
+            sft_loss(logprobs, mask, aggregation="token_mean"),
+            rkl,
+            token_mean(kl_policy_gradient(logprobs, teacher, ratio * logprobs), mask),
+        ]
         losses += [token_mean(kl_estimate(logprobs, teacher, name), mask) for name in ("k1", "k2", "k3", "k3_k2grad")]
         gradients = [torch.autograd.grad(loss, logprobs)[0] for loss in losses]
         shaped = group_advantages(shape_rewards(rewards, logprobs, teacher, mask, 0.5), size)

@@ -59,6 +59,10 @@ def test_what_changes_a_part_and_what_does_not() -> None:
 
 def test_samples_of_sft_are_shared_by_learning_rates() -> None:
     sft = {"stage2.objective": "sft"}
-    rates = {"a": sft, "b": {**sft, "stage2.learning_rate": 0.1}, "c": {**sft, "stage2.temperature": 0.5}}
-    first, rate, temperature = ({p.name: p.key for p in parts_of(c.recipe)} for c in _cells(variants=rates, seeds=1))
-    assert first["samples of stage2"] == rate["samples of stage2"] != temperature["samples of stage2"]
+    fields = {"learning_rate": 0.1, "sft.keep": "reward", "sft.temperature": 0.6, "sft.aggregation": "token_mean"}
+    other = {name: {**sft, f"stage2.{name}": value} for name, value in (fields | {"temperature": 0.5}).items()}
+    cells = _cells(variants={"plain": sft, **other}, seeds=1)
+    plain, *shared, temperature = ({part.name: part.key for part in parts_of(cell.recipe)} for cell in cells)
+    assert {part["samples of stage2"] for part in shared} == {plain["samples of stage2"]}
+    assert len({part["stage2"] for part in (plain, *shared)}) == 5
+    assert temperature["samples of stage2"] != plain["samples of stage2"]

@@ -41,7 +41,7 @@ OF_THE_STUDY = ["findings", "findings-equal", "findings-tuning"]
 
 
 def test_shipped_sweeps_are_those_of_the_paper_and_of_the_study() -> None:
-    assert list_sweeps() == sorted([*OF_THE_PAPER, *OF_THE_STUDY])
+    assert list_sweeps() == sorted(["baselines", *OF_THE_PAPER, *OF_THE_STUDY])
 
 
 def test_the_study_is_tuned_on_other_seeds_and_never_on_the_test_problems() -> None:
