@@ -1,6 +1,6 @@
 """Sums and one-line word problems for a small real model: `python -m kdrl_core.miniature.word_problems --output DIR`.
 
-    train.jsonl        72 problems of each of six kinds; `kdrl label` adds difficulty labels (docs/real-model.md)
+    train.jsonl        72 problems of each of six kinds; `kdrl label` adds difficulty labels (docs/recipes.md)
     validation.jsonl   the same kinds, other numbers
     test.jsonl         the same kinds, other numbers again
     hard.jsonl         the same kinds, numbers larger than in training

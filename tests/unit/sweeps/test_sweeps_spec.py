@@ -31,10 +31,11 @@ def _spec(**fields: Any) -> SweepSpec:
 OF_THE_PAPER = ["ablation", *(f"figure{number}" for number in range(2, 8)), "table1"]
 OF_THE_STUDY = ["findings", "findings-tuning"]
 """docs/findings.md: of the toy task alone."""
+OF_A_REAL_MODEL = ["smollm2-zero"]
 
 
 def test_shipped_sweeps_are_those_of_the_paper_and_of_the_study() -> None:
-    assert list_sweeps() == sorted([*OF_THE_PAPER, *OF_THE_STUDY])
+    assert list_sweeps() == sorted([*OF_THE_PAPER, *OF_THE_STUDY, *OF_A_REAL_MODEL])
 
 
 def test_the_study_is_tuned_on_other_seeds_and_never_on_the_test_problems() -> None:
