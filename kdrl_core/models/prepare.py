@@ -10,6 +10,7 @@ teacher with the output layer W / T. Tied embeddings are untied, since the input
 """
 
 import hashlib
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
+        importlib.import_module("accelerate")  # without it transformers raises a plain ValueError
         # Unless told, transformers would ask on the terminal whether to run code found beside the file.
         loaded = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=gguf_file, dtype=torch.float32, trust_remote_code=False, local_files_only=True

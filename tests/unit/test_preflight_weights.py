@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdrl_core.boxes.preflight import check_inputs, check_weights
-from kdrl_core.config import load_recipe, resolve_path
+from kdrl_core.config import ModelConfig, load_recipe, resolve_path
 from kdrl_core.errors import ModelError
 from kdrl_core.models.loading import load_model, load_weights_into
+from kdrl_core.models.prepare import prepared_model
 
 WEIGHTS = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -128,6 +130,15 @@ def test_it_is_part_of_the_check_before_a_run(tmp_path: Path) -> None:
     cut(teacher)
     with pytest.raises(ModelError, match=r"model\.safetensors is cut short"):
         check_inputs(load_recipe("miniature", [f"teacher.path={teacher}"]))
+
+
+def test_a_gguf_file_without_the_package_that_reads_it_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # as if it were not installed
+    with pytest.raises(ModelError, match=r"reading a\.gguf needs more packages: pip install 'kdrl\[gguf\]'"):
+        prepared_model(ModelConfig(path=str(tmp_path), gguf_file="a.gguf"), tmp_path / "artifacts" / "runs" / "r")
 
 
 def test_what_vllm_may_know_is_left_to_it(tmp_path: Path) -> None:

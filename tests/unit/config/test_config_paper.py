@@ -191,9 +191,41 @@ def test_the_miniature_has_the_papers_structure() -> None:
     assert not set(recipe.evaluation.periodic) & {"test"}
 
 
+<<<<<<< HEAD
 B2 = SFTConfig(
     samples=8, keep="accuracy", batch_size=128, temperature=1.0, aggregation="response_mean", shard_prompts=64
 )
+=======
+def test_the_r1_zero_path_of_a_real_small_model_has_the_papers_structure() -> None:
+    first, second = load_recipe("smollm2-zero-teacher"), load_recipe("smollm2-zero")
+    teacher, student = first.stage("stage1"), second.stage("stage2")
+    assert (first.stages, second.stages) == (("stage1",), ("stage2",))
+    assert second.teacher is not None
+    assert second.teacher.path == "run:smollm2-zero-teacher"
+    assert second.student == first.student
+    for name in ("zero-teacher-7b", "smollm2-zero-teacher"):  # GRPO, and no penalty to a reference
+        config = load_recipe(name).stage("stage1")
+        assert (config.objective, config.beta, config.ref_beta) == ("grpo", None, 0.0)
+    papers = load_recipe("zero-3b").stage("stage2")
+    same = ("objective", "kl_estimator", "kd_masking", "temperature", "entropy_coef", "ref_beta", "aggregation")
+    assert [getattr(student, name) for name in same] == [getattr(papers, name) for name in same]
+    assert student.beta is not None
+    assert papers.beta is not None
+    assert (student.beta.init, student.beta.minimum) == (papers.beta.init, papers.beta.minimum) == (0.2, 0.002)
+    # the floor: 0.2 - 30 * 6.6e-3 = 0.002 after 30 of 60 steps; the paper's after 248 of 480
+    assert student.objective_at(29).beta > student.objective_at(30).beta == pytest.approx(0.002, rel=1e-9)
+    assert (teacher.data.min_pass_rate, student.data.min_pass_rate) == (0.05, 0.1)  # B.3: 0.25, 0.50
+    assert teacher.data.files == student.data.files
+    for recipe in (first, second):
+        assert not recipe.reward.require_format
+        assert recipe.evaluation.periodic == ["validation"]
+        held_out = {benchmark.file for benchmark in recipe.evaluation.benchmarks}
+        decontamination = recipe.stage(recipe.stages[0]).data.decontamination
+        assert decontamination is not None
+        assert held_out == set(decontamination.files)
+
+
+>>>>>>> exp-smollm
 BASELINES: list[tuple[str, list[str], dict[str, Any]]] = [
     ("paper-1.5b", ["stage2.beta={init: 2e-3}"], {"objective": "kdrl"}),
     ("paper-1.5b", ["stage2.objective=kd_rkl", "stage2.beta={init: 2e-3}"], {"objective": "kd_rkl"}),

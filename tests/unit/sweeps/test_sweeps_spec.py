@@ -38,10 +38,11 @@ OF_THE_PAPER = [
 ]
 OF_THE_STUDY = ["findings", "findings-equal", "findings-tuning"]
 """docs/findings.md: of the toy task alone."""
+OF_A_REAL_MODEL = ["smollm2-zero"]
 
 
 def test_shipped_sweeps_are_those_of_the_paper_and_of_the_study() -> None:
-    assert list_sweeps() == sorted(["baselines", *OF_THE_PAPER, *OF_THE_STUDY])
+    assert list_sweeps() == sorted(["baselines", *OF_THE_PAPER, *OF_THE_STUDY, *OF_A_REAL_MODEL])
 
 
 def test_the_study_is_tuned_on_other_seeds_and_never_on_the_test_problems() -> None:
