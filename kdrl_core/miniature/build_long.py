@@ -85,8 +85,8 @@ MODELS: dict[str, LongModel] = {
         word_slope=0.9,
         words_seed=2,
         lessons=(
-            replace(_ARITHMETIC, depths=(0.2, 0.6, 0.2, 0.0, 0.0), learning_rate=3e-3),
-            Lesson(depths=(0.03, 0.17, 0.35, 0.30, 0.15), noise=0.04, num_steps=700, learning_rate=2e-3),
+            replace(_ARITHMETIC, depths=(0.2, 0.6, 0.2, 0.0, 0.0), num_steps=1_000, learning_rate=2e-3),
+            Lesson(depths=(0.03, 0.17, 0.35, 0.30, 0.15), noise=0.04, num_steps=600, learning_rate=2e-3),
         ),
         seed=8,
     ),
@@ -96,7 +96,7 @@ MODELS: dict[str, LongModel] = {
         word_slope=1.1,
         words_seed=3,
         lessons=(
-            replace(_ARITHMETIC, learning_rate=3e-3),
+            replace(_ARITHMETIC, num_steps=1_000, learning_rate=3e-3),
             Lesson(depths=(0.10, 0.40, 0.35, 0.12, 0.03), noise=0.09, num_steps=700, learning_rate=2e-3),
         ),
         seed=9,
@@ -128,7 +128,7 @@ def teach(model: LongModel, tokenizer: Any, *, exclude: set[str], scale: float =
     for number, lesson in enumerate(model.lessons):
         batches = example_batches(model, lesson, seed=derive_seed("lesson", model.seed, number), exclude=exclude)
         steps = max(1, round(lesson.num_steps * scale))
-        train_model(trained, tokenizer, batches, learning_rate=lesson.learning_rate, num_steps=steps)
+        train_model(trained, tokenizer, batches, learning_rate=lesson.learning_rate, num_steps=steps, beta2=0.98)
     return trained
 
 

@@ -114,10 +114,11 @@ def train_model(
     learning_rate: float,
     num_steps: int,
     label_smoothing: float = 0.0,
+    beta2: float = 0.999,
 ) -> Any:
-    """SFT on `num_steps` batches of questions with their worked responses: cross-entropy on response tokens, linear decay.
+    """SFT on `num_steps` batches of questions with worked responses: cross-entropy on response tokens, linear decay.
     Trains `model` in place and returns it, in eval mode."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 20) * (1.0 - step / num_steps)
     )

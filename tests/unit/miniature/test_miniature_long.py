@@ -62,7 +62,7 @@ def test_every_word_is_one_token() -> None:
 
 
 def test_shipped_models_have_the_three_properties() -> None:
-    """Without them the world shows nothing about lengths; `python -m kdrl_core.miniature.long_properties` measures all."""
+    """Without them the world shows nothing about lengths. `kdrl_core.miniature.long_properties` prints them all."""
     chains = draw_problems(num_stage2=1_024).benchmarks["validation"][:24]
     student, teacher = (
         measure(resolve_path(f"builtin:miniature-long/{name}"), chains) for name in ("student", "teacher")
