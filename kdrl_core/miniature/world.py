@@ -56,7 +56,7 @@ def apply(left: int, operator: str, right: int) -> int:
 def sample_questions(rng: random.Random, count: int, lengths: range, *, exclude: set[str]) -> list[str]:
     """`count` distinct chains, none of them in `exclude`, lengths drawn evenly."""
     chosen: dict[str, None] = {}
-    for question in _stream(rng, lengths):
+    for question in stream_chains(rng, lengths):
         if question not in exclude and question not in chosen:
             chosen[question] = None
             if len(chosen) == count:
@@ -64,7 +64,8 @@ def sample_questions(rng: random.Random, count: int, lengths: range, *, exclude:
     raise AssertionError("the stream of chains does not end")
 
 
-def _stream(rng: random.Random, lengths: range) -> Iterator[str]:
+def stream_chains(rng: random.Random, lengths: range) -> Iterator[str]:
+    """Endless chains, lengths drawn evenly."""
     while True:
         digits = rng.choice(lengths)
         question = str(rng.randrange(10))
