@@ -167,8 +167,9 @@ def test_beta_reaches_its_floor_where_the_paper_has_it(recipe: str, floor_step: 
     assert schedule(10_000) == beta.minimum
 
 
-def test_the_miniature_has_the_papers_structure() -> None:
-    recipe = load_recipe("miniature")
+@pytest.mark.parametrize("name", ["miniature", "miniature-study", "miniature-long"])
+def test_the_miniatures_have_the_papers_structure(name: str) -> None:
+    recipe = load_recipe(name)
     stage1, stage2 = recipe.stage("stage1"), recipe.stage("stage2")
     assert (stage1.objective, stage1.ref_beta, stage1.ref_kl_estimator, stage1.entropy_coef) == (
         "grpo",
@@ -191,11 +192,11 @@ def test_the_miniature_has_the_papers_structure() -> None:
     assert not set(recipe.evaluation.periodic) & {"test"}
 
 
-<<<<<<< HEAD
 B2 = SFTConfig(
     samples=8, keep="accuracy", batch_size=128, temperature=1.0, aggregation="response_mean", shard_prompts=64
 )
-=======
+
+
 def test_the_r1_zero_path_of_a_real_small_model_has_the_papers_structure() -> None:
     first, second = load_recipe("smollm2-zero-teacher"), load_recipe("smollm2-zero")
     teacher, student = first.stage("stage1"), second.stage("stage2")
@@ -225,7 +226,6 @@ def test_the_r1_zero_path_of_a_real_small_model_has_the_papers_structure() -> No
         assert held_out == set(decontamination.files)
 
 
->>>>>>> exp-smollm
 BASELINES: list[tuple[str, list[str], dict[str, Any]]] = [
     ("paper-1.5b", ["stage2.beta={init: 2e-3}"], {"objective": "kdrl"}),
     ("paper-1.5b", ["stage2.objective=kd_rkl", "stage2.beta={init: 2e-3}"], {"objective": "kd_rkl"}),
