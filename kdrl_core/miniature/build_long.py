@@ -96,8 +96,8 @@ MODELS: dict[str, LongModel] = {
         word_slope=1.1,
         words_seed=3,
         lessons=(
-            replace(_ARITHMETIC, num_steps=1_000, learning_rate=3e-3),
-            Lesson(depths=(0.10, 0.40, 0.35, 0.12, 0.03), noise=0.09, num_steps=700, learning_rate=2e-3),
+            _ARITHMETIC,
+            Lesson(depths=(0.10, 0.40, 0.35, 0.12, 0.03), noise=0.08, num_steps=800, learning_rate=3e-3),
         ),
         seed=9,
     ),
