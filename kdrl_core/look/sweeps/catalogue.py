@@ -4,7 +4,7 @@ name: paper
 variants:
   KDRL: {source: "Table 3: constant β 2e-3", recipes: {paper-1.5b: {stage2.beta: {init: 2.0e-3}}}}
   KD-RKL: {source: "B.2: otherwise as KDRL", base: KDRL, set: {stage2.objective: kd_rkl}}
-seeds: {paper-1.5b: 1}       # of sweeps that do not say otherwise
+seeds: {paper-1.5b: 1}       # of sweeps whose `seeds` are for another recipe
 
 A sweep has `variants_of: paper` and `pick: [KDRL, KD-RKL]`. What it sets for a variant itself comes on top.
 """
@@ -34,7 +34,7 @@ class Method(BaseModel):
     source: str = Field(min_length=1, max_length=200, description="where it is described, and in which words")
     base: Label | None = Field(None, description="the variant that it is like, but for what it sets")
     set: Values = Field({}, description="fields that make it, on every recipe")
-    recipes: dict[str, Values] = Field({}, description="recipe's name → its fields there; other recipes lack it")
+    recipes: dict[str, Values] = Field({}, description="recipe's name → its fields there; others lack it, except its base's")
 
 
 class Catalogue(BaseModel):
@@ -45,7 +45,7 @@ class Catalogue(BaseModel):
     name: str
     description: str = ""
     variants: dict[Label, Method] = Field(min_length=1)
-    seeds: dict[str, Seeds] = Field({}, description="recipe's name → seeds of sweeps on it that do not give any")
+    seeds: dict[str, Seeds] = Field({}, description="recipe's name → seeds of sweeps that give none for it")
 
     @model_validator(mode="after")
     def _bases(self) -> Self:
@@ -71,7 +71,11 @@ class Catalogue(BaseModel):
         return [name for name in found if all(self.has(label, name) for label in labels)]
 
     def has(self, label: str, recipe: str) -> bool:
-        """Whether the variant exists on a recipe: it needs no values by recipe, or has them for this one."""
+        """Whether the variant exists on a recipe: it needs no values by recipe, or it or its base has them for this
+        one. A variant that sets nothing there is only its base, so it does not exist."""
+        method = self.variants[label]
+        if method.base is not None and not method.set and not method.recipes.get(recipe):
+            return False
         named = [name for method in self.chain(label) for name in method.recipes]
         return not named or recipe in named
 
@@ -141,8 +145,15 @@ def _grid(spec: "SweepSpec", catalogue: Catalogue, picked: Sequence[str], recipe
     there = {label: layered(*(m.recipes.get(recipe, {}) for m in catalogue.chain(label))) for label in picked}
     own = {label: values for label, values in spec.variants.items() if there.get(label)}
     variants = {label: values for label, values in _on_top(there, own, grid.variants).items() if values}
-    seeds = catalogue.seeds.get(recipe) if grid.seeds is None else grid.seeds
+    seeds = grid.seeds
+    if seeds is None and not _gives_seeds(spec, recipe):
+        seeds = catalogue.seeds.get(recipe)
     return grid.model_copy(update={"variants": variants, "seeds": seeds})
+
+
+def _gives_seeds(spec: "SweepSpec", recipe: str) -> bool:
+    """Whether `seeds` of the sweep are meant for a recipe: the one that the sweep names, or any if it names a file."""
+    return "seeds" in spec.model_fields_set and (spec.recipe == recipe or spec.recipe.endswith((".yaml", ".yml")))
 
 
 def _on_top(*layers: dict[str, Values]) -> dict[str, Values]:

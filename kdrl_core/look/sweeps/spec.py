@@ -126,6 +126,8 @@ def validate_sweep(values: Mapping[str, Any], *, origin: str) -> SweepSpec:
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors()[:10])
         raise RecipeError(f"sweep {origin}: {faults}") from None
+    except RecipeError:
+        raise
     except (TypeError, ValueError) as error:
         raise RecipeError(f"sweep {origin}: {' '.join(str(error).split())}") from error
 
@@ -249,7 +251,13 @@ def _run_name(sweep: str, variant: str, seed: int, *, origin: str) -> str:
 
 
 def _require_different(cells: list[Cell], *, origin: str) -> None:
-    """Raise RecipeError if two cells have the same name or the same recipe."""
+    """Raise RecipeError if two cells have the same name or the same recipe, or a model for comparison a variant's."""
+    also = {name for cell in cells for name in cell.recipe.evaluation.also}
+    if taken := [cell.variant for cell in cells if cell.variant in also]:
+        raise RecipeError(
+            f"sweep {origin}, field 'evaluation.also': {taken[0]!r} is also a variant, and the table could not tell "
+            "them apart; give the model another name"
+        )
     names: dict[str, Cell] = {}
     hashes: dict[str, Cell] = {}
     for cell in cells:

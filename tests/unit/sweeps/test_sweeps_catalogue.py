@@ -32,7 +32,7 @@ def test_picked_variants_have_their_base_s_values_and_those_of_the_recipe() -> N
     assert {label: stage.kl_estimator for label, stage in found.items()} == {"k3": "k3", "Top-K": "topk", "KDRL": "k2"}
     assert {stage.beta.init for stage in found.values()} == {0.2}
     assert found["Top-K"].topk.k == 4
-    assert list(spec.recipes) == ["paper-1.5b", "miniature", "miniature-study"]
+    assert list(spec.recipes) == ["paper-1.5b", "miniature", "miniature-study", "miniature-long"]
     assert spec.sources["k3"].startswith("Sec. 3.2, 4.4")
 
 
@@ -54,6 +54,28 @@ def test_seeds_are_the_recipe_s_unless_they_are_given() -> None:
     assert seeds(recipe="paper-1.5b") == {0}
     assert seeds(recipe="paper-1.5b", seeds=2) == {0, 1}
     assert {cell.seed for cell in expand(_spec(seeds=2, recipes={"miniature": {"seeds": [7]}}))} == {7}
+    assert {cell.seed for cell in expand(_spec(recipe="paper-1.5b"))} == {0}
+    assert {cell.seed for cell in expand(_spec(recipe="paper-1.5b", seeds=2))} == {0, 1}  # the file's own recipe
+
+
+def test_a_variant_that_would_be_only_its_base_does_not_exist(tmp_path: Path) -> None:
+    base = {"source": "s", "recipes": {"miniature": {STEPS: 3}, "miniature-study": {STEPS: 4}}}
+    weaker = {"source": "s", "base": "a", "recipes": {"miniature": {RATE: 0.1}}}
+    faster = {"source": "s", "base": "a", "set": {RATE: 0.2}}
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"name": "c", "variants": {"a": base, "weaker": weaker, "faster": faster}})
+    )
+    spec = _spec(variants_of=str(tmp_path / "c.yaml"), pick=["weaker", "faster"])
+    assert list(spec.recipes) == ["miniature"]
+    assert {label: stage.learning_rate for label, stage in _stages(spec).items()} == {"weaker": 0.1, "faster": 0.2}
+    with pytest.raises(RecipeError, match="catalogue c has no values of 'weaker' for this recipe"):
+        _spec(variants_of=str(tmp_path / "c.yaml"), pick=["weaker"], recipes={"miniature-study": {}})
+
+
+def test_a_model_for_comparison_has_no_variant_s_name() -> None:
+    spec = _spec(set={"evaluation.also": {"k3": {"path": "builtin:miniature/teacher-weak"}}})
+    with pytest.raises(RecipeError, match="sweep s, field 'evaluation.also': 'k3' is also a variant"):
+        expand(spec)
 
 
 def test_one_variant_can_be_varied_by_itself() -> None:
@@ -105,6 +127,7 @@ def test_what_the_catalogue_lacks_is_refused(fault: str) -> None:
     with pytest.raises(RecipeError) as error:
         _spec(**change)
     assert str(error.value).startswith("sweep s.yaml")
+    assert str(error.value).count("s.yaml") == 1
     assert words in str(error.value)
 
 
