@@ -73,6 +73,16 @@ def measure(model_dir: Path, chains: Sequence[str]) -> Properties:
     )
 
 
+def _depth_cells(one: Properties) -> list[str]:
+    """A cell for every depth, also for one at which the model never thinks."""
+    return [
+        "–"
+        if (at := one.by_depth.get(depth)) is None
+        else f"{100 * at[0]:.0f} %: {100 * at[1]:.0f}, {at[2]:.0f} tokens"
+        for depth in DEPTHS
+    ]
+
+
 def _accuracy(responses: Sequence[Rollout]) -> float:
     return fmean(map(is_right, responses))
 
@@ -97,11 +107,7 @@ def main() -> None:
     print("\n| model | " + " | ".join(f"depth {depth}" for depth in DEPTHS) + " |")
     print("| --- |" + " --- |" * len(DEPTHS))
     for name, one in found.items():
-        cells = [
-            f"{100 * share:.0f} %: {100 * accuracy:.0f}, {length:.0f} tokens"
-            for share, accuracy, length in one.by_depth.values()
-        ]
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(_depth_cells(one))} |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 stage1.json             problems in DeepScaleR's shape
 stage2.parquet          problems in Skywork-OR1-RL-Data's shape, with *measured* labels: failures out of 16
-benchmarks/*.jsonl      validation, test, hard (longer chains than in training), ood (with brackets)
+benchmarks/*.jsonl      validation, test, hard (longer chains than in RL training), ood (with brackets)
 """
 
 import json
@@ -38,11 +38,11 @@ class Problems:
     stage1: list[str]
     stage2: list[str]
     ood: list[str]
-    """Written with brackets in the benchmark."""
+    """Written with brackets in the benchmark. No RL stage trains on these chains, but models may meet some in SFT."""
 
     @property
     def held_out(self) -> set[str]:
-        """What no model may be trained on."""
+        """What no model may be trained on: all of `benchmarks`."""
         return {question for questions in self.benchmarks.values() for question in questions}
 
 

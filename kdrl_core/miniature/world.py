@@ -12,7 +12,7 @@ MODULUS = 10
 LENGTHS = range(2, 8)
 """Digits per chain in training and in the in-distribution benchmarks."""
 HARD_LENGTHS = range(8, 10)
-"""Digits per chain in the harder benchmark: longer than anything trained on."""
+"""Digits per chain in the harder benchmark: longer than any that an RL stage trains on."""
 
 BRACKETED_LENGTHS = range(3, 8)
 """Digits per chain in the out-of-domain benchmark, whose chains are written with brackets."""

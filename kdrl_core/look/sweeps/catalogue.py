@@ -34,7 +34,9 @@ class Method(BaseModel):
     source: str = Field(min_length=1, max_length=200, description="where it is described, and in which words")
     base: Label | None = Field(None, description="the variant that it is like, but for what it sets")
     set: Values = Field({}, description="fields that make it, on every recipe")
-    recipes: dict[str, Values] = Field({}, description="recipe's name → its fields there; others lack it, except its base's")
+    recipes: dict[str, Values] = Field(
+        {}, description="recipe's name → its fields there; others lack it, except its base's"
+    )
 
 
 class Catalogue(BaseModel):

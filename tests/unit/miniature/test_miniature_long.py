@@ -8,7 +8,7 @@ import pytest
 
 from kdrl_core.config import resolve_path
 from kdrl_core.miniature.build_long import build
-from kdrl_core.miniature.long_properties import measure
+from kdrl_core.miniature.long_properties import Properties, _depth_cells, measure
 from kdrl_core.miniature.long_world import CHECKERS, LETTERS, OPENERS, WORDS, Habit, depth_of, lettered, think
 from kdrl_core.miniature.models import build_tokenizer
 from kdrl_core.miniature.problems import draw_problems, write_problems
@@ -59,6 +59,13 @@ def test_every_word_is_one_token() -> None:
     assert len(ids) == 1 + 7 + 7 + 1 + 3
     assert tokenizer.decode(ids) == text
     assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+
+
+def test_a_depth_without_thoughts_keeps_its_column() -> None:
+    quarters = (0.0, 0.0, 0.0, 0.0)
+    by_depth = {0: (0.5, 0.25, 9.0), 3: (0.5, 1.0, 40.0)}
+    one = Properties(accuracy=0.0, length=0.0, by_quarter=quarters, by_depth=by_depth, limited=0.0, cut=0.0)
+    assert _depth_cells(one) == ["50 %: 25, 9 tokens", "–", "–", "50 %: 100, 40 tokens", "–"]
 
 
 def test_shipped_models_have_the_three_properties() -> None:

@@ -55,6 +55,12 @@ def test_no_problem_is_in_two_files() -> None:
     assert len(set(questions)) == len(questions) == sum(SIZES.values()) + 432  # 72 of each of six kinds
 
 
+def test_problems_with_their_numbers_exchanged_are_as_many_as_told() -> None:
+    found = {name: [(row["source"], row["id"].split("-")[1:]) for row in rows] for name, rows in problems().items()}
+    exchanged = [(source, numbers[::-1]) for source, numbers in found["train"]]
+    assert [sum(one in exchanged for one in found[name]) for name in ("test", "hard")] == [15, 8]
+
+
 def test_harder_problems_have_other_numbers_and_the_same_kinds() -> None:
     found = problems()
     kinds = {name: {row["source"] for row in rows} for name, rows in found.items()}

@@ -74,7 +74,7 @@ def test_a_variant_that_would_be_only_its_base_does_not_exist(tmp_path: Path) ->
 
 def test_a_model_for_comparison_has_no_variant_s_name() -> None:
     spec = _spec(set={"evaluation.also": {"k3": {"path": "builtin:miniature/teacher-weak"}}})
-    with pytest.raises(RecipeError, match="sweep s, field 'evaluation.also': 'k3' is also a variant"):
+    with pytest.raises(RecipeError, match=r"sweep s, field 'evaluation.also': 'k3' is also a variant"):
         expand(spec)
 
 
