@@ -27,16 +27,16 @@ from kdrl_core.boxes.step import rollout, score_step, update_step, verify
 from kdrl_core.config import load_recipe
 from kdrl_core.ledger import create_run
 from kdrl_core.ledger.names import derive_seed
-from kdrl_core.miniature.long_world import DEPTHS, LETTERS, WORDS, Habit, lettered, think
+from kdrl_core.miniature.long_world import DEPTHS, LETTERS, WORDS, Habit, draw_long_problems, lettered, think
 from kdrl_core.miniature.models import Architecture, Example, build_model, build_tokenizer, save_model, train_model
-from kdrl_core.miniature.problems import draw_problems, failures, write_problems
+from kdrl_core.miniature.problems import failures, write_problems
 from kdrl_core.miniature.world import bracket, stream_chains
 from kdrl_core.models.loading import load_model
 
 CONTEXT = 256
 MAX_RESPONSE_TOKENS = 96
 """The student's limit in stage 2, and in the measured labels."""
-SFT_LENGTHS = range(2, 10)
+SFT_LENGTHS = range(2, 9)
 """Digits per chain in the models' SFT: also the harder benchmark's, which no RL stage trains on."""
 _BRACKETED_SHARE = 0.05
 _BUCKET = 8
@@ -136,11 +136,11 @@ def build(output: Path, *, scale: float = 1.0, grpo: Sequence[str] = ()) -> None
     """Build every asset below `output`. For tests, `scale` shrinks the number of problems and of SFT steps, and `grpo`
     overrides fields of the recipe that makes teacher-zero."""
     torch.set_num_threads(1)
-    problems = draw_problems(num_stage2=1_024, scale=scale)
+    problems = draw_long_problems(scale=scale)
     tokenizer = build_tokenizer(WORDS, letters=LETTERS, context=CONTEXT)
     trained: dict[str, Any] = {}
     for name, model in MODELS.items():
-        trained[name] = teach(model, tokenizer, exclude=problems.held_out, scale=scale)
+        trained[name] = teach(model, tokenizer, exclude=problems.held_out | set(problems.ood), scale=scale)
         save_model(trained[name].half(), tokenizer, output / name)
         trained[name].float()
     labels = [

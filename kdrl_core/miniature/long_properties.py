@@ -18,8 +18,8 @@ from statistics import fmean
 import torch
 
 from kdrl_core.config import load_recipe, resolve_path
-from kdrl_core.miniature.long_world import DEPTHS, depth_of, lettered
-from kdrl_core.miniature.problems import draw_problems, is_right, respond
+from kdrl_core.miniature.long_world import DEPTHS, depth_of, draw_long_problems, lettered
+from kdrl_core.miniature.problems import is_right, respond
 from kdrl_core.models.loading import load_model, load_tokenizer
 from kdrl_core.types import Rollout
 
@@ -84,7 +84,7 @@ def _length(responses: Sequence[Rollout]) -> float:
 def main() -> None:
     """Command line of the module: the properties of every shipped model, as Markdown."""
     torch.set_num_threads(1)
-    chains = draw_problems(num_stage2=1_024).benchmarks["validation"]
+    chains = draw_long_problems().benchmarks["validation"]
     print("| model | accuracy, % | tokens | shortest to longest quarter, % | cut, % | within the limit, % |")
     print("| --- | --- | --- | --- | --- | --- |")
     found = {name: measure(resolve_path(f"builtin:miniature-long/{name}"), chains) for name in NAMES}

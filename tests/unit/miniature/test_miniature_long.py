@@ -9,7 +9,17 @@ import pytest
 from kdrl_core.config import resolve_path
 from kdrl_core.miniature.build_long import build
 from kdrl_core.miniature.long_properties import measure
-from kdrl_core.miniature.long_world import CHECKERS, LETTERS, OPENERS, WORDS, Habit, depth_of, lettered, think
+from kdrl_core.miniature.long_world import (
+    CHECKERS,
+    LETTERS,
+    OPENERS,
+    WORDS,
+    Habit,
+    depth_of,
+    draw_long_problems,
+    lettered,
+    think,
+)
 from kdrl_core.miniature.models import build_tokenizer
 from kdrl_core.miniature.problems import draw_problems, write_problems
 
@@ -63,7 +73,7 @@ def test_every_word_is_one_token() -> None:
 
 def test_shipped_models_have_the_three_properties() -> None:
     """Without them the world shows nothing about lengths. `kdrl_core.miniature.long_properties` prints them all."""
-    chains = draw_problems(num_stage2=1_024).benchmarks["validation"][:24]
+    chains = draw_long_problems().benchmarks["validation"][:24]
     student, teacher = (
         measure(resolve_path(f"builtin:miniature-long/{name}"), chains) for name in ("student", "teacher")
     )
@@ -84,7 +94,7 @@ def test_shipped_models_have_the_three_properties() -> None:
 def test_shipped_problems_are_what_the_build_draws(tmp_path: Path) -> None:
     for world, problems, notation in (
         ("miniature", draw_problems(), str),
-        ("miniature-long", draw_problems(num_stage2=1_024), lettered),
+        ("miniature-long", draw_long_problems(), lettered),
     ):
         write_problems(tmp_path / world, problems, [[0] * len(problems.stage2)] * 3, notation=notation)
         shipped = resolve_path(f"builtin:{world}/stage1.json").parent
