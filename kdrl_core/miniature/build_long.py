@@ -2,8 +2,7 @@
 
     student/        short thoughts by preference, though it can think at every depth
     teacher/        deep thoughts, less noise, more words; on long chains it goes past the student's token limit
-    teacher-weak/   between the two; also the base model of the R1-Zero path's teacher
-    teacher-zero/   the R1-Zero path's teacher, made from it by GRPO (the recipe miniature-long-zero-teacher)
+    teacher-weak/   between the two
     stage1.json, stage2.parquet, benchmarks/*.jsonl     as kdrl_core.miniature.problems says
 
 The student learns in three parts: the arithmetic, without noise and at depth 0 and 1; then every depth, with noise;
@@ -12,31 +11,23 @@ last and briefly, to prefer short thoughts. So it can do what it seldom does, fo
 
 import argparse
 import random
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdrl_core.boxes.filter import filter_run
-from kdrl_core.boxes.make import make
-from kdrl_core.boxes.session import close_sessions, stage_session
-from kdrl_core.boxes.step import rollout, score_step, update_step, verify
-from kdrl_core.config import load_recipe
-from kdrl_core.ledger import create_run
 from kdrl_core.ledger.names import derive_seed
-from kdrl_core.miniature.long_world import DEPTHS, LETTERS, WORDS, Habit, lettered, think
+from kdrl_core.miniature.long_world import DEPTHS, LETTERS, WORDS, Habit, draw_long_problems, lettered, think
 from kdrl_core.miniature.models import Architecture, Example, build_model, build_tokenizer, save_model, train_model
-from kdrl_core.miniature.problems import draw_problems, failures, write_problems
+from kdrl_core.miniature.problems import failures, write_problems
 from kdrl_core.miniature.world import bracket, stream_chains
-from kdrl_core.models.loading import load_model
 
 CONTEXT = 256
 MAX_RESPONSE_TOKENS = 96
 """The student's limit in stage 2, and in the measured labels."""
-SFT_LENGTHS = range(2, 10)
+SFT_LENGTHS = range(2, 9)
 """Digits per chain in the models' SFT: also the harder benchmark's, which no RL stage trains on."""
 _BRACKETED_SHARE = 0.05
 """Of the SFT chains are written with brackets. So the out-of-domain benchmark is out of the RL stages' domain, but the
@@ -134,15 +125,14 @@ def teach(model: LongModel, tokenizer: Any, *, exclude: set[str], scale: float =
     return trained
 
 
-def build(output: Path, *, scale: float = 1.0, grpo: Sequence[str] = ()) -> None:
-    """Build every asset below `output`. For tests, `scale` shrinks the number of problems and of SFT steps, and `grpo`
-    overrides fields of the recipe that makes teacher-zero."""
+def build_long_world(output: Path, *, scale: float = 1.0) -> None:
+    """Build every asset below `output`. `scale` shrinks the number of problems and of SFT steps, for tests."""
     torch.set_num_threads(1)
-    problems = draw_problems(num_stage2=1_024, scale=scale)
+    problems = draw_long_problems(scale=scale)
     tokenizer = build_tokenizer(WORDS, letters=LETTERS, context=CONTEXT)
     trained: dict[str, Any] = {}
     for name, model in MODELS.items():
-        trained[name] = teach(model, tokenizer, exclude=problems.held_out, scale=scale)
+        trained[name] = teach(model, tokenizer, exclude=problems.held_out | set(problems.ood), scale=scale)
         save_model(trained[name].half(), tokenizer, output / name)
         trained[name].float()
     labels = [
@@ -157,24 +147,6 @@ def build(output: Path, *, scale: float = 1.0, grpo: Sequence[str] = ()) -> None
         for name, temperature in LABELLED_WITH
     ]
     write_problems(output, problems, labels, notation=lettered)
-    save_model(teacher_by_grpo(output, grpo).half(), tokenizer, output / "teacher-zero")
-
-
-def teacher_by_grpo(output: Path, overrides: Sequence[str] = ()) -> Any:
-    """The R1-Zero path's teacher: `teacher-weak` of `output` after the recipe miniature-long-zero-teacher."""
-    own = [f"student.path={output.resolve()}/teacher-weak", f"stage1.data.files=[{output.resolve()}/stage2.parquet]"]
-    recipe = load_recipe("miniature-long-zero-teacher", [*own, "stage1.evaluate_every=null", *overrides])
-    with tempfile.TemporaryDirectory() as folder:
-        run = create_run("teacher-zero", recipe, artifacts=Path(folder))
-        filter_run(run)
-        session = stage_session(run.paths.root, "stage1")
-        for step in range(recipe.stage("stage1").steps):
-            make(session, rollout, step)
-            score_step(session, step)
-            make(session, verify, step)
-            update_step(session, step)
-        close_sessions()
-        return load_model(run.paths.checkpoint("stage1", recipe.stage("stage1").steps))
 
 
 def main() -> None:
@@ -182,10 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Build the long miniature's models, problems and benchmarks (half an hour)."
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write; shipped: kdrl_core/assets/miniature-long"
-    )
-    build(parser.parse_args().output)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    build_long_world(parser.parse_args().output)
 
 
 if __name__ == "__main__":

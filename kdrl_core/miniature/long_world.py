@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from kdrl_core.miniature.problems import Problems, draw_problems
 from kdrl_core.miniature.world import OPERATORS, apply
 
 DEPTHS = range(5)
@@ -48,6 +49,12 @@ LETTERS = "abcdefghij"
 _SINGLE = len("3a+5")
 _KEPT_BY_CHECK = 0.25
 """Share of the noise that is left each time an equation is worked again."""
+
+
+def draw_long_problems(*, scale: float = 1.0) -> Problems:
+    """The problems of this world: chains of 3 to 6 digits; the harder ones have 7 or 8."""
+    lengths = range(3, 7)
+    return draw_problems(lengths=lengths, hard_lengths=range(7, 9), ood_lengths=lengths, num_stage2=1_024, scale=scale)
 
 
 def lettered(chain: str) -> str:

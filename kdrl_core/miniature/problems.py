@@ -46,8 +46,15 @@ class Problems:
         return {question for questions in self.benchmarks.values() for question in questions}
 
 
-def draw_problems(*, num_stage2: int = 2_048, scale: float = 1.0) -> Problems:
-    """The problems of a world, from one seed: `num_stage2` for stage 2. `scale` shrinks their number, for tests."""
+def draw_problems(
+    *,
+    lengths: range = LENGTHS,
+    hard_lengths: range = HARD_LENGTHS,
+    ood_lengths: range = BRACKETED_LENGTHS,
+    num_stage2: int = 2_048,
+    scale: float = 1.0,
+) -> Problems:
+    """The problems of a world, from one seed. Lengths are digits per chain; `scale` shrinks the numbers, for tests."""
     rng = random.Random(SEED)
     seen: set[str] = set()
 
@@ -57,10 +64,10 @@ def draw_problems(*, num_stage2: int = 2_048, scale: float = 1.0) -> Problems:
         return questions
 
     return Problems(
-        benchmarks={"validation": draw(128, LENGTHS), "test": draw(256, LENGTHS), "hard": draw(128, HARD_LENGTHS)},
-        stage1=draw(1_024, LENGTHS),
-        stage2=draw(num_stage2, LENGTHS),
-        ood=draw(128, BRACKETED_LENGTHS),
+        benchmarks={"validation": draw(128, lengths), "test": draw(256, lengths), "hard": draw(128, hard_lengths)},
+        stage1=draw(1_024, lengths),
+        stage2=draw(num_stage2, lengths),
+        ood=draw(128, ood_lengths),
     )
 
 

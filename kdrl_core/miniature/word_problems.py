@@ -92,7 +92,7 @@ def problems(seed: int = SEED) -> dict[str, list[dict[str, str]]]:
     return {**found, "train": _dealt(own, NUM_TRAIN * len(KINDS))}
 
 
-def build(output: Path) -> None:
+def build_word_problems(output: Path) -> None:
     """Write the five files into the folder `output`."""
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in problems().items():
@@ -116,7 +116,7 @@ def main() -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description="Write the problems of the recipe smollm2-zero (seconds).")
     parser.add_argument("--output", type=Path, required=True, help="folder to write five .jsonl files into")
-    build(parser.parse_args().output)
+    build_word_problems(parser.parse_args().output)
 
 
 if __name__ == "__main__":

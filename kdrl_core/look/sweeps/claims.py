@@ -3,7 +3,8 @@
 A claim is data. judging.py measures it. A sweep lists claims of its own, or names a list that is shipped: `paper` has
 the findings of the paper, `paper-zero` those of its R1-Zero setting (Sec. 4.5). A claim in a list of one's own must be
 about what the sweep has. Of a shipped list a sweep gets the claims whose variants, benchmarks and models for reference
-it has; the others are left out, and counted in the report.
+it has; the others are left out, and counted in the report. So are those about two variants with unequal steps: the
+paper makes its claims for equal steps, except at equal time.
 """
 
 import json
@@ -242,6 +243,8 @@ class _Known:
     benchmarks: list[str]
     periodic: bool
     """Whether some variant is evaluated during training."""
+    steps: dict[str, int]
+    """Variant → steps of its last stage."""
 
     @classmethod
     def of(cls, recipes: Mapping[str, Recipe | None]) -> "_Known":
@@ -252,6 +255,7 @@ class _Known:
             references=[*names, *(f"{name} of {variant}" for name in names for variant in recipes)],
             benchmarks=list(dict.fromkeys(b.name for recipe in read for b in recipe.evaluation.benchmarks)),
             periodic=any(r.evaluation.periodic and r.stage(r.stages[-1]).evaluate_every for r in read),
+            steps={v: recipe.stage(recipe.stages[-1]).steps for v, recipe in recipes.items() if recipe is not None},
         )
 
     def labels_of(self, claim: Claim) -> list[str]:
@@ -265,7 +269,10 @@ class _Known:
                 return f"no variant '{label}'"
         if measure.benchmark is not None and measure.benchmark not in self.benchmarks:
             return f"no benchmark '{measure.benchmark}'"
-        return "no evaluations during training" if measure.quantity == EQUAL_TIME and not self.periodic else ""
+        if measure.quantity == EQUAL_TIME:
+            return "" if self.periodic else "no evaluations during training"
+        steps = {self.steps[label]: label for label in claim.sides if label in self.steps}
+        return "" if len(steps) < 2 else " and ".join(f"{num} steps of {label}" for num, label in steps.items())
 
     def fault_of(self, claim: Claim) -> str:
         """What is wrong with a claim, as the end of an error message; empty if nothing is."""

@@ -171,8 +171,10 @@ def _metric(cells: Mapping[int, CellResult], measure: Measure) -> Side:
 
 
 def _words(measure: Measure, names: list[str], judged_on: str) -> str:
-    """`accuracy on test`, `accuracy on avg`, `early reward/mean`."""
+    """`accuracy on test`, `accuracy on avg`, `early reward/mean`. Several benchmarks are `avg`, whatever the sweep is
+    judged on: it may not be evaluated during training."""
     if measure.quantity not in (ACCURACY, EQUAL_TIME):
         return str(measure)
     shown = "accuracy" if measure.quantity == ACCURACY else "accuracy in training"
-    return f"{shown} on {names[0] if len(names) == 1 else measure.benchmark or judged_on}"
+    told = {0: measure.benchmark or judged_on, 1: "".join(names)}
+    return f"{shown} on {told.get(len(names), AVERAGE)}"

@@ -1,5 +1,6 @@
 """The world in which thinking longer helps: its thoughts by hand, and the three properties of its shipped models."""
 
+import itertools
 import random
 import re
 from pathlib import Path
@@ -7,11 +8,22 @@ from pathlib import Path
 import pytest
 
 from kdrl_core.config import resolve_path
-from kdrl_core.miniature.build_long import build
-from kdrl_core.miniature.long_properties import Properties, _depth_cells, measure
-from kdrl_core.miniature.long_world import CHECKERS, LETTERS, OPENERS, WORDS, Habit, depth_of, lettered, think
+from kdrl_core.miniature.build_long import MODELS, build_long_world, example_batches
+from kdrl_core.miniature.long_properties import measure
+from kdrl_core.miniature.long_world import (
+    CHECKERS,
+    LETTERS,
+    OPENERS,
+    WORDS,
+    Habit,
+    depth_of,
+    draw_long_problems,
+    lettered,
+    think,
+)
 from kdrl_core.miniature.models import build_tokenizer
 from kdrl_core.miniature.problems import draw_problems, write_problems
+from kdrl_core.miniature.world import bracket
 
 PLAIN = Habit(depths=(0.2,) * 5, noise=0.0, word_slope=1.0, words_seed=1)
 
@@ -61,54 +73,30 @@ def test_every_word_is_one_token() -> None:
     assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
 
-def test_a_depth_without_thoughts_keeps_its_column() -> None:
-    quarters = (0.0, 0.0, 0.0, 0.0)
-    by_depth = {0: (0.5, 0.25, 9.0), 3: (0.5, 1.0, 40.0)}
-    one = Properties(accuracy=0.0, length=0.0, by_quarter=quarters, by_depth=by_depth, limited=0.0, cut=0.0)
-    assert _depth_cells(one) == ["50 %: 25, 9 tokens", "–", "–", "50 %: 100, 40 tokens", "–"]
-
-
-def test_shipped_models_have_the_three_properties() -> None:
-    """Without them the world shows nothing about lengths. `kdrl_core.miniature.long_properties` prints them all."""
-    chains = draw_problems(num_stage2=1_024).benchmarks["validation"][:24]
-    student, teacher = (
-        measure(resolve_path(f"builtin:miniature-long/{name}"), chains) for name in ("student", "teacher")
-    )
-    # Longer thoughts are right more often: deeper ones, and the longer ones about the same problem.
-    assert student.by_depth[1][1] > student.by_depth[0][1] + 0.15
-    assert teacher.by_depth[2][1] > teacher.by_depth[0][1] + 0.3
-    assert student.longer_gains > 0.05
-    # The teacher thinks longer than the student, longer than it must, and past the student's limit.
-    assert teacher.length > 1.5 * student.length
-    assert teacher.by_quarter[3] < teacher.by_quarter[2] + 0.05
-    assert 0.02 < teacher.cut < 0.3
-    assert teacher.limited > student.limited + 0.2
-    # The student can do both.
-    assert student.by_depth[0][0] > 0.2
-    assert sum(share for depth, (share, *_) in student.by_depth.items() if depth >= 2) > 0.05
-
-
 def test_shipped_problems_are_what_the_build_draws(tmp_path: Path) -> None:
-    for world, problems, notation in (
-        ("miniature", draw_problems(), str),
-        ("miniature-long", draw_problems(num_stage2=1_024), lettered),
-    ):
-        write_problems(tmp_path / world, problems, [[0] * len(problems.stage2)] * 3, notation=notation)
-        shipped = resolve_path(f"builtin:{world}/stage1.json").parent
-        for name in ("stage1.json", *(f"benchmarks/{name}.jsonl" for name in ("validation", "test", "hard", "ood"))):
-            assert (tmp_path / world / name).read_bytes() == (shipped / name).read_bytes()
+    problems = draw_problems()
+    write_problems(tmp_path, problems, [[0] * len(problems.stage2)] * 3)
+    shipped = resolve_path("builtin:miniature/stage1.json").parent
+    for name in ("stage1.json", *(f"benchmarks/{name}.jsonl" for name in ("validation", "test", "hard", "ood"))):
+        assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes()
 
 
-def test_shipped_assets_are_small_enough_to_commit() -> None:
-    shipped = resolve_path("builtin:miniature-long/student").parent
-    assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) < 4e6
+def test_what_is_measured_is_neither_trained_on_nor_twice() -> None:
+    problems = draw_long_problems()
+    measured = problems.held_out | set(problems.ood)
+    assert len(measured) == 128 + 256 + 128 + 128
+    assert not measured & {*problems.stage1, *problems.stage2}
+    batches = example_batches(MODELS["student"], MODELS["student"].lessons[0], seed=1, exclude=measured)
+    asked = {question for batch in itertools.islice(batches, 16) for question, _ in batch}
+    assert not asked & {written for chain in measured for written in (lettered(chain), lettered(bracket(chain)))}
 
 
 @pytest.mark.slow  # a minute; others hold the shipped models
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
-    grpo = ("steps=2", "data.min_pass_rate=null", "prompts_per_step=4", "mini_batch_prompts=4")
     for name in ("first", "second"):
-        build(tmp_path / name, scale=0.01, grpo=[f"stage1.{field}" for field in grpo])
+        build_long_world(tmp_path / name, scale=0.01)
+    student = measure(tmp_path / "first" / "student", draw_long_problems().benchmarks["validation"][:2])
+    assert sum(share for share, *_ in student.by_depth.values()) <= 1
     first, second = (
         {
             path.relative_to(tmp_path / name): path.read_bytes()
@@ -117,7 +105,5 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
         }
         for name in ("first", "second")
     )
-    assert {Path(name) / "model.safetensors" for name in ("student", "teacher", "teacher-weak", "teacher-zero")} <= set(
-        first
-    )
+    assert {Path(name) / "model.safetensors" for name in ("student", "teacher", "teacher-weak")} <= set(first)
     assert first == second

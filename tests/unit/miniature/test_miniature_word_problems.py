@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from kdrl_core.config import load_recipe, resolve_path
 from kdrl_core.data import PROBLEM_SCHEMA
-from kdrl_core.miniature.word_problems import KINDS, OTHER_KINDS, SIZES, build, problems
+from kdrl_core.miniature.word_problems import KINDS, OTHER_KINDS, SIZES, build_word_problems, problems
 
 ASSETS = resolve_path("builtin:word_problems/test.jsonl").parent
 LABEL = "SmolLM2-135M-Instruct"
@@ -39,7 +39,7 @@ def test_the_first_problems_of_the_seed_golden() -> None:
 
 
 def test_shipped_problems_are_what_the_command_builds(tmp_path: Path) -> None:
-    build(tmp_path)
+    build_word_problems(tmp_path)
     for name in SIZES:
         assert (ASSETS / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
     built = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]

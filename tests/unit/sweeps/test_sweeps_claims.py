@@ -252,6 +252,12 @@ def test_a_claim_at_equal_time_is_read_at_the_faster_one_s_end() -> None:
     )  # a at 10 s: a tenth of the way from 0.2 to 0.8
     assert found.what == "a > b, accuracy in training on test after 10 s"
 
+    several = {name: {f"p{i}": 1.0 for i in range(9)} for name in ("hard", "ood")}  # in training, neither test nor avg
+    model = ModelScores(scores=several, lengths=several)
+    cells = [replace(cell, watched=[replace(each, model=model) for each in cell.watched]) for cell in cells]
+    results = replace(results, cells=cells, judged=JudgedOn(benchmark="test"))
+    assert _one(results, "a", "b", "accuracy_at_equal_time").what == "a > b, accuracy in training on avg after 10 s"
+
 
 def _spec(**claim: Any) -> Any:
     values = {"text": "t", "more": "KDRL", "less": "GRPO", "measure": "accuracy:test", **claim}
@@ -340,6 +346,28 @@ def test_a_sweep_names_a_shipped_list_and_its_benchmark() -> None:
         with pytest.raises(RecipeError) as error:
             expand(validate_sweep({**values, **wrong}, origin="s.yaml"))
         assert words in str(error.value)
+
+
+def test_at_unequal_steps_only_the_claims_at_equal_time_are_judged() -> None:
+    """The paper makes the others for equal steps."""
+    spec = validate_sweep(
+        {
+            "name": "s",
+            "variants": {"KDRL": {}, "GRPO": {"stage2.objective": "grpo", "stage2.steps": 130}},
+            "claims": "paper",
+        },
+        origin="s.yaml",
+    )
+    judged = claims_of(spec.claims, spec.judged_on, {cell.variant: cell.recipe for cell in expand(spec)})
+    assert [claim.text for claim in judged.claims if all(claim.sides)] == [
+        "stage 1 improves the student",
+        "GRPO beats the stage-1 student",
+        "the joint loss beats GRPO at equal time",
+    ]
+    assert judged.left_out["80 steps of KDRL and 130 steps of GRPO"] == [
+        "the joint loss beats GRPO",
+        "the joint loss writes longer responses than GRPO",
+    ]
 
 
 @pytest.mark.parametrize("name", list_claims())

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdrl_core.config import load_recipe
 from kdrl_core.evaluation.statistics import accuracy, accuracy_difference, over_seeds, paired_difference, wilson
 from kdrl_core.look.sweeps.aggregate import build_table
 from kdrl_core.look.sweeps.claims import AVERAGE
 from kdrl_core.look.sweeps.equal_time import around
-from kdrl_core.look.sweeps.results import CellResult, ModelScores, ReferenceResult, SweepResults, Watched
+from kdrl_core.look.sweeps.results import (
+    CellResult,
+    ModelScores,
+    ReferenceResult,
+    SweepResults,
+    Watched,
+    reference_groups,
+)
 from kdrl_core.look.sweeps.state import CellState, CellStatus
 from kdrl_core.look.sweeps.table import SweepTable
 
@@ -166,6 +175,41 @@ def test_at_equal_time_accuracy_is_read_between_two_evaluations() -> None:
     assert [(row[0], row[-2], row[-1]) for row in shown.rows] == [
         ("slow", "10–20", "2"), ("fast", "20", "2"), ("late", "before step 20", "0"),
     ]  # fmt: skip
+
+
+def test_at_equal_time_the_model_before_the_stage_is_step_0() -> None:
+    """Of each seed its own; SFT begins to train when its teacher is sampled, after 6 s."""
+    recipe = load_recipe("miniature")
+    group = reference_groups(recipe)["after stage 1"]
+    references = [
+        ReferenceResult(
+            name="after stage 1",
+            group=group,
+            first_variant="sft",
+            seed=seed,
+            model=ModelScores(scores={"val": {"p": right}}, lengths={"val": {"p": 1.0}}),
+        )
+        for seed, right in ((0, 0.2), (1, 0.6), (2, 1.0))
+    ]
+    cells = [_cell("sft", s, [1.0], [1.0], start_s=6.0, watched=_watched((20, 16.0, 1.0))) for s in (0, 1)]
+    cells += [_cell("fast", seed, [1.0], [1.0]) for seed in (0, 1)]
+    statuses = [_status(cell.variant, cell.seed) for cell in cells]
+    results = SweepResults(
+        name="s",
+        description="",
+        recipe="r",
+        statuses=statuses,
+        cells=cells,
+        references=references,
+        recipes={"sft": recipe, "fast": recipe},
+    )
+    for seconds, means in ((8.5, (0.4, 0.7)), (5.0, (0.2, 0.6))):  # 8.5 s: a quarter of the way to 1
+        fast = [replace(cell, watched=_watched((10, seconds, 0.0))) for cell in cells[2:]]
+        table = build_table(replace(results, cells=[*cells[:2], *fast]))
+        assert table.equal_time_s == seconds
+        (row,) = (row for row in table.timed if row.label == "sft")
+        assert (row.steps, row.seeds) == ([0, 20] if seconds > 6 else [0], [0, 1])
+        assert row.scores["val"].mean == pytest.approx(sum(means) / 2)
 
 
 @pytest.mark.parametrize(
