@@ -9,7 +9,7 @@ import pytest
 
 from kdrl_core.config import resolve_path
 from kdrl_core.miniature.build_long import MODELS, build_long_world, example_batches
-from kdrl_core.miniature.long_properties import measure
+from kdrl_core.miniature.long_properties import Properties, _depth_cells, measure
 from kdrl_core.miniature.long_world import (
     CHECKERS,
     LETTERS,
@@ -55,6 +55,13 @@ def test_each_check_leaves_a_quarter_of_the_noise_and_the_last_result_counts() -
         wrong = [count + (result != "8") for count, result in zip(wrong, results, strict=True)]
         assert thought.endswith(f"{{{results[-1]}}}")
     assert [count / 4_000 for count in wrong] == pytest.approx([0.4, 0.1, 0.025], abs=0.02)  # 2.6 standard deviations
+
+
+def test_a_depth_without_thoughts_keeps_its_column() -> None:
+    quarters = (0.0, 0.0, 0.0, 0.0)
+    by_depth = {0: (0.5, 0.25, 9.0), 3: (0.5, 1.0, 40.0)}
+    one = Properties(accuracy=0.0, length=0.0, by_quarter=quarters, by_depth=by_depth, limited=0.0, cut=0.0)
+    assert _depth_cells(one) == ["50 %: 25, 9 tokens", "–", "–", "50 %: 100, 40 tokens", "–"]
 
 
 def test_a_chain_is_lettered_also_between_brackets() -> None:
