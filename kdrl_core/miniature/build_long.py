@@ -31,7 +31,7 @@ SFT_LENGTHS = range(2, 9)
 """Digits per chain in the models' SFT: also the harder benchmark's, which no RL stage trains on."""
 _BRACKETED_SHARE = 0.05
 """Of the SFT chains are written with brackets. So the out-of-domain benchmark is out of the RL stages' domain, but the
-models have seen its notation, and a few of its chains."""
+models have seen its notation in SFT (never its chains)."""
 _BUCKET = 8
 
 

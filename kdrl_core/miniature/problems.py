@@ -38,7 +38,7 @@ class Problems:
     stage1: list[str]
     stage2: list[str]
     ood: list[str]
-    """Written with brackets in the benchmark. No RL stage trains on these chains, but models may meet some in SFT."""
+    """Written with brackets in the benchmark. No RL stage trains on these chains."""
 
     @property
     def held_out(self) -> set[str]:
