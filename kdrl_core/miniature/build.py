@@ -30,7 +30,7 @@ from kdrl_core.miniature.models import (
     save_model,
     train_model,
 )
-from kdrl_core.miniature.problems import draw_problems, failures, write_problems
+from kdrl_core.miniature.problems import draw_problems, measured_labels, write_problems
 
 STUDENT = MiniatureModel(
     hidden_size=48, num_layers=2, tie_word_embeddings=True, sft_steps=550, learning_rate=3e-3, label_smoothing=0.04
@@ -72,11 +72,7 @@ def build(output: Path, *, models: Mapping[str, tuple[MiniatureModel, int]] = MO
         if name == "teacher-broad":
             trained[name].half()
         save_model(trained[name], tokenizer, output / name)
-    measured = (("student", 1.0), ("teacher", 1.0), ("teacher", 0.6))
-    labels = [
-        failures(trained[name], tokenizer, problems.stage2, temperature=temperature, max_response_tokens=64)
-        for name, temperature in measured
-    ]
+    labels = measured_labels(trained, tokenizer, problems.stage2, max_response_tokens=64)
     write_problems(output, problems, labels)
 
 

@@ -21,7 +21,7 @@ import torch
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.miniature.long_world import DEPTHS, LETTERS, WORDS, Habit, draw_long_problems, lettered, think
 from kdrl_core.miniature.models import Architecture, Example, build_model, build_tokenizer, save_model, train_model
-from kdrl_core.miniature.problems import failures, write_problems
+from kdrl_core.miniature.problems import measured_labels, write_problems
 from kdrl_core.miniature.world import bracket, stream_chains
 
 CONTEXT = 256
@@ -95,8 +95,6 @@ MODELS: dict[str, LongModel] = {
         seed=9,
     ),
 }
-LABELLED_WITH = (("student", 1.0), ("teacher", 1.0), ("teacher", 0.6))
-"""Model and temperature of each difficulty label."""
 
 
 def example_batches(model: LongModel, lesson: Lesson, *, seed: int, exclude: set[str]) -> Iterator[list[Example]]:
@@ -135,17 +133,9 @@ def build_long_world(output: Path, *, scale: float = 1.0) -> None:
         trained[name] = teach(model, tokenizer, exclude=problems.held_out | set(problems.ood), scale=scale)
         save_model(trained[name].half(), tokenizer, output / name)
         trained[name].float()
-    labels = [
-        failures(
-            trained[name],
-            tokenizer,
-            problems.stage2,
-            temperature=temperature,
-            max_response_tokens=MAX_RESPONSE_TOKENS,
-            notation=lettered,
-        )
-        for name, temperature in LABELLED_WITH
-    ]
+    labels = measured_labels(
+        trained, tokenizer, problems.stage2, max_response_tokens=MAX_RESPONSE_TOKENS, notation=lettered
+    )
     write_problems(output, problems, labels, notation=lettered)
 
 

@@ -25,8 +25,9 @@ from kdrl_core.types import FinishReason, Rollout, RolloutRequest
 SEED = 7
 NUM_LABEL_SAMPLES = 16
 SKYWORK_LABELS = ("DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Qwen-32B")
-"""The published schema fixes these names. Here the first label is measured with the miniature student, the other two
-with the miniature teacher at temperatures 1 and 0.6."""
+"""The published schema fixes these names; `measured_labels` says what is measured for each."""
+_LABELLED_WITH = (("student", 1.0), ("teacher", 1.0), ("teacher", 0.6))
+"""Model and temperature of each label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,12 +137,18 @@ def is_right(response: Rollout) -> bool:
     return response.finish_reason is FinishReason.STOP and response.text.endswith(ending)
 
 
-def failures(model: Any, tokenizer: Any, chains: Sequence[str], **options: Any) -> list[int]:
-    """Wrong responses out of 16 per chain; options as in `respond`."""
-    found = dict.fromkeys(chains, 0)
-    for response in respond(model, tokenizer, chains, **options):
-        found[response.prompt_id] += not is_right(response)
-    return list(found.values())
+def measured_labels(
+    models: Mapping[str, Any], tokenizer: Any, chains: Sequence[str], **options: Any
+) -> list[list[int]]:
+    """For each of SKYWORK_LABELS, the wrong responses out of 16 per chain: of the student, of the teacher, and of the
+    teacher at temperature 0.6. `models`: by name; options as in `respond`."""
+    labels = []
+    for name, temperature in _LABELLED_WITH:
+        failures = dict.fromkeys(chains, 0)
+        for response in respond(models[name], tokenizer, chains, temperature=temperature, **options):
+            failures[response.prompt_id] += not is_right(response)
+        labels.append([*failures.values()])
+    return labels
 
 
 def _write_skywork(
