@@ -17,10 +17,11 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelling, Crashed, Pending
+from prefect.states import Cancelled, Cancelling, Crashed, Pending
 
 from flows.full_pipeline import full_pipeline
-from flows.signals import STOPPED, Signals
+from flows.signals import STOPPED, Signals, publishing
+from flows.stopping import trying_once
 from kdrl_core.errors import KdrlError, RunError, Stopped, told
 from kdrl_core.process_guard import kill_group
 
@@ -54,7 +55,7 @@ class LocalCell:
             return False
         if self._process.returncode < 0:  # killed: it told Prefect nothing, and left its children behind
             kill_group(self._process.pid)
-            _force(self._flow_run.id, Crashed(message=self.reason()))
+            _set(self._flow_run.id, Crashed(message=self.reason()))
         return True
 
     def reason(self) -> str | None:
@@ -77,6 +78,10 @@ class LocalCell:
         except subprocess.TimeoutExpired:
             kill_group(self._process.pid)
             self._process.wait()
+        with trying_once():
+            state = _state(self._flow_run.id)
+            if state is not None and not state.is_final():  # it was ended before it could tell
+                _set(self._flow_run.id, Cancelled(message="stopped with its sweep"))
 
 
 class DeployedCell:
@@ -109,7 +114,7 @@ class DeployedCell:
         return None if self._state is None else self._state.message
 
     def interrupt(self) -> None:
-        _force(self._id, Cancelling())
+        _set(self._id, Cancelling())
 
     def stop(self) -> None:
         """Do nothing: its worker ends it."""
@@ -131,7 +136,14 @@ def _stand_in() -> None:
     """The task that Prefect requires between a flow run and the flow run below it."""
 
 
-def _force(flow_run_id: UUID, state: State[Any]) -> None:
+def _state(flow_run_id: UUID) -> State[Any] | None:
+    """The state on the server, if there is one and it answers."""
+    with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
+        return client.read_flow_run(flow_run_id).state
+    return None
+
+
+def _set(flow_run_id: UUID, state: State[Any]) -> None:
     with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, state, force=True)
 
@@ -145,7 +157,8 @@ def run_cell(flow_run_id: str) -> int:
     tell, last_words = partial(print, flush=True), "error: stopped with the sweep, within a step"
     with Signals(tell, last_words, grace_s=_GRACE_S, limit_s=_STOP_TIMEOUT_S) as came:
         try:
-            run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))
+            with publishing():  # Prefect's own work around the flow as well
+                run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))
         except (Stopped, KeyboardInterrupt) as stop:
             print(f"error: {'stopped with the sweep' if came.number else stop}", flush=True)
             return STOPPED if came.number else 1

@@ -101,6 +101,10 @@ class Signals:
         if interrupts:
             raise KeyboardInterrupt
 
+    def end_in_order(self) -> None:
+        """Interrupt nothing from here on; the limits hold."""
+        self._is_interrupted = True
+
     def _watch(self) -> None:
         overdue_at = end_at = float("inf")
         count = 0
@@ -145,6 +149,12 @@ def publishing() -> Iterator[None]:
         yield
     finally:
         _publishing -= 1
+
+
+def end_in_order() -> None:
+    """Call where the work has stopped: no signal interrupts what is left, which is to report it; the limits hold."""
+    if _handling is not None:
+        _handling.end_in_order()
 
 
 @contextmanager

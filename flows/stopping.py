@@ -25,7 +25,7 @@ from prefect.events.worker import EventsWorker, emit_events_to_cloud, should_emi
 from prefect.exceptions import PrefectException, TerminationSignal
 from prefect.states import Cancelled
 
-from flows.signals import own_sigterm, publishing
+from flows.signals import end_in_order, own_sigterm, publishing
 from kdrl_core.errors import Stopped
 from kdrl_core.ledger.lock import forget_stop, request_stop, stop_if_requested, stop_requested
 
@@ -61,6 +61,7 @@ def stoppable(body: Callable[P, R]) -> Callable[P, R]:
         except (Stopped, KeyboardInterrupt):
             if (why := stop_requested()) is None:
                 raise
+            end_in_order()
             if _worker_ends_us and not look():
                 raise TerminationSignal(signal=signal.SIGTERM) from None  # as Prefect would have, had we let it
             told = f"{why}; go on with: {_way_on(runtime.flow_run.parameters)}"
@@ -87,13 +88,13 @@ def stop_if_cancelled() -> None:
 
 def look() -> bool:
     """Whether somebody has cancelled a flow run of this process. A server that does not answer has not."""
-    with suppress(HTTPError, PrefectException), _trying_once(), get_client(sync_client=True) as client:
+    with suppress(HTTPError, PrefectException), trying_once(), get_client(sync_client=True) as client:
         states = [client.read_flow_run(one).state for one in _running]
         return any(state is not None and (state.is_cancelling() or state.is_cancelled()) for state in states)
     return False
 
 
-def _trying_once() -> SettingsContext:
+def trying_once() -> SettingsContext:
     """Inside, Prefect's client asks once. `temporary_settings` would validate all settings anew, for 50 ms a step."""
     now = get_settings_context()
     client = now.settings.client.model_copy(update={"max_retries": 0})

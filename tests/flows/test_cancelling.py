@@ -16,6 +16,7 @@ from support import TINY
 
 from flows import stopping
 from flows.full_pipeline import full_pipeline
+from flows.running_cells import LocalCell
 from flows.sweep import sweep
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.stage import checkpoint_steps
@@ -82,7 +83,11 @@ def test_a_cancelled_run_stops_and_is_cancelled(
     assert is_finished(open_run(name))
 
 
-def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool) -> None:
+    """Prefect hears of the cells' end, also if they had no time to tell."""
+    if is_killed:
+        monkeypatch.setattr(LocalCell, "interrupt", lambda cell: cell._process.kill())
     original = stopping.stop_if_cancelled
 
     def look() -> None:
@@ -95,7 +100,7 @@ def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.
         sweep(source=None, name="s", recipe="miniature", vary=["stage2.beta.init=0.5"], overrides=STEPS, seeds=1)
     assert _states("sweep-s") == {"sweep-s": "Cancelled: cancelled in Prefect; go on with: kdrl sweep run s"}
     (cell,) = artifacts.glob("runs/s-*")
-    assert _states(cell.name)[cell.name].startswith(("Cancelled: stopped by SIGTERM", "Cancelled: cancelled"))
+    assert _states(cell.name)[cell.name].startswith("Cancelled: stopped with its sweep" if is_killed else "Cancelled: ")
 
 
 def test_a_server_that_is_not_ready_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

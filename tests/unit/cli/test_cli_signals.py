@@ -9,9 +9,9 @@ import pytest
 
 PROGRAM = """
 import sys, time
-from flows.signals import STOPPED, Signals, publishing
+from flows.signals import STOPPED, Signals, end_in_order, publishing
 from kdrl_core.errors import Stopped
-from kdrl_core.ledger.lock import stop_if_requested
+from kdrl_core.ledger.lock import stop_if_requested, stop_requested
 
 def say(text):
     print(text, flush=True)
@@ -40,6 +40,14 @@ STARTING = """
         say("ready")
         time.sleep(60)"""
 STUBBORN = "time.sleep(60)"
+REPORTING = """
+        with publishing():
+            say("ready")
+            while stop_requested() is None:
+                time.sleep(0.1)
+            end_in_order()
+            time.sleep(1.5)
+            say("reported")"""
 
 
 def ended(work: str, *signals: signal.Signals, cleaning: str = "pass") -> tuple[int, str, float]:
@@ -77,6 +85,14 @@ def test_work_that_takes_longer_than_the_grace_is_interrupted() -> None:
     assert code == 130
     assert said.endswith("interrupted\n")
     assert 1 <= seconds < 2
+
+
+def test_what_is_left_after_the_stop_is_not_interrupted() -> None:
+    """Prefect is told that the flow was cancelled, also if the grace ends meanwhile; it would be told of a crash."""
+    code, said, seconds = ended(REPORTING, signal.SIGTERM)
+    assert code == 130
+    assert said.endswith("reported\n")
+    assert 1.5 <= seconds < 2
 
 
 def test_what_cannot_be_interrupted_ends_at_the_limit_with_its_last_words() -> None:
