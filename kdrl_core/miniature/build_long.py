@@ -1,33 +1,42 @@
 """Build the assets of the world where thinking longer helps: `python -m kdrl_core.miniature.build_long --output DIR`.
 
     student/        short thoughts by preference, though it can think at every depth
-    teacher/        deep thoughts, less noise, more words; on long chains it goes past the student's token limit
-    teacher-weak/   between the two
+    teacher/        deep thoughts, more words; on long chains it goes past the student's token limit
+    teacher-weak/   between the two; also the base model of the R1-Zero path's teacher
+    teacher-zero/   the R1-Zero path's teacher, made from it by GRPO (the recipe miniature-long-zero-teacher)
     stage1.json, stage2.parquet, benchmarks/*.jsonl     as kdrl_core.miniature.problems says
 
-The student learns in three parts: the arithmetic, without noise and at depth 0 and 1; then every depth, with noise;
-last and briefly, to prefer short thoughts. So it can do what it seldom does, for GRPO or a teacher to bring out.
+A model learns in parts: the arithmetic, at the depths 0 to 2; then its own habit, at every depth. The student's last
+and brief part is to prefer short thoughts. So it can do what it seldom does, for GRPO or a teacher to bring out.
 """
 
 import argparse
 import random
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kdrl_core.boxes.filter import filter_run
+from kdrl_core.boxes.make import make
+from kdrl_core.boxes.session import close_sessions, stage_session
+from kdrl_core.boxes.step import rollout, score_step, update_step, verify
+from kdrl_core.config import load_recipe
+from kdrl_core.ledger import create_run
 from kdrl_core.ledger.names import derive_seed
-from kdrl_core.miniature.long_world import DEPTHS, LETTERS, WORDS, Habit, draw_long_problems, lettered, think
+from kdrl_core.miniature.long_world import DEPTHS, UNITS, Habit, draw_long_problems, lettered, think
 from kdrl_core.miniature.models import Architecture, Example, build_model, build_tokenizer, save_model, train_model
 from kdrl_core.miniature.problems import measured_labels, write_problems
 from kdrl_core.miniature.world import bracket, stream_chains
+from kdrl_core.models.loading import load_model
 
 CONTEXT = 256
-MAX_RESPONSE_TOKENS = 96
+MAX_RESPONSE_TOKENS = 80
 """The student's limit in stage 2, and in the measured labels."""
-SFT_LENGTHS = range(2, 9)
+SFT_LENGTHS = range(2, 12)
 """Digits per chain in the models' SFT: also the harder benchmark's, which no RL stage trains on."""
 _BRACKETED_SHARE = 0.05
 """Of the SFT chains are written with brackets. So the out-of-domain benchmark is out of the RL stages' domain, but the
@@ -41,9 +50,10 @@ class Lesson:
 
     depths: tuple[float, ...]
     """Share of the thoughts at each depth."""
-    noise: float
     num_steps: int
     learning_rate: float
+    lengths: range = SFT_LENGTHS
+    """Digits per chain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,33 +63,33 @@ class LongModel(Architecture):
     tie_word_embeddings: bool = False
     word_slope: float
     """As in `Habit`."""
-    words_seed: int
+    habit_seed: int
     lessons: tuple[Lesson, ...]
     seed: int
 
 
-_ARITHMETIC = Lesson(depths=(0.4, 0.6, 0.0, 0.0, 0.0), noise=0.0, num_steps=1_200, learning_rate=4e-3)
+_ARITHMETIC = Lesson(depths=(0.2, 0.3, 0.5, 0.0, 0.0), num_steps=1_200, learning_rate=1.5e-3, lengths=range(2, 8))
 MODELS: dict[str, LongModel] = {
     "student": LongModel(
         hidden_size=64,
         num_layers=2,
         word_slope=1.3,
-        words_seed=1,
+        habit_seed=1,
         lessons=(
-            _ARITHMETIC,
-            Lesson(depths=(0.15, 0.30, 0.40, 0.12, 0.03), noise=0.12, num_steps=900, learning_rate=3e-3),
-            Lesson(depths=(0.45, 0.37, 0.13, 0.04, 0.01), noise=0.12, num_steps=100, learning_rate=5e-4),
+            replace(_ARITHMETIC, num_steps=900),
+            Lesson(depths=(0.25, 0.35, 0.30, 0.08, 0.02), num_steps=300, learning_rate=1e-3),
+            Lesson(depths=(0.45, 0.38, 0.14, 0.02, 0.01), num_steps=100, learning_rate=5e-4),
         ),
         seed=1,
     ),
     "teacher": LongModel(
         hidden_size=96,
-        num_layers=3,
+        num_layers=2,
         word_slope=0.9,
-        words_seed=2,
+        habit_seed=2,
         lessons=(
-            replace(_ARITHMETIC, depths=(0.2, 0.6, 0.2, 0.0, 0.0), num_steps=1_000, learning_rate=2e-3),
-            Lesson(depths=(0.03, 0.17, 0.35, 0.30, 0.15), noise=0.04, num_steps=600, learning_rate=2e-3),
+            _ARITHMETIC,
+            Lesson(depths=(0.02, 0.08, 0.45, 0.35, 0.10), num_steps=500, learning_rate=1e-3),
         ),
         seed=8,
     ),
@@ -87,10 +97,10 @@ MODELS: dict[str, LongModel] = {
         hidden_size=80,
         num_layers=2,
         word_slope=1.1,
-        words_seed=3,
+        habit_seed=3,
         lessons=(
             _ARITHMETIC,
-            Lesson(depths=(0.10, 0.40, 0.35, 0.12, 0.03), noise=0.08, num_steps=800, learning_rate=3e-3),
+            Lesson(depths=(0.10, 0.30, 0.45, 0.12, 0.03), num_steps=300, learning_rate=1e-3),
         ),
         seed=9,
     ),
@@ -100,8 +110,8 @@ MODELS: dict[str, LongModel] = {
 def example_batches(model: LongModel, lesson: Lesson, *, seed: int, exclude: set[str]) -> Iterator[list[Example]]:
     """Endless batches of 64 chains (none of `exclude`) with thoughts. Chains of like lengths share a batch."""
     rng, size = random.Random(seed), 64
-    habit = Habit(depths=lesson.depths, noise=lesson.noise, word_slope=model.word_slope, words_seed=model.words_seed)
-    chains = (chain for chain in stream_chains(rng, SFT_LENGTHS) if chain not in exclude)
+    habit = Habit(depths=lesson.depths, word_slope=model.word_slope, seed=model.habit_seed)
+    chains = (chain for chain in stream_chains(rng, lesson.lengths) if chain not in exclude)
     while True:
         drawn = [next(chains) for _ in range(_BUCKET * size)]
         depths = rng.choices(DEPTHS, lesson.depths, k=len(drawn))
@@ -119,15 +129,24 @@ def teach(model: LongModel, tokenizer: Any, *, exclude: set[str], scale: float =
     for number, lesson in enumerate(model.lessons):
         batches = example_batches(model, lesson, seed=derive_seed("lesson", model.seed, number), exclude=exclude)
         steps = max(1, round(lesson.num_steps * scale))
-        train_model(trained, tokenizer, batches, learning_rate=lesson.learning_rate, num_steps=steps, beta2=0.98)
+        train_model(
+            trained,
+            tokenizer,
+            batches,
+            learning_rate=lesson.learning_rate,
+            num_steps=steps,
+            beta2=0.98,
+            warmup_steps=100,
+        )
     return trained
 
 
-def build_long_world(output: Path, *, scale: float = 1.0) -> None:
-    """Build every asset below `output`. `scale` shrinks the number of problems and of SFT steps, for tests."""
+def build_long_world(output: Path, *, scale: float = 1.0, grpo: Sequence[str] = ()) -> None:
+    """Build every asset below `output`. For tests, `scale` shrinks the number of problems and of SFT steps, and `grpo`
+    overrides fields of the recipe that makes teacher-zero."""
     torch.set_num_threads(1)
     problems = draw_long_problems(scale=scale)
-    tokenizer = build_tokenizer(WORDS, letters=LETTERS, context=CONTEXT)
+    tokenizer = build_tokenizer(UNITS, context=CONTEXT)
     trained: dict[str, Any] = {}
     for name, model in MODELS.items():
         trained[name] = teach(model, tokenizer, exclude=problems.held_out | set(problems.ood), scale=scale)
@@ -137,6 +156,24 @@ def build_long_world(output: Path, *, scale: float = 1.0) -> None:
         trained, tokenizer, problems.stage2, max_response_tokens=MAX_RESPONSE_TOKENS, notation=lettered
     )
     write_problems(output, problems, labels, notation=lettered)
+    save_model(teacher_by_grpo(output, grpo).half(), tokenizer, output / "teacher-zero")
+
+
+def teacher_by_grpo(output: Path, overrides: Sequence[str] = ()) -> Any:
+    """The R1-Zero path's teacher: `teacher-weak` of `output` after the recipe miniature-long-zero-teacher."""
+    own = [f"student.path={output.resolve()}/teacher-weak", f"stage1.data.files=[{output.resolve()}/stage2.parquet]"]
+    recipe = load_recipe("miniature-long-zero-teacher", [*own, "stage1.evaluate_every=null", *overrides])
+    with tempfile.TemporaryDirectory() as folder:
+        run = create_run("teacher-zero", recipe, artifacts=Path(folder))
+        filter_run(run)
+        session = stage_session(run.paths.root, "stage1")
+        for step in range(recipe.stage("stage1").steps):
+            make(session, rollout, step)
+            score_step(session, step)
+            make(session, verify, step)
+            update_step(session, step)
+        close_sessions()
+        return load_model(run.paths.checkpoint("stage1", recipe.stage("stage1").steps))
 
 
 def main() -> None:
@@ -144,7 +181,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Build the long miniature's models, problems and benchmarks (half an hour)."
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write; shipped: kdrl_core/assets/miniature-long"
+    )
     build_long_world(parser.parse_args().output)
 
 

@@ -1,7 +1,7 @@
-"""Does thinking longer help in the long miniature world? `python -m kdrl_core.miniature.long_properties DIR`
+"""Does thinking longer help in the long miniature world? `python -m kdrl_core.miniature.long_properties`
 
-Measures, before any training, the three properties for which this world is built. Each model of DIR, which
-`kdrl_core.miniature.build_long` wrote, gives 16 responses to the validation problems, at temperature 1.
+Measures, before any training, the three properties for which the recipe `miniature-long` is built. Each model gives 16
+responses to the validation problems, at the recipe's temperature.
 
     longer is right more often   accuracy by depth of thought, and of the longer and the shorter half of the responses
                                  to the *same* problem, so that hard problems do not count as long thoughts
@@ -10,7 +10,6 @@ Measures, before any training, the three properties for which this world is buil
     the student can do both      share and accuracy of its thoughts at each depth
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ from statistics import fmean
 
 import torch
 
-from kdrl_core.miniature.build_long import MAX_RESPONSE_TOKENS
+from kdrl_core.config import load_recipe, resolve_path
 from kdrl_core.miniature.long_world import DEPTHS, depth_of, draw_long_problems, lettered
 from kdrl_core.miniature.problems import is_right, respond
 from kdrl_core.models.loading import load_model, load_tokenizer
 from kdrl_core.types import Rollout
 
-NAMES = ("student", "teacher-weak", "teacher")
+NAMES = ("student", "teacher-weak", "teacher", "teacher-zero")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +50,12 @@ class Properties:
 
 def measure(model_dir: Path, chains: Sequence[str]) -> Properties:
     """The properties of a model, by 16 responses to each chain."""
+    stage = load_recipe("miniature-long").stage("stage2")
     tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)
-    limit = MAX_RESPONSE_TOKENS
-    free = respond(model, tokenizer, chains, temperature=1.0, max_response_tokens=2 * limit, notation=lettered)
+    limit = stage.max_response_tokens
+    free = respond(
+        model, tokenizer, chains, temperature=stage.temperature, max_response_tokens=2 * limit, notation=lettered
+    )
     by_chain: dict[str, list[Rollout]] = {}
     for response in free:
         by_chain.setdefault(response.prompt_id, []).append(response)
@@ -90,15 +92,12 @@ def _length(responses: Sequence[Rollout]) -> float:
 
 
 def main() -> None:
-    """Command line of the module: the properties of every model, as Markdown."""
-    parser = argparse.ArgumentParser(description="Measure whether thinking longer helps in the long miniature world.")
-    parser.add_argument("folder", type=Path, help="what kdrl_core.miniature.build_long wrote")
-    folder = parser.parse_args().folder
+    """Command line of the module: the properties of every shipped model, as Markdown."""
     torch.set_num_threads(1)
     chains = draw_long_problems().benchmarks["validation"]
     print("| model | accuracy, % | tokens | shortest to longest quarter, % | cut, % | within the limit, % |")
     print("| --- | --- | --- | --- | --- | --- |")
-    found = {name: measure(folder / name, chains) for name in NAMES}
+    found = {name: measure(resolve_path(f"builtin:miniature-long/{name}"), chains) for name in NAMES}
     for name, one in found.items():
         quarters = ", ".join(f"{100 * accuracy:.1f}" for accuracy in one.by_quarter)
         shown = (

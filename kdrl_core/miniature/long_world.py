@@ -1,17 +1,18 @@
 """The world where thinking longer helps: chains of +, − and × modulo 10, worked at one of five depths.
 
-A chain is written with a letter before each operator, `3a+5b*2`, so that a tiny model keeps its place. A thought is
-a row of equations, each after a word. Its *depth* says how carefully it goes:
+A chain is written with a letter before each operator, `3a+5b*2`, so that a tiny model keeps its place; an operator and
+its digit are one token. A thought is a row of equations, each after a word. Its *depth* says how carefully it goes:
 
-    depth 0   two operators an equation:  ` so 3a+5b*2=6`; short, and a small model often gets it wrong
-    depth 1   one operator an equation:   ` so 3a+5=8 then 8b*2=6`
-    depth 2+  every equation is worked again, depth − 1 times:  ` so 3a+5=8 again 3a+5=8 then 8b*2=6 check 8b*2=6`
+    depth 0   three operators an equation:  ` so 3a+5b*2c-7=9 then 9d+4=3`
+    depth 1   two:                          ` so 3a+5b*2=6 then 6c-7d+4=3`
+    depth 2   one:                          ` so 3a+5=8 then 8b*2=6 next 6c-7=9 now 9d+4=3`
+    depth 3   one, each worked again:       ` so 3a+5=8 again 3a+5=8 then 8b*2=6 check 8b*2=6 …`
+    depth 4   one, each worked again twice
 
-The last result counts. Thoughts are *noisy*: in the training texts the first result of an equation is wrong with
-probability `noise`, and each time that it is worked again with a quarter of the probability before. So depth 2 makes up
-for most of the noise, and depth 3 and 4 add next to nothing: they are longer than they must be. The words mean nothing,
-but for one thing: a word of one list opens an equation, a word of the other repeats it. They give the models a
-vocabulary of hundreds of tokens, many of which are possible where a word stands, as in a language.
+The results of a chain follow from each other, and a small model can do few of them in its head. So deeper thoughts are
+right more often, down to depth 2; depth 3 and 4 only repeat, and are longer than they must be. The last result counts.
+The words mean nothing, but for one thing: a word of one list opens an equation, a word of the other repeats it. They
+give the models a vocabulary of hundreds of tokens, many of which are possible where a word stands, as in a language.
 """
 
 import random
@@ -23,7 +24,6 @@ from functools import lru_cache
 from kdrl_core.miniature.problems import Problems, draw_problems
 from kdrl_core.miniature.world import OPERATORS, apply
 
-DEPTHS = range(5)
 _OPENERS = """
     so then next now first here thus hence well okay right good fine onward further after later also plus and but
     still yet meanwhile moreover besides likewise similarly accordingly therefore consequently subsequently
@@ -45,16 +45,20 @@ _CHECKERS = """
 """
 CHECKERS = tuple(_CHECKERS.split())
 WORDS = (*OPENERS, *CHECKERS)
-LETTERS = "abcdefghij"
-_SINGLE = len("3a+5")
-_KEPT_BY_CHECK = 0.25
-"""Share of the noise that is left each time an equation is worked again."""
+LETTERS = "abcdefghijk"
+UNITS = (*LETTERS, *(f"{operator}{digit}" for operator in OPERATORS for digit in range(10)), *(f" {w} " for w in WORDS))
+"""What is one token in this world, beside single digits and signs."""
+_FORMS = ((3, 1), (2, 1), (1, 1), (1, 2), (1, 3))
+"""Operators in an equation, and how often it is worked, at each depth."""
+DEPTHS = range(len(_FORMS))
 
 
 def draw_long_problems(*, scale: float = 1.0) -> Problems:
-    """The problems of this world: chains of 3 to 6 digits; the harder ones have 7 or 8."""
-    lengths = range(3, 7)
-    return draw_problems(lengths=lengths, hard_lengths=range(7, 9), ood_lengths=lengths, num_stage2=1_024, scale=scale)
+    """The problems of this world: chains of 5 to 9 digits; the harder ones have 10 or 11."""
+    lengths = range(5, 10)
+    return draw_problems(
+        lengths=lengths, hard_lengths=range(10, 12), ood_lengths=lengths, num_stage2=1_024, scale=scale
+    )
 
 
 def lettered(chain: str) -> str:
@@ -69,45 +73,37 @@ class Habit:
 
     depths: tuple[float, ...]
     """Share of the thoughts at each depth."""
-    noise: float
-    """Share of the equations whose first result is wrong."""
     word_slope: float
     """The word of rank r has weight r^(−slope): small for a broad vocabulary, large for a narrow one."""
-    words_seed: int
-    """Order of the words."""
+    seed: int
+    """Of the order of the words."""
 
 
 def think(chain: str, habit: Habit, depth: int, rng: random.Random) -> str:
-    """The response of one who has this habit to a chain, at one depth; its answer may be wrong."""
-    openers, checkers = _ranked(OPENERS, habit.words_seed), _ranked(CHECKERS, habit.words_seed)
+    """The response of one who has this habit to a chain, at one depth."""
+    openers, checkers = _ranked(OPENERS, habit.seed), _ranked(CHECKERS, habit.seed)
+    width, times = _FORMS[depth]
     value, text = int(chain[0]), ""
     steps = [*zip(LETTERS, chain[1::2], map(int, chain[2::2]), strict=False)]
-    width = 2 if depth == 0 else 1
     for taken in (steps[start : start + width] for start in range(0, len(steps), width)):
-        right, equation = value, str(value)
+        equation, result = str(value), value
         for letter, operator, digit in taken:
-            right, equation = apply(right, operator, digit), f"{equation}{letter}{operator}{digit}"
-        for attempt in range(max(1, depth)):
-            text += f" {_draw(checkers if attempt else openers, habit.word_slope, rng)} "
-            value = _noisy(right, habit.noise * _KEPT_BY_CHECK**attempt, rng)
-            text += f"{equation}={value}"
+            equation, result = f"{equation}{letter}{operator}{digit}", apply(result, operator, digit)
+        for words in (openers, *[checkers] * (times - 1)):
+            text += f" {_draw(words, habit.word_slope, rng)} {equation}={result}"
+        value = result
     return f"<think>{text}</think>\\boxed{{{value}}}"
 
 
 def depth_of(response: str) -> int | None:
-    """The depth at which a response thinks: 0 if half of its equations have two operators, else one more than the
-    times that it repeats an equation, on average; None without an equation."""
+    """The depth at which a response thinks, by the operators of its longest equation and how often it works one, on
+    average; None without an equation."""
     equations = re.findall(r" ([a-z]+) ([^= ]*)=", response)
     if not equations:
         return None
-    if 2 * sum(len(equation) > _SINGLE for _, equation in equations) >= len(equations):
-        return 0
-    repeated = sum(word in CHECKERS for word, _ in equations)
-    return 1 + round(repeated / max(1, len(equations) - repeated))
-
-
-def _noisy(right: int, noise: float, rng: random.Random) -> int:
-    return (right + rng.randrange(1, 10)) % 10 if rng.random() < noise else right
+    width = max(sum(equation.count(letter) for letter in LETTERS) for _, equation in equations)
+    times = len(equations) / max(1, sum(word in OPENERS for word, _ in equations))
+    return min(DEPTHS, key=lambda depth: (_FORMS[depth][0] - width) ** 2 + (_FORMS[depth][1] - times) ** 2)
 
 
 @lru_cache

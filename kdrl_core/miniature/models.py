@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,8 @@ class MiniatureModel(Architecture):
     """Share of the training chains that are worked result first. Such a model knows two ways; the others know one."""
 
 
-def build_tokenizer(words: Sequence[str] = (), *, letters: str = "", context: int = CONTEXT) -> Any:
-    """A character tokenizer in which the tags of a response, `\\boxed{` and each of `words` are single tokens. A word's
-    token has a space on both sides: ` so `. `letters`: further characters."""
+def build_tokenizer(units: Sequence[str] = (), *, context: int = CONTEXT) -> Any:
+    """A character tokenizer in which the tags of a response, `\\boxed{` and each of `units` are single tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
@@ -62,11 +62,10 @@ def build_tokenizer(words: Sequence[str] = (), *, letters: str = "", context: in
 
     special = [PAD, END, USER, ASSISTANT]
     tags = ["<think>", "</think>", "\\boxed{"]
-    characters = [*"0123456789", *OPERATORS, "=", ",", "}", "(", ")", " ", "?", *letters]
-    spaced = [f" {word} " for word in words]
-    vocabulary = {token: index for index, token in enumerate([*special, *tags, *characters, *spaced])}
+    characters = [*"0123456789", *OPERATORS, "=", ",", "}", "(", ")", " ", "?"]
+    vocabulary = {token: index for index, token in enumerate([*special, *tags, *characters, *units])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))  # noqa: S106 (a token of text)
-    tokenizer.pre_tokenizer = Split(Regex(" [a-z]+ |." if words else "."), behavior="isolated")
+    tokenizer.pre_tokenizer = Split(Regex("|".join([*map(re.escape, units), "."])), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tags])
@@ -115,12 +114,13 @@ def train_model(
     num_steps: int,
     label_smoothing: float = 0.0,
     beta2: float = 0.999,
+    warmup_steps: int = 20,
 ) -> Any:
     """SFT on `num_steps` batches of questions with worked responses: cross-entropy on response tokens, linear decay.
     Trains `model` in place and returns it, in eval mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1.0 - step / num_steps)
+        optimizer, lambda step: min(1.0, (step + 1) / warmup_steps) * (1.0 - step / num_steps)
     )
     model.train()
     for examples in itertools.islice(batches, num_steps):

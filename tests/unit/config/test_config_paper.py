@@ -167,7 +167,7 @@ def test_beta_reaches_its_floor_where_the_paper_has_it(recipe: str, floor_step: 
     assert schedule(10_000) == beta.minimum
 
 
-@pytest.mark.parametrize("name", ["miniature", "miniature-study"])
+@pytest.mark.parametrize("name", ["miniature", "miniature-study", "miniature-long"])
 def test_the_miniatures_have_the_papers_structure(name: str) -> None:
     recipe = load_recipe(name)
     stage1, stage2 = recipe.stage("stage1"), recipe.stage("stage2")

@@ -9,11 +9,11 @@ import pytest
 
 from kdrl_core.config import resolve_path
 from kdrl_core.miniature.build_long import MODELS, build_long_world, example_batches
-from kdrl_core.miniature.long_properties import Properties, _depth_cells, measure
+from kdrl_core.miniature.long_properties import NAMES, Properties, _depth_cells, measure
 from kdrl_core.miniature.long_world import (
     CHECKERS,
-    LETTERS,
     OPENERS,
+    UNITS,
     WORDS,
     Habit,
     depth_of,
@@ -25,7 +25,7 @@ from kdrl_core.miniature.models import build_tokenizer
 from kdrl_core.miniature.problems import draw_problems, write_problems
 from kdrl_core.miniature.world import bracket
 
-PLAIN = Habit(depths=(0.2,) * 5, noise=0.0, word_slope=1.0, words_seed=1)
+PLAIN = Habit(depths=(0.2,) * 5, word_slope=1.0, seed=1)
 
 
 def wordless(thought: str) -> str:
@@ -33,28 +33,24 @@ def wordless(thought: str) -> str:
     return re.sub(" ([a-z]+) ", lambda word: f"{'o' if word[1] in OPENERS else 'c'}:", thought)
 
 
+EQUATIONS = ("3a+5=8", "8b*2=6", "6c-7=9", "9d+4=3")
+
+
 @pytest.mark.parametrize(
     ("depth", "thought"),
     [
-        (0, "<think>o:3a+5b*2=6o:6c-7=9</think>\\boxed{9}"),  # (3 + 5) · 2 = 16 → 6, 6 − 7 = −1 → 9
-        (1, "<think>o:3a+5=8o:8b*2=6o:6c-7=9</think>\\boxed{9}"),
-        (2, "<think>o:3a+5=8c:3a+5=8o:8b*2=6c:8b*2=6o:6c-7=9c:6c-7=9</think>\\boxed{9}"),
+        # (3 + 5) · 2 = 16 → 6, 6 − 7 = −1 → 9, 9 + 4 = 13 → 3
+        (0, "<think>o:3a+5b*2c-7=9o:9d+4=3</think>\\boxed{3}"),
+        (1, "<think>o:3a+5b*2=6o:6c-7d+4=3</think>\\boxed{3}"),
+        (2, "<think>o:3a+5=8o:8b*2=6o:6c-7=9o:9d+4=3</think>\\boxed{3}"),
+        (3, "<think>o:3a+5=8c:3a+5=8o:8b*2=6c:8b*2=6o:6c-7=9c:6c-7=9o:9d+4=3c:9d+4=3</think>\\boxed{3}"),
+        (4, f"<think>{''.join(f'o:{one}c:{one}c:{one}' for one in EQUATIONS)}</think>\\boxed{{3}}"),
     ],
 )
 def test_thoughts_golden(depth: int, thought: str) -> None:
-    found = think("3+5*2-7", PLAIN, depth, random.Random(0))
+    found = think("3+5*2-7+4", PLAIN, depth, random.Random(0))
     assert wordless(found) == thought
     assert depth_of(found) == depth
-
-
-def test_each_check_leaves_a_quarter_of_the_noise_and_the_last_result_counts() -> None:
-    noisy, wrong = Habit(depths=PLAIN.depths, noise=0.4, word_slope=1.0, words_seed=1), [0, 0, 0]
-    for seed in range(4_000):
-        thought = think("3+5", noisy, 3, random.Random(seed))
-        results = re.findall("=([0-9])", thought)
-        wrong = [count + (result != "8") for count, result in zip(wrong, results, strict=True)]
-        assert thought.endswith(f"{{{results[-1]}}}")
-    assert [count / 4_000 for count in wrong] == pytest.approx([0.4, 0.1, 0.025], abs=0.02)  # 2.6 standard deviations
 
 
 def test_a_depth_without_thoughts_keeps_its_column() -> None:
@@ -69,23 +65,51 @@ def test_a_chain_is_lettered_also_between_brackets() -> None:
     assert lettered("((9*9)-5)+7") == "((9a*9)b-5)c+7"
 
 
-def test_every_word_is_one_token() -> None:
+def test_every_word_and_every_operator_with_its_digit_is_one_token() -> None:
     assert len(set(WORDS)) == len(WORDS) > 150
     assert not set(OPENERS) & set(CHECKERS)
-    tokenizer = build_tokenizer(WORDS, letters=LETTERS)
+    tokenizer = build_tokenizer(UNITS)
     text = "<think> so 3a+5=8 again 3a+5=8</think>\\boxed{8}"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert len(ids) == 1 + 7 + 7 + 1 + 3
+    assert len(ids) == 1 + 6 + 6 + 1 + 3
     assert tokenizer.decode(ids) == text
     assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
 
 
+def test_shipped_models_have_the_three_properties() -> None:
+    """Without them the world shows nothing about lengths. `kdrl_core.miniature.long_properties` prints them all."""
+    chains = draw_long_problems().benchmarks["validation"][:24]
+    student, teacher = (
+        measure(resolve_path(f"builtin:miniature-long/{name}"), chains) for name in ("student", "teacher")
+    )
+    # Longer thoughts are right more often: deeper ones, and the longer ones about the same problem.
+    assert student.by_depth[2][1] > student.by_depth[0][1] + 0.15
+    assert teacher.by_depth[2][1] > teacher.by_depth[0][1] + 0.4
+    assert student.longer_gains > 0.03
+    # The teacher thinks longer than the student, longer than it must, and past the student's limit.
+    assert teacher.length > 1.5 * student.length
+    assert teacher.by_quarter[3] < teacher.by_quarter[2]
+    assert 0.05 < teacher.cut < 0.2
+    assert teacher.limited > student.limited + 0.25
+    # The student can do both.
+    assert student.by_depth[0][0] > 0.3
+    assert sum(share for depth, (share, *_) in student.by_depth.items() if depth >= 2) > 0.05
+
+
 def test_shipped_problems_are_what_the_build_draws(tmp_path: Path) -> None:
-    problems = draw_problems()
-    write_problems(tmp_path, problems, [[0] * len(problems.stage2)] * 3)
-    shipped = resolve_path("builtin:miniature/stage1.json").parent
-    for name in ("stage1.json", *(f"benchmarks/{name}.jsonl" for name in ("validation", "test", "hard", "ood"))):
-        assert (tmp_path / name).read_bytes() == (shipped / name).read_bytes()
+    for world, problems, notation in (
+        ("miniature", draw_problems(), str),
+        ("miniature-long", draw_long_problems(), lettered),
+    ):
+        write_problems(tmp_path / world, problems, [[0] * len(problems.stage2)] * 3, notation=notation)
+        shipped = resolve_path(f"builtin:{world}/stage1.json").parent
+        for name in ("stage1.json", *(f"benchmarks/{name}.jsonl" for name in ("validation", "test", "hard", "ood"))):
+            assert (tmp_path / world / name).read_bytes() == (shipped / name).read_bytes()
+
+
+def test_shipped_assets_are_small_enough_to_commit() -> None:
+    shipped = resolve_path("builtin:miniature-long/student").parent
+    assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) < 4e6
 
 
 def test_what_is_measured_is_neither_trained_on_nor_twice() -> None:
@@ -100,8 +124,9 @@ def test_what_is_measured_is_neither_trained_on_nor_twice() -> None:
 
 @pytest.mark.slow  # a minute; others hold the shipped models
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
+    grpo = ("steps=2", "data.min_pass_rate=null", "prompts_per_step=4", "mini_batch_prompts=4")
     for name in ("first", "second"):
-        build_long_world(tmp_path / name, scale=0.01)
+        build_long_world(tmp_path / name, scale=0.01, grpo=[f"stage1.{field}" for field in grpo])
     student = measure(tmp_path / "first" / "student", draw_long_problems().benchmarks["validation"][:2])
     assert sum(share for share, *_ in student.by_depth.values()) <= 1
     first, second = (
@@ -112,5 +137,5 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
         }
         for name in ("first", "second")
     )
-    assert {Path(name) / "model.safetensors" for name in ("student", "teacher", "teacher-weak")} <= set(first)
+    assert {Path(name) / "model.safetensors" for name in NAMES} <= set(first)
     assert first == second

@@ -32,7 +32,7 @@ def test_picked_variants_have_their_base_s_values_and_those_of_the_recipe() -> N
     assert {label: stage.kl_estimator for label, stage in found.items()} == {"k3": "k3", "Top-K": "topk", "KDRL": "k2"}
     assert {stage.beta.init for stage in found.values()} == {0.2}
     assert found["Top-K"].topk.k == 4
-    assert list(spec.recipes) == ["paper-1.5b", "miniature", "miniature-study"]
+    assert list(spec.recipes) == ["paper-1.5b", "miniature", "miniature-study", "miniature-long"]
     assert spec.sources["k3"].startswith("Sec. 3.2, 4.4")
 
 
