@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdrl_core.objectives.checks import as_float, as_is_response, check_finite, check_num_dims, check_shape
-from kdrl_core.objectives.inputs import check_choice, check_positive
+from kdrl_core.objectives.inputs import Totals, check_choice, check_positive
 from kdrl_core.objectives.kinds import SFT_AGGREGATIONS
 from kdrl_core.objectives.kl import kl_policy_gradient
 from kdrl_core.objectives.loss import group_mean, token_mean
@@ -23,8 +23,7 @@ def sft_loss(
     response_mask: Tensor,
     *,
     aggregation: str = "response_mean",
-    num_responses: float | None = None,
-    total_tokens: float | Tensor | None = None,
+    totals: Totals | None = None,
 ) -> Tensor:
     """Negative log-likelihood of the teacher's responses (14), a scalar, minimised.
 
@@ -32,19 +31,19 @@ def sft_loss(
         logprobs: [B, T] log π_θ of the teacher's tokens; the gradient flows here. Padding may hold anything.
         response_mask: [B, T], 1 on response tokens.
         aggregation: "response_mean", the mean over responses of each response's mean (14), or "token_mean".
-        num_responses: responses of the whole optimiser step, for micro-batches with "response_mean"; None: B.
-        total_tokens: response tokens of the whole optimiser step, for micro-batches with "token_mean".
+        totals: for micro-batches; its `responses` count with "response_mean", its `tokens` with "token_mean".
 
     Raises:
-        ValueError: `aggregation` is neither, `num_responses` is not a positive number, or as `token_mean`.
+        ValueError: `aggregation` is neither, `totals.responses` is not a positive number, or as `token_mean`.
     """
     check_num_dims("logprobs", logprobs, "[B, T]")
     check_choice("aggregation", aggregation, SFT_AGGREGATIONS)
+    totals = totals or Totals()
     if aggregation == "token_mean":
-        return -token_mean(logprobs, response_mask, total_tokens=total_tokens)
+        return -token_mean(logprobs, response_mask, total_tokens=totals.tokens)
     lengths = as_is_response(response_mask, logprobs.shape).sum(1)
-    num_responses = len(lengths) if num_responses is None else num_responses
-    check_positive("num_responses", num_responses)
+    num_responses = len(lengths) if totals.responses is None else totals.responses
+    check_positive("totals.responses", num_responses)
     return -group_mean(logprobs, response_mask, num_groups=num_responses, group_tokens=lengths)  # groups of one
 
 

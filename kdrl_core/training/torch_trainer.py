@@ -202,13 +202,8 @@ def micro_batch_loss(
         ValueError: as `joint_loss` and `sft_loss`.
     """
     if batch.objective.variant.loss == "likelihood":
-        loss = sft_loss(
-            statistics.logprobs,
-            padded.response_mask,
-            aggregation=batch.objective.aggregation,
-            num_responses=totals.responses,
-            total_tokens=totals.tokens,
-        )
+        how = batch.objective.aggregation
+        loss = sft_loss(statistics.logprobs, padded.response_mask, aggregation=how, totals=totals)
         return loss, {"loss/total": loss.detach(), "loss/sft": loss.detach()}
 
     def of_rows(values: Sequence[Any]) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from kdrl_core.objectives import (
     BetaSchedule,
+    Totals,
     group_advantages,
     group_mean,
     kd_mask,
@@ -179,10 +180,10 @@ OTHER_ERRORS: list[tuple[Callable[[], Any], str]] = [
     (lambda: token_mean(BT, ONES, total_tokens=R4 + 1), r"^total_tokens: expected a finite number above 0, given"),
     (lambda: token_mean(BT, ONES, total_tokens=[1.0]), r"^total_tokens: .*, given \[1.0\]"),  # type: ignore[arg-type]
     (
-        lambda: sft_loss(BT, ONES, aggregation="token_mean", total_tokens=torch.ones(2)),
+        lambda: sft_loss(BT, ONES, aggregation="token_mean", totals=Totals(tokens=torch.ones(2))),
         r"^total_tokens: expected a finite number above 0",
     ),
-    (lambda: sft_loss(BT, ONES, num_responses=0), r"^num_responses: expected a finite number above 0"),
+    (lambda: sft_loss(BT, ONES, totals=Totals(responses=0)), r"^totals.responses: expected a finite number above 0"),
     (lambda: sft_loss(BT, ONES, aggregation="group_mean"), r"^aggregation: expected one of response_mean, token_mean"),
     (lambda: group_advantages(R4, 2, eps=None), r"^eps: expected .*, given None"),  # type: ignore[arg-type]
     (lambda: shape_rewards(R4, BT, BT, ONES, None), r"^beta: expected .*, given None"),  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import torch
 from objectives_support import BETA, B, G, T, close, gradient, log_ratio
 
 from kdrl_core.objectives import (
+    Totals,
     group_advantages,
     kd_mask,
     kd_rkl_loss,
@@ -239,11 +240,11 @@ def test_sft_is_length_normalised() -> None:
     loss = sft_loss(logprobs, mask)
     close(loss, torch.tensor(3.0))
     close(torch.autograd.grad(loss, logprobs)[0], torch.tensor([[-1 / 2, 0.0, 0.0], [-1 / 6, -1 / 6, -1 / 6]]))
-    close(sft_loss(logprobs, mask, num_responses=8), torch.tensor(0.75))
+    close(sft_loss(logprobs, mask, totals=Totals(responses=8)), torch.tensor(0.75))
     tokens = sft_loss(logprobs, mask, aggregation="token_mean")
     close(tokens, torch.tensor(2.5))
     close(torch.autograd.grad(tokens, logprobs)[0], -mask / 4)
-    close(sft_loss(logprobs, mask, aggregation="token_mean", total_tokens=40), torch.tensor(0.25))
+    close(sft_loss(logprobs, mask, aggregation="token_mean", totals=Totals(tokens=40)), torch.tensor(0.25))
 
 
 def test_no_argument_is_mutated(batch: dict[str, Any]) -> None:
