@@ -179,7 +179,7 @@ def teacher_by_grpo(output: Path, overrides: Sequence[str] = ()) -> Any:
 def main() -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(
-        description="Build the long miniature's models, problems and benchmarks (half an hour)."
+        description="Build the long miniature's models, problems and benchmarks (ten minutes)."
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write; shipped: kdrl_core/assets/miniature-long"
