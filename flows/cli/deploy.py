@@ -29,7 +29,7 @@ def declared() -> dict[str, dict[str, Any]]:
 def deploy(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]…", help="Deployments, e.g. full-pipeline or kdrl/full-pipeline; default: all."),
+        typer.Argument(metavar="NAME", help="Deployments, e.g. full-pipeline or kdrl/full-pipeline; default: all."),
     ] = None,
     pool: Annotated[
         str | None, typer.Option(help="Work pool, made if it is missing; default: kdrl.", show_default=False)
@@ -73,7 +73,8 @@ def deploy(
             out.print_json(data={"server": server, "pools": pools, "deployments": deployments, "next": commands})
             return
         rows = [["work pool", *row] for row in pools.items()] + [["deployment", *row] for row in deployments.items()]
-        out.print(grid(["", "name", server], "lll", rows, overflow="fold"))
+        out.say(f"server {server}\n")
+        out.print(grid(["", "name", "state"], "LLl", rows, overflow="fold"))
         out.say("\nNext:")
         for command in commands:
             out.say(f"  {command}")

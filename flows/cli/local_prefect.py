@@ -189,18 +189,21 @@ def _probe(*, remedy: str = "start it, or unset PREFECT_API_URL: then kdrl uses 
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    url = PREFECT_API_URL.value()
+    url = str(PREFECT_API_URL.value())
     try:
         with (
             temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
             get_client(sync_client=True, httpx_settings={"timeout": _PROBE_S}) as client,
         ):
             fault = client.api_healthcheck()
+            if fault is None and "/api" not in url:
+                client.api_version()  # raises where a server's web page answers: it does so at every path
     except Exception as error:  # the URL, a proxy or a certificate cannot be used at all
         fault = error
     if fault is not None:
         proxies = sorted(name for name in os.environ if name.lower() in _PROXIES)
         hint = f" through the proxy of {', '.join(proxies)}" if proxies else ""
+        hint += "" if "/api" in url else ", and the URL of a Prefect server ends with /api"
         raise ServerError(
             f"the Prefect server of PREFECT_API_URL, {url}, does not answer{hint} ({told(fault)[:200]}); {remedy}"
         ) from fault

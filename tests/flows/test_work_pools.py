@@ -16,6 +16,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.templating import apply_values
 from setuptools import Distribution
 from typer.testing import CliRunner
@@ -154,6 +155,12 @@ def test_bad_input_is_one_line_and_changes_nothing() -> None:
     assert said.startswith(
         "error: work pool cluster is of type kubernetes, and kdrl deploy serves pools of type process; "
     )
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):  # nothing listens on the discard port
+        said = refused()
+    assert "http://127.0.0.1:9/api, does not answer (ConnectError" in said
+    assert said.endswith("; start it (prefect server start), or correct PREFECT_API_URL")
+    with temporary_settings({PREFECT_API_URL: str(PREFECT_API_URL.value()).removesuffix("/api")}):
+        assert "does not answer, and the URL of a Prefect server ends with /api" in refused()
     with get_client(sync_client=True) as client:
         assert client.read_deployments() == before
 

@@ -93,21 +93,13 @@ def test_a_server_that_was_set_is_asked_once(cli: Any, artifacts: Path, settings
     assert not (artifacts / "runs" / "r").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({}, "no Prefect server is set; start one that stays (prefect server start), and say where it is: export "),
-        ({"PREFECT_API_URL": f"{DEAD}/api"}, f"{DEAD}/api, does not answer (ConnectError"),
-    ],
-)
-def test_deploy_needs_a_server_that_stays(cli: Any, tmp_path: Path, settings: dict[str, str], said: str) -> None:
-    done = cli("deploy", PREFECT_HOME=str(tmp_path), **settings)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert said in line
-    assert "(prefect server start)" in line
-    assert "unset" not in line
+def test_deploy_needs_a_server_that_stays(cli: Any, tmp_path: Path) -> None:
+    done = cli("deploy", PREFECT_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: no Prefect server is set; start one that stays (prefect server start), and say where it is: "
+        "export PREFECT_API_URL=http://127.0.0.1:4200/api\n"
+    )
 
 
 def test_a_run_in_use_is_refused_at_once(cli: Any, artifacts: Path) -> None:

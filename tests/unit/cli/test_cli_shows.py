@@ -21,7 +21,7 @@ OPTIONS = {
     "status": ["[RUN]", "--json", "--watch"],
     "label": ["--recipe", "--input", "--output", "--only-missing", "--all", "--set", "--json", "--force"],
     "recipes": ["[NAME]", "--set", "--json"],
-    "deploy": ["[NAME]…", "--pool", "--work-queue", "--json"],
+    "deploy": ["NAME", "--pool", "--work-queue", "--json"],
 }
 ROOT = Path(__file__).parents[3]
 
