@@ -93,7 +93,7 @@ class DeployedCell:
         except PrefectException as error:
             raise RunError(
                 f"deployment {deployment} cannot be run ({type(error).__name__}); deploy it first "
-                "(prefect --no-prompt deploy --all), or leave --deployment out"
+                "(kdrl deploy), or leave --deployment out"
             ) from error
         assert isinstance(found, FlowRun)  # awaitable in async flows only
         self._id = found.id
