@@ -91,20 +91,22 @@ def test_a_cancelled_run_stops_and_is_cancelled(
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool) -> None:
     """Prefect hears of the cells' end, also if they had no time to tell."""
+    name = "killed" if is_killed else "s"  # the server has the flow runs of both
     if is_killed:
         monkeypatch.setattr(LocalCell, "interrupt", lambda cell: cell._process.kill())
     original = stopping.stop_if_cancelled
 
     def look() -> None:
-        if any(artifacts.glob("runs/s-*/rollouts/stage=stage1/*/update.parquet")):
+        if any(artifacts.glob(f"runs/{name}-*/rollouts/stage=stage1/*/update.parquet")):
             _cancel(stopping._running[0], Cancelling())
         original()
 
     monkeypatch.setattr("flows.sweep.stop_if_cancelled", look)
-    with pytest.raises(Stopped, match="cancelled in Prefect; go on with: kdrl sweep run s"):
-        sweep(source=None, name="s", recipe="miniature", vary=["stage2.beta.init=0.5"], overrides=STEPS, seeds=1)
-    assert _states("sweep-s") == {"sweep-s": "Cancelled: cancelled in Prefect; go on with: kdrl sweep run s"}
-    (cell,) = artifacts.glob("runs/s-*")
+    with pytest.raises(Stopped, match=f"cancelled in Prefect; go on with: kdrl sweep run {name}"):
+        sweep(source=None, name=name, recipe="miniature", vary=["stage2.beta.init=0.5"], overrides=STEPS, seeds=1)
+    told = f"Cancelled: cancelled in Prefect; go on with: kdrl sweep run {name}"
+    assert _states(f"sweep-{name}") == {f"sweep-{name}": told}
+    (cell,) = artifacts.glob(f"runs/{name}-*")
     assert _states(cell.name)[cell.name].startswith("Cancelled: stopped with its sweep" if is_killed else "Cancelled: ")
 
 
