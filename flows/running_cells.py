@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from kdrl_core.errors import KdrlError, RunError, Stopped, told
 from kdrl_core.process_guard import kill_group
 
 _GRACE_S = 4.0
-_STOP_TIMEOUT_S = 5.5
+STOP_TIMEOUT_S = 5.5
 """A cell that is asked to stop ends sooner than its sweep has to."""
 
 
@@ -71,10 +72,10 @@ class LocalCell:
         """Ask it to end. This takes seconds."""
         self._process.terminate()
 
-    def stop(self) -> None:
-        """Wait until it ends; after a timeout, kill it and its children."""
+    def stop(self, deadline: float) -> None:
+        """Wait until it ends; at the deadline, of `time.monotonic`, kill it and its children."""
         try:
-            self._process.wait(_STOP_TIMEOUT_S)
+            self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             kill_group(self._process.pid)
             self._process.wait()
@@ -116,7 +117,7 @@ class DeployedCell:
     def interrupt(self) -> None:
         _set(self._id, Cancelling())
 
-    def stop(self) -> None:
+    def stop(self, deadline: float) -> None:
         """Do nothing: its worker ends it."""
 
 
@@ -155,7 +156,7 @@ def run_cell(flow_run_id: str) -> int:
     from kdrl_core.boxes.session import close_sessions
 
     tell, last_words = partial(print, flush=True), "error: stopped with the sweep, within a step"
-    with Signals(tell, last_words, grace_s=_GRACE_S, limit_s=_STOP_TIMEOUT_S) as came:
+    with Signals(tell, last_words, grace_s=_GRACE_S, limit_s=STOP_TIMEOUT_S) as came:
         try:
             with publishing():  # Prefect's own work around the flow as well
                 run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))
