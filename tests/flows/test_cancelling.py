@@ -88,7 +88,7 @@ def test_a_cancelled_run_stops_and_is_cancelled(
     assert is_finished(open_run(name))
 
 
-@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool) -> None:
     """Prefect hears of the cells' end, also if they had no time to tell."""
     name = "killed" if is_killed else "s"  # the server has the flow runs of both
