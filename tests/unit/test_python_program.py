@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -79,3 +80,14 @@ def test_ctrl_c_stops_the_program_in_order(put: Put, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         kdrl.run(name="mine")
     assert (tmp_path / "ended").exists()
+
+
+def test_on_a_terminal_the_program_shows_itself(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    put("test -t 2 && test -t 1 && echo a progress bar; exit 1")
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        with pytest.raises(RunError, match=r"^run mine failed, status 1; its last lines say why$"):
+            kdrl.run(name="mine")
+        assert os.read(master, 99) == b"a progress bar\r\n"
+    os.close(master)

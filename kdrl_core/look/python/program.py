@@ -15,7 +15,6 @@ from kdrl_core import process_guard
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import RunError, Stopped
 from kdrl_core.ledger import RunPaths
-from kdrl_core.ledger.lock import last_error
 from kdrl_core.look.python.reader import RunReader
 
 _PROGRAM = "kdrl"
@@ -47,7 +46,7 @@ def run(
     Raises:
         RecipeError: the recipe or a change is not valid; nothing was started.
         RunError: bad name, the run exists with another recipe, another process works on it, or it failed. The message
-            is the one that the program gives.
+            is the program's own; on a terminal, where the program shows it itself, it says so.
         Stopped: somebody else stopped the program.
     """
     changes = _as_texts(overrides)
@@ -61,7 +60,7 @@ def run(
     if code == _INTERRUPTED:
         raise Stopped(f"run {run_name} was stopped; call run again with this name to go on")
     if code != 0:
-        raise RunError(said or (last_error(root) or {}).get("error") or f"kdrl run: {process_guard.how_ended(code)}")
+        raise RunError(said or f"run {run_name} failed, {process_guard.how_ended(code)}; its last lines say why")
     return RunReader(root)
 
 

@@ -250,8 +250,8 @@ def runs() -> pd.DataFrame:
 
     rows = [named_status(name) for name in list_runs()]
     frame = pd.DataFrame([{**row, "alarms": len(row.get("alarms", ()))} for row in rows], columns=list(_RUNS))
-    frame["started"] = pd.to_datetime(frame["started"], utc=True)
-    return frame.astype({"reward": "float64", "alarms": "int64"})
+    frame["started"] = pd.to_datetime(frame["started"], utc=True, format="ISO8601", errors="coerce")
+    return frame.astype({"reward": "float64", "alarms": "int64", "started": "datetime64[us, UTC]"})
 
 
 def _evaluated(run: Run) -> list[str]:

@@ -52,6 +52,16 @@ def test_the_notebook_runs() -> None:
 
 
 @pytest.mark.usefixtures("runs_of")
+def test_the_first_example_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, but for the run, which is there already."""
+    monkeypatch.setattr(kdrl, "run", lambda recipe, overrides, *, name: kdrl.open_run("whole"))
+    example = (DOCS / "python.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(example.replace("\nrun.rollouts", "\nmeans = run.rollouts"), names)  # noqa: S102 (our own page)
+    assert names["means"].index.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("runs_of")
 def test_every_frame_has_the_columns_and_types_of_its_page() -> None:
     run = kdrl.open_run("whole")
     page = (DOCS / "python.md").read_text(encoding="utf-8")
@@ -137,6 +147,13 @@ def test_a_run_of_an_earlier_version_gets_the_file_when_it_is_resumed(small: Run
     assert not (folder / SEVERAL_TABLES).exists()
     open_stage(small, "stage2")
     assert b"kdrl.open_run(RUN).rollouts()" in (folder / SEVERAL_TABLES).read_bytes()
+
+
+@pytest.mark.usefixtures("artifacts")
+def test_without_runs_the_list_is_empty() -> None:
+    assert kdrl.runs().empty
+    with pytest.raises(RunError, match=r"there are none yet; start one with kdrl run"):
+        kdrl.open_run("mine")
 
 
 def test_an_unfinished_run_says_what_it_has(small: Run) -> None:
