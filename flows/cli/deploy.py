@@ -1,7 +1,6 @@
 """`kdrl deploy`: the deployments of prefect.yaml at a Prefect server. flows.deployments does the work."""
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,14 +15,14 @@ from kdrl_core.errors import RunError
 if TYPE_CHECKING:
     from prefect import Flow
 
+_DECLARATION = Path(__file__).parents[1] / "prefect.yaml"
 _NOT_IN_NAMES = "/%&<>"
 """What Prefect allows in no name."""
 
 
 def declared() -> dict[str, dict[str, Any]]:
     """The deployments of prefect.yaml, by name. The package has the file at the top of the repository."""
-    text = (files("flows") / "prefect.yaml").read_text(encoding="utf-8")
-    return {one["name"]: one for one in yaml.safe_load(text)["deployments"]}
+    return {one["name"]: one for one in yaml.safe_load(_DECLARATION.read_text(encoding="utf-8"))["deployments"]}
 
 
 def deploy(
