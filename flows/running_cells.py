@@ -56,7 +56,7 @@ class LocalCell:
             return False
         if self._process.returncode < 0:  # killed: it told Prefect nothing, and left its children behind
             kill_group(self._process.pid)
-            _set(self._flow_run.id, Crashed(message=self.reason()))
+            _force(self._flow_run.id, Crashed(message=self.reason()))
         return True
 
     def reason(self) -> str | None:
@@ -79,10 +79,7 @@ class LocalCell:
         except subprocess.TimeoutExpired:
             kill_group(self._process.pid)
             self._process.wait()
-        with trying_once():
-            state = _state(self._flow_run.id)
-            if state is not None and not state.is_final():  # it was ended before it could tell
-                _set(self._flow_run.id, Cancelled(message="stopped with its sweep"))
+        _cancel_unless_final(self._flow_run.id)
 
 
 class DeployedCell:
@@ -115,7 +112,7 @@ class DeployedCell:
         return None if self._state is None else self._state.message
 
     def interrupt(self) -> None:
-        _set(self._id, Cancelling())
+        _force(self._id, Cancelling())
 
     def stop(self, deadline: float) -> None:
         """Do nothing: its worker ends it."""
@@ -137,14 +134,15 @@ def _stand_in() -> None:
     """The task that Prefect requires between a flow run and the flow run below it."""
 
 
-def _state(flow_run_id: UUID) -> State[Any] | None:
-    """The state on the server, if there is one and it answers."""
-    with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
-        return client.read_flow_run(flow_run_id).state
-    return None
+def _cancel_unless_final(flow_run_id: UUID) -> None:
+    """For a cell that was ended before it could tell its state."""
+    with suppress(HTTPError, PrefectException), trying_once(), get_client(sync_client=True) as client:
+        state = client.read_flow_run(flow_run_id).state
+        if state is not None and not state.is_final():
+            client.set_flow_run_state(flow_run_id, Cancelled(message="stopped with its sweep"), force=True)
 
 
-def _set(flow_run_id: UUID, state: State[Any]) -> None:
+def _force(flow_run_id: UUID, state: State[Any]) -> None:
     with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, state, force=True)
 

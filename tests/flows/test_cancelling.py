@@ -115,7 +115,7 @@ def test_cells_that_do_not_end_are_killed_at_one_deadline(monkeypatch: pytest.Mo
     begun: list[float] = []
     monkeypatch.setattr("flows.sweep.end_in_order", lambda: begun.append(time.monotonic()))
     monkeypatch.setattr("flows.sweep.STOP_TIMEOUT_S", 0.6)
-    monkeypatch.setattr("flows.running_cells._state", lambda flow_run_id: None)
+    monkeypatch.setattr("flows.running_cells._cancel_unless_final", lambda flow_run_id: None)
     sweeps_cells, frozen = object.__new__(Cells), [object.__new__(LocalCell) for _ in range(3)]
     for cell in frozen:
         cell._process = subprocess.Popen(["sleep", "60"], start_new_session=True)
