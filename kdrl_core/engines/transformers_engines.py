@@ -1,9 +1,7 @@
 """Engines that run transformers in this process: for a laptop, and as the reference for the other engines.
 
 Rollouts: in each batch a distinct prompt is prefilled once, and its key-value cache is repeated for its samples.
-Finished responses leave the batch, several at a time. Most models have a cache from which rows can be taken: attention
-(full, sliding window), convolutions and recurrent states in any mixture. For others the whole sequence is computed
-again for every token, which is slower and gives the same numbers.
+Finished responses leave the batch, several at a time (kdrl_core.engines.decoding).
 
 A token is drawn by inverting the distribution function of softmax(logits / T) at a number that depends only on (seed,
 position), so a response is a function of its request and the weights. Ids that the tokenizer does not have, padding of
@@ -12,7 +10,6 @@ the embedding, are left out of that distribution; logprobs are those of the whol
 Scores: the logprobs of given tokens under softmax(logits / T).
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,22 +18,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
+from kdrl_core.engines.decoding import Decoding, share_key_values, usable_cache
 from kdrl_core.engines.protocols import OnFinished, TopKScore
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger.names import uniforms
 from kdrl_core.logprobs.chunked import use_float32_logits
-from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, forward, pad_sequences, token_budget_batches
-from kdrl_core.logprobs.trial import agree, probe_ids, refuse_padding_fault
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
+from kdrl_core.logprobs.trial import refuse_padding_fault
 from kdrl_core.models.loading import free_cached_memory, load_weights_into
 from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.types import FinishReason, Rollout, RolloutRequest, ScoreRequest
 
 _COMPACT_BELOW = 0.75
 """The batch is compacted once fewer than this share of its rows still generate, since copying the cache has a cost."""
-_logger = logging.getLogger("kdrl")
 
 
 class TransformersRolloutEngine:
@@ -62,7 +58,8 @@ class TransformersRolloutEngine:
         self._num_tokens = num_token_ids(tokenizer)
         refuse_padding_fault(model)
         use_float32_logits(model)
-        self._cache_method = _usable_cache(model)
+        share_key_values(model)
+        self._cache_method = usable_cache(model)
 
     def load_weights(self, checkpoint_dir: Path) -> None:
         load_weights_into(self._model, checkpoint_dir)
@@ -94,7 +91,7 @@ class TransformersRolloutEngine:
     ) -> list[Rollout]:
         device = self._model.device
         prompts = [request.prompt_token_ids for request in requests]
-        decoding = _Decoding(self._model, prompts, limit=limit, cache_method=self._cache_method)
+        decoding = Decoding(self._model, prompts, limit=limit, cache_method=self._cache_method)
         draws = torch.from_numpy(np.stack([uniforms(request.seed, limit) for request in requests])).to(device)
         tokens = torch.zeros(len(requests), limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(requests), limit, device=device)
@@ -172,92 +169,6 @@ class TransformersRolloutEngine:
             chosen = torch.searchsorted(distribution, (draws * distribution[:, -1])[:, None], right=True).squeeze(1)
             chosen = chosen.clamp(max=distribution.shape[1] - 1)
         return chosen, log_probabilities.gather(-1, chosen[:, None]).squeeze(1)
-
-
-class _Decoding:
-    """Rows of one batch: each starts with a prompt and gets one token per `append`.
-
-    Args:
-        limit: most tokens that a row will get.
-        cache_method: takes rows of the model's cache, from `_usable_cache`; None: work without a cache.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, limit: int, cache_method: str | None
-    ) -> None:
-        self._model = model
-        self._cache = None if cache_method is None else DynamicCache(config=model.config)
-        self._take_rows = None if cache_method is None else getattr(self._cache, cache_method)
-        distinct = {tuple(prompt): row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        self._width = width = max(map(len, distinct))
-        ids = [[0] * (width - len(prompt)) + list(prompt) + [0] * limit for prompt in distinct]
-        self._ids = torch.tensor(ids, device=model.device)  # [rows, width + tokens to come]
-        self._padding = torch.tensor([[width - len(prompt)] for prompt in distinct], device=model.device)
-        self._mask = (torch.arange(width + limit, device=model.device) >= self._padding).long()
-        self.logits = self._forward(width)
-        """[rows, V] of each row's next token."""
-        source = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=model.device)
-        self.logits = self.logits[source]
-        self.keep(source)
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch. `append` comes next."""
-        if self._take_rows is not None:
-            self._take_rows(rows)
-        self._ids, self._padding, self._mask = self._ids[rows], self._padding[rows], self._mask[rows]
-
-    def append(self, tokens: Tensor) -> None:
-        """Append one token to each row and compute the logits of the next."""
-        self._ids[:, self._width] = tokens
-        self._width += 1
-        self.logits = self._forward(self._width if self._cache is None else 1)
-
-    def _forward(self, num_tokens: int) -> Tensor:
-        """[rows, V] logits of the last position. The model gets the last `num_tokens` tokens of each row."""
-        new = slice(self._width - num_tokens, self._width)
-        positions = torch.arange(new.start, new.stop, device=self._ids.device) - self._padding
-        output = forward(
-            self._model,
-            input_ids=self._ids[:, new],
-            attention_mask=self._mask[:, : self._width],
-            position_ids=positions.clamp(min=0),
-            use_cache=self._cache is not None,
-            logits_to_keep=1,
-            **({} if self._cache is None else {"past_key_values": self._cache}),
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-
-@torch.inference_mode()
-def _usable_cache(model: PreTrainedModel) -> str | None:
-    """The method that takes rows of the model's cache, if the model gives the same logits with the cache, whose rows
-    are repeated, dropped and reordered, as without; tried on a few tokens. Else None, with a warning in the log.
-    """
-    try:
-        fine = agree(_tried(model, "reorder_cache"), _tried(model, None), dtype=model.dtype)
-        reason = "gives other logits with the cache than without"
-    except Exception as error:  # a cache of another kind fails in its own way
-        fine, reason = False, f"has no cache that rows can be taken from ({' '.join(str(error).split())[:100]})"
-    if fine:  # recurrent states can only be reordered
-        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-        return "batch_select_indices" if kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else "reorder_cache"
-    _logger.warning(
-        "%s %s; every token is computed from the whole sequence, which is slower", type(model).__name__, reason
-    )
-    return None
-
-
-def _tried(model: PreTrainedModel, cache_method: str | None) -> Tensor:
-    """Logits of every step of a small batch."""
-    ids = probe_ids(model)
-    decoding = _Decoding(model, [ids[1:3], ids[2:6]], limit=2, cache_method=cache_method)
-    found = [decoding.logits]
-    for rows, tokens in (([1, 0, 1], ids[6:9]), ([2, 1], ids[9:11])):
-        decoding.keep(torch.tensor(rows, device=model.device))
-        decoding.append(torch.tensor(tokens, device=model.device))
-        found.append(decoding.logits)
-    return torch.cat(found)
 
 
 class TransformersScorer:

@@ -12,6 +12,7 @@ import torch
 from parity.conftest import dense_log_probabilities, dense_logprobs, largest_gap
 from transformers import DynamicCache
 
+from kdrl_core.engines.decoding import Decoding, share_key_values
 from kdrl_core.engines.transformers_engines import TransformersRolloutEngine
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger import derive_seed
@@ -245,3 +246,29 @@ def test_dense_reference_is_a_distribution(student: Any, rollouts: list[Rollout]
     with torch.no_grad():
         table = dense_log_probabilities(student, rollouts[0], 0.6)
     assert table.exp().sum(-1).tolist() == pytest.approx([1.0] * len(rollouts[0].token_ids), abs=1e-5)
+
+
+@torch.inference_mode()
+def test_a_cache_with_room_and_shared_heads_changes_no_bit(student_dir: Path, monkeypatch: Any) -> None:
+    """Rows leave in the middle, and the cache outgrows its memory twice. transformers' own beside it."""
+    model = load_model(student_dir)
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+
+    def logits_of_all_steps() -> list[torch.Tensor]:
+        decoding = Decoding(model, [[5, 6, 7], [8, 9, 10, 11, 12]], limit=150, cache_method="batch_select_indices")
+        found = [decoding.logits]
+        for step in range(149):
+            chosen = decoding.logits.argmax(-1)
+            if step in (20, 90):
+                rows = torch.tensor([0, 1, 0] if step == 20 else [2, 1])
+                decoding.keep(rows)
+                chosen = chosen[rows]
+            decoding.append(chosen)
+            found.append(decoding.logits)
+        return found
+
+    share_key_values(model)
+    fast = logits_of_all_steps()
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr("kdrl_core.engines.decoding._roomy_cache", lambda model: DynamicCache(config=model.config))
+    assert all(map(torch.equal, fast, logits_of_all_steps()))
