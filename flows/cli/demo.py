@@ -144,7 +144,7 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
         server = processes.start("server", command, cwd=prefect_home())  # where no settings of others lie
         _wait_until_healthy(server, processes, port)
         _console.say("deployments      kdrl deploy")
-        processes.call("deploy", [sys.executable, "-m", "flows.cli", "deploy", "--pool", POOL])
+        processes.call("deploy", [sys.executable, "-P", "-m", "flows.cli", "deploy", "--pool", POOL])
         processes.start("worker", [prefect, "worker", "start", "--pool", POOL])
         command = [prefect, "deployment", "run", "kdrl/full-pipeline", "--watch", "-p", f"recipe={recipe}"]
         command += ["-p", f"run_name={run_name}", "-p", f"overrides={json.dumps(overrides)}"]
