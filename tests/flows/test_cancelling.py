@@ -90,7 +90,7 @@ def test_a_cancelled_run_stops_and_is_cancelled(
 
 @pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool) -> None:
-    """Prefect hears of the cells' end, also if they had no time to tell. A package `flows` of the folder is not kdrl's."""
+    """Prefect hears of the cells' end, also if they had no time to tell. The folder's own `flows` is not kdrl's."""
     name = "killed" if is_killed else "s"  # the server has the flow runs of both
     (artifacts / "flows").mkdir(parents=True)
     (artifacts / "flows" / "__init__.py").write_text("raise ImportError('not kdrl')")
