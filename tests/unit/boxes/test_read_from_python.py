@@ -103,6 +103,11 @@ def test_rollouts_are_the_files_of_their_steps_joined(finished: Run) -> None:
     assert len(run.rollouts()) == 16 * (2 + 4)
     assert not {"token_ids", "logprobs"} & set(run.rollouts(steps=0))
     assert run.rollouts(steps=range(1, 99), columns="stage")["stage"].tolist() == ["stage1"] * 16 + ["stage2"] * 48
+    sums = run.sql("select sum(length) as tokens, 0.5 as half, max(seed) as seed from rollouts")
+    assert sums.dtypes.astype(str).tolist() == ["float64", "float64", "uint64"]  # DuckDB's are decimals
+    all_rows = run.rollouts()
+    assert (sums["tokens"][0], sums["half"][0]) == (all_rows["length"].sum(), 0.5)
+    assert sums["seed"][0] == all_rows["seed"].max()
 
 
 def test_metrics_and_accuracy_are_those_of_the_files(finished: Run) -> None:
@@ -186,6 +191,8 @@ def test_an_unfinished_run_says_what_it_has(small: Run) -> None:
             r"no stage 'stge2', did you mean 'stage2'\?; it has stage1, stage2",
         ),
         (lambda run: run.prompts("stage'"), RunError, "no stage"),
+        (lambda run: run.rollouts(range(2)), RunError, r"no stage range\(0, 2\); it has stage1, stage2"),
+        (lambda run: run.rollouts(columns=[3]), DataError, "no column 3; there are run, stage"),
         (lambda run: run.rollouts(columns=["rewrd"]), DataError, r"no column 'rewrd', did you mean 'reward'"),
         (lambda run: run.rollouts(steps=7), RunError, r"no rollouts of any stage at steps=7; its steps are 0 to 3"),
         (lambda run: run.rollouts(steps=[-1]), DataError, "step_min must not be negative"),
