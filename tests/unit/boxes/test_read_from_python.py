@@ -139,9 +139,9 @@ def test_metrics_and_accuracy_are_those_of_the_files(finished: Run) -> None:
     assert run.status()["state"] == "finished"
 
 
-def test_the_folder_of_a_stage_is_not_read_as_one_table(finished: Run) -> None:
+def test_the_folder_of_a_stage_or_step_is_not_read_as_one_table(finished: Run) -> None:
     folder = finished.paths.root / "rollouts"
-    for place in (folder, folder / "stage=stage2"):
+    for place in (folder, folder / "stage=stage2", folder / "stage=stage2" / "step=000003"):
         with pytest.raises(ValueError, match=re.escape(SEVERAL_TABLES)):
             pd.read_parquet(place)
     assert len(pd.read_parquet(folder / "stage=stage2" / "step=000001" / "rewards.parquet")) == 16
@@ -151,7 +151,8 @@ def test_a_run_of_an_earlier_version_gets_the_file_when_it_is_resumed(small: Run
     folder = small.paths.root / "rollouts" / "stage=stage2"
     assert not (folder / SEVERAL_TABLES).exists()
     open_stage(small, "stage2")
-    assert b"kdrl.open_run(RUN).rollouts()" in (folder / SEVERAL_TABLES).read_bytes()
+    for place in (folder, folder / "step=000001"):
+        assert b"kdrl.open_run(RUN).rollouts()" in (place / SEVERAL_TABLES).read_bytes()
 
 
 @pytest.mark.usefixtures("artifacts")
