@@ -235,6 +235,8 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     for row in rows:
         started = str(row.get("started") or "")[:16].replace("T", " ")
         shown = {**row, "started": started, "alarms": alarm_mark(row.get("alarms") or [])}
+        if row.get("reward") is not None:
+            shown["reward"] = round(row["reward"], 3)
         lines.append(["" if shown.get(column) is None else str(shown[column]) for column in columns])
     out.print(grid(columns, "L".ljust(len(columns), "l"), lines))
 

@@ -110,6 +110,7 @@ def test_rollouts_are_the_files_of_their_steps_joined(finished: Run) -> None:
     assert sums["seed"][0] == all_rows["seed"].max()
 
 
+@pytest.mark.usefixtures("runs_of")
 def test_metrics_and_accuracy_are_those_of_the_files(finished: Run) -> None:
     run = kdrl.open_run(finished.paths.root)
     metrics = run.metrics()
@@ -137,6 +138,7 @@ def test_metrics_and_accuracy_are_those_of_the_files(finished: Run) -> None:
     assert accuracy.loc["teacher", "step"].isna().all()
     assert run.student == finished.paths.student
     assert run.status()["state"] == "finished"
+    assert kdrl.runs()["reward"].tolist() == [own[-1]["reward/mean"]]
 
 
 def test_the_folder_of_a_stage_or_step_is_not_read_as_one_table(finished: Run) -> None:
