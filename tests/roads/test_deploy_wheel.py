@@ -37,8 +37,6 @@ def test_the_wheel_deploys_itself_and_a_worker_runs_it(unpacked: Path, artifacts
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()
     elsewhere.mkdir()
-    (here / "flows").mkdir()  # as in many a project that uses Prefect
-    (here / "flows" / "__init__.py").write_text("raise ImportError('not kdrl')")
     stack = Stack(artifacts, tmp_path / "logs", folder=here)
     del stack.environment["KDRL_ARTIFACTS"]  # runs lie below the folder in which they were deployed
     stack.environment["PYTHONPATH"] = str(unpacked)
@@ -46,6 +44,8 @@ def test_the_wheel_deploys_itself_and_a_worker_runs_it(unpacked: Path, artifacts
         assert stack.call(sys.executable, "-c", "import flows; print(*flows.__path__)").strip() == str(
             unpacked / "flows"
         )
+        (here / "flows").mkdir()  # as in many a project that uses Prefect
+        (here / "flows" / "__init__.py").write_text("raise ImportError('not kdrl')")
         stack.start_server()
         said = stack.call(KDRL, "deploy")
         assert "work pool    kdrl" in said
