@@ -12,6 +12,7 @@ from typing import Any
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.deployments.steps import set_working_directory
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
@@ -19,7 +20,12 @@ from kdrl_core.errors import RunError
 
 MADE, THERE = "made", "already there"
 _POOL_TYPE = ProcessWorker.type
-_CHDIR = "prefect.deployments.steps.set_working_directory"
+
+
+def work_in(directory: str) -> dict[str, str]:
+    """The pull step of these deployments: Prefect's `set_working_directory`. To find it here, a worker imports the
+    installed `flows` first, so it does not import a package `flows` of that directory in its place."""
+    return set_working_directory(directory)
 
 
 def ensure_pool(client: SyncPrefectClient, name: str) -> str:
@@ -41,7 +47,8 @@ def ensure_pool(client: SyncPrefectClient, name: str) -> str:
 
 
 def load_flow(entrypoint: str) -> Flow[..., Any]:
-    """The flow of an entrypoint of prefect.yaml, like `flows/sweep.py:sweep`."""
+    """The flow of an entrypoint of prefect.yaml, like `flows/sweep.py:sweep`, from the installed package. Prefect's own
+    `import_object` would look for it in the working directory first."""
     module, _, name = module_path(entrypoint).rpartition(".")
     found: Flow[..., Any] = getattr(import_module(module), name)
     return found
@@ -69,7 +76,7 @@ def wanted(declared: dict[str, Any], flow: Flow[..., Any], folder: Path) -> dict
         "enforce_parameter_schema": True,
         "work_pool_name": declared["work_pool"]["name"],
         "work_queue_name": declared["work_pool"]["work_queue_name"],
-        "pull_steps": [{_CHDIR: {"directory": str(folder)}}],
+        "pull_steps": [{f"{__name__}.{work_in.__name__}": {"directory": str(folder)}}],
     }
 
 

@@ -21,7 +21,7 @@ def guard_children() -> None:
     mark = secrets.token_hex(8)
     environment = {name: value for name, value in os.environ.items() if name != _MARK}
     guard = subprocess.Popen(
-        [sys.executable, "-m", "flows.guard", mark],
+        [sys.executable, "-P", "-m", "flows.guard", mark],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

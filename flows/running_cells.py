@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 from httpx import HTTPError
 from prefect import Task
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
@@ -42,7 +43,7 @@ class LocalCell:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.cell", str(self._flow_run.id)],
+                [sys.executable, "-P", "-m", "flows.cell", str(self._flow_run.id)],
                 env={**os.environ, "PREFECT_API_URL": api.rstrip("/"), "PREFECT_LOGGING_LEVEL": "INFO"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -56,7 +57,7 @@ class LocalCell:
             return False
         if self._process.returncode < 0:  # killed: it told Prefect nothing, and left its children behind
             kill_group(self._process.pid)
-            _force(self._flow_run.id, Crashed(message=self.reason()))
+            _end(self._flow_run.id, Crashed(message=self.reason()))
         return True
 
     def reason(self) -> str | None:
@@ -79,7 +80,8 @@ class LocalCell:
         except subprocess.TimeoutExpired:
             kill_group(self._process.pid)
             self._process.wait()
-        _cancel_unless_final(self._flow_run.id)
+        with trying_once():
+            _end(self._flow_run.id, Cancelled(message="stopped with its sweep"))
 
 
 class DeployedCell:
@@ -112,7 +114,8 @@ class DeployedCell:
         return None if self._state is None else self._state.message
 
     def interrupt(self) -> None:
-        _force(self._id, Cancelling())
+        with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
+            client.set_flow_run_state(self._id, Cancelling(), force=True)
 
     def stop(self, deadline: float) -> None:
         """Do nothing: its worker ends it."""
@@ -134,17 +137,13 @@ def _stand_in() -> None:
     """The task that Prefect requires between a flow run and the flow run below it."""
 
 
-def _cancel_unless_final(flow_run_id: UUID) -> None:
-    """For a cell that was ended before it could tell its state."""
-    with suppress(HTTPError, PrefectException), trying_once(), get_client(sync_client=True) as client:
-        state = client.read_flow_run(flow_run_id).state
-        if state is not None and not state.is_final():
-            client.set_flow_run_state(flow_run_id, Cancelled(message="stopped with its sweep"), force=True)
-
-
-def _force(flow_run_id: UUID, state: State[Any]) -> None:
+def _end(flow_run_id: UUID, state: State[Any]) -> None:
+    """Give a cell that was killed, and those of its stages that had begun, this state, unless they told their own."""
+    stages = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
     with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
-        client.set_flow_run_state(flow_run_id, state, force=True)
+        for one in (client.read_flow_run(flow_run_id), *client.read_flow_runs(flow_run_filter=stages)):
+            if one.state is None or not one.state.is_final():
+                client.set_flow_run_state(one.id, state, force=True)
 
 
 def run_cell(flow_run_id: str) -> int:

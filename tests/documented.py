@@ -1,4 +1,4 @@
-"""The commands in the code blocks of docs/*.md."""
+"""The commands and the Python in the code blocks of docs/*.md."""
 
 import re
 import shlex
@@ -7,9 +7,21 @@ from pathlib import Path
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def blocks(page: str) -> list[list[list[str]]]:
-    """The commands of each code block of a page, as words, without comments."""
+def section(page: str, title: str) -> str:
+    """The text of a page below a heading, up to the next one of this level."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def python(page: str, title: str) -> str:
+    """The Python below a heading."""
+    (found,) = re.findall(r"^```python\n(.*?)^```", section(page, title), re.M | re.S)
+    return str(found)
+
+
+def blocks(page: str, title: str | None = None) -> list[list[list[str]]]:
+    """The commands of each code block of a page, or below one of its headings, as words, without comments."""
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8") if title is None else section(page, title)
     found = []
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
         lines = block.replace("\\\n", " ").splitlines()

@@ -1,7 +1,6 @@
 """The command line `kdrl`. Heavy imports wait until a command has checked its input: a bad recipe fails in a second."""
 
 from contextlib import nullcontext
-from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -63,12 +62,12 @@ def run(
     """
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
-    from kdrl_core.ledger import RunPaths, require_free, require_same_recipe, validate_run_name
+    from kdrl_core.ledger import RunPaths, default_run_name, require_free, require_same_recipe, validate_run_name
     from kdrl_core.look.planning.machine import require_runnable
 
     with errors():
         loaded = fetched(load_recipe(recipe, overrides or []))
-        run_name = validate_run_name(name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
+        run_name = validate_run_name(name or default_run_name(loaded.name))
         require_free(RunPaths.of(run_name).lock)
         require_same_recipe(run_name, loaded)
         require_runnable(loaded)
@@ -236,6 +235,8 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
     for row in rows:
         started = str(row.get("started") or "")[:16].replace("T", " ")
         shown = {**row, "started": started, "alarms": alarm_mark(row.get("alarms") or [])}
+        if row.get("reward") is not None:
+            shown["reward"] = round(row["reward"], 3)
         lines.append(["" if shown.get(column) is None else str(shown[column]) for column in columns])
     out.print(grid(columns, "L".ljust(len(columns), "l"), lines))
 

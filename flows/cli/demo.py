@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +26,7 @@ from flows.cli.shared import PlainConsole
 from flows.cli.watch import watching
 from flows.guard import guard_children
 from kdrl_core.errors import KdrlError
-from kdrl_core.ledger import RunPaths, open_run
+from kdrl_core.ledger import RunPaths, default_run_name, open_run
 
 POOL = "kdrl"
 _PROJECT = Path(__file__).parent.parent.parent
@@ -112,7 +111,7 @@ def demo(
 ) -> None:
     """Run the pipeline once through a Prefect server and worker of its own."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    run_name = name or f"demo-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    run_name = name or default_run_name("demo")
     started = time.monotonic()
     try:
         exit_code = _demo(recipe, port, run_name, overrides or [])
@@ -144,7 +143,7 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
         server = processes.start("server", command, cwd=prefect_home())  # where no settings of others lie
         _wait_until_healthy(server, processes, port)
         _console.say("deployments      kdrl deploy")
-        processes.call("deploy", [sys.executable, "-m", "flows.cli", "deploy", "--pool", POOL])
+        processes.call("deploy", [sys.executable, "-P", "-m", "flows.cli", "deploy", "--pool", POOL])
         processes.start("worker", [prefect, "worker", "start", "--pool", POOL])
         command = [prefect, "deployment", "run", "kdrl/full-pipeline", "--watch", "-p", f"recipe={recipe}"]
         command += ["-p", f"run_name={run_name}", "-p", f"overrides={json.dumps(overrides)}"]

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
 
 _ROUNDING = {"rel_tol": 1e-3, "abs_tol": 1e-5}
 SEVERAL_TABLES = "READ-WITH-kdrl.open_run.txt"
-"""Name of the file that keeps pandas and pyarrow from reading the folder of a stage's steps as if it were one table:
-they read every file of a folder, fail at this one, and name it."""
-_SEVERAL_TABLES = b"""The folders beside this file hold several tables, which have different columns: rollouts.parquet,
-rewards.parquet, ...
+"""Name of the file that keeps pandas and pyarrow from reading the folder of a stage's steps, or of one step, as if it
+were one table: they read every file of a folder, fail at this one, and name it."""
+_SEVERAL_TABLES = b"""A step has several tables, which have different columns: rollouts.parquet, rewards.parquet, ...
 
 Read them joined:       import kdrl_core as kdrl; kdrl.open_run(RUN).rollouts()
 Read one of them:       pandas.read_parquet(".../step=000012/rewards.parquet")
@@ -65,11 +65,20 @@ def open_stage(run: Run, stage: str) -> range:
 
 
 def _keep_tables_apart(run: Run, stage: str) -> None:
-    """Write SEVERAL_TABLES where the stage's steps or samples lie, unless it is there."""
+    """Write SEVERAL_TABLES where the stage's steps or samples lie, and link it into the steps, unless it is there."""
     row = SAMPLE_ROLLOUTS if run.recipe.stage(stage).objective == "sft" else ROLLOUTS
     path = (run.paths.root / row.place(stage, 0)).parent.with_name(SEVERAL_TABLES)
     if not path.is_file():
         replace_file(path, _SEVERAL_TABLES)
+    for step in run.paths.begun_steps(stage):
+        _keep_files_apart(run, stage, step)
+
+
+def _keep_files_apart(run: Run, stage: str, step: int) -> None:
+    """Link SEVERAL_TABLES into the folder of a step, unless it is there, or cannot be linked on this file system."""
+    folder = run.paths.step(stage, step)
+    with suppress(OSError):
+        (folder / SEVERAL_TABLES).hardlink_to(folder.with_name(SEVERAL_TABLES))
 
 
 def checkpoint_steps(run: Run, stage: str) -> list[int]:
@@ -172,6 +181,7 @@ def end_step(session: "StageSession", update: Box, step: int) -> StepSummary:
     made = make(session, update, step)
     recorded = made.manifest.metadata
     append_metrics(run, stage, step)
+    _keep_files_apart(run, stage, step)
     is_due = is_checkpoint_due(run, stage, step + 1) and not (made.reused and _is_past(session, step + 1))
     if is_due:
         session.save_later(partial(save, session, step + 1))

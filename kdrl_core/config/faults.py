@@ -23,9 +23,9 @@ def explain(error: ValidationError) -> str:
     return "; ".join(faults)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`, did you mean '…'?` with the nearest known word; empty if none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """`, did you mean '…'?` with the nearest known word; empty if none is near, as to what is no text at all."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
     return f", did you mean '{close[0]}'?" if close else ""
 
 

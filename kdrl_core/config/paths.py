@@ -15,6 +15,7 @@ import os
 import re
 import stat
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def validate_run_name(name: str) -> str:
             "starting with a letter or digit and without '..'"
         )
     return name
+
+
+def default_run_name(prefix: str) -> str:
+    """The name of a run that was given none: `prefix` and the local time, like miniature-20260131-134502."""
+    return f"{prefix}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
 
 
 def resolve_path(value: str) -> Path:

@@ -1,6 +1,6 @@
 """The ledger: where a run's files lie, how they are published, and which seeds they are made with."""
 
-from kdrl_core.config.paths import artifacts_root, validate_run_name
+from kdrl_core.config.paths import artifacts_root, default_run_name, validate_run_name
 from kdrl_core.ledger.graph import checkpoint_label, checkpoint_step
 from kdrl_core.ledger.heal import find_intact, find_own, required_sha256, verify_own
 from kdrl_core.ledger.identity import Outside
@@ -49,7 +49,7 @@ from kdrl_core.ledger.run import (
 
 __all__ = [
     "ConstantFiles", "Listing", "Manifest", "Outside", "Run", "RunPaths", "adopt_published", "adopted",
-    "artifacts_root", "checkpoint_label", "checkpoint_step", "create_run", "derive_seed", "digest",
+    "artifacts_root", "checkpoint_label", "checkpoint_step", "create_run", "default_run_name", "derive_seed", "digest",
     "find_intact", "find_own", "holds_lock", "is_current", "is_published", "list_runs", "listing", "lock_holder",
     "manifest_of", "model_identity", "note", "open_run", "open_run_dir", "outside_of", "prompts_of_step",
     "publish_directory", "publish_file", "published_below", "record_adoption", "replace_file", "require_free",

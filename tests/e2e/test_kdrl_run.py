@@ -13,6 +13,7 @@ def test_failure_inside_the_flow_is_one_line(
     artifacts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(MARK, str(artifacts))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in a notebook
     with pytest.raises(
         RunError, match=r"^stage1: 2 problems are left after filtering, fewer than prompts_per_step=4; .*run\.log"
     ):
@@ -21,4 +22,5 @@ def test_failure_inside_the_flow_is_one_line(
     assert "run small: starting" in said
     assert "error: stage1: 2 problems are left after filtering, fewer than prompts_per_step=4" in said
     assert "Traceback" not in said
+    assert "\x1b" not in said
     assert left_behind(str(artifacts)) == []

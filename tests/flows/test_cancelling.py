@@ -16,12 +16,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Running
 from support import TINY
 
 from flows import stopping
 from flows.full_pipeline import full_pipeline
-from flows.running_cells import LocalCell
+from flows.running_cells import LocalCell, _end
 from flows.sweep import Cells, sweep
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.stage import checkpoint_steps
@@ -90,8 +90,11 @@ def test_a_cancelled_run_stops_and_is_cancelled(
 
 @pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool) -> None:
-    """Prefect hears of the cells' end, also if they had no time to tell."""
+    """Prefect hears of the cells' end, also if they had no time to tell. The folder's own `flows` is not kdrl's."""
     name = "killed" if is_killed else "s"  # the server has the flow runs of both
+    (artifacts / "flows").mkdir(parents=True)
+    (artifacts / "flows" / "__init__.py").write_text("raise ImportError('not kdrl')")
+    monkeypatch.chdir(artifacts)
     if is_killed:
         monkeypatch.setattr(LocalCell, "interrupt", lambda cell: cell._process.kill())
     original = stopping.stop_if_cancelled
@@ -107,7 +110,27 @@ def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.
     told = f"Cancelled: cancelled in Prefect; go on with: kdrl sweep run {name}"
     assert _states(f"sweep-{name}") == {f"sweep-{name}": told}
     (cell,) = artifacts.glob(f"runs/{name}-*")
-    assert _states(cell.name)[cell.name].startswith("Cancelled: stopped with its sweep" if is_killed else "Cancelled: ")
+    states = _states(cell.name, f"{cell.name}-stage1")
+    assert len(states) == 2
+    for state in states.values():
+        assert state.startswith("Cancelled: stopped with its sweep" if is_killed else "Cancelled: ")
+
+
+def test_the_stages_of_a_killed_cell_end_with_it() -> None:
+    with get_client(sync_client=True) as client:
+        cell = client.create_flow_run(full_pipeline, name="ended", parameters={}, state=Running())
+        for stage, state in (("stage1", Completed(message="done")), ("stage2", Running())):
+            task = client.create_task_run(boxes.evaluate, flow_run_id=cell.id, dynamic_key=stage)
+            client.create_flow_run(
+                full_pipeline, name=f"ended-{stage}", parameters={}, state=state, parent_task_run_id=task.id
+            )
+    _end(cell.id, Crashed(message="out of memory"))
+    crashed = "Crashed: out of memory"
+    assert _states("ended", "ended-stage1", "ended-stage2") == {
+        "ended": crashed,
+        "ended-stage1": "Completed: done",
+        "ended-stage2": crashed,
+    }
 
 
 def test_cells_that_do_not_end_are_killed_at_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +138,7 @@ def test_cells_that_do_not_end_are_killed_at_one_deadline(monkeypatch: pytest.Mo
     begun: list[float] = []
     monkeypatch.setattr("flows.sweep.end_in_order", lambda: begun.append(time.monotonic()))
     monkeypatch.setattr("flows.sweep.STOP_TIMEOUT_S", 0.6)
-    monkeypatch.setattr("flows.running_cells._cancel_unless_final", lambda flow_run_id: None)
+    monkeypatch.setattr("flows.running_cells._end", lambda flow_run_id, state: None)
     sweeps_cells, frozen = object.__new__(Cells), [object.__new__(LocalCell) for _ in range(3)]
     for cell in frozen:
         cell._process = subprocess.Popen(["sleep", "60"], start_new_session=True)

@@ -116,7 +116,7 @@ def test_it_makes_what_is_missing_and_leaves_the_rest(tmp_path: Path, monkeypatc
     assert "working_dir" in pool.base_job_template["variables"]["properties"]
     assert (sweep.entrypoint, sweep.parameters) == ("flows.sweep.sweep", {"source": "table1"})
     assert (sweep.work_pool_name, sweep.work_queue_name) == ("mine", "default")
-    assert sweep.pull_steps == [{"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path)}}]
+    assert sweep.pull_steps == [{"flows.deployments.work_in": {"directory": str(tmp_path)}}]
     assert sweep.parameter_openapi_schema["properties"]["workers"]["type"] == "integer"
 
     again = deploy("--pool", "mine")

@@ -44,6 +44,8 @@ def test_the_wheel_deploys_itself_and_a_worker_runs_it(unpacked: Path, artifacts
         assert stack.call(sys.executable, "-c", "import flows; print(*flows.__path__)").strip() == str(
             unpacked / "flows"
         )
+        (here / "flows").mkdir()  # as in many a project that uses Prefect
+        (here / "flows" / "__init__.py").write_text("raise ImportError('not kdrl')")
         stack.start_server()
         said = stack.call(KDRL, "deploy")
         assert "work pool    kdrl" in said

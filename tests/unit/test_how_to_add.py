@@ -1,28 +1,32 @@
-"""What docs/architecture.md answers under "How do I add", done once for an objective, a rollout engine, a reward
-and a command.
+"""docs/extending.md as it stands; and what docs/architecture.md answers under "How do I add", done once for an
+objective, a reward and a command.
 
-An estimator is added in boxes/test_steps_estimator.py, an artifact with its box and task in boxes/test_make.py.
+An artifact with its box and task is added in boxes/test_make.py.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from crash.tiny_run import open_tiny, rows, train
+from documented import blocks, python, settings
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.cli.shared import errors, out
 from kdrl_core.boxes import builders
+from kdrl_core.config import TrackingConfig, resolve_path
 from kdrl_core.engines.from_recipe import rollout_engine
-from kdrl_core.engines.protocols import OnFinished, RolloutEngine
+from kdrl_core.look.tracking import clients, close_tracking, track
 from kdrl_core.objectives.kinds import OBJECTIVES, ObjectiveKind
-from kdrl_core.types import Rollout, RolloutRequest
+from kdrl_core.tables.files import load_metrics
 
 ONE_STAGE = ["stage1=null", "stage2.steps=2"]
 
@@ -41,44 +45,54 @@ def test_an_objective_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert run.paths.checkpoint("stage2", 2).is_dir()
 
 
-class Counting:
-    """A rollout engine around another one, which counts what it was asked for."""
-
-    def __init__(self, inner: RolloutEngine) -> None:
-        self.inner, self.asked = inner, 0
-
-    def generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        *,
-        on_finished: OnFinished | None = None,
-        max_response_tokens: int | None = None,
-    ) -> list[Rollout]:
-        self.asked += len(requests)
-        return self.inner.generate(requests, on_finished=on_finished, max_response_tokens=max_response_tokens)
-
-    def load_weights(self, checkpoint_dir: Path) -> None:
-        self.inner.load_weights(checkpoint_dir)
-
-    def sleep(self) -> None:
-        self.inner.sleep()
-
-    def close(self) -> None:
-        self.inner.close()
+@pytest.mark.usefixtures("fast_sessions", "own_estimators")
+def test_an_estimator_data_and_a_teacher_are_named_in_the_recipe(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_kl.py").write_text(python("extending", "An estimator of the KL"))
+    exec(python("extending", "Data"), {})  # noqa: S102 (our own page)
+    shutil.copytree(resolve_path("builtin:miniature/teacher"), resolve_path("run:first"))
+    sections = [blocks("extending", title) for title in ("An estimator of the KL", "Data", "A teacher")]
+    named = [setting for found in sections for block in found for words in block for setting in settings(words)]
+    assert len(named) == 6
+    run = open_tiny(artifacts, "r", [*ONE_STAGE, "stage2.steps=1", *named])
+    train(run)
+    student, teacher = rows(run.paths.update("stage2", 0)), rows(run.paths.teacher("stage2", 0))
+    for row, scored in zip(student, teacher, strict=True):
+        log_ratio = np.array(scored["teacher_logprobs"]) - np.array(row["logprobs"])
+        assert row["kl_sum"] == pytest.approx((0.5 * log_ratio**2).sum(), rel=1e-4)
+    asked = {(row["prompt"], row["ground_truth"]) for row in rows(run.paths.rollouts("stage2", 0))}
+    assert asked < {(f"<|user|>{a}+{a + 1}<|assistant|>", str(2 * a + 1)) for a in range(5)}
+    manifest = json.loads(run.paths.manifest.read_text())
+    assert manifest["outside"].keys() >= {"stage2.kl_estimator", "teacher.path"}
 
 
 @pytest.mark.usefixtures("fast_sessions")
-def test_an_engine_is_a_class_that_the_session_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Counting] = []
+def test_an_engine_and_a_tracker_are_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    page: dict[str, Any] = {"Tracker": clients.Tracker}
+    for title in ("An engine", "A tracker"):
+        exec(python("extending", title), page)  # noqa: S102 (our own page)
 
-    def counting(*arguments: Any, **options: Any) -> Counting:
-        made.append(Counting(rollout_engine(*arguments, **options)))
+    def counting(*arguments: Any, **options: Any) -> Any:
+        made.append(page["Counting"](rollout_engine(*arguments, **options)))
         return made[-1]
 
     monkeypatch.setattr(builders, "rollout_engine", counting)
     run = open_tiny(tmp_path, "r", ONE_STAGE)
     train(run)
     assert [engine.asked for engine in made] == [2 * 4 * 4]  # steps × prompts × responses
+
+    monkeypatch.setitem(clients.CLIENTS, "lines", page["Lines"])  # type: ignore[misc]
+    config = TrackingConfig.model_construct(trackers=["lines"])  # type: ignore[list-item]
+    tracked = replace(run, recipe=run.recipe.model_copy(update={"tracking": config}))
+    for _ in range(2):  # the second finds nothing to send
+        track(tracked)
+        close_tracking()
+    points = [json.loads(line) for line in (run.paths.tracking / "points.jsonl").read_text().splitlines()]
+    sent = [(point["group"], point["step"], point["reward/mean"]) for point in points]
+    assert sent == [("stage2", row["step"], row["reward/mean"]) for row in load_metrics(run, "stage2")]
 
 
 REWARD = {
@@ -100,6 +114,7 @@ REWARD = {
 """File → lines of it, each followed by what is added behind it."""
 REWARDED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from crash.tiny_run import open_tiny, rows, train
 from kdrl_core.boxes.session import stage_session

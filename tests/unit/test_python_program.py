@@ -21,7 +21,7 @@ Put = Callable[[str], None]
 def put(tmp_path: Path, artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
     """Makes a shell script the program that is started."""
     script = tmp_path / "kdrl"
-    monkeypatch.setattr(program, "_program", lambda: script)
+    monkeypatch.setattr(program, "_PROGRAM", [str(script)])
 
     def put(text: str) -> None:
         script.write_text(f"#!/bin/sh\n{text}\n")

@@ -117,7 +117,7 @@ def watch_child(spec: Path, emit: Emit, *, log: Path, environment: dict[str, str
 
 def _start(spec: Path, log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     """The child, below a guard that ends it if this process is gone. Its stdout is the pipe of events."""
-    child = [sys.executable, "-m", f"{__package__}.child", str(spec)]
+    child = [sys.executable, "-P", "-m", f"{__package__}.child", str(spec)]
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-I", process_guard.__file__, str(os.getpid()), *child],

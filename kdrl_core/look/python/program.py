@@ -7,17 +7,17 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from kdrl_core import process_guard
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import RunError, Stopped
-from kdrl_core.ledger import RunPaths
+from kdrl_core.ledger import RunPaths, default_run_name
 from kdrl_core.look.python.reader import RunReader
 
-_PROGRAM = "kdrl"
+_PROGRAM = (sys.executable, "-P", "-m", "flows.cli")
+"""`kdrl`, wherever its script lies, and whatever package `flows` the working directory has."""
 _INTERRUPTED = 130
 _ERROR = "error: "
 """How the program begins the line that says why it failed."""
@@ -51,9 +51,9 @@ def run(
     """
     changes = _as_texts(overrides)
     loaded = load_recipe(recipe, changes)
-    run_name = name or f"{loaded.name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    run_name = name or default_run_name(loaded.name)
     root = RunPaths.of(run_name).root
-    command = [str(_program()), "run", "--recipe", str(recipe), "--name", run_name]
+    command = [*_PROGRAM, "run", "--recipe", str(recipe), "--name", run_name]
     code, said, is_interrupted = _follow([*command, *(part for text in changes for part in ("--set", text))])
     if is_interrupted:
         raise KeyboardInterrupt
@@ -71,14 +71,6 @@ def _as_texts(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
     return [overrides] if isinstance(overrides, str) else list(overrides)
 
 
-def _program() -> Path:
-    """The program `kdrl` of this Python's environment. Raises RunError if it is not installed there."""
-    program = Path(sys.executable).with_name(_PROGRAM)
-    if not program.is_file():
-        raise RunError(f"{program} does not exist: install kdrl into this Python's environment (pip install -e .)")
-    return program
-
-
 def _follow(command: list[str]) -> tuple[int, str, bool]:
     """Run a command and show what it says on stderr. A guard ends it if this process dies.
 
@@ -92,6 +84,7 @@ def _follow(command: list[str]) -> tuple[int, str, bool]:
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
+        env=None if shown else {**os.environ, "TTY_COMPATIBLE": "0"},  # plain lines: notebooks set FORCE_COLOR
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
     )
     said, is_interrupted = "", False

@@ -151,10 +151,15 @@ class RunReader:
         return self.sql(f"select * from prompts {condition} order by stage, prompt_id")  # noqa: S608 (quoted)
 
     def sql(self, query: str) -> pd.DataFrame:
-        """The result of DuckDB's SQL over the views `rollouts`, `steps` and `prompts` (docs/inspecting.md). Raises
-        DataError if the query is not one SELECT, or DuckDB refuses it."""
+        """The result of DuckDB's SQL over the views `rollouts`, `steps` and `prompts` (docs/inspecting.md). DECIMAL and
+        HUGEINT, of which sums of whole numbers are, become float64. Raises DataError if the query is not one SELECT, or
+        DuckDB refuses it."""
         with self._store() as store:
-            return store.sql(query).to_pandas()
+            table = store.sql(query)
+        for place, (name, kind) in enumerate(zip(table.schema.names, table.schema.types, strict=True)):
+            if pa.types.is_decimal(kind):  # pandas would make objects of it
+                table = table.set_column(place, name, table[place].cast(pa.float64()))
+        return table.to_pandas()
 
     def accuracy(self) -> pd.DataFrame:
         """One row per evaluated model and benchmark, in [0, 1]: the student before training (`base`), its checkpoints,

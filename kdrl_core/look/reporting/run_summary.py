@@ -14,7 +14,7 @@ from kdrl_core.boxes.shards import num_shards, remaining_shards
 from kdrl_core.boxes.stage import checkpoint_steps
 from kdrl_core.errors import KdrlError, visible
 from kdrl_core.evaluation.results import read_results
-from kdrl_core.ledger import Run, adopted, is_published, lock_holder, manifest_of, open_run
+from kdrl_core.ledger import Run, adopted, artifacts_root, is_published, lock_holder, manifest_of, open_run
 from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.ledger.lock import last_error
 from kdrl_core.tables.files import LOOKED_AT, load_metrics, read_table
@@ -220,9 +220,10 @@ def named_status(name: str) -> dict[str, Any]:
     try:
         return run_status(open_run(name))
     except KdrlError as error:
-        return {"run": name, "state": f"unusable: {error}"}
+        fault = str(error)
     except Exception as error:  # a damaged or foreign file can make its reader fail in any way
-        return {"run": name, "state": f"unusable: {type(error).__name__}: {visible(' '.join(str(error).split()))}"}
+        fault = f"{type(error).__name__}: {visible(' '.join(str(error).split()))}"
+    return {"run": name, "state": f"unusable: {fault}", "path": str(artifacts_root() / "runs" / name)}
 
 
 def run_status(run: Run) -> dict[str, Any]:
@@ -231,7 +232,6 @@ def run_status(run: Run) -> dict[str, Any]:
     rows = {stage: load_metrics(run, stage) for stage in run.recipe.stages}
     steps = {stage: found[-1]["step"] + 1 if found else 0 for stage, found in rows.items()}
     last = next((rows[stage][-1] for stage in reversed(run.recipe.stages) if rows[stage]), {})
-    reward = last.get("reward/mean")
     if is_finished(run):
         state = "finished"
     elif holder is not None:
@@ -244,7 +244,7 @@ def run_status(run: Run) -> dict[str, Any]:
         "recipe": run.recipe.name,
         "state": state,
         "progress": ", ".join(_stage_progress(run, stage, done) for stage, done in steps.items()),
-        "reward": None if reward is None else round(reward, 3),
+        "reward": last.get("reward/mean"),
         "alarms": [asdict(alarm) for alarm in alarms_of(run)],
         "started": run.started_at,
         "last_error": None if state == "finished" or holder else last_error(run.paths.root),

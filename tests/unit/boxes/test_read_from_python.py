@@ -103,8 +103,14 @@ def test_rollouts_are_the_files_of_their_steps_joined(finished: Run) -> None:
     assert len(run.rollouts()) == 16 * (2 + 4)
     assert not {"token_ids", "logprobs"} & set(run.rollouts(steps=0))
     assert run.rollouts(steps=range(1, 99), columns="stage")["stage"].tolist() == ["stage1"] * 16 + ["stage2"] * 48
+    sums = run.sql("select sum(length) as tokens, 0.5 as half, max(seed) as seed from rollouts")
+    assert sums.dtypes.astype(str).tolist() == ["float64", "float64", "uint64"]  # DuckDB's are decimals
+    all_rows = run.rollouts()
+    assert (sums["tokens"][0], sums["half"][0]) == (all_rows["length"].sum(), 0.5)
+    assert sums["seed"][0] == all_rows["seed"].max()
 
 
+@pytest.mark.usefixtures("runs_of")
 def test_metrics_and_accuracy_are_those_of_the_files(finished: Run) -> None:
     run = kdrl.open_run(finished.paths.root)
     metrics = run.metrics()
@@ -132,11 +138,12 @@ def test_metrics_and_accuracy_are_those_of_the_files(finished: Run) -> None:
     assert accuracy.loc["teacher", "step"].isna().all()
     assert run.student == finished.paths.student
     assert run.status()["state"] == "finished"
+    assert kdrl.runs()["reward"].tolist() == [own[-1]["reward/mean"]]
 
 
-def test_the_folder_of_a_stage_is_not_read_as_one_table(finished: Run) -> None:
+def test_the_folder_of_a_stage_or_step_is_not_read_as_one_table(finished: Run) -> None:
     folder = finished.paths.root / "rollouts"
-    for place in (folder, folder / "stage=stage2"):
+    for place in (folder, folder / "stage=stage2", folder / "stage=stage2" / "step=000003"):
         with pytest.raises(ValueError, match=re.escape(SEVERAL_TABLES)):
             pd.read_parquet(place)
     assert len(pd.read_parquet(folder / "stage=stage2" / "step=000001" / "rewards.parquet")) == 16
@@ -146,7 +153,8 @@ def test_a_run_of_an_earlier_version_gets_the_file_when_it_is_resumed(small: Run
     folder = small.paths.root / "rollouts" / "stage=stage2"
     assert not (folder / SEVERAL_TABLES).exists()
     open_stage(small, "stage2")
-    assert b"kdrl.open_run(RUN).rollouts()" in (folder / SEVERAL_TABLES).read_bytes()
+    for place in (folder, folder / "step=000001"):
+        assert b"kdrl.open_run(RUN).rollouts()" in (place / SEVERAL_TABLES).read_bytes()
 
 
 @pytest.mark.usefixtures("artifacts")
@@ -186,6 +194,8 @@ def test_an_unfinished_run_says_what_it_has(small: Run) -> None:
             r"no stage 'stge2', did you mean 'stage2'\?; it has stage1, stage2",
         ),
         (lambda run: run.prompts("stage'"), RunError, "no stage"),
+        (lambda run: run.rollouts(range(2)), RunError, r"no stage range\(0, 2\); it has stage1, stage2"),
+        (lambda run: run.rollouts(columns=[3]), DataError, "no column 3; there are run, stage"),
         (lambda run: run.rollouts(columns=["rewrd"]), DataError, r"no column 'rewrd', did you mean 'reward'"),
         (lambda run: run.rollouts(steps=7), RunError, r"no rollouts of any stage at steps=7; its steps are 0 to 3"),
         (lambda run: run.rollouts(steps=[-1]), DataError, "step_min must not be negative"),

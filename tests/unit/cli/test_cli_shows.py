@@ -72,6 +72,7 @@ def test_status_of_runs_that_have_not_begun_and_one_that_cannot_be_opened(cli: C
     assert rows["good"]["state"] == "stopped; kdrl resume good"
     assert rows["good"]["progress"] == "stage1 0/20, stage2 0/40"
     assert rows["broken"]["state"].startswith("unusable: recipe ")
+    assert rows["broken"]["path"] == str(broken.paths.root)
 
 
 @pytest.mark.parametrize("command", OPTIONS)
