@@ -22,6 +22,7 @@ from kdrl_core.models.loading import check_device, check_model_dir, compare_toke
 from kdrl_core.models.tokenizer import check_embedding, vocabulary_of
 from kdrl_core.models.weights import compare_architecture, other_kind, stored_weights
 from kdrl_core.objectives.plugins import is_reference, parse_reference
+from kdrl_core.rewards.pool import check_functions
 
 _logger = logging.getLogger("kdrl")
 
@@ -56,6 +57,7 @@ def check_inputs(recipe: Recipe) -> None:
     for benchmark in recipe.evaluation.benchmarks:
         load_benchmark(benchmark)
     check_estimators(recipe)
+    check_rewards(recipe)
     check_device(recipe)
     check_trainer(recipe)
     check_devices(recipe)
@@ -97,6 +99,14 @@ def check_estimators(recipe: Recipe) -> None:
                     parse_reference(name).check()
                 except RecipeError as error:
                     raise RecipeError(f"recipe {recipe.name}, field '{stage}.{field}': {error}") from error
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Raise RecipeError if a function of the reward cannot be used. Users' code is imported, in a worker that ends."""
+    try:
+        check_functions(recipe.reward, recipe.verification)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {recipe.name}, {error}") from error
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -28,6 +28,7 @@ from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, holds_lock, is_published, note, open_run_dir, settle_outside, verify_published
 from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.objectives.plugins import expect_code
+from kdrl_core.rewards.judge import Judge
 from kdrl_core.tables.files import read_table
 from kdrl_core.training.protocols import Trainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
@@ -57,10 +58,12 @@ class StageSession:
         self._dataset: pa.Table | None = None
         self._scorers: dict[str, TeacherScorer] = {}
         self._verifier: Verifier | None = None
+        self._judge: Judge | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
         self._verdict_options: VerdictOptions | None = None
         self.alarm_rules = run.recipe.alarms.rules
-        expect_code(code_sources(settle_outside(run), run.recipe))
+        self._code = code_sources(settle_outside(run), run.recipe)
+        expect_code(self._code)
         torch.set_num_threads(run.recipe.runtime.num_threads)
         policy = intact_initial_policy(run, stage)
         self.tokenizer = load_tokenizer(
@@ -241,6 +244,15 @@ class StageSession:
                 self._verifier = Verifier(**self.run.recipe.verification.pool_options)
             return self._verifier
 
+    @property
+    def judge(self) -> Judge | None:
+        """What judges responses where the recipe's reward has functions; else None, and the verifier alone does."""
+        recipe = self.run.recipe
+        with self._lock:
+            if self._judge is None and recipe.reward.functions:
+                self._judge = Judge(recipe.reward, recipe.verification, self.verifier, self._code)
+            return self._judge
+
     def work_ahead(self, rollouts: Sequence[Rollout]) -> None:
         """Let the verifier and the teacher's servers start on responses to problems of the pool."""
         if not rollouts:
@@ -249,6 +261,8 @@ class StageSession:
         if isinstance(scorer, HTTPScorer) and not scorer.sleeps and self.config.scores_teacher:
             asked = [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in rollouts]
             scorer.score_ahead(asked, self.config.topk.k if self.config.needs_topk else 0)
+        if self.judge is not None and not self.judge.uses_math:
+            return
         problems = [self.pool[rollout.prompt_id] for rollout in rollouts]
         self.verifier.verify_ahead(
             [(rollout.text, problem["answer"]) for rollout, problem in zip(rollouts, problems, strict=True)],
@@ -259,7 +273,7 @@ class StageSession:
         """Keyword arguments of `Verifier.verify_batch` for responses to prompts that end like this one."""
         if self._verdict_options is None:  # the chat template ends every prompt in the same way
             recipe = self.run.recipe
-            options = {**recipe.reward.model_dump(), "think_opened": think_opened(prompt, recipe)}
+            options = {**recipe.reward.of_verdicts, "think_opened": think_opened(prompt, recipe)}
             self._verdict_options = cast(VerdictOptions, options)
         return self._verdict_options
 
@@ -273,13 +287,14 @@ class StageSession:
                 except Exception as error:
                     _logger.warning("the checkpoint could not be saved: %s", error)
             self._save = None
-            if self._verifier is not None:
-                self._verifier.close()
+            for judging in (self._judge, self._verifier):
+                if judging is not None:
+                    judging.close()
             if self._trainer is not None:
                 self._trainer.close()
             for engine in self._engines():
                 engine.close()
-            self._verifier = self._trainer = self._sampler = self._teacher_engine = self._dataset = None
+            self._judge = self._verifier = self._trainer = self._sampler = self._teacher_engine = self._dataset = None
             self._scorers.clear()
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
 

@@ -19,6 +19,7 @@ import torch
 from kdrl_core.boxes.make import Made, Product, box, make, report_progress, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.stage import StepSummary, check_replay, end_step, step_facts, update_table
+from kdrl_core.boxes.verdicts import TO_VERIFY, function_metrics, outcomes_of, verdicts_of
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.errors import DataError
@@ -27,13 +28,10 @@ from kdrl_core.ledger.graph import REFERENCE, REWARDS, ROLLOUTS, TEACHER, UPDATE
 from kdrl_core.objectives import Objective, recorded_kl, training_signals
 from kdrl_core.sampling.responses import generate, requests_for, response_metrics, rollouts_table
 from kdrl_core.tables import schemas
-from kdrl_core.tables.files import from_matrices, matrices, ragged, score_requests, verdict_columns
+from kdrl_core.tables.files import from_matrices, matrices, ragged, score_requests
 from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
 from kdrl_core.types import Rollout, RolloutRequest
-from kdrl_core.verify.screening import refuse_failures
 
-TO_VERIFY = ["prompt_id", "sample", "prompt", "response", "ground_truth"]
-"""Columns of ROLLOUTS that a verdict needs."""
 _TO_SCORE = ["prompt_id", "sample", "prompt_token_ids", "token_ids"]
 _TO_TRAIN = [*_TO_SCORE, "rollout_logprobs", "length", "finish_reason", "repetition_rate"]
 _ROWS_AT_ONCE = 32
@@ -96,19 +94,6 @@ def verify(session: StageSession, at: int, rollouts: pa.Table) -> Product:
     return verdicts_of(session, rollouts, where=f"{session.stage} step {at}")
 
 
-def verdicts_of(session: StageSession, rollouts: pa.Table, *, where: str) -> Product:
-    """The REWARDS table of responses. `where` names them in errors."""
-    items = list(zip(rollouts["response"].to_pylist(), rollouts["ground_truth"].to_pylist(), strict=True))
-    hidden_s = session.verifier.hidden_seconds()
-    verdicts = session.verifier.verify_batch(items, **session.verdict_options(rollouts["prompt"][0].as_py()))
-    refuse_failures(verdicts, where, session.run.recipe.verification.max_failed_share)
-    table = pa.Table.from_pydict(
-        {"prompt_id": rollouts["prompt_id"], "sample": rollouts["sample"], **verdict_columns(verdicts)},
-        schema=schemas.REWARDS,
-    )
-    return Product(content=table, facts=timed(hidden_seconds=hidden_s))
-
-
 def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
     run, stage, config = session.run, session.stage, session.config
     if len(session.pool) < config.prompts_per_step:
@@ -169,6 +154,7 @@ def update(
     told = {node.name: manifest.metadata for node, manifest in manifests.items()}
     metrics = {
         **response_metrics(rollouts, rewards),
+        **function_metrics(session.run.recipe.reward, rewards),
         **stats.metrics,
         "beta": batch.objective.beta,
         **_gap(rollouts, stats),
@@ -195,7 +181,10 @@ def _update_batch(
         assert teacher_logprobs is not None  # the recipe has a teacher that scores
         shaping["student_logprobs"], shaping["response_mask"] = _padded(ragged(rollouts["rollout_logprobs"]))
         shaping["teacher_logprobs"] = _padded(teacher_logprobs)[0]
-    advantages, kd_weights = training_signals(objective, torch.tensor(rewards["reward"].to_numpy()), **shaping)
+    outcomes = torch.tensor(outcomes_of(rewards).to_numpy())
+    advantages, kd_weights = training_signals(
+        objective, torch.tensor(rewards["reward"].to_numpy()), outcomes=outcomes, **shaping
+    )
     topk: dict[str, Any] = {}
     if teacher is not None and objective.needs_topk:
         topk = {name: matrices(teacher[name]) for name in ("topk_ids", "topk_logprobs")}

@@ -7,6 +7,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from kdrl_core.config.data import ColumnsConfig, DataFile
 from kdrl_core.config.models import ModelConfig
+from kdrl_core.config.rewards import RewardFunction
 from kdrl_core.config.section import Positive, Section, Share
 from kdrl_core.types import ThinkOpened
 
@@ -23,9 +24,29 @@ _OWN_MODELS = ("base", "teacher", "stage")
 
 
 class RewardConfig(Section):
-    """r = r_format · r_acc (B.1.2); R1-Zero uses r_acc alone."""
+    """r = r_format · r_acc (B.1.2); R1-Zero uses r_acc alone. With `functions`, r is their weighted sum."""
 
     require_format: bool = Field(True, description="multiply by the format reward")
+    functions: list[RewardFunction] = Field(
+        [], description="functions whose weighted sum is the reward; empty: math alone, as in the paper"
+    )
+    success_above: float = Field(
+        0.0, description="with functions: a response with a greater reward is a success (masks, SFT, accuracy, labels)"
+    )
+
+    @property
+    def of_verdicts(self) -> dict[str, Any]:
+        """The fields that a verdict of the verifier depends on."""
+        return self.model_dump(exclude={"functions", "success_above"})
+
+    @model_validator(mode="after")
+    def _different_names(self) -> Self:
+        labels = [function.label for function in self.functions]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two functions are called {twice[0]}; give one of them another `name`")
+        if not self.functions and self.success_above != 0.0:
+            raise ValueError("success_above is for reward.functions; without them a right answer is a success")
+        return self
 
 
 class PromptConfig(Section):

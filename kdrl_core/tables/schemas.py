@@ -64,6 +64,15 @@ REWARDS = pa.schema(
     ]
 )
 
+REWARDS_OF_FUNCTIONS = REWARDS.append(
+    _field(
+        "reward_values",
+        pa.map_(pa.string(), pa.float32()),
+        "with reward.functions: what each returned, by its name; null where it does not apply or failed",
+    )
+)
+"""In it `reward` is their weighted sum, and `accuracy_reward` is 1 where that is above `reward.success_above`."""
+
 UPDATE = pa.schema(
     [
         *_IDS,
