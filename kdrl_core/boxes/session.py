@@ -61,7 +61,7 @@ class StageSession:
         self._judge: Judge | None = None
         self._pool: dict[str, dict[str, Any]] | None = None
         self._verdict_options: VerdictOptions | None = None
-        self.alarm_rules = run.recipe.alarms.rules
+        self.alarm_rules = run.recipe.alarm_rules
         self._code = code_sources(settle_outside(run), run.recipe)
         expect_code(self._code)
         torch.set_num_threads(run.recipe.runtime.num_threads)

@@ -126,6 +126,17 @@ class AlarmsConfig(Section):
         values = {name: getattr(self, name) for name in DEFAULTS}
         return {name: rule for name, rule in values.items() if rule is not None}
 
+    @property
+    def rules_of_functions(self) -> dict[str, AlarmRule]:
+        """As `rules`, for `reward.functions`, whose sum need not lie between 0 and 1, and may be 0 for a success. So by
+        default `no_reward` watches the share of successes, and `format_wrong` is off."""
+        standard, rules = AlarmsConfig(), self.rules
+        if self.format_wrong == standard.format_wrong:
+            rules.pop("format_wrong", None)
+        if "no_reward" in rules and self.no_reward == standard.no_reward:
+            rules["no_reward"] = rules["no_reward"].model_copy(update={"metric": "reward/accuracy"})
+        return rules
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:

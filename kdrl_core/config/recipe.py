@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from kdrl_core.config.alarms import AlarmsConfig
+from kdrl_core.config.alarms import AlarmRule, AlarmsConfig
 from kdrl_core.config.answers import EvaluationConfig, PromptConfig, RewardConfig, VerificationConfig
 from kdrl_core.config.data import DataConfig
 from kdrl_core.config.models import ModelConfig, TeacherConfig
@@ -243,6 +243,11 @@ class Recipe(Section):
         if config is None:
             raise KeyError(name)
         return config
+
+    @property
+    def alarm_rules(self) -> dict[str, AlarmRule]:
+        """The rules of its alarms that are on, by name."""
+        return self.alarms.rules_of_functions if self.reward.functions else self.alarms.rules
 
     @property
     def is_exact(self) -> bool:
