@@ -4,12 +4,13 @@ Alarms change no published result, so every field may change on resume. `kdrl_co
 rules, docs/alarms.md the reasons for the defaults.
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from kdrl_core.config.section import Positive, Section, Share
+from kdrl_core.config.section import Positive, Section, Share, require_one_of
 
 AlarmMetric = Literal[
     "reward/mean", "reward/format", "reward/accuracy", "response/length_mean", "response/length_max",
@@ -20,13 +21,31 @@ AlarmMetric = Literal[
 ]  # fmt: skip
 """Columns of metrics.parquet that a rule may watch. A rule is silent in stages without its metric."""
 
+_OF_FUNCTION = re.compile(r"reward/([A-Za-z_][A-Za-z0-9_-]*)/(?:mean|applies)")
+
+
+def function_of_metric(name: str) -> str | None:
+    """The function of `reward.functions` that a metric is of; None for any other metric."""
+    found = _OF_FUNCTION.fullmatch(name)
+    return found[1] if found is not None else None
+
+
+def _known_metric(name: str) -> str:
+    if function_of_metric(name) is None:
+        require_one_of(name, get_args(AlarmMetric))
+    return name
+
+
+Metric = Annotated[str, AfterValidator(_known_metric)]
+"""An `AlarmMetric`, or `reward/<name>/mean` or `reward/<name>/applies` of one of `reward.functions`."""
+
 Severity = Literal["warning", "critical"]
 
 
 class AlarmRule(Section):
     """Fields of every rule."""
 
-    metric: AlarmMetric = Field(description="column of metrics.parquet")
+    metric: Metric = Field(description="column of metrics.parquet")
     patience: Positive = Field(1, description="steps in a row that must breach the rule; then you are told once")
     severity: Severity = "warning"
     stop: bool = Field(False, description="stop the stage once the step is published; resumable (docs/alarms.md)")
@@ -36,7 +55,7 @@ class ThresholdRule(AlarmRule):
     """The metric is above a number. With `less`, the difference of the two metrics is."""
 
     above: float = Field(description="the metric must be greater")
-    less: AlarmMetric | None = Field(None, description="column of metrics.parquet that is subtracted from the metric")
+    less: Metric | None = Field(None, description="column of metrics.parquet that is subtracted from the metric")
     min_clip_ratio: Share = Field(0.0, description="skip steps in which a smaller share of responses is cut")
 
 

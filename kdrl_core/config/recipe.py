@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from kdrl_core.config.alarms import AlarmRule, AlarmsConfig
+from kdrl_core.config.alarms import AlarmRule, AlarmsConfig, function_of_metric
 from kdrl_core.config.answers import EvaluationConfig, PromptConfig, RewardConfig, VerificationConfig
 from kdrl_core.config.data import DataConfig
 from kdrl_core.config.models import ModelConfig, TeacherConfig
@@ -274,7 +274,19 @@ class Recipe(Section):
                 )
             self._check_server(name)
             self._check_estimators(name)
+        self._check_rules()
         return self
+
+    def _check_rules(self) -> None:
+        """Refuse an alarm on a function that the reward does not have: it would be silent."""
+        known = [function.label for function in self.reward.functions]
+        for name, rule in self.alarms.rules.items():
+            for metric in (rule.metric, getattr(rule, "less", None) or ""):
+                if (of := function_of_metric(metric)) is not None and of not in known:
+                    raise ValueError(
+                        f"alarms.{name}: {metric} is of {of}, which is none of reward.functions "
+                        f"({', '.join(known) or 'there are none'}); correct the name"
+                    )
 
     def _check_estimators(self, name: str) -> None:
         """Refuse estimators that only this process knows, since DeepSpeed's ranks are other processes."""
