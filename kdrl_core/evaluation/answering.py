@@ -40,6 +40,8 @@ def sampler_of_directory(
     """
     check_device(plan.recipe)
     recipe, model = plan.recipe, plan.model
+    verifier = stack.enter_context(Verifier(**recipe.verification.pool_options))
+    judge = open_judge(recipe, verifier, stack)
     tokenizer = load_tokenizer(path, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
     asked = recipe.evaluation.max_context_tokens
     context = min(asked, context_limit(read_config(path)) or asked)
@@ -65,8 +67,6 @@ def sampler_of_directory(
         engine=plan.engine,
     )
     stack.callback(engine.close)
-    verifier = stack.enter_context(Verifier(**recipe.verification.pool_options))
-    judge = open_judge(recipe, verifier, stack)
 
     def sampler_of(benchmark: BenchmarkConfig) -> Sampler:
         rendered = prompts[benchmark.name]

@@ -84,6 +84,11 @@ class Judge:
         """Whether the verifier is asked."""
         return self._math is not None
 
+    def check(self) -> None:
+        """Load the functions now. Raises RecipeError as `FunctionPool.check` does."""
+        if self._pool is not None:
+            self._pool.check()
+
     def close(self) -> None:
         """Stop the workers of the functions."""
         if self._pool is not None:

@@ -112,11 +112,12 @@ class Sampler:
 
 def open_judge(recipe: Recipe, verifier: Verifier, stack: ExitStack) -> Judge | None:
     """What judges by the functions of the recipe's reward, with the users' code as it is now; None without functions.
-    `stack` closes it."""
+    `stack` closes it. Raises RecipeError if a function cannot be used."""
     if not recipe.reward.functions:
         return None
     judge = Judge(recipe.reward, recipe.verification, verifier, code_sources(identify_code(recipe), recipe))
     stack.callback(judge.close)
+    judge.check()
     return judge
 
 
