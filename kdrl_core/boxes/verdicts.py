@@ -35,7 +35,7 @@ def verdicts_of(session: StageSession, rollouts: pa.Table, *, where: str) -> Pro
     else:
         judged = session.judge.judge_batch(_scored(session, rollouts, options), **options)
         verdicts, schema = [one.verdict for one in judged], schemas.REWARDS_OF_FUNCTIONS
-        columns[VALUES] = [list(one.values.items()) for one in judged]
+        columns[VALUES] = [[{"name": name, "value": value} for name, value in one.values.items()] for one in judged]
     refuse_failures(verdicts, where, session.run.recipe.verification.max_failed_share)
     table = pa.Table.from_pydict({**columns, **verdict_columns(verdicts)}, schema=schema)
     return Product(content=table, facts=timed(hidden_seconds=hidden_s))
@@ -73,7 +73,7 @@ def function_metrics(reward: RewardConfig, rewards: pa.Table) -> dict[str, float
     `reward/<name>/applies`, their share."""
     if not reward.functions:
         return {}
-    rows = [dict(row) for row in rewards[VALUES].to_pylist()]
+    rows = [{one["name"]: one["value"] for one in row} for row in rewards[VALUES].to_pylist()]
     metrics = {}
     for function in reward.functions:
         known = [row[function.label] for row in rows if row.get(function.label) is not None]

@@ -67,8 +67,9 @@ REWARDS = pa.schema(
 REWARDS_OF_FUNCTIONS = REWARDS.append(
     _field(
         "reward_values",
-        pa.map_(pa.string(), pa.float32()),
+        pa.list_(pa.struct([("name", pa.string()), ("value", pa.float32())])),  # not every reader knows a map
         "with reward.functions: what each returned, by its name; null where it does not apply or failed",
+        nullable=True,
     )
 )
 """In it `reward` is their weighted sum, and `accuracy_reward` is 1 where that is above `reward.success_above`."""

@@ -11,6 +11,7 @@ from kdrl_core.boxes.evaluate import evaluate_model
 from kdrl_core.boxes.session import close_sessions
 from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, open_run
+from kdrl_core.look.rollouts.query import RolloutStore
 from kdrl_core.tables.files import load_metrics
 
 CODE = '''
@@ -28,6 +29,10 @@ def rewards_of(run: Run, step: int) -> list[dict]:
     return [{**one, **other} for one, other in zip(rollouts, rewards, strict=True)]
 
 
+def values_of(row: dict) -> dict[str, float | None]:
+    return {one["name"]: one["value"] for one in row["reward_values"]}
+
+
 @pytest.mark.usefixtures("fast_sessions")
 def test_the_weighted_sum_trains_masks_and_is_recorded(tmp_path: Path) -> None:
     (code := tmp_path / "mine.py").write_text(CODE)
@@ -39,7 +44,7 @@ def test_the_weighted_sum_trains_masks_and_is_recorded(tmp_path: Path) -> None:
         rows = rewards_of(run, step)
         update = pq.ParquetFile(run.paths.update("stage2", step)).read(["advantage", "kd_weight"]).to_pylist()
         for row, used in zip(rows, update, strict=True):
-            values = dict(row["reward_values"])
+            values = values_of(row)
             applies = int(row["ground_truth"]) % 2 == 0
             assert values["even"] == (pytest.approx(0.1 * (row["length"] % 5)) if applies else None)
             assert values["math"] in (0.0, 1.0)
@@ -53,12 +58,19 @@ def test_the_weighted_sum_trains_masks_and_is_recorded(tmp_path: Path) -> None:
         advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-6)
         found = [used["advantage"] for used in update]
         np.testing.assert_allclose(found, advantages.reshape(-1), rtol=1e-4, atol=1e-5)
-        known = [v for row in rows if (v := dict(row["reward_values"])["even"]) is not None]
+        known = [v for row in rows if (v := values_of(row)["even"]) is not None]
         assert metrics["reward/even/mean"] == pytest.approx(np.mean(known) if known else 0.0)
         assert metrics["reward/even/applies"] == len(known) / len(rows)
         assert metrics["reward/mean"] == pytest.approx(rewards.mean(), abs=1e-6)
         seen += known
     assert len(set(seen)) > 1
+    with RolloutStore([run.paths.root]) as store:
+        even = "map_from_entries(reward_values)['even']"
+        query = f"select sum({even})::double as even, count(reward_values) as known from rollouts"
+        found = store.sql(query, limit=9).to_pylist()
+        assert found == [{"even": pytest.approx(sum(seen)), "known": 2 * 16}]
+        one = store.record(run="r", stage="stage2", step=1, prompt_id=rows[0]["prompt_id"], sample=0)
+        assert one["reward_values"] == rows[0]["reward_values"]
     results = evaluate_model(run, "base", ["test"])["benchmarks"]["test"]
     responses = pq.ParquetFile(run.paths.evaluation("base") / "responses.parquet").read().to_pylist()
     assert any("even 0." in row["reason"] for row in responses)
