@@ -121,10 +121,6 @@ def _samples(config: StageConfig) -> bool:
     return config.objective == "sft"
 
 
-def _has_functions(recipe: Recipe, stage: str) -> bool:
-    return bool(recipe.reward.functions)
-
-
 def _rolls_out(config: StageConfig) -> bool:
     return not _samples(config)
 
@@ -176,15 +172,16 @@ FILTER_REPORT = Artifact(name="filter_report", pattern="data/filter.json", needs
 SAMPLE_ROLLOUTS = Artifact(name="sample_rollouts", pattern=f"{_SHARD}/rollouts.parquet", schemas=("ROLLOUTS",),
                            needs=_of_pool, when=_samples, reads=_read_by_samples, shared_as=_SAMPLES, by_model=True)
 SAMPLE_REWARDS = Artifact(name="sample_rewards", pattern=f"{_SHARD}/rewards.parquet", schemas=_REWARDS,
-                          is_wide=_has_functions, needs=_beside(SAMPLE_ROLLOUTS), when=_samples, shared_as=_SAMPLES,
-                          follows=True)
+                          needs=_beside(SAMPLE_ROLLOUTS), when=_samples, shared_as=_SAMPLES, follows=True,
+                          is_wide=lambda recipe, stage: bool(recipe.reward.functions))
 SFT_DATASET = Artifact(name="sft_dataset", pattern="samples/stage={stage}/dataset.parquet", schemas=("SFT_DATASET",),
                        needs=_of_shards, when=_samples, reads=_read_by_stage)
 
 ROLLOUTS = Artifact(name="rollouts", pattern=f"{STEP.pattern}/rollouts.parquet", schemas=("ROLLOUTS",),
                     needs=_of_pool_and_policy, when=_rolls_out, reads=_read_by_stage, by_model=True)
-REWARDS = Artifact(name="rewards", pattern=f"{STEP.pattern}/rewards.parquet", schemas=_REWARDS, is_wide=_has_functions,
-                   needs=_beside(ROLLOUTS), when=_rolls_out, follows=True)
+REWARDS = Artifact(name="rewards", pattern=f"{STEP.pattern}/rewards.parquet", schemas=_REWARDS,
+                   needs=_beside(ROLLOUTS), when=_rolls_out, follows=True,
+                   is_wide=lambda recipe, stage: bool(recipe.reward.functions))
 TEACHER = Artifact(name="teacher", pattern=f"{STEP.pattern}/teacher.parquet", schemas=("TEACHER", "TEACHER_TOPK"),
                    needs=_beside(ROLLOUTS), when=lambda config: config.scores_teacher,
                    reads=lambda recipe, node: (*_TEACHER, *_ENGINES), follows=True, by_model=True)
