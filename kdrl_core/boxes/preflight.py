@@ -22,7 +22,6 @@ from kdrl_core.models.loading import check_device, check_model_dir, compare_toke
 from kdrl_core.models.tokenizer import check_embedding, vocabulary_of
 from kdrl_core.models.weights import compare_architecture, other_kind, stored_weights
 from kdrl_core.objectives.plugins import is_reference, parse_reference
-from kdrl_core.rewards.pool import check_functions
 
 _logger = logging.getLogger("kdrl")
 
@@ -103,6 +102,10 @@ def check_estimators(recipe: Recipe) -> None:
 
 def check_rewards(recipe: Recipe) -> None:
     """Raise RecipeError if a function of the reward cannot be used. Users' code is imported, in a worker that ends."""
+    if not recipe.reward.functions:
+        return
+    from kdrl_core.rewards.pool import check_functions
+
     try:
         check_functions(recipe.reward, recipe.verification)
     except RecipeError as error:

@@ -12,7 +12,7 @@ from kdrl_core.boxes.make import Product, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.config.answers import RewardConfig
 from kdrl_core.rewards.judge import facts_of
-from kdrl_core.rewards.worker import Scored
+from kdrl_core.rewards.score import Scored
 from kdrl_core.tables import schemas
 from kdrl_core.tables.files import verdict_columns
 from kdrl_core.verify import VerdictOptions

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from kdrl_core.config.answers import RewardConfig, VerificationConfig
-from kdrl_core.rewards.pool import FunctionPool
-from kdrl_core.rewards.score import MAX_REASON_CHARS, Found
-from kdrl_core.rewards.worker import Scored
+from kdrl_core.rewards.score import MAX_REASON_CHARS, Found, Scored
 from kdrl_core.types import ThinkOpened, Verdict, VerdictKind
 from kdrl_core.verify import VerdictOptions, Verifier
 from kdrl_core.verify.screening import printable
@@ -77,7 +75,11 @@ class Judge:
         functions = reward.functions
         self._math = next((index for index, each in enumerate(functions) if each.function == MATH), None)
         others = [index for index in range(len(functions)) if index != self._math]
-        self._pool = FunctionPool(functions, others, limits, code or {}) if others else None
+        self._pool = None
+        if others:
+            from kdrl_core.rewards.pool import FunctionPool  # a run without functions does without its modules
+
+            self._pool = FunctionPool(functions, others, limits, code or {})
 
     @property
     def uses_math(self) -> bool:

@@ -16,8 +16,8 @@ from kdrl_core.config.rewards import RewardFunction
 from kdrl_core.errors import RecipeError
 from kdrl_core.objectives.plugins import parse_reference
 from kdrl_core.rewards.loading import line_of
-from kdrl_core.rewards.score import Found
-from kdrl_core.rewards.worker import Scored, load_functions, loaded_or_fault, score_batch, start_reward_worker
+from kdrl_core.rewards.score import Found, Scored
+from kdrl_core.rewards.worker import load_functions, loaded_or_fault, score_batch, start_reward_worker
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify.pool import work_off
 from kdrl_core.verify.screening import Outcome

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from kdrl_core.types import VerdictKind
 
+Scored = tuple[str, str, dict[str, Any]]
+"""Response, answer and problem, as functions take them."""
 MAX_REASON_CHARS = 1_000
 _MAX_SHOWN = 60
 

@@ -19,12 +19,10 @@ from kdrl_core.config.rewards import RewardFunction
 from kdrl_core.errors import RecipeError
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.rewards.loading import LoadedFunction, failing_line, load_function
-from kdrl_core.rewards.score import MAX_REASON_CHARS, Found, as_found
+from kdrl_core.rewards.score import MAX_REASON_CHARS, Found, Scored, as_found
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, limit_worker
 
-Scored = tuple[str, str, dict[str, Any]]
-"""Response, answer and problem, as functions take them."""
 BUDGET_S = 0.25
 """A worker gives back a batch after this time, even if it is not through with it."""
 _MAX_PRINTED = 80

@@ -36,7 +36,7 @@ from kdrl_core.ledger.identity import identify_code
 from kdrl_core.ledger.lock import stop_if_requested
 from kdrl_core.ledger.manifest import file_manifest_path
 from kdrl_core.rewards.judge import Judge, facts_of
-from kdrl_core.rewards.worker import Scored
+from kdrl_core.rewards.score import Scored
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
 from kdrl_core.tables.files import verdict_columns, write_table
