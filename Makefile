@@ -155,8 +155,9 @@ lock: setup  ## write locks/ anew from the pins, with the hashes of all files of
 	@$(subst --universal,--python-platform x86_64-manylinux_2_34,$(COMPILE)) pyproject.toml --extra vllm --extra deepspeed \
 	  -c $(VENV)/locked.txt | awk -F== 'NR == FNR {has[$$1]; next} /^[a-z]/ {is_new = !($$1 in has)} is_new' $(VENV)/locked.txt - > locks/gpu.lock
 
-assets: setup  ## rebuild the miniature's models, problems and benchmarks (minutes)
+assets: setup  ## rebuild the miniature worlds' models, problems and benchmarks (a quarter of an hour)
 	@$(BIN)/python -m kdrl_core.miniature.build --output kdrl_core/assets/miniature
+	@$(BIN)/python -m kdrl_core.miniature.build_long --output kdrl_core/assets/miniature-long
 
 clean:  ## delete .venv, .venv-gpu and caches (not artifacts/)
 	@rm -rf $(VENV) .venv-gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

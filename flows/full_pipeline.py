@@ -37,7 +37,7 @@ def full_pipeline(
         recipe: name of a shipped recipe, or path of a YAML file.
         run_name: folder below artifacts/runs; an existing run is resumed.
         overrides: changes to the recipe, each like `stage2.steps=100`.
-        share_with: other runs; their finished parts of the same work are taken over (docs/sweeps.md).
+        share_with: other runs; their finished parts of the same work are taken over.
     """
     register_blocks()
     require_runnable(loaded := fetched(load_recipe(recipe, overrides or [])))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from kdrl_core.errors import KdrlError, RunError, Stopped, told
 from kdrl_core.process_guard import kill_group
 
 _GRACE_S = 4.0
-_STOP_TIMEOUT_S = 5.5
+STOP_TIMEOUT_S = 5.5
 """A cell that is asked to stop ends sooner than its sweep has to."""
 
 
@@ -55,7 +56,7 @@ class LocalCell:
             return False
         if self._process.returncode < 0:  # killed: it told Prefect nothing, and left its children behind
             kill_group(self._process.pid)
-            _set(self._flow_run.id, Crashed(message=self.reason()))
+            _force(self._flow_run.id, Crashed(message=self.reason()))
         return True
 
     def reason(self) -> str | None:
@@ -71,17 +72,14 @@ class LocalCell:
         """Ask it to end. This takes seconds."""
         self._process.terminate()
 
-    def stop(self) -> None:
-        """Wait until it ends; after a timeout, kill it and its children."""
+    def stop(self, deadline: float) -> None:
+        """Wait until it ends; at the deadline, of `time.monotonic`, kill it and its children."""
         try:
-            self._process.wait(_STOP_TIMEOUT_S)
+            self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             kill_group(self._process.pid)
             self._process.wait()
-        with trying_once():
-            state = _state(self._flow_run.id)
-            if state is not None and not state.is_final():  # it was ended before it could tell
-                _set(self._flow_run.id, Cancelled(message="stopped with its sweep"))
+        _cancel_unless_final(self._flow_run.id)
 
 
 class DeployedCell:
@@ -93,7 +91,7 @@ class DeployedCell:
         except PrefectException as error:
             raise RunError(
                 f"deployment {deployment} cannot be run ({type(error).__name__}); deploy it first "
-                "(prefect --no-prompt deploy --all), or leave --deployment out"
+                "(kdrl deploy), or leave --deployment out"
             ) from error
         assert isinstance(found, FlowRun)  # awaitable in async flows only
         self._id = found.id
@@ -114,9 +112,9 @@ class DeployedCell:
         return None if self._state is None else self._state.message
 
     def interrupt(self) -> None:
-        _set(self._id, Cancelling())
+        _force(self._id, Cancelling())
 
-    def stop(self) -> None:
+    def stop(self, deadline: float) -> None:
         """Do nothing: its worker ends it."""
 
 
@@ -136,14 +134,15 @@ def _stand_in() -> None:
     """The task that Prefect requires between a flow run and the flow run below it."""
 
 
-def _state(flow_run_id: UUID) -> State[Any] | None:
-    """The state on the server, if there is one and it answers."""
-    with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
-        return client.read_flow_run(flow_run_id).state
-    return None
+def _cancel_unless_final(flow_run_id: UUID) -> None:
+    """For a cell that was ended before it could tell its state."""
+    with suppress(HTTPError, PrefectException), trying_once(), get_client(sync_client=True) as client:
+        state = client.read_flow_run(flow_run_id).state
+        if state is not None and not state.is_final():
+            client.set_flow_run_state(flow_run_id, Cancelled(message="stopped with its sweep"), force=True)
 
 
-def _set(flow_run_id: UUID, state: State[Any]) -> None:
+def _force(flow_run_id: UUID, state: State[Any]) -> None:
     with suppress(HTTPError, PrefectException), get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, state, force=True)
 
@@ -155,7 +154,7 @@ def run_cell(flow_run_id: str) -> int:
     from kdrl_core.boxes.session import close_sessions
 
     tell, last_words = partial(print, flush=True), "error: stopped with the sweep, within a step"
-    with Signals(tell, last_words, grace_s=_GRACE_S, limit_s=_STOP_TIMEOUT_S) as came:
+    with Signals(tell, last_words, grace_s=_GRACE_S, limit_s=STOP_TIMEOUT_S) as came:
         try:
             with publishing():  # Prefect's own work around the flow as well
                 run_flow(full_pipeline, flow_run=load_flow_run(UUID(flow_run_id)))

@@ -14,7 +14,8 @@ from prefect import flow, runtime
 
 from flows import shown
 from flows.guard import guard_children
-from flows.running_cells import DeployedCell, LocalCell
+from flows.running_cells import STOP_TIMEOUT_S, DeployedCell, LocalCell
+from flows.signals import end_in_order
 from flows.stopping import stop_if_cancelled, stoppable
 from kdrl_core.boxes.make import read_progress
 from kdrl_core.boxes.sharing import is_finished_part, parts_of
@@ -177,10 +178,14 @@ class Cells:
                     _logger.info("running  %s  %s%s, %s", run, progress["stage"], step, progress["phase"])
 
     def _stop_all(self) -> None:
+        if not self._running:
+            return
+        end_in_order()  # the end of the sweep's own grace would leave cells behind
         for _, process, _ in self._running.values():
             process.interrupt()
+        deadline = time.monotonic() + STOP_TIMEOUT_S  # one for all: the sweep has to end soon as well
         for _, process, _ in self._running.values():
-            process.stop()
+            process.stop(deadline)
 
 
 def _prepare_models(cells: list[Cell]) -> None:

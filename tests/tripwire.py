@@ -39,6 +39,7 @@ LEFT_OUT = {
     "*.holder.json": "process id, host and time of that process",
     "*.log*": "logs have times",
     "*.error.json": "the error that ended the last session, with its time",
+    "*/READ-WITH-kdrl.open_run.txt": "says how to read the folder; no artifact",
     "*/report/report.html": "its figures show times; summary.json beside it has the rest",
 }
 """Files that are not compared, and why. Patterns of the path below the artifacts folder."""

@@ -8,6 +8,7 @@ import typer
 
 from flows.cli.check import check, recover
 from flows.cli.data import filter_command, label
+from flows.cli.deploy import deploy
 from flows.cli.doctor import doctor
 from flows.cli.evaluate import evaluate
 from flows.cli.plan import plan
@@ -188,6 +189,7 @@ app.command()(bake_teacher)
 app.command()(serve)
 app.command()(plan)
 app.command()(doctor)
+app.command()(deploy)
 app.command()(report)
 app.command()(ui)
 app.add_typer(sweep_app, name="sweep")

@@ -61,8 +61,8 @@ def filter_command(
     """Filter problems by a stage's rules, and say what each rule dropped.
 
     kdrl knows the columns of verl, Skywork-OR1, DAPO, slime, TRL, DeepScaleR, GSM8K, MATH, NuminaMath, OpenR1-Math and
-    Big-Math (docs/data.md); name others with --columns. Files may be larger than memory. The output does not depend on
-    the order of the rows. A stage can read it (data.files). Examples:
+    Big-Math; name others with --columns. Files may be larger than memory. The output does not depend on the order of
+    the rows. A stage can read it (data.files). Examples:
 
     \b
     kdrl filter --recipe paper-1.5b --input 'data/skywork-or1-math/*.parquet' --output data/pool.parquet

@@ -143,10 +143,8 @@ def _demo(recipe: str, port: int | None, run_name: str, overrides: list[str]) ->
         command = [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         server = processes.start("server", command, cwd=prefect_home())  # where no settings of others lie
         _wait_until_healthy(server, processes, port)
-        _console.say("work pool        kdrl (process)")
-        processes.call("work-pool", [prefect, "work-pool", "create", POOL, "--type", "process", "--overwrite"])
-        _console.say("deployments      prefect --no-prompt deploy --all")
-        processes.call("deploy", [prefect, "--no-prompt", "deploy", "--all"])
+        _console.say("deployments      kdrl deploy")
+        processes.call("deploy", [sys.executable, "-m", "flows.cli", "deploy", "--pool", POOL])
         processes.start("worker", [prefect, "worker", "start", "--pool", POOL])
         command = [prefect, "deployment", "run", "kdrl/full-pipeline", "--watch", "-p", f"recipe={recipe}"]
         command += ["-p", f"run_name={run_name}", "-p", f"overrides={json.dumps(overrides)}"]

@@ -75,6 +75,22 @@ def use_private_prefect(*, log_level: str) -> Callable[[], None]:
     return server.wait
 
 
+def use_set_prefect() -> str:
+    """Make ready the Prefect that PREFECT_API_URL or a profile of the user names; call it before Prefect is imported.
+    Returns the URL of its server. Raises ServerError if none is set, or if it does not answer."""
+    os.environ.update(QUIET)
+    _import_prefect(otherwise="")
+    from prefect.settings import PREFECT_API_URL
+
+    if not (url := PREFECT_API_URL.value()):
+        raise ServerError(
+            "no Prefect server is set; start one that stays (prefect server start), and say where it is: "
+            "export PREFECT_API_URL=http://127.0.0.1:4200/api"
+        )
+    _probe(remedy="start it (prefect server start), or correct PREFECT_API_URL")
+    return str(url)
+
+
 class PrivateServer:
     """A Prefect server in a session of its own, so that signals to this process's group do not end it first. It ends
     with this process; if this process is killed, its guard ends it."""
@@ -156,7 +172,7 @@ def free_port(wanted: int | None = None) -> int:
         return int(probe.getsockname()[1])
 
 
-def _import_prefect() -> None:
+def _import_prefect(*, otherwise: str = ", or unset PREFECT_API_URL: then kdrl uses a Prefect of its own") -> None:
     """Import Prefect, which reads its settings. Raises ServerError if they are not valid."""
     try:
         with without_foreign_files():
@@ -164,30 +180,32 @@ def _import_prefect() -> None:
     except Exception as error:  # pydantic's, or of a settings file
         raise ServerError(
             f"the settings of Prefect are not valid ({told(error)[:300]}); correct them (environment, profile, "
-            "prefect.toml), or unset PREFECT_API_URL: then kdrl uses a Prefect of its own, without them"
+            f"prefect.toml){otherwise}"
         ) from error
 
 
-def _probe() -> None:
+def _probe(*, remedy: str = "start it, or unset PREFECT_API_URL: then kdrl uses a server of its own") -> None:
     """Ask the user's server once, with the user's settings. Raises ServerError if it does not answer."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    url = PREFECT_API_URL.value()
+    url = str(PREFECT_API_URL.value())
     try:
         with (
             temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
             get_client(sync_client=True, httpx_settings={"timeout": _PROBE_S}) as client,
         ):
             fault = client.api_healthcheck()
+            if fault is None and "/api" not in url:
+                client.api_version()  # raises where a server's web page answers: it does so at every path
     except Exception as error:  # the URL, a proxy or a certificate cannot be used at all
         fault = error
     if fault is not None:
         proxies = sorted(name for name in os.environ if name.lower() in _PROXIES)
         hint = f" through the proxy of {', '.join(proxies)}" if proxies else ""
+        hint += "" if "/api" in url else ", and the URL of a Prefect server ends with /api"
         raise ServerError(
-            f"the Prefect server of PREFECT_API_URL, {url}, does not answer{hint} ({told(fault)[:200]}); start it, "
-            "or unset PREFECT_API_URL: then kdrl uses a server of its own"
+            f"the Prefect server of PREFECT_API_URL, {url}, does not answer{hint} ({told(fault)[:200]}); {remedy}"
         ) from fault
 
 

@@ -110,8 +110,8 @@ def plan(
     kdrl plan --recipe zero-3b --nodes 4 --peak-tflops 989 --memory-bandwidth 3350
     kdrl plan --recipe smollm2 --from-run first
 
-    Times are arithmetic (docs/scaling.md), not promises: measure a few steps and plan again with --from-run. Exit
-    code 0 if every stage fits, else 1.
+    Times are arithmetic from peak rates and sizes, not promises: measure a few steps and plan again with --from-run.
+    Exit code 0 if every stage fits, else 1.
     """
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched

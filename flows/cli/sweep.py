@@ -51,7 +51,7 @@ WorkersOption = Annotated[
 ]
 DeploymentOption = Annotated[
     str | None,
-    typer.Option(help="Let the workers of a deployment run the cells, e.g. kdrl/full-pipeline (docs/sweeps.md)."),
+    typer.Option(help="Let the workers of a deployment run the cells, e.g. kdrl/full-pipeline (see kdrl deploy)."),
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")]
 

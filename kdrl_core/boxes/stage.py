@@ -13,8 +13,8 @@ import pyarrow as pa
 from kdrl_core.alarms import Alarm, raised_at_last, to_metadata
 from kdrl_core.boxes.make import Box, Product, box, make
 from kdrl_core.errors import DamagedArtifactError, RunError
-from kdrl_core.ledger import Manifest, Run, find_intact, find_own, is_published, required_sha256, retract
-from kdrl_core.ledger.graph import CHECKPOINT
+from kdrl_core.ledger import Manifest, Run, find_intact, find_own, is_published, replace_file, required_sha256, retract
+from kdrl_core.ledger.graph import CHECKPOINT, ROLLOUTS, SAMPLE_ROLLOUTS
 from kdrl_core.ledger.heal import ASIDE_PREFIX, forget, set_aside_of
 from kdrl_core.tables import schemas
 from kdrl_core.tables.files import append_metrics, load_metrics, rebuild_metrics
@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from kdrl_core.boxes.session import StageSession
 
 _ROUNDING = {"rel_tol": 1e-3, "abs_tol": 1e-5}
+SEVERAL_TABLES = "READ-WITH-kdrl.open_run.txt"
+"""Name of the file that keeps pandas and pyarrow from reading the folder of a stage's steps as if it were one table:
+they read every file of a folder, fail at this one, and name it."""
+_SEVERAL_TABLES = b"""The folders beside this file hold several tables, which have different columns: rollouts.parquet,
+rewards.parquet, ...
+
+Read them joined:       import kdrl_core as kdrl; kdrl.open_run(RUN).rollouts()
+Read one of them:       pandas.read_parquet(".../step=000012/rewards.parquet")
+Read all of one kind:   duckdb.sql("from read_parquet('.../*/rewards.parquet', hive_partitioning = true)")
+
+pandas.read_parquet and pyarrow of this folder fail because of this file. Without it they would give the rows of all
+tables under the columns of the first. kdrl reads nothing here; you may delete it.
+"""
 _logger = logging.getLogger("kdrl")
 _NAMES = CHECKPOINT.glob.rpartition("/")[2]
 
@@ -39,6 +52,7 @@ def open_stage(run: Run, stage: str) -> range:
         ForeignFileError: the latest checkpoint is whole, but not the one that the stage made.
         RunError: checkpoints are links out of the run.
     """
+    _keep_tables_apart(run, stage)
     _refuse_links(run, run.paths.checkpoint(stage, 0).parent)
     for path in _folders(run, stage).values():
         if not is_published(path):
@@ -48,6 +62,14 @@ def open_stage(run: Run, stage: str) -> range:
     prune_checkpoints(run, stage)
     rebuild_metrics(run, stage, num_steps=step)
     return remaining_steps(run, stage)
+
+
+def _keep_tables_apart(run: Run, stage: str) -> None:
+    """Write SEVERAL_TABLES where the stage's steps or samples lie, unless it is there."""
+    row = SAMPLE_ROLLOUTS if run.recipe.stage(stage).objective == "sft" else ROLLOUTS
+    path = (run.paths.root / row.place(stage, 0)).parent.with_name(SEVERAL_TABLES)
+    if not path.is_file():
+        replace_file(path, _SEVERAL_TABLES)
 
 
 def checkpoint_steps(run: Run, stage: str) -> list[int]:

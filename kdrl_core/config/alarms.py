@@ -48,7 +48,7 @@ class AlarmRule(Section):
     metric: Metric = Field(description="column of metrics.parquet")
     patience: Positive = Field(1, description="steps in a row that must breach the rule; then you are told once")
     severity: Severity = "warning"
-    stop: bool = Field(False, description="stop the stage once the step is published; resumable (docs/alarms.md)")
+    stop: bool = Field(False, description="stop the stage once the step is published; set alarms.acknowledged to go on")
 
 
 class ThresholdRule(AlarmRule):

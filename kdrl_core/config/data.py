@@ -77,7 +77,7 @@ class DataConfig(Section):
         min_length=1, description="Parquet, Arrow, JSON (Lines) or CSV; path, glob, folder, `builtin:…` or `hf://…`"
     )
     format: Annotated[str, BeforeValidator(lambda name: require_one_of(name, ("auto", *FORMATS)))] = Field(
-        "auto", description="which columns `files` have (docs/data.md); auto: looked at, file by file"
+        "auto", description="which set's columns `files` have; auto: looked at, file by file"
     )
     columns: ColumnsConfig = Field(ColumnsConfig(), description="columns of your own: {problem: question, answer: key}")
     difficulty: DifficultyConfig = DifficultyConfig()

@@ -31,7 +31,7 @@ def file_shape(found: Iterable[str], data: DataConfig, *, origin: str) -> Shape:
     if chosen is None:
         raise DataError(
             f"{origin}: columns {listed} are of no known format; needed: problem (or question, prompt) and answer, or "
-            "a set's own columns (docs/data.md lists them); rename them, or say which they are: "
+            f"the columns of a set that kdrl knows ({', '.join(FORMATS)}); rename them, or say which they are: "
             "<stage>.data.columns={problem: …, answer: …}, --columns problem=…,answer=…"
         )
     shape = replace(chosen, **changes)

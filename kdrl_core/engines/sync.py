@@ -101,7 +101,7 @@ def sync_weights(
     if not found.digest:
         _logger.warning(
             "the weights of this model in vLLM have no digest that could be compared with %s; the probe alone tests "
-            "the sync, and does not notice an engine that is one small update behind (docs/engines.md)",
+            "the sync, and does not notice an engine that is one small update behind",
             weights,
         )
     return SyncReport(

@@ -1,6 +1,6 @@
 """Build the assets of the world where thinking longer helps: `python -m kdrl_core.miniature.build_long --output DIR`.
 
-    student/        short thoughts by preference, though it can think at every depth
+    student/        short thoughts by preference; it was taught every depth, and seldom thinks at depth 2 or deeper
     teacher/        deep thoughts, more words; on long chains it goes past the student's token limit
     teacher-weak/   between the two; also the base model of the R1-Zero path's teacher
     teacher-zero/   the R1-Zero path's teacher, made from it by GRPO (the recipe miniature-long-zero-teacher)
@@ -179,7 +179,7 @@ def teacher_by_grpo(output: Path, overrides: Sequence[str] = ()) -> Any:
 def main() -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(
-        description="Build the long miniature's models, problems and benchmarks (half an hour)."
+        description="Build the long miniature's models, problems and benchmarks (ten minutes)."
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write; shipped: kdrl_core/assets/miniature-long"

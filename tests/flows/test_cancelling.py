@@ -1,5 +1,9 @@
 """A flow run that is cancelled in Prefect, by its UI or by `prefect flow-run cancel`, stops after what is in hand."""
 
+import os
+import signal
+import subprocess
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -10,6 +14,7 @@ import pytest
 from prefect import flow, runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Cancelling
 from support import TINY
@@ -17,7 +22,7 @@ from support import TINY
 from flows import stopping
 from flows.full_pipeline import full_pipeline
 from flows.running_cells import LocalCell
-from flows.sweep import sweep
+from flows.sweep import Cells, sweep
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.stage import checkpoint_steps
 from kdrl_core.errors import Stopped
@@ -83,24 +88,44 @@ def test_a_cancelled_run_stops_and_is_cancelled(
     assert is_finished(open_run(name))
 
 
-@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cancelled_sweep_stops_its_cells(artifacts: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool) -> None:
     """Prefect hears of the cells' end, also if they had no time to tell."""
+    name = "killed" if is_killed else "s"  # the server has the flow runs of both
     if is_killed:
         monkeypatch.setattr(LocalCell, "interrupt", lambda cell: cell._process.kill())
     original = stopping.stop_if_cancelled
 
     def look() -> None:
-        if any(artifacts.glob("runs/s-*/rollouts/stage=stage1/*/update.parquet")):
+        if any(artifacts.glob(f"runs/{name}-*/rollouts/stage=stage1/*/update.parquet")):
             _cancel(stopping._running[0], Cancelling())
         original()
 
     monkeypatch.setattr("flows.sweep.stop_if_cancelled", look)
-    with pytest.raises(Stopped, match="cancelled in Prefect; go on with: kdrl sweep run s"):
-        sweep(source=None, name="s", recipe="miniature", vary=["stage2.beta.init=0.5"], overrides=STEPS, seeds=1)
-    assert _states("sweep-s") == {"sweep-s": "Cancelled: cancelled in Prefect; go on with: kdrl sweep run s"}
-    (cell,) = artifacts.glob("runs/s-*")
+    with pytest.raises(Stopped, match=f"cancelled in Prefect; go on with: kdrl sweep run {name}"):
+        sweep(source=None, name=name, recipe="miniature", vary=["stage2.beta.init=0.5"], overrides=STEPS, seeds=1)
+    told = f"Cancelled: cancelled in Prefect; go on with: kdrl sweep run {name}"
+    assert _states(f"sweep-{name}") == {f"sweep-{name}": told}
+    (cell,) = artifacts.glob(f"runs/{name}-*")
     assert _states(cell.name)[cell.name].startswith("Cancelled: stopped with its sweep" if is_killed else "Cancelled: ")
+
+
+def test_cells_that_do_not_end_are_killed_at_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At deadlines one after the other the sweep's own limit would pass, and cells would be left behind."""
+    begun: list[float] = []
+    monkeypatch.setattr("flows.sweep.end_in_order", lambda: begun.append(time.monotonic()))
+    monkeypatch.setattr("flows.sweep.STOP_TIMEOUT_S", 0.6)
+    monkeypatch.setattr("flows.running_cells._cancel_unless_final", lambda flow_run_id: None)
+    sweeps_cells, frozen = object.__new__(Cells), [object.__new__(LocalCell) for _ in range(3)]
+    for cell in frozen:
+        cell._process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        cell._flow_run = FlowRun(flow_id=uuid4())
+        cell._process.send_signal(signal.SIGSTOP)
+        os.waitpid(cell._process.pid, os.WUNTRACED)  # it has stopped
+    sweeps_cells._running = {str(number): (None, cell, 0.0) for number, cell in enumerate(frozen)}  # type: ignore[misc]
+    sweeps_cells._stop_all()
+    assert 0.6 <= time.monotonic() - begun[0] < 1.1
+    assert [cell._process.returncode for cell in frozen] == [-signal.SIGKILL] * 3
 
 
 def test_a_server_that_is_not_ready_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,9 @@ _PATIENCE_S = 180.0
 class Stack:
     """Starts, kills and asks. Logs lie in `logs`; `close` ends whatever is left."""
 
-    def __init__(self, artifacts: Path, logs: Path) -> None:
-        """`artifacts` has to be what KDRL_ARTIFACTS says."""
-        self.artifacts, self.logs = artifacts, logs
+    def __init__(self, artifacts: Path, logs: Path, *, folder: Path = ROOT) -> None:
+        """`artifacts` has to be what KDRL_ARTIFACTS says; programs are called in `folder`."""
+        self.artifacts, self.logs, self.folder = artifacts, logs, folder
         self.port = free_port()
         self.environment = {**server_environment(self.port), MARK: str(artifacts)}
         self.api = self.environment["PREFECT_API_URL"]
@@ -55,7 +55,7 @@ class Stack:
     def call(self, *command: str, check: bool = True) -> str:
         """A program to its end; what it said."""
         done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300, check=False
         )
         said = done.stdout + done.stderr
         assert not check or done.returncode == 0, f"{command}: exit {done.returncode}\n{said}\n{self.tails()}"
@@ -139,7 +139,7 @@ class Stack:
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
-                cwd=ROOT,
+                cwd=self.folder,
                 env={**self.environment, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -85,6 +85,14 @@ def test_the_command_line_starts_light() -> None:
     assert not imported_by("flows.cli") & HEAVY
 
 
+def test_the_door_from_python_opens_at_first_use() -> None:
+    """`import kdrl_core` takes a hundredth of a second; to read a run takes neither torch nor Prefect."""
+    assert not imported_by("kdrl_core") & {*HEAVY, "numpy", "pydantic", "yaml"}
+    assert not imported_by("kdrl_core.look.python.reader", "kdrl_core.look.python.program") & {
+        *("torch", "transformers", "prefect", "plotly")
+    }
+
+
 def imports_in(file: Path) -> set[str]:
     """Names imported anywhere in a file, inside functions as well, as dotted names."""
     found = set()
@@ -167,7 +175,7 @@ def test_the_dag_imports_nothing_of_the_command_line() -> None:
         assert not {name for name in imports_in(file) if name.startswith("flows.cli")}, file.name
 
 
-ALIKE = {"main", "best_tokens", "load_tokenizer", "pass_at_k", "ragged", "refuse_not_finite", "verify"}
+ALIKE = {"main", "best_tokens", "load_tokenizer", "open_run", "pass_at_k", "ragged", "refuse_not_finite", "verify"}
 """Names that stand twice: they do the same to different inputs. Do not add to them without need."""
 
 

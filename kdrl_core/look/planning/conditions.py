@@ -40,7 +40,7 @@ def _training(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[st
     if trainer.ranks != ranks:
         yield f"{ranks} GPUs train in this plan, {trainer.ranks} in the recipe: --set trainer.ranks={ranks}"
     if ranks > plan.cluster.gpus_per_node and trainer.hostfile is None:
-        yield "ranks on several nodes: --set trainer.hostfile=FILE (docs/scaling.md)"
+        yield "ranks on several nodes: --set trainer.hostfile=FILE, with a line `HOST slots=GPUS` for each"
 
 
 def _rollouts(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]:
@@ -66,7 +66,7 @@ def _own_engines(plan: StagePlan, chosen: Candidate) -> Iterator[str]:
     count = gpus // split
     more = f"--set vllm.replicas={min(count, node // split)}"
     if count * split > node:
-        more += " on this node, and kdrl serve on the others (docs/engines.md)"
+        more += " on this node, and kdrl serve on the others"
     what, unit, size = (
         ("the teacher's responses take", "hours", 3600) if plan.work.sampled else ("a step takes", "s", 1)
     )
@@ -105,8 +105,8 @@ def _scores(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]
     if placement.is_split:
         count = placement.teacher_gpus // engines.tensor_parallel
         yield (
-            f"the teacher has GPUs of its own: serve it there, {many(count, 'replica')}, and list all in "
-            "teacher.server.urls (docs/teacher-servers.md)"
+            f"the teacher has GPUs of its own: serve it there, {many(count, 'replica')} (kdrl serve), and list all in "
+            "teacher.server.urls"
         )
     elif engines.teacher == "transformers" and plan.cluster.gpus > 1:
         yield "teacher.engine=transformers works on one GPU alone; on more: --set teacher.engine=vllm"

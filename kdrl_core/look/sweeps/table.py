@@ -232,7 +232,7 @@ class SweepTable:
 
 NOTE = (
     "**Bold**: the best variant, *italics*: the second best, by their means; – is missing. Intervals: over problems "
-    "and seeds, which are crossed (docs/sweeps.md); `avg`: of the benchmarks that all rows have, without validation. "
+    "and seeds, which are crossed; `avg`: of the benchmarks that all rows have, without validation. "
     "`tokens`: mean length of the responses. `time`: training in the last stage, longer where cells ran side by side."
 )
 

@@ -93,6 +93,15 @@ def test_a_server_that_was_set_is_asked_once(cli: Any, artifacts: Path, settings
     assert not (artifacts / "runs" / "r").exists()
 
 
+def test_deploy_needs_a_server_that_stays(cli: Any, tmp_path: Path) -> None:
+    done = cli("deploy", PREFECT_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: no Prefect server is set; start one that stays (prefect server start), and say where it is: "
+        "export PREFECT_API_URL=http://127.0.0.1:4200/api\n"
+    )
+
+
 def test_a_run_in_use_is_refused_at_once(cli: Any, artifacts: Path) -> None:
     run = create_run("held", load_recipe("miniature", []), artifacts=artifacts)
     with run_lock(run.paths.lock):

@@ -1,5 +1,6 @@
-"""What the program prints without a run: recipes, status, help."""
+"""What the program prints without a run: recipes, status, help. No message names a page that a wheel does not have."""
 
+import ast
 import json
 import logging
 import subprocess
@@ -20,7 +21,9 @@ OPTIONS = {
     "status": ["[RUN]", "--json", "--watch"],
     "label": ["--recipe", "--input", "--output", "--only-missing", "--all", "--set", "--json", "--force"],
     "recipes": ["[NAME]", "--set", "--json"],
+    "deploy": ["NAME", "--pool", "--work-queue", "--json"],
 }
+ROOT = Path(__file__).parents[3]
 
 
 def test_recipes_are_listed(cli: Cli) -> None:
@@ -84,6 +87,32 @@ def test_help_names_every_command_and_where_to_start(cli: Cli) -> None:
     assert done.returncode == 0
     assert all(command in done.stdout for command in OPTIONS)
     assert "kdrl run --recipe miniature" in done.stdout
+
+
+def test_no_message_names_a_page_of_docs() -> None:
+    """Whoever installed a wheel has no docs/: the message itself says what is needed."""
+    found = []
+    for ring in ("flows", "tasks", "kdrl_core"):
+        for file in (
+            path for path in (ROOT / ring).rglob("*") if path.suffix in (".py", ".j2", ".js", ".html", ".yaml")
+        ):
+            if "docs/" in (content := file.read_text(encoding="utf-8")):
+                found += [f"{file.relative_to(ROOT)}: {text}" for text in _shown(file, content) if "docs/" in text]
+    assert found == []
+
+
+def _shown(file: Path, content: str) -> list[str]:
+    """What a user may see of a file: not the comments, and of docstrings those that `--help` or Prefect shows."""
+    if file.suffix == ".yaml":
+        return [json.dumps(yaml.safe_load(content), default=str)]
+    if file.suffix != ".py":
+        return [content]
+    nodes = list(ast.walk(ast.parse(content)))
+    hidden = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in hidden]
+    if "flows" in file.relative_to(ROOT).parts:
+        texts += [ast.get_docstring(node) for node in nodes if isinstance(node, ast.FunctionDef)]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def test_no_command_shows_the_help(cli: Cli) -> None:

@@ -3,8 +3,10 @@
 import itertools
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from kdrl_core.config import resolve_path
@@ -23,7 +25,7 @@ from kdrl_core.miniature.long_world import (
 )
 from kdrl_core.miniature.models import build_tokenizer
 from kdrl_core.miniature.problems import draw_problems, write_problems
-from kdrl_core.miniature.world import bracket
+from kdrl_core.miniature.world import OPERATORS, solve
 
 PLAIN = Habit(depths=(0.2,) * 5, word_slope=1.0, seed=1)
 
@@ -105,6 +107,9 @@ def test_shipped_problems_are_what_the_build_draws(tmp_path: Path) -> None:
         shipped = resolve_path(f"builtin:{world}/stage1.json").parent
         for name in ("stage1.json", *(f"benchmarks/{name}.jsonl" for name in ("validation", "test", "hard", "ood"))):
             assert (tmp_path / world / name).read_bytes() == (shipped / name).read_bytes()
+        rows = pq.read_table(shipped / "stage2.parquet").to_pylist()  # whose labels are measured
+        asked = [(row["prompt"][0]["content"], row["reward_model"]["ground_truth"]) for row in rows]
+        assert asked == [(notation(chain), f'["{solve(chain)[1]}"]') for chain in problems.stage2]
 
 
 def test_shipped_assets_are_small_enough_to_commit() -> None:
@@ -117,9 +122,18 @@ def test_what_is_measured_is_neither_trained_on_nor_twice() -> None:
     measured = problems.held_out | set(problems.ood)
     assert len(measured) == 128 + 256 + 128 + 128
     assert not measured & {*problems.stage1, *problems.stage2}
-    batches = example_batches(MODELS["student"], MODELS["student"].lessons[0], seed=1, exclude=measured)
-    asked = {question for batch in itertools.islice(batches, 16) for question, _ in batch}
-    assert not asked & {written for chain in measured for written in (lettered(chain), lettered(bracket(chain)))}
+
+
+def test_what_is_excluded_is_not_trained_on() -> None:
+    """Of the 9,300 shortest chains, those that begin with an even digit: a thousand draws would have 500 of them."""
+    every = [f"{a}{o}{b}" for a in range(0, 10, 2) for o in OPERATORS for b in range(10)]
+    exclude = {*every, *(f"{chain}{o}{b}" for chain in every for o in OPERATORS for b in range(10))}
+    lesson = replace(MODELS["student"].lessons[0], lengths=range(2, 4))
+    batches = example_batches(MODELS["student"], lesson, seed=1, exclude=exclude)
+    asked = [question for batch in itertools.islice(batches, 16) for question, _ in batch]
+    assert len(asked) == 1_024
+    assert any(question.startswith("(") for question in asked)  # brackets hide no excluded chain
+    assert {question.lstrip("(")[0] for question in asked} == {*"13579"}
 
 
 @pytest.mark.slow  # a minute; others hold the shipped models
