@@ -28,7 +28,6 @@ from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run, holds_lock, is_published, note, open_run_dir, settle_outside, verify_published
 from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.objectives.plugins import expect_code
-from kdrl_core.rewards.judge import Judge
 from kdrl_core.tables.files import read_table
 from kdrl_core.training.protocols import Trainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
@@ -58,12 +57,13 @@ class StageSession:
         self._dataset: pa.Table | None = None
         self._scorers: dict[str, TeacherScorer] = {}
         self._verifier: Verifier | None = None
-        self._judge: Judge | None = None
+        self.judge: Any = None
+        """The `Judge` of a recipe with `reward.functions`, once `boxes.judging` has made it."""
         self._pool: dict[str, dict[str, Any]] | None = None
         self._verdict_options: VerdictOptions | None = None
         self.alarm_rules = run.recipe.alarm_rules
-        self._code = code_sources(settle_outside(run), run.recipe)
-        expect_code(self._code)
+        self.code = code_sources(settle_outside(run), run.recipe)
+        expect_code(self.code)
         torch.set_num_threads(run.recipe.runtime.num_threads)
         policy = intact_initial_policy(run, stage)
         self.tokenizer = load_tokenizer(
@@ -244,15 +244,6 @@ class StageSession:
                 self._verifier = Verifier(**self.run.recipe.verification.pool_options)
             return self._verifier
 
-    @property
-    def judge(self) -> Judge | None:
-        """What judges responses where the recipe's reward has functions; else None, and the verifier alone does."""
-        recipe = self.run.recipe
-        with self._lock:
-            if self._judge is None and recipe.reward.functions:
-                self._judge = Judge(recipe.reward, recipe.verification, self.verifier, self._code)
-            return self._judge
-
     def work_ahead(self, rollouts: Sequence[Rollout]) -> None:
         """Let the verifier and the teacher's servers start on responses to problems of the pool."""
         if not rollouts:
@@ -261,7 +252,7 @@ class StageSession:
         if isinstance(scorer, HTTPScorer) and not scorer.sleeps and self.config.scores_teacher:
             asked = [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in rollouts]
             scorer.score_ahead(asked, self.config.topk.k if self.config.needs_topk else 0)
-        if self.judge is not None and not self.judge.uses_math:
+        if not self.run.recipe.reward.uses_math:
             return
         problems = [self.pool[rollout.prompt_id] for rollout in rollouts]
         self.verifier.verify_ahead(
@@ -287,14 +278,14 @@ class StageSession:
                 except Exception as error:
                     _logger.warning("the checkpoint could not be saved: %s", error)
             self._save = None
-            for judging in (self._judge, self._verifier):
+            for judging in (self.judge, self._verifier):
                 if judging is not None:
                     judging.close()
             if self._trainer is not None:
                 self._trainer.close()
             for engine in self._engines():
                 engine.close()
-            self._judge = self._verifier = self._trainer = self._sampler = self._teacher_engine = self._dataset = None
+            self.judge = self._verifier = self._trainer = self._sampler = self._teacher_engine = self._dataset = None
             self._scorers.clear()
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
 

@@ -21,8 +21,7 @@ from kdrl_core.boxes.make import Product, box, report_progress, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.shards import num_shards, shard_problem_ids
 from kdrl_core.boxes.stage import StepSummary, check_replay, end_step, step_facts, update_table
-from kdrl_core.boxes.step import generate_for
-from kdrl_core.boxes.verdicts import TO_VERIFY, VALUES, verdicts_of
+from kdrl_core.boxes.step import TO_VERIFY, generate_for, verdicts_of
 from kdrl_core.errors import DataError
 from kdrl_core.ledger import Manifest, prompts_of_step
 from kdrl_core.ledger.graph import SAMPLE_REWARDS, SAMPLE_ROLLOUTS, SFT_DATASET, UPDATE, Node
@@ -65,7 +64,7 @@ def verify_samples(session: StageSession, at: int, sample_rollouts: pa.Table) ->
     is_kept=True,
     phase="select",
     sample_rollouts=[name for name in schemas.SFT_DATASET.names if name != "shard"],
-    sample_rewards=[*_KEEPS.values(), VALUES],
+    sample_rewards=[*_KEEPS.values(), schemas.REWARD_VALUES],
 )
 def select(
     session: StageSession,
@@ -84,7 +83,7 @@ def select(
     tables: list[pa.Table] = []
     sampled, problems = 0, 0
     for shard, (rollouts, rewards) in enumerate(zip(sample_rollouts, sample_rewards, strict=True)):
-        keep = "accuracy" if VALUES in rewards.column_names else config.sft.keep
+        keep = "accuracy" if schemas.REWARD_VALUES in rewards.column_names else config.sft.keep
         kept = rollouts.filter(pc.equal(rewards[_KEEPS[keep]], 1.0))
         kept = kept.append_column("shard", pa.array([shard] * len(kept), pa.int32()))
         tables.append(kept.select(schemas.SFT_DATASET.names).cast(schemas.SFT_DATASET))

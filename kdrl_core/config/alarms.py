@@ -21,13 +21,13 @@ AlarmMetric = Literal[
 ]  # fmt: skip
 """Columns of metrics.parquet that a rule may watch. A rule is silent in stages without its metric."""
 
-_OF_FUNCTION = re.compile(r"reward/([A-Za-z_][A-Za-z0-9_-]*)/(?:mean|applies)")
+_OF_FUNCTION = re.compile(r"reward/(?:([A-Za-z_][\w-]*)/(?:mean|applies)|([A-Za-z_][\w-]*)\.[\w-]+/mean)", re.ASCII)
 
 
 def function_of_metric(name: str) -> str | None:
     """The function of `reward.functions` that a metric is of; None for any other metric."""
     found = _OF_FUNCTION.fullmatch(name)
-    return found[1] if found is not None else None
+    return None if found is None else found[1] or found[2]
 
 
 def _known_metric(name: str) -> str:
@@ -37,7 +37,8 @@ def _known_metric(name: str) -> str:
 
 
 Metric = Annotated[str, AfterValidator(_known_metric)]
-"""An `AlarmMetric`, or `reward/<name>/mean` or `reward/<name>/applies` of one of `reward.functions`."""
+"""An `AlarmMetric`; or of one of `reward.functions` `reward/<name>/mean`, `reward/<name>/applies`, or
+`reward/<name>.<part>/mean`."""
 
 Severity = Literal["warning", "critical"]
 

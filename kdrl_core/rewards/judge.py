@@ -29,8 +29,11 @@ class Judgement:
     verdict: Verdict
     values: dict[str, float | None]
     """By the function's name, not weighted; None where it does not apply or failed. Parts are `name.part`."""
-    reasons: dict[str, str]
-    """By the function's name, where it gave one."""
+
+    @property
+    def named_values(self) -> list[dict[str, Any]]:
+        """`values` as a row of the column `reward_values`."""
+        return [{"name": name, "value": value} for name, value in self.values.items()]
 
 
 def facts_of(
@@ -81,11 +84,6 @@ class Judge:
 
             self._pool = FunctionPool(functions, others, limits, code or {})
 
-    @property
-    def uses_math(self) -> bool:
-        """Whether the verifier is asked."""
-        return self._math is not None
-
     def check(self) -> None:
         """Load the functions now. Raises RecipeError as `FunctionPool.check` does."""
         if self._pool is not None:
@@ -115,7 +113,6 @@ class Judge:
     def _judgement(self, found: Mapping[int, Found | None], math: Verdict | None) -> Judgement:
         total, applies, failed, extracted = 0.0, False, set[VerdictKind](), None
         values: dict[str, float | None] = {}
-        reasons: dict[str, str] = {}
         told: list[str] = []
         for index, function in enumerate(self.reward.functions):
             label, one = function.label, found[index]
@@ -123,8 +120,6 @@ class Judge:
                 values[label] = None
                 continue
             applies = True
-            if one.reason:
-                reasons[label] = printable(one.reason)
             if one.failed is not None:
                 failed.add(one.failed)
                 values[label] = None
@@ -146,7 +141,7 @@ class Judge:
             extracted=_first(None if math is None else math.extracted, extracted),
             reason=printable("; ".join(told) if told else "none of reward.functions applies to this problem"),
         )
-        return Judgement(verdict=verdict, values=values, reasons=reasons)
+        return Judgement(verdict=verdict, values=values)
 
     def _kind(self, total: float, applies: bool, failed: set[VerdictKind], math: Verdict | None) -> VerdictKind:
         if failed:

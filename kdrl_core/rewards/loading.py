@@ -1,7 +1,8 @@
 """The functions of a recipe's reward: found, imported and checked. User code runs here, so only in workers.
 
 A function is a `def` of a file or module, with the arguments `(response, answer, problem)` and those that the recipe
-gives. Everything else is refused with file, line and remedy: a lambda, a method, an object, a coroutine.
+gives; an `async def` if the recipe says how it is called. Everything else is refused with file, line and remedy: a
+lambda, a method, an object.
 """
 
 import inspect
@@ -11,14 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
-from kdrl_core.config.rewards import GIVEN, RewardFunction
 from kdrl_core.errors import RecipeError
-from kdrl_core.objectives.plugins import Reference, parse_reference
+from kdrl_core.objectives.plugins import Reference, is_reference, parse_reference
 from kdrl_core.rewards.builtin import BUILT_IN_FUNCTIONS
 
 _CONTRACT = "def score(response: str, answer: str, problem: dict) -> float"
+
+
+class Term(NamedTuple):
+    """A term of the reward as a worker takes it: the fields of `RewardFunction` as plain values. Workers do without
+    the recipe's models, whose import would take half of their start."""
+
+    function: str
+    label: str
+    arguments: dict[str, Any]
+    batch_size: int | None = None
+    calls: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +49,27 @@ class LoadedFunction:
         object.__setattr__(self, "may_change_arguments", held)
 
 
-def load_function(config: RewardFunction) -> LoadedFunction:
+def load_function(term: Term) -> LoadedFunction:
     """Import the function of a term and check that it can be called.
 
     Raises:
         RecipeError: it is not there, cannot be imported, is no function, or has another signature.
     """
-    if config.is_own:
-        reference = parse_reference(config.function)
+    if is_reference(term.function):
+        reference = parse_reference(term.function)
         found = _imported(reference)
-        _require_function(found, reference)
+        _require_function(found, reference, is_called=term.calls is not None)
     else:
-        found = BUILT_IN_FUNCTIONS[config.function]
+        found = BUILT_IN_FUNCTIONS[term.function]
     where = place_of_function(found)
     try:
-        inspect.signature(found).bind("", "", {}, **config.arguments)
+        inspect.signature(found).bind("", "", {}, **term.arguments)
     except TypeError as error:
         raise RecipeError(
-            f"{config.function}, {where}: it cannot be called as {_called(config)}: {error}; write {_CONTRACT}, with a "
+            f"{term.function}, {where}: it cannot be called as {_called(term)}: {error}; write {_CONTRACT}, with a "
             "parameter for each of the recipe's `arguments`"
         ) from error
-    return LoadedFunction(config.label, found, dict(config.arguments), where)
+    return LoadedFunction(term.label, found, dict(term.arguments), where)
 
 
 def place_of_function(function: Any) -> str:
@@ -74,9 +85,9 @@ def failing_line(error: BaseException, function: Any) -> str:
     return f"{file}:{lines[-1]}" if lines else place_of_function(function)
 
 
-def _called(config: RewardFunction) -> str:
-    name = config.function.rpartition(":")[2]
-    return f"{name}({', '.join([*GIVEN, *(f'{key}=…' for key in config.arguments)])})"
+def _called(term: Term) -> str:
+    given = ("responses", "answers", "problems") if term.batch_size else ("response", "answer", "problem")
+    return f"{term.function.rpartition(':')[2]}({', '.join([*given, *(f'{key}=…' for key in term.arguments)])})"
 
 
 def _imported(reference: Reference) -> Any:
@@ -91,8 +102,8 @@ def _imported(reference: Reference) -> Any:
         raise RecipeError(f"{error}" + (f" (line {line})" if line else "")) from cause
 
 
-def _require_function(found: Any, reference: Reference) -> None:
-    """Refuse what is no plain `def`."""
+def _require_function(found: Any, reference: Reference, *, is_called: bool) -> None:
+    """Refuse what is no plain `def`, or no `async def` where the recipe has `calls`."""
     code = getattr(found, "__code__", None)
     line = code.co_firstlineno if code is not None else line_of(reference)
     where = f"{reference}, line {line}" if line else f"{reference}"
@@ -104,8 +115,12 @@ def _require_function(found: Any, reference: Reference) -> None:
         raise RecipeError(f"{where}: it is a lambda, whose errors could not be named; write {_CONTRACT}")
     if "." in plain.__qualname__ and "<locals>" not in plain.__qualname__:
         raise RecipeError(f"{where}: {plain.__qualname__} is a method; write {_CONTRACT}, and call it there")
-    if inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
-        raise RecipeError(f"{where}: it is a coroutine or generator; write {_CONTRACT} that returns the value itself")
+    if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
+        raise RecipeError(f"{where}: it is a generator; write {_CONTRACT} that returns the value itself")
+    if inspect.iscoroutinefunction(found) and not is_called:
+        raise RecipeError(f"{where}: it is an async def; say in the recipe how it is called, at least `calls: {{}}`")
+    if is_called and not inspect.iscoroutinefunction(found):
+        raise RecipeError(f"{where}: it is no async def; leave `calls` out of the recipe, or write async def")
 
 
 def line_of(reference: Reference) -> int | None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -35,14 +35,16 @@ from kdrl_core.ledger import (
 from kdrl_core.ledger.identity import identify_code
 from kdrl_core.ledger.lock import stop_if_requested
 from kdrl_core.ledger.manifest import file_manifest_path
-from kdrl_core.rewards.judge import Judge, facts_of
-from kdrl_core.rewards.score import Scored
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
 from kdrl_core.tables.files import verdict_columns, write_table
 from kdrl_core.types import ThinkOpened, Verdict
 from kdrl_core.verify import VerdictOptions, Verifier
 from kdrl_core.verify.screening import refuse_failures
+
+if TYPE_CHECKING:
+    from kdrl_core.rewards.judge import Judge
+    from kdrl_core.rewards.score import Scored
 
 _logger = logging.getLogger("kdrl")
 
@@ -61,7 +63,7 @@ class Sampler:
     """Token ids by prompt_id."""
     think_opened: ThinkOpened
     """How the prompts leave the thought."""
-    judge: Judge | None = None
+    judge: "Judge | None" = None
     """With `reward.functions`: judges in place of the verifier."""
     asked: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Question and source by prompt_id, for `judge`."""
@@ -81,7 +83,7 @@ class Sampler:
 
         def finished(responses: Sequence[Response]) -> None:
             journal.keep(responses)
-            if self.judge is None or self.judge.uses_math:
+            if self.judge is None or self.judge.reward.uses_math:
                 ahead = items(self.mend(responses))
                 self.verifier.verify_ahead(ahead, require_format=False, think_opened=self.think_opened)
             on_progress(len(journal))
@@ -96,7 +98,9 @@ class Sampler:
         judged = self.judge.judge_batch([self._scored(each, ground_truths) for each in responses], **options)
         return responses, [one.verdict for one in judged]
 
-    def _scored(self, response: Response, ground_truths: Mapping[str, str]) -> Scored:
+    def _scored(self, response: Response, ground_truths: Mapping[str, str]) -> "Scored":
+        from kdrl_core.rewards.judge import facts_of
+
         question, source = self.asked[response.prompt_id]
         facts = facts_of(
             problem_id=response.prompt_id,
@@ -110,11 +114,13 @@ class Sampler:
         return response.text, ground_truths[response.prompt_id], facts
 
 
-def open_judge(recipe: Recipe, verifier: Verifier, stack: ExitStack) -> Judge | None:
+def open_judge(recipe: Recipe, verifier: Verifier, stack: ExitStack) -> "Judge | None":
     """What judges by the functions of the recipe's reward, with the users' code as it is now; None without functions.
     `stack` closes it. Raises RecipeError if a function cannot be used."""
     if not recipe.reward.functions:
         return None
+    from kdrl_core.rewards.judge import Judge
+
     judge = Judge(recipe.reward, recipe.verification, verifier, code_sources(identify_code(recipe), recipe))
     stack.callback(judge.close)
     judge.check()

@@ -64,9 +64,11 @@ REWARDS = pa.schema(
     ]
 )
 
+REWARD_VALUES = "reward_values"
+"""The column of REWARDS_OF_FUNCTIONS that REWARDS lacks."""
 REWARDS_OF_FUNCTIONS = REWARDS.append(
     _field(
-        "reward_values",
+        REWARD_VALUES,
         pa.list_(pa.struct([("name", pa.string()), ("value", pa.float32())])),  # not every reader knows a map
         "with reward.functions: what each returned, by its name; null where it does not apply or failed",
         nullable=True,

@@ -229,14 +229,17 @@ def work_off(
     *,
     num_at_once: int,
     finish: Callable[[Any, JobResult], None],
+    extra_s: float = 0.0,
 ) -> None:
-    """Have workers do ``jobs``, some of which are in flight; calls ``finish`` once for each, in this thread."""
+    """Have workers do ``jobs``, some of which are in flight; calls ``finish`` once for each, in this thread.
+
+    ``extra_s``: a job may wait so long without using CPU time."""
     begun = set(in_flight.values())
     pending = deque(job for job in jobs if job not in begun)
     num_replacements = 0
     awake = AwakeTime(longest_s=2 * _POLL_S)
     running_since: dict[Future[Any], float] = {}
-    wait_s = _WAITS * workers.timeout_s + _WAIT_GRACE_S
+    wait_s = _WAITS * workers.timeout_s + _WAIT_GRACE_S + extra_s
     last_progress, pool = awake.look(), None
     while pending or in_flight:
         try:

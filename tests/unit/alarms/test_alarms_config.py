@@ -95,5 +95,6 @@ def test_with_functions_the_defaults_do_not_take_a_reward_for_a_share() -> None:
 def test_a_rule_may_watch_a_function_that_the_reward_has() -> None:
     functions, rule = "reward.functions=[{function: exact, name: mine}]", "alarms.no_reward.metric=reward/mine/mean"
     assert load_recipe("miniature", [functions, rule]).alarm_rules["no_reward"].metric == "reward/mine/mean"
+    load_recipe("miniature", [functions, rule.replace("mine/", "mine.part/")])
     with pytest.raises(RecipeError, match=r"reward/mine/mean is of mine, which is none of reward.functions \(there ar"):
         load_recipe("miniature", [rule])

@@ -15,9 +15,12 @@ from kdrl_core.look.rollouts.query import RolloutStore
 from kdrl_core.tables.files import load_metrics
 
 CODE = '''
+from kdrl_core.rewards import Score
+
 def even(response, answer, problem, scale):
     """Pays for the length of a response, if its problem's answer is even; does not apply to the others."""
-    return scale * (problem["length"] % 5) if int(answer) % 2 == 0 else None
+    if int(answer) % 2 == 0:
+        return Score(scale * (problem["length"] % 5), parts={"tokens": problem["length"]})
 '''
 SOURCES = ["stage1=null", "stage2.steps=2", "stage2.kd_masking=response", "reward.success_above=0.3"]
 
@@ -34,7 +37,7 @@ def values_of(row: dict) -> dict[str, float | None]:
 
 
 @pytest.mark.usefixtures("fast_sessions")
-def test_the_weighted_sum_trains_masks_and_is_recorded(tmp_path: Path) -> None:
+def test_the_weighted_sum_trains_masks_and_is_recorded_and_other_code_is_refused(tmp_path: Path) -> None:
     (code := tmp_path / "mine.py").write_text(CODE)
     own = f"{{function: '{code}:even', weight: 2.0, arguments: {{scale: 0.1}}}}"
     run = open_tiny(tmp_path, "r", [*SOURCES, f"reward.functions=[{{function: math, weight: 0.5}}, {own}]"])
@@ -61,6 +64,10 @@ def test_the_weighted_sum_trains_masks_and_is_recorded(tmp_path: Path) -> None:
         known = [v for row in rows if (v := values_of(row)["even"]) is not None]
         assert metrics["reward/even/mean"] == pytest.approx(np.mean(known) if known else 0.0)
         assert metrics["reward/even/applies"] == len(known) / len(rows)
+        lengths = [row["length"] for row in rows if "even.tokens" in values_of(row)]
+        assert len(lengths) == len(known)
+        if known:
+            assert metrics["reward/even.tokens/mean"] == pytest.approx(np.mean(lengths))
         assert metrics["reward/mean"] == pytest.approx(rewards.mean(), abs=1e-6)
         seen += known
     assert len(set(seen)) > 1
@@ -75,17 +82,8 @@ def test_the_weighted_sum_trains_masks_and_is_recorded(tmp_path: Path) -> None:
     responses = pq.ParquetFile(run.paths.evaluation("base") / "responses.parquet").read().to_pylist()
     assert any("even 0." in row["reason"] for row in responses)
     assert results["accuracy"] == pytest.approx(np.mean([row["accuracy_reward"] for row in responses]))
-
-
-@pytest.mark.usefixtures("fast_sessions")
-def test_other_code_is_refused_on_resume_with_both_hashes(tmp_path: Path) -> None:
-    (code := tmp_path / "mine.py").write_text("def zero(response, answer, problem):\n    return 0.0\n")
-    overrides = [*SOURCES[:2], f"reward.functions=[{{function: '{code}:zero'}}]"]
-    run = open_tiny(tmp_path, "r", overrides)
-    train(run, until=("stage2", 1))
-    assert {row["reward"] for row in rewards_of(run, 0)} == {0.0}
     close_sessions()
-    code.write_text("def zero(response, answer, problem):\n    return 1.0\n")
+    code.write_text(CODE.replace("% 5", "% 4"))
     with pytest.raises(RunError, match=r"mine.py has sha256 \w{12}…, recorded was \w{12}…") as told:
         train_step(open_run("r", artifacts=tmp_path), "stage2", 1)
-    assert "reward.functions.0.function" in str(told.value)
+    assert "reward.functions.1.function" in str(told.value)

@@ -9,17 +9,16 @@ import pytest
 from kdrl_core.boxes.preflight import check_inputs, check_rewards
 from kdrl_core.config import load_recipe
 from kdrl_core.config.answers import RewardConfig, VerificationConfig
-from kdrl_core.config.rewards import RewardFunction
 from kdrl_core.errors import RecipeError
 from kdrl_core.rewards.judge import Judge, Judgement, facts_of
-from kdrl_core.rewards.loading import load_function
+from kdrl_core.rewards.loading import Term, load_function
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify import Verifier
 
 LIMITS = VerificationConfig(workers=2, timeout_s=0.5, memory_limit_mb=384, max_failed_share=1.0)
 CODE = """\
-import os, sys
-from kdrl_core.rewards import Score
+import os, sys; from enum import StrEnum
+from kdrl_core.rewards import Score; print("at import")
 
 def score(response, answer, problem):
     if response == "raise":
@@ -45,6 +44,7 @@ def score(response, answer, problem):
 
 VALUES = {
     "text": "1", "nan": float("nan"), "list": [1.0, 2.0], "dict of text": {"a": "b"}, "empty": {},
+    "odd key": {"\\ud800": 1.0}, "great": 1e10, "plain": {StrEnum("Key", ["B"]).B: 1.0},
     "dict": {"a": 0.25, "b": 0.5}, "score": Score(-2, "because", {"part": 3}), "none": None, "true": True,
 }
 """
@@ -62,6 +62,9 @@ EXPECTED = {
     "list": "{file}:4, {id}: it returned list [1.0, 2.0]; return a number, None, a dictionary of numbers, or a Score",
     "dict of text": "{file}:4, {id}: it returned a dictionary in which 'a' is str 'b'; return a number, None, "
     "a dictionary of numbers, or a Score",
+    "odd key": "{file}:4, {id}: it returned a dictionary with the key str '\\ud800'; name its values with letters, "
+    "digits, _ and -",
+    "great": "{file}:4, {id}: it returned 1e+10; return a number between -1e+09 and 1e+09",
     "empty": "{file}:4, {id}: it returned a dictionary without values; return None if the function does not apply",
 }
 
@@ -91,7 +94,7 @@ def facts(number: int) -> dict:
 
 def test_each_misdeed_is_an_error_of_its_own_response(tmp_path: Path, verifier: Verifier) -> None:
     (file := tmp_path / "mine.py").write_text(CODE)
-    responses = ["fine", *EXPECTED, "loop", "print", "dict", "score", "none", "true", "also fine"]
+    responses = ["fine", *EXPECTED, "loop", "print", "plain", "dict", "score", "none", "true", "also fine"]
     found = judge(file, responses, verifier)
     for number, text in enumerate(responses):
         if text in EXPECTED:
@@ -101,10 +104,11 @@ def test_each_misdeed_is_an_error_of_its_own_response(tmp_path: Path, verifier: 
             assert found[text].values == {"score": None}
     loop = found["loop"].verdict
     assert loop.kind is VerdictKind.TIMEOUT
-    assert f"{file}:score, line 4, problem q-13, sample 3: no result within 0.5 s; the worker was killed" in loop.reason
+    assert f"{file}:score, line 4, problem q-15, sample 3: no result within 0.5 s; the worker was killed" in loop.reason
     assert found["fine"].verdict.kind is found["also fine"].verdict.kind is VerdictKind.CORRECT
     assert found["print"].verdict.reason == "score 1: (printed: a line and another)"
     assert found["dict"].values == {"score": 0.75, "score.a": 0.25, "score.b": 0.5}
+    assert found["plain"].values == {"score": 1.0, "score.b": 1.0}
     score = found["score"]
     assert (score.values, score.verdict.reason) == ({"score": -2.0, "score.part": 3.0}, "score -2: because, part 3")
     assert (score.verdict.kind, score.verdict.reward) == (VerdictKind.WRONG, -2.0)
@@ -117,9 +121,9 @@ def test_a_function_that_always_hangs_costs_a_few_timeouts_and_not_one_a_respons
     tmp_path: Path, verifier: Verifier
 ) -> None:
     (file := tmp_path / "mine.py").write_text("def score(response, answer, problem):\n    while True: pass\n")
-    limits = LIMITS.model_copy(update={"max_failed_share": 0.03, "timeout_s": 0.1})
-    found = list(judge(file, [f"{number}" for number in range(100)], verifier, limits).values())
-    assert sum(one.verdict.kind is VerdictKind.TIMEOUT for one in found) == 4  # then 3 % are exceeded
+    limits = LIMITS.model_copy(update={"max_failed_share": 0.15, "timeout_s": 0.1})
+    found = list(judge(file, [f"{number}" for number in range(20)], verifier, limits).values())
+    assert sum(one.verdict.kind is VerdictKind.TIMEOUT for one in found) == 4  # then 15 % are exceeded
     assert "not judged, since more than verification.max_failed_share" in found[-1].verdict.reason
 
 
@@ -134,7 +138,10 @@ def test_a_function_that_always_hangs_costs_a_few_timeouts_and_not_one_a_respons
         ("def other(response, answer, problem): ...", "score is not there in"),
         ("def score(response, answer): ...", "mine.py:1: it cannot be called as score(response, answer, problem)"),
         ("def score(response, answer, problem, scale): ...", "missing a required argument: 'scale'"),
-        ("async def score(response, answer, problem): ...", "line 1: it is a coroutine or generator"),
+        (
+            "async def score(response, answer, problem): ...",
+            "line 1: it is an async def; say in the recipe how",
+        ),
         ("import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'; correct it there (line 1)"),
         ("x = 1\ndef score(", "SyntaxError: '(' was never closed"),
     ],
@@ -142,24 +149,17 @@ def test_a_function_that_always_hangs_costs_a_few_timeouts_and_not_one_a_respons
 def test_what_is_no_function_is_refused(tmp_path: Path, code: str, said: str) -> None:
     (file := tmp_path / "mine.py").write_text(code + "\n")
     with pytest.raises(RecipeError) as told:
-        load_function(RewardFunction(function=f"{file}:score"))
+        load_function(Term(f"{file}:score", "score", {}))
     assert said in str(told.value)
 
 
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("score = lambda response, answer, problem: 1", "line 1: it is a lambda"),
-        ("import os\nos._exit(4)", "its import: the worker died (exit code 4)"),
-    ],
-)
-def test_users_code_is_imported_in_a_worker_before_anything_starts(tmp_path: Path, code: str, said: str) -> None:
-    (file := tmp_path / "mine.py").write_text(code + "\n")
+def test_users_code_is_imported_in_a_worker_before_anything_starts(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.py").write_text("import os\nos._exit(4)\n")
     recipe = load_recipe("miniature", [f"reward.functions=[{{function: math}}, {{function: '{file}:score'}}]"])
     with pytest.raises(RecipeError) as told:
         check_inputs(recipe)
-    assert said in str(told.value)
-    assert str(told.value).startswith("recipe miniature, field 'reward.functions.1': ")
+    expected = "recipe miniature, field 'reward.functions.1': its import: the worker died (exit code 4)"
+    assert str(told.value).startswith(expected)
 
 
 @pytest.mark.parametrize(

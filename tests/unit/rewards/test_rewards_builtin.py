@@ -1,17 +1,21 @@
 """The functions that kdrl ships: golden values."""
 
+import json
+
 import pytest
 
-from kdrl_core.config.rewards import BUILT_IN
+from kdrl_core.boxes.preflight import check_rewards
+from kdrl_core.config import load_recipe
+from kdrl_core.config.answers import BUILT_IN_REWARDS
+from kdrl_core.errors import RecipeError
 from kdrl_core.rewards import builtin
-from kdrl_core.verify import Verifier
 
 PROBLEM = {"problem_id": "q", "length": 0, "think_opened": False}
 SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
 
 
 def test_the_recipe_knows_the_same_functions() -> None:
-    assert tuple(builtin.BUILT_IN_FUNCTIONS) == BUILT_IN
+    assert tuple(builtin.BUILT_IN_FUNCTIONS) == BUILT_IN_REWARDS
 
 
 def boxed(text: str) -> str:
@@ -26,6 +30,7 @@ def boxed(text: str) -> str:
         ("exact", boxed("A"), "a", {"ignore_case": True}, 1.0),
         ("exact", "a", "a", {}, 0.0),  # no box
         ("exact", "answer: 1\nanswer: 2", "2", {"pattern": r"answer: (\d)"}, 1.0),
+        ("exact", "answer: 2 or\nanswer: ", "2", {"pattern": r"answer: (\d)?"}, 0.0),  # the last has no group
         ("choice", boxed("(B)"), "B", {}, 1.0),
         ("choice", boxed("C"), "B", {}, 0.0),
         ("choice", "<think>A</think>So it goes.\nThe answer is (B)", "B", {}, 1.0),
@@ -70,12 +75,20 @@ def test_a_truth_of_another_kind_is_an_error(function: str) -> None:
         builtin.BUILT_IN_FUNCTIONS[function](boxed("1"), "blue", PROBLEM)
 
 
-def test_math_is_the_verifier() -> None:
-    cases = [(boxed("0.5"), r"\frac{1}{2}"), (boxed("5"), "6"), ("no thought \\boxed{5}", "5"), ("none", "5")]
-    with Verifier(workers=1) as verifier:
-        for is_strict in (True, False):
-            verdicts = verifier.verify_batch(cases, require_format=is_strict)
-            scores = [builtin.math(*case, PROBLEM, require_format=is_strict) for case in cases]
-            assert [(s.value, s.reason, s.extracted) for s in scores] == [
-                (v.reward, v.reason, v.extracted) for v in verdicts
-            ]
+@pytest.mark.parametrize(
+    ("function", "arguments", "said"),
+    [
+        ("regex", {"pattern": "("}, "missing ), unterminated subpattern"),
+        ("regex", {"pattern": "x", "is_whole": "false"}, "Input should be a valid boolean"),
+        ("numeric", {"absolute": "0.1"}, "Input should be a valid number"),
+        ("json_schema", {"schema": {"type": "integr"}}, "'integr' is not valid"),
+        ("length_penalty", {"max_tokens": 10, "cache": 11}, "cache=11 must be above 0"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_before_a_run(function: str, arguments: dict, said: str) -> None:
+    recipe = load_recipe(
+        "miniature", [f"reward.functions=[{json.dumps({'function': function, 'arguments': arguments})}]"]
+    )
+    with pytest.raises(RecipeError, match=rf"field 'reward.functions.0.arguments': {function}: ") as told:
+        check_rewards(recipe)
+    assert said in str(told.value)
