@@ -33,7 +33,7 @@ class CallsConfig(Section):
     responses beyond it fail."""
 
     at_once: Positive = Field(8, description="calls that are open at the same time")
-    retries: int = Field(2, ge=0, description="further tries after an exception, after 0.5 s and then twice as long")
+    retries: int = Field(2, ge=0, description="further tries after an exception, after 0.25 s and then twice as long")
     timeout_s: float = Field(60.0, gt=0.0, description="seconds of one try")
     max_calls: Positive | None = Field(None, description="budget: tries")
     max_seconds: float | None = Field(None, gt=0.0, description="budget: seconds after which no try begins")

@@ -24,8 +24,8 @@ from kdrl_core.types import VerdictKind
 
 JOB_S = 10.0
 """A worker begins no further call after this time, and gives back what is done."""
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 8.0
-"""Seconds before the second try, doubled before each further one, and up to a second more."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 8.0
+"""Seconds before the second try, doubled before each further one, and up to `FIRST_WAIT_S` more."""
 
 _runners: list[asyncio.Runner] = []
 """The event loop of this process, kept so that a function may keep a client."""
@@ -100,7 +100,7 @@ async def _one(
     """What a call found, after further tries if it raises. Does not raise."""
     retrying = AsyncRetrying(
         stop=stop_after_attempt(calls["retries"] + 1),
-        wait=wait_exponential_jitter(initial=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+        wait=wait_exponential_jitter(initial=FIRST_WAIT_S, max=LONGEST_WAIT_S, jitter=FIRST_WAIT_S),
         retry=retry_if_exception(_may_pass),
         reraise=True,
     )
