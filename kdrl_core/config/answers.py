@@ -22,7 +22,7 @@ _SET_BY_KDRL = (
 _OWN_MODELS = ("base", "teacher", "stage")
 """Beginnings of the names of models that every run evaluates."""
 
-BUILT_IN_REWARDS = ("math", "exact", "choice", "numeric", "regex", "json_schema", "length_penalty")
+BUILT_IN_REWARDS = ("math", "exact", "choice", "numeric", "regex", "json_schema", "length_penalty", "python_tests")
 """Names of the functions that kdrl ships; `kdrl_core.rewards.builtin` has them."""
 _GIVEN = ("response", "answer", "problem", "responses", "answers", "problems")
 """Arguments that kdrl gives to a function."""

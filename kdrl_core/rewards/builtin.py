@@ -13,6 +13,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from kdrl_core.rewards.code_runs import run_tests
 from kdrl_core.rewards.score import Score
 from kdrl_core.verify.accuracy import compare_answer, compare_text
 from kdrl_core.verify.screening import Outcome, answer_region, last_box, make_verdict, screen
@@ -22,6 +23,7 @@ Problem = dict[str, Any]
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d{1,3})?")
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{(\d{1,50})\}\{(\d{1,50})\}|([+-]?)(\d{1,50})\s*/\s*(\d{1,50})")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+_CODE = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _MAX_SHOWN = 200
 
 
@@ -127,10 +129,29 @@ def length_penalty(response: str, answer: str, problem: Problem, *, max_tokens: 
     return Score(value, f"{length} tokens of {max_tokens}")
 
 
+def python_tests(response: str, answer: str, problem: Problem, *, cpu_s: int = 5, memory_mb: int = 512) -> Score:
+    """1 if the Python code of the last code block outside the thought passes the tests, which are the true answer, else
+    0. Tests are Python code that runs behind it and raises if it is wrong, such as lines of `assert`.
+
+    Code and tests run in a process of their own (:mod:`kdrl_core.rewards.jail`).
+    """
+    if cpu_s < 1 or memory_mb < 64:
+        raise ValueError(f"cpu_s={cpu_s} must be at least 1, memory_mb={memory_mb} at least 64; correct the arguments")
+    compile(answer, "tests", "exec", dont_inherit=True)
+    if not answer.strip():
+        raise ValueError("the true answer has no tests; mend the problem")
+    blocks = _CODE.findall(answer_region(response, think_opened=problem.get("think_opened", False)))
+    if not blocks:
+        return Score(0.0, "no code block outside the thought")
+    told = run_tests(blocks[-1], answer, cpu_s=cpu_s, memory_mb=memory_mb)
+    return Score(float(told is None), told or "the tests pass", extracted=blocks[-1])
+
+
 BUILT_IN_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (math, exact, choice, numeric, regex, json_schema, length_penalty)
+    function.__name__: function
+    for function in (math, exact, choice, numeric, regex, json_schema, length_penalty, python_tests)
 }
-_TRIALS = {"choice": (r"\boxed{A}", "A"), "json_schema": ("1", "")}
+_TRIALS = {"choice": (r"\boxed{A}", "A"), "json_schema": ("1", ""), "python_tests": ("```\npass\n```", "pass")}
 """Response and answer with which a function looks at all of its arguments."""
 
 

@@ -120,7 +120,7 @@ def check_functions(reward: RewardConfig, limits: VerificationConfig) -> None:
             try_built_in(function.function, function.arguments)
         except Exception as error:
             where = f"field 'reward.functions.{index}.arguments': {function.function}"
-            raise RecipeError(f"{where}: {' '.join(str(error).split())}; correct the arguments") from error
+            raise RecipeError(f"{where}: {' '.join(str(error).split())}") from error
     if own := [index for index, function in enumerate(reward.functions) if function.is_own]:
         pool = FunctionPool(reward.functions, own, limits.model_copy(update={"workers": 1}), {})
         with closing(pool):

@@ -1,6 +1,7 @@
 """The functions that kdrl ships: golden values."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,49 @@ def test_arguments_that_cannot_work_are_refused_before_a_run(function: str, argu
     with pytest.raises(RecipeError, match=rf"field 'reward.functions.0.arguments': {function}: ") as told:
         check_rewards(recipe)
     assert said in str(told.value)
+
+
+TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
+ADD = "def add(a, b):\n    return a + b"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (ADD, "the tests pass"),
+        (f"import asyncio, random, threading\nasyncio.run(asyncio.sleep(0))\n{ADD}", "the tests pass"),
+        (ADD.replace("+", "-"), "tests, line 1: AssertionError: "),
+        ("def add(:", "code, line 1: SyntaxError: invalid syntax (code, line 1)"),
+        ("import numpy", "code, line 1: ModuleNotFoundError: No module named 'numpy'"),
+        ("while True: pass", "no result within 1 s of CPU time"),
+        ("x = bytes(10**9)", "code, line 1: MemoryError: "),
+        ("import os\nos._exit(0)", "it ended its process (exit code 0)"),
+        ("import os\nwhile True:\n    os.write(3, b'x' * 999)", "xxxxxxxxxx"),
+        ("import socket\nsocket.socket()", "code, line 2: PermissionError: "),
+        ("import os\nos.fork()", "code, line 2: PermissionError: "),
+        ("import subprocess\nsubprocess.run(['/bin/true'])", "code, line 2: PermissionError: "),
+        ("import os\nos.kill(os.getppid(), 9)", "code, line 2: PermissionError: "),
+        ("open('{file}').read()", "code, line 1: PermissionError: "),
+        ("open('{file}', 'a')", "code, line 1: PermissionError: "),
+        ("import os\nos.unlink('{file}')", "code, line 2: PermissionError: "),
+        ("import os\nos.chmod('{file}', 0)", "code, line 2: PermissionError: "),
+        ("import os\nos.listdir('/proc')", "code, line 2: PermissionError: "),
+    ],
+)
+def test_code_of_answers_runs_behind_locks(code: str, said: str, tmp_path: Path) -> None:
+    (file := tmp_path / "secret").write_text("x")
+    response = f"<think>```\nno\n```</think>So:\n```python\n{code.replace('{file}', str(file))}\n```"
+    score = builtin.python_tests(response, TESTS, PROBLEM, cpu_s=1, memory_mb=256)
+    assert score.reason.startswith(said)
+    assert score.value == float(said == "the tests pass")
+    assert file.read_text() == "x"
+
+
+def test_code_needs_a_block_tests_and_leave() -> None:
+    assert builtin.python_tests(ADD, TESTS, PROBLEM).reason == "no code block outside the thought"
+    with pytest.raises(ValueError, match="the true answer has no tests"):
+        builtin.python_tests(f"```\n{ADD}\n```", " ", PROBLEM)
+    named = "reward.functions=[{function: python_tests}]"
+    with pytest.raises(RecipeError, match=r"set reward.allow_code: true"):
+        load_recipe("miniature", [named])
+    check_rewards(load_recipe("miniature", [named, "reward.allow_code=true"]))
