@@ -22,7 +22,13 @@ def even(response, answer, problem, scale):
     if int(answer) % 2 == 0:
         return Score(scale * (problem["length"] % 5), parts={"tokens": problem["length"]})
 '''
-SOURCES = ["stage1=null", "stage2.steps=2", "stage2.kd_masking=response", "reward.success_above=0.3"]
+SOURCES = [
+    "verification.workers=1",
+    "stage1=null",
+    "stage2.steps=2",
+    "stage2.kd_masking=response",
+    "reward.success_above=0.3",
+]
 
 
 def rewards_of(run: Run, step: int) -> list[dict]:
@@ -40,7 +46,11 @@ def values_of(row: dict) -> dict[str, float | None]:
 def test_the_weighted_sum_trains_masks_and_is_recorded_and_other_code_is_refused(tmp_path: Path) -> None:
     (code := tmp_path / "mine.py").write_text(CODE)
     own = f"{{function: '{code}:even', weight: 2.0, arguments: {{scale: 0.1}}}}"
-    run = open_tiny(tmp_path, "r", [*SOURCES, f"reward.functions=[{{function: math, weight: 0.5}}, {own}]"])
+    run = open_tiny(
+        tmp_path,
+        "r",
+        [*SOURCES, "reward.success_above=0.3", f"reward.functions=[{{function: math, weight: 0.5}}, {own}]"],
+    )
     train(run)
     seen = []
     for step, metrics in enumerate(load_metrics(run, "stage2")):

@@ -130,8 +130,9 @@ def test_functions_of_the_reward_count_what_a_label_counts(tmp_path: Path) -> No
     functions = f"reward.functions=[{{function: '{code}:near'}}]"
     source = write(tmp_path / "in.jsonl", [{**row, "id": f"p{i}"} for i, row in enumerate(ROWS)])
     engine = Scripted({"p0": "8888", "p1": "7965", "p2": "2345"})
+    common = [SAMPLES, functions, "verification.workers=1"]
     for above, expected in ((0.4, [0, 2, 2]), (0.6, [0, 4, 3])):
-        recipe = load_recipe("miniature", [SAMPLES, functions, f"reward.success_above={above}"])
+        recipe = load_recipe("miniature", [*common, f"reward.success_above={above}"])
         scripted(plan_labels(recipe, [source]), tmp_path / "out.parquet", engine, keep_work=above == 0.4)
         found = problems_of(tmp_path / "out.parquet")
         assert [found[f"p{i}"][LABEL] for i in range(3)] == expected

@@ -118,12 +118,13 @@ def test_each_misdeed_is_an_error_of_its_own_response(tmp_path: Path, verifier: 
 
 
 def test_a_function_that_always_hangs_costs_a_few_timeouts_and_not_one_a_response(
-    tmp_path: Path, verifier: Verifier
+    tmp_path: Path, verifier: Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kdrl_core.rewards.pool._SUSPECTS_AT_ONCE", 1)
     (file := tmp_path / "mine.py").write_text("def score(response, answer, problem):\n    while True: pass\n")
-    limits = LIMITS.model_copy(update={"max_failed_share": 0.15, "timeout_s": 0.1})
+    limits = LIMITS.model_copy(update={"max_failed_share": 0.05, "timeout_s": 0.1, "workers": 1})
     found = list(judge(file, [f"{number}" for number in range(20)], verifier, limits).values())
-    assert sum(one.verdict.kind is VerdictKind.TIMEOUT for one in found) == 4  # then 15 % are exceeded
+    assert sum(one.verdict.kind is VerdictKind.TIMEOUT for one in found) == 2  # then 5 % are exceeded
     assert "not judged, since more than verification.max_failed_share" in found[-1].verdict.reason
 
 
