@@ -9,6 +9,7 @@ but into its reason.
 import copy
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, limit_worker
 BUDGET_S = 0.25
 """A worker gives back a batch after this time, even if it is not through with it."""
 _MAX_PRINTED = 80
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 Done = tuple[str | None, list[list[Found | None]]]
 """What is wrong with a function that cannot be loaded, or None; and for each item that was done, in order, what each
@@ -188,6 +190,7 @@ def failure(loaded: LoadedFunction, item: Scored, error: BaseException, kind: Ve
         line = loaded.where
     else:
         line, text = failing_line(error, loaded.function), f"{type(error).__name__}: {text}".removesuffix(": ")
+    text = _ADDRESS.sub("", text)  # else a step that is done again would have another reason
     problem = item[2]
     who = f"problem {problem.get('problem_id')}, sample {problem.get('sample')}"
     return Found(0.0, f"{line}, {who}: {text}", failed=kind)

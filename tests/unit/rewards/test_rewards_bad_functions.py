@@ -43,7 +43,7 @@ def score(response, answer, problem):
     return VALUES.get(response, 1)
 
 VALUES = {
-    "text": "1", "nan": float("nan"), "list": [1.0, 2.0], "dict of text": {"a": "b"}, "empty": {},
+    "object": object(), "text": "1", "nan": float("nan"), "list": [1.0, 2.0], "dict of text": {"a": "b"}, "empty": {},
     "odd key": {"\\ud800": 1.0}, "great": 1e10, "plain": {StrEnum("Key", ["B"]).B: 1.0},
     "dict": {"a": 0.25, "b": 0.5}, "score": Score(-2, "because", {"part": 3}), "none": None, "true": True,
 }
@@ -57,6 +57,8 @@ EXPECTED = {
     "die": "{file}:score, line 4, {id}: the worker died (exit code 3) and was replaced",
     "quit": "{file}:21, {id}: SystemExit: 1",
     "import": "{file}:23, {id}: ModuleNotFoundError: No module named 'nothing_like_it'",
+    "object": "{file}:4, {id}: it returned object <object object>; return a number, None, a dictionary of numbers, "
+    "or a Score",
     "text": "{file}:4, {id}: it returned str '1'; return a number, None, a dictionary of numbers, or a Score",
     "nan": "{file}:4, {id}: it returned nan; return a finite number, or None if the function does not apply",
     "list": "{file}:4, {id}: it returned list [1.0, 2.0]; return a number, None, a dictionary of numbers, or a Score",
@@ -104,7 +106,7 @@ def test_each_misdeed_is_an_error_of_its_own_response(tmp_path: Path, verifier: 
             assert found[text].values == {"score": None}
     loop = found["loop"].verdict
     assert loop.kind is VerdictKind.TIMEOUT
-    assert f"{file}:score, line 4, problem q-15, sample 3: no result within 0.5 s; the worker was killed" in loop.reason
+    assert f"{file}:score, line 4, problem q-16, sample 3: no result within 0.5 s; the worker was killed" in loop.reason
     assert found["fine"].verdict.kind is found["also fine"].verdict.kind is VerdictKind.CORRECT
     assert found["print"].verdict.reason == "score 1: (printed: a line and another)"
     assert found["dict"].values == {"score": 0.75, "score.a": 0.25, "score.b": 0.5}
