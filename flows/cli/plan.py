@@ -256,12 +256,22 @@ def _show(plan: "StagePlan", needed: Sequence[str], *, is_assumed: bool) -> None
         span = _span(plan.sampling_s / 3600, cluster.gpus)
         out.say(f"  before the first step, {work.sampled:,} responses of the teacher: {span}")
     out.say(
-        f"  {many(work.steps, 'step')} of {_number(plan.step_s)} s and {many(work.evaluations, 'evaluation')}: "
+        f"  {many(work.steps, 'step')} of {_number(plan.step_s)} s{_evaluations(plan)}: "
         f"{_span(plan.hours, cluster.gpus)}; "
         f"mean response {work.mean_response:,.0f} tokens{' (assumed)' if is_assumed else ''}\n"
     )
     if plan.reported_step_s is not None:
         out.print(f"  the paper: {plan.reported_step_s:,.0f} s a step (4.3: about 80 hours), on GPUs unknown to us\n")
+
+
+def _evaluations(plan: "StagePlan") -> str:
+    """What the stage's time has beside the steps."""
+    from kdrl_core.look.planning.stage_plan import many
+
+    parts = [f"{many(plan.work.evaluations, 'evaluation')} during training"] if plan.work.evaluations else []
+    if plan.final_evaluation_s:
+        parts.append(f"{_number(plan.final_evaluation_s)} s for the final evaluation")
+    return "".join(f", {part}" for part in parts)
 
 
 def _memory_table(chosen: "Candidate", plan: "StagePlan") -> RichTable:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from kdrl_core.config import EngineName, LocalEngine, Recipe, ServersConfig, StageConfig
 from kdrl_core.errors import RecipeError
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.planning.lengths import mean_square
 from kdrl_core.look.planning.memory import Precision, TrainerSettings
 from kdrl_core.look.planning.shapes import ModelShape, shape_of
@@ -202,6 +203,8 @@ class Work:
     """Of one periodic evaluation."""
     evaluations: int
     """Periodic evaluations in the stage."""
+    final_responses: dict[Role, int]
+    """Of the final evaluation of the run, by the role whose engine gives them; empty before the last stage."""
     checkpoint_every: int
     longest_response: float
     """Tokens of the longest response that is expected; at most `max_response`."""
@@ -282,6 +285,7 @@ def work_of(
         evaluation_context=recipe.evaluation.max_context_tokens,
         evaluation_responses=sum(len(load_benchmark(b)) * b.samples for b in periodic),
         evaluations=config.steps // config.evaluate_every if config.evaluate_every else 0,
+        final_responses=_final_responses(recipe) if stage == recipe.stages[-1] else {},
         checkpoint_every=config.checkpoint.every,
         sampled=pool * config.sft.samples if is_sft else 0,
         sampled_together=config.sft.shard_prompts * config.sft.samples if is_sft else 0,
@@ -289,6 +293,19 @@ def work_of(
         num_in_process=recipe.runtime.rollout_batch_size,
         score_tokens_in_process=recipe.runtime.score_batch_tokens,
     )
+
+
+def _final_responses(recipe: Recipe) -> dict[Role, int]:
+    """Responses of the final evaluation: of the student's engine, and of the teacher's if it is on these GPUs. The
+    models that `evaluation.also` names count as students."""
+    from kdrl_core.data.benchmarks import load_benchmark
+
+    once = sum(len(load_benchmark(benchmark)) * benchmark.samples for benchmark in recipe.evaluation.benchmarks)
+    others = [label for label in evaluated_labels(recipe) if label != "teacher"]
+    found: dict[Role, int] = {"rollout": once * len(others)}
+    if recipe.teacher is not None:
+        found["teacher"] = once
+    return found
 
 
 def _mean(given: float | None, assumed: float, most: int) -> float:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kdrl_core.look.planning.candidates import Candidate, candidates_of, check_gpus, remedies_of
-from kdrl_core.look.planning.cluster import Cluster, Engines, Work
+from kdrl_core.look.planning.cluster import Cluster, Engines, Role, Work
 from kdrl_core.look.planning.cost import Rates, StepTime, gradient_traffic, rollout_s, score_s, sync_traffic
 from kdrl_core.look.planning.placement import KV_CACHE, SAMPLING, host_bytes, sequence_bytes
 
@@ -54,18 +54,27 @@ class StagePlan:
     @property
     def evaluation_s(self) -> float:
         """Seconds of all periodic evaluations of the stage."""
-        if self.best is None or not self.work.evaluation_responses:
+        return self._answering_s("rollout", self.work.evaluation_responses) * self.work.evaluations
+
+    @property
+    def final_evaluation_s(self) -> float:
+        """Seconds of the run's final evaluation, after its last stage."""
+        return sum(self._answering_s(role, responses) for role, responses in self.work.final_responses.items())
+
+    def _answering_s(self, role: Role, responses: int) -> float:
+        """Seconds in which a role's engine answers so many problems of benchmarks."""
+        if self.best is None or not responses or (role == "teacher" and self.work.teacher is None):
             return 0.0
         longest = self.work.evaluation_context - self.work.max_prompt
-        one = rollout_s(
+        return rollout_s(
             replace(self.work, max_response=longest, longest_response=max(longest, self.work.mean_response)),
             self.engines,
             self.cluster,
             self.best.placement.generating_gpus,
             self.rates,
-            responses=self.work.evaluation_responses,
+            responses=responses,
+            role=role,
         )
-        return one * self.work.evaluations
 
     @property
     def sampling_s(self) -> float:
@@ -92,10 +101,11 @@ class StagePlan:
 
     @property
     def hours(self) -> float | None:
-        """Hours of the stage: the teacher's responses, all steps, and periodic evaluations."""
+        """Hours of the stage: the teacher's responses, all steps, and evaluations. The last stage has the final one."""
         if self.step_s is None:
             return None
-        return (self.sampling_s + self.step_s * self.work.steps + self.evaluation_s) / 3600
+        evaluations = self.evaluation_s + self.final_evaluation_s
+        return (self.sampling_s + self.step_s * self.work.steps + evaluations) / 3600
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, seconds, hours."""
@@ -108,6 +118,7 @@ class StagePlan:
             "paper_step_s": self.reported_step_s,
             "steps": self.work.steps,
             "evaluation_s": self.evaluation_s,
+            "final_evaluation_s": self.final_evaluation_s,
             "sampled": self.work.sampled,
             "sampling_s": self.sampling_s,
             "hours": self.hours,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import Recipe, StageConfig, did_you_mean, diff_recipes
-from kdrl_core.config.changes import leaf_fields
+from kdrl_core.config.changes import leaf_fields, leaves
 from kdrl_core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ _MARKED = {"steps": "{} steps", "learning_rate": "a learning rate of {:g}"}
 
 
 def require_equal(spec: "SweepSpec", grid: "Grid", cells: Sequence["Cell"], *, origin: str) -> None:
-    """Raise RecipeError if two variants differ in a field that the sweep calls equal. Varied fields may differ, since
-    labels name them, and so may those that `unequal` names."""
+    """Raise RecipeError if two variants differ in a field that the sweep calls equal. What is varied may differ, since
+    labels name it, and so may the fields that `unequal` names."""
     labels = list(dict.fromkeys(cell.label for cell in cells))
     for label, fields in spec.unequal.items():
         if label not in labels:
@@ -46,28 +46,32 @@ def require_equal(spec: "SweepSpec", grid: "Grid", cells: Sequence["Cell"], *, o
         if field not in StageConfig.model_fields:
             near = did_you_mean(field, StageConfig.model_fields)
             raise RecipeError(f"sweep {origin}, field 'equal': a stage has no field '{field}'{near}")
-        first: Cell | None = None
-        for cell in cells:
-            path = f"{cell.recipe.stages[-1]}.{field}"
-            if (
-                field in spec.unequal.get(cell.label, [])
-                or _is_varied(grid, cell, path)
-                or _is_ignored(path, cell.recipe)
-            ):
-                continue
-            first = first or cell
-            _require_same(first, cell, field, origin=origin)
+        compared = [cell for cell in cells if field not in spec.unequal.get(cell.label, []) and _is_read(cell, field)]
+        parts = {id(cell): _parts(cell, field) for cell in compared}
+        for part in dict.fromkeys(path for one in parts.values() for path in one):
+            alike = [cell for cell in compared if not _is_varied(grid, cell, part)]
+            for cell in alike[1:]:
+                there, here = (parts[id(one)].get(part) for one in (alike[0], cell))
+                if there != here:
+                    raise RecipeError(
+                        f"sweep {origin}, variant '{cell.variant}', field '{cell.recipe.stages[-1]}.{part}': {here!r}, "
+                        f"but {there!r} in variant '{alike[0].variant}', and the sweep says equal: [{field}]; correct "
+                        f"one of them, or say so with unequal: {{{cell.label}: [{field}]}}"
+                    )
 
 
-def _require_same(first: "Cell", cell: "Cell", field: str, *, origin: str) -> None:
-    there, here = (_shown(getattr(_last(one.recipe), field)) for one in (first, cell))
-    if there != here:
-        path = f"{cell.recipe.stages[-1]}.{field}"
-        raise RecipeError(
-            f"sweep {origin}, variant '{cell.variant}', field '{path}': {here}, but {there} in variant "
-            f"'{first.variant}', and the sweep says equal: [{field}]; correct one of them, or say so with "
-            f"unequal: {{{cell.label}: [{field}]}}"
-        )
+def _parts(cell: "Cell", field: str) -> dict[str, Any]:
+    """The parts of a field of the last stage, without the stage's name: `beta.init`."""
+    return leaves(_last(cell.recipe).model_dump(mode="json")[field], f"{field}.")
+
+
+def _is_read(cell: "Cell", field: str) -> bool:
+    return not _is_ignored(f"{cell.recipe.stages[-1]}.{field}", cell.recipe)
+
+
+def _is_varied(grid: "Grid", cell: "Cell", part: str) -> bool:
+    varied = (*grid.vary, *grid.vary_each.get(cell.label, {}))
+    return any(f"{cell.recipe.stages[-1]}.{part}.".startswith(f"{one}.") for one in varied)
 
 
 def unequal_notes(recipes: Mapping[str, Recipe]) -> list[str]:
@@ -113,12 +117,3 @@ def _is_ignored(path: str, recipe: Recipe) -> bool:
     stage, _, rest = path.partition(".")
     field = rest.split(".")[0]
     return stage in recipe.stages and field in _READ and not _READ[field](recipe.stage(stage))
-
-
-def _is_varied(grid: "Grid", cell: "Cell", path: str) -> bool:
-    varied = [*grid.vary, *grid.vary_each.get(cell.label, {})]
-    return any(f"{one}.".startswith(f"{path}.") or path.startswith(f"{one}.") for one in varied)
-
-
-def _shown(value: Any) -> str:
-    return str(value.model_dump(mode="json")) if hasattr(value, "model_dump") else repr(value)

@@ -108,6 +108,21 @@ def test_sft_samples_the_teacher_first_and_the_plan_says_what_fewer_problems_sav
     assert len(conditions(again, fewer)) == 1
 
 
+def test_the_last_stage_has_the_final_evaluation() -> None:
+    """AIME24, AIME25 and AMC23 16 times, the others once; the student before and after both stages, and the teacher."""
+    recipe = load_recipe("paper-1.5b")
+    once = (30 + 30 + 40) * 16 + 500 + 272 + 675
+    assert work_of(recipe, "stage1").final_responses == {}
+    work = work_of(recipe, "stage2")
+    assert work.final_responses == {"rollout": 3 * once, "teacher": once}
+    gpus = Cluster(gpus=8, gpus_per_node=8, gpu_memory=80e9)
+    plan, without = (plan_stage(one, Engines(), gpus) for one in (work, replace(work, final_responses={})))
+    assert plan.hours is not None
+    assert without.hours is not None
+    assert plan.hours - without.hours == pytest.approx(plan.final_evaluation_s / 3600)
+    assert 0 < plan_stage(replace(work, teacher=None), Engines(), gpus).final_evaluation_s < plan.final_evaluation_s
+
+
 def test_lengths_under_another_limit() -> None:
     measured = work_of(load_recipe("paper-1.5b"), "stage2", mean_response=4000, longest_response=20_480)
     assert lengths_for(measured, limit=40_960) == (8000, 40_960)  # they reached the limit: they grow with it

@@ -154,7 +154,11 @@ UNEQUAL: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "β of a variant whose label does not say so": (
         {"equal": ["beta"], "variants": {"k3": {f"{BETA}.init": 0.1}}},
-        "variant 'k3', field 'stage2.beta': {'init': 0.1, 'decay': 0.0, 'minimum': 0.0}, but {'init': 0.2",
+        "variant 'k3', field 'stage2.beta.init': 0.1, but 0.2 in variant 'KDRL'",
+    ),
+    "β in another part than the one that is varied": (
+        {"equal": ["beta"], "variants": {"k3": {f"{BETA}.minimum": 0.1}}, "vary": {f"{BETA}.init": [0.3, 0.4]}},
+        "variant 'k3, init=0.3', field 'stage2.beta.minimum': 0.1, but 0.0 in variant 'KDRL, init=0.3', and the sweep",
     ),
     "no field": ({"equal": ["stesp"]}, "field 'equal': a stage has no field 'stesp', did you mean 'steps'?"),
     "excepted without need": ({"unequal": {"k3": ["steps"]}}, "field 'unequal.k3': 'steps' is not in 'equal'"),

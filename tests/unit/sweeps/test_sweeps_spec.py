@@ -36,7 +36,14 @@ OF_THE_PAPER = [
     "table2",
     "table4",
 ]
-OF_THE_STUDY = ["findings", "findings-equal", "findings-long-tuning", "findings-tuning"]
+OF_THE_STUDY = [
+    "findings",
+    "findings-equal",
+    "findings-long-equal",
+    "findings-long-tuning",
+    "findings-long-zero",
+    "findings-tuning",
+]
 """docs/findings.md: of the toy task alone."""
 OF_A_REAL_MODEL = ["smollm2-zero"]
 
