@@ -50,10 +50,12 @@ class _Budget:
     """Of one term in one call of `FunctionPool.score`."""
 
     calls: CallsConfig
-    since: float
+    since: float | None = None
     made: int = 0
 
     def left(self) -> Left:
+        """What is left of it now. The clock starts with the first question."""
+        self.since = time.monotonic() if self.since is None else self.since
         most, until = self.calls.max_calls, self.calls.max_seconds
         return Left(
             None if most is None else most - self.made,
@@ -112,7 +114,7 @@ def check_functions(reward: RewardConfig, limits: VerificationConfig) -> None:
     """Load the functions of a reward, those of users in a worker, and try kdrl's own once with the recipe's arguments.
     Raises RecipeError as `FunctionPool.check` does."""
     for index, function in enumerate(reward.functions):
-        if function.is_own:
+        if function.is_own or function.function == "math":  # it has no arguments, and would load math-verify here
             continue
         if isinstance(fault := loaded_or_fault(index, _term(function)), str):
             raise RecipeError(fault)
@@ -188,7 +190,7 @@ class FunctionPool:
             if function.batch_size is not None:
                 groups.append(_Group((index,), score_list, function.batch_size, several))
             elif function.calls is not None:
-                budget = _Budget(function.calls, time.monotonic())
+                budget = _Budget(function.calls)
                 groups.append(_Group((index,), score_calls, max(_MAX_BATCH, 8 * function.calls.at_once), 1, budget))
             else:
                 plain.append(index)

@@ -1,4 +1,4 @@
-"""Functions as rewards through two real steps: the files hold what they return, and training uses it."""
+"""Functions as rewards through a real step: the files hold what they return, and training uses it."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_the_weighted_sum_trains_masks_and_is_recorded_and_other_code_is_refused
         "r",
         [*SOURCES, "reward.success_above=0.3", f"reward.functions=[{{function: math, weight: 0.5}}, {own}]"],
     )
-    train(run)
+    train(run, until=("stage2", 1))
     seen = []
     for step, metrics in enumerate(load_metrics(run, "stage2")):
         rows = rewards_of(run, step)
@@ -85,8 +85,8 @@ def test_the_weighted_sum_trains_masks_and_is_recorded_and_other_code_is_refused
         even = "map_from_entries(reward_values)['even']"
         query = f"select sum({even})::double as even, count(reward_values) as known from rollouts"
         found = store.sql(query, limit=9).to_pylist()
-        assert found == [{"even": pytest.approx(sum(seen)), "known": 2 * 16}]
-        one = store.record(run="r", stage="stage2", step=1, prompt_id=rows[0]["prompt_id"], sample=0)
+        assert found == [{"even": pytest.approx(sum(seen)), "known": 16}]
+        one = store.record(run="r", stage="stage2", step=0, prompt_id=rows[0]["prompt_id"], sample=0)
         assert one["reward_values"] == rows[0]["reward_values"]
     results = evaluate_model(run, "base", ["test"])["benchmarks"]["test"]
     responses = pq.ParquetFile(run.paths.evaluation("base") / "responses.parquet").read().to_pylist()
