@@ -20,7 +20,7 @@ VLLM_CHECK := import torch; from vllm import LLM; from vllm.platforms import cur
   platform.import_kernels(); torch.ops._C.cpu_attention_with_kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo test test-slow test-gpu test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-regexes bench-logprobs bench-rollouts bench-host bench-rollout-queries assets clean
+.PHONY: help setup setup-gpu demo test test-slow test-gpu test-roads crash-test tripwire lint format lock bench bench-filter bench-verify bench-rewards bench-regexes bench-logprobs bench-rollouts bench-host bench-rollout-queries assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -119,6 +119,9 @@ bench: setup  ## print the step's time by phase, Prefect's share and peak memory
 
 bench-verify: setup  ## print how right, fast and safe the verifier is, beside math-verify alone
 	@$(BIN)/python benchmarks/verifier.py
+
+bench-rewards: setup  ## print what rewards as functions cost, and `math` beside the verifier alone
+	@$(BIN)/python benchmarks/reward_functions.py
 
 bench-regexes: setup  ## print how the time of every regex of verifier and data filter grows with its text
 	@$(BIN)/python benchmarks/regex_growth.py

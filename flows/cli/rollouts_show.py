@@ -121,6 +121,9 @@ def _print_record(record: dict[str, Any], console: PlainConsole) -> None:
     heading.append_text(verdict(record["verdict"]))
     heading.append_text(plain(f": {record['reason']}" if record["reason"] else ""))
     console.say(heading)
+    if record["reward_values"]:
+        names = [f"{one['name']} {number(one['value'])}" for one in record["reward_values"]]
+        console.say(plain(f"functions: {' · '.join(names)}"))
     facts = [
         f"reward {number(record['reward'], 2)} (format {number(record['format_reward'], 0)}, "
         f"accuracy {number(record['accuracy_reward'], 0)})",

@@ -170,8 +170,7 @@ def make(work: HasRun | Run, made_by: Box, at: At = None) -> Made:
 def _publish(run: Run, node: Node, content: pa.Table | Write, **options: Any) -> Manifest:
     row, path = node.row, run.paths.root / node.place
     if isinstance(content, pa.Table):
-        stage = None if node.stage is None else run.recipe.stage(node.stage)
-        if stage is not None and row.schemas and content.schema != SCHEMAS[row.schema_in(stage)]:
+        if node.stage is not None and row.schemas and content.schema != SCHEMAS[row.schema_in(run.recipe, node.stage)]:
             raise TypeError(f"{row.name}: the box made a table of another schema than {' or '.join(row.schemas)}")
         return publish_file(path, lambda file: write_table(content, file), **options)
     return (publish_file if path.suffix else publish_directory)(path, content, **options)

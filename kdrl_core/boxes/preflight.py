@@ -56,6 +56,7 @@ def check_inputs(recipe: Recipe) -> None:
     for benchmark in recipe.evaluation.benchmarks:
         load_benchmark(benchmark)
     check_estimators(recipe)
+    check_rewards(recipe)
     check_device(recipe)
     check_trainer(recipe)
     check_devices(recipe)
@@ -97,6 +98,18 @@ def check_estimators(recipe: Recipe) -> None:
                     parse_reference(name).check()
                 except RecipeError as error:
                     raise RecipeError(f"recipe {recipe.name}, field '{stage}.{field}': {error}") from error
+
+
+def check_rewards(recipe: Recipe) -> None:
+    """Raise RecipeError if a function of the reward cannot be used. Users' code is imported, in a worker that ends."""
+    if not recipe.reward.functions:
+        return
+    from kdrl_core.rewards.pool import check_functions
+
+    try:
+        check_functions(recipe.reward, recipe.verification)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {recipe.name}, {error}") from error
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -57,10 +57,13 @@ class StageSession:
         self._dataset: pa.Table | None = None
         self._scorers: dict[str, TeacherScorer] = {}
         self._verifier: Verifier | None = None
+        self.judge: Any = None
+        """The `Judge` of a recipe with `reward.functions`, once `boxes.judging` has made it."""
         self._pool: dict[str, dict[str, Any]] | None = None
         self._verdict_options: VerdictOptions | None = None
-        self.alarm_rules = run.recipe.alarms.rules
-        expect_code(code_sources(settle_outside(run), run.recipe))
+        self.alarm_rules = run.recipe.alarm_rules
+        self.code = code_sources(settle_outside(run), run.recipe)
+        expect_code(self.code)
         torch.set_num_threads(run.recipe.runtime.num_threads)
         policy = intact_initial_policy(run, stage)
         self.tokenizer = load_tokenizer(
@@ -249,6 +252,8 @@ class StageSession:
         if isinstance(scorer, HTTPScorer) and not scorer.sleeps and self.config.scores_teacher:
             asked = [ScoreRequest(prompt_token_ids=r.prompt_token_ids, token_ids=r.token_ids) for r in rollouts]
             scorer.score_ahead(asked, self.config.topk.k if self.config.needs_topk else 0)
+        if not self.run.recipe.reward.uses_math:
+            return
         problems = [self.pool[rollout.prompt_id] for rollout in rollouts]
         self.verifier.verify_ahead(
             [(rollout.text, problem["answer"]) for rollout, problem in zip(rollouts, problems, strict=True)],
@@ -259,7 +264,7 @@ class StageSession:
         """Keyword arguments of `Verifier.verify_batch` for responses to prompts that end like this one."""
         if self._verdict_options is None:  # the chat template ends every prompt in the same way
             recipe = self.run.recipe
-            options = {**recipe.reward.model_dump(), "think_opened": think_opened(prompt, recipe)}
+            options = {**recipe.reward.of_verdicts, "think_opened": think_opened(prompt, recipe)}
             self._verdict_options = cast(VerdictOptions, options)
         return self._verdict_options
 
@@ -273,13 +278,14 @@ class StageSession:
                 except Exception as error:
                     _logger.warning("the checkpoint could not be saved: %s", error)
             self._save = None
-            if self._verifier is not None:
-                self._verifier.close()
+            for judging in (self.judge, self._verifier):
+                if judging is not None:
+                    judging.close()
             if self._trainer is not None:
                 self._trainer.close()
             for engine in self._engines():
                 engine.close()
-            self._verifier = self._trainer = self._sampler = self._teacher_engine = self._dataset = None
+            self.judge = self._verifier = self._trainer = self._sampler = self._teacher_engine = self._dataset = None
             self._scorers.clear()
         shutil.rmtree(self.run.paths.scratch, ignore_errors=True)
 

@@ -34,7 +34,7 @@ TEACHER_VERSION = -1
 """`policy_version` of the teacher's samples."""
 
 _KEEPS = {"accuracy": "accuracy_reward", "reward": "reward"}
-"""`sft.keep` → the column of REWARDS that is 1 where a response is kept."""
+"""`sft.keep` → the column of REWARDS that is 1 where a response is kept. With functions a success is kept."""
 
 
 @box(SAMPLE_ROLLOUTS, is_kept=True)
@@ -64,7 +64,7 @@ def verify_samples(session: StageSession, at: int, sample_rollouts: pa.Table) ->
     is_kept=True,
     phase="select",
     sample_rollouts=[name for name in schemas.SFT_DATASET.names if name != "shard"],
-    sample_rewards=list(_KEEPS.values()),
+    sample_rewards=[*_KEEPS.values(), schemas.REWARD_VALUES],
 )
 def select(
     session: StageSession,
@@ -83,7 +83,8 @@ def select(
     tables: list[pa.Table] = []
     sampled, problems = 0, 0
     for shard, (rollouts, rewards) in enumerate(zip(sample_rollouts, sample_rewards, strict=True)):
-        kept = rollouts.filter(pc.equal(rewards[_KEEPS[config.sft.keep]], 1.0))
+        keep = "accuracy" if schemas.REWARD_VALUES in rewards.column_names else config.sft.keep
+        kept = rollouts.filter(pc.equal(rewards[_KEEPS[keep]], 1.0))
         kept = kept.append_column("shard", pa.array([shard] * len(kept), pa.int32()))
         tables.append(kept.select(schemas.SFT_DATASET.names).cast(schemas.SFT_DATASET))
         sampled += len(rollouts)

@@ -19,6 +19,7 @@ import torch
 from kdrl_core.boxes.make import Made, Product, box, make, report_progress, timed
 from kdrl_core.boxes.session import StageSession
 from kdrl_core.boxes.stage import StepSummary, check_replay, end_step, step_facts, update_table
+from kdrl_core.config.answers import RewardConfig
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine
 from kdrl_core.errors import DataError
@@ -32,8 +33,8 @@ from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
 from kdrl_core.types import Rollout, RolloutRequest
 from kdrl_core.verify.screening import refuse_failures
 
-TO_VERIFY = ["prompt_id", "sample", "prompt", "response", "ground_truth"]
-"""Columns of ROLLOUTS that a verdict needs."""
+TO_VERIFY = ["prompt_id", "sample", "prompt", "response", "ground_truth", "length", "finish_reason"]
+"""Columns of ROLLOUTS that a verdict needs; the last two are for `reward.functions`."""
 _TO_SCORE = ["prompt_id", "sample", "prompt_token_ids", "token_ids"]
 _TO_TRAIN = [*_TO_SCORE, "rollout_logprobs", "length", "finish_reason", "repetition_rate"]
 _ROWS_AT_ONCE = 32
@@ -97,16 +98,28 @@ def verify(session: StageSession, at: int, rollouts: pa.Table) -> Product:
 
 
 def verdicts_of(session: StageSession, rollouts: pa.Table, *, where: str) -> Product:
-    """The REWARDS table of responses. `where` names them in errors."""
-    items = list(zip(rollouts["response"].to_pylist(), rollouts["ground_truth"].to_pylist(), strict=True))
-    hidden_s = session.verifier.hidden_seconds()
-    verdicts = session.verifier.verify_batch(items, **session.verdict_options(rollouts["prompt"][0].as_py()))
-    refuse_failures(verdicts, where, session.run.recipe.verification.max_failed_share)
-    table = pa.Table.from_pydict(
-        {"prompt_id": rollouts["prompt_id"], "sample": rollouts["sample"], **verdict_columns(verdicts)},
-        schema=schemas.REWARDS,
-    )
+    """The REWARDS table of responses; with functions REWARDS_OF_FUNCTIONS. `where` names them in errors."""
+    options, recipe = session.verdict_options(rollouts["prompt"][0].as_py()), session.run.recipe
+    hidden_s, schema = session.verifier.hidden_seconds(), schemas.REWARDS
+    columns: dict[str, Any] = {"prompt_id": rollouts["prompt_id"], "sample": rollouts["sample"]}
+    if recipe.reward.functions:
+        from kdrl_core.boxes.judging import judge_responses
+
+        judged, schema = judge_responses(session, rollouts, options), schemas.REWARDS_OF_FUNCTIONS
+        verdicts = [one.verdict for one in judged]
+        columns[schemas.REWARD_VALUES] = [one.named_values for one in judged]
+    else:
+        items = list(zip(rollouts["response"].to_pylist(), rollouts["ground_truth"].to_pylist(), strict=True))
+        verdicts = session.verifier.verify_batch(items, **options)
+    refuse_failures(verdicts, where, recipe.verification.max_failed_share)
+    table = pa.Table.from_pydict({**columns, **verdict_columns(verdicts)}, schema=schema)
     return Product(content=table, facts=timed(hidden_seconds=hidden_s))
+
+
+def outcomes_of(rewards: pa.Table) -> pa.ChunkedArray:
+    """The column of a REWARDS table that masks go by: 0 where a response failed. With functions a success is a reward
+    above `reward.success_above`, which the verdict has settled."""
+    return rewards["accuracy_reward" if schemas.REWARD_VALUES in rewards.column_names else "reward"]
 
 
 def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
@@ -169,6 +182,7 @@ def update(
     told = {node.name: manifest.metadata for node, manifest in manifests.items()}
     metrics = {
         **response_metrics(rollouts, rewards),
+        **_metrics_of_functions(session.run.recipe.reward, rewards),
         **stats.metrics,
         "beta": batch.objective.beta,
         **_gap(rollouts, stats),
@@ -195,7 +209,10 @@ def _update_batch(
         assert teacher_logprobs is not None  # the recipe has a teacher that scores
         shaping["student_logprobs"], shaping["response_mask"] = _padded(ragged(rollouts["rollout_logprobs"]))
         shaping["teacher_logprobs"] = _padded(teacher_logprobs)[0]
-    advantages, kd_weights = training_signals(objective, torch.tensor(rewards["reward"].to_numpy()), **shaping)
+    outcomes = torch.tensor(outcomes_of(rewards).to_numpy())
+    advantages, kd_weights = training_signals(
+        objective, torch.tensor(rewards["reward"].to_numpy()), outcomes=outcomes, **shaping
+    )
     topk: dict[str, Any] = {}
     if teacher is not None and objective.needs_topk:
         topk = {name: matrices(teacher[name]) for name in ("topk_ids", "topk_logprobs")}
@@ -233,6 +250,14 @@ def kl_columns(student: Sequence[Float32s], teacher: Sequence[Float32s], estimat
         kl_sum = (recorded_kl(own, theirs, estimator) * mask).sum(1)
         parts.append(torch.stack([kl_sum, kl_sum / mask.sum(1), (theirs - own).sum(1)]))
     return dict(zip(("kl_sum", "kl_mean", "log_ratio_sum"), torch.cat(parts, 1).numpy(), strict=True))
+
+
+def _metrics_of_functions(reward: RewardConfig, rewards: pa.Table) -> dict[str, float]:
+    if not reward.functions:
+        return {}
+    from kdrl_core.boxes.judging import function_metrics
+
+    return function_metrics(reward, rewards)
 
 
 def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:

@@ -4,12 +4,13 @@ Alarms change no published result, so every field may change on resume. `kdrl_co
 rules, docs/alarms.md the reasons for the defaults.
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from kdrl_core.config.section import Positive, Section, Share
+from kdrl_core.config.section import Positive, Section, Share, require_one_of
 
 AlarmMetric = Literal[
     "reward/mean", "reward/format", "reward/accuracy", "response/length_mean", "response/length_max",
@@ -20,13 +21,32 @@ AlarmMetric = Literal[
 ]  # fmt: skip
 """Columns of metrics.parquet that a rule may watch. A rule is silent in stages without its metric."""
 
+_OF_FUNCTION = re.compile(r"reward/(?:([A-Za-z_][\w-]*)/(?:mean|applies)|([A-Za-z_][\w-]*)\.[\w-]+/mean)", re.ASCII)
+
+
+def function_of_metric(name: str) -> str | None:
+    """The function of `reward.functions` that a metric is of; None for any other metric."""
+    found = _OF_FUNCTION.fullmatch(name)
+    return None if found is None else found[1] or found[2]
+
+
+def _known_metric(name: str) -> str:
+    if function_of_metric(name) is None:
+        require_one_of(name, get_args(AlarmMetric))
+    return name
+
+
+Metric = Annotated[str, AfterValidator(_known_metric)]
+"""An `AlarmMetric`; or of one of `reward.functions` `reward/<name>/mean`, `reward/<name>/applies`, or
+`reward/<name>.<part>/mean`."""
+
 Severity = Literal["warning", "critical"]
 
 
 class AlarmRule(Section):
     """Fields of every rule."""
 
-    metric: AlarmMetric = Field(description="column of metrics.parquet")
+    metric: Metric = Field(description="column of metrics.parquet")
     patience: Positive = Field(1, description="steps in a row that must breach the rule; then you are told once")
     severity: Severity = "warning"
     stop: bool = Field(False, description="stop the stage once the step is published; set alarms.acknowledged to go on")
@@ -36,7 +56,7 @@ class ThresholdRule(AlarmRule):
     """The metric is above a number. With `less`, the difference of the two metrics is."""
 
     above: float = Field(description="the metric must be greater")
-    less: AlarmMetric | None = Field(None, description="column of metrics.parquet that is subtracted from the metric")
+    less: Metric | None = Field(None, description="column of metrics.parquet that is subtracted from the metric")
     min_clip_ratio: Share = Field(0.0, description="skip steps in which a smaller share of responses is cut")
 
 
@@ -125,6 +145,17 @@ class AlarmsConfig(Section):
         """The rules that are on, by name."""
         values = {name: getattr(self, name) for name in DEFAULTS}
         return {name: rule for name, rule in values.items() if rule is not None}
+
+    @property
+    def rules_of_functions(self) -> dict[str, AlarmRule]:
+        """As `rules`, for `reward.functions`, whose sum need not lie between 0 and 1, and may be 0 for a success. So by
+        default `no_reward` watches the share of successes, and `format_wrong` is off."""
+        standard, rules = AlarmsConfig(), self.rules
+        if self.format_wrong == standard.format_wrong:
+            rules.pop("format_wrong", None)
+        if "no_reward" in rules and self.no_reward == standard.no_reward:
+            rules["no_reward"] = rules["no_reward"].model_copy(update={"metric": "reward/accuracy"})
+        return rules
 
     @model_validator(mode="before")
     @classmethod

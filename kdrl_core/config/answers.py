@@ -8,6 +8,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from kdrl_core.config.data import ColumnsConfig, DataFile
 from kdrl_core.config.models import ModelConfig
 from kdrl_core.config.section import Positive, Section, Share
+from kdrl_core.objectives.plugins import is_reference, parse_reference
 from kdrl_core.types import ThinkOpened
 
 _SET_BY_KDRL = (
@@ -21,11 +22,118 @@ _SET_BY_KDRL = (
 _OWN_MODELS = ("base", "teacher", "stage")
 """Beginnings of the names of models that every run evaluates."""
 
+BUILT_IN_REWARDS = ("math", "exact", "choice", "numeric", "regex", "json_schema", "length_penalty", "python_tests")
+"""Names of the functions that kdrl ships; `kdrl_core.rewards.builtin` has them."""
+_GIVEN = ("response", "answer", "problem", "responses", "answers", "problems")
+"""Arguments that kdrl gives to a function."""
+
+
+class CallsConfig(Section):
+    """How an `async def` is called, such as a judge over HTTP. The budget is that of a step, or of a shard of samples;
+    responses beyond it fail."""
+
+    at_once: Positive = Field(8, description="calls that are open at the same time")
+    retries: int = Field(2, ge=0, description="further tries after an exception, after 0.25 s and then twice as long")
+    timeout_s: float = Field(60.0, gt=0.0, description="seconds of one try")
+    max_calls: Positive | None = Field(None, description="budget: tries")
+    max_seconds: float | None = Field(None, gt=0.0, description="budget: seconds after which no try begins")
+
+
+class RewardFunction(Section):
+    """One term of the reward: weight × what the function returns."""
+
+    function: str = Field(description="file.py:name, package.module:name, or the name of a built-in function")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$",
+        max_length=60,
+        description="its name in tables and metrics; null: the function's own",
+    )
+    weight: float = Field(1.0, ge=-1e6, le=1e6, description="0: recorded, but no part of the reward")
+    arguments: dict[str, JsonValue] = Field({}, description="further arguments of the function, by name")
+    batch_size: Positive | None = Field(None, description="the function takes lists of at most so many responses")
+    calls: CallsConfig | None = Field(None, description="the function is an `async def`: how it is called")
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and metrics."""
+        return self.name or self.function.rpartition(":")[2]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the user's code and not one of kdrl's functions."""
+        return is_reference(self.function)
+
+    @field_validator("function")
+    @classmethod
+    def _known(cls, function: str) -> str:
+        """A built-in name, or a reference; a relative path in a reference becomes absolute."""
+        if is_reference(function):
+            return str(parse_reference(function))
+        if function not in BUILT_IN_REWARDS:
+            raise ValueError(
+                f"no built-in function {function!r:.60}; there are {', '.join(BUILT_IN_REWARDS)}, "
+                "or give file.py:name or package.module:name"
+            )
+        return function
+
+    @field_validator("arguments")
+    @classmethod
+    def _are_arguments(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in arguments:
+            if not name.isidentifier() or name in _GIVEN:
+                raise ValueError(f"{name!r:.60} cannot be an argument; kdrl itself gives {', '.join(_GIVEN[:3])}")
+        json.dumps(arguments, allow_nan=False)  # raises ValueError for NaN and infinity
+        return arguments
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.function == "math" and self.arguments:
+            raise ValueError("math has no arguments; reward.require_format says whether the format counts")
+        if self.batch_size and self.calls:
+            raise ValueError("batch_size is for functions of lists, calls for an async def; leave one of them out")
+        if (self.batch_size or self.calls) and not self.is_own:
+            raise ValueError(f"{self.function} takes one response at a time; leave batch_size and calls out")
+        return self
+
 
 class RewardConfig(Section):
-    """r = r_format · r_acc (B.1.2); R1-Zero uses r_acc alone."""
+    """r = r_format · r_acc (B.1.2); R1-Zero uses r_acc alone. With `functions`, r is their weighted sum."""
 
     require_format: bool = Field(True, description="multiply by the format reward")
+    functions: list[RewardFunction] = Field(
+        [], description="functions whose weighted sum is the reward; empty: math alone, as in the paper"
+    )
+    success_above: float = Field(
+        0.0, description="with functions: a response with a greater reward is a success (masks, SFT, accuracy, labels)"
+    )
+    allow_code: bool = Field(False, description="python_tests may run the code of responses (docs/rewards.md)")
+
+    @property
+    def uses_math(self) -> bool:
+        """Whether the verifier is asked."""
+        return not self.functions or any(function.function == "math" for function in self.functions)
+
+    @property
+    def of_verdicts(self) -> dict[str, Any]:
+        """The fields that a verdict of the verifier depends on."""
+        return self.model_dump(exclude={"functions", "success_above", "allow_code"})
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.allow_code and any(function.function == "python_tests" for function in self.functions):
+            raise ValueError(
+                "python_tests runs code that a model has written; read in docs/rewards.md what that is not protected "
+                "from, then set reward.allow_code: true"
+            )
+        labels = [function.label for function in self.functions]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two functions are called {twice[0]}; give one of them another `name`")
+        if sum(function.function == "math" for function in self.functions) > 1:
+            raise ValueError("math is named twice; give it one weight")
+        if not self.functions and self.success_above != 0.0:
+            raise ValueError("success_above is for reward.functions; without them a right answer is a success")
+        return self
 
 
 class PromptConfig(Section):

@@ -1,6 +1,7 @@
 """The files outside of a run that its recipe names: models, problems, benchmarks, plugged-in code.
 
-A *slot* is a place in the recipe that names such files: `teacher.path`, `stage1.data.files.0`, `stage2.kl_estimator`.
+A *slot* is a place in the recipe that names such files: `teacher.path`, `stage1.data.files.0`, `stage2.kl_estimator`,
+`reward.functions.0.function`.
 """
 
 import fnmatch
@@ -19,7 +20,7 @@ from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 _MODELS = ("student.path", "teacher.path", "evaluation.also.*.path")
 _DATA = ("stage?.data.files.*", "stage?.data.decontamination.files.*", "evaluation.benchmarks.*.file")
-_CODE = ("stage?.kl_estimator", "stage?.ref_kl_estimator")
+_CODE = ("stage?.kl_estimator", "stage?.ref_kl_estimator", "reward.functions.*.function")
 _NO_CONTENT = ("trainer.hostfile",)
 """Paths that are made absolute, but whose content changes no result."""
 READ_WITH_WEIGHTS = (
@@ -65,7 +66,7 @@ def anchored(recipe: Recipe) -> Recipe:
 
 
 def is_code(slot: str) -> bool:
-    """Whether a slot names an estimator: one of kdrl's own, or a function in a file or module."""
+    """Whether a slot names an estimator or a reward: one of kdrl's own, or a function in a file or module."""
     return _matches(slot, _CODE)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from kdrl_core.config.alarms import AlarmsConfig
+from kdrl_core.config.alarms import AlarmRule, AlarmsConfig, function_of_metric
 from kdrl_core.config.answers import EvaluationConfig, PromptConfig, RewardConfig, VerificationConfig
 from kdrl_core.config.data import DataConfig
 from kdrl_core.config.models import ModelConfig, TeacherConfig
@@ -245,6 +245,11 @@ class Recipe(Section):
         return config
 
     @property
+    def alarm_rules(self) -> dict[str, AlarmRule]:
+        """The rules of its alarms that are on, by name."""
+        return self.alarms.rules_of_functions if self.reward.functions else self.alarms.rules
+
+    @property
     def is_exact(self) -> bool:
         """Whether what its models compute has the same bits when it is computed again (docs/resuming.md)."""
         teacher = self.teacher
@@ -269,7 +274,19 @@ class Recipe(Section):
                 )
             self._check_server(name)
             self._check_estimators(name)
+        self._check_rules()
         return self
+
+    def _check_rules(self) -> None:
+        """Refuse an alarm on a function that the reward does not have: it would be silent."""
+        known = [function.label for function in self.reward.functions]
+        for name, rule in self.alarms.rules.items():
+            for metric in (rule.metric, getattr(rule, "less", None) or ""):
+                if (of := function_of_metric(metric)) is not None and of not in known:
+                    raise ValueError(
+                        f"alarms.{name}: {metric} is of {of}, which is none of reward.functions "
+                        f"({', '.join(known) or 'there are none'}); correct the name"
+                    )
 
     def _check_estimators(self, name: str) -> None:
         """Refuse estimators that only this process knows, since DeepSpeed's ranks are other processes."""

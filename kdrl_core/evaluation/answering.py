@@ -13,7 +13,7 @@ from kdrl_core.errors import ModelError
 from kdrl_core.evaluation.endpoint import ChatEndpoint, with_thought_tags
 from kdrl_core.evaluation.evaluation_plan import EvaluationPlan
 from kdrl_core.models.loading import check_device, context_limit, load_tokenizer, read_config
-from kdrl_core.sampling.job import Sampler
+from kdrl_core.sampling.job import Sampler, open_judge
 from kdrl_core.sampling.responses import Response, engine_source
 from kdrl_core.types import FinishReason, ThinkOpened
 from kdrl_core.verify import Verifier
@@ -40,6 +40,8 @@ def sampler_of_directory(
     """
     check_device(plan.recipe)
     recipe, model = plan.recipe, plan.model
+    verifier = stack.enter_context(Verifier(**recipe.verification.pool_options))
+    judge = open_judge(recipe, verifier, stack)
     tokenizer = load_tokenizer(path, chat_template=model.chat_template, trust_remote_code=model.trust_remote_code)
     asked = recipe.evaluation.max_context_tokens
     context = min(asked, context_limit(read_config(path)) or asked)
@@ -65,7 +67,6 @@ def sampler_of_directory(
         engine=plan.engine,
     )
     stack.callback(engine.close)
-    verifier = stack.enter_context(Verifier(**recipe.verification.pool_options))
 
     def sampler_of(benchmark: BenchmarkConfig) -> Sampler:
         rendered = prompts[benchmark.name]
@@ -73,11 +74,18 @@ def sampler_of_directory(
         return Sampler(
             source=engine_source(engine, limits[benchmark.name]),
             verifier=verifier,
+            judge=judge,
+            asked=_asked(plan, benchmark),
             prompts={problem_id: tokens for problem_id, (_, tokens) in zip(ids, rendered, strict=True)},
             think_opened=think_opened(rendered[0][0], recipe),
         )
 
     return sampler_of
+
+
+def _asked(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, tuple[str, str]]:
+    """Question and source by id; the source of a benchmark's problem is the benchmark's name."""
+    return {problem.problem_id: (problem.question, benchmark.name) for problem in plan.problems[benchmark.name]}
 
 
 def _response_limit(context: int, prompts: Sequence[tuple[str, Sequence[int]]], what: str) -> int:
@@ -115,12 +123,15 @@ def sampler_of_endpoint(plan: EvaluationPlan, connected: Callable[[], ChatEndpoi
     context = plan.recipe.evaluation.max_context_tokens
     limits = {name: _message_limit(context, name, asked.values()) for name, asked in messages.items()}
     verifier = stack.enter_context(Verifier(**plan.recipe.verification.pool_options))
+    judge = open_judge(plan.recipe, verifier, stack)
 
     def sampler_of(benchmark: BenchmarkConfig) -> Sampler:
         asked, limit = messages[benchmark.name], limits[benchmark.name]
         return Sampler(
             source=partial(endpoint.respond, messages=asked, max_response_tokens=limit),
             verifier=verifier,
+            judge=judge,
+            asked=_asked(plan, benchmark),
             prompts=dict.fromkeys(asked, ()),
             think_opened="closed" if plan.recipe.prompt.think_opened == "closed" else False,
             mend=partial(_with_tags, plan.recipe.prompt.think_opened),

@@ -16,6 +16,7 @@ from kdrl_core.config.hub import HubPath, is_remote
 from kdrl_core.data.benchmarks import BenchmarkProblem, load_benchmark, select_benchmarks
 from kdrl_core.engines.from_recipe import EngineName
 from kdrl_core.errors import DataError, ModelError, RecipeError
+from kdrl_core.ledger.identity import reward_settings
 from kdrl_core.models.loading import check_model_dir, context_limit
 from kdrl_core.verify import verifier_version
 
@@ -136,6 +137,7 @@ def settings_of(plan: EvaluationPlan, benchmark: BenchmarkConfig) -> dict[str, A
         "verification": [recipe.verification.timeout_s, recipe.verification.memory_limit_mb],
         "verifier": verifier_version(),
         "shard_problems": plan.shard_problems(benchmark),
+        **reward_settings(recipe),
     }
     if plan.endpoint is None:
         found |= {

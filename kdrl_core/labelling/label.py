@@ -28,9 +28,10 @@ from kdrl_core.errors import RunError
 from kdrl_core.labelling.label_plan import ORIGIN_KEY, LabelPlan
 from kdrl_core.labelling.label_summary import LabelSummary, summarize_labels
 from kdrl_core.ledger import RunPaths, model_identity, replace_file
+from kdrl_core.ledger.identity import reward_settings
 from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.models.prepare import prepared_model
-from kdrl_core.sampling.job import Progress, Sampler, SamplingJob, hold_work, settings_hash
+from kdrl_core.sampling.job import Progress, Sampler, SamplingJob, hold_work, open_judge, settings_hash
 from kdrl_core.sampling.responses import engine_source
 from kdrl_core.tables.files import read_table, write_table
 from kdrl_core.tables.schemas import LABELS
@@ -40,7 +41,7 @@ SETTINGS = "label.json"
 _COUNTED = ["problem_id", "sample", "verdict", "accuracy_reward", "finish_reason", "length"]
 MakeEngine = Callable[[LabelPlan, Path, Any], RolloutEngine]
 Problem = dict[str, Any]
-"""problem_id, answer, prompt and prompt_token_ids."""
+"""problem_id, question, answer, source, prompt and prompt_token_ids."""
 
 
 def label_problems(
@@ -120,6 +121,8 @@ def _load(
     return Sampler(
         source=engine_source(stack.enter_context(closing(make_engine()))),
         verifier=verifier,
+        judge=open_judge(plan.recipe, verifier, stack),
+        asked={problem_id: (problem["question"], problem["source"]) for problem_id, problem in problems.items()},
         prompts={problem_id: problem["prompt_token_ids"] for problem_id, problem in problems.items()},
         think_opened=think_opened(next(iter(problems.values()))["prompt"], plan.recipe),
     )
@@ -127,9 +130,8 @@ def _load(
 
 def _rendered(plan: LabelPlan, tokenizer: Any) -> dict[str, Problem]:
     """The problems to sample by id, with their prompts; those whose prompt is too long are left out."""
-    chosen = (
-        plan.problems.take(pa.array(plan.todo, pa.int64())).select(["problem_id", "question", "answer"]).to_pylist()
-    )
+    names = ["problem_id", "question", "answer", "source"]
+    chosen = plan.problems.take(pa.array(plan.todo, pa.int64())).select(names).to_pylist()
     prompts = render_prompts([problem["question"] for problem in chosen], tokenizer, plan.recipe)
     return {
         problem["problem_id"]: {**problem, "prompt": prompt, "prompt_token_ids": token_ids}
@@ -156,6 +158,7 @@ def _settings(plan: LabelPlan, path: Path, problems: Collection[Problem], shard_
         "prompt.think_opened": recipe.prompt.think_opened,
         "runtime.dtype": recipe.runtime.dtype,
         "engine": recipe.rollout.engine,
+        **reward_settings(recipe),
     }
 
 

@@ -51,6 +51,8 @@ class Artifact:
     """Whether a stage has it."""
     schemas: tuple[str, ...] = ()
     """Names in `kdrl_core.tables.schemas`; a file has one of them. Empty for a folder or JSON."""
+    is_wide: Callable[[Recipe, str], bool] = lambda recipe, stage: recipe.stage(stage).needs_topk
+    """Whether its file has the last of `schemas` in a stage of a recipe: the teacher's for Top-K (A.3)."""
     reads: Callable[[Recipe, Node], tuple[str, ...]] = lambda recipe, node: ()
     """`CLAIMED` fields that it depends on; the fields of its inputs count too. `!` excludes fields again."""
     shared_as: str | None = "{stage}"
@@ -64,9 +66,9 @@ class Artifact:
     is_pruned: bool = False
     """Whether the retention may delete it."""
 
-    def schema_in(self, config: StageConfig) -> str:
-        """Which of `schemas` its file has in a stage: the teacher's has two more columns for Top-K (A.3)."""
-        return self.schemas[-1 if config.needs_topk else 0]
+    def schema_in(self, recipe: Recipe, stage: str) -> str:
+        """Which of `schemas` its file has in a stage of a recipe."""
+        return self.schemas[-1 if self.is_wide(recipe, stage) else 0]
 
     def node(self, stage: str | None = None, at: At = None) -> Node:
         """The row's artifact of a stage, step, shard or label."""

@@ -162,6 +162,7 @@ STEP = Artifact(name="step", pattern="rollouts/stage={stage}/step={step:06d}")
 """The folder of a step's files. It is not an artifact itself."""
 _SHARD, _SAMPLES = "samples/stage={stage}/shard={shard:06d}", "samples of {stage}"
 _METRICS = "metrics/stage={stage}"
+_REWARDS = ("REWARDS", "REWARDS_OF_FUNCTIONS")
 
 # fmt: off
 POOL = Artifact(name="pool", pattern="data/pool.parquet", shared_as="data",
@@ -170,15 +171,17 @@ FILTER_REPORT = Artifact(name="filter_report", pattern="data/filter.json", needs
 
 SAMPLE_ROLLOUTS = Artifact(name="sample_rollouts", pattern=f"{_SHARD}/rollouts.parquet", schemas=("ROLLOUTS",),
                            needs=_of_pool, when=_samples, reads=_read_by_samples, shared_as=_SAMPLES, by_model=True)
-SAMPLE_REWARDS = Artifact(name="sample_rewards", pattern=f"{_SHARD}/rewards.parquet", schemas=("REWARDS",),
-                          needs=_beside(SAMPLE_ROLLOUTS), when=_samples, shared_as=_SAMPLES, follows=True)
+SAMPLE_REWARDS = Artifact(name="sample_rewards", pattern=f"{_SHARD}/rewards.parquet", schemas=_REWARDS,
+                          needs=_beside(SAMPLE_ROLLOUTS), when=_samples, shared_as=_SAMPLES, follows=True,
+                          is_wide=lambda recipe, stage: bool(recipe.reward.functions))
 SFT_DATASET = Artifact(name="sft_dataset", pattern="samples/stage={stage}/dataset.parquet", schemas=("SFT_DATASET",),
                        needs=_of_shards, when=_samples, reads=_read_by_stage)
 
 ROLLOUTS = Artifact(name="rollouts", pattern=f"{STEP.pattern}/rollouts.parquet", schemas=("ROLLOUTS",),
                     needs=_of_pool_and_policy, when=_rolls_out, reads=_read_by_stage, by_model=True)
-REWARDS = Artifact(name="rewards", pattern=f"{STEP.pattern}/rewards.parquet", schemas=("REWARDS",),
-                   needs=_beside(ROLLOUTS), when=_rolls_out, follows=True)
+REWARDS = Artifact(name="rewards", pattern=f"{STEP.pattern}/rewards.parquet", schemas=_REWARDS,
+                   needs=_beside(ROLLOUTS), when=_rolls_out, follows=True,
+                   is_wide=lambda recipe, stage: bool(recipe.reward.functions))
 TEACHER = Artifact(name="teacher", pattern=f"{STEP.pattern}/teacher.parquet", schemas=("TEACHER", "TEACHER_TOPK"),
                    needs=_beside(ROLLOUTS), when=lambda config: config.scores_teacher,
                    reads=lambda recipe, node: (*_TEACHER, *_ENGINES), follows=True, by_model=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from kdrl_core.config import Recipe
-from kdrl_core.config.outside import files_of, function_of, slots_of, with_slots
+from kdrl_core.config.outside import files_of, function_of, is_code, slots_of, with_slots
 from kdrl_core.errors import RunError
 from kdrl_core.ledger.manifest import digest, digest_of_listing
 
@@ -34,6 +34,27 @@ def identify(recipe: Recipe, known: Outside | None = None) -> Outside:
     known = known or {}
     found = {slot: identify_slot(recipe, slot, text, known.get(slot)) for slot, text in slots_of(recipe).items()}
     return {slot: identity for slot, identity in found.items() if identity is not None}
+
+
+def identify_code(recipe: Recipe) -> Outside:
+    """The present identity of the users' functions that the recipe names."""
+    found = {slot: identify_slot(recipe, slot, text) for slot, text in slots_of(recipe).items() if is_code(slot)}
+    return {slot: identity for slot, identity in found.items() if identity is not None}
+
+
+def reward_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a judgement by functions depends on, with the content of users' code in place of its path, under the key
+    `reward`; empty if the recipe's reward has no functions."""
+    if not recipe.reward.functions:
+        return {}
+    code, told = identify_code(recipe), []
+    for index, function in enumerate(recipe.reward.functions):
+        content = code.get(slot := f"reward.functions.{index}.function")
+        named = function.function
+        if content is not None:
+            named = f"{content['sha256']} {function_of(slot, named)}"
+        told.append([function.label, named, function.weight, function.arguments])
+    return {"reward": {"functions": told, "success_above": recipe.reward.success_above}}
 
 
 def identify_slot(

@@ -120,6 +120,7 @@ def training_signals(
     objective: Objective,
     rewards: Tensor,
     *,
+    outcomes: Tensor | None = None,
     student_logprobs: Tensor | None = None,
     teacher_logprobs: Tensor | None = None,
     response_mask: Tensor | None = None,
@@ -131,6 +132,7 @@ def training_signals(
     Args:
         objective: of the step, with its group size.
         rewards: [B] outcome rewards.
+        outcomes: [B], 0 where a response failed, for the masks; None: the rewards themselves.
         student_logprobs, teacher_logprobs, response_mask: [B, T], read only where rewards are shaped.
 
     Raises:
@@ -147,5 +149,5 @@ def training_signals(
     if variant.advantages != "none":
         advantages = group_advantages(base, size, normalize_std=objective.normalize_std)
     if variant.distils:
-        weights = kd_mask(rewards, size, objective.kd_masking)
+        weights = kd_mask(rewards if outcomes is None else outcomes, size, objective.kd_masking)
     return advantages, weights

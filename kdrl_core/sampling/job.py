@@ -12,13 +12,15 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from kdrl_core.config import Recipe
+from kdrl_core.config.outside import code_sources
 from kdrl_core.errors import RunLockedError
 from kdrl_core.ledger import (
     find_intact,
@@ -30,14 +32,19 @@ from kdrl_core.ledger import (
     sweep_temporaries,
     verify_published,
 )
+from kdrl_core.ledger.identity import identify_code
 from kdrl_core.ledger.lock import stop_if_requested
 from kdrl_core.ledger.manifest import file_manifest_path
 from kdrl_core.sampling.journal import Journal
 from kdrl_core.sampling.responses import Response, Source, requests_for, response_columns
 from kdrl_core.tables.files import verdict_columns, write_table
 from kdrl_core.types import ThinkOpened, Verdict
-from kdrl_core.verify import Verifier
+from kdrl_core.verify import VerdictOptions, Verifier
 from kdrl_core.verify.screening import refuse_failures
+
+if TYPE_CHECKING:
+    from kdrl_core.rewards.judge import Judge
+    from kdrl_core.rewards.score import Scored
 
 _logger = logging.getLogger("kdrl")
 
@@ -47,7 +54,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """Answers the requests of a job and judges the responses by accuracy alone (`require_format=False`)."""
+    """Answers the requests of a job and judges the responses by accuracy alone (`require_format=False`), or by the
+    functions of the reward."""
 
     source: Source
     verifier: Verifier
@@ -55,6 +63,10 @@ class Sampler:
     """Token ids by prompt_id."""
     think_opened: ThinkOpened
     """How the prompts leave the thought."""
+    judge: "Judge | None" = None
+    """With `reward.functions`: judges in place of the verifier."""
+    asked: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Question and source by prompt_id, for `judge`."""
     mend: Callable[[Sequence[Response]], Sequence[Response]] = list
     """Applied to the responses of a shard before they are judged and published."""
 
@@ -71,16 +83,48 @@ class Sampler:
 
         def finished(responses: Sequence[Response]) -> None:
             journal.keep(responses)
-            mended = self.mend(responses)
-            self.verifier.verify_ahead(items(mended), require_format=False, think_opened=self.think_opened)
+            if self.judge is None or self.judge.reward.uses_math:
+                ahead = items(self.mend(responses))
+                self.verifier.verify_ahead(ahead, require_format=False, think_opened=self.think_opened)
             on_progress(len(journal))
 
         on_progress(len(journal))
         if missing := journal.missing:
             journal.keep(self.source(missing, finished))
         responses = list(self.mend(journal.responses))
-        verdicts = self.verifier.verify_batch(items(responses), require_format=False, think_opened=self.think_opened)
-        return responses, verdicts
+        options: VerdictOptions = {"require_format": False, "think_opened": self.think_opened}
+        if self.judge is None:
+            return responses, self.verifier.verify_batch(items(responses), **options)
+        judged = self.judge.judge_batch([self._scored(each, ground_truths) for each in responses], **options)
+        return responses, [one.verdict for one in judged]
+
+    def _scored(self, response: Response, ground_truths: Mapping[str, str]) -> "Scored":
+        from kdrl_core.rewards.judge import facts_of
+
+        question, source = self.asked[response.prompt_id]
+        facts = facts_of(
+            problem_id=response.prompt_id,
+            question=question,
+            source=source,
+            sample=response.sample,
+            length=response.length,
+            finish_reason=response.finish_reason.value,
+            think_opened=self.think_opened,
+        )
+        return response.text, ground_truths[response.prompt_id], facts
+
+
+def open_judge(recipe: Recipe, verifier: Verifier, stack: ExitStack) -> "Judge | None":
+    """What judges by the functions of the recipe's reward, with the users' code as it is now; None without functions.
+    `stack` closes it. Raises RecipeError if a function cannot be used."""
+    if not recipe.reward.functions:
+        return None
+    from kdrl_core.rewards.judge import Judge
+
+    judge = Judge(recipe.reward, recipe.verification, verifier, code_sources(identify_code(recipe), recipe))
+    stack.callback(judge.close)
+    judge.check()
+    return judge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

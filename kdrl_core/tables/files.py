@@ -253,11 +253,23 @@ def _write(path: Path, kind: str, rows: list[dict[str, Any]]) -> None:
     if not rows:
         path.unlink(missing_ok=True)
         return
-    table = pa.Table.from_pylist(rows, schema=ALARMS if kind == "alarms" else None)
+    if kind == "alarms":
+        table = pa.Table.from_pylist(rows, schema=ALARMS)
+    else:  # a part of a reward function is a metric of those steps only in which a response has it
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: [row.get(name) for row in rows] for name in names})
     sink = pa.BufferOutputStream()
     write_table(table, sink)
     replace_file(path, sink.getvalue().to_pybytes())
-    keep(Kept.DERIVED, path, stamp_of(path), table.to_pylist())
+    keep(Kept.DERIVED, path, stamp_of(path), _rows_in(table))
+
+
+def _rows_in(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of metrics or timings without the columns that a step lacks; those of alarms as they are."""
+    rows: list[dict[str, Any]] = table.to_pylist()
+    if table.column_names == ALARMS.names:
+        return rows
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def _rows_of_step(run: Run, stage: str, step: int, kind: str) -> list[dict[str, Any]]:
@@ -277,6 +289,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         table = read_table(path, most_bytes=METRICS)
         if "step" not in table.column_names:
             raise DamagedArtifactError(f"{path} has no column step", "kdrl resume writes it anew")
-        rows = table.to_pylist()
+        rows = _rows_in(table)
         keep(Kept.DERIVED, path, stamp, rows)
     return [dict(row) for row in rows]

@@ -64,6 +64,18 @@ REWARDS = pa.schema(
     ]
 )
 
+REWARD_VALUES = "reward_values"
+"""The column of REWARDS_OF_FUNCTIONS that REWARDS lacks."""
+REWARDS_OF_FUNCTIONS = REWARDS.append(
+    _field(
+        REWARD_VALUES,
+        pa.list_(pa.struct([("name", pa.string()), ("value", pa.float32())])),  # not every reader knows a map
+        "with reward.functions: what each returned, by its name; null where it does not apply or failed",
+        nullable=True,
+    )
+)
+"""In it `reward` is their weighted sum, and `accuracy_reward` is 1 where that is above `reward.success_above`."""
+
 UPDATE = pa.schema(
     [
         *_IDS,

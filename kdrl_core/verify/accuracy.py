@@ -97,8 +97,8 @@ _FORMS_AFTER_OBJECTIONS: tuple[tuple[str, Form], ...] = (
 """Forms of which some answers are refused first (:mod:`kdrl_core.verify.objections`)."""
 
 
-def start_worker(memory_limit_mb: int) -> None:
-    """Initializer of a worker: set limits, then import and compare once, so that no item pays for the start."""
+def limit_worker(memory_limit_mb: int) -> None:
+    """Make this worker killable at any moment, limit its address space, and let the kernel end it first of all."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's Python handler would wait for C code to return
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGPROF})  # the parent may block them
@@ -108,6 +108,11 @@ def start_worker(memory_limit_mb: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with contextlib.suppress(OSError):  # Linux: if memory runs out, a worker goes before the trainer
         Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def start_worker(memory_limit_mb: int) -> None:
+    """Initializer of a worker: set limits, then import and compare once, so that no item pays for the start."""
+    limit_worker(memory_limit_mb)
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
     compare_answer(r"\frac{1}{2}+\sqrt{2}", r"0.5+\sqrt{2}")

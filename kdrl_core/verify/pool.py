@@ -25,7 +25,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import TracebackType
-from typing import Unpack
+from typing import Any, Unpack
 
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import Verdict, VerdictKind
@@ -200,7 +200,8 @@ class Verifier:
             self._remember(job, finding.outcome)
             settle(job, finding.outcome)
 
-        self._judge(
+        work_off(
+            self._workers,
             jobs,
             self._taken_ahead(jobs),
             num_at_once=2 * self.workers,
@@ -208,68 +209,7 @@ class Verifier:
         )
         if doubtful:
             with self._alone:
-                self._judge(doubtful, {}, num_at_once=1, finish=finish)
-
-    def _judge(
-        self,
-        jobs: Sequence[Job],
-        in_flight: "dict[Future[Outcome], Job]",
-        *,
-        num_at_once: int,
-        finish: Callable[[Job, JobResult], None],
-    ) -> None:
-        """Have workers judge ``jobs``, some of which are in flight; calls ``finish`` once for each."""
-        workers = self._workers
-        begun = set(in_flight.values())
-        pending = deque(job for job in jobs if job not in begun)
-        num_replacements = 0
-        awake = AwakeTime(longest_s=2 * _POLL_S)
-        running_since: dict[Future[Outcome], float] = {}
-        wait_s = _WAITS * self.timeout_s + _WAIT_GRACE_S
-        last_progress, pool = awake.look(), None
-        while pending or in_flight:
-            try:
-                pool = pool or workers.running()
-                while pending and len(in_flight) < num_at_once:
-                    future = workers.submit(pool, pending[0])
-                    in_flight[future] = pending.popleft()
-                is_broken = not pool.active
-            except (VerificationError, RuntimeError, OSError):  # closed, or the pool has just broken
-                is_broken = True
-            done, _ = wait(in_flight, timeout=0 if is_broken else _POLL_S, return_when=FIRST_COMPLETED)
-            now = awake.look()
-            findings = {future: workers.finding(future) for future in done}
-            for future in in_flight.keys() - done:
-                if future.running() and now - running_since.setdefault(future, now) > wait_s:
-                    findings[future] = workers.give_up(future, wait_s)
-            for future, finding in findings.items():
-                job = in_flight.pop(future)
-                if finding is None:
-                    pending.append(job)
-                    is_broken = True
-                    continue
-                num_replacements, last_progress = 0, now
-                finish(job, finding)
-            # Beyond this the pool itself is stuck: a worker that is killed while it takes a job leaves a lock behind.
-            patience_s = _START_GRACE_S * 2**num_replacements
-            if any(future.running() for future in in_flight):
-                patience_s += wait_s
-            if is_broken or now - last_progress > patience_s:
-                pending.extend(in_flight.values())
-                in_flight.clear()
-                if not pending:
-                    break
-                num_replacements += 1
-                if workers.is_closed or num_replacements > _MAX_REPLACEMENTS:
-                    reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
-                    if workers.is_closed:
-                        reason = "the verifier was closed before this item was judged"
-                    for job in pending:
-                        finish(job, JobResult(Outcome(VerdictKind.ERROR, reason), is_certain=True))
-                    return
-                if pool is not None:
-                    workers.discard(pool)
-                pool, last_progress = None, awake.look()
+                work_off(self._workers, doubtful, {}, num_at_once=1, finish=finish)
 
     def _taken_ahead(self, jobs: Sequence[Job]) -> "dict[Future[Outcome], Job]":
         """The jobs that workers have begun with, without those whose pool has broken since."""
@@ -280,6 +220,70 @@ class Verifier:
             for future, job in ahead.items()
             if not future.done() or self._workers.finding(future) is not None
         }
+
+
+def work_off(
+    workers: Workers,
+    jobs: Sequence[Any],
+    in_flight: "dict[Future[Any], Any]",
+    *,
+    num_at_once: int,
+    finish: Callable[[Any, JobResult], None],
+    extra_s: float = 0.0,
+) -> None:
+    """Have workers do ``jobs``, some of which are in flight; calls ``finish`` once for each, in this thread.
+
+    ``extra_s``: a job may wait so long without using CPU time."""
+    begun = set(in_flight.values())
+    pending = deque(job for job in jobs if job not in begun)
+    num_replacements = 0
+    awake = AwakeTime(longest_s=2 * _POLL_S)
+    running_since: dict[Future[Any], float] = {}
+    wait_s = _WAITS * workers.timeout_s + _WAIT_GRACE_S + extra_s
+    last_progress, pool = awake.look(), None
+    while pending or in_flight:
+        try:
+            pool = pool or workers.running()
+            while pending and len(in_flight) < num_at_once:
+                future = workers.submit(pool, pending[0])
+                in_flight[future] = pending.popleft()
+            is_broken = not pool.active
+        except (VerificationError, RuntimeError, OSError):  # closed, or the pool has just broken
+            is_broken = True
+        done, _ = wait(in_flight, timeout=0 if is_broken else _POLL_S, return_when=FIRST_COMPLETED)
+        now = awake.look()
+        findings = {future: workers.finding(future) for future in done}
+        for future in in_flight.keys() - done:
+            if future.running() and now - running_since.setdefault(future, now) > wait_s:
+                findings[future] = workers.give_up(future, wait_s)
+        for future, finding in findings.items():
+            job = in_flight.pop(future)
+            if finding is None:
+                pending.append(job)
+                is_broken = True
+                continue
+            num_replacements, last_progress = 0, now
+            finish(job, finding)
+        # Beyond this the pool itself is stuck: a worker that is killed while it takes a job leaves a lock behind.
+        patience_s = _START_GRACE_S * 2**num_replacements
+        if any(future.running() for future in in_flight):
+            patience_s += wait_s
+        if is_broken or now - last_progress > patience_s:
+            pending.extend(in_flight.values())
+            in_flight.clear()
+            if not pending:
+                break
+            num_replacements += 1
+            if workers.is_closed or num_replacements > _MAX_REPLACEMENTS:
+                reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
+                if workers.is_closed:
+                    reason = "the verifier was closed before this item was judged"
+                for job in pending:
+                    finish(job, JobResult(Outcome(VerdictKind.ERROR, reason), is_certain=True))
+                return
+            if pool is not None:
+                workers.discard(pool)
+            pool, last_progress = None, awake.look()
 
 
 def verify_batch(

@@ -289,8 +289,8 @@ def make_verdict(form: FormatResult, outcome: Outcome, **options: Unpack[Verdict
         reward=form.reward * accuracy if require_format else accuracy,
         format_reward=form.reward,
         accuracy_reward=accuracy,
-        extracted=None if extracted is None else _printable(extracted),
-        reason=_printable(reason),
+        extracted=None if extracted is None else printable(extracted),
+        reason=printable(reason),
     )
 
 
@@ -316,7 +316,7 @@ def _unusable(reason: str) -> Verdict:
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Safe for Parquet and terminals: no lone surrogates or control characters, at most ``MAX_ANSWER_CHARS``."""
     text = text if len(text) <= MAX_ANSWER_CHARS else text[: MAX_ANSWER_CHARS - 1] + "…"
     return _UNUSABLE.sub("\ufffd", text)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from multiprocessing import popen_spawn_posix, resource_tracker, spawn, util
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -32,7 +32,7 @@ from pebble import ProcessExpired, ProcessPool
 from kdrl_core.errors import VerificationError
 from kdrl_core.types import VerdictKind
 from kdrl_core.verify.accuracy import EXIT_OUT_OF_MEMORY, judge, start_worker
-from kdrl_core.verify.screening import Job, Outcome
+from kdrl_core.verify.screening import Outcome
 
 if sys.platform == "win32":
     raise ImportError("kdrl_core.verify needs a POSIX system: it limits the memory and time of worker processes")
@@ -43,6 +43,8 @@ class JobResult(NamedTuple):
 
     outcome: Outcome
     is_certain: bool
+    found: Any = None
+    """What a task other than a comparison returned; None if its worker died, which `outcome` then tells."""
 
 
 def _preparation_data(name: str) -> dict[str, Any]:
@@ -96,8 +98,18 @@ class WorkerContext(SpawnContext):
     Process = WorkerProcess
 
 
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and its arguments."""
+
+
 class Workers:
-    """A pool of worker processes that is started when it is first needed. Usable from any thread."""
+    """A pool of worker processes that is started when it is first needed. Usable from any thread.
+
+    They compare answers; a subclass gives them another task.
+    """
+
+    what = "the comparison"
+    """What a worker does, for reasons."""
 
     def __init__(self, count: int, timeout_s: float, memory_limit_mb: int) -> None:
         self.is_closed = False
@@ -105,7 +117,7 @@ class Workers:
         self.pool: ProcessPool | None = None
         """None until a worker is needed, and after the pool was discarded."""
         self._count = count
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._memory_limit_mb = memory_limit_mb
         self._lock = threading.Lock()
 
@@ -115,31 +127,41 @@ class Workers:
             if self.is_closed:
                 raise VerificationError("the verifier is closed; make a new one")
             if self.pool is None:
+                initializer, initargs = self._start()
                 self.pool = ProcessPool(
-                    max_workers=self._count,
-                    initializer=start_worker,
-                    initargs=(self._memory_limit_mb,),
-                    context=WorkerContext(),
+                    max_workers=self._count, initializer=initializer, initargs=initargs, context=WorkerContext()
                 )
             return self.pool
 
-    def submit(self, pool: ProcessPool, job: Job) -> "Future[Outcome]":
+    def submit(self, pool: ProcessPool, job: Any) -> "Future[Any]":
         """Give a job to a pool. Raises RuntimeError or OSError if the pool is broken."""
         with self._lock:
             self.num_submitted += 1
-        args = (job.answer, job.ground_truth, job.is_text, self._timeout_s, self._memory_limit_mb)
-        return pool.schedule(judge, args=args)
+        function, args = self._task(job)
+        return pool.schedule(function, args=args)
 
-    def finding(self, future: "Future[Outcome]") -> JobResult | None:
+    def _start(self) -> Call:
+        """What a new worker does first."""
+        return start_worker, (self._memory_limit_mb,)
+
+    def _task(self, job: Any) -> Call:
+        """What a worker does for a job."""
+        return judge, (job.answer, job.ground_truth, job.is_text, self.timeout_s, self._memory_limit_mb)
+
+    def _read(self, returned: Any) -> JobResult:
+        """What a worker returned."""
+        return JobResult(Outcome(*returned), is_certain=True)
+
+    def finding(self, future: "Future[Any]") -> JobResult | None:
         """What came of a job that is done. None if the pool broke first and the job was not the cause."""
         try:
-            return JobResult(Outcome(*future.result(timeout=0)), is_certain=True)
+            return self._read(future.result(timeout=0))
         except ProcessExpired as error:
             if error.exitcode == -signal.SIGPROF:
-                reason = f"no result within {self._timeout_s:g} s; the worker was killed"
+                reason = f"no result within {self.timeout_s:g} s; the worker was killed"
                 return JobResult(Outcome(VerdictKind.TIMEOUT, reason), is_certain=True)
             if error.exitcode == EXIT_OUT_OF_MEMORY:  # perhaps earlier jobs had left little room
-                reason = "the comparison reached the memory limit; the worker was replaced"
+                reason = f"{self.what} reached the memory limit; the worker was replaced"
             else:
                 reason = f"the worker died (exit code {error.exitcode}) and was replaced"
             return JobResult(Outcome(VerdictKind.ERROR, reason), is_certain=False)
@@ -147,7 +169,7 @@ class Workers:
             return None
 
     @staticmethod
-    def give_up(future: "Future[Outcome]", waited_s: float) -> JobResult:
+    def give_up(future: "Future[Any]", waited_s: float) -> JobResult:
         """Have the pool kill the worker of a job that has run for ``waited_s`` seconds, and replace it."""
         future.cancel()
         reason = f"no result after {waited_s:.0f} s of waiting; the worker was killed"

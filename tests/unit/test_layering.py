@@ -112,7 +112,7 @@ STOREYS = (
     {"ledger"},
     {"tables"},
     {"verify", "models", "logprobs"},
-    {"data"},
+    {"data", "rewards"},
     {"engines", "training"},
     {"sampling", "alarms"},
     {"evaluation", "labelling"},

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kdrl_core.errors import DataError
+from kdrl_core.look.rollouts.index_rows import IS_RIGHT
 from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 
@@ -82,9 +83,9 @@ def compare(store: RolloutStore, before: RolloutFilter, after: RolloutFilter, la
     return Difference(before=_side(labels[0], sides[0]), after=_side(labels[1], sides[1]), prompts=changes)
 
 
-_SQL = """
+_SQL = f"""
     select prompt_id, any_value(ground_truth) as ground_truth, count(*) as num_rollouts,
-        count(reward) as num_rewards, sum(reward)::double as rewards, count(*) filter (reward >= 1) as num_correct,
+        count(reward) as num_rewards, sum(reward)::double as rewards, count(*) filter ({IS_RIGHT}) as num_correct,
         count(length) as num_lengths, sum(length)::double as lengths,
         count(finish_reason) as num_finished, count(*) filter (finish_reason = 'length') as num_clipped,
         sum(kl_sum)::double as kl, sum(length) filter (kl_sum is not null)::double as kl_tokens,

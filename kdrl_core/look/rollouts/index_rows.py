@@ -129,6 +129,10 @@ def list_means(lists: pa.ChunkedArray) -> pa.Array:
     return pa.array(sums / np.maximum(sizes, 1), pa.float32(), mask=sizes == 0)
 
 
+IS_RIGHT = f"coalesce(verdict = '{VerdictKind.CORRECT.value}', reward >= 1)"
+HAS_FAILED = f"coalesce(verdict <> '{VerdictKind.CORRECT.value}', reward <= 0)"
+"""In SQL, of a response: the verdict says it, whatever reward there is for it; dumps of other trainers have rewards
+alone."""
 _VERDICTS = ", ".join(
     f"(count(*) filter (verdict = '{kind.value}') / nullif(count(verdict), 0))::float as verdict_{kind.value}"
     for kind in VerdictKind
@@ -136,10 +140,11 @@ _VERDICTS = ", ".join(
 
 SUMMARY_SQL = f"""
     with groups as (
-        select stage, step, prompt_id, max(reward) as best, min(reward) as worst from rows group by all
+        select stage, step, prompt_id, bool_and({HAS_FAILED}) as all_wrong, bool_and({IS_RIGHT}) as all_right
+        from rows group by all
     ), counted as (
         select stage, step, count(*) as num_groups,
-            count(*) filter (best <= 0) as num_groups_all_wrong, count(*) filter (worst >= 1) as num_groups_all_right
+            count(*) filter (all_wrong) as num_groups_all_wrong, count(*) filter (all_right) as num_groups_all_right
         from groups group by all
     ), steps as (
         select stage, step,
@@ -180,8 +185,8 @@ SUMMARY: dict[str, str] = {
     "advantage_std": "standard deviation of the advantages; 0 if every group agrees",
     **{f"verdict_{kind.value}": f"share of responses with the verdict {kind.value}" for kind in VerdictKind},
     "num_groups": "prompts of the step",
-    "num_groups_all_wrong": "prompts of which no response earned more than 0",
-    "num_groups_all_right": "prompts of which every response earned 1",
+    "num_groups_all_wrong": "prompts of which no response is right",
+    "num_groups_all_right": "prompts of which every response is right",
 }
 """Column of a step's summary → its description."""
 

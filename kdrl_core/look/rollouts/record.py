@@ -38,6 +38,7 @@ RECORD = pa.schema(
         *IDS,
         *_of(schema.ROLLOUTS, "prompt", "response", "ground_truth"),
         *_of(schema.REWARDS, "extracted", "verdict", "reason", "reward", "format_reward", "accuracy_reward"),
+        *_of(schema.REWARDS_OF_FUNCTIONS, "reward_values"),
         *_of(schema.UPDATE, "advantage", "kd_weight", "kl_sum", "kl_mean", "log_ratio_sum"),
         *_of(schema.ROLLOUTS, "length", "finish_reason", "repetition_rate"),
         _field("entropy_mean", pa.float32(), "mean over tokens of the trainer's entropy; null where none is recorded"),
@@ -69,10 +70,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     UPDATE.name: ("logprobs", "entropies"),
     TEACHER.name: ("teacher_logprobs",),
     REFERENCE.name: ("ref_logprobs",),
-    REWARDS.name: (),
+    REWARDS.name: ("reward_values",),
 }
-"""Artifact of a step → the columns of the record that only its file has: texts and values per token, read on demand.
-All other columns are single values, and are also in the index."""
+"""Artifact of a step → the columns of the record that only its file has: texts, and values per token or function, read
+on demand. All other columns are single values, and are also in the index."""
 
 BULKY = tuple(name for names in PARTS.values() for name in names)
 

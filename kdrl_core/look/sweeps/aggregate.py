@@ -15,7 +15,7 @@ from kdrl_core.look.sweeps.equal_time import Answers, pace_of
 from kdrl_core.look.sweeps.equality import unequal_notes
 from kdrl_core.look.sweeps.judging import judge_claims
 from kdrl_core.look.sweeps.results import CellResult, ModelScores, SweepResults, by_label
-from kdrl_core.look.sweeps.table import Row, Score, SweepTable, TimedRow
+from kdrl_core.look.sweeps.table import PlacedAccuracy, Row, SweepTable, TimedRow
 
 
 def build_table(results: SweepResults) -> SweepTable:
@@ -76,7 +76,7 @@ def _row(
     )
 
 
-def _scores(models: Sequence[Answers], averaged: Sequence[str] = ()) -> dict[str, Score]:
+def _scores(models: Sequence[Answers], averaged: Sequence[str] = ()) -> dict[str, PlacedAccuracy]:
     """Scores by benchmark, and their mean over the `averaged` benchmarks."""
     arrays = _arrays(models)
     found = {name: over_seeds({name: array}) for name, array in arrays.items()}
@@ -154,8 +154,8 @@ def _equal_time(results: SweepResults, variants: Sequence[str]) -> tuple[float |
     return limit, rows
 
 
-def _score(accuracy: Accuracy) -> Score:
-    return Score(mean=accuracy.mean, low=accuracy.low, high=accuracy.high)
+def _score(accuracy: Accuracy) -> PlacedAccuracy:
+    return PlacedAccuracy(mean=accuracy.mean, low=accuracy.low, high=accuracy.high)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -17,7 +17,7 @@ _MISSING = "–"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score(Accuracy):
+class PlacedAccuracy(Accuracy):
     """Accuracy in [0, 1], its interval, and whether it is the best or second best of the variants."""
 
     rank: int | None = None
@@ -32,9 +32,9 @@ class Row:
     seeds: list[int]
     """Seeds in its numbers."""
     num_planned: int
-    scores: dict[str, Score]
+    scores: dict[str, PlacedAccuracy]
     """By benchmark; `avg` is their mean, if there is one. Empty if no seed is finished."""
-    differences: dict[str, Score] = field(default_factory=dict)
+    differences: dict[str, PlacedAccuracy] = field(default_factory=dict)
     """To the first variant, over the seeds that both have: paired by problem and seed."""
     length_mean: float | None = None
     steps: float | None = None
@@ -52,7 +52,7 @@ class TimedRow:
     """The two evaluations around that time, or the one at it; empty if the time is before the first one."""
     first_step: int
     """Step of the first evaluation."""
-    scores: dict[str, Score]
+    scores: dict[str, PlacedAccuracy]
     """Interpolated between the two; empty if there are none."""
 
 
@@ -237,7 +237,7 @@ NOTE = (
 )
 
 
-def _cell(score: Score | None, *, marked: bool = False) -> str:
+def _cell(score: PlacedAccuracy | None, *, marked: bool = False) -> str:
     if score is None:
         return _MISSING
     mean = f"{100 * score.mean:.1f}"

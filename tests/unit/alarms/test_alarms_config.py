@@ -79,3 +79,22 @@ def test_every_change_of_the_rules_is_safe() -> None:
 def test_cells_that_differ_in_alarms_alone_share_all_work() -> None:
     keys = [part.key for part in parts_of(load_recipe("miniature"))]
     assert [part.key for part in parts_of(load_recipe("miniature", ["alarms.clip_ratio.stop=true"]))] == keys
+
+
+def test_with_functions_the_defaults_do_not_take_a_reward_for_a_share() -> None:
+    functions = "reward.functions=[{function: exact, weight: -1}]"
+    rules = load_recipe("miniature", [functions]).alarm_rules
+    assert rules["no_reward"].metric == "reward/accuracy"
+    assert "format_wrong" not in rules
+    kept = load_recipe("miniature", [functions, "alarms.no_reward.at_most=-1", "alarms.format_wrong.above=1"])
+    assert kept.alarm_rules == kept.alarms.rules
+    plain = load_recipe("miniature")
+    assert plain.alarm_rules == plain.alarms.rules
+
+
+def test_a_rule_may_watch_a_function_that_the_reward_has() -> None:
+    functions, rule = "reward.functions=[{function: exact, name: mine}]", "alarms.no_reward.metric=reward/mine/mean"
+    assert load_recipe("miniature", [functions, rule]).alarm_rules["no_reward"].metric == "reward/mine/mean"
+    load_recipe("miniature", [functions, rule.replace("mine/", "mine.part/")])
+    with pytest.raises(RecipeError, match=r"reward/mine/mean is of mine, which is none of reward.functions \(there ar"):
+        load_recipe("miniature", [rule])

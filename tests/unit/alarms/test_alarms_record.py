@@ -19,7 +19,7 @@ from kdrl_core.alarms import (
 from kdrl_core.config import load_recipe
 from kdrl_core.errors import DamagedArtifactError, StoppedByAlarmError
 from kdrl_core.ledger import Run, create_run, publish_file
-from kdrl_core.tables.files import append_metrics, differing_metrics, rebuild_metrics
+from kdrl_core.tables.files import append_metrics, differing_metrics, load_metrics, rebuild_metrics
 
 
 def alarm(step: int, rule: str = "reward_collapse", **changes: Any) -> Alarm:
@@ -152,3 +152,22 @@ def test_a_line_for_people() -> None:
         "kdrl rollouts show r --stage stage2 --step 7",
     ]
     assert alarm(7, "of another version").advice == ""
+
+
+def test_a_metric_of_some_steps_only_is_kept_and_is_no_damage(artifacts: Path) -> None:
+    """A part that a reward function gives to some responses is a metric of the steps that have such a response."""
+    run = create_run("r", load_recipe("miniature", ["stage1=null"]))
+    for step, more in enumerate([{}, {"reward/mine.part/mean": 0.25}, {}]):
+        publish_file(
+            run.paths.update("stage2", step),
+            lambda file: file.write_bytes(b"x") and None,
+            metadata={"metrics": {"reward/mean": 0.5, **more}, "timings": {"time/update_s": 1.0}},
+        )
+        append_metrics(run, "stage2", step)
+    assert pq.read_table(run.paths.metrics("stage2"), partitioning=None)["reward/mine.part/mean"].to_pylist() == [
+        None,
+        0.25,
+        None,
+    ]
+    assert [row.get("reward/mine.part/mean") for row in load_metrics(run, "stage2")] == [None, 0.25, None]
+    assert differing_metrics(run, "stage2", num_steps=3) == []

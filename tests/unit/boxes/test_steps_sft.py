@@ -181,6 +181,12 @@ def test_what_is_kept(whole: Run, keep: str, kept: list[str]) -> None:
     assert isinstance(made, Product)
     assert isinstance(made.content, pa.Table)
     assert made.content["prompt_id"].to_pylist() == kept
+    # Of functions a success is kept, whatever it earns.
+    rewards = pa.table({"accuracy_reward": [1.0, 0.0, 1.0], "reward": [0.7, 1.0, 2.0], "reward_values": [None] * 3})
+    made = select.function(session, iter([samples]), iter([rewards]), {})
+    assert isinstance(made, Product)
+    assert isinstance(made.content, pa.Table)
+    assert made.content["prompt_id"].to_pylist() == ["right", "wrong"]
 
 
 def test_summary_tells_what_was_kept(whole: Run) -> None:

@@ -25,13 +25,14 @@ STAGE: dict[str, Any] = {
 
 @pytest.fixture
 def values() -> dict[str, Any]:
-    """A valid recipe: GRPO, then KDRL with a teacher."""
+    """A valid recipe: GRPO, then KDRL with a teacher, and a reward of one function."""
     return {
         "name": "small",
         "student": {"path": "models/student"},
         "teacher": {"path": "models/teacher"},
         "stage1": {"objective": "grpo", **STAGE},
         "stage2": {"objective": "kdrl", **STAGE, "beta": {"init": 0.002}},
+        "reward": {"functions": [{"function": "math"}]},
         "evaluation": {"benchmarks": [{"name": "a", "file": "a.jsonl"}, {"name": "b", "file": "b.jsonl"}]},
     }
 

@@ -102,7 +102,7 @@ REMEDIES = {
     "runtime=cuda": "set runtime.device=cuda",
     "trainer=deepspeed": "set trainer.engine=deepspeed",
     "tracking=mlflow": 'set tracking.trackers=["mlflow"]',
-    "reward=false": "set reward.require_format=false",
+    "reward=false": "got False; set one of them, such as reward.require_format",
     "alarms.clip_ratio=0.3": "set alarms.clip_ratio.above=0.3",
     "evaluation.benchmarks.1=aime24": "set evaluation.benchmarks.1.name=aime24",
     "evaluation.also.weak=models/mine": "set evaluation.also.weak.path=models/mine",

@@ -143,7 +143,7 @@ def test_hash_does_not_depend_on_how_the_yaml_is_written(values: dict[str, Any],
     flow.write_text("# a comment\n" + yaml.safe_dump(values, default_flow_style=True, sort_keys=True))
     text = yaml.safe_dump(values, default_flow_style=False, sort_keys=False)
     assert "learning_rate: 1.0e-06" in text
-    block.write_text(text.replace("1.0e-06", "0.000001") + "seed: 0\nreward:\n  require_format: true\n")  # defaults
+    block.write_text(text.replace("1.0e-06", "0.000001") + "seed: 0\nverification:\n  workers: 2\n")  # defaults
     assert config_hash(load_recipe(flow)) == config_hash(load_recipe(block))
 
 

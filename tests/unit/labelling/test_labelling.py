@@ -1,6 +1,7 @@
 """Labels measured in process: counts, merging, the thought, and what a stage makes of them."""
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,29 @@ def test_only_missing_labels_are_measured_and_merged(recipe: Recipe, tmp_path: P
 def origin(path: Path, label: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(pq.read_schema(path).metadata[f"kdrl.label.{label}".encode()])
     return found
+
+
+def test_functions_of_the_reward_count_what_a_label_counts(tmp_path: Path) -> None:
+    """Truths 8, 8, 2: `near` pays 1 for the truth, 0.5 for a neighbour of it; a success is above 0.4."""
+    (code := tmp_path / "mine.py").write_text(
+        "def near(response, answer, problem):\n"
+        "    assert problem['question'] in ('3+5', '2*4', '1+1') and problem['length'] == 2\n"
+        "    return max(0.0, 1 - abs(int(response[-2]) - int(answer)) / 2)\n"
+    )
+    functions = f"reward.functions=[{{function: '{code}:near'}}]"
+    source = write(tmp_path / "in.jsonl", [{**row, "id": f"p{i}"} for i, row in enumerate(ROWS)])
+    engine = Scripted({"p0": "8888", "p1": "7965", "p2": "2345"})
+    common = [SAMPLES, functions, "verification.workers=1"]
+    for above, expected in ((0.4, [0, 2, 2]), (0.6, [0, 4, 3])):
+        recipe = load_recipe("miniature", [*common, f"reward.success_above={above}"])
+        scripted(plan_labels(recipe, [source]), tmp_path / "out.parquet", engine, keep_work=above == 0.4)
+        found = problems_of(tmp_path / "out.parquet")
+        assert [found[f"p{i}"][LABEL] for i in range(3)] == expected
+        if above == 0.4:  # what was sampled is of another `success_above`
+            plan = plan_labels(load_recipe("miniature", [SAMPLES, functions]), [source])
+            with pytest.raises(KdrlError, match="reward: "):
+                scripted(plan, tmp_path / "out.parquet", engine)
+            shutil.rmtree(work_folder(tmp_path / "out.parquet"))
 
 
 def test_how_labels_were_measured_is_kept_by_the_next_labelling(recipe: Recipe, tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_files_have_the_schema_that_the_table_names(name: str, made: Callable[[s
         assert node is not None
         if node.row.schemas:
             assert node.stage is not None
-            expected = SCHEMAS[node.row.schema_in(run.recipe.stage(node.stage))]
+            expected = SCHEMAS[node.row.schema_in(run.recipe, node.stage)]
             assert pq.read_schema(path).remove_metadata().equals(expected.remove_metadata()), path
     assert {name for row in (*ARTIFACTS.values(), *DERIVED.values()) for name in row.schemas} <= SCHEMAS.keys()
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdrl_core.rewards.builtin import math
 from kdrl_core.types import Verdict, VerdictKind
 from kdrl_core.verify import Verifier
 
@@ -359,3 +360,14 @@ def test_a_long_answer_that_is_the_ground_truth_is_not_refused_unseen(verifier: 
     (refused,) = verifier.verify_batch([(boxed("1" + "+0" * 3_000), "1")])
     assert refused.kind is WRONG
     assert "6,001 characters" in refused.reason
+
+
+def test_math_as_a_function_of_the_reward_is_the_verifier(verifier: Verifier) -> None:
+    problem = {"think_opened": False}
+    cases = [(boxed("0.5"), r"\frac{1}{2}"), (boxed("5"), "6"), ("no thought \\boxed{5}", "5"), ("none", "5")]
+    for is_strict in (True, False):
+        verdicts = verifier.verify_batch(cases, require_format=is_strict)
+        scores = [math(*case, problem, require_format=is_strict) for case in cases]
+        assert [(s.value, s.reason, s.extracted) for s in scores] == [
+            (v.reward, v.reason, v.extracted) for v in verdicts
+        ]

@@ -70,11 +70,12 @@ export async function sampleView(container, params, context, signal) {
 
 const idOf = (params) => ({ run: params.get("run") ?? "", stage: params.get("stage") ?? "", step: Number(params.get("step")), prompt_id: params.get("prompt") ?? "" });
 
-/** The main numbers first, then all others of the record. */
+/** The main numbers first, then what each function of the reward returned, then all others of the record. */
 function numbers(record) {
   const first = NUMBERS.filter(([name]) => record[name] !== undefined && record[name] !== null).map(([name, format]) => [name, format(record[name])]);
   const known = new Set(NUMBERS.map(([name]) => name));
   const rest = Object.entries(record).filter(([name, value]) => !known.has(name) && !SHOWN_APART.has(name) && value !== null && typeof value !== "object")
     .map(([name, value]) => [name, name === "seed" ? String(value) : typeof value === "number" ? number(value) : String(value)]);
-  return [...first, ...rest].map(([name, value]) => [LABELS[name] ?? name, value]);
+  const returned = (record.reward_values ?? []).filter(({ value }) => value !== null).map(({ name, value }) => [name, number(value)]);
+  return [...first, ...returned, ...rest].map(([name, value]) => [LABELS[name] ?? name, value]);
 }
