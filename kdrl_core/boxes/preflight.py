@@ -17,10 +17,11 @@ from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.data.fitting import require_fitting
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
 from kdrl_core.errors import DataError, EngineError, ModelError, RecipeError
+from kdrl_core.models import lora
 from kdrl_core.models.devices import devices_of_ranks, named_devices, visible_devices
 from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit, read_config
 from kdrl_core.models.tokenizer import check_embedding, vocabulary_of
-from kdrl_core.models.weights import compare_architecture, other_kind, stored_weights
+from kdrl_core.models.weights import architecture, compare_architecture, other_kind, stored_weights
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 _logger = logging.getLogger("kdrl")
@@ -62,6 +63,7 @@ def check_inputs(recipe: Recipe) -> None:
     check_engines(recipe)
     check_trackers(recipe)
     check_weights(recipe)
+    check_adapter(recipe)
 
 
 def check_weights(recipe: Recipe) -> None:
@@ -86,6 +88,20 @@ def check_weights(recipe: Recipe) -> None:
         if engine != "transformers":
             raise ModelError(f"{told}; vLLM would leave {own[0]} out: set tie_word_embeddings to false in config.json")
         _logger.warning("%s. %s counts: it is used, trained and exported, with tie_word_embeddings=false", told, own[0])
+
+
+def check_adapter(recipe: Recipe) -> None:
+    """Raise RecipeError if the student's adapter cannot be made: peft is not installed, or a target is no layer of the
+    student. A GGUF file and code of the model's own are seen only when the trainer starts."""
+    student = recipe.student
+    if student.lora is None:
+        return
+    if not lora.is_installed():
+        raise RecipeError(f"recipe {recipe.name}, field 'student.lora': {lora.NOT_INSTALLED}")
+    if student.gguf_file is None and not student.trust_remote_code:
+        path = resolve_path(student.path)
+        model = architecture(path, where=f"student.path={student.path}")
+        lora.targets_of(model, student.lora, where=f"recipe {recipe.name}, field 'student")
 
 
 def check_estimators(recipe: Recipe) -> None:
