@@ -7,7 +7,7 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
-from kdrl_core.config import Recipe, resolve_path
+from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.config.models import TeacherConfig
 from kdrl_core.config.outside import named_models
 from kdrl_core.config.secrets import is_known, resolve_secret
@@ -197,7 +197,7 @@ def check_devices(recipe: Recipe) -> None:
 def check_engines(recipe: Recipe) -> None:
     """Raise RecipeError if an engine of the recipe is not installed, not in the release that kdrl works with, or cannot
     run its model."""
-    roles = [("rollout.engine", recipe.rollout.engine, recipe.student)]
+    roles: list[tuple[str, str, ModelConfig]] = [("rollout.engine", recipe.rollout.engine, recipe.student)]
     if recipe.teacher is not None and recipe.teacher.server is None:
         roles.append(("teacher.engine", recipe.teacher.engine, recipe.teacher))
     roles += [("rollout.engine", recipe.rollout.engine, model) for model in recipe.evaluation.also.values()]

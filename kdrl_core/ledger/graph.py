@@ -150,12 +150,8 @@ def _read_by_stage(recipe: Recipe, node: Node) -> tuple[str, ...]:
         "topk.*": config.needs_topk,
         "ref_kl_estimator": config.ref_beta > 0.0,
     }
-    return (
-        *_ENGINES,
-        *_LORA,
-        f"{node.stage}.*",
-        *(f"!{node.stage}.{name}" for name, read in is_read.items() if not read),
-    )
+    left_out = (f"!{node.stage}.{name}" for name, read in is_read.items() if not read)
+    return *_ENGINES, *_LORA, f"{node.stage}.*", *left_out
 
 
 def _read_by_evaluation(recipe: Recipe, node: Node) -> tuple[str, ...]:
