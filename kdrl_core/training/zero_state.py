@@ -25,8 +25,8 @@ def trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def full_weights(
     engine: Any, model: torch.nn.Module, *, keep: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The float32 weights of `trained` by name, cast to `dtype`, on the CPU; empty without `keep`, so that only one rank
-    needs the memory."""
+    """The float32 weights of `trained` by name, cast to `dtype`, on the CPU; empty without `keep`, so that only one
+    rank needs the memory."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[str, Tensor] = {}
