@@ -91,12 +91,12 @@ def check_weights(recipe: Recipe) -> None:
 
 
 def check_adapter(recipe: Recipe) -> None:
-    """Raise RecipeError if the student's adapter cannot be made: peft is not installed, or a target is no layer of the
-    student. A GGUF file and code of the model's own are seen only when the trainer starts."""
+    """Raise RecipeError if peft is not installed for the student's adapter, and ModelError if a target is no layer of
+    the student. A GGUF file and code of the model's own are seen only when the trainer starts."""
     student = recipe.student
     if student.lora is None:
         return
-    if not lora.is_installed():
+    if find_spec("peft") is None:
         raise RecipeError(f"recipe {recipe.name}, field 'student.lora': {lora.NOT_INSTALLED}")
     if student.gguf_file is None and not student.trust_remote_code:
         path = resolve_path(student.path)

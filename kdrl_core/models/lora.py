@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,8 +235,3 @@ def adapter_size(shapes: Mapping[str, Sequence[int]], config: LoraConfig) -> int
         if len(shape) == 2 and is_target:
             total += config.rank * sum(shape)
     return total
-
-
-def is_installed() -> bool:
-    """Whether peft is here."""
-    return find_spec("peft") is not None
