@@ -16,7 +16,7 @@ from kdrl_core.engines.weight_digest import folder_digest, model_digest
 from kdrl_core.errors import EngineError, ModelError
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.models.loading import load_model
-from kdrl_core.models.lora import AdapterSpec
+from kdrl_core.models.lora import AdapterSpec, adapter_size
 from kdrl_core.training.protocols import OptimizerSettings
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import RolloutRequest
@@ -100,6 +100,8 @@ def test_only_the_adapter_is_trained_and_goes_on_bit_by_bit(base: Path, tokenize
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if ".lora_" in name}
     assert len(moved) == 2 * 7 * 2  # A and B of seven linear layers, in two layers
+    shapes = {name: weight.shape for name, weight in load_model(base).named_parameters()}
+    assert adapter_size(shapes, LoraConfig(rank=4)) == sum(before[name].numel() for name in moved)
 
     saved = written(trainer.save, tmp_path / "saved")
     assert contents(saved).keys() == OF_ADAPTER | OF_STATE
