@@ -243,5 +243,7 @@ def test_a_trainer_with_an_adapter_scores_with_the_initial_policy_itself() -> No
         chosen = planned("stage1", gpus=1, trainer="torch", **changes).candidates[0]
         return next(phase for phase in chosen.memory if phase.phase == "reference-score").components
 
+    told = json.loads(json.dumps(planned("stage1", lora=LoraConfig(rank=4)).to_json()))
+    assert told["assumed"]["engines"]["lora"]["rank"] == 4
     assert "reference weights" in reference()
     assert "reference weights" not in reference(lora=LoraConfig())
