@@ -151,7 +151,7 @@ class Adapter:
             raise ModelError(NOT_INSTALLED) from error
         config = self._spec.config
         return PeftConfig(
-            base_model_name_or_path=str(self._spec.base),
+            base_model_name_or_path=str(self._spec.base.resolve()),
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,

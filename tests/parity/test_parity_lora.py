@@ -138,7 +138,7 @@ def test_the_export_is_merged_and_the_adapter_is_one_of_peft(base: Path, tokeniz
     saved = written(trainer.save, tmp_path / "saved")
     assert torch.equal(logits(PeftModel.from_pretrained(load_model(base), saved / "adapter")), logits(model))
     told = json.loads((saved / "adapter" / "adapter_config.json").read_text())
-    assert (told["base_model_name_or_path"], told["r"], told["lora_alpha"]) == (str(base), 4, 8.0)
+    assert (told["base_model_name_or_path"], told["r"], told["lora_alpha"]) == (str(base.resolve()), 4, 8.0)
 
 
 def test_the_trainer_still_has_the_policy_that_it_began_with(base: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ pytestmark = pytest.mark.usefixtures("fast_sessions")
 
 LORA = [
     "student.lora={rank: 4, alpha: 8}",
-    "stage2.steps=3",
+    "stage2.steps=4",
     "stage2.checkpoint.every=2",
+    "stage2.evaluate_every=3",
     "evaluation.periodic=[]",
     *(f"{stage}.{field}" for stage in ("stage1", "stage2") for field in ("ref_beta=0.01", "learning_rate=0.01")),
     benchmarks("test", samples=1, max_problems=2),
@@ -57,11 +58,12 @@ def test_a_run_with_an_adapter(tmp_path: Path, scored: list[object]) -> None:
     run = open_tiny(tmp_path, "whole", LORA)
     train(run)
     make(run, student)
-    evaluate_model(run, "stage1")
+    evaluate_model(run, "stage2-step-000003")
     assert check_run(run).findings == []
     assert model_files(run) == [
         "checkpoints/stage1/step-000002/model.safetensors",
         "checkpoints/stage2/step-000003/model.safetensors",
+        "checkpoints/stage2/step-000004/model.safetensors",
         "student/model.safetensors",
     ]
     small = run.paths.checkpoint("stage2", 2)
@@ -93,7 +95,7 @@ def test_a_run_with_an_adapter(tmp_path: Path, scored: list[object]) -> None:
     train(stopped, until=("stage2", 1))
     train(open_tiny(tmp_path / "b", "whole", LORA))  # step 0 of stage 2 has no checkpoint, so it is replayed
     make(stopped, student)
-    evaluate_model(stopped, "stage1")
+    evaluate_model(stopped, "stage2-step-000003")
     assert differing(run, stopped) == []
     with pytest.raises(RunError, match=r"student\.lora\.rank"):
         open_tiny(tmp_path / "b", "whole", [*LORA, "student.lora.rank=8"])
