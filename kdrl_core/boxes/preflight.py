@@ -17,7 +17,6 @@ from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.data.fitting import require_fitting
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
 from kdrl_core.errors import DataError, EngineError, ModelError, RecipeError
-from kdrl_core.models import lora
 from kdrl_core.models.devices import devices_of_ranks, named_devices, visible_devices
 from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit, read_config
 from kdrl_core.models.tokenizer import check_embedding, vocabulary_of
@@ -96,6 +95,8 @@ def check_adapter(recipe: Recipe) -> None:
     student = recipe.student
     if student.lora is None:
         return
+    from kdrl_core.models import lora
+
     if find_spec("peft") is None:
         raise RecipeError(f"recipe {recipe.name}, field 'student.lora': {lora.NOT_INSTALLED}")
     if student.gguf_file is None and not student.trust_remote_code:

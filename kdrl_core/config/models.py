@@ -57,7 +57,7 @@ class LoraConfig(Section):
 class StudentConfig(ModelConfig):
     """The student: a model directory, all of whose weights are trained, or an adapter to it."""
 
-    lora: LoraConfig | None = Field(None, description="train an adapter in place of all weights (docs/lora.md)")
+    lora: LoraConfig | None = Field(None, description="train an adapter in place of all weights; null: train these")
 
 
 class ServersConfig(Section):

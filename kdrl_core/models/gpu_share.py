@@ -11,7 +11,6 @@ from math import floor, prod
 from kdrl_core.config import LoraConfig, ModelConfig, Recipe, resolve_path
 from kdrl_core.errors import EngineError
 from kdrl_core.models.devices import gpus
-from kdrl_core.models.lora import adapter_size
 from kdrl_core.models.weights import stored_weights
 
 USABLE = 0.9
@@ -106,6 +105,8 @@ def _parameters(model: ModelConfig) -> float:
 
 def _adapter(model: ModelConfig, lora: LoraConfig) -> float:
     """Numbers of an adapter; of a GGUF file 0, since they are few beside its weights."""
+    from kdrl_core.models.lora import adapter_size
+
     if model.gguf_file is not None:
         return 0.0
     stored = stored_weights(resolve_path(model.path))
