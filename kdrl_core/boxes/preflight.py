@@ -7,7 +7,7 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
-from kdrl_core.config import Recipe, resolve_path
+from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.config.models import TeacherConfig
 from kdrl_core.config.outside import named_models
 from kdrl_core.config.secrets import is_known, resolve_secret
@@ -20,7 +20,7 @@ from kdrl_core.errors import DataError, EngineError, ModelError, RecipeError
 from kdrl_core.models.devices import devices_of_ranks, named_devices, visible_devices
 from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit, read_config
 from kdrl_core.models.tokenizer import check_embedding, vocabulary_of
-from kdrl_core.models.weights import compare_architecture, other_kind, stored_weights
+from kdrl_core.models.weights import architecture, compare_architecture, other_kind, stored_weights
 from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 _logger = logging.getLogger("kdrl")
@@ -63,6 +63,7 @@ def check_inputs(recipe: Recipe) -> None:
     check_engines(recipe)
     check_trackers(recipe)
     check_weights(recipe)
+    check_adapter(recipe)
 
 
 def check_weights(recipe: Recipe) -> None:
@@ -87,6 +88,22 @@ def check_weights(recipe: Recipe) -> None:
         if engine != "transformers":
             raise ModelError(f"{told}; vLLM would leave {own[0]} out: set tie_word_embeddings to false in config.json")
         _logger.warning("%s. %s counts: it is used, trained and exported, with tie_word_embeddings=false", told, own[0])
+
+
+def check_adapter(recipe: Recipe) -> None:
+    """Raise RecipeError if peft is not installed for the student's adapter, and ModelError if a target is no layer of
+    the student. A GGUF file and code of the model's own are seen only when the trainer starts."""
+    student = recipe.student
+    if student.lora is None:
+        return
+    from kdrl_core.models import lora
+
+    if find_spec("peft") is None:
+        raise RecipeError(f"recipe {recipe.name}, field 'student.lora': {lora.NOT_INSTALLED}")
+    if student.gguf_file is None and not student.trust_remote_code:
+        path = resolve_path(student.path)
+        model = architecture(path, where=f"student.path={student.path}")
+        lora.targets_of(model, student.lora, where=f"recipe {recipe.name}, field 'student")
 
 
 def check_estimators(recipe: Recipe) -> None:
@@ -194,7 +211,7 @@ def check_devices(recipe: Recipe) -> None:
 def check_engines(recipe: Recipe) -> None:
     """Raise RecipeError if an engine of the recipe is not installed, not in the release that kdrl works with, or cannot
     run its model."""
-    roles = [("rollout.engine", recipe.rollout.engine, recipe.student)]
+    roles: list[tuple[str, str, ModelConfig]] = [("rollout.engine", recipe.rollout.engine, recipe.student)]
     if recipe.teacher is not None and recipe.teacher.server is None:
         roles.append(("teacher.engine", recipe.teacher.engine, recipe.teacher))
     roles += [("rollout.engine", recipe.rollout.engine, model) for model in recipe.evaluation.also.values()]

@@ -30,6 +30,7 @@ from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.tables.files import read_table
 from kdrl_core.training.protocols import Trainer
+from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 from kdrl_core.verify import VerdictOptions, Verifier
 
@@ -183,10 +184,20 @@ class StageSession:
         with self._lock:
             self.rest(but=self._scorers.get(role))
             if role not in self._scorers:
-                scorer = self._scorers[role] = self._builders.scorer(role)
+                scorer = self._scorers[role] = self._initial_policy(role) or self._builders.scorer(role)
                 if isinstance(scorer, HTTPScorer) and scorer.says:
                     self._note_served(scorer.says)
             return self._scorers[role]
+
+    def _initial_policy(self, role: str) -> TeacherScorer | None:
+        """The trainer as scorer of the stage's initial policy, if it trains an adapter in this process; else None."""
+        recipe = self.run.recipe
+        if role != "reference" or recipe.student.lora is None or recipe.trainer.engine != "torch":
+            return None
+        from kdrl_core.boxes.initial_policy import InitialPolicy
+
+        self._trainer = self._trainer or self._builders.trainer()
+        return InitialPolicy(cast(TorchTrainer, self._trainer), batch_tokens=recipe.runtime.score_batch_tokens)
 
     def _note_served(self, says: dict[str, Any]) -> None:
         """Record what the teacher's servers say of their model, whose weights kdrl does not see."""
@@ -297,7 +308,8 @@ class StageSession:
         trainer = self.idle_trainer_at(step)  # restoring it verifies the checkpoint: none is sampled from if damaged
         dtype, engine = self.run.recipe.runtime.dtype, self.run.recipe.rollout.engine
         checkpoint = self.run.paths.checkpoint(self.stage, step)
-        if (dtype == "float32" or engine == "transformers") and is_published(checkpoint):
+        is_model = (checkpoint / "config.json").is_file()  # or else an adapter alone
+        if (dtype == "float32" or engine == "transformers") and is_model and is_published(checkpoint):
             return checkpoint
         for old in self.run.paths.scratch.glob("policy-*"):
             shutil.rmtree(old, ignore_errors=True)

@@ -164,8 +164,13 @@ class StepSummary:
 
 @box(CHECKPOINT)
 def checkpoint(session: "StageSession", at: int) -> Product:
-    """Save the policy after `at` updates, with the state of its trainer."""
-    return Product(content=session.idle_trainer_at(at).save)
+    """Save the policy after `at` updates, with the state of its trainer. Of an adapter it is the adapter alone, unless
+    the policy is evaluated or ends the stage: then it has the merged model as well."""
+    trainer = session.idle_trainer_at(at)
+    is_read = at == session.config.steps or session.config.is_evaluation_due(at)
+    if session.run.recipe.student.lora is None or not is_read:
+        return Product(content=trainer.save)
+    return Product(content=lambda folder: {**trainer.save(folder), **trainer.export_hf(folder)})
 
 
 def save(session: "StageSession", at: int) -> None:

@@ -14,7 +14,7 @@ from kdrl_core.config.load import (
     parse_value,
     read_fields,
 )
-from kdrl_core.config.models import ModelConfig, ServersConfig
+from kdrl_core.config.models import LoraConfig, ModelConfig, ServersConfig
 from kdrl_core.config.outside import anchored
 from kdrl_core.config.paths import resolve_path
 from kdrl_core.config.recipe import BetaConfig, Recipe, StageConfig
@@ -23,8 +23,9 @@ from kdrl_core.config.section import EngineName, LocalEngine
 
 __all__ = [
     "AlarmsConfig", "BenchmarkConfig", "BetaConfig", "ColumnsConfig", "DataConfig", "DecontaminationConfig",
-    "EngineName", "EvaluationConfig", "FieldChange", "LocalEngine", "ModelConfig", "Recipe", "RuntimeConfig",
-    "ServersConfig", "StageConfig", "TrackerName", "TrackingConfig", "TrainerConfig", "VerificationConfig", "anchored",
+    "EngineName", "EvaluationConfig", "FieldChange", "LocalEngine", "LoraConfig", "ModelConfig", "Recipe",
+    "RuntimeConfig", "ServersConfig", "StageConfig", "TrackerName", "TrackingConfig", "TrainerConfig",
+    "VerificationConfig", "anchored",
     "config_hash", "did_you_mean", "diff_recipes", "dump_recipe", "expanded", "list_recipes", "load_recipe",
     "parse_value", "read_fields", "resolve_path", "unsafe_changes",
 ]  # fmt: skip

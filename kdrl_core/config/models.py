@@ -7,6 +7,9 @@ from pydantic import Field, field_validator
 
 from kdrl_core.config.section import LocalEngine, Positive, Section
 
+ALL_LINEAR = "all-linear"
+"""The target of an adapter that stands for every linear layer but the output layer."""
+
 
 class ModelConfig(Section):
     """Where a model comes from."""
@@ -17,6 +20,44 @@ class ModelConfig(Section):
     gguf_file: str | None = Field(None, description="GGUF file inside `path`; converted once to a plain model")
     chat_template: str | None = Field(None, description="Jinja template used in place of the tokenizer's own")
     trust_remote_code: bool = Field(False, description="run code shipped with the model; off unless you trust it")
+
+
+class LoraConfig(Section):
+    """LoRA: the layers of `targets` compute W x + (alpha / rank) · B A x, and only A and B are trained."""
+
+    rank: Positive = Field(16, description="rows of A and columns of B; kdrl's choice")
+    alpha: float = Field(32.0, gt=0.0, description="B A is multiplied by alpha / rank; kdrl's choice")
+    targets: list[str] = Field(
+        [ALL_LINEAR],
+        min_length=1,
+        description="names of linear layers, [q_proj, v_proj]; [all-linear]: all except the output layer",
+    )
+    dropout: float = Field(0.0, description="0, since the policy that is trained must be the one that was sampled")
+
+    @field_validator("targets")
+    @classmethod
+    def _names(cls, targets: list[str]) -> list[str]:
+        if len(set(targets)) < len(targets) or not all(targets):
+            raise ValueError("a name is empty or stands twice; name each layer once")
+        if ALL_LINEAR in targets and len(targets) > 1:
+            raise ValueError(f"{ALL_LINEAR} stands beside other names; give it alone, or leave it out")
+        return targets
+
+    @field_validator("dropout")
+    @classmethod
+    def _without_dropout(cls, dropout: float) -> float:
+        if dropout != 0.0:
+            raise ValueError(
+                "dropout makes the policy that is trained another one than the policy that was sampled, so updates "
+                "would not be on-policy; set dropout=0, and weight_decay of the stage to hold the adapter back"
+            )
+        return dropout
+
+
+class StudentConfig(ModelConfig):
+    """The student: a model directory, all of whose weights are trained, or an adapter to it."""
+
+    lora: LoraConfig | None = Field(None, description="train an adapter in place of all weights; null: train these")
 
 
 class ServersConfig(Section):

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from kdrl_core.config.alarms import AlarmRule, AlarmsConfig, function_of_metric
 from kdrl_core.config.answers import EvaluationConfig, PromptConfig, RewardConfig, VerificationConfig
 from kdrl_core.config.data import DataConfig
-from kdrl_core.config.models import ModelConfig, TeacherConfig
+from kdrl_core.config.models import StudentConfig, TeacherConfig
 from kdrl_core.config.runtime import RolloutConfig, RuntimeConfig, TrackingConfig, TrainerConfig, VLLMConfig
 from kdrl_core.config.section import Positive, Section, require_one_of
 from kdrl_core.objectives.inputs import BetaSchedule, Objective
@@ -222,7 +222,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**32)
-    student: ModelConfig
+    student: StudentConfig
     teacher: TeacherConfig | None = None
     prompt: PromptConfig = PromptConfig()
     reward: RewardConfig = RewardConfig()

@@ -127,7 +127,8 @@ def _rolls_out(config: StageConfig) -> bool:
 
 _TEACHER = ("teacher", "teacher.*")
 _ENGINES = ("rollout.*", "vllm.*", "trainer", "trainer.*")
-CLAIMED = ("stage?.*", "evaluation.*", *_TEACHER, *_ENGINES)
+_LORA = ("student.lora", "student.lora.*")
+CLAIMED = ("stage?.*", "evaluation.*", *_TEACHER, *_ENGINES, *_LORA)
 """Fields of a recipe that count only for artifacts whose `reads` name them. All other fields count for every artifact,
 also those of a section that is new to recipes."""
 
@@ -149,7 +150,8 @@ def _read_by_stage(recipe: Recipe, node: Node) -> tuple[str, ...]:
         "topk.*": config.needs_topk,
         "ref_kl_estimator": config.ref_beta > 0.0,
     }
-    return *_ENGINES, f"{node.stage}.*", *(f"!{node.stage}.{name}" for name, read in is_read.items() if not read)
+    left_out = (f"!{node.stage}.{name}" for name, read in is_read.items() if not read)
+    return *_ENGINES, *_LORA, f"{node.stage}.*", *left_out
 
 
 def _read_by_evaluation(recipe: Recipe, node: Node) -> tuple[str, ...]:

@@ -7,9 +7,8 @@ must not be more than what is free then. `kdrl plan` uses the same sizes.
 """
 
 from math import floor, prod
-from pathlib import Path
 
-from kdrl_core.config import ModelConfig, Recipe, resolve_path
+from kdrl_core.config import LoraConfig, ModelConfig, Recipe, resolve_path
 from kdrl_core.errors import EngineError
 from kdrl_core.models.devices import gpus
 from kdrl_core.models.weights import stored_weights
@@ -19,17 +18,24 @@ USABLE = 0.9
 
 
 def state_bytes(
-    parameters: float, *, weight_bytes: int, has_masters: bool, zero_stage: int, ranks: int
+    parameters: float,
+    *,
+    weight_bytes: int,
+    has_masters: bool,
+    zero_stage: int,
+    ranks: int,
+    trained: float | None = None,
 ) -> tuple[float, float]:
     """Bytes of weights and of optimiser that a rank keeps from step to step: AdamW has two float32 moments.
 
     Args:
         weight_bytes: of a weight in the forward pass.
-        has_masters: whether there is a float32 copy of each weight beside it.
+        has_masters: whether there is a float32 copy of each trained weight beside it.
+        trained: numbers of an adapter, which is trained in place of the parameters and lies beside them.
     """
     cut = ranks if zero_stage >= 2 else 1
-    weights = weight_bytes * parameters / (ranks if zero_stage == 3 else 1)
-    return weights, (12 if has_masters else 8) * parameters / cut
+    weights = weight_bytes * (parameters + (trained or 0.0)) / (ranks if zero_stage == 3 else 1)
+    return weights, (12 if has_masters else 8) * (parameters if trained is None else trained) / cut
 
 
 def engine_share(recipe: Recipe, *, gpu_memory: float | None = None) -> float:
@@ -62,24 +68,30 @@ def _beside(recipe: Recipe) -> float:
     trainer, is_half = recipe.trainer, recipe.runtime.dtype == "bfloat16"
     student = _parameters(recipe.student)
     zero_stage = trainer.zero_stage if trainer.engine == "deepspeed" else 0
-    has_masters = is_half and zero_stage > 0
+    lora = recipe.student.lora
+    # torch's frozen base has bfloat16 weights, its adapter float32 ones
+    has_masters = is_half and (zero_stage > 0 or (lora is not None and trainer.engine == "torch"))
+    trained = None if lora is None else _adapter(recipe.student, lora)
     weights, optimizer = state_bytes(
         student,
         weight_bytes=2 if has_masters else 4,
         has_masters=has_masters,
         zero_stage=zero_stage,
         ranks=trainer.ranks,
+        trained=trained,
     )
     width, stays = 2 if is_half else 4, 0.0
     if recipe.rollout.engine == "transformers":
         stays += width * student
-    if recipe.rollout.engine != "vllm" and any(recipe.stage(name).ref_beta > 0 for name in recipe.stages):
+    has_reference = any(recipe.stage(name).ref_beta > 0 for name in recipe.stages)
+    if recipe.rollout.engine != "vllm" and has_reference and (lora is None or trainer.engine == "deepspeed"):
         stays += width * student  # the initial policy
     teacher = recipe.teacher
     if teacher is not None and teacher.server is None and teacher.engine == "transformers":
         stays += width * _parameters(teacher)
     if trainer.engine == "torch" or recipe.rollout.engine == "transformers":
-        stays += 4 * student / (trainer.ranks if zero_stage >= 2 else 1)  # gradients, freed as the next update begins
+        gradients = student if trained is None else trained
+        stays += 4 * gradients / (trainer.ranks if zero_stage >= 2 else 1)  # gradients, freed as the next update begins
     return weights + stays + (0.0 if trainer.offload_optimizer else optimizer)
 
 
@@ -88,4 +100,14 @@ def _parameters(model: ModelConfig) -> float:
     path = resolve_path(model.path)
     if model.gguf_file is not None:
         return 2.0 * (path / model.gguf_file).stat().st_size  # at least 4 bits each
-    return float(sum(prod(weight.shape) for weight in stored_weights(Path(path)).values()))
+    return float(sum(prod(weight.shape) for weight in stored_weights(path).values()))
+
+
+def _adapter(model: ModelConfig, lora: LoraConfig) -> float:
+    """Numbers of an adapter; of a GGUF file 0, since they are few beside its weights."""
+    from kdrl_core.models.lora import adapter_size
+
+    if model.gguf_file is not None:
+        return 0.0
+    stored = stored_weights(resolve_path(model.path))
+    return float(adapter_size({name: weight.shape for name, weight in stored.items()}, lora))

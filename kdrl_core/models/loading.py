@@ -66,6 +66,9 @@ def check_model_dir(config: ModelConfig, *, role: str) -> dict[str, Any]:
         values = read_json(path / "config.json", follow_links=True)
     except FileNotFoundError as error:
         what = "is not a model directory, it has no config.json; give the folder that save_pretrained wrote"
+        if (path / "adapter" / _ADAPTER).is_file():
+            what = "is a checkpoint of an adapter without its model; give the run's folder student, or a checkpoint "
+            what += "that was evaluated or ends its stage: those have the merged model"
         raise ModelError(f"{where}: {path} {what}") from error
     except (ValueError, OSError, RecursionError) as error:
         file = path / "config.json"

@@ -11,15 +11,28 @@ teacher with the output layer W / T. Tied embeddings are untied, since the input
 
 import hashlib
 import importlib
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdrl_core.config import ModelConfig, resolve_path
 from kdrl_core.errors import ModelError
 from kdrl_core.ledger import Manifest, digest, is_published, publish_directory
-from kdrl_core.models.loading import GENERATION, check_model_dir, export_model, load_model, load_tokenizer
+from kdrl_core.models.loading import (
+    GENERATION,
+    check_model_dir,
+    export_model,
+    export_weights,
+    load_model,
+    load_tokenizer,
+    load_weights_into,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 _COPIED = (GENERATION, "*.py", "*processor_config.json")
 """Files of the source that an export has as well: how to generate, code of the model's own, and what servers read."""
@@ -123,3 +136,46 @@ def companions(source: Path | str, tokenizer: Any) -> Callable[[Path], None]:
                 shutil.copyfile(file, folder / file.name)
 
     return write
+
+
+class FullWeights:
+    """All weights of a model, which a trainer changes in place."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self._model = model
+
+    def save(self, folder: Path) -> None:
+        """Write the model into `folder`."""
+        export_model(self._model, folder)
+
+    def load(self, folder: Path) -> None:
+        """Take the weights in `folder`. Raises ModelError as `load_weights_into`."""
+        load_weights_into(self._model, folder)
+
+    def export(self, folder: Path, dtype: str) -> None:
+        """Write the model into `folder`, with weights of this dtype."""
+        import torch
+
+        if dtype == "float32":
+            export_model(self._model, folder)
+        else:
+            kind, state = getattr(torch, dtype), self._model.state_dict()
+            weights = {name: value.to(kind) if value.is_floating_point() else value for name, value in state.items()}
+            export_weights(self._model, weights, folder)
+
+
+def float32_file(tensors: "Mapping[str, torch.Tensor]") -> Iterator[memoryview | bytes]:
+    """The content of a safetensors file of float32 tensors, part by part. `save_file` writes the same bytes, but the
+    file has to be read again for its hash, and no other thread of the process runs meanwhile."""
+    import torch
+
+    header, end = {}, 0
+    for name in sorted(tensors):
+        assert tensors[name].dtype == torch.float32
+        start, end = end, end + 4 * tensors[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in header:
+        yield tensors[name].detach().cpu().contiguous().numpy().reshape(-1).data.cast("B")

@@ -93,7 +93,7 @@ def compare_architecture(path: Path, stored: Mapping[str, StoredWeight], *, wher
     """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    model = _architecture(path, where=where)
+    model = architecture(path, where=where)
     tied: dict[str, str] = model.all_tied_weights_keys
     names = {_plain(name, model): name for name in stored}
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
@@ -123,8 +123,8 @@ def _plain(name: str, model: Any) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _architecture(path: Path, *, where: str) -> Any:
-    """The model without weights."""
+def architecture(path: Path, *, where: str) -> Any:
+    """The model of a config.json, without memory for its weights. Raises ModelError if there is no such model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,10 @@ from kdrl_core.training.torch_trainer import (
     watch_memory,
     write_state,
 )
-from kdrl_core.training.zero_state import full_moments, full_weights, set_moments, set_weights
+from kdrl_core.training.zero_state import full_moments, full_weights, set_moments, set_weights, trained
+
+if TYPE_CHECKING:
+    from kdrl_core.models.lora import Adapter
 
 Answer = tuple[dict[str, Any], Arrays]
 
@@ -48,8 +51,9 @@ class Rank:
         use_kernel_lock()
         timeout = timedelta(seconds=max(settings["start_timeout_s"], settings["step_timeout_s"]))
         deepspeed.init_distributed(verbose=False, timeout=timeout)
-        self._model = load_model(Path(settings["model"]), trust_remote_code=settings["trust_remote_code"])
-        initial = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
+        self._model = self._loaded(Path(settings["model"]))
+        self._adapter = None if settings["adapter"] is None else self._wrapped(self._model)
+        initial = {name: weight.detach().clone() for name, weight in trained(self._model)}
         self._names = list(initial)
         optimizer, self._schedule = make_optimizer(
             self._model, settings["learning_rate"], settings["weight_decay"], settings["warmup_steps"]
@@ -177,15 +181,32 @@ class Rank:
         return float(norm)
 
     def _export(self, path: Path, dtype: str) -> Answer:
-        is_first = self._is_first()
-        weights = full_weights(self._engine, self._model, keep=is_first, dtype=getattr(torch, dtype))
-        if is_first:
+        is_first, kind = self._is_first(), "float32" if self._adapter else dtype
+        weights = full_weights(self._engine, self._model, keep=is_first, dtype=getattr(torch, kind))
+        if is_first and self._adapter:
+            whole = self._wrapped(self._loaded(Path(self._settings["model"])))  # ZeRO-3 has cut the frozen weights
+            whole.take(weights)
+            whole.export(path, dtype)
+        elif is_first:
             export_weights(self._model, weights, path)
         return self.state()
 
+    def _loaded(self, path: Path) -> Any:
+        return load_model(path, trust_remote_code=self._settings["trust_remote_code"])
+
+    def _wrapped(self, model: Any) -> "Adapter":
+        from kdrl_core.models.lora import AdapterSpec
+
+        return AdapterSpec.of(self._settings["adapter"]).wrap(model, seed=self._settings["seed"])
+
     def _save(self, path: Path) -> Answer:
-        self._export(path, "float32")
         is_first, known = self._is_first(), {}
+        if self._adapter is None:
+            self._export(path, "float32")
+        else:
+            weights = full_weights(self._engine, self._model, keep=is_first)
+            if is_first:
+                self._adapter.save(path, weights)
         moments = full_moments(self._engine, self._model, keep=is_first)
         if is_first:
             groups = [
@@ -202,8 +223,7 @@ class Rank:
         return {**self.state()[0], "files": known}, {}
 
     def _load(self, path: Path) -> Answer:
-        source = load_model(path, trust_remote_code=self._settings["trust_remote_code"])
-        weights = dict(source.named_parameters())
+        weights = self._adapter.read(path) if self._adapter else dict(self._loaded(path).named_parameters())
         set_weights(self._engine, self._model, weights)
         state, moments = read_state(path)
         set_moments(self._engine, self._model, {self._names[index]: value for index, value in moments.items()})

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from kdrl_core.training.rank_group import RankGroup, Reply
 from kdrl_core.training.torch_trainer import refuse_not_finite, require_state, totals_of
 from kdrl_core.types import ScoreRequest
 
+if TYPE_CHECKING:
+    from kdrl_core.models.lora import AdapterSpec
+
 
 class DeepSpeedTrainer:
     """`Trainer` over a model directory. The ranks are processes of their own; each loads the model once.
@@ -36,6 +39,7 @@ class DeepSpeedTrainer:
         tokenizer: written beside exported weights.
         settings: of the optimiser; `micro_batch_tokens` is per rank.
         folder: for the ranks' log and their key; made anew.
+        adapter: of the model, trained alone; None: all weights are.
         runtime: device, torch threads of a rank, and `dtype`: `bfloat16` for bfloat16 weights beside float32 masters
             (stage 0: autocast), or `float32`.
 
@@ -55,11 +59,13 @@ class DeepSpeedTrainer:
         folder: Path,
         runtime: RuntimeConfig,
         trust_remote_code: bool = False,
+        adapter: "AdapterSpec | None" = None,
     ) -> None:
         self._companions = ConstantFiles(companions(model, tokenizer))
         self._config = config
         self._micro_batch_tokens = settings.micro_batch_tokens
         self._step = 0
+        self._has_adapter = adapter is not None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         told = {
@@ -69,6 +75,7 @@ class DeepSpeedTrainer:
             "device": runtime.device,
             "num_threads": runtime.num_threads,
             "trust_remote_code": trust_remote_code,
+            "adapter": None if adapter is None else adapter.told(),
             "code": expected_code(),
             "zero_stage": config.zero_stage,
             "activation_checkpointing": config.activation_checkpointing,
@@ -136,7 +143,7 @@ class DeepSpeedTrainer:
 
     def save(self, path: Path) -> Listing:
         files: Listing = self._command("save", path)["files"]
-        return files | self._companions.write(path)
+        return files if self._has_adapter else files | self._companions.write(path)
 
     def load(self, path: Path) -> None:
         """Raises RunError if there is no trainer state."""

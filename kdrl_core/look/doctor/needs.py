@@ -88,7 +88,10 @@ def check_host_memory(recipe: Recipe, found: Sequence[Gpu]) -> Observed:
 def check_space(recipe: Recipe, folder: Path) -> Observed:
     """Free space for the run's checkpoints and exports, and for the doctor's own files."""
     student = _shapes(recipe)["student"]
-    run = student.parameters * _CHECKPOINT_BYTES * sum(_num_kept(recipe.stage(name)) for name in recipe.stages)
+    saved = student.trained_parameters(recipe.student.lora) * _CHECKPOINT_BYTES
+    run = saved * sum(_num_kept(recipe.stage(name)) for name in recipe.stages)
+    if recipe.student.lora is not None:  # the last checkpoint of a stage has the merged model as well
+        run += len(recipe.stages) * student.parameters * _EXPORT_BYTES
     run += student.parameters * _EXPORT_BYTES * 2  # the policy that engines load, and the finished student
     own = doctor_bytes(recipe)
     free = shutil.disk_usage(folder).free
@@ -152,6 +155,6 @@ def _cpu_bytes(recipe: Recipe) -> float:
     one = memory.update_components(
         student, settings, micro_batch_tokens=max(config.micro_batch_tokens, longest), longest=longest
     )
-    copies = list(shapes.values()) + ([student] if config.ref_beta > 0 else [])
+    copies = list(shapes.values()) + ([student] if config.ref_beta > 0 and not engines.has_initial_policy else [])
     cache = (engines.kv_cache_bytes or 0.0) * (engines.rollout == "vllm")
     return ranks * sum(one.values()) + sum(engines.width * shape.parameters for shape in copies) + cache

@@ -28,7 +28,7 @@ from kdrl_core.look.doctor.checks import CheckFailed, NotApplicable, Observed
 from kdrl_core.models.devices import Gpu
 
 _DISTRIBUTION = "kdrl"
-_SHOWN = ("torch", "transformers", "deepspeed", "safetensors", "prefect", "pyarrow", "math-verify", "numpy")
+_SHOWN = ("torch", "transformers", "deepspeed", "peft", "safetensors", "prefect", "pyarrow", "math-verify", "numpy")
 _LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 """CUDA's major release → the oldest driver that runs it (NVIDIA's table "CUDA Toolkit and Minimum Required Driver")."""
 _PINNED_CUDA = (13, 0)
@@ -73,7 +73,8 @@ def uses_vllm(recipe: Recipe) -> bool:
 
 def required_packages(recipe: Recipe) -> Iterator[Requirement]:
     """kdrl's requirements that apply to the recipe here. vLLM is left out: `install_fault` knows its two builds."""
-    extras = ["", *(["deepspeed"] if recipe.trainer.engine == "deepspeed" else [])]
+    used = {"deepspeed": recipe.trainer.engine == "deepspeed", "lora": recipe.student.lora is not None}
+    extras = ["", *(name for name, is_used in used.items() if is_used)]
     for requirement in map(Requirement, _requirements()):
         marker = requirement.marker
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):

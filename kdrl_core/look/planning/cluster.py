@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from kdrl_core.config import EngineName, LocalEngine, Recipe, ServersConfig, StageConfig
+from kdrl_core.config import EngineName, LocalEngine, LoraConfig, Recipe, ServersConfig, StageConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.planning.lengths import mean_square
@@ -77,6 +77,8 @@ class Engines:
     zero_stage: int = 2
     is_checkpointed: bool = True
     offloads_optimizer: bool = False
+    lora: LoraConfig | None = None
+    """The adapter of the student that alone is trained; None: all weights are."""
     tensor_parallel: int = 1
     """GPUs of one vLLM engine or replica."""
     replicas: int = 1
@@ -96,9 +98,14 @@ class Engines:
 
     def engine(self, role: Role) -> EngineName:
         """The engine of a role: it generates, or it scores with the teacher or the stage's initial policy."""
-        in_process = self.rollout == "vllm" and "rollout" not in self.served
+        in_process = self.rollout == "vllm" and "rollout" not in self.served and not self.has_initial_policy
         reference: EngineName = "vllm" if in_process else "transformers"  # as in `StageSession`
         return {"rollout": self.rollout, "teacher": self.teacher, "reference": reference}[role]
+
+    @property
+    def has_initial_policy(self) -> bool:
+        """Whether the trainer itself scores with the stage's initial policy (kdrl_core.boxes.initial_policy)."""
+        return self.lora is not None and self.trainer == "torch"
 
     def split(self, role: Role) -> int:
         """GPUs of one engine of the role."""
@@ -115,13 +122,15 @@ class Engines:
         stage = 0 if is_torch else self.zero_stage
         precision: Precision = "float32"
         if self.dtype == "bfloat16":
-            precision = "autocast" if stage == 0 else "bfloat16"
+            is_half = stage > 0 or self.has_initial_policy  # torch's frozen base has bfloat16 weights
+            precision = "bfloat16" if is_half else "autocast"
         return TrainerSettings(
             precision=precision,
             zero_stage=stage,
             ranks=1 if is_torch else ranks,
             is_checkpointed=self.is_checkpointed,
             offloads_optimizer=self.offloads_optimizer,
+            lora=self.lora,
         )
 
 
@@ -138,6 +147,7 @@ def engines_of(recipe: Recipe) -> Engines:
         zero_stage=trainer.zero_stage,
         is_checkpointed=trainer.activation_checkpointing,
         offloads_optimizer=trainer.offload_optimizer,
+        lora=recipe.student.lora,
         tensor_parallel=vllm.tensor_parallel,
         replicas=vllm.replicas,
         max_sequences=vllm.max_num_seqs,

@@ -125,7 +125,7 @@ def step_time(
         weight_sync=synced,
         offload=moved,
         host=host,
-        checkpoint=max(0.0, checkpoint_s(work, cluster) - hidden) / work.checkpoint_every,
+        checkpoint=max(0.0, checkpoint_s(work, engines, cluster) - hidden) / work.checkpoint_every,
     )
 
 
@@ -212,9 +212,9 @@ def weight_sync_s(work: Work, engines: Engines, cluster: Cluster, rates: Rates) 
     return written + max(loaded, exported / cluster.digest_bandwidth)  # the digest is made beside the load
 
 
-def checkpoint_s(work: Work, cluster: Cluster) -> float:
+def checkpoint_s(work: Work, engines: Engines, cluster: Cluster) -> float:
     """Seconds to write and hash a checkpoint."""
-    size = _CHECKPOINT_BYTES * work.student.parameters
+    size = _CHECKPOINT_BYTES * work.student.trained_parameters(engines.lora)
     return size / min(cluster.storage_bandwidth, cluster.hash_bandwidth)
 
 
@@ -224,12 +224,14 @@ def gradient_traffic(work: Work, engines: Engines, gpus: int) -> float:
     ranks, stage = training.ranks, training.zero_stage
     share = (ranks - 1) / ranks
     whole = training.weight_bytes * work.student.parameters * share
+    trained = work.student.trained_parameters(engines.lora)
+    moved = training.weight_bytes * trained * share
     micro_batches = max(1, ceil(busiest(work, ranks) / max(work.micro_batch_tokens, work.context)))
     if stage == 3:
-        return 3 * micro_batches * whole
+        return micro_batches * (2 * whole + moved)  # weights for both passes, and gradients
     if stage == 2:
-        return (micro_batches + 1) * whole
-    return 2 * 4 * work.student.parameters * share
+        return (micro_batches + 1) * moved
+    return 2 * 4 * trained * share
 
 
 def exported_bytes(work: Work, engines: Engines) -> float:

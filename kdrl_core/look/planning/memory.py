@@ -13,12 +13,13 @@ computed from hidden states in chunks (docs/memory.md), so no term has tokens ×
 
 Optimiser: AdamW, two float32 moments per parameter. float32 weights (torch, ZeRO-0) are their own master copy; bfloat16
 weights (ZeRO-2, 3) have a float32 master copy. Gradients are accumulated in float32. ZeRO-2 cuts optimiser and
-gradients over the ranks, ZeRO-3 weights as well.
+gradients over the ranks, ZeRO-3 weights as well. Of an adapter, A and B alone have gradients and moments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from kdrl_core.config import LoraConfig
 from kdrl_core.look.planning.shapes import ModelShape
 from kdrl_core.models.gpu_share import state_bytes
 
@@ -48,6 +49,8 @@ class TrainerSettings:
     """Activation checkpointing."""
     offloads_optimizer: bool = False
     """Optimiser states in the host's memory."""
+    lora: LoraConfig | None = None
+    """The adapter that alone is trained; None: all weights are."""
     is_masked: bool = False
     """Several rows of a micro-batch have a mask, as short ones on a CPU (kdrl_core.logprobs.model)."""
 
@@ -70,6 +73,7 @@ def trainer_states(shape: ModelShape, settings: TrainerSettings) -> Components:
         has_masters=settings.precision == "bfloat16",
         zero_stage=settings.zero_stage,
         ranks=settings.ranks,
+        trained=None if settings.lora is None else shape.adapter_parameters(settings.lora),
     )
     on_gpu = {"trainer weights": weights}
     if not settings.offloads_optimizer:
@@ -79,13 +83,12 @@ def trainer_states(shape: ModelShape, settings: TrainerSettings) -> Components:
 
 def optimizer_bytes(shape: ModelShape, settings: TrainerSettings) -> float:
     """Optimiser states of one rank, on the GPU or in the host's memory."""
-    kept = TrainerSettings(precision=settings.precision, zero_stage=settings.zero_stage, ranks=settings.ranks)
-    return trainer_states(shape, kept)["optimizer"]
+    return trainer_states(shape, replace(settings, offloads_optimizer=False))["optimizer"]
 
 
 def gradient_bytes(shape: ModelShape, settings: TrainerSettings) -> float:
     """Accumulated gradients, float32."""
-    return 4 * shape.parameters / (settings.ranks if settings.zero_stage >= 2 else 1)
+    return 4 * shape.trained_parameters(settings.lora) / (settings.ranks if settings.zero_stage >= 2 else 1)
 
 
 def layer_activation_bytes(shape: ModelShape, settings: TrainerSettings, *, is_padded: bool) -> float:
@@ -161,18 +164,24 @@ def update_components(
     return {
         **trainer_states(shape, settings),
         "gradients": gradient_bytes(shape, settings),
-        # a micro-batch has its own gradient of the embedding, and of an untied output layer
-        "gradients in flight": settings.weight_bytes * shape.embedding * (1 if shape.tied else 2),
+        **_in_flight(shape, settings),
         "activations": kept,
         "working memory": working,
         **({"buffers": buffers} if buffers else {}),
     }
 
 
+def _in_flight(shape: ModelShape, settings: TrainerSettings) -> Components:
+    """A micro-batch has its own gradient of the embedding, and of an untied output layer; an adapter has neither."""
+    if settings.lora is not None:
+        return {}
+    return {"gradients in flight": settings.weight_bytes * shape.embedding * (1 if shape.tied else 2)}
+
+
 def optimizer_step_components(shape: ModelShape, settings: TrainerSettings) -> Components:
     """AdamW's step: states, gradients and one temporary number per parameter of the rank."""
     cut = settings.ranks if settings.zero_stage >= 2 else 1
-    temporary = 0 if settings.offloads_optimizer else 4 * shape.parameters / cut
+    temporary = 0 if settings.offloads_optimizer else 4 * shape.trained_parameters(settings.lora) / cut
     return {
         **trainer_states(shape, settings),
         "gradients": gradient_bytes(shape, settings),

@@ -154,7 +154,7 @@ def sleeping_models(work: Work, engines: Engines, placement: Placement) -> dict[
     """Role → bytes of weights that leave a student GPU while other phases use it."""
     return {
         role: _weights(role, shape, engines)
-        for role, shape in _models(work, placement).items()
+        for role, shape in _models(work, engines, placement).items()
         if engines.engine(role) == "vllm"
     }
 
@@ -163,19 +163,19 @@ def _resident(work: Work, engines: Engines, placement: Placement) -> Components:
     """Weights that engines in process always keep in memory."""
     return {
         f"{role} weights": _weights(role, shape, engines)
-        for role, shape in _models(work, placement).items()
+        for role, shape in _models(work, engines, placement).items()
         if engines.engine(role) == "transformers"
     }
 
 
-def _models(work: Work, placement: Placement) -> dict[Role, ModelShape]:
+def _models(work: Work, engines: Engines, placement: Placement) -> dict[Role, ModelShape]:
     """Models that generate and score on the GPUs of the student."""
     found: dict[Role, ModelShape] = {}
     if not placement.rollout_gpus:
         found["rollout"] = work.student
     if work.teacher is not None and not placement.is_split:
         found["teacher"] = work.teacher
-    if work.has_reference:
+    if work.has_reference and not engines.has_initial_policy:
         found["reference"] = work.student
     return found
 
@@ -199,6 +199,8 @@ def _scoring(
         shape, tokens=tokens, width=engines.width, tensor_parallel=engines.split(role), is_chunked=not is_vllm
     )
     phase, own = f"{role}-score", {f"{role} weights": _weights(role, shape, engines), "workspace": workspace}
+    if role == "reference" and engines.has_initial_policy:
+        del own[f"{role} weights"]
     if not is_vllm:
         return PhaseMemory(phase=phase, gpus=gpus, components={**others, **own})
     sequences = max(1, min(16, work.responses))  # more do not make a pass over a few thousand tokens faster

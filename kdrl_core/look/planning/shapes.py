@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrl_core.config import ModelConfig, list_recipes, load_recipe, resolve_path
+from kdrl_core.config import LoraConfig, ModelConfig, list_recipes, load_recipe, resolve_path
+from kdrl_core.config.models import ALL_LINEAR
 from kdrl_core.errors import ModelError
 
 _KNOWN_TYPES = ("qwen2", "qwen3", "llama", "mistral")
@@ -69,6 +70,27 @@ class ModelShape:
     def kv_bytes_per_token(self, bytes_per_number: int) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_number
+
+    def adapter_parameters(self, config: LoraConfig) -> int:
+        """Numbers of A [rank, in] and B [out, rank] in all layers. Raises ModelError for a target that is no layer."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        ends = {
+            "q_proj": self.hidden + query,
+            "k_proj": self.hidden + key,
+            "v_proj": self.hidden + key,
+            **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self.hidden + self.intermediate),
+            "o_proj": query + self.hidden,
+        }
+        targets = list(ends) if config.targets == [ALL_LINEAR] else [n.rpartition(".")[2] for n in config.targets]
+        if unknown := [name for name in targets if name not in ends]:
+            raise ModelError(
+                f"student.lora.targets: a plan knows {', '.join(ends)}, and no {unknown[0]}; correct the name"
+            )
+        return config.rank * self.layers * sum(ends[name] for name in targets)
+
+    def trained_parameters(self, config: LoraConfig | None) -> int:
+        """Numbers that have a gradient and moments: of the adapter, or all."""
+        return self.parameters if config is None else self.adapter_parameters(config)
 
     def forward_flops(self, tokens: float, *, context: float) -> float:
         """FLOPs of a forward pass over `tokens` in sequences of `context` tokens."""

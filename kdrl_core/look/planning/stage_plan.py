@@ -109,6 +109,7 @@ class StagePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, seconds, hours."""
+        lora = self.engines.lora
         return {
             "stage": self.work.stage,
             "fits": self.best is not None,
@@ -131,7 +132,7 @@ class StagePlan:
                 "mean_prompt_tokens": self.work.mean_prompt,
                 "mean_response_tokens": self.work.mean_response,
                 "longest_response_tokens": self.work.longest_response,
-                "engines": asdict(self.engines),
+                "engines": {**asdict(self.engines), "lora": lora.model_dump() if lora else None},
                 "cluster": asdict(self.cluster),
                 "rates": asdict(self.rates),
             },

@@ -76,6 +76,16 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
     "unknown trainer": (["trainer.engine=fsdp"], ["'trainer.engine'", "'deepspeed'", "'fsdp'"]),
     "template without question": (["prompt.template=solve it"], ["'prompt'", "{question} exactly once"]),
     "template with two": (["prompt.template='{question} {question}'"], ["'prompt'", "{question} exactly once"]),
+    "adapter of rank 0": (["student.lora.rank=0"], ["'student.lora.rank'", "greater than or equal to 1"]),
+    "adapter with alpha 0": (["student.lora.alpha=0"], ["'student.lora.alpha'", "greater than 0"]),
+    "adapter with dropout": (
+        ["student.lora.dropout=0.1"],
+        ["'student.lora.dropout'", "be on-policy; set dropout=0"],
+    ),
+    "adapter of nothing": (["student.lora.targets=[]"], ["'student.lora.targets'", "at least 1"]),
+    "a target twice": (["student.lora.targets=[a, a]"], ["'student.lora.targets'", "stands twice"]),
+    "all targets and one": (["student.lora.targets=[all-linear, a]"], ["'student.lora.targets'", "beside other names"]),
+    "adapter of the teacher": (["teacher.lora.rank=4"], ["'teacher.lora'", "unknown field"]),
 }
 
 

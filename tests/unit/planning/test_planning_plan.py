@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from kdrl_core.config import ModelConfig, load_recipe
+from kdrl_core.config import LoraConfig, ModelConfig, load_recipe
 from kdrl_core.errors import ModelError, RecipeError
 from kdrl_core.look.planning.cluster import Cluster, Engines, work_of
 from kdrl_core.look.planning.cost import Rates, gradient_traffic, step_time
+from kdrl_core.look.planning.memory import trainer_states, update_components
 from kdrl_core.look.planning.placement import KV_CACHE, Placement
 from kdrl_core.look.planning.scaling import tables
 from kdrl_core.look.planning.shapes import KNOWN_SHAPES, shape_from_config, shape_of
@@ -214,3 +215,35 @@ def test_work_that_cannot_be_planned_is_refused() -> None:
 @pytest.mark.parametrize("name", ["models", "time", "engines", "traffic", "memory"])
 def test_the_tables_of_the_page_on_scaling_are_computed(name: str) -> None:
     assert tables()[name] in DOC.read_text(encoding="utf-8"), "run: python -m kdrl_core.look.planning.scaling"
+
+
+def test_an_adapter_alone_has_gradients_and_moments() -> None:
+    """Qwen2.5-3B, 36 layers: hidden 2048, q and o 2048, k and v 2 × 128 = 256, MLP 11,008. Rank 8 on all linear layers:
+    8 · 36 · (q 4096 + k 2304 + v 2304 + o 4096 + 3 · 13,056) = 288 · 51,968 = 14,966,784 numbers."""
+    shape, lora = KNOWN_SHAPES["Qwen2.5-3B"], LoraConfig(rank=8)
+    assert shape.adapter_parameters(lora) == 14_966_784
+    assert shape.adapter_parameters(LoraConfig(rank=8, targets=["q_proj", "self_attn.v_proj"])) == 288 * (4096 + 2304)
+    assert shape.trained_parameters(None) == shape.parameters
+    with pytest.raises(ModelError, match=r"a plan knows q_proj, .*, and no c_attn"):
+        shape.adapter_parameters(LoraConfig(targets=["c_attn"]))
+
+    settings = Engines(trainer="torch", lora=lora).training(1)
+    assert settings.precision == "bfloat16"
+    held = update_components(shape, settings, micro_batch_tokens=4096, longest=4096)
+    assert held["trainer weights"] == 2 * (shape.parameters + 14_966_784)
+    assert held["optimizer"] == 12 * 14_966_784
+    assert held["gradients"] == 4 * 14_966_784
+    assert "gradients in flight" not in held
+    sharded = Engines(lora=lora, zero_stage=3).training(8)
+    assert trainer_states(shape, sharded)["optimizer"] == 12 * 14_966_784 / 8
+
+
+def test_a_trainer_with_an_adapter_scores_with_the_initial_policy_itself() -> None:
+    def reference(**changes: Any) -> dict[str, float]:
+        chosen = planned("stage1", gpus=1, trainer="torch", **changes).candidates[0]
+        return next(phase for phase in chosen.memory if phase.phase == "reference-score").components
+
+    told = json.loads(json.dumps(planned("stage1", lora=LoraConfig(rank=4)).to_json()))
+    assert told["assumed"]["engines"]["lora"]["rank"] == 4
+    assert "reference weights" in reference()
+    assert "reference weights" not in reference(lora=LoraConfig())

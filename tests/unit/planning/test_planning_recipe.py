@@ -149,6 +149,8 @@ def test_a_share_of_the_gpu_that_is_too_large_is_told_and_one_that_is_left_open_
         ["trainer.zero_stage=0"],
         ["trainer.offload_optimizer=true"],
         ["trainer={engine: torch}"],
+        ["trainer={engine: torch}", "student.lora={}"],
+        ["student.lora={}", "trainer.zero_stage=3"],
         ["runtime.dtype=float32"],
         ["teacher.engine=transformers"],
         ["rollout.engine=transformers"],
@@ -159,6 +161,7 @@ def test_the_share_that_a_run_computes_is_the_plans(
 ) -> None:
     """The run counts the parameters in the headers of the weights; here they are the published ones."""
     monkeypatch.setattr(gpu_share, "_parameters", lambda model: float(shape_of(model, role="any").parameters))
+    monkeypatch.setattr(gpu_share, "_adapter", lambda model, lora: shape_of(model, role="any").adapter_parameters(lora))
     recipe = load_recipe("paper-1.5b", [*overrides, "vllm.gpu_memory_utilization=null"])
     cluster = Cluster(gpus=recipe.trainer.ranks, gpus_per_node=8, gpu_memory=80e9)
     memory = phase_memories(
