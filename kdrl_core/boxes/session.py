@@ -95,9 +95,11 @@ class StageSession:
         with self._lock:
             if self._trainer is None:
                 self._trainer = self._builders.trainer()
-            if self._trainer.step != step:
+            found, part = divmod(self._trainer.step, self.config.updates_per_step)
+            if (found, part) != (step, 0):
+                within = f" after {part} of its {self.config.updates_per_step} optimiser steps" if part else ""
                 raise RunError(
-                    f"{self.stage} is at step {self._trainer.step}, but step {step} was asked for; "
+                    f"{self.stage} is at step {found}{within}, but step {step} was asked for; "
                     f"resume the run with: kdrl resume {self.run.name}"
                 )
             return self._trainer

@@ -8,7 +8,7 @@ The step number gives the `Objective` with its β (Sec. 3.3). With it, rewards b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from kdrl_core.objectives import Objective, recorded_kl, training_signals
 from kdrl_core.sampling.responses import generate, requests_for, response_metrics, rollouts_table
 from kdrl_core.tables import schemas
 from kdrl_core.tables.files import from_matrices, matrices, ragged, score_requests, verdict_columns
-from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
+from kdrl_core.training.protocols import Float32s, StepStats, Trainer, UpdateBatch
 from kdrl_core.types import Rollout, RolloutRequest
 from kdrl_core.verify.screening import refuse_failures
 
@@ -163,9 +163,11 @@ def update(
         DamagedArtifactError: the replay gives other metrics than are recorded.
     """
     batch = _update_batch(session.config.objective_at(at), rollouts, rewards, teacher, reference)
+    if session.config.overlong_filtering:
+        batch = _without(batch, [reason == "length" for reason in rollouts["finish_reason"].to_pylist()])
     trainer = session.trainer_at(at)
     session.rest()
-    stats = trainer.update(batch)
+    stats = _trained(trainer, batch, session.config.updates_per_step)
     told = {node.name: manifest.metadata for node, manifest in manifests.items()}
     metrics = {
         **response_metrics(rollouts, rewards),
@@ -209,6 +211,25 @@ def _update_batch(
         rollout_logprobs=None if objective.tis_cap is None else ragged(rollouts["rollout_logprobs"]),
         **topk,
     )
+
+
+def _without(batch: UpdateBatch, is_out: Sequence[bool]) -> UpdateBatch:
+    """The batch with these responses left out of the loss: of its sums and of their denominators. Their rewards stay in
+    the mean and standard deviation of their group. No advantage and no KD weight is recorded for them."""
+    keep = [0.0 if out else 1.0 for out in is_out]
+    advantages, kd_weights = (
+        [value * kept for value, kept in zip(values, keep, strict=True)]
+        for values in (batch.advantages, batch.kd_weights)
+    )
+    return replace(batch, advantages=advantages, kd_weights=kd_weights, loss_mask=keep)
+
+
+def _trained(trainer: Trainer, batch: UpdateBatch, num_updates: int) -> StepStats:
+    if num_updates == 1:
+        return trainer.update(batch)
+    from kdrl_core.training.mini_batches import update_in_turn
+
+    return update_in_turn(trainer, batch, num_updates)
 
 
 def _signals_of(batch: UpdateBatch, stats: StepStats) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Tables 3 and 5 of the paper fill `StageConfig`; appendix B.1.1 and B.3 fill `DataConfig`; B.1.2 `RewardConfig`;
 Section 4.1 `EvaluationConfig`.
 
-Restriction: `mini_batch_prompts` must equal `prompts_per_step`. The paper's 64 / 64 makes every update on-policy
-(π_old = π_θ), and k2's gradient is unbiased only there.
+The paper's `mini_batch_prompts` equals `prompts_per_step` (64 / 64), which makes every update on-policy. A smaller one,
+`overlong_filtering` and `clip_low`, `clip_high` are DAPO's, not the paper's; they are off by default.
 """
 
 from typing import Annotated, Literal, Self
@@ -88,9 +88,11 @@ class StageConfig(Section):
         description="grpo (2), kd_rkl (5), kdrl (8), reward_shaping (Sec. 3.1), sft (14)"
     )
     data: DataConfig
-    steps: Positive = Field(description="optimiser steps (Tables 3, 5)")
+    steps: Positive = Field(description="rollout batches, each with one optimiser step in the paper (Tables 3, 5)")
     prompts_per_step: Positive = Field(description="prompts of a rollout batch (Tables 3, 5: 64)")
-    mini_batch_prompts: Positive = Field(description="prompts per optimiser step (Tables 3, 5: 64)")
+    mini_batch_prompts: Positive = Field(
+        description="prompts per optimiser step (Tables 3, 5: 64); fewer than prompts_per_step: several optimiser steps"
+    )
     group_size: int = Field(ge=2, description="rollouts per prompt G (Tables 3, 5: 16)")
     batch_size: Positive | None = Field(None, description="responses per step, prompts × G; checked if given")
     learning_rate: float = Field(gt=0.0, le=1.0, description="Tables 3, 5: 1e-6")
@@ -113,6 +115,7 @@ class StageConfig(Section):
     aggregation: Annotated[str, BeforeValidator(lambda name: require_one_of(name, AGGREGATIONS))] = Field(
         "token_mean", description="mean over all response tokens of the step, or group by group exactly as in (2)"
     )
+    overlong_filtering: bool = Field(False, description="leave cut responses out of the loss (DAPO; not the paper's)")
     clip_low: float | None = Field(
         None, ge=0.0, le=1.0, description="clip π_θ / π_old at 1 − clip_low; no effect on-policy, where the ratio is 1"
     )
@@ -122,7 +125,7 @@ class StageConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, gt=0.0)
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up; the first update already moves")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimiser steps; the first already moves")
     micro_batch_tokens: Positive = Field(65_536, description="prompt + response tokens, padded, per forward pass")
     evaluate_every: Positive | None = Field(None, description="steps between periodic evaluations")
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -153,12 +156,17 @@ class StageConfig(Section):
         return self.prompts_per_step * self.group_size
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimiser steps on the responses of one step; 1 is on-policy."""
+        return self.prompts_per_step // self.mini_batch_prompts
+
+    @property
     def update_temperature(self) -> float:
         """T of the logprobs that are trained on: that of sampling; for SFT, on samples of the teacher, its own."""
         return self.sft.temperature if self.objective == "sft" else self.temperature
 
     def objective_at(self, step: int) -> Objective:
-        """The objective of an optimiser step, counted from 0. The loss takes this record unchanged."""
+        """The objective of a step, counted from 0. The loss takes this record unchanged."""
         beta = self.beta
         return Objective(
             kind=self.objective,
@@ -192,6 +200,16 @@ class StageConfig(Section):
             name, [known for known, row in ESTIMATORS.items() if row.is_for_reference or not is_penalty]
         )
 
+    def _refuse_off_policy_fields(self) -> None:
+        """SFT has no rollouts: refuse what is set of their use."""
+        fields = {"mini_batch_prompts": self.prompts_per_step, "overlong_filtering": False}
+        for name, neutral in fields.items():
+            if (value := getattr(self, name)) != neutral:
+                raise ValueError(
+                    f"{name}={value} is about rollouts, and objective {self.objective} trains on teacher "
+                    f"responses (sft.batch_size per step); set {name}={str(neutral).lower()}, or another objective"
+                )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.batch_size is not None and self.batch_size % self.group_size:
@@ -204,11 +222,14 @@ class StageConfig(Section):
                 f"batch_size {self.batch_size} is not prompts_per_step × group_size = {self.responses_per_step}; "
                 f"set prompts_per_step={self.batch_size // self.group_size} or leave batch_size out"
             )
-        if self.mini_batch_prompts != self.prompts_per_step:
+        if self.prompts_per_step % self.mini_batch_prompts:
             raise ValueError(
-                f"mini_batch_prompts {self.mini_batch_prompts} differs from prompts_per_step {self.prompts_per_step}; "
-                "updates are strictly on-policy (Tables 3, 5: 64 / 64), so set both to the same number"
+                f"mini_batch_prompts {self.mini_batch_prompts} does not divide prompts_per_step "
+                f"{self.prompts_per_step}; set mini_batch_prompts={self.prompts_per_step} for one optimiser step per "
+                "rollout batch (on-policy, as Tables 3, 5: 64 / 64), or a divisor of it for several"
             )
+        if self.variant.loss == "likelihood":
+            self._refuse_off_policy_fields()
         if self.scores_teacher and self.beta is None:
             raise ValueError(f"objective {self.objective} needs beta; set beta.init (Table 3: 2e-3) or objective=grpo")
         if not self.variant.is_masked and self.kd_masking != "none":

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ pytestmark = needs_deepspeed
 TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 0.05
 BATCHES = [make_batch(seed) for seed in range(10)]
+BATCHES[2] = replace(  # off-policy, with clipping, and some responses left out of the loss
+    with_objective(BATCHES[2], clip_low=0.2, clip_high=0.28),
+    old_logprobs=BATCHES[2].ref_logprobs,
+    loss_mask=[float(row % 4 != 0) for row in range(len(BATCHES[2].sequences))],
+)
 BATCHES[3] = with_objective(BATCHES[3], kind="sft", aggregation="response_mean")
 
 
@@ -113,6 +119,7 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
     plain = plain_trainer(tied_dir, tokenizer)
     expected = train(plain, BATCHES[:2])
     plain_saved = save(plain, tmp_path / "plain")
+    observed = plain.observe(BATCHES[0])
     expected += train(plain, BATCHES[2:4])
     with ranks(tied_dir, tokenizer, tmp_path / "a", zero_stage=3) as sharded:
         assert named_buffers(tmp_path / "a") == []
@@ -142,6 +149,7 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
         assert contents(save(sharded, tmp_path / "saved again")) == contents(saved)
 
         sharded.load(plain_saved)
+        assert max(gaps([sharded.observe(BATCHES[0])], [observed]).values()) < TOLERANCE
         assert max(gaps(train(sharded, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
         with pytest.raises(RunError, match="not a checkpoint"):
             sharded.load(tied_dir)

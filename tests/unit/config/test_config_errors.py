@@ -59,7 +59,19 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
         ["stage1.batch_size=8"],
         ["'stage1'", "prompts_per_step × group_size", "prompts_per_step=4"],
     ),
-    "mini-batch": (["stage1.mini_batch_prompts=1"], ["'stage1'", "mini_batch_prompts 1 differs", "on-policy"]),
+    "mini-batch": (
+        ["stage1.prompts_per_step=4", "stage1.mini_batch_prompts=3"],
+        ["'stage1'", "mini_batch_prompts 3 does not divide prompts_per_step 4", "mini_batch_prompts=4", "on-policy"],
+    ),
+    "mini-batch above the batch": (["stage1.mini_batch_prompts=4"], ["'stage1'", "does not divide prompts_per_step 2"]),
+    "mini-batches of SFT": (
+        ["stage2.objective=sft", "stage2.mini_batch_prompts=1"],
+        ["'stage2'", "mini_batch_prompts=1 is about rollouts", "sft.batch_size", "set mini_batch_prompts=2"],
+    ),
+    "overlong filtering of SFT": (
+        ["stage2.objective=sft", "stage2.overlong_filtering=true"],
+        ["'stage2'", "overlong_filtering=True is about rollouts", "set overlong_filtering=false"],
+    ),
     "masking without the joint loss": (
         ["stage2.objective=kd_rkl", "stage2.kd_masking=group"],
         ["'stage2'", "kd_masking group", "set objective=kdrl"],

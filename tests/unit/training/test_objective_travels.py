@@ -49,6 +49,19 @@ def test_a_recipe_field_changes_its_field_of_the_record_alone(name: str) -> None
     assert {each for each in plain if changed[each] != plain[each]} == {name}
 
 
+def test_what_is_off_policy_arrives_at_a_rank_with_its_rows() -> None:
+    batch = make_batch(0)
+    batch = replace(
+        batch, old_logprobs=batch.ref_logprobs, loss_mask=[float(row % 2) for row in range(len(batch.sequences))]
+    )
+    work = share_of(batch, [[5, 2], [7]], num_idle=0, totals=totals_of(batch))
+    found = RankWork.unpack(*unpack(work.pack({"command": "update"}))).batch
+    assert found.loss_mask == [1.0, 0.0, 1.0]
+    assert batch.old_logprobs is not None
+    assert found.old_logprobs is not None
+    assert [row.tolist() for row in found.old_logprobs] == [batch.old_logprobs[row].tolist() for row in (5, 2, 7)]
+
+
 def test_beta_is_that_of_the_step() -> None:
     stage = load_recipe("miniature", ["stage2.beta={init: 0.5, decay: 0.1, minimum: 0.25}"]).stage("stage2")
     assert [stage.objective_at(step).beta for step in range(4)] == [0.5, 0.4, 0.3, 0.25]
