@@ -48,13 +48,24 @@ def rollout(session: StageSession, at: int) -> Product:
         DataError: the pool is smaller than a step.
         EngineError: the engine's logits are not finite.
     """
-    requests = _requests(session, at)
-    sampler = session.sampler_at(at, requests)
-    with session.saving():
+    first = _requests(session, at, _problems(session, at))
+    sampler = session.sampler_at(at, first)
+
+    def sample(requests: Sequence[RolloutRequest]) -> pa.Table:
         rollouts = generate_for(session, sampler.engine, requests, at=at, phase="rollout")
-    engine = session.run.recipe.rollout.engine
-    table = rollouts_table(requests, rollouts, session.pool, policy_version=at, engine=engine)
-    return Product(content=table, facts=timed(**({} if sampler.sync is None else {"sync": asdict(sampler.sync)})))
+        engine = session.run.recipe.rollout.engine
+        return rollouts_table(requests, rollouts, session.pool, policy_version=at, engine=engine)
+
+    facts: dict[str, Any] = {} if sampler.sync is None else {"sync": asdict(sampler.sync)}
+    with session.saving():
+        table = sample(first)
+        if session.config.dynamic_sampling_rounds:
+            from kdrl_core.boxes.resampling import resample_step
+
+            table, facts["resampling"] = resample_step(
+                session, at, table, sample=lambda problem_ids: sample(_requests(session, at, problem_ids))
+            )
+    return Product(content=table, facts=timed(**facts))
 
 
 @box(TEACHER, phase="teacher-score", rollouts=_TO_SCORE)
@@ -109,7 +120,8 @@ def verdicts_of(session: StageSession, rollouts: pa.Table, *, where: str) -> Pro
     return Product(content=table, facts=timed(hidden_seconds=hidden_s))
 
 
-def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
+def _problems(session: StageSession, step: int) -> list[str]:
+    """Ids of the step's problems. Raises DataError if the pool is smaller than a step."""
     run, stage, config = session.run, session.stage, session.config
     if len(session.pool) < config.prompts_per_step:
         raise DataError(
@@ -117,11 +129,14 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
             f"prompts_per_step={config.prompts_per_step}; "
             f"loosen the filter ({stage}.data) or lower {stage}.prompts_per_step"
         )
-    problem_ids = prompts_of_step(
+    return prompts_of_step(
         list(session.pool), seed=run.recipe.seed, stage=stage, step=step, prompts_per_step=config.prompts_per_step
     )
+
+
+def _requests(session: StageSession, step: int, problem_ids: Sequence[str]) -> list[RolloutRequest]:
     prompts = {problem_id: session.pool[problem_id]["prompt_token_ids"] for problem_id in problem_ids}
-    return requests_for(prompts, config.group_size, run.recipe.seed, stage, step)
+    return requests_for(prompts, session.config.group_size, session.run.recipe.seed, session.stage, step)
 
 
 def generate_for(
@@ -162,9 +177,7 @@ def update(
         EngineError: loss or gradients are not finite.
         DamagedArtifactError: the replay gives other metrics than are recorded.
     """
-    batch = _update_batch(session.config.objective_at(at), rollouts, rewards, teacher, reference)
-    if session.config.overlong_filtering:
-        batch = _without(batch, [reason == "length" for reason in rollouts["finish_reason"].to_pylist()])
+    batch = batch_of(session, at, rollouts, rewards, teacher, reference)
     trainer = session.trainer_at(at)
     session.rest()
     stats = _trained(trainer, batch, session.config.updates_per_step)
@@ -175,12 +188,28 @@ def update(
         "beta": batch.objective.beta,
         **_gap(rollouts, stats),
         **_sync(told),
+        **_resampling(told),
     }
     tokens = int(sum(rollouts["length"].to_pylist()))
     return Product(
         content=update_table(rollouts, stats, **_signals_of(batch, stats)),
         facts=lambda seconds: step_facts(session, at, metrics, _timings(told, seconds, tokens)),
     )
+
+
+def batch_of(
+    session: StageSession,
+    at: int,
+    rollouts: pa.Table,
+    rewards: pa.Table,
+    teacher: pa.Table | None = None,
+    reference: pa.Table | None = None,
+) -> UpdateBatch:
+    """The trainer's input for step `at`, from the step's tables. A table is None if no such model scores."""
+    batch = _update_batch(session.config.objective_at(at), rollouts, rewards, teacher, reference)
+    if not session.config.overlong_filtering:
+        return batch
+    return _without(batch, [reason == "length" for reason in rollouts["finish_reason"].to_pylist()])
 
 
 def _update_batch(
@@ -190,7 +219,6 @@ def _update_batch(
     teacher: pa.Table | None,
     reference: pa.Table | None,
 ) -> UpdateBatch:
-    """The trainer's input for a step, from the step's tables. A table is None if no such model scores."""
     teacher_logprobs = None if teacher is None else ragged(teacher["teacher_logprobs"])
     shaping: dict[str, torch.Tensor] = {}
     if objective.variant.advantages == "shaped rewards":
@@ -271,6 +299,14 @@ def _sync(told: Told) -> dict[str, float]:
     """Metrics of the weight sync before the step's rollouts; empty for an engine without weight sync."""
     sync = told["rollouts"].get("sync")
     return {f"sync/{name}": float(sync[name]) for name in ("gap_mean", "gap_max", "rebuilt")} if sync else {}
+
+
+def _resampling(told: Told) -> dict[str, float]:
+    if (found := told["rollouts"].get("resampling")) is None:
+        return {}
+    from kdrl_core.boxes.resampling import metrics_of
+
+    return metrics_of(found)
 
 
 def _timings(told: Told, update_s: float, tokens: int) -> dict[str, float]:

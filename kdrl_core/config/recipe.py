@@ -115,6 +115,9 @@ class StageConfig(Section):
     aggregation: Annotated[str, BeforeValidator(lambda name: require_one_of(name, AGGREGATIONS))] = Field(
         "token_mean", description="mean over all response tokens of the step, or group by group exactly as in (2)"
     )
+    dynamic_sampling_rounds: int = Field(
+        0, ge=0, description="rounds of sampling that replace groups which teach nothing (DAPO; not the paper's)"
+    )
     overlong_filtering: bool = Field(False, description="leave cut responses out of the loss (DAPO; not the paper's)")
     clip_low: float | None = Field(
         None, ge=0.0, le=1.0, description="clip π_θ / π_old at 1 − clip_low; no effect on-policy, where the ratio is 1"
@@ -202,7 +205,11 @@ class StageConfig(Section):
 
     def _refuse_off_policy_fields(self) -> None:
         """SFT has no rollouts: refuse what is set of their use."""
-        fields = {"mini_batch_prompts": self.prompts_per_step, "overlong_filtering": False}
+        fields = {
+            "mini_batch_prompts": self.prompts_per_step,
+            "dynamic_sampling_rounds": 0,
+            "overlong_filtering": False,
+        }
         for name, neutral in fields.items():
             if (value := getattr(self, name)) != neutral:
                 raise ValueError(
@@ -230,6 +237,15 @@ class StageConfig(Section):
             )
         if self.variant.loss == "likelihood":
             self._refuse_off_policy_fields()
+        if self.dynamic_sampling_rounds and (
+            self.variant.advantages != "rewards" or (self.variant.distils and self.kd_masking == "none")
+        ):
+            masking = f" with kd_masking={self.kd_masking}" if self.variant.is_masked else ""
+            raise ValueError(
+                f"dynamic_sampling_rounds={self.dynamic_sampling_rounds} replaces groups that teach nothing, but "
+                f"objective {self.objective}{masking} learns from the teacher in every group; set "
+                "dynamic_sampling_rounds=0, or objective=kdrl with kd_masking=group, or objective=grpo"
+            )
         if self.scores_teacher and self.beta is None:
             raise ValueError(f"objective {self.objective} needs beta; set beta.init (Table 3: 2e-3) or objective=grpo")
         if not self.variant.is_masked and self.kd_masking != "none":

@@ -68,6 +68,18 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
         ["stage2.objective=sft", "stage2.mini_batch_prompts=1"],
         ["'stage2'", "mini_batch_prompts=1 is about rollouts", "sft.batch_size", "set mini_batch_prompts=2"],
     ),
+    "dynamic sampling where KD acts everywhere": (
+        ["stage2.dynamic_sampling_rounds=1"],
+        ["'stage2'", "objective kdrl with kd_masking=none learns from the teacher in every", "kd_masking=group"],
+    ),
+    "dynamic sampling without advantages": (
+        ["stage2.objective=kd_rkl", "stage2.dynamic_sampling_rounds=1"],
+        ["'stage2'", "objective kd_rkl learns from the teacher in every", "dynamic_sampling_rounds=0"],
+    ),
+    "dynamic sampling of SFT": (
+        ["stage2.objective=sft", "stage2.dynamic_sampling_rounds=1"],
+        ["'stage2'", "dynamic_sampling_rounds=1 is about rollouts", "set dynamic_sampling_rounds=0"],
+    ),
     "overlong filtering of SFT": (
         ["stage2.objective=sft", "stage2.overlong_filtering=true"],
         ["'stage2'", "overlong_filtering=True is about rollouts", "set overlong_filtering=false"],
