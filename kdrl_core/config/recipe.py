@@ -17,68 +17,18 @@ from kdrl_core.config.data import DataConfig
 from kdrl_core.config.models import ModelConfig, TeacherConfig
 from kdrl_core.config.runtime import RolloutConfig, RuntimeConfig, TrackingConfig, TrainerConfig, VLLMConfig
 from kdrl_core.config.section import Positive, Section, require_one_of
+from kdrl_core.config.stage_parts import BetaConfig, CheckpointConfig, SFTConfig, TermConfig, TopKConfig
 from kdrl_core.objectives.inputs import BetaSchedule, Objective
 from kdrl_core.objectives.kinds import (
     AGGREGATIONS,
     ESTIMATORS,
     MASKINGS,
     OBJECTIVES,
-    SFT_AGGREGATIONS,
     ObjectiveKind,
 )
-from kdrl_core.objectives.plugins import is_reference, parse_reference
+from kdrl_core.objectives.plugins import reference_in
 
 StageName = Literal["stage1", "stage2"]
-
-
-class BetaConfig(Section):
-    """β = max(init − decay · step, minimum) (Sec. 3.3); constant when decay is 0."""
-
-    init: float = Field(ge=0.0)
-    decay: float = Field(0.0, ge=0.0)
-    minimum: float = Field(0.0, ge=0.0)
-
-    @model_validator(mode="after")
-    def _minimum_below_init(self) -> Self:
-        if self.minimum > self.init:
-            raise ValueError(f"minimum {self.minimum} is above init {self.init}; β is annealed downwards (Sec. 3.3)")
-        return self
-
-
-class TopKConfig(Section):
-    """The Top-K teacher of Sec. 2.3 and A.3, read where kl_estimator is topk."""
-
-    k: Positive = Field(20, description="teacher logits kept per token; kdrl's choice")
-    floor: float = Field(
-        -20.0, le=0.0, description="log-probability of each other token, −∞ in the paper; mass there costs −floor nats"
-    )
-
-
-class SFTConfig(Section):
-    """SFT by rejection sampling (B.2), read where objective is sft: teacher samples → verify → SFT on the right ones.
-
-    The stage's steps, learning_rate and token limits apply, and its temperature to the teacher's sampling;
-    prompts_per_step and group_size do not.
-    """
-
-    samples: Positive = Field(8, description="teacher samples per problem (B.2: 8)")
-    keep: Literal["accuracy", "reward"] = Field(
-        "accuracy", description="keep what is right (B.2), or what has reward 1, which may also ask for the format"
-    )
-    batch_size: Positive = Field(128, description="responses per optimiser step (B.2: 128)")
-    temperature: float = Field(1.0, gt=0.0, le=10.0, description="of the likelihood (B.2: the model's own, T = 1)")
-    aggregation: Annotated[str, BeforeValidator(lambda name: require_one_of(name, SFT_AGGREGATIONS))] = Field(
-        "response_mean", description="length-normalised: each response weighs the same (14); token_mean: each token"
-    )
-    shard_prompts: Positive = Field(64, description="problems sampled and published together")
-
-
-class CheckpointConfig(Section):
-    """When a stage publishes its weights and optimiser. Steps in between are replayed from their rollouts."""
-
-    every: Positive = Field(1, description="steps between checkpoints")
-    keep_last: Positive = Field(2, description="checkpoints kept besides the stage's final one")
-    keep_every: Positive | None = Field(None, description="keep every Nth step's checkpoint for good")
 
 
 class StageConfig(Section):
@@ -107,6 +57,7 @@ class StageConfig(Section):
     kd_masking: Annotated[str, BeforeValidator(lambda name: require_one_of(name, MASKINGS))] = Field(
         "none", description="reward-guided masking (Sec. 3.4)"
     )
+    terms: list[TermConfig] = Field([], description="terms of your own, added to the joint loss; not the paper's")
     topk: TopKConfig = TopKConfig()
     sft: SFTConfig = SFTConfig()
     ref_beta: float = Field(0.0, ge=0.0, description="penalty to the stage's frozen initial policy (Table 3: 1e-3)")
@@ -186,6 +137,7 @@ class StageConfig(Section):
             ref_kl_estimator=self.ref_kl_estimator,
             entropy_coef=self.entropy_coef,
             aggregation=self.sft.aggregation if self.objective == "sft" else self.aggregation,
+            terms=tuple((term.function, term.coefficient) for term in self.terms),
         )
 
     def is_evaluation_due(self, step: int) -> bool:
@@ -195,13 +147,19 @@ class StageConfig(Section):
     @field_validator("kl_estimator", "ref_kl_estimator", mode="before")
     @classmethod
     def _known_estimator(cls, name: object, info: ValidationInfo) -> object:
-        """A name of the table, or a reference to a function; a relative path in a reference becomes absolute."""
-        if is_reference(name):
-            return str(parse_reference(str(name)))
+        """A name of the table, or a reference to a function, which is also what an entry point of that name gives."""
         is_penalty = info.field_name == "ref_kl_estimator"
-        return require_one_of(
-            name, [known for known, row in ESTIMATORS.items() if row.is_for_reference or not is_penalty]
-        )
+        known = [known for known, row in ESTIMATORS.items() if row.is_for_reference or not is_penalty]
+        found = None if name in known else reference_in(name, group="kdrl.estimators")
+        return require_one_of(name, known) if found is None else str(found)
+
+    @field_validator("terms")
+    @classmethod
+    def _named_apart(cls, terms: list[TermConfig]) -> list[TermConfig]:
+        names = [term.function.rpartition(":")[2] for term in terms]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two functions are named {twice[0]}, as their metrics would be; rename one of them")
+        return terms
 
     def _refuse_off_policy_fields(self) -> None:
         """SFT has no rollouts: refuse what is set of their use."""
@@ -209,11 +167,12 @@ class StageConfig(Section):
             "mini_batch_prompts": self.prompts_per_step,
             "dynamic_sampling_rounds": 0,
             "overlong_filtering": False,
+            "terms": [],
         }
         for name, neutral in fields.items():
-            if (value := getattr(self, name)) != neutral:
+            if getattr(self, name) != neutral:
                 raise ValueError(
-                    f"{name}={value} is about rollouts, and objective {self.objective} trains on teacher "
+                    f"{name} is about rollouts, and objective {self.objective} trains on teacher "
                     f"responses (sft.batch_size per step); set {name}={str(neutral).lower()}, or another objective"
                 )
 

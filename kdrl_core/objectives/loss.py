@@ -4,6 +4,7 @@
            + β · mean[ w · m · KL ]       distillation: k2 (6) by default, m the reward-guided mask (Sec. 3.4)
            + β_ref · mean[ w · KL_ref ]   stage 1's penalty to the frozen initial policy (Table 3)
            − c · mean[ H ]                entropy bonus (Tables 3, 5)
+           + Σ c_j · mean[ f_j ]          terms of one's own (beyond the paper)
 
 On-policy with k2 its gradient is −mean[(Â_i + β m_i R_{i,t}) ∇log π_θ], that is −(27). `mean` is `token_mean` over the
 response tokens of the whole optimiser step, or `group_mean`; masks never change its denominator.
@@ -98,6 +99,11 @@ def joint_loss(responses: Responses, objective: Objective, totals: Totals) -> tu
         if value is not None and coefficient > 0.0:
             loss = loss + coefficient * value
         metrics |= found
+    if objective.terms:
+        from kdrl_core.objectives.terms import own_terms
+
+        own, found = own_terms(responses, objective, sampled.mean)
+        loss, metrics = loss + own, metrics | found
     metrics["loss/total"] = loss
     return loss, {name: value.detach() for name, value in metrics.items()}
 

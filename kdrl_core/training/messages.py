@@ -81,7 +81,7 @@ class RankWork:
                 ScoreRequest(prompt_token_ids=array("i", p.tobytes()), token_ids=array("i", r.tobytes()))
                 for p, r in zip(prompts, responses, strict=True)
             ],
-            objective=Objective(**header["objective"]),
+            objective=Objective(**{**header["objective"], "terms": tuple(map(tuple, header["objective"]["terms"]))}),
             **values,
         )
         totals = Totals(**header["totals"])

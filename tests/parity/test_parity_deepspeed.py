@@ -162,14 +162,18 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
     resumed = plain_trainer(tied_dir, tokenizer)
     resumed.load(saved)
     assert max(gaps(train(resumed, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
-    (tmp_path / "mine.py").write_text("def fourth(log_ratio):\n    return 0.1 * log_ratio**4\n")
-    own = with_objective(BATCHES[4], kl_estimator=f"{tmp_path / 'mine.py'}:fourth")
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def fourth(r):\n    return 0.1 * r**4\n\n\ndef term(responses):\n    return responses.logprobs**2\n"
+    )
+    own = with_objective(BATCHES[4], kl_estimator=f"{mine}:fourth", terms=((f"{mine}:term", 0.3),))
     fourth = train(resumed, [own])
     with ranks(tied_dir, tokenizer, tmp_path / "b", zero_stage=2, ranks=1) as alone:
         alone.load(saved)
         assert contents(save(alone, tmp_path / "moved")) == contents(saved)
         assert max(gaps(train(alone, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
         assert max(gaps(train(alone, [own]), fourth).values()) < TOLERANCE  # it loads the estimator that is named
+        assert fourth[0].metrics["term/term"] > 0.0
         with pytest.raises(EngineError, match=r"rank 0 .* failed: RecipeError: .*mine.py:none: none is not there"):
             alone.update(with_objective(own, kl_estimator=f"{tmp_path / 'mine.py'}:none"))
     resumed.load(plain_saved)

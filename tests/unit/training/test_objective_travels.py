@@ -32,6 +32,7 @@ RECIPE_FIELDS: dict[str, tuple[str, Any]] = {
     "ref_kl_estimator": ("ref_kl_estimator=k2", "k2"),
     "entropy_coef": ("entropy_coef=0.375", 0.375),
     "aggregation": ("aggregation=group_mean", "group_mean"),
+    "terms": ("terms=[{function: 'parity.ranks:square', coefficient: 0.5}]", (("parity.ranks:square", 0.5),)),
 }
 """Field of the record → how a recipe sets it, and to what."""
 
@@ -95,6 +96,7 @@ TERM_CHANGES: dict[str, Any] = {
     "ref_kl_estimator": "k2",
     "entropy_coef": 0.2,
     "aggregation": "group_mean",
+    "terms": (("parity.ranks:square", 0.5),),
 }
 
 
