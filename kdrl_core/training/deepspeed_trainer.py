@@ -23,7 +23,7 @@ from kdrl_core.logprobs.model import token_budget_batches
 from kdrl_core.models.prepare import companions
 from kdrl_core.objectives.plugins import expected_code
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
-from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch
+from kdrl_core.training.protocols import PER_TOKEN, Float32s, OptimizerSettings, StepStats, UpdateBatch
 from kdrl_core.training.rank_group import RankGroup, Reply
 from kdrl_core.training.torch_trainer import refuse_not_finite, require_state, totals_of
 from kdrl_core.types import ScoreRequest
@@ -101,7 +101,8 @@ class DeepSpeedTrainer:
         return replace(found, metrics={**metrics, **optim, **most_memory(replies)})
 
     def observe(self, batch: UpdateBatch) -> StepStats:
-        return self._pass(batch, "observe")[1]
+        bare: dict[str, Any] = dict.fromkeys(PER_TOKEN)  # what the loss alone reads is not sent
+        return self._pass(replace(batch, **bare), "observe")[1]
 
     def _pass(self, batch: UpdateBatch, command: str) -> tuple[list[Reply], StepStats]:
         """Have the ranks go through a batch, each through its share. Returns their answers, and the statistics of all

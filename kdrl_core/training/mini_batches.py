@@ -5,7 +5,7 @@
 θ_0 is the policy that sampled. Its `old_logprobs` are those of the trainer, not of the engine, whose probabilities may
 differ (`tis_cap` corrects for that). They are computed before the first optimiser step, for every mini-batch but the
 first: there π_θ is π_θold, so ρ is 1 without them. A mini-batch is observed in the same micro-batches as it is trained
-on, so that a policy that has not moved has ρ = 1 to the bit.
+on, so that a policy that has not moved has ρ = 1, on a CPU to the bit.
 
 A mini-batch has whole groups, in the order of the step. Advantages and KD weights are those of the whole step; each
 optimiser step divides by the counts of its own mini-batch.

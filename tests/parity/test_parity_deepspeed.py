@@ -29,6 +29,7 @@ from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import listing
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
+from kdrl_core.training.mini_batches import update_in_turn
 from kdrl_core.training.protocols import UpdateBatch
 
 pytestmark = needs_deepspeed
@@ -121,6 +122,7 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
     plain_saved = save(plain, tmp_path / "plain")
     observed = plain.observe(BATCHES[0])
     expected += train(plain, BATCHES[2:4])
+    in_turn = update_in_turn(plain, BATCHES[4], 2)
     with ranks(tied_dir, tokenizer, tmp_path / "a", zero_stage=3) as sharded:
         assert named_buffers(tmp_path / "a") == []
         untouched = save(sharded, tmp_path / "untouched")
@@ -151,6 +153,7 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
         sharded.load(plain_saved)
         assert max(gaps([sharded.observe(BATCHES[0])], [observed]).values()) < TOLERANCE
         assert max(gaps(train(sharded, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
+        assert max(gaps([update_in_turn(sharded, BATCHES[4], 2)], [in_turn]).values()) < TOLERANCE
         with pytest.raises(RunError, match="not a checkpoint"):
             sharded.load(tied_dir)
         a_killed_rank_ends_the_update_and_all_others(sharded, tmp_path / "a")
