@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from crash.tiny_run import differing, open_tiny, rows, train
 
+from kdrl_core.boxes.session import stage_session
 from kdrl_core.config import config_hash, load_recipe
+from kdrl_core.errors import RunError
 from kdrl_core.ledger import Run
 from kdrl_core.tables.files import load_metrics
 
@@ -79,6 +81,16 @@ def test_a_resumed_run_ends_in_the_same_bytes(trained: Run, tmp_path: Path, unti
     train(run, until=("stage2", until))
     train(open_tiny(tmp_path, "stopped", FIELDS))
     assert differing(run, trained) == []
+
+
+def test_a_step_that_failed_between_its_optimiser_steps_is_not_gone_on_with(tmp_path: Path) -> None:
+    run = open_tiny(tmp_path, "r", FIELDS)
+    train(run, until=("stage2", 0))
+    session = stage_session(run.paths.root, "stage2")
+    session.trainer_at(0)._step = 1  # type: ignore[attr-defined]
+    told = "stage2 is at step 0 after 1 of its 2 optimiser steps, but step 0 was asked for; resume the run with"
+    with pytest.raises(RunError, match=told):
+        session.trainer_at(0)
 
 
 def test_the_fields_are_off_and_do_not_count_until_they_are_set() -> None:
