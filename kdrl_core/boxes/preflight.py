@@ -9,7 +9,7 @@ from typing import Any
 
 from kdrl_core.config import ModelConfig, Recipe, resolve_path
 from kdrl_core.config.models import TeacherConfig
-from kdrl_core.config.outside import named_models
+from kdrl_core.config.outside import is_code, named_models, slots_of
 from kdrl_core.config.secrets import is_known, resolve_secret
 from kdrl_core.data import find_files
 from kdrl_core.data.benchmarks import load_benchmark
@@ -107,14 +107,13 @@ def check_adapter(recipe: Recipe) -> None:
 
 
 def check_estimators(recipe: Recipe) -> None:
-    """Raise RecipeError if an estimator's file or package is not there. Its code is not run."""
-    for stage in recipe.stages:
-        for field in ("kl_estimator", "ref_kl_estimator"):
-            if is_reference(name := getattr(recipe.stage(stage), field)):
-                try:
-                    parse_reference(name).check()
-                except RecipeError as error:
-                    raise RecipeError(f"recipe {recipe.name}, field '{stage}.{field}': {error}") from error
+    """Raise RecipeError if the file or package of an estimator or term is not there. Its code is not run."""
+    for slot, name in slots_of(recipe).items():
+        if is_code(slot) and slot.startswith("stage") and is_reference(name):
+            try:
+                parse_reference(name).check()
+            except RecipeError as error:
+                raise RecipeError(f"recipe {recipe.name}, field '{slot}': {error}") from error
 
 
 def check_rewards(recipe: Recipe) -> None:

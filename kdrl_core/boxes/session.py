@@ -99,9 +99,11 @@ class StageSession:
         with self._lock:
             if self._trainer is None:
                 self._trainer = self._builders.trainer()
-            if self._trainer.step != step:
+            found, part = divmod(self._trainer.step, self.config.updates_per_step)
+            if (found, part) != (step, 0):
+                within = f" after {part} of its {self.config.updates_per_step} optimiser steps" if part else ""
                 raise RunError(
-                    f"{self.stage} is at step {self._trainer.step}, but step {step} was asked for; "
+                    f"{self.stage} is at step {found}{within}, but step {step} was asked for; "
                     f"resume the run with: kdrl resume {self.run.name}"
                 )
             return self._trainer
@@ -213,8 +215,7 @@ class StageSession:
                     engine.sleep()
 
     def _engines(self) -> list[RolloutEngine | TeacherScorer]:
-        student = None if self._sampler is None else self._sampler.engine
-        engines = (student, self._teacher_engine, *self._scorers.values())
+        engines = (self._sampler and self._sampler.engine, self._teacher_engine, *self._scorers.values())
         return [engine for engine in engines if engine is not None]
 
     def _check_servers(self) -> None:
@@ -321,7 +322,7 @@ class StageSession:
 
 
 _sessions: dict[tuple[Path, str], StageSession] = {}
-_sessions_lock = threading.Lock()
+_sessions_lock = threading.RLock()
 
 
 def stage_session(run_dir: str | Path, stage: str) -> StageSession:
@@ -329,7 +330,7 @@ def stage_session(run_dir: str | Path, stage: str) -> StageSession:
     key = (Path(run_dir), stage)
     with _sessions_lock:
         if key not in _sessions:
-            _close_all()
+            close_sessions()
             _sessions[key] = StageSession(open_run_dir(run_dir), stage)
         return _sessions[key]
 
@@ -344,10 +345,6 @@ def rest_sessions() -> None:
 def close_sessions() -> None:
     """Close every session of the process: before a run is opened again, and at its end."""
     with _sessions_lock:
-        _close_all()
-
-
-def _close_all() -> None:
-    for session in _sessions.values():
-        session.close()
-    _sessions.clear()
+        for session in _sessions.values():
+            session.close()
+        _sessions.clear()

@@ -221,6 +221,29 @@ def _is_waited_for(session: "StageSession", at: int) -> bool:
     return is_last or config.is_evaluation_due(at) or required_sha256(session.run, path) is not None
 
 
+Told = Mapping[str, Mapping[str, Any]]
+"""Row name → metadata of the manifest of the step's file."""
+
+
+def timings(told: Told, update_s: float, tokens: int) -> dict[str, float]:
+    """Seconds of a step by phase, and response tokens per second; `update_s` and `tokens` are the update's own."""
+    rows = {
+        "time/rollout_s": "rollouts",
+        "time/teacher_score_s": "teacher",
+        "time/reference_score_s": "reference",
+        "time/verify_s": "rewards",
+    }
+    found = {name: float(told[row]["seconds"]) if row in told else 0.0 for name, row in rows.items()}
+    found["time/verify_hidden_s"] = float(told["rewards"].get("hidden_seconds", 0.0))
+    if scored := told.get("teacher"):
+        found["time/teacher_score_hidden_s"] = float(scored.get("hidden_seconds", 0.0))
+    found["time/update_s"] = update_s
+    if sync := told["rollouts"].get("sync"):
+        found["sync/seconds"] = float(sync["seconds"])
+    found["throughput/rollout_tokens_per_s"] = tokens / max(found["time/rollout_s"], 1e-9)
+    return found
+
+
 def step_facts(
     session: "StageSession", step: int, metrics: Mapping[str, float], timings: Mapping[str, float]
 ) -> dict[str, Any]:

@@ -8,7 +8,7 @@ The step number gives the `Objective` with its β (Sec. 3.3). With it, rewards b
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from kdrl_core.boxes.make import Made, Product, box, make, report_progress, timed
 from kdrl_core.boxes.session import StageSession
-from kdrl_core.boxes.stage import StepSummary, check_replay, end_step, step_facts, update_table
+from kdrl_core.boxes.stage import StepSummary, Told, check_replay, end_step, step_facts, timings, update_table
 from kdrl_core.config.answers import RewardConfig
 from kdrl_core.engines.http_scorer import HTTPScorer
 from kdrl_core.engines.protocols import RolloutEngine
@@ -29,7 +29,7 @@ from kdrl_core.objectives import Objective, recorded_kl, training_signals
 from kdrl_core.sampling.responses import generate, requests_for, response_metrics, rollouts_table
 from kdrl_core.tables import schemas
 from kdrl_core.tables.files import from_matrices, matrices, ragged, score_requests, verdict_columns
-from kdrl_core.training.protocols import Float32s, StepStats, UpdateBatch
+from kdrl_core.training.protocols import Float32s, StepStats, Trainer, UpdateBatch
 from kdrl_core.types import Rollout, RolloutRequest
 from kdrl_core.verify.screening import refuse_failures
 
@@ -49,13 +49,24 @@ def rollout(session: StageSession, at: int) -> Product:
         DataError: the pool is smaller than a step.
         EngineError: the engine's logits are not finite.
     """
-    requests = _requests(session, at)
-    sampler = session.sampler_at(at, requests)
-    with session.saving():
+    first = _requests(session, at, _problems(session, at))
+    sampler = session.sampler_at(at, first)
+
+    def sample(requests: Sequence[RolloutRequest]) -> pa.Table:
         rollouts = generate_for(session, sampler.engine, requests, at=at, phase="rollout")
-    engine = session.run.recipe.rollout.engine
-    table = rollouts_table(requests, rollouts, session.pool, policy_version=at, engine=engine)
-    return Product(content=table, facts=timed(**({} if sampler.sync is None else {"sync": asdict(sampler.sync)})))
+        engine = session.run.recipe.rollout.engine
+        return rollouts_table(requests, rollouts, session.pool, policy_version=at, engine=engine)
+
+    facts: dict[str, Any] = {} if sampler.sync is None else {"sync": asdict(sampler.sync)}
+    with session.saving():
+        table = sample(first)
+        if session.config.dynamic_sampling_rounds:
+            from kdrl_core.boxes.resampling import resample_step
+
+            table, facts["resampling"] = resample_step(
+                session, at, table, sample=lambda problem_ids: sample(_requests(session, at, problem_ids))
+            )
+    return Product(content=table, facts=timed(**facts))
 
 
 @box(TEACHER, phase="teacher-score", rollouts=_TO_SCORE)
@@ -122,7 +133,8 @@ def outcomes_of(rewards: pa.Table) -> pa.ChunkedArray:
     return rewards["accuracy_reward" if schemas.REWARD_VALUES in rewards.column_names else "reward"]
 
 
-def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
+def _problems(session: StageSession, step: int) -> list[str]:
+    """Ids of the step's problems. Raises DataError if the pool is smaller than a step."""
     run, stage, config = session.run, session.stage, session.config
     if len(session.pool) < config.prompts_per_step:
         raise DataError(
@@ -130,11 +142,14 @@ def _requests(session: StageSession, step: int) -> list[RolloutRequest]:
             f"prompts_per_step={config.prompts_per_step}; "
             f"loosen the filter ({stage}.data) or lower {stage}.prompts_per_step"
         )
-    problem_ids = prompts_of_step(
+    return prompts_of_step(
         list(session.pool), seed=run.recipe.seed, stage=stage, step=step, prompts_per_step=config.prompts_per_step
     )
+
+
+def _requests(session: StageSession, step: int, problem_ids: Sequence[str]) -> list[RolloutRequest]:
     prompts = {problem_id: session.pool[problem_id]["prompt_token_ids"] for problem_id in problem_ids}
-    return requests_for(prompts, config.group_size, run.recipe.seed, stage, step)
+    return requests_for(prompts, session.config.group_size, session.run.recipe.seed, session.stage, step)
 
 
 def generate_for(
@@ -175,10 +190,10 @@ def update(
         EngineError: loss or gradients are not finite.
         DamagedArtifactError: the replay gives other metrics than are recorded.
     """
-    batch = _update_batch(session.config.objective_at(at), rollouts, rewards, teacher, reference)
+    batch = batch_of(session, at, rollouts, rewards, teacher, reference)
     trainer = session.trainer_at(at)
     session.rest()
-    stats = trainer.update(batch)
+    stats = _trained(trainer, batch, session.config.updates_per_step)
     told = {node.name: manifest.metadata for node, manifest in manifests.items()}
     metrics = {
         **response_metrics(rollouts, rewards),
@@ -187,12 +202,28 @@ def update(
         "beta": batch.objective.beta,
         **_gap(rollouts, stats),
         **_sync(told),
+        **_resampling(told),
     }
     tokens = int(sum(rollouts["length"].to_pylist()))
     return Product(
         content=update_table(rollouts, stats, **_signals_of(batch, stats)),
-        facts=lambda seconds: step_facts(session, at, metrics, _timings(told, seconds, tokens)),
+        facts=lambda seconds: step_facts(session, at, metrics, timings(told, seconds, tokens)),
     )
+
+
+def batch_of(
+    session: StageSession,
+    at: int,
+    rollouts: pa.Table,
+    rewards: pa.Table,
+    teacher: pa.Table | None = None,
+    reference: pa.Table | None = None,
+) -> UpdateBatch:
+    """The trainer's input for step `at`, from the step's tables. A table is None if no such model scores."""
+    batch = _update_batch(session.config.objective_at(at), rollouts, rewards, teacher, reference)
+    if not session.config.overlong_filtering:
+        return batch
+    return _without(batch, [reason == "length" for reason in rollouts["finish_reason"].to_pylist()])
 
 
 def _update_batch(
@@ -202,7 +233,6 @@ def _update_batch(
     teacher: pa.Table | None,
     reference: pa.Table | None,
 ) -> UpdateBatch:
-    """The trainer's input for a step, from the step's tables. A table is None if no such model scores."""
     teacher_logprobs = None if teacher is None else ragged(teacher["teacher_logprobs"])
     shaping: dict[str, torch.Tensor] = {}
     if objective.variant.advantages == "shaped rewards":
@@ -226,6 +256,25 @@ def _update_batch(
         rollout_logprobs=None if objective.tis_cap is None else ragged(rollouts["rollout_logprobs"]),
         **topk,
     )
+
+
+def _without(batch: UpdateBatch, is_out: Sequence[bool]) -> UpdateBatch:
+    """The batch with these responses left out of the loss: of its sums and of their denominators. Their rewards stay in
+    the mean and standard deviation of their group. No advantage and no KD weight is recorded for them."""
+    keep = [0.0 if out else 1.0 for out in is_out]
+    advantages, kd_weights = (
+        [value * kept for value, kept in zip(values, keep, strict=True)]
+        for values in (batch.advantages, batch.kd_weights)
+    )
+    return replace(batch, advantages=advantages, kd_weights=kd_weights, loss_mask=keep)
+
+
+def _trained(trainer: Trainer, batch: UpdateBatch, num_updates: int) -> StepStats:
+    if num_updates == 1:
+        return trainer.update(batch)
+    from kdrl_core.training.mini_batches import update_in_turn
+
+    return update_in_turn(trainer, batch, num_updates)
 
 
 def _signals_of(batch: UpdateBatch, stats: StepStats) -> dict[str, Any]:
@@ -267,32 +316,18 @@ def _gap(rollouts: pa.Table, stats: StepStats) -> dict[str, float]:
     return {"engine/logprob_gap_mean": float(difference.mean()), "engine/logprob_gap_max": float(difference.max())}
 
 
-Told = Mapping[str, Mapping[str, Any]]
-"""Row name → metadata of the manifest of the step's file."""
-
-
 def _sync(told: Told) -> dict[str, float]:
     """Metrics of the weight sync before the step's rollouts; empty for an engine without weight sync."""
     sync = told["rollouts"].get("sync")
     return {f"sync/{name}": float(sync[name]) for name in ("gap_mean", "gap_max", "rebuilt")} if sync else {}
 
 
-def _timings(told: Told, update_s: float, tokens: int) -> dict[str, float]:
-    rows = {
-        "time/rollout_s": "rollouts",
-        "time/teacher_score_s": "teacher",
-        "time/reference_score_s": "reference",
-        "time/verify_s": "rewards",
-    }
-    timings = {name: float(told[row]["seconds"]) if row in told else 0.0 for name, row in rows.items()}
-    timings["time/verify_hidden_s"] = float(told["rewards"].get("hidden_seconds", 0.0))
-    if scored := told.get("teacher"):
-        timings["time/teacher_score_hidden_s"] = float(scored.get("hidden_seconds", 0.0))
-    timings["time/update_s"] = update_s
-    if sync := told["rollouts"].get("sync"):
-        timings["sync/seconds"] = float(sync["seconds"])
-    timings["throughput/rollout_tokens_per_s"] = tokens / max(timings["time/rollout_s"], 1e-9)
-    return timings
+def _resampling(told: Told) -> dict[str, float]:
+    if (found := told["rollouts"].get("resampling")) is None:
+        return {}
+    from kdrl_core.boxes.resampling import metrics_of
+
+    return metrics_of(found)
 
 
 def _padded(rows: Sequence[Float32s], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,9 @@ from kdrl_core.objectives.plugins import is_reference, parse_reference
 
 _MODELS = ("student.path", "teacher.path", "evaluation.also.*.path")
 _DATA = ("stage?.data.files.*", "stage?.data.decontamination.files.*", "evaluation.benchmarks.*.file")
-_CODE = ("stage?.kl_estimator", "stage?.ref_kl_estimator", "reward.functions.*.function")
+_CODE = (
+    "stage?.kl_estimator", "stage?.ref_kl_estimator", "stage?.terms.*.function", "reward.functions.*.function",
+)  # fmt: skip
 _NO_CONTENT = ("trainer.hostfile",)
 """Paths that are made absolute, but whose content changes no result."""
 READ_WITH_WEIGHTS = (
@@ -66,7 +68,7 @@ def anchored(recipe: Recipe) -> Recipe:
 
 
 def is_code(slot: str) -> bool:
-    """Whether a slot names an estimator or a reward: one of kdrl's own, or a function in a file or module."""
+    """Whether a slot names an estimator, a term or a reward: one of kdrl's own, or a function in a file or module."""
     return _matches(slot, _CODE)
 
 

@@ -3,8 +3,8 @@
 Tables 3 and 5 of the paper fill `StageConfig`; appendix B.1.1 and B.3 fill `DataConfig`; B.1.2 `RewardConfig`;
 Section 4.1 `EvaluationConfig`.
 
-Restriction: `mini_batch_prompts` must equal `prompts_per_step`. The paper's 64 / 64 makes every update on-policy
-(π_old = π_θ), and k2's gradient is unbiased only there.
+The paper's `mini_batch_prompts` equals `prompts_per_step` (64 / 64), which makes every update on-policy. A smaller one,
+`overlong_filtering` and `clip_low`, `clip_high` are DAPO's, not the paper's; they are off by default.
 """
 
 from typing import Annotated, Literal, Self
@@ -17,68 +17,18 @@ from kdrl_core.config.data import DataConfig
 from kdrl_core.config.models import StudentConfig, TeacherConfig
 from kdrl_core.config.runtime import RolloutConfig, RuntimeConfig, TrackingConfig, TrainerConfig, VLLMConfig
 from kdrl_core.config.section import Positive, Section, require_one_of
+from kdrl_core.config.stage_parts import BetaConfig, CheckpointConfig, SFTConfig, TermConfig, TopKConfig
 from kdrl_core.objectives.inputs import BetaSchedule, Objective
 from kdrl_core.objectives.kinds import (
     AGGREGATIONS,
     ESTIMATORS,
     MASKINGS,
     OBJECTIVES,
-    SFT_AGGREGATIONS,
     ObjectiveKind,
 )
-from kdrl_core.objectives.plugins import is_reference, parse_reference
+from kdrl_core.objectives.plugins import reference_in
 
 StageName = Literal["stage1", "stage2"]
-
-
-class BetaConfig(Section):
-    """β = max(init − decay · step, minimum) (Sec. 3.3); constant when decay is 0."""
-
-    init: float = Field(ge=0.0)
-    decay: float = Field(0.0, ge=0.0)
-    minimum: float = Field(0.0, ge=0.0)
-
-    @model_validator(mode="after")
-    def _minimum_below_init(self) -> Self:
-        if self.minimum > self.init:
-            raise ValueError(f"minimum {self.minimum} is above init {self.init}; β is annealed downwards (Sec. 3.3)")
-        return self
-
-
-class TopKConfig(Section):
-    """The Top-K teacher of Sec. 2.3 and A.3, read where kl_estimator is topk."""
-
-    k: Positive = Field(20, description="teacher logits kept per token; kdrl's choice")
-    floor: float = Field(
-        -20.0, le=0.0, description="log-probability of each other token, −∞ in the paper; mass there costs −floor nats"
-    )
-
-
-class SFTConfig(Section):
-    """SFT by rejection sampling (B.2), read where objective is sft: teacher samples → verify → SFT on the right ones.
-
-    The stage's steps, learning_rate and token limits apply, and its temperature to the teacher's sampling;
-    prompts_per_step and group_size do not.
-    """
-
-    samples: Positive = Field(8, description="teacher samples per problem (B.2: 8)")
-    keep: Literal["accuracy", "reward"] = Field(
-        "accuracy", description="keep what is right (B.2), or what has reward 1, which may also ask for the format"
-    )
-    batch_size: Positive = Field(128, description="responses per optimiser step (B.2: 128)")
-    temperature: float = Field(1.0, gt=0.0, le=10.0, description="of the likelihood (B.2: the model's own, T = 1)")
-    aggregation: Annotated[str, BeforeValidator(lambda name: require_one_of(name, SFT_AGGREGATIONS))] = Field(
-        "response_mean", description="length-normalised: each response weighs the same (14); token_mean: each token"
-    )
-    shard_prompts: Positive = Field(64, description="problems sampled and published together")
-
-
-class CheckpointConfig(Section):
-    """When a stage publishes its weights and optimiser. Steps in between are replayed from their rollouts."""
-
-    every: Positive = Field(1, description="steps between checkpoints")
-    keep_last: Positive = Field(2, description="checkpoints kept besides the stage's final one")
-    keep_every: Positive | None = Field(None, description="keep every Nth step's checkpoint for good")
 
 
 class StageConfig(Section):
@@ -88,9 +38,11 @@ class StageConfig(Section):
         description="grpo (2), kd_rkl (5), kdrl (8), reward_shaping (Sec. 3.1), sft (14)"
     )
     data: DataConfig
-    steps: Positive = Field(description="optimiser steps (Tables 3, 5)")
+    steps: Positive = Field(description="rollout batches, each with one optimiser step in the paper (Tables 3, 5)")
     prompts_per_step: Positive = Field(description="prompts of a rollout batch (Tables 3, 5: 64)")
-    mini_batch_prompts: Positive = Field(description="prompts per optimiser step (Tables 3, 5: 64)")
+    mini_batch_prompts: Positive = Field(
+        description="prompts per optimiser step (Tables 3, 5: 64); fewer than prompts_per_step: several optimiser steps"
+    )
     group_size: int = Field(ge=2, description="rollouts per prompt G (Tables 3, 5: 16)")
     batch_size: Positive | None = Field(None, description="responses per step, prompts × G; checked if given")
     learning_rate: float = Field(gt=0.0, le=1.0, description="Tables 3, 5: 1e-6")
@@ -105,6 +57,7 @@ class StageConfig(Section):
     kd_masking: Annotated[str, BeforeValidator(lambda name: require_one_of(name, MASKINGS))] = Field(
         "none", description="reward-guided masking (Sec. 3.4)"
     )
+    terms: list[TermConfig] = Field([], description="terms of your own, added to the joint loss; not the paper's")
     topk: TopKConfig = TopKConfig()
     sft: SFTConfig = SFTConfig()
     ref_beta: float = Field(0.0, ge=0.0, description="penalty to the stage's frozen initial policy (Table 3: 1e-3)")
@@ -113,6 +66,10 @@ class StageConfig(Section):
     aggregation: Annotated[str, BeforeValidator(lambda name: require_one_of(name, AGGREGATIONS))] = Field(
         "token_mean", description="mean over all response tokens of the step, or group by group exactly as in (2)"
     )
+    dynamic_sampling_rounds: int = Field(
+        0, ge=0, description="rounds of sampling that replace groups which teach nothing (DAPO; not the paper's)"
+    )
+    overlong_filtering: bool = Field(False, description="leave cut responses out of the loss (DAPO; not the paper's)")
     clip_low: float | None = Field(
         None, ge=0.0, le=1.0, description="clip π_θ / π_old at 1 − clip_low; no effect on-policy, where the ratio is 1"
     )
@@ -122,7 +79,7 @@ class StageConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float = Field(1.0, gt=0.0)
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up; the first update already moves")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimiser steps; the first already moves")
     micro_batch_tokens: Positive = Field(65_536, description="prompt + response tokens, padded, per forward pass")
     evaluate_every: Positive | None = Field(None, description="steps between periodic evaluations")
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -153,12 +110,17 @@ class StageConfig(Section):
         return self.prompts_per_step * self.group_size
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimiser steps on the responses of one step; 1 is on-policy."""
+        return self.prompts_per_step // self.mini_batch_prompts
+
+    @property
     def update_temperature(self) -> float:
         """T of the logprobs that are trained on: that of sampling; for SFT, on samples of the teacher, its own."""
         return self.sft.temperature if self.objective == "sft" else self.temperature
 
     def objective_at(self, step: int) -> Objective:
-        """The objective of an optimiser step, counted from 0. The loss takes this record unchanged."""
+        """The objective of a step, counted from 0. The loss takes this record unchanged."""
         beta = self.beta
         return Objective(
             kind=self.objective,
@@ -175,6 +137,7 @@ class StageConfig(Section):
             ref_kl_estimator=self.ref_kl_estimator,
             entropy_coef=self.entropy_coef,
             aggregation=self.sft.aggregation if self.objective == "sft" else self.aggregation,
+            terms=tuple((term.function, term.coefficient) for term in self.terms),
         )
 
     def is_evaluation_due(self, step: int) -> bool:
@@ -184,13 +147,34 @@ class StageConfig(Section):
     @field_validator("kl_estimator", "ref_kl_estimator", mode="before")
     @classmethod
     def _known_estimator(cls, name: object, info: ValidationInfo) -> object:
-        """A name of the table, or a reference to a function; a relative path in a reference becomes absolute."""
-        if is_reference(name):
-            return str(parse_reference(str(name)))
+        """A name of the table, or a reference to a function, which is also what an entry point of that name gives."""
         is_penalty = info.field_name == "ref_kl_estimator"
-        return require_one_of(
-            name, [known for known, row in ESTIMATORS.items() if row.is_for_reference or not is_penalty]
-        )
+        known = [known for known, row in ESTIMATORS.items() if row.is_for_reference or not is_penalty]
+        found = None if name in known else reference_in(name, group="kdrl.estimators")
+        return require_one_of(name, known) if found is None else str(found)
+
+    @field_validator("terms")
+    @classmethod
+    def _named_apart(cls, terms: list[TermConfig]) -> list[TermConfig]:
+        names = [term.function.rpartition(":")[2] for term in terms]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two functions are named {twice[0]}, as their metrics would be; rename one of them")
+        return terms
+
+    def _refuse_off_policy_fields(self) -> None:
+        """SFT has no rollouts: refuse what is set of their use."""
+        fields = {
+            "mini_batch_prompts": self.prompts_per_step,
+            "dynamic_sampling_rounds": 0,
+            "overlong_filtering": False,
+            "terms": [],
+        }
+        for name, neutral in fields.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name} is about rollouts, and objective {self.objective} trains on teacher "
+                    f"responses (sft.batch_size per step); set {name}={str(neutral).lower()}, or another objective"
+                )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -204,10 +188,22 @@ class StageConfig(Section):
                 f"batch_size {self.batch_size} is not prompts_per_step × group_size = {self.responses_per_step}; "
                 f"set prompts_per_step={self.batch_size // self.group_size} or leave batch_size out"
             )
-        if self.mini_batch_prompts != self.prompts_per_step:
+        if self.prompts_per_step % self.mini_batch_prompts:
             raise ValueError(
-                f"mini_batch_prompts {self.mini_batch_prompts} differs from prompts_per_step {self.prompts_per_step}; "
-                "updates are strictly on-policy (Tables 3, 5: 64 / 64), so set both to the same number"
+                f"mini_batch_prompts {self.mini_batch_prompts} does not divide prompts_per_step "
+                f"{self.prompts_per_step}; set mini_batch_prompts={self.prompts_per_step} for one optimiser step per "
+                "rollout batch (on-policy, as Tables 3, 5: 64 / 64), or a divisor of it for several"
+            )
+        if self.variant.loss == "likelihood":
+            self._refuse_off_policy_fields()
+        if self.dynamic_sampling_rounds and (
+            self.variant.advantages != "rewards" or (self.variant.distils and self.kd_masking == "none")
+        ):
+            masking = f" with kd_masking={self.kd_masking}" if self.variant.is_masked else ""
+            raise ValueError(
+                f"dynamic_sampling_rounds={self.dynamic_sampling_rounds} replaces groups that teach nothing, but "
+                f"objective {self.objective}{masking} learns from the teacher in every group; set "
+                "dynamic_sampling_rounds=0, or objective=kdrl with kd_masking=group, or objective=grpo"
             )
         if self.scores_teacher and self.beta is None:
             raise ValueError(f"objective {self.objective} needs beta; set beta.init (Table 3: 2e-3) or objective=grpo")

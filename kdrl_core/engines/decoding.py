@@ -118,6 +118,8 @@ def _tried(model: PreTrainedModel, cache_method: str | None) -> Tensor:
 class _RoomyLayer(DynamicLayer):
     """Keys and values of full attention, in memory with room for further tokens."""
 
+    keys: Any
+    values: Any
     _memory: tuple[Tensor, Tensor] | None = None
     """[B, H, at least L, D] each; `keys` and `values` are its first L tokens. None after rows were taken."""
 

@@ -18,6 +18,7 @@ from functools import cache, wraps
 from typing import Any, Self
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -88,6 +89,18 @@ def pad_sequences(
         response_ids=torch.where(response_mask, ids.gather(1, targets), 0).to(device),
         response_mask=response_mask.float().to(device),
     )
+
+
+def pad_values(values: Sequence[NDArray[Any]] | None, rows: Sequence[int], padded: PaddedBatch) -> Tensor | None:
+    """Ragged per-token values [T_i] or [T_i, K] of `rows` as [b, T] or [b, T, K], 0 on padding; None stays None."""
+    if values is None:
+        return None
+    parts = [torch.from_numpy(values[row]) for row in rows]
+    kind = torch.float32 if parts[0].is_floating_point() else torch.int64
+    result = torch.zeros(*padded.response_mask.shape, *parts[0].shape[1:], dtype=kind)
+    for index, part in enumerate(parts):
+        result[index, : len(part)] = part
+    return result.to(padded.response_mask.device)
 
 
 def token_budget_batches(lengths: Sequence[tuple[int, int]], *, max_tokens: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ where the recipe says `trust_remote_code: true`.
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,6 +222,18 @@ def free_cached_memory(device: "torch.device") -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def watch_memory(device: "torch.device") -> Callable[[], dict[str, float]]:
+    """Watch torch's memory on a GPU from now on. The result gives the most so far, in GiB: `memory/peak_gib` in use and
+    `memory/reserved_gib` taken from the GPU; nothing on a CPU."""
+    if device.type != "cuda":
+        return dict
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(device)
+    most = {"memory/peak_gib": torch.cuda.max_memory_allocated, "memory/reserved_gib": torch.cuda.max_memory_reserved}
+    return lambda: {name: count(device) / 2**30 for name, count in most.items()}
 
 
 def load_weights_into(model: "torch.nn.Module", checkpoint_dir: Path) -> None:

@@ -50,6 +50,8 @@ class Objective:
     """c ≥ 0, coefficient of the entropy bonus (Tables 3, 5)."""
     aggregation: str = "token_mean"
     """"token_mean" | "group_mean" (Eq. 2 to the letter); of SFT "response_mean" (14) | "token_mean"."""
+    terms: Sequence[tuple[str, float]] = ()
+    """Terms of one's own: function as `file.py:name`, coefficient."""
 
     @property
     def variant(self) -> ObjectiveKind:

@@ -7,7 +7,8 @@
     k3_k2grad   e^R − R − 1      −R       unbiased in both (beyond the paper)
 
 k1's gradient is not the derivative of its value: ∂(−R)/∂log π_θ = 1 is independent of the teacher and 0 in expectation,
-so it is unused. Off-policy k1 is −ρ sg(R), `kl_policy_gradient`; the others are unbiased on-policy only.
+so it is unused. Off-policy k1 is −ρ sg(R), `kl_policy_gradient`; the others are unbiased on-policy only, and the joint
+loss weighs them by ρ.
 
 "Unbiased" is per token, at the prefixes that were sampled: like the paper's (27), no estimator here credits a token
 with the KL of later tokens. Given log-probabilities summed over the response ([B, 1]), the same functions estimate the

@@ -4,14 +4,18 @@
            + β · mean[ w · m · KL ]       distillation: k2 (6) by default, m the reward-guided mask (Sec. 3.4)
            + β_ref · mean[ w · KL_ref ]   stage 1's penalty to the frozen initial policy (Table 3)
            − c · mean[ H ]                entropy bonus (Tables 3, 5)
+           + Σ c_j · mean[ f_j ]          terms of one's own (beyond the paper)
 
 On-policy with k2 its gradient is −mean[(Â_i + β m_i R_{i,t}) ∇log π_θ], that is −(27). `mean` is `token_mean` over the
 response tokens of the whole optimiser step, or `group_mean`; masks never change its denominator.
 
 Departures and additions:
 - k1 is the policy gradient of (5): the derivative of its value would be independent of the teacher (see kl.py).
-- ρ is clipped only if `clip_low` or `clip_high` is given. Off-policy (`old_logprobs`) it weighs only Â and k1's R: k2
-  and k3 are computed on the old policy's samples without weights, and are unbiased on-policy only.
+- ρ is clipped only if `clip_low` or `clip_high` is given, and only where it multiplies Â.
+- Off-policy (`old_logprobs`) the tokens are the old policy's. Each estimate of a KL from sampled tokens is then weighed
+  by ρ, as a constant: E_old[sg(ρ) ∇k] = E_θ[∇k], so an estimator keeps the gradient that it has on-policy, and k2's is
+  that of (5), −ρ R ∇log π_θ, token by token. Without ρ it would pull towards the teacher where the old policy went.
+  Top-K and the entropy sum over the vocabulary, so they need no ρ. Prefixes stay the old policy's, as in (2).
 - w = min(π_θold / π_rollout, tis_cap), a constant, corrects for an engine whose probabilities differ from the trainer's
   (truncated importance weighting). It weighs every term that is an expectation over sampled tokens; Top-K sums over the
   vocabulary, and so does the entropy.
@@ -56,7 +60,7 @@ LOSS_METRICS: dict[str, str] = {
     "kd/kl_unmasked": "mean of KL over the response tokens on which KD acts (Fig. 5); 0 if there are none. Absent for "
     "micro-batches unless `kd_tokens` is given; it is also kd/kl ÷ kd/active_frac (token_mean, mask of 0 and 1, w = 1)",
     "kd/active_frac": "share of response tokens on which KD acts (with a teacher)",
-    "kd/kl_sampled": "mean of −R over all response tokens, masked or not: the unbiased KL (with teacher_logprobs)",
+    "kd/kl_sampled": "mean of −ρ R over all response tokens, masked or not: the unbiased KL (with teacher_logprobs)",
     "ref/kl": "mean of w KL_ref (with ref_logprobs)",
     "entropy": "mean entropy of the policy in nats (with entropy)",
     "ratio/mean": "mean of ρ (with old_logprobs)",
@@ -95,6 +99,11 @@ def joint_loss(responses: Responses, objective: Objective, totals: Totals) -> tu
         if value is not None and coefficient > 0.0:
             loss = loss + coefficient * value
         metrics |= found
+    if objective.terms:
+        from kdrl_core.objectives.terms import own_terms
+
+        own, found = own_terms(responses, objective, sampled.mean)
+        loss, metrics = loss + own, metrics | found
     metrics["loss/total"] = loss
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -111,6 +120,8 @@ class _Sampled:
     """[B, T] ρ = π_θ / π_θold, with its gradient."""
     weight: Tensor
     """[B, T] w of truncated importance weighting; 1 without."""
+    is_off_policy: bool
+    """The tokens are those of an older policy, so ρ is not 1."""
     mean: Callable[[Tensor], Tensor]
     """Over the response tokens of the whole step."""
 
@@ -125,7 +136,14 @@ def _sampled(responses: Responses, objective: Objective, totals: Totals, is_resp
         gap = old - torch.where(is_response, responses.rollout_logprobs, 0.0)
         weight = torch.exp(gap).clamp(max=objective.tis_cap).detach()
     ratio = torch.exp(student - old)
-    return _Sampled(is_response=is_response, student=student, ratio=ratio, weight=weight, mean=mean)
+    return _Sampled(
+        is_response=is_response,
+        student=student,
+        ratio=ratio,
+        weight=weight,
+        is_off_policy=responses.old_logprobs is not None,
+        mean=mean,
+    )
 
 
 def policy_gradient(responses: Responses, objective: Objective, at: _Sampled) -> tuple[Tensor, Metrics]:
@@ -167,7 +185,8 @@ def distillation(
         if kd_tokens is not None:
             metrics["kd/kl_unmasked"] = kl.sum() / max(kd_tokens, 1)
     if responses.teacher_logprobs is not None:
-        metrics["kd/kl_sampled"] = at.mean(at.student - responses.teacher_logprobs)
+        log_ratio = at.student - responses.teacher_logprobs
+        metrics["kd/kl_sampled"] = at.mean(at.ratio * log_ratio if at.is_off_policy else log_ratio)
     return value, metrics
 
 
@@ -211,11 +230,12 @@ def _surrogate(
 
 
 def _token_kl(at: _Sampled, teacher: Tensor, is_active: Tensor, estimator: str) -> Tensor:
-    """KL per token [B, T], 0 with gradient 0 where not active; k1 as policy gradient."""
+    """KL per token [B, T], 0 with gradient 0 where not active; k1 as policy gradient, others weighed by sg(ρ)."""
     student, teacher = torch.where(is_active, at.student, 0.0), torch.where(is_active, teacher, 0.0)
     if ESTIMATORS[estimator].is_policy_gradient:
         return kl_policy_gradient(student, teacher, torch.where(is_active, at.ratio, 1.0))
-    return kl_estimate(student, teacher, estimator)
+    kl = kl_estimate(student, teacher, estimator)
+    return torch.where(is_active, at.ratio, 1.0).detach() * kl if at.is_off_policy else kl
 
 
 # --- means ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""A user's own function, named in a recipe as `file.py:name` or `package.module:name`. Imports no torch.
+"""A user's own function, named in a recipe as `file.py:name` or `package.module:name`, or by the name that an installed
+package gives it as an entry point. Imports no torch.
 
 Reading a recipe checks the form of such a reference and runs nothing. The code runs where the loss is computed: in this
 process, or in every rank of the DeepSpeed trainer. Both load it by the reference, which travels in the `Objective`.
@@ -15,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -127,6 +129,23 @@ def expected_code() -> dict[str, str]:
 def is_reference(name: object) -> bool:
     """Whether `name` refers to a user's function; the names of kdrl's own variants have no colon."""
     return isinstance(name, str) and ":" in name
+
+
+def reference_in(name: object, *, group: str) -> Reference | None:
+    """The reference that a recipe's `name` is, or that it has as an entry point; None if it is neither. No code is run.
+
+    Args:
+        group: of entry points. A package declares one as `name = "package.module:function"`.
+
+    Raises:
+        RecipeError: as `parse_reference`; or packages give the name to different functions.
+    """
+    if is_reference(name):
+        return parse_reference(str(name))
+    found = sorted({each.value for each in entry_points(group=group) if each.name == name})
+    if len(found) > 1:
+        raise RecipeError(f"entry point {name!r} of {group} is {' and '.join(found)}; give the one that you mean")
+    return parse_reference(found[0]) if found else None
 
 
 def parse_reference(text: str) -> Reference:

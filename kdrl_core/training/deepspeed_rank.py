@@ -12,7 +12,7 @@ import torch
 
 from kdrl_core.ledger.names import derive_seed
 from kdrl_core.logprobs.model import LogprobModel, pad_sequences
-from kdrl_core.models.loading import export_weights, free_cached_memory, load_model
+from kdrl_core.models.loading import export_weights, free_cached_memory, load_model, watch_memory
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.training.extensions import use_kernel_lock
 from kdrl_core.training.messages import Arrays, RankWork
@@ -22,7 +22,6 @@ from kdrl_core.training.torch_trainer import (
     micro_batch_loss,
     micro_batch_statistics,
     read_state,
-    watch_memory,
     write_state,
 )
 from kdrl_core.training.zero_state import full_moments, full_weights, set_moments, set_weights, trained
@@ -86,6 +85,7 @@ class Rank:
         """Carry out one command. Memory that torch has freed by then is the GPU's again."""
         commands: dict[str, Callable[[], Answer]] = {
             "update": lambda: self._update(RankWork.unpack(header, arrays)),
+            "observe": lambda: self._observe(RankWork.unpack(header, arrays)),
             "score": lambda: self._score(RankWork.unpack(header, arrays)),
             "save": lambda: self._save(Path(header["path"])),
             "export": lambda: self._export(Path(header["path"]), header["dtype"]),
@@ -108,10 +108,18 @@ class Rank:
         grad_norm = self._step_optimizer()
         answer = {"metrics": metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "step": self._step}
         answer["memory"] = memory()
-        found = {"logprobs": np.concatenate(record.logprobs)}
-        if record.entropies is not None:
-            found["entropies"] = np.concatenate(record.entropies)
-        return answer, found
+        return answer, _arrays_of(record)
+
+    @torch.no_grad()
+    def _observe(self, work: RankWork) -> Answer:
+        record = TokenRecord(work.batch)
+        for index, rows in enumerate(work.passes):
+            padded = pad_sequences([work.batch.sequences[row] for row in rows], device=self._device)
+            with self._autocast():
+                statistics = self._engine(padded, with_entropy=record.entropies is not None)
+            if index < len(work.passes) - work.num_idle:
+                record.add(statistics, rows, padded)
+        return self.state()[0], _arrays_of(record)
 
     def _forward_backward(self, work: RankWork, index: int, record: TokenRecord) -> dict[str, float]:
         """One micro-batch: adds gradients to the engine and token statistics to the record; returns metrics."""
@@ -120,7 +128,7 @@ class Rank:
         is_last = index == len(work.passes) - 1
         engine.set_gradient_accumulation_boundary(is_last)
         padded = pad_sequences([batch.sequences[row] for row in rows], device=self._device)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed):
+        with self._autocast():
             statistics = micro_batch_statistics(engine, batch, rows, padded)
         loss, found = micro_batch_loss(statistics, batch, rows, padded, work.totals)
         metrics = {name: float(value) for name, value in found.items()}
@@ -136,13 +144,14 @@ class Rank:
 
     def _score(self, work: RankWork) -> Answer:
         padded = pad_sequences(work.batch.sequences, device=self._device)
-        with (
-            torch.no_grad(),
-            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16 and not self._is_mixed),
-        ):
+        with torch.no_grad(), self._autocast():
             logprobs = self._engine(padded).logprobs
         found = logprobs.cpu()[padded.response_mask.bool().cpu()].numpy()
         return {"step": self._step}, {"logprobs": found}
+
+    def _autocast(self) -> torch.autocast:
+        is_on = self._is_bfloat16 and not self._is_mixed
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=is_on)
 
     def _collective(self, num_bytes: int) -> Answer:
         """Sum `num_bytes` over all ranks a few times; answers with the seconds of the fastest."""
@@ -235,6 +244,13 @@ class Rank:
 
     def _is_first(self) -> bool:
         return int(torch.distributed.get_rank()) == 0
+
+
+def _arrays_of(record: TokenRecord) -> Arrays:
+    found = {"logprobs": np.concatenate(record.logprobs)}
+    if record.entropies is not None:
+        found["entropies"] = np.concatenate(record.entropies)
+    return found
 
 
 def _unname_buffers() -> None:

@@ -10,7 +10,7 @@ If a rank raises an error, dies, or exceeds the time limit, an EngineError is ra
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from kdrl_core.logprobs.model import token_budget_batches
 from kdrl_core.models.prepare import companions
 from kdrl_core.objectives.plugins import expected_code
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
-from kdrl_core.training.protocols import Float32s, OptimizerSettings, StepStats, UpdateBatch
+from kdrl_core.training.protocols import PER_TOKEN, Float32s, OptimizerSettings, StepStats, UpdateBatch
 from kdrl_core.training.rank_group import RankGroup, Reply
 from kdrl_core.training.torch_trainer import refuse_not_finite, require_state, totals_of
 from kdrl_core.types import ScoreRequest
@@ -99,6 +99,21 @@ class DeepSpeedTrainer:
 
     def update(self, batch: UpdateBatch) -> StepStats:
         """Raises EngineError if loss or gradient norm is not finite (nothing is changed), or if a rank failed."""
+        replies, found = self._pass(batch, "update")
+        metrics = _sum_metrics(replies)
+        grad_norm = replies[0].header["grad_norm"]
+        refuse_not_finite(self._step, metrics, grad_norm)
+        self._step = replies[0].header["step"]
+        optim = {"optim/grad_norm": grad_norm, "optim/learning_rate": replies[0].header["learning_rate"]}
+        return replace(found, metrics={**metrics, **optim, **most_memory(replies)})
+
+    def observe(self, batch: UpdateBatch) -> StepStats:
+        bare: dict[str, Any] = dict.fromkeys(PER_TOKEN)  # what the loss alone reads is not sent
+        return self._pass(replace(batch, **bare), "observe")[1]
+
+    def _pass(self, batch: UpdateBatch, command: str) -> tuple[list[Reply], StepStats]:
+        """Have the ranks go through a batch, each through its share. Returns their answers, and the statistics of all
+        tokens, without metrics."""
         lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
         batches = token_budget_batches(lengths, max_tokens=self._micro_batch_tokens)
         dealt, num_idle = deal_batches(batches, ranks=self._config.ranks)
@@ -107,26 +122,16 @@ class DeepSpeedTrainer:
             share_of(batch, passes, num_idle=idle, totals=totals) for passes, idle in zip(dealt, num_idle, strict=True)
         ]
         replies = self._ranks.ask(
-            [share.pack({"command": "update"}) for share in shares],
-            doing=f"update at step {self._step}",
+            [share.pack({"command": command}) for share in shares],
+            doing=f"{command} at step {self._step}",
             timeout_s=self._config.step_timeout_s,
         )
-        metrics = _sum_metrics(replies)
-        grad_norm = replies[0].header["grad_norm"]
-        refuse_not_finite(self._step, metrics, grad_norm)
-        self._step = replies[0].header["step"]
-        return StepStats(
-            metrics={
-                **metrics,
-                "optim/grad_norm": grad_norm,
-                "optim/learning_rate": replies[0].header["learning_rate"],
-                **most_memory(replies),
-            },
-            logprobs=_gather("logprobs", replies, shares, dealt, len(batch.sequences)),
-            entropies=_gather("entropies", replies, shares, dealt, len(batch.sequences))
-            if batch.objective.variant.loss == "joint"
-            else None,
-        )
+        found: dict[str, list[Float32s]] = {
+            name: _gather(name, replies, shares, dealt, len(batch.sequences))
+            for name in ("logprobs", "entropies")
+            if name in replies[0].arrays
+        }
+        return replies, StepStats(metrics={}, logprobs=found["logprobs"], entropies=found.get("entropies"))
 
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
         """Every rank scores all of the sequences."""

@@ -52,8 +52,10 @@ class RankWork:
             "prompt_lengths": np.array([len(s.prompt_token_ids) for s in batch.sequences], np.int64),
             "responses": _flat([s.token_ids for s in batch.sequences], np.int32),
             "lengths": np.array([len(s.token_ids) for s in batch.sequences], np.int64),
-            **{name: np.asarray(getattr(batch, name), kind) for name, kind in PER_RESPONSE.items()},
         }
+        for name, number in PER_RESPONSE.items():
+            if (values := getattr(batch, name)) is not None:
+                arrays[name] = np.asarray(values, number)
         for name, kind in PER_TOKEN.items():
             if (values := getattr(batch, name)) is not None:
                 arrays[name] = _flat(values, kind)
@@ -72,14 +74,14 @@ class RankWork:
         lengths = arrays["lengths"]
         prompts = ragged(arrays["prompts"], arrays["prompt_lengths"])
         responses = ragged(arrays["responses"], lengths)
-        values: dict[str, Any] = {name: arrays[name].tolist() for name in PER_RESPONSE}
+        values: dict[str, Any] = {name: arrays[name].tolist() for name in PER_RESPONSE if name in arrays}
         values |= {name: ragged(arrays[name], lengths) for name in PER_TOKEN if name in arrays}
         batch = UpdateBatch(
             sequences=[
                 ScoreRequest(prompt_token_ids=array("i", p.tobytes()), token_ids=array("i", r.tobytes()))
                 for p, r in zip(prompts, responses, strict=True)
             ],
-            objective=Objective(**header["objective"]),
+            objective=Objective(**{**header["objective"], "terms": tuple(map(tuple, header["objective"]["terms"]))}),
             **values,
         )
         totals = Totals(**header["totals"])

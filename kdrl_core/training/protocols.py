@@ -23,8 +23,9 @@ STATE_DIR = "trainer"
 """Folder of a checkpoint with optimiser, scheduler and step; not beside the weights, because engines may glob there."""
 
 
-PER_RESPONSE = {"advantages": float64, "kd_weights": float64}
+PER_RESPONSE = {"advantages": float64, "kd_weights": float64, "loss_mask": float64}
 PER_TOKEN = {
+    "old_logprobs": float32,
     "teacher_logprobs": float32,
     "ref_logprobs": float32,
     "rollout_logprobs": float32,
@@ -43,7 +44,7 @@ class OptimizerSettings:
     learning_rate: float
     weight_decay: float
     warmup_steps: int
-    """Linear warm-up; the first update already has a learning rate above 0."""
+    """Linear warm-up, in optimiser steps; the first already has a learning rate above 0."""
     max_grad_norm: float
     micro_batch_tokens: int
     """Padded tokens per forward and backward pass, of each rank."""
@@ -66,6 +67,10 @@ class UpdateBatch:
     """[B] Â of (2); zeros for KD-RKL."""
     kd_weights: Sequence[float]
     """[B] 1 where KD applies (Sec. 3.4)."""
+    loss_mask: Sequence[float] | None = None
+    """[B] 1 where the response takes part in the loss, 0 where it does not; None: all do."""
+    old_logprobs: Sequence[Float32s] | None = None
+    """[T_i] of the policy that sampled, by this trainer, where it has been updated since; None: on-policy."""
     teacher_logprobs: Sequence[Float32s] | None = None
     """[T_i] of π_T; None without a teacher."""
     ref_logprobs: Sequence[Float32s] | None = None
@@ -108,11 +113,15 @@ class Trainer(Protocol):
 
     @property
     def step(self) -> int:
-        """Updates done so far."""
+        """Optimiser steps done so far."""
         ...
 
     def update(self, batch: UpdateBatch) -> StepStats:
         """One optimiser step."""
+        ...
+
+    def observe(self, batch: UpdateBatch) -> StepStats:
+        """Logprobs and entropies that `update` would return, without an update and without metrics."""
         ...
 
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:

@@ -7,14 +7,13 @@ back-propagated, so that losses, gradients and metrics of micro-batches add up t
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -22,8 +21,8 @@ from kdrl_core.config.paths import read_json
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed, listing, write_hashed
 from kdrl_core.logprobs.chunked import TokenStatistics
-from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
-from kdrl_core.models.loading import free_cached_memory
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, pad_values, token_budget_batches
+from kdrl_core.models.loading import free_cached_memory, watch_memory
 from kdrl_core.models.prepare import FullWeights, companions, float32_file
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
 from kdrl_core.objectives.kinds import AGGREGATIONS
@@ -81,12 +80,8 @@ class TorchTrainer:
         metrics: defaultdict[str, float] = defaultdict(float)
         record = TokenRecord(batch)
         self._optimizer.zero_grad(set_to_none=True)
-        lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
-        for rows in token_budget_batches(lengths, max_tokens=self._settings.micro_batch_tokens):
-            padded = pad_sequences([batch.sequences[row] for row in rows], device=self._model.device)
-            with torch.autocast(
-                self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
-            ):
+        for rows, padded in self._micro_batches(batch):
+            with self._autocast():
                 statistics = micro_batch_statistics(self._logprobs, batch, rows, padded)
             loss, micro_metrics = micro_batch_loss(statistics, batch, rows, padded, totals)
             loss.backward()
@@ -111,11 +106,19 @@ class TorchTrainer:
         )
 
     @torch.no_grad()
+    def observe(self, batch: UpdateBatch) -> StepStats:
+        record = TokenRecord(batch)
+        for rows, padded in self._micro_batches(batch):
+            with self._autocast():
+                statistics = self._logprobs(padded, with_entropy=record.entropies is not None)
+            record.add(statistics, rows, padded)
+        free_cached_memory(self._model.device)
+        return StepStats(metrics={}, logprobs=record.logprobs, entropies=record.entropies)
+
+    @torch.no_grad()
     def score(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
         padded = pad_sequences(sequences, device=self._model.device)
-        with torch.autocast(
-            self._model.device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None
-        ):
+        with self._autocast():
             logprobs = self._logprobs(padded).logprobs.cpu().numpy()
         free_cached_memory(self._model.device)
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
@@ -156,16 +159,27 @@ class TorchTrainer:
     def close(self) -> None:
         """Does nothing: the model is freed with this object."""
 
+    def _autocast(self) -> torch.autocast:
+        dtype = self._autocast_dtype
+        return torch.autocast(self._model.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _micro_batches(self, batch: UpdateBatch) -> Iterator[tuple[list[int], PaddedBatch]]:
+        lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
+        for rows in token_budget_batches(lengths, max_tokens=self._settings.micro_batch_tokens):
+            yield rows, pad_sequences([batch.sequences[row] for row in rows], device=self._model.device)
+
 
 # --- the loss of a micro-batch ----------------------------------------------------------------------------------------
 
 
 def totals_of(batch: UpdateBatch) -> Totals:
-    """Counts over all responses of an optimiser step.
+    """Counts over all responses of an optimiser step that take part in its loss.
 
     Raises ValueError if groups are needed and the group size is missing or does not divide B.
     """
     lengths = np.array([len(sequence.token_ids) for sequence in batch.sequences])
+    if batch.loss_mask is not None:
+        lengths = np.where(batch.loss_mask, lengths, 0)
     objective, size = batch.objective, batch.objective.group_size
     group_tokens = num_groups = None
     if objective.variant.loss == "joint" and AGGREGATIONS[objective.aggregation].needs_groups:
@@ -174,7 +188,7 @@ def totals_of(batch: UpdateBatch) -> Totals:
         group_tokens = lengths.reshape(-1, size).sum(1).repeat(size).tolist()
         num_groups = len(lengths) / size
     return Totals(
-        tokens=int(lengths.sum()),
+        tokens=max(int(lengths.sum()), 1),  # none where all responses are left out: the loss is 0 then
         responses=len(lengths),
         kd_tokens=int(lengths[np.asarray(batch.kd_weights) != 0].sum()),
         num_groups=num_groups,
@@ -191,7 +205,7 @@ def micro_batch_statistics(
     is_joint = batch.objective.variant.loss == "joint"
     if batch.topk_ids is None or not is_joint:
         return model(padded, with_entropy=is_joint)
-    ids, logprobs = (_pad(values, rows, padded) for values in (batch.topk_ids, batch.topk_logprobs))
+    ids, logprobs = (pad_values(values, rows, padded) for values in (batch.topk_ids, batch.topk_logprobs))
     return model(padded, ids, logprobs, with_entropy=True, floor=batch.objective.topk_floor)
 
 
@@ -216,15 +230,17 @@ def micro_batch_loss(
     def of_rows(values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor([values[row] for row in rows], device=statistics.logprobs.device)
 
+    mask = padded.response_mask
     responses = Responses(
         logprobs=statistics.logprobs,
-        response_mask=padded.response_mask,
+        response_mask=mask if batch.loss_mask is None else mask * of_rows(batch.loss_mask)[:, None],
         advantages=of_rows(batch.advantages),
         kd_weights=of_rows(batch.kd_weights),
-        teacher_logprobs=_pad(batch.teacher_logprobs, rows, padded),
+        teacher_logprobs=pad_values(batch.teacher_logprobs, rows, padded),
         topk=statistics.topk_kl,
-        rollout_logprobs=_pad(batch.rollout_logprobs, rows, padded),
-        ref_logprobs=_pad(batch.ref_logprobs, rows, padded),
+        old_logprobs=pad_values(batch.old_logprobs, rows, padded),
+        rollout_logprobs=pad_values(batch.rollout_logprobs, rows, padded),
+        ref_logprobs=pad_values(batch.ref_logprobs, rows, padded),
         entropy=statistics.entropy,
     )
     if totals.group_tokens is not None:
@@ -259,35 +275,13 @@ def _scatter(values: torch.Tensor, mask: torch.Tensor, rows: Sequence[int], into
         into[row] = found[index][mask[index]].numpy()
 
 
-def watch_memory(device: torch.device) -> Callable[[], dict[str, float]]:
-    """Watch torch's memory on a GPU from now on. The result gives the most so far, in GiB: `memory/peak_gib` in use and
-    `memory/reserved_gib` taken from the GPU; nothing on a CPU."""
-    if device.type != "cuda":
-        return dict
-    torch.cuda.reset_peak_memory_stats(device)
-    most = {"memory/peak_gib": torch.cuda.max_memory_allocated, "memory/reserved_gib": torch.cuda.max_memory_reserved}
-    return lambda: {name: count(device) / 2**30 for name, count in most.items()}
-
-
 def refuse_not_finite(step: int, metrics: Mapping[str, float], grad_norm: float) -> None:
     """Raise EngineError if a step's metrics or gradient norm are not finite; called before anything is changed."""
     if not np.isfinite([grad_norm, *metrics.values()]).all():
         raise EngineError(
-            f"step {step}: loss {metrics.get('loss/total')} or gradient norm {grad_norm} is not finite; "
+            f"optimiser step {step}: loss {metrics.get('loss/total')} or gradient norm {grad_norm} is not finite; "
             "training has diverged, lower learning_rate or beta"
         )
-
-
-def _pad(values: Sequence[NDArray[Any]] | None, rows: Sequence[int], padded: PaddedBatch) -> torch.Tensor | None:
-    """Ragged per-token values [T_i] or [T_i, K] of `rows` as [b, T] or [b, T, K], 0 on padding; None stays None."""
-    if values is None:
-        return None
-    parts = [torch.from_numpy(values[row]) for row in rows]
-    kind = torch.float32 if parts[0].is_floating_point() else torch.int64
-    result = torch.zeros(*padded.response_mask.shape, *parts[0].shape[1:], dtype=kind)
-    for index, part in enumerate(parts):
-        result[index, : len(part)] = part
-    return result.to(padded.response_mask.device)
 
 
 # --- optimiser and state ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.models.loading import load_model
 from kdrl_core.models.lora import AdapterSpec
-from kdrl_core.objectives import Objective
+from kdrl_core.objectives import Objective, Responses
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
 from kdrl_core.training.protocols import STATE_DIR, OptimizerSettings, StepStats, Trainer, UpdateBatch
 from kdrl_core.training.rank_group import WORKER
@@ -83,6 +83,11 @@ def with_topk(batch: UpdateBatch, k: int = 3) -> UpdateBatch:
         topk_logprobs=logprobs,
         rollout_logprobs=batch.ref_logprobs,
     )
+
+
+def square(responses: Responses) -> torch.Tensor:
+    """A term of one's own, `parity.ranks:square`."""
+    return responses.logprobs.square()
 
 
 def with_objective(batch: UpdateBatch, **changes: Any) -> UpdateBatch:

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import listing
 from kdrl_core.miniature.models import MiniatureModel, build_model, build_tokenizer
 from kdrl_core.training.deepspeed_trainer import DeepSpeedTrainer
+from kdrl_core.training.mini_batches import update_in_turn
 from kdrl_core.training.protocols import UpdateBatch
 
 pytestmark = needs_deepspeed
@@ -35,6 +37,11 @@ pytestmark = needs_deepspeed
 TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 0.05
 BATCHES = [make_batch(seed) for seed in range(10)]
+BATCHES[2] = replace(  # off-policy, with clipping, and some responses left out of the loss
+    with_objective(BATCHES[2], clip_low=0.2, clip_high=0.28),
+    old_logprobs=BATCHES[2].ref_logprobs,
+    loss_mask=[float(row % 4 != 0) for row in range(len(BATCHES[2].sequences))],
+)
 BATCHES[3] = with_objective(BATCHES[3], kind="sft", aggregation="response_mean")
 
 
@@ -113,7 +120,9 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
     plain = plain_trainer(tied_dir, tokenizer)
     expected = train(plain, BATCHES[:2])
     plain_saved = save(plain, tmp_path / "plain")
+    observed = plain.observe(BATCHES[0])
     expected += train(plain, BATCHES[2:4])
+    in_turn = update_in_turn(plain, BATCHES[4], 2)
     with ranks(tied_dir, tokenizer, tmp_path / "a", zero_stage=3) as sharded:
         assert named_buffers(tmp_path / "a") == []
         untouched = save(sharded, tmp_path / "untouched")
@@ -142,7 +151,9 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
         assert contents(save(sharded, tmp_path / "saved again")) == contents(saved)
 
         sharded.load(plain_saved)
+        assert max(gaps([sharded.observe(BATCHES[0])], [observed]).values()) < TOLERANCE
         assert max(gaps(train(sharded, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
+        assert max(gaps([update_in_turn(sharded, BATCHES[4], 2)], [in_turn]).values()) < TOLERANCE
         with pytest.raises(RunError, match="not a checkpoint"):
             sharded.load(tied_dir)
         a_killed_rank_ends_the_update_and_all_others(sharded, tmp_path / "a")
@@ -154,14 +165,18 @@ def test_ranks_train_as_one_process_and_go_on_from_checkpoints_of_others(
     resumed = plain_trainer(tied_dir, tokenizer)
     resumed.load(saved)
     assert max(gaps(train(resumed, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
-    (tmp_path / "mine.py").write_text("def fourth(log_ratio):\n    return 0.1 * log_ratio**4\n")
-    own = with_objective(BATCHES[4], kl_estimator=f"{tmp_path / 'mine.py'}:fourth")
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def fourth(r):\n    return 0.1 * r**4\n\n\ndef term(responses):\n    return responses.logprobs**2\n"
+    )
+    own = with_objective(BATCHES[4], kl_estimator=f"{mine}:fourth", terms=((f"{mine}:term", 0.3),))
     fourth = train(resumed, [own])
     with ranks(tied_dir, tokenizer, tmp_path / "b", zero_stage=2, ranks=1) as alone:
         alone.load(saved)
         assert contents(save(alone, tmp_path / "moved")) == contents(saved)
         assert max(gaps(train(alone, BATCHES[2:4]), expected[2:]).values()) < TOLERANCE
         assert max(gaps(train(alone, [own]), fourth).values()) < TOLERANCE  # it loads the estimator that is named
+        assert fourth[0].metrics["term/term"] > 0.0
         with pytest.raises(EngineError, match=r"rank 0 .* failed: RecipeError: .*mine.py:none: none is not there"):
             alone.update(with_objective(own, kl_estimator=f"{tmp_path / 'mine.py'}:none"))
     resumed.load(plain_saved)

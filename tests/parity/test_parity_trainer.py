@@ -18,6 +18,7 @@ from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import listing
 from kdrl_core.models.loading import load_model
 from kdrl_core.objectives import Objective
+from kdrl_core.training.mini_batches import update_in_turn
 from kdrl_core.training.protocols import OptimizerSettings, UpdateBatch
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, ScoreRequest
@@ -284,6 +285,106 @@ def test_restored_trainer_continues_to_the_bit(
     }
     for file in files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
+
+
+def written_out(model: Any, batch: UpdateBatch, rows: range, old: list[torch.Tensor]) -> tuple[torch.Tensor, list[Any]]:
+    """The loss of one mini-batch, an unpadded sequence at a time: −mean[min(ρ Â, clip(ρ) Â)] + β mean[ρ m ½R²]
+    + β_ref mean[ρ k3] − c mean[H], ρ a constant outside of the first term; and each token's ρ, and if it is clipped."""
+    objective, total, seen = batch.objective, torch.zeros(()), []
+    assert batch.teacher_logprobs is not None
+    assert batch.ref_logprobs is not None
+    for row in rows:
+        table = dense_log_probabilities(model, batch.sequences[row], TEMPERATURE)
+        logprobs = table.gather(-1, torch.tensor(list(batch.sequences[row].token_ids))[:, None]).squeeze(1)
+        ratio, advantage = (logprobs - old[row]).exp(), batch.advantages[row]
+        clipped = ratio.clamp(1 - (objective.clip_low or 0), 1 + (objective.clip_high or 0)) * advantage
+        log_ratio = torch.from_numpy(batch.teacher_logprobs[row]) - logprobs
+        ref_log_ratio = torch.from_numpy(batch.ref_logprobs[row]) - logprobs
+        weight = ratio.detach()
+        total = total - torch.minimum(ratio * advantage, clipped).sum()
+        total = total + objective.beta * batch.kd_weights[row] * (weight * 0.5 * log_ratio.square()).sum()
+        total = total + objective.ref_beta * (weight * (ref_log_ratio.exp() - ref_log_ratio - 1.0)).sum()
+        total = total + objective.entropy_coef * (table.exp() * table).sum()
+        seen += zip(weight.tolist(), (clipped < ratio * advantage).tolist(), strict=True)
+    return total / sum(len(batch.sequences[row].token_ids) for row in rows), seen
+
+
+def test_several_optimiser_steps_are_those_written_out(
+    make_trainer: MakeTrainer, batch: UpdateBatch, student_dir: Path
+) -> None:
+    """Two AdamW steps on halves of the batch, the second off-policy, by autograd of the formula."""
+    batch = with_objective(batch, clip_low=0.02, clip_high=0.03)
+    options = {"learning_rate": 1e-3, "warmup_steps": 1}
+    trainer, model = make_trainer(**options, micro_batch_tokens=60)
+    stats = update_in_turn(trainer, batch, 2)
+    assert trainer.step == 2
+
+    reference = load_model(student_dir).eval()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.0)
+    with torch.no_grad():
+        tables = [dense_log_probabilities(reference, sequence, TEMPERATURE) for sequence in batch.sequences]
+    old = [
+        table.gather(-1, torch.tensor(list(sequence.token_ids))[:, None]).squeeze(1)
+        for table, sequence in zip(tables, batch.sequences, strict=True)
+    ]
+    half, losses, seen = len(batch.sequences) // 2, [], []
+    for rows, rate in ((range(half), 0.5e-3), (range(half, 2 * half), 1e-3)):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss, found = written_out(reference, batch, rows, old)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append((loss.item(), len(found)))
+        seen += found
+    moved = parameters(reference) - parameters(load_model(student_dir))
+    assert float((parameters(model) - parameters(reference)).norm() / moved.norm()) < 1e-3
+    ratios = [ratio for ratio, _ in seen]
+    assert stats.metrics["loss/total"] == pytest.approx(sum(x * n for x, n in losses) / len(seen), rel=1e-4)
+    assert stats.metrics["ratio/mean"] == pytest.approx(np.mean(ratios), rel=1e-5)
+    assert stats.metrics["ratio/max"] == pytest.approx(max(ratios), rel=1e-4)
+    assert stats.metrics["ratio/max"] > 1.05
+    assert stats.metrics["ratio/clipped_frac"] == pytest.approx(np.mean([is_clipped for _, is_clipped in seen]))
+    assert 0.02 < stats.metrics["ratio/clipped_frac"] < 0.5
+    assert stats.metrics["optim/learning_rate"] == 1e-3
+    assert largest_gap(stats.logprobs, old) < 1e-5  # of the policy that sampled, for every response
+    assert stats.entropies is not None
+    assert largest_gap(stats.entropies, [-(table.exp() * table).sum(-1) for table in tables]) < 1e-5
+
+
+def test_a_policy_that_has_not_moved_has_ratio_one_to_the_bit(make_trainer: MakeTrainer, batch: UpdateBatch) -> None:
+    trainer, _ = make_trainer(learning_rate=0.0, micro_batch_tokens=60)
+    metrics = update_in_turn(trainer, with_objective(batch, clip_low=0.0, clip_high=0.0), 2).metrics
+    assert (metrics["ratio/max"], metrics["ratio/clipped_frac"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "group_mean"])
+def test_responses_outside_of_the_loss_are_as_if_not_there(
+    make_trainer: MakeTrainer, batch: UpdateBatch, aggregation: str
+) -> None:
+    """Whole groups are left out: then the mean by groups differs by their number alone."""
+    batch = with_objective(batch, aggregation=aggregation)
+    size, count = batch.objective.group_size or 0, len(batch.sequences)
+    kept = range(size, count)
+    masked, masked_model = make_trainer()
+    without, model = make_trainer()
+    stats = masked.update(replace(batch, loss_mask=[float(row in kept) for row in range(count)]))
+    expected = without.update(batch.take(kept))
+    scale = 1.0 if aggregation == "token_mean" else len(kept) / count
+    assert torch.allclose(gradients(masked_model), scale * gradients(model), rtol=1e-4, atol=1e-7)
+    for name in ("loss/total", "entropy", "kd/kl", "ref/kl"):
+        assert stats.metrics[name] == pytest.approx(scale * expected.metrics[name], rel=1e-4)
+    assert stats.metrics["kd/kl_unmasked"] == pytest.approx(expected.metrics["kd/kl_unmasked"], rel=1e-4)
+    assert [len(row) for row in stats.logprobs] == [len(sequence.token_ids) for sequence in batch.sequences]
+
+
+def test_a_batch_without_responses_in_the_loss_does_not_move_the_policy(
+    make_trainer: MakeTrainer, batch: UpdateBatch
+) -> None:
+    trainer, model = make_trainer(learning_rate=1e-2)
+    before = parameters(model)
+    stats = trainer.update(replace(batch, loss_mask=[0.0] * len(batch.sequences)))
+    assert torch.equal(parameters(model), before)
+    assert (stats.metrics["loss/total"], stats.metrics["optim/grad_norm"], trainer.step) == (0.0, 0.0, 1)
 
 
 def test_a_model_is_no_checkpoint(make_trainer: MakeTrainer, student_dir: Path) -> None:

@@ -218,6 +218,8 @@ class Work:
     checkpoint_every: int
     longest_response: float
     """Tokens of the longest response that is expected; at most `max_response`."""
+    updates: int = 1
+    """Optimiser steps on the responses of a step."""
     sampled: int = 0
     """Responses that the teacher gives before the first step (objective sft)."""
     sampled_together: int = 0
@@ -249,6 +251,11 @@ class Work:
         prompt, response = self.mean_prompt, self.mean_response
         square = prompt**2 + 2 * prompt * response + mean_square(response, self.longest_response)
         return square / self.mean_sequence
+
+    def update_flops(self, tokens: float, *, is_checkpointed: bool) -> float:
+        """FLOPs to train on `tokens` of a step, with the forward pass for old logprobs of all mini-batches but one."""
+        trained = self.student.update_flops(tokens, context=self.attended, is_checkpointed=is_checkpointed)
+        return trained + self.student.forward_flops(tokens * (1 - 1 / self.updates), context=self.attended)
 
 
 def work_of(
@@ -297,6 +304,7 @@ def work_of(
         evaluations=config.steps // config.evaluate_every if config.evaluate_every else 0,
         final_responses=_final_responses(recipe) if stage == recipe.stages[-1] else {},
         checkpoint_every=config.checkpoint.every,
+        updates=config.updates_per_step,
         sampled=pool * config.sft.samples if is_sft else 0,
         sampled_together=config.sft.shard_prompts * config.sft.samples if is_sft else 0,
         verifiers=recipe.verification.workers,

@@ -112,7 +112,7 @@ def step_time(
         if work.has_reference:
             reference = score_s("reference", work.student, work, engines, cluster, gpus, rates)
     tokens = busiest(work, 1 if engines.trainer == "torch" else gpus)
-    flops = work.student.update_flops(tokens, context=work.attended, is_checkpointed=engines.is_checkpointed)
+    flops = work.update_flops(tokens, is_checkpointed=engines.is_checkpointed)
     hidden = 0.0 if engines.trainer == "torch" else rollout  # torch saves in the process that samples
     bandwidth = cluster.link_bandwidth if gpus <= cluster.gpus_per_node else cluster.network_bandwidth
     return StepTime(

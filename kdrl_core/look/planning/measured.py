@@ -74,9 +74,7 @@ def rates_of(
     role: Role = "teacher" if work.teacher is not None else "reference"
     scored = work.teacher or (work.student if work.has_reference else None)
     scoring = scored.forward_flops(work.tokens, context=work.attended) / used[role] if scored else 0.0
-    update = work.student.update_flops(
-        busiest(work, used["update"]), context=work.attended, is_checkpointed=engines.is_checkpointed
-    )
+    update = work.update_flops(busiest(work, used["update"]), is_checkpointed=engines.is_checkpointed)
     sync_s = seconds("sync/seconds")
     found = Rates(
         rollout_tokens_per_s=median(row["throughput/rollout_tokens_per_s"] for row in rows) / used["rollout"],

@@ -20,12 +20,13 @@ STAGE: dict[str, Any] = {
     "max_prompt_tokens": 16,
     "max_response_tokens": 16,
     "entropy_coef": 0.0,
+    "terms": [{"function": "mine.terms:length", "coefficient": 0.0}],
 }
 
 
 @pytest.fixture
 def values() -> dict[str, Any]:
-    """A valid recipe: GRPO, then KDRL with a teacher, and a reward of one function."""
+    """A valid recipe: GRPO, then KDRL with a teacher, each with a term of one's own, and a reward of one function."""
     return {
         "name": "small",
         "student": {"path": "models/student"},

@@ -52,14 +52,53 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
         ["stage2.data.decontamination.ngram=0"],
         ["'stage2.data.decontamination.ngram'", "greater than or equal to 1"],
     ),
-    "SFT without a teacher": (["teacher=null", "stage2.objective=sft"], ["stage2.objective=sft", "teacher.path"]),
+    "SFT without a teacher": (
+        ["teacher=null", "stage2.objective=sft", "stage2.terms=[]"],
+        ["stage2.objective=sft", "teacher.path"],
+    ),
     "minimum above init": (["stage2.beta.minimum=0.1"], ["'stage2.beta'", "minimum 0.1 is above init 0.002"]),
     "batch not divisible": (["stage1.batch_size=5"], ["'stage1'", "not divisible by group_size 2", "batch_size=4"]),
     "batch of another size": (
         ["stage1.batch_size=8"],
         ["'stage1'", "prompts_per_step × group_size", "prompts_per_step=4"],
     ),
-    "mini-batch": (["stage1.mini_batch_prompts=1"], ["'stage1'", "mini_batch_prompts 1 differs", "on-policy"]),
+    "mini-batch": (
+        ["stage1.prompts_per_step=4", "stage1.mini_batch_prompts=3"],
+        ["'stage1'", "mini_batch_prompts 3 does not divide prompts_per_step 4", "mini_batch_prompts=4", "on-policy"],
+    ),
+    "mini-batch above the batch": (["stage1.mini_batch_prompts=4"], ["'stage1'", "does not divide prompts_per_step 2"]),
+    "mini-batches of SFT": (
+        ["stage2.objective=sft", "stage2.mini_batch_prompts=1"],
+        ["'stage2'", "mini_batch_prompts is about rollouts", "sft.batch_size", "set mini_batch_prompts=2"],
+    ),
+    "dynamic sampling where KD acts everywhere": (
+        ["stage2.dynamic_sampling_rounds=1"],
+        ["'stage2'", "objective kdrl with kd_masking=none learns from the teacher in every", "kd_masking=group"],
+    ),
+    "dynamic sampling without advantages": (
+        ["stage2.objective=kd_rkl", "stage2.dynamic_sampling_rounds=1"],
+        ["'stage2'", "objective kd_rkl learns from the teacher in every", "dynamic_sampling_rounds=0"],
+    ),
+    "a term that is no function": (
+        ["stage2.terms=[{function: hinge, coefficient: 1.0}]"],
+        ["'stage2.terms.0.function'", "give a function as file.py:name or package.module:name"],
+    ),
+    "two terms of one name": (
+        ["stage2.terms=[{function: 'a.b:f', coefficient: 1.0}, {function: 'a.c:f', coefficient: 1.0}]"],
+        ["'stage2.terms'", "two functions are named f", "rename one"],
+    ),
+    "terms of SFT": (
+        ["stage2.objective=sft"],
+        ["'stage2'", "terms is about rollouts", "set terms=[]"],
+    ),
+    "dynamic sampling of SFT": (
+        ["stage2.objective=sft", "stage2.dynamic_sampling_rounds=1"],
+        ["'stage2'", "dynamic_sampling_rounds is about rollouts", "set dynamic_sampling_rounds=0"],
+    ),
+    "overlong filtering of SFT": (
+        ["stage2.objective=sft", "stage2.overlong_filtering=true"],
+        ["'stage2'", "overlong_filtering is about rollouts", "set overlong_filtering=false"],
+    ),
     "masking without the joint loss": (
         ["stage2.objective=kd_rkl", "stage2.kd_masking=group"],
         ["'stage2'", "kd_masking group", "set objective=kdrl"],

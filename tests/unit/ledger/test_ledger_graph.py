@@ -28,6 +28,7 @@ from kdrl_core.boxes.sharing import adopt_parts, parts_of
 from kdrl_core.boxes.stage import open_stage
 from kdrl_core.config import BetaConfig, ModelConfig, Recipe, list_recipes, load_recipe
 from kdrl_core.config.changes import leaf_fields
+from kdrl_core.config.stage_parts import TermConfig
 from kdrl_core.errors import ForeignFileError
 from kdrl_core.ledger import (
     Run,
@@ -353,6 +354,7 @@ def test_which_fields_count_for_which_part() -> None:
         "objective": "reward_shaping",
         "beta": BetaConfig(init=0.5),
         "also": also,
+        "terms": [TermConfig(function="my_package.terms:length", coefficient=0.5)],
     }  # read as such
     for field, value in leaf_fields(recipe).items():
         changed = value + 1 if isinstance(value, int | float) else f"{value} changed"

@@ -75,6 +75,49 @@ def test_kd_rkl_off_policy_weighs_by_the_ratio(batch: dict[str, Any]) -> None:
     close(gradient(batch, advantages=zeros, old_logprobs=old, kl_estimator="k1"), BETA * expected)
 
 
+def test_off_policy_every_estimate_is_weighed_by_the_ratio(batch: dict[str, Any]) -> None:
+    """ρ = e^0.2: k2 −ρ R, which is (5); k3 ρ (1 − e^R); the penalty to the reference alike. The sum over the
+    vocabulary has no ρ. No gradient flows through the weight: ½ R² would have entered it."""
+    mask, old = batch["response_mask"], batch["logprobs"].detach() - 0.2
+    factor = {"k2": -log_ratio(batch), "k3": 1 - log_ratio(batch).exp()}
+    policy = gradient(batch, beta=0.0, old_logprobs=old)
+    close(policy, -exp(0.2) * batch["advantages"][:, None] * mask / mask.sum())
+    for estimator, slope in factor.items():
+        kd = gradient(batch, old_logprobs=old, kl_estimator=estimator) - policy
+        close(kd, BETA * exp(0.2) * slope * mask / mask.sum())
+        reference = {"ref_logprobs": batch["teacher_logprobs"], "ref_beta": BETA, "ref_kl_estimator": estimator}
+        close(gradient(batch, beta=0.0, old_logprobs=old, **reference) - policy, kd)
+    direct = kd_rkl_loss(batch["logprobs"], batch["teacher_logprobs"], mask, old_logprobs=old)
+    close(gradient(batch, old_logprobs=old) - policy, BETA * torch.autograd.grad(direct, batch["logprobs"])[0])
+    topk = torch.full((B, T), 2.0, dtype=torch.float64, requires_grad=True)
+    loss, _ = kdrl_loss(**batch, topk=topk, kl_estimator="topk", old_logprobs=old)
+    close(torch.autograd.grad(loss, topk)[0], BETA * mask / mask.sum())
+
+
+def test_off_policy_k2_has_the_gradient_of_the_kl_of_the_policy_that_is_trained() -> None:
+    """Three tokens, each with its probability under the old policy: Σ_v π_old(v) ρ(v) ∇k2(v) = ∇ KL(π_θ ‖ π_T)."""
+    logits = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    old, teacher = (torch.tensor(row, dtype=torch.float64).log() for row in ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3]))
+    policy = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((policy.exp() * (policy - teacher)).sum(), logits, retain_graph=True)
+    for estimator in ("k1", "k2", "k3_k2grad"):
+        loss, metrics = kdrl_loss(
+            policy[:, None],
+            advantages=torch.zeros(3, dtype=torch.float64),
+            teacher_logprobs=teacher[:, None],
+            response_mask=torch.ones(3, 1),
+            rewards=None,
+            group_size=None,
+            beta=1.0,
+            kl_estimator=estimator,
+            kd_weights=old.exp(),
+            old_logprobs=old[:, None],
+            total_tokens=1,
+        )
+        close(torch.autograd.grad(loss, logits, retain_graph=True)[0], exact)
+    assert metrics["ratio/mean"].item() == pytest.approx((policy - old).exp().sum().item())
+
+
 def test_k3_differentiates_to_one_minus_e_to_the_r(batch: dict[str, Any]) -> None:
     """(7): ∂k3/∂log π = 1 − e^R; k3_k2grad has k3's value and k2's gradient."""
     mask = batch["response_mask"]

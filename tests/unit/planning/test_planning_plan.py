@@ -177,6 +177,9 @@ def test_rates_that_are_given_are_used() -> None:
     assert time.teacher_score == pytest.approx(work.teacher.forward_flops(tokens, context=work.attended) / 1e14)
     expected = work.student.update_flops(tokens, context=work.attended, is_checkpointed=True) / 2e14
     assert time.update == pytest.approx(expected)
+    in_turn = step_time(replace(work, updates=4), Engines(), cluster(), Placement(student_gpus=8), rates)
+    observed = work.student.forward_flops(0.75 * tokens, context=work.attended) / 2e14
+    assert in_turn.update == pytest.approx(expected + observed)
 
 
 def test_collectives_by_hand() -> None:

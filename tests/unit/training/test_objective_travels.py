@@ -32,6 +32,7 @@ RECIPE_FIELDS: dict[str, tuple[str, Any]] = {
     "ref_kl_estimator": ("ref_kl_estimator=k2", "k2"),
     "entropy_coef": ("entropy_coef=0.375", 0.375),
     "aggregation": ("aggregation=group_mean", "group_mean"),
+    "terms": ("terms=[{function: 'parity.ranks:square', coefficient: 0.5}]", (("parity.ranks:square", 0.5),)),
 }
 """Field of the record → how a recipe sets it, and to what."""
 
@@ -47,6 +48,19 @@ def test_a_recipe_field_changes_its_field_of_the_record_alone(name: str) -> None
     changed = asdict(load_recipe("miniature", [f"stage2.{override}"]).stage("stage2").objective_at(0))
     assert changed[name] == value != plain[name]
     assert {each for each in plain if changed[each] != plain[each]} == {name}
+
+
+def test_what_is_off_policy_arrives_at_a_rank_with_its_rows() -> None:
+    batch = make_batch(0)
+    batch = replace(
+        batch, old_logprobs=batch.ref_logprobs, loss_mask=[float(row % 2) for row in range(len(batch.sequences))]
+    )
+    work = share_of(batch, [[5, 2], [7]], num_idle=0, totals=totals_of(batch))
+    found = RankWork.unpack(*unpack(work.pack({"command": "update"}))).batch
+    assert found.loss_mask == [1.0, 0.0, 1.0]
+    assert batch.old_logprobs is not None
+    assert found.old_logprobs is not None
+    assert [row.tolist() for row in found.old_logprobs] == [batch.old_logprobs[row].tolist() for row in (5, 2, 7)]
 
 
 def test_beta_is_that_of_the_step() -> None:
@@ -82,6 +96,7 @@ TERM_CHANGES: dict[str, Any] = {
     "ref_kl_estimator": "k2",
     "entropy_coef": 0.2,
     "aggregation": "group_mean",
+    "terms": (("parity.ranks:square", 0.5),),
 }
 
 
