@@ -45,17 +45,21 @@ def test_an_objective_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert run.paths.checkpoint("stage2", 2).is_dir()
 
 
+TITLES = ("An estimator of the KL", "A term of the loss", "Data", "A teacher")
+
+
 @pytest.mark.usefixtures("fast_sessions", "own_estimators")
-def test_an_estimator_data_and_a_teacher_are_named_in_the_recipe(
+def test_an_estimator_a_term_data_and_a_teacher_are_named_in_the_recipe(
     artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my_kl.py").write_text(python("extending", "An estimator of the KL"))
+    Path("my_terms.py").write_text(python("extending", "A term of the loss"))
     exec(python("extending", "Data"), {})  # noqa: S102 (our own page)
     shutil.copytree(resolve_path("builtin:miniature/teacher"), resolve_path("run:first"))
-    sections = [blocks("extending", title) for title in ("An estimator of the KL", "Data", "A teacher")]
+    sections = [blocks("extending", title) for title in TITLES]
     named = [setting for found in sections for block in found for words in block for setting in settings(words)]
-    assert len(named) == 6
+    assert len(named) == 7
     run = open_tiny(artifacts, "r", [*ONE_STAGE, "stage2.steps=1", *named])
     train(run)
     student, teacher = rows(run.paths.update("stage2", 0)), rows(run.paths.teacher("stage2", 0))
@@ -64,8 +68,12 @@ def test_an_estimator_data_and_a_teacher_are_named_in_the_recipe(
         assert row["kl_sum"] == pytest.approx((0.5 * log_ratio**2).sum(), rel=1e-4)
     asked = {(row["prompt"], row["ground_truth"]) for row in rows(run.paths.rollouts("stage2", 0))}
     assert asked < {(f"<|user|>{a}+{a + 1}<|assistant|>", str(2 * a + 1)) for a in range(5)}
+    certain = [logprob for row in student for logprob in row["logprobs"] if logprob > -0.01]
+    tokens = sum(len(row["logprobs"]) for row in student)
+    (metrics,) = rows(run.paths.metrics("stage2"))
+    assert metrics["term/too_certain"] == pytest.approx(sum(certain) / tokens, abs=1e-6)
     manifest = json.loads(run.paths.manifest.read_text())
-    assert manifest["outside"].keys() >= {"stage2.kl_estimator", "teacher.path"}
+    assert manifest["outside"].keys() >= {"stage2.kl_estimator", "stage2.terms.0.function", "teacher.path"}
 
 
 @pytest.mark.usefixtures("fast_sessions")
