@@ -215,8 +215,8 @@ class StageSession:
                     engine.sleep()
 
     def _engines(self) -> list[RolloutEngine | TeacherScorer]:
-        engines = (self._sampler and self._sampler.engine, self._teacher_engine, *self._scorers.values())
-        return [engine for engine in engines if engine is not None]
+        student = self._sampler.engine if self._sampler else None
+        return [one for one in (student, self._teacher_engine, *self._scorers.values()) if one is not None]
 
     def _check_servers(self) -> None:
         """Raise EngineError if a served teacher cannot score, before responses are sampled for it."""
