@@ -107,7 +107,7 @@ class RewardConfig(Section):
     success_above: float = Field(
         0.0, description="with functions: a response with a greater reward is a success (masks, SFT, accuracy, labels)"
     )
-    allow_code: bool = Field(False, description="python_tests may run the code of responses (docs/rewards.md)")
+    allow_code: bool = Field(False, description="python_tests may run the code of responses, behind the kernel's locks")
 
     @property
     def uses_math(self) -> bool:
@@ -123,8 +123,8 @@ class RewardConfig(Section):
     def _fits(self) -> Self:
         if not self.allow_code and any(function.function == "python_tests" for function in self.functions):
             raise ValueError(
-                "python_tests runs code that a model has written; read in docs/rewards.md what that is not protected "
-                "from, then set reward.allow_code: true"
+                "python_tests runs code that a model has written, without network and without writing; it can still read "
+                "the standard library and cheat its tests. If that is wanted, set reward.allow_code: true"
             )
         labels = [function.label for function in self.functions]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
