@@ -123,8 +123,8 @@ class RewardConfig(Section):
     def _fits(self) -> Self:
         if not self.allow_code and any(function.function == "python_tests" for function in self.functions):
             raise ValueError(
-                "python_tests runs code that a model has written, without network and without writing; it can still read "
-                "the standard library and cheat its tests. If that is wanted, set reward.allow_code: true"
+                "python_tests runs code that a model has written, without network or writing; it can still read the "
+                "standard library and cheat its tests. If that is wanted, set reward.allow_code: true"
             )
         labels = [function.label for function in self.functions]
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
