@@ -59,7 +59,7 @@ _WATCHED = [
     ("engine's gap", "boxes.step", "_gap"),
     ("response metrics", "boxes.step", "response_metrics"),
     ("update table", "boxes.step", "update_table"),
-    ("dealing to ranks", "training.deepspeed_trainer", "token_budget_batches"),
+    ("dealing to ranks", "training.deepspeed_trainer", "batches_of"),
     ("dealing to ranks", "training.deepspeed_trainer", "deal_batches"),
     ("dealing to ranks", "training.deepspeed_trainer", "totals_of"),
     ("dealing to ranks", "training.deepspeed_trainer", "share_of"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdrl_core.engines.protocols import TopKScore
 from kdrl_core.engines.transformers_engines import refuse_not_finite
-from kdrl_core.logprobs.model import token_budget_batches
+from kdrl_core.logprobs.model import batches_of
 from kdrl_core.training.protocols import Float32s
 from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import ScoreRequest
@@ -30,8 +30,7 @@ class InitialPolicy:
     def score(self, requests: Sequence[ScoreRequest]) -> list[Float32s]:
         """Raises EngineError if a logprob is not finite."""
         scores: list[Float32s] = [np.empty(0, np.float32)] * len(requests)
-        lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in requests]
-        for rows in token_budget_batches(lengths, max_tokens=self._batch_tokens):
+        for rows in batches_of(requests, max_tokens=self._batch_tokens):
             found = self._trainer.score_initial([requests[row] for row in rows])
             for row, values in zip(rows, found, strict=True):
                 scores[row] = values

@@ -25,7 +25,7 @@ from kdrl_core.engines.protocols import OnFinished, TopKScore
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger.names import uniforms
 from kdrl_core.logprobs.chunked import use_float32_logits
-from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, token_budget_batches
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, padded_batches
 from kdrl_core.logprobs.trial import refuse_padding_fault
 from kdrl_core.models.loading import free_cached_memory, load_weights_into
 from kdrl_core.models.tokenizer import num_token_ids
@@ -229,9 +229,7 @@ class TransformersScorer:
 
     def _batches(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[int], PaddedBatch]]:
         refuse_unknown_tokens(requests, self._model.get_input_embeddings())
-        lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in requests]
-        for rows in token_budget_batches(lengths, max_tokens=self._batch_tokens):
-            yield rows, pad_sequences([requests[row] for row in rows], device=self._model.device)
+        return padded_batches(requests, max_tokens=self._batch_tokens, device=self._model.device)
 
 
 def refuse_unknown_tokens(requests: Sequence[ScoreRequest], embedding: Any) -> None:

@@ -12,7 +12,7 @@ Ragged token lists become padded tensors first. B = responses, T = longest respo
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Self
@@ -120,6 +120,20 @@ def token_budget_batches(lengths: Sequence[tuple[int, int]], *, max_tokens: int)
         batches[-1].append(row)
         prompt_width, response_width = widths
     return batches
+
+
+def batches_of(sequences: Sequence[ScoreRequest], *, max_tokens: int) -> list[list[int]]:
+    """`token_budget_batches` of sequences: the rows of each batch."""
+    lengths = [(len(each.prompt_token_ids), len(each.token_ids)) for each in sequences]
+    return token_budget_batches(lengths, max_tokens=max_tokens)
+
+
+def padded_batches(
+    sequences: Sequence[ScoreRequest], *, max_tokens: int, device: torch.device
+) -> Iterator[tuple[list[int], PaddedBatch]]:
+    """`batches_of` sequences, each with its tensors."""
+    for rows in batches_of(sequences, max_tokens=max_tokens):
+        yield rows, pad_sequences([sequences[row] for row in rows], device=device)
 
 
 class LogprobModel(torch.nn.Module):

@@ -19,7 +19,7 @@ import numpy as np
 from kdrl_core.config import RuntimeConfig, TrainerConfig
 from kdrl_core.errors import EngineError
 from kdrl_core.ledger import ConstantFiles, Listing
-from kdrl_core.logprobs.model import token_budget_batches
+from kdrl_core.logprobs.model import batches_of
 from kdrl_core.models.prepare import companions
 from kdrl_core.objectives.plugins import expected_code
 from kdrl_core.training.messages import RankWork, pack, ragged, share_of
@@ -114,8 +114,7 @@ class DeepSpeedTrainer:
     def _pass(self, batch: UpdateBatch, command: str) -> tuple[list[Reply], StepStats]:
         """Have the ranks go through a batch, each through its share. Returns their answers, and the statistics of all
         tokens, without metrics."""
-        lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
-        batches = token_budget_batches(lengths, max_tokens=self._micro_batch_tokens)
+        batches = batches_of(batch.sequences, max_tokens=self._micro_batch_tokens)
         dealt, num_idle = deal_batches(batches, ranks=self._config.ranks)
         totals = totals_of(batch)
         shares = [

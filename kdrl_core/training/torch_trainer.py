@@ -21,7 +21,7 @@ from kdrl_core.config.paths import read_json
 from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import ConstantFiles, Listing, derive_seed, listing, write_hashed
 from kdrl_core.logprobs.chunked import TokenStatistics
-from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, pad_values, token_budget_batches
+from kdrl_core.logprobs.model import LogprobModel, PaddedBatch, pad_sequences, pad_values, padded_batches
 from kdrl_core.models.loading import free_cached_memory, watch_memory
 from kdrl_core.models.prepare import FullWeights, companions, float32_file
 from kdrl_core.objectives import Responses, Totals, joint_loss, sft_loss
@@ -164,9 +164,7 @@ class TorchTrainer:
         return torch.autocast(self._model.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _micro_batches(self, batch: UpdateBatch) -> Iterator[tuple[list[int], PaddedBatch]]:
-        lengths = [(len(s.prompt_token_ids), len(s.token_ids)) for s in batch.sequences]
-        for rows in token_budget_batches(lengths, max_tokens=self._settings.micro_batch_tokens):
-            yield rows, pad_sequences([batch.sequences[row] for row in rows], device=self._model.device)
+        return padded_batches(batch.sequences, max_tokens=self._settings.micro_batch_tokens, device=self._model.device)
 
 
 # --- the loss of a micro-batch ----------------------------------------------------------------------------------------
