@@ -282,7 +282,12 @@ def work_of(
     most = config.max_response_tokens
     response = _mean(mean_response, MEAN_RESPONSE_SHARE * most, most)
     prompt = _mean(mean_prompt, min(MEAN_PROMPT_TOKENS, config.max_prompt_tokens), config.max_prompt_tokens)
-    periodic = [b for b in recipe.evaluation.benchmarks if b.name in recipe.evaluation.periodic]
+    is_last = stage == recipe.stages[-1]
+    answered = {
+        benchmark.name: len(load_benchmark(benchmark)) * benchmark.samples
+        for benchmark in recipe.evaluation.benchmarks
+        if is_last or benchmark.name in recipe.evaluation.periodic
+    }
     is_sft = config.objective == "sft"
     pool = problems or config.data.max_problems or PROBLEMS
     return Work(
@@ -300,9 +305,9 @@ def work_of(
         max_response=most,
         micro_batch_tokens=config.micro_batch_tokens,
         evaluation_context=recipe.evaluation.max_context_tokens,
-        evaluation_responses=sum(len(load_benchmark(b)) * b.samples for b in periodic),
+        evaluation_responses=sum(answered[name] for name in set(recipe.evaluation.periodic)),
         evaluations=config.steps // config.evaluate_every if config.evaluate_every else 0,
-        final_responses=_final_responses(recipe) if stage == recipe.stages[-1] else {},
+        final_responses=_final_responses(recipe, sum(answered.values())) if is_last else {},
         checkpoint_every=config.checkpoint.every,
         updates=config.updates_per_step,
         sampled=pool * config.sft.samples if is_sft else 0,
@@ -313,12 +318,9 @@ def work_of(
     )
 
 
-def _final_responses(recipe: Recipe) -> dict[Role, int]:
-    """Responses of the final evaluation: of the student's engine, and of the teacher's if it is on these GPUs. The
+def _final_responses(recipe: Recipe, once: int) -> dict[Role, int]:
+    """Responses of the final evaluation, `once` of each model: of the student's engine, and of the teacher's. The
     models that `evaluation.also` names count as students."""
-    from kdrl_core.data.benchmarks import load_benchmark
-
-    once = sum(len(load_benchmark(benchmark)) * benchmark.samples for benchmark in recipe.evaluation.benchmarks)
     others = [label for label in evaluated_labels(recipe) if label != "teacher"]
     found: dict[Role, int] = {"rollout": once * len(others)}
     if recipe.teacher is not None:
