@@ -26,11 +26,6 @@ def evaluated_labels(recipe: Recipe) -> list[str]:
     return ["base", *recipe.stages, *(["teacher"] if recipe.teacher is not None else []), *recipe.evaluation.also]
 
 
-def reference_labels(recipe: Recipe) -> list[str]:
-    """`evaluated_labels` without the student that the run makes."""
-    return [label for label in evaluated_labels(recipe) if label != recipe.stages[-1]]
-
-
 def checkpoint_label(stage: str, step: int) -> str:
     """Label of a checkpoint's evaluation."""
     return _OF_CHECKPOINT.place(stage, step)

@@ -222,6 +222,14 @@ class Verifier:
         }
 
 
+def _not_done(workers: Workers) -> JobResult:
+    """Of a job that no worker can do any more."""
+    reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
+    if workers.is_closed:
+        reason = "the verifier was closed before this item was judged"
+    return JobResult(Outcome(VerdictKind.ERROR, reason), is_certain=True)
+
+
 def work_off(
     workers: Workers,
     jobs: Sequence[Any],
@@ -275,11 +283,8 @@ def work_off(
                 break
             num_replacements += 1
             if workers.is_closed or num_replacements > _MAX_REPLACEMENTS:
-                reason = f"the verification workers could not be kept alive ({_MAX_REPLACEMENTS} new starts failed)"
-                if workers.is_closed:
-                    reason = "the verifier was closed before this item was judged"
                 for job in pending:
-                    finish(job, JobResult(Outcome(VerdictKind.ERROR, reason), is_certain=True))
+                    finish(job, _not_done(workers))
                 return
             if pool is not None:
                 workers.discard(pool)

@@ -18,7 +18,7 @@ from kdrl_core.config import Recipe, did_you_mean, read_fields
 from kdrl_core.config.alarms import AlarmMetric
 from kdrl_core.config.load import RECIPES_DIR
 from kdrl_core.errors import RecipeError
-from kdrl_core.ledger.graph import reference_labels
+from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.reporting.run_summary import model_name
 from kdrl_core.look.sweeps.fifths import SPANS
 
@@ -231,6 +231,11 @@ def load_claims(name: str, where: str) -> list[Claim]:
         return TypeAdapter(list[Claim]).validate_json(text)
     except (ValidationError, KeyError) as error:
         raise RecipeError(f"list of claims {path}: {error}") from error
+
+
+def reference_labels(recipe: Recipe) -> list[str]:
+    """`evaluated_labels` without the student that the run makes."""
+    return [label for label in evaluated_labels(recipe) if label != recipe.stages[-1]]
 
 
 @dataclass(frozen=True, slots=True)

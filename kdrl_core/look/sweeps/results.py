@@ -9,9 +9,8 @@ from kdrl_core.boxes.sharing import parts_of
 from kdrl_core.config import Recipe
 from kdrl_core.errors import KdrlError
 from kdrl_core.ledger import Run, checkpoint_label, is_published, open_run, verify_published
-from kdrl_core.ledger.graph import reference_labels
 from kdrl_core.look.reporting.run_summary import MODEL_NAMES, StageRow, is_spent, model_name, summarize
-from kdrl_core.look.sweeps.claims import VALIDATION, JudgedOn
+from kdrl_core.look.sweeps.claims import VALIDATION, JudgedOn, reference_labels
 from kdrl_core.look.sweeps.fifths import Fifths, fifths_of
 from kdrl_core.look.sweeps.state import CellState, CellStatus
 from kdrl_core.tables.files import LOOKED_AT, load_metrics, read_table
