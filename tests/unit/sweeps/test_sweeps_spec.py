@@ -39,6 +39,7 @@ OF_THE_PAPER = [
 OF_THE_STUDY = [
     "findings",
     "findings-equal",
+    "findings-long",
     "findings-long-equal",
     "findings-long-tuning",
     "findings-long-zero",
@@ -52,8 +53,9 @@ def test_shipped_sweeps_are_those_of_the_paper_and_of_the_study() -> None:
     assert list_sweeps() == sorted(["baselines", *OF_THE_PAPER, *OF_THE_STUDY, *OF_A_REAL_MODEL])
 
 
-def test_the_study_is_tuned_on_other_seeds_and_never_on_the_test_problems() -> None:
-    study, tuning = (load_sweep(name) for name in ("findings", "findings-tuning"))
+@pytest.mark.parametrize("name", ["findings", "findings-long"])
+def test_the_study_is_tuned_on_other_seeds_and_never_on_the_test_problems(name: str) -> None:
+    study, tuning = load_sweep(name), load_sweep(f"{name}-tuning")
     assert not set(listed_seeds(study.seeds)) & set(listed_seeds(tuning.seeds))
     tried: dict[str, set[float]] = {}
     for cell in expand(tuning):
