@@ -158,6 +158,7 @@ lock: setup  ## write locks/ anew from the pins, with the hashes of all files of
 assets: setup  ## rebuild the miniature worlds' models, problems and benchmarks (a quarter of an hour)
 	@$(BIN)/python -m kdrl_core.miniature.build --output kdrl_core/assets/miniature
 	@$(BIN)/python -m kdrl_core.miniature.build_long --output kdrl_core/assets/miniature-long
+	@$(BIN)/python -m kdrl_core.miniature.other_tasks --output kdrl_core/assets/miniature-tasks
 
 clean:  ## delete .venv, .venv-gpu and caches (not artifacts/)
 	@rm -rf $(VENV) .venv-gpu .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

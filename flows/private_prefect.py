@@ -18,9 +18,11 @@ QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
 _IN_BATCHES = {
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
 }
-"""Record the states of task runs once a second. One by one, Prefect's default, the server of two cells takes a quarter
-of a core."""
+"""Record the states of task runs, and events, once a second. One by one, as by default, the server of two cells takes a
+quarter of a core."""
 _OWN_ORIGIN = "http://127.0.0.1"
 """By default Prefect lets every web page use its API: a page in a browser could run code on this machine."""
 _LOOPBACK = ("127.0.0.1", "localhost")

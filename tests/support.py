@@ -2,13 +2,16 @@
 
 import gc
 import http.client
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -19,6 +22,18 @@ MARK = "KDRL_TEST_MARK"
 """Environment variable by which a test finds the processes of a program it started."""
 
 _PATIENCE_S = 10.0
+
+
+def script(name: str) -> ModuleType:
+    """benchmarks/<name>.py, which is in no package."""
+    file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

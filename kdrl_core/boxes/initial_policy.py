@@ -11,8 +11,7 @@ import numpy as np
 from kdrl_core.engines.protocols import TopKScore
 from kdrl_core.engines.transformers_engines import refuse_not_finite
 from kdrl_core.logprobs.model import batches_of
-from kdrl_core.training.protocols import Float32s
-from kdrl_core.training.torch_trainer import TorchTrainer
+from kdrl_core.training.protocols import Float32s, Trainer
 from kdrl_core.types import ScoreRequest
 
 
@@ -20,17 +19,18 @@ class InitialPolicy:
     """`TeacherScorer` by a trainer with an adapter.
 
     Args:
-        batch_tokens: padded tokens per forward pass.
+        batch_tokens: padded tokens that the trainer gets at a time; None: all at once, as ranks cut them themselves.
     """
 
-    def __init__(self, trainer: TorchTrainer, *, batch_tokens: int) -> None:
+    def __init__(self, trainer: Trainer, *, batch_tokens: int | None) -> None:
         self._trainer = trainer
         self._batch_tokens = batch_tokens
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Float32s]:
         """Raises EngineError if a logprob is not finite."""
         scores: list[Float32s] = [np.empty(0, np.float32)] * len(requests)
-        for rows in batches_of(requests, max_tokens=self._batch_tokens):
+        tokens = self._batch_tokens
+        for rows in [range(len(requests))] if tokens is None else batches_of(requests, max_tokens=tokens):
             found = self._trainer.score_initial([requests[row] for row in rows])
             for row, values in zip(rows, found, strict=True):
                 scores[row] = values

@@ -29,9 +29,13 @@ Judge = Callable[[pa.Table], tuple[Sequence[float], Sequence[bool]]]
 @dataclass(slots=True, kw_only=True)
 class _Group:
     rows: pa.Table
-    reward: float
-    """Mean of its responses."""
+    rewards: Sequence[float]
     teaches: bool
+
+    @property
+    def reward(self) -> float:
+        """Mean of its responses."""
+        return sum(self.rewards) / len(self.rewards)
 
 
 def resampled(
@@ -60,11 +64,7 @@ def resampled(
         rewards, teaches = judge(table)
         slices = [slice(start, start + group_size) for start in range(0, len(table), group_size)]
         return [
-            _Group(
-                rows=table.slice(each.start, group_size),
-                reward=sum(rewards[each]) / group_size,
-                teaches=any(teaches[each]),
-            )
+            _Group(rows=table.slice(each.start, group_size), rewards=rewards[each], teaches=any(teaches[each]))
             for each in slices
         ]
 
@@ -79,7 +79,7 @@ def resampled(
             break
         made += 1
         for place, new in zip(places, groups_of(sample(names)), strict=False):  # the pool may have too few problems
-            dropped.append({"round": made, **_told(groups[place], group_size)})
+            dropped.append({"round": made, **_told(groups[place])})
             groups[place] = new
     found = {
         "rounds": made,
@@ -121,8 +121,12 @@ def spare_problems(
     yield from sorted(left, key=lambda problem: (derive_seed(seed, stage, "replacement", step, problem), problem))
 
 
-def _told(group: _Group, group_size: int) -> dict[str, Any]:
-    reason = f"all {group_size} responses have reward {group.reward:g}; no advantage, and no KD acts on them"
+def _told(group: _Group) -> dict[str, Any]:
+    lowest, highest = min(group.rewards), max(group.rewards)
+    if lowest == highest:
+        reason = f"all {len(group.rewards)} responses have reward {lowest:g}; no advantage, and no KD acts on them"
+    else:
+        reason = f"rewards lie between {lowest:g} and {highest:g}, but overlong_filtering leaves all of them out"
     return {"prompt_id": group.rows["prompt_id"][0].as_py(), "reward": group.reward, "reason": reason}
 
 

@@ -30,7 +30,6 @@ from kdrl_core.models.loading import load_tokenizer
 from kdrl_core.objectives.plugins import expect_code
 from kdrl_core.tables.files import read_table
 from kdrl_core.training.protocols import Trainer
-from kdrl_core.training.torch_trainer import TorchTrainer
 from kdrl_core.types import Rollout, RolloutRequest, ScoreRequest
 from kdrl_core.verify import VerdictOptions, Verifier
 
@@ -192,14 +191,15 @@ class StageSession:
             return self._scorers[role]
 
     def _initial_policy(self, role: str) -> TeacherScorer | None:
-        """The trainer as scorer of the stage's initial policy, if it trains an adapter in this process; else None."""
+        """The trainer as scorer of the stage's initial policy, if it trains an adapter; else None."""
         recipe = self.run.recipe
-        if role != "reference" or recipe.student.lora is None or recipe.trainer.engine != "torch":
+        if role != "reference" or recipe.student.lora is None:
             return None
         from kdrl_core.boxes.initial_policy import InitialPolicy
 
         self._trainer = self._trainer or self._builders.trainer()
-        return InitialPolicy(cast(TorchTrainer, self._trainer), batch_tokens=recipe.runtime.score_batch_tokens)
+        tokens = recipe.runtime.score_batch_tokens if recipe.trainer.engine == "torch" else None
+        return InitialPolicy(self._trainer, batch_tokens=tokens)
 
     def _note_served(self, says: dict[str, Any]) -> None:
         """Record what the teacher's servers say of their model, whose weights kdrl does not see."""

@@ -84,7 +84,7 @@ def _beside(recipe: Recipe) -> float:
     if recipe.rollout.engine == "transformers":
         stays += width * student
     has_reference = any(recipe.stage(name).ref_beta > 0 for name in recipe.stages)
-    if recipe.rollout.engine != "vllm" and has_reference and (lora is None or trainer.engine == "deepspeed"):
+    if recipe.rollout.engine != "vllm" and has_reference and lora is None:
         stays += width * student  # the initial policy
     teacher = recipe.teacher
     if teacher is not None and teacher.server is None and teacher.engine == "transformers":

@@ -134,7 +134,7 @@ class Adapter:
         now = {name: weight.data for name, weight in self.weights.items()}
         try:
             for name, weight in self.weights.items():
-                weight.data = self._initial[name]
+                weight.data = self._initial[name].to(weight)  # ranks may compute elsewhere, and in bfloat16
             yield
         finally:
             for name, weight in self.weights.items():

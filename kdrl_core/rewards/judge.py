@@ -7,6 +7,7 @@ A function that fails (raises, hangs, returns no number) counts as 0; the verdic
 none applies. Otherwise it is `correct` if r > `reward.success_above`; else that of `math`, if it says more than wrong.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -64,6 +65,8 @@ class Judge:
     Args:
         verifier: judges `math`; its owner closes it.
         code: sha256 of each file or module that the run began with, as `expect_code` takes it.
+        num_kept: so many of the last judgements are kept, without failures, so that nothing is judged twice. The
+            responses to which dynamic sampling has found a judgement are judged again by `verify`.
     """
 
     def __init__(
@@ -72,9 +75,12 @@ class Judge:
         limits: VerificationConfig,
         verifier: Verifier,
         code: Mapping[str, str] | None = None,
+        *,
+        num_kept: int = 0,
     ) -> None:
         self.reward = reward
         self._verifier = verifier
+        self._num_kept, self._kept = num_kept, dict[bytes, Judgement]()
         functions = reward.functions
         self._math = next((index for index, each in enumerate(functions) if each.function == MATH), None)
         others = [index for index in range(len(functions)) if index != self._math]
@@ -101,6 +107,17 @@ class Judge:
             VerificationError: the verifier is closed.
             RecipeError: a function cannot be loaded, or is not the code that the run began with.
         """
+        if not self._num_kept:
+            return self._judged(items, **options)
+        keys = [hashlib.sha256(repr(item).encode("utf-8", "surrogatepass")).digest() for item in items]
+        new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._kept}
+        self._kept.update(zip(new, self._judged([*new.values()], **options), strict=True))
+        found = [self._kept[key] for key in keys]
+        lasting = {key: one for key, one in self._kept.items() if one.verdict.kind not in _FAILED}
+        self._kept = dict([*lasting.items()][-self._num_kept :])
+        return found
+
+    def _judged(self, items: Sequence[Scored], **options: Unpack[VerdictOptions]) -> list[Judgement]:
         found = [dict[int, Found | None]() for _ in items] if self._pool is None else self._pool.score(items)
         if self._math is None:
             return [self._judgement(each, None) for each in found]

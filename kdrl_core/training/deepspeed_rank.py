@@ -58,13 +58,14 @@ class Rank:
             self._model, settings["learning_rate"], settings["weight_decay"], settings["warmup_steps"]
         )
         self._optimizer = optimizer
-        vectors = max((p.numel() for p in self._model.parameters() if p.ndim == 1), default=0)
+        # ZeRO-3 cuts neither vectors nor an adapter, whose initial state a penalty puts in its place.
+        is_whole = [p.numel() for p in self._model.parameters() if p.ndim == 1 or (self._adapter and p.requires_grad)]
         self._engine: Any = deepspeed.initialize(
             model=LogprobModel(
                 self._model, temperature=settings["temperature"], recomputes=settings["activation_checkpointing"]
             ),
             optimizer=optimizer,
-            config=engine_config(settings, whole_below=vectors + 1),
+            config=engine_config(settings, whole_below=max(is_whole, default=0) + 1),
         )[0]
         self._device = torch.device(get_accelerator().current_device_name())
         if self._is_mixed:
@@ -86,6 +87,7 @@ class Rank:
         commands: dict[str, Callable[[], Answer]] = {
             "update": lambda: self._update(RankWork.unpack(header, arrays)),
             "observe": lambda: self._observe(RankWork.unpack(header, arrays)),
+            "observe initial": lambda: self._observe_initial(RankWork.unpack(header, arrays)),
             "score": lambda: self._score(RankWork.unpack(header, arrays)),
             "save": lambda: self._save(Path(header["path"])),
             "export": lambda: self._export(Path(header["path"]), header["dtype"]),
@@ -120,6 +122,14 @@ class Rank:
             if index < len(work.passes) - work.num_idle:
                 record.add(statistics, rows, padded)
         return self.state()[0], _arrays_of(record)
+
+    def _observe_initial(self, work: RankWork) -> Answer:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        assert self._adapter is not None  # the recipe has student.lora
+        own = [*self._adapter.weights.values()]
+        with GatheredParameters(own, enabled=self._settings["zero_stage"] == 3), self._adapter.as_begun():
+            return self._observe(work)
 
     def _forward_backward(self, work: RankWork, index: int, record: TokenRecord) -> dict[str, float]:
         """One micro-batch: adds gradients to the engine and token statistics to the record; returns metrics."""

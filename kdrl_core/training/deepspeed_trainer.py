@@ -145,6 +145,11 @@ class DeepSpeedTrainer:
         lengths = np.array([len(each.token_ids) for each in sequences], np.int64)
         return list(ragged(replies[0].arrays["logprobs"], lengths))
 
+    def score_initial(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
+        zeros = [0.0] * len(sequences)
+        batch = UpdateBatch(sequences=sequences, advantages=zeros, kd_weights=zeros)
+        return list(self._pass(batch, "observe initial")[1].logprobs)
+
     def save(self, path: Path) -> Listing:
         files: Listing = self._command("save", path)["files"]
         return files if self._has_adapter else files | self._companions.write(path)

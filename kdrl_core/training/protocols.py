@@ -128,6 +128,10 @@ class Trainer(Protocol):
         """Logprobs of response tokens under the policy as it is, [len(token_ids)] each, in one forward pass."""
         ...
 
+    def score_initial(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
+        """As `score`, under the policy that an adapter began with; only with `student.lora`."""
+        ...
+
     def save(self, path: Path) -> Listing:
         """Write weights and trainer state to an existing empty folder. Returns a listing for `publish_directory`: the
         files that are hashed already, and on the disk."""

@@ -124,7 +124,6 @@ class TorchTrainer:
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
     def score_initial(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
-        """As `score`, under the policy that an adapter began with."""
         assert self._adapter is not None  # the recipe has student.lora
         with self._adapter.as_begun():
             return self.score(sequences)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from parity.ranks import OPTIONS, assert_rounded, gaps, make_batch, needs_deepspeed, ranks, train
@@ -252,6 +253,10 @@ def test_ranks_train_the_adapter_as_one_process(
         untouched = written(trainer.save, tmp_path / "untouched")
         assert contents(untouched) == contents(written(trainer_of(base, tokenizer)[0].save, tmp_path / "fresh"))
         actual = train(trainer, BATCHES[:2])
+        begun, now = trainer.score_initial(BATCHES[0].sequences), trainer.score(BATCHES[0].sequences)
+        for ours, theirs in zip(begun, plain.score_initial(BATCHES[0].sequences), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        assert any(np.abs(ours - theirs).max() > 1e-3 for ours, theirs in zip(begun, now, strict=True))
         saved = written(trainer.save, tmp_path / "saved")
         assert contents(saved).keys() == contents(plain_saved).keys()
         exported = written(trainer.export_hf, tmp_path / "exported")

@@ -6,6 +6,7 @@ An artifact with its box and task is added in boxes/test_make.py.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,24 @@ def test_an_estimator_a_term_data_and_a_teacher_are_named_in_the_recipe(
     assert metrics["term/too_certain"] == pytest.approx(sum(certain) / tokens, abs=1e-6)
     manifest = json.loads(run.paths.manifest.read_text())
     assert manifest["outside"].keys() >= {"stage2.kl_estimator", "stage2.terms.0.function", "teacher.path"}
+
+
+@pytest.mark.usefixtures("fast_sessions")
+def test_a_task_is_data_and_a_function(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("parity.py").write_text(python("extending", "A task"))
+    exec(python("extending", "A task"), {"__name__": "__main__"})  # noqa: S102 (our own page)
+    named = [setting for block in blocks("extending", "A task") for words in block for setting in settings(words)]
+    assert len(named) == 5
+    run = open_tiny(artifacts, "r", [*ONE_STAGE, "stage2.steps=1", *named])
+    train(run)
+    rollouts, rewards = rows(run.paths.rollouts("stage2", 0)), rows(run.paths.rewards("stage2", 0))
+    assert {row["ground_truth"] for row in rollouts} == {"odd", "even"}
+    for rollout, row in zip(rollouts, rewards, strict=True):
+        digit = re.search(r"boxed\{(\d)", rollout["response"])
+        is_right = digit is not None and ("even", "odd")[int(digit[1]) % 2] == rollout["ground_truth"]
+        assert row["reward"] == float(is_right)
+    assert 0 < sum(row["reward"] for row in rewards) < len(rewards)
 
 
 @pytest.mark.usefixtures("fast_sessions")

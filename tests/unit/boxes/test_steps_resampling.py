@@ -55,6 +55,22 @@ def test_groups_are_replaced_in_place_up_to_the_bound() -> None:
     assert told == {"rounds": 3, "teach_nothing": 0, "reward_mean": 0.5}
 
 
+def test_a_group_of_which_nothing_is_trained_on_is_told_as_such() -> None:
+    groups = {name: pa.table({"prompt_id": [name] * 2}) for name in "ab"}
+    judged = {"a": ([0.25, 1.0], [False, False]), "b": ([0.0, 1.0], [True, True])}
+    found, told = resampled(
+        groups["a"],
+        rounds=1,
+        group_size=2,
+        spare=iter("b"),
+        sample=lambda names: groups[names[0]],
+        judge=lambda table: judged[table["prompt_id"][0].as_py()],
+    )
+    assert found["prompt_id"].to_pylist() == ["b", "b"]
+    reason = "rewards lie between 0.25 and 1, but overlong_filtering leaves all of them out"
+    assert told["dropped"] == [{"round": 1, "prompt_id": "a", "reward": 0.625, "reason": reason}]
+
+
 def test_what_cannot_be_replaced_stays() -> None:
     names, told, asked = by_hand(2, "e")  # one problem is left for two places
     assert (names, asked, told["teach_nothing"]) == (["e", "b", "c"], [["e"]], 1)

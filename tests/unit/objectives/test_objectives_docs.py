@@ -1,27 +1,15 @@
 """docs/method.md says what the code does: its numbers are those that the benchmark computes, its tests exist."""
 
-import importlib.util
 import re
-import sys
 from dataclasses import astuple
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support import script
 
 ROOT = Path(__file__).parents[3]
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-
-
-def script(name: str) -> ModuleType:
-    """benchmarks/<name>.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -168,3 +168,20 @@ def test_the_recipe_and_the_function_must_agree(tmp_path: Path, function: str, s
     with pytest.raises(RecipeError) as told:
         check_rewards(load_recipe("miniature", [f"reward.functions=[{{function: '{file}:{name}', {more}}}]"]))
     assert said in str(told.value)
+
+
+def test_judgements_that_are_kept_are_not_made_again_but_failures_are(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.py").write_text(
+        "def noted(response, answer, problem, log):\n"
+        "    with open(log, 'a') as lines:\n"
+        "        lines.write(response + '\\n')\n"
+        "    return float(response)\n"
+    )
+    facts = {"question": "", "source": "", "sample": 0, "length": 1, "finish_reason": "stop", "think_opened": False}
+    items = [(text, "4", facts_of(problem_id=f"q-{text}", **facts)) for text in ("1", "2", "bad", "3")]
+    for num_kept, expected in ((8, [1, 1, 2, 1]), (1, [2, 2, 2, 1]), (0, [2, 2, 2, 2])):
+        log = tmp_path / f"log-{num_kept}"
+        reward = RewardConfig(functions=[{"function": f"{file}:noted", "arguments": {"log": str(log)}}])
+        with closing(Judge(reward, LIMITS, Verifier(workers=1), num_kept=num_kept)) as judge:
+            assert judge.judge_batch(items) == judge.judge_batch(items)
+        assert [log.read_text().split().count(item[0]) for item in items] == expected

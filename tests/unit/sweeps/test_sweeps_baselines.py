@@ -1,12 +1,12 @@
 """docs/baselines.md has the numbers of docs/baselines.json, and these are of the recipes that the sweep has now."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support import script
 
 from kdrl_core.config import config_hash
 from kdrl_core.look.sweeps.spec import expand, load_sweep
@@ -17,14 +17,8 @@ AGAIN = "run it again: kdrl sweep run baselines, then python benchmarks/baseline
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """benchmarks/baselines_table.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("baselines_table", ROOT / "benchmarks" / "baselines_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tables() -> ModuleType:
+    return script("baselines_table")
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +27,10 @@ def content() -> dict[str, Any]:
     return found
 
 
-def test_the_page_has_the_table_of_the_file(script: ModuleType, content: dict[str, Any]) -> None:
-    assert script.with_table(PAGE, content) == PAGE
+def test_the_page_has_the_table_of_the_file(tables: ModuleType, content: dict[str, Any]) -> None:
+    assert tables.with_table(PAGE, content) == PAGE
     row = {"variant": "GRPO", "test": {"accuracy": 0.5, "low": 0.4567, "high": 0.5}, "metrics": {"reward/mean": [0, 1]}}
-    told = script.table({"rows": [row], "references": {"teacher": row["test"]}})
+    told = tables.table({"rows": [row], "references": {"teacher": row["test"]}})
     assert told.splitlines()[2:] == [
         "| GRPO | 50.0 (45.7–50.0) | 0.00 → 1.00 | – | – | – |",
         "| *teacher* | 50.0 (45.7–50.0) | | | | |",

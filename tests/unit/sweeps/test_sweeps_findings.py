@@ -1,15 +1,20 @@
 """docs/findings.md says what the sweeps said: its tables against their results, kept in docs/findings.json.
 
-The file is made of three reports: rows and claims of `findings`, rows of `findings-tuning`, and the times of one seed
-of `findings` by itself, with the accuracies of all seeds at that time.
+Of the sweeps where thinking longer helps, `benchmarks/findings_tables.py` writes both. Of the first world the file has
+three reports, below `short`: rows and claims of `findings`, rows of `findings-tuning`, and the times of one seed of
+`findings` by itself, with the accuracies of all seeds at that time.
 """
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from support import script
 
+from kdrl_core.config import config_hash
+from kdrl_core.look.sweeps.claims import load_claims
 from kdrl_core.look.sweeps.spec import expand, load_sweep
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -17,9 +22,20 @@ BENCHMARKS = ("test", "hard", "ood")
 
 
 @pytest.fixture(scope="module")
-def content() -> dict[str, Any]:
+def file() -> dict[str, Any]:
     found: dict[str, Any] = json.loads((DOCS / "findings.json").read_text(encoding="utf-8"))
     return found
+
+
+@pytest.fixture(scope="module")
+def content(file: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = file["short"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return script("findings_tables")
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +116,79 @@ def test_every_learning_rate_is_the_one_that_tuning_found_best(content: dict[str
     for cell in expand(load_sweep("findings")):
         found = tried[cell.variant]
         assert max(found, key=lambda rate: found[rate]) == cell.recipe.stage("stage2").learning_rate
+
+
+def test_the_page_has_the_tables_of_the_file(tables: ModuleType, file: dict[str, Any], page: str) -> None:
+    assert tables.with_tables(page, file) == page
+    assert tables.dumped(file) == (DOCS / "findings.json").read_text(encoding="utf-8")
+
+
+def test_the_numbers_are_of_the_sweeps_as_they_are_now(file: dict[str, Any]) -> None:
+    for name, sweep in file["sweeps"].items():
+        spec = load_sweep(name)
+        now: dict[str, str] = {}
+        for cell in expand(spec):
+            now.setdefault(cell.label, config_hash(cell.recipe))
+        again = f"run it again: kdrl sweep run {name}, then python benchmarks/findings_tables.py {name}"
+        assert sweep["config_hashes"] == now, again
+        assert {len(row["seeds"]) for row in sweep["rows"]} == {spec.seeds}
+        assert isinstance(spec.claims, str)
+        texts = {claim.text for claim in load_claims(spec.claims, "test")}
+        assert {claim["text"] for claim in sweep["claims"]} <= texts
+        assert all(claim["num_seeds"] == spec.seeds for claim in sweep["claims"])
+
+
+def test_twenty_findings_are_decided_at_least(tables: ModuleType, file: dict[str, Any]) -> None:
+    claims = [claim for sweep in file["sweeps"].values() for claim in sweep["claims"]]
+    assert len({claim["text"] for claim in claims if claim["verdict"] in tables.DECIDED}) >= 20
+
+
+def test_rates_where_thinking_longer_helps_are_the_best_of_their_tuning(file: dict[str, Any]) -> None:
+    tried = {
+        variant: {float(rate): accuracy for rate, accuracy in rates.items()}
+        for variant, rates in file["tuning"]["findings-long-tuning"].items()
+    }
+    planned: dict[str, set[float]] = {}
+    for cell in expand(load_sweep("findings-long-tuning")):
+        planned.setdefault(cell.label, set()).add(cell.recipe.stage("stage2").learning_rate)
+    assert planned == {variant: {*rates} for variant, rates in tried.items()}
+    for cell in expand(load_sweep("findings-long")):
+        rates = tried[cell.variant]
+        assert max(rates, key=lambda rate: rates[rate]) == cell.recipe.stage("stage2").learning_rate
+
+
+def test_rows_of_the_tables_golden(tables: ModuleType) -> None:
+    score = {"mean": 0.5, "low": 0.4567, "high": 0.6, "rank": 1}
+    row = {"label": "GRPO", "scores": {"test": score, "validation": score}, "length_mean": 41.6}
+    share = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    claim = {
+        "text": "A beats B",
+        "source": "Sec. 1",
+        "what": "A > B, accuracy on test",
+        "expected": "more",
+        "verdict": "holds",
+        "difference": share,
+        "num_seeds": 8,
+        "num_planned": 8,
+        "is_share": True,
+    }
+    short = {**claim, "verdict": "unclear", "num_seeds": 3, "is_share": False}
+    content = {
+        "sweeps": {
+            "x-equal": {"rows": [row], "claims": [claim], "dynamics": {"GRPO": {"response/clip_ratio": [0.01, 0.024]}}},
+            "x": {"rows": [row], "claims": [short], "dynamics": {}},
+        },
+        "tuning": {"t": {"GRPO": {"1.0e-4": 50.0, "2.0e-4": 61.25}}},
+    }
+
+    def last(kind: str, *names: str) -> str:
+        return str([*tables.TABLES[kind](content, *names)][-1])
+
+    assert last("accuracy", "x-equal") == "| GRPO | **50.0** (45.7–60.0) | 42 |"
+    assert last("claims", "x-equal", "x") == (
+        "| A beats B | Sec. 1 | A > B, accuracy on test | more | **holds** +20.0 (+10.0 to +30.0) | "
+        "**unclear** +0.2 (+0.1 to +0.3, 3 seeds) |"
+    )
+    assert last("counts", "x-equal") == "| `x-equal` | 1 | 1 | 0 | 0 | 0 |"
+    assert last("dynamics", "x-equal") == "| GRPO | – | – | 1.0 → 2.4 | – | – | – |"
+    assert last("tuning", "t") == "| GRPO | 1.0e-4: 50.0, **2.0e-4: 61.2** |"

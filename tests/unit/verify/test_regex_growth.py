@@ -1,30 +1,14 @@
 """No regex of kdrl_core/verify and kdrl_core/data grows faster than n log n with its text, up to the longest answer."""
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+from support import script
 
 from kdrl_core.verify import normalise, objections
 from kdrl_core.verify.normalise import MAX_CHARS
 
-FILE = Path(__file__).resolve().parents[3] / "benchmarks/regex_growth.py"
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("regex_growth", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-growth = load()
+growth = script("regex_growth")
 TARGETS = growth.targets()
 MAX_EXPONENT = 1.5
 """n log n has 1.1 here, n² has 2; between them there is room for a busy machine."""
