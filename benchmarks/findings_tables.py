@@ -27,6 +27,8 @@ DYNAMICS = {
 }
 """Metrics of the last stage whose first and last fifth are shown: heading and digits."""
 DECIDED = ("holds", "agrees", "does not hold")
+_TIMED = "accuracy in training"
+"""Measure of the claims at equal time, which are left out: cells that share the cores have no times to compare."""
 _MARKS = re.compile(r"(<!-- (\S+) (\S.*?) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -48,13 +50,12 @@ def measured(name: str) -> dict[str, Any]:
             "recipe": table["recipe"],
             "config_hashes": {label: config_hash(recipe) for label, recipe in variants.items()},
             "rates": {label: recipe.stage(recipe.stages[-1]).learning_rate for label, recipe in variants.items()},
-            "rows": [_only(row, "label is_reference seeds scores length_mean train_s") for row in table["rows"]],
+            "rows": [_only(row, "label is_reference seeds scores length_mean") for row in table["rows"]],
             "claims": [
                 _only(claim, "text source expected what verdict difference num_seeds num_planned is_share")
                 for claim in table["claims"]
+                if _TIMED not in claim["what"]
             ],
-            "equal_time_s": table["equal_time_s"],
-            "timed": [_only(row, "label steps scores") for row in table["timed"]],
             "dynamics": {
                 label: {name: ends for name in DYNAMICS if (ends := _ends(of_seeds, name))}
                 for label, of_seeds in metrics.items()
@@ -104,35 +105,19 @@ def claims_table(content: dict[str, Any], *names: str) -> Iterator[str]:
     yield f"| --- | --- | --- | --- |{' --- |' * len(names)}"
     for text in dict.fromkeys(text for claims in sweeps for text in claims):
         claim = next(claims[text] for claims in sweeps if text in claims)
-        what = re.sub(r" after [\d.]+ s$", "", claim["what"])
         told = [_judged(claims.get(text)) for claims in sweeps]
-        yield f"| {text} | {claim['source']} | {what} | {claim['expected']} | {' | '.join(told)} |"
+        yield f"| {text} | {claim['source']} | {claim['what']} | {claim['expected']} | {' | '.join(told)} |"
 
 
 def counts_table(content: dict[str, Any], *names: str) -> Iterator[str]:
     """How many claims of each sweep are decided."""
-    yield f"| sweep | claims | {' | '.join(DECIDED)} | unclear |"
-    yield f"| --- | --- |{' --- |' * (len(DECIDED) + 1)}"
+    verdicts_told = (*DECIDED, "unclear", "missing")
+    yield f"| sweep | findings | {' | '.join(verdicts_told)} |"
+    yield f"| --- | --- |{' --- |' * len(verdicts_told)}"
     for name in names:
         verdicts = [claim["verdict"] for claim in content["sweeps"][name]["claims"]]
-        counts = [str(verdicts.count(each)) for each in (*DECIDED, "unclear")]
+        counts = [str(verdicts.count(each)) for each in verdicts_told]
         yield f"| `{name}` | {len(verdicts)} | {' | '.join(counts)} |"
-
-
-def time_table(content: dict[str, Any], *names: str) -> Iterator[str]:
-    """Accuracy in training after equal seconds of the last stage."""
-    sweeps = [content["sweeps"][name] for name in names]
-    heads = [f"{name}, after {sweep['equal_time_s']:.0f} s" for name, sweep in zip(names, sweeps, strict=True)]
-    yield f"| model | {' | '.join(heads)} |"
-    yield f"| --- |{' --- |' * len(names)}"
-    for rows in zip(*(sweep["timed"] for sweep in sweeps), strict=True):
-        cells = [
-            f"{_accuracy(row['scores']['validation'])}, step {'–'.join(map(str, row['steps']))}"
-            if row["scores"]
-            else "–"
-            for row in rows
-        ]
-        yield f"| {rows[0]['label']} | {' | '.join(cells)} |"
 
 
 def dynamics_table(content: dict[str, Any], name: str) -> Iterator[str]:
@@ -162,7 +147,6 @@ TABLES = {
     "accuracy": accuracy_table,
     "claims": claims_table,
     "counts": counts_table,
-    "time": time_table,
     "dynamics": dynamics_table,
     "tuning": tuning_table,
 }

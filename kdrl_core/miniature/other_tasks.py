@@ -89,7 +89,7 @@ def work_code(question: str) -> str:
     return f"<think></think>{OPENING}{bracket(question)}{CLOSING}"
 
 
-def tests_of(question: str) -> str:
+def asserts_of(question: str) -> str:
     """Lines of `assert` for the values of TESTED."""
     return "\n".join(f"assert f({a}, {b}) == {_value(question, a, b)}" for a, b in TESTED)
 
@@ -106,7 +106,7 @@ def _value(chain: str, a: int, b: int) -> int:
 
 TASKS = (
     Task("choice", draw_choice, work_choice, lambda question: largest(question)[1]),
-    Task("code", draw_code, work_code, tests_of),
+    Task("code", draw_code, work_code, asserts_of),
 )
 
 

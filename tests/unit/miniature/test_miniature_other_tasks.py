@@ -10,10 +10,10 @@ from kdrl_core.config import resolve_path
 from kdrl_core.miniature.other_tasks import (
     SIZES,
     TASKS,
+    asserts_of,
     build_other_tasks,
     largest,
     problems,
-    tests_of,
     work_choice,
     work_code,
 )
@@ -32,7 +32,7 @@ def test_a_choice_golden() -> None:
 def test_code_golden() -> None:
     response = work_code("a+b*3")
     assert response == "<think></think>```python\ndef f(a, b):\n    return (a+b)*3\n```"
-    tests = tests_of("a+b*3")
+    tests = asserts_of("a+b*3")
     assert tests.splitlines()[:2] == ["assert f(2, 5) == 21", "assert f(7, 3) == 30"]
     assert python_tests(response, tests, PROBLEM).value == 1.0
     assert python_tests(response.replace("(a+b)*3", "a+b*3"), tests, PROBLEM).value == 0.0  # 17 for 21
@@ -76,8 +76,8 @@ def test_the_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     rollouts = run.rollouts()
     assert len(rollouts) == 2 * 4 * 8
     function = {"choice": "choice", "code": "python_tests"}[name]
-    assert set(rollouts["verdict"]) <= {"correct", "incorrect", "no_answer", "malformed"}
-    assert [one["name"] for one in rollouts["reward_values"][0]] == [function]
+    assert set(rollouts["verdict"]) == {"correct", "wrong"}
+    assert rollouts["reason"].str.startswith(f"{function} ").all()
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_the_numbers_are_of_the_sweeps_as_they_are_now(file: dict[str, Any]) -> 
         assert isinstance(spec.claims, str)
         texts = {claim.text for claim in load_claims(spec.claims, "test")}
         assert {claim["text"] for claim in sweep["claims"]} <= texts
-        assert all(claim["num_seeds"] == spec.seeds for claim in sweep["claims"])
+        assert all(claim["num_seeds"] == spec.seeds for claim in sweep["claims"] if claim["verdict"] != "missing")
 
 
 def test_twenty_findings_are_decided_at_least(tables: ModuleType, file: dict[str, Any]) -> None:
@@ -189,6 +189,6 @@ def test_rows_of_the_tables_golden(tables: ModuleType) -> None:
         "| A beats B | Sec. 1 | A > B, accuracy on test | more | **holds** +20.0 (+10.0 to +30.0) | "
         "**unclear** +0.2 (+0.1 to +0.3, 3 seeds) |"
     )
-    assert last("counts", "x-equal") == "| `x-equal` | 1 | 1 | 0 | 0 | 0 |"
+    assert last("counts", "x-equal") == "| `x-equal` | 1 | 1 | 0 | 0 | 0 | 0 |"
     assert last("dynamics", "x-equal") == "| GRPO | – | – | 1.0 → 2.4 | – | – | – |"
     assert last("tuning", "t") == "| GRPO | 1.0e-4: 50.0, **2.0e-4: 61.2** |"
