@@ -110,7 +110,7 @@ TASKS = (
 )
 
 
-def problems(task: Task, *, scale: float = 1.0) -> dict[str, list[str]]:
+def questions_of(task: Task, *, scale: float = 1.0) -> dict[str, list[str]]:
     """Distinct questions for each file of a task, from one seed. `scale` shrinks the numbers, for tests."""
     rng = random.Random(f"{SEED} {task.name}")
     drawn: dict[str, None] = {}
@@ -121,7 +121,7 @@ def problems(task: Task, *, scale: float = 1.0) -> dict[str, list[str]]:
     return {name: [next(every) for _ in range(size)] for name, size in sizes.items()}
 
 
-def example_batches(name: str, exclude: set[str]) -> Iterator[list[Example]]:
+def worked_batches(name: str, exclude: set[str]) -> Iterator[list[Example]]:
     """Endless batches for a model, half of each task, without the questions of `exclude`."""
     rng = random.Random(f"{SEED} {name}")
 
@@ -141,7 +141,7 @@ def build_other_tasks(output: Path, *, scale: float = 1.0) -> None:
     exclude: set[str] = set()
     for task in TASKS:
         (output / task.name).mkdir(parents=True, exist_ok=True)
-        for name, questions in problems(task, scale=scale).items():
+        for name, questions in questions_of(task, scale=scale).items():
             text = "".join(json.dumps(row) + "\n" for row in task.rows(name, questions))
             (output / task.name / f"{name}.jsonl").write_text(text, encoding="utf-8")
             exclude |= set(questions) if name != "train" else set()
@@ -152,7 +152,7 @@ def build_other_tasks(output: Path, *, scale: float = 1.0) -> None:
         train_model(
             model,
             tokenizer,
-            example_batches(name, exclude),
+            worked_batches(name, exclude),
             learning_rate=2e-3,
             num_steps=max(1, round(num_steps * scale)),
             label_smoothing=LABEL_SMOOTHING[name],

@@ -13,7 +13,7 @@ from kdrl_core.miniature.other_tasks import (
     asserts_of,
     build_other_tasks,
     largest,
-    problems,
+    questions_of,
     work_choice,
     work_code,
 )
@@ -41,7 +41,7 @@ def test_code_golden() -> None:
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_every_worked_response_is_right_and_no_problem_is_in_two_files(task) -> None:  # type: ignore[no-untyped-def]
-    found = problems(task)
+    found = questions_of(task)
     every = [question for questions in found.values() for question in questions]
     assert len({*every}) == len(every) == sum(SIZES.values())
     judge = choice if task.name == "choice" else python_tests
@@ -51,7 +51,7 @@ def test_every_worked_response_is_right_and_no_problem_is_in_two_files(task) -> 
 
 def test_shipped_problems_are_what_the_command_builds(tmp_path: Path) -> None:
     for task in TASKS:
-        for name, questions in problems(task).items():
+        for name, questions in questions_of(task).items():
             lines = (ASSETS / task.name / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
             assert [json.loads(line) for line in lines] == task.rows(name, questions)
     build_other_tasks(tmp_path, scale=0.004)
