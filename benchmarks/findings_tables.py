@@ -43,14 +43,14 @@ def measured(name: str) -> dict[str, Any]:
     if results.missing:
         raise SystemExit(f"{name}: {len(results.missing)} cells are not finished; continue it: kdrl sweep run {name}")
     table = build_table(results).to_json()
-    variants = {cell.label: cell.recipe for cell in expand(load_sweep(name)) if cell.seed == 0 or cell.seed == 100}
-    metrics = {label: [cell.metrics for cell in results.cells if cell.variant == label] for label in variants}
+    hashes: dict[str, str] = {}
+    for planned in expand(load_sweep(name)):
+        hashes.setdefault(planned.label, config_hash(planned.recipe))
+    metrics = {label: [cell.metrics for cell in results.cells if cell.variant == label] for label in hashes}
     return _rounded(
         {
-            "recipe": table["recipe"],
-            "config_hashes": {label: config_hash(recipe) for label, recipe in variants.items()},
-            "rates": {label: recipe.stage(recipe.stages[-1]).learning_rate for label, recipe in variants.items()},
-            "rows": [_only(row, "label is_reference seeds scores length_mean") for row in table["rows"]],
+            "config_hashes": hashes,
+            "rows": [_only(row, "label seeds scores length_mean") for row in table["rows"]],
             "claims": [
                 _only(claim, "text source expected what verdict difference num_seeds num_planned is_share")
                 for claim in table["claims"]

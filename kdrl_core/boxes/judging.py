@@ -19,13 +19,13 @@ def judge_responses(session: StageSession, rollouts: pa.Table, options: VerdictO
     judge: Judge | None = session.judge
     if judge is None:
         recipe, config = session.run.recipe, session.config
-        sampled_at_most = config.prompts_per_step * config.group_size * (1 + config.dynamic_sampling_rounds)
+        rounds = config.dynamic_sampling_rounds
         judge = session.judge = Judge(
             recipe.reward,
             recipe.verification,
             session.verifier,
             session.code,
-            num_kept=sampled_at_most if config.dynamic_sampling_rounds else 0,
+            num_kept=config.prompts_per_step * config.group_size * (1 + rounds) if rounds else 0,
         )
     return judge.judge_batch(_scored(session, rollouts, options), **options)
 

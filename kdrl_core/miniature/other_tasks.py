@@ -96,10 +96,9 @@ def asserts_of(question: str) -> str:
 
 def _value(chain: str, a: int, b: int) -> int:
     """The chain's result from left to right, without a modulus."""
-    operands = [{"a": a, "b": b}.get(each) for each in chain[::2]]
-    numbers = [int(each) if value is None else value for each, value in zip(chain[::2], operands, strict=True)]
-    result = numbers[0]
-    for operator, number in zip(chain[1::2], numbers[1:], strict=True):
+    variables = {"a": a, "b": b}
+    result, *numbers = (variables[each] if each in variables else int(each) for each in chain[::2])
+    for operator, number in zip(chain[1::2], numbers, strict=True):
         result = {"+": result + number, "-": result - number, "*": result * number}[operator]
     return result
 
@@ -144,7 +143,8 @@ def build_other_tasks(output: Path, *, scale: float = 1.0) -> None:
         for name, questions in questions_of(task, scale=scale).items():
             text = "".join(json.dumps(row) + "\n" for row in task.rows(name, questions))
             (output / task.name / f"{name}.jsonl").write_text(text, encoding="utf-8")
-            exclude |= set(questions) if name != "train" else set()
+            if name != "train":
+                exclude.update(questions)
     tokenizer = build_tokenizer(UNITS)
     for name, num_steps in NUM_STEPS.items():
         model = load_model(resolve_path("builtin:miniature/teacher"))

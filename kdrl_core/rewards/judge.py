@@ -65,8 +65,8 @@ class Judge:
     Args:
         verifier: judges `math`; its owner closes it.
         code: sha256 of each file or module that the run began with, as `expect_code` takes it.
-        num_kept: so many of the last judgements are kept, without failures, so that nothing is judged twice. The
-            responses to which dynamic sampling has found a judgement are judged again by `verify`.
+        num_kept: so many of the last judgements are kept, except failures, and given again when the same responses come
+            back. `verify` asks about responses that dynamic sampling has asked about before.
     """
 
     def __init__(

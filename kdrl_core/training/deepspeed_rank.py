@@ -59,13 +59,13 @@ class Rank:
         )
         self._optimizer = optimizer
         # ZeRO-3 cuts neither vectors nor an adapter, whose initial state a penalty puts in its place.
-        is_whole = [p.numel() for p in self._model.parameters() if p.ndim == 1 or (self._adapter and p.requires_grad)]
+        whole = [p.numel() for p in self._model.parameters() if p.ndim == 1 or (self._adapter and p.requires_grad)]
         self._engine: Any = deepspeed.initialize(
             model=LogprobModel(
                 self._model, temperature=settings["temperature"], recomputes=settings["activation_checkpointing"]
             ),
             optimizer=optimizer,
-            config=engine_config(settings, whole_below=max(is_whole, default=0) + 1),
+            config=engine_config(settings, whole_below=max(whole, default=0) + 1),
         )[0]
         self._device = torch.device(get_accelerator().current_device_name())
         if self._is_mixed:

@@ -58,8 +58,8 @@ def test_shipped_problems_are_what_the_command_builds(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"student", "teacher", "choice", "code"}
 
 
-@pytest.mark.parametrize("name", ["choice", "code"])
-def test_the_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "function"), [("choice", "choice"), ("code", "python_tests")])
+def test_the_recipe_trains(name: str, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path))
     run = kdrl.run(
         f"miniature-{name}",
@@ -75,16 +75,15 @@ def test_the_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     )
     rollouts = run.rollouts()
     assert len(rollouts) == 2 * 4 * 8
-    function = {"choice": "choice", "code": "python_tests"}[name]
     assert set(rollouts["verdict"]) == {"correct", "wrong"}
     assert rollouts["reason"].str.startswith(f"{function} ").all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "gain"), [("choice", 0.1), ("code", 0.1)])
-def test_the_recipe_learns(name: str, gain: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["choice", "code"])
+def test_the_recipe_learns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDRL_ARTIFACTS", str(tmp_path))
     run = kdrl.run(f"miniature-{name}", name=name)
     accuracy = run.accuracy()
     told = accuracy[accuracy["benchmark"] == "test"].set_index("label")["accuracy"]
-    assert told["stage2"] > told["base"] + gain
+    assert told["stage2"] > told["base"] + 0.1
