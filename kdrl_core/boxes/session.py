@@ -185,21 +185,21 @@ class StageSession:
         with self._lock:
             self.rest(but=self._scorers.get(role))
             if role not in self._scorers:
-                scorer = self._scorers[role] = self._initial_policy(role) or self._builders.scorer(role)
+                scorer = self._scorers[role] = self._frozen_policy(role) or self._builders.scorer(role)
                 if isinstance(scorer, HTTPScorer) and scorer.says:
                     self._note_served(scorer.says)
             return self._scorers[role]
 
-    def _initial_policy(self, role: str) -> TeacherScorer | None:
-        """The trainer as scorer of the stage's initial policy, if it trains an adapter; else None."""
+    def _frozen_policy(self, role: str) -> TeacherScorer | None:
+        """The trainer as scorer of a role whose model is its own without the adapter of now; else None."""
         recipe = self.run.recipe
-        if role != "reference" or recipe.student.lora is None:
+        if not recipe.trainer_scores(role):
             return None
-        from kdrl_core.boxes.initial_policy import InitialPolicy
+        from kdrl_core.boxes.frozen_policy import FrozenPolicy
 
         self._trainer = self._trainer or self._builders.trainer()
         tokens = recipe.runtime.score_batch_tokens if recipe.trainer.engine == "torch" else None
-        return InitialPolicy(self._trainer, batch_tokens=tokens)
+        return FrozenPolicy(self._trainer, "none" if role == "teacher" else "initial", batch_tokens=tokens)
 
     def _note_served(self, says: dict[str, Any]) -> None:
         """Record what the teacher's servers say of their model, whose weights kdrl does not see."""

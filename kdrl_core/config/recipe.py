@@ -15,6 +15,7 @@ from kdrl_core.config.alarms import AlarmRule, AlarmsConfig, function_of_metric
 from kdrl_core.config.answers import EvaluationConfig, PromptConfig, RewardConfig, VerificationConfig
 from kdrl_core.config.data import DataConfig
 from kdrl_core.config.models import StudentConfig, TeacherConfig
+from kdrl_core.config.paths import resolve_path
 from kdrl_core.config.runtime import RolloutConfig, RuntimeConfig, TrackingConfig, TrainerConfig, VLLMConfig
 from kdrl_core.config.section import Positive, Section, require_one_of
 from kdrl_core.config.stage_parts import BetaConfig, CheckpointConfig, SFTConfig, TermConfig, TopKConfig
@@ -251,6 +252,19 @@ class Recipe(Section):
         teacher = self.teacher
         here = teacher is None or (teacher.engine == "transformers" and teacher.server is None)
         return here and self.rollout.engine == "transformers" and self.runtime.device == "cpu"
+
+    def trainer_scores(self, role: str) -> bool:
+        """Whether the trainer of an adapter scores for `teacher` or `reference`, so that no other copy is loaded: the
+        stage's initial policy always, the teacher if it is the base, here by transformers, and gives no best tokens."""
+        student, teacher = self.student, self.teacher
+        if student.lora is None or role == "reference":
+            return student.lora is not None
+        if teacher is None or teacher.engine != "transformers" or teacher.server is not None:
+            return False
+        if any(self.stage(name).needs_topk for name in self.stages):
+            return False
+        of_student, of_teacher = ((resolve_path(model.path), model.gguf_file) for model in (student, teacher))
+        return of_student == of_teacher
 
     @property
     def stages(self) -> tuple[StageName, ...]:

@@ -84,10 +84,11 @@ def _beside(recipe: Recipe) -> float:
     if recipe.rollout.engine == "transformers":
         stays += width * student
     has_reference = any(recipe.stage(name).ref_beta > 0 for name in recipe.stages)
-    if recipe.rollout.engine != "vllm" and has_reference and lora is None:
+    if recipe.rollout.engine != "vllm" and has_reference and not recipe.trainer_scores("reference"):
         stays += width * student  # the initial policy
     teacher = recipe.teacher
-    if teacher is not None and teacher.server is None and teacher.engine == "transformers":
+    is_loaded = teacher is not None and teacher.server is None and teacher.engine == "transformers"
+    if teacher is not None and is_loaded and not recipe.trainer_scores("teacher"):
         stays += width * _parameters(teacher)
     if trainer.engine == "torch" or recipe.rollout.engine == "transformers":
         gradients = student if trained is None else trained

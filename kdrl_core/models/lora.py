@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdrl_core.config import LoraConfig, did_you_mean
 from kdrl_core.config.models import ALL_LINEAR
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ADAPTER_DIR = "adapter"
 """Folder of a checkpoint, and of an exported student, with the adapter."""
 NOT_INSTALLED = "peft is not installed; install the extra with pip install 'kdrl[lora]', or set student.lora=null"
+FrozenAdapter = Literal["initial", "none"]
+"""The adapter that a stage began with, or none: the base."""
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _NAME = "default"
@@ -129,12 +131,15 @@ class Adapter:
         export_weights(self._model, merged_weights(self._model, getattr(torch, dtype)), folder)
 
     @contextmanager
-    def as_begun(self) -> Iterator[None]:
-        """Inside, the model has the adapter that it began with: it is the stage's initial policy."""
+    def replaced(self, by: FrozenAdapter) -> Iterator[None]:
+        """Inside, the model is the stage's initial policy, or the base: its adapter is 0."""
+        import torch
+
         now = {name: weight.data for name, weight in self.weights.items()}
         try:
             for name, weight in self.weights.items():
-                weight.data = self._initial[name].to(weight)  # ranks may compute elsewhere, and in bfloat16
+                initial = self._initial[name].to(weight)  # ranks may compute elsewhere, and in bfloat16
+                weight.data = initial if by == "initial" else torch.zeros_like(initial)
             yield
         finally:
             for name, weight in self.weights.items():

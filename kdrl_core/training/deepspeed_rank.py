@@ -27,7 +27,7 @@ from kdrl_core.training.torch_trainer import (
 from kdrl_core.training.zero_state import full_moments, full_weights, set_moments, set_weights, trained
 
 if TYPE_CHECKING:
-    from kdrl_core.models.lora import Adapter
+    from kdrl_core.models.lora import Adapter, FrozenAdapter
 
 Answer = tuple[dict[str, Any], Arrays]
 
@@ -87,7 +87,8 @@ class Rank:
         commands: dict[str, Callable[[], Answer]] = {
             "update": lambda: self._update(RankWork.unpack(header, arrays)),
             "observe": lambda: self._observe(RankWork.unpack(header, arrays)),
-            "observe initial": lambda: self._observe_initial(RankWork.unpack(header, arrays)),
+            "observe initial": lambda: self._observe_frozen(RankWork.unpack(header, arrays), "initial"),
+            "observe none": lambda: self._observe_frozen(RankWork.unpack(header, arrays), "none"),
             "score": lambda: self._score(RankWork.unpack(header, arrays)),
             "save": lambda: self._save(Path(header["path"])),
             "export": lambda: self._export(Path(header["path"]), header["dtype"]),
@@ -123,12 +124,12 @@ class Rank:
                 record.add(statistics, rows, padded)
         return self.state()[0], _arrays_of(record)
 
-    def _observe_initial(self, work: RankWork) -> Answer:
+    def _observe_frozen(self, work: RankWork, adapter: "FrozenAdapter") -> Answer:
         from deepspeed.runtime.zero import GatheredParameters
 
         assert self._adapter is not None  # the recipe has student.lora
         own = [*self._adapter.weights.values()]
-        with GatheredParameters(own, enabled=self._settings["zero_stage"] == 3), self._adapter.as_begun():
+        with GatheredParameters(own, enabled=self._settings["zero_stage"] == 3), self._adapter.replaced(adapter):
             return self._observe(work)
 
     def _forward_backward(self, work: RankWork, index: int, record: TokenRecord) -> dict[str, float]:

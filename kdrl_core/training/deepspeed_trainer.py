@@ -29,7 +29,7 @@ from kdrl_core.training.torch_trainer import refuse_not_finite, require_state, t
 from kdrl_core.types import ScoreRequest
 
 if TYPE_CHECKING:
-    from kdrl_core.models.lora import AdapterSpec
+    from kdrl_core.models.lora import AdapterSpec, FrozenAdapter
 
 
 class DeepSpeedTrainer:
@@ -145,10 +145,10 @@ class DeepSpeedTrainer:
         lengths = np.array([len(each.token_ids) for each in sequences], np.int64)
         return list(ragged(replies[0].arrays["logprobs"], lengths))
 
-    def score_initial(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
+    def score_frozen(self, sequences: Sequence[ScoreRequest], adapter: "FrozenAdapter") -> list[Float32s]:
         zeros = [0.0] * len(sequences)
         batch = UpdateBatch(sequences=sequences, advantages=zeros, kd_weights=zeros)
-        return list(self._pass(batch, "observe initial")[1].logprobs)
+        return list(self._pass(batch, f"observe {adapter}")[1].logprobs)
 
     def save(self, path: Path) -> Listing:
         files: Listing = self._command("save", path)["files"]

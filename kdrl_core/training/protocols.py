@@ -6,7 +6,7 @@ A trainer knows no algorithm: the objective, the advantages and the weights come
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from numpy import float32, float64, int32
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from kdrl_core.config import StageConfig
 from kdrl_core.ledger import Listing
 from kdrl_core.objectives.inputs import Objective
 from kdrl_core.types import ScoreRequest
+
+if TYPE_CHECKING:
+    from kdrl_core.models.lora import FrozenAdapter
 
 Float32s = NDArray[float32]
 Int32s = NDArray[int32]
@@ -128,8 +131,8 @@ class Trainer(Protocol):
         """Logprobs of response tokens under the policy as it is, [len(token_ids)] each, in one forward pass."""
         ...
 
-    def score_initial(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
-        """As `score`, under the policy that an adapter began with; only with `student.lora`."""
+    def score_frozen(self, sequences: Sequence[ScoreRequest], adapter: "FrozenAdapter") -> list[Float32s]:
+        """As `score`, with this adapter in place of the one that is trained; only with `student.lora`."""
         ...
 
     def save(self, path: Path) -> Listing:

@@ -30,7 +30,7 @@ from kdrl_core.training.protocols import STATE_DIR, Float32s, OptimizerSettings,
 from kdrl_core.types import ScoreRequest
 
 if TYPE_CHECKING:
-    from kdrl_core.models.lora import Adapter
+    from kdrl_core.models.lora import Adapter, FrozenAdapter
 
 _TENSORS = "optimizer.safetensors"
 _STATE = "state.json"
@@ -123,9 +123,9 @@ class TorchTrainer:
         free_cached_memory(self._model.device)
         return [row[: len(each.token_ids)] for row, each in zip(logprobs, sequences, strict=True)]
 
-    def score_initial(self, sequences: Sequence[ScoreRequest]) -> list[Float32s]:
+    def score_frozen(self, sequences: Sequence[ScoreRequest], adapter: "FrozenAdapter") -> list[Float32s]:
         assert self._adapter is not None  # the recipe has student.lora
-        with self._adapter.as_begun():
+        with self._adapter.replaced(adapter):
             return self.score(sequences)
 
     def save(self, path: Path) -> Listing:

@@ -143,21 +143,24 @@ def test_the_export_is_merged_and_the_adapter_is_one_of_peft(base: Path, tokeniz
 
 
 def test_the_trainer_still_has_the_policy_that_it_began_with(base: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """The base for a new adapter, and the adapter of the stage before for one that is trained further."""
+    """The base for a new adapter, and the adapter of the stage before for one that is trained further; and the base."""
     trainer, _ = trainer_of(base, tokenizer)
     sequences = BATCHES[0].sequences
     scorer = TransformersScorer(load_model(base), temperature=OPTIONS["temperature"], batch_tokens=10**6)
     expected = scorer.score(sequences)
     train(trainer, BATCHES[:2])
     now = trainer.score(sequences)
-    assert all((ours == theirs).all() for ours, theirs in zip(trainer.score_initial(sequences), expected, strict=True))
+    begun = trainer.score_frozen(sequences, "initial")
+    assert all((ours == theirs).all() for ours, theirs in zip(begun, expected, strict=True))
     assert any((ours != theirs).any() for ours, theirs in zip(now, expected, strict=True))
     assert all((a == b).all() for a, b in zip(trainer.score(sequences), now, strict=True))  # nothing was left behind
 
     further, _ = trainer_of(base, tokenizer, initial=written(trainer.save, tmp_path / "stage1"))
     assert further.step == 0
     train(further, BATCHES[2:])
-    assert all((ours == theirs).all() for ours, theirs in zip(further.score_initial(sequences), now, strict=True))
+    begun, untouched = further.score_frozen(sequences, "initial"), further.score_frozen(sequences, "none")
+    assert all((ours == theirs).all() for ours, theirs in zip(begun, now, strict=True))
+    assert all((ours == theirs).all() for ours, theirs in zip(untouched, expected, strict=True))
 
 
 def test_a_bfloat16_base_has_a_float32_adapter(base: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -253,9 +256,12 @@ def test_ranks_train_the_adapter_as_one_process(
         untouched = written(trainer.save, tmp_path / "untouched")
         assert contents(untouched) == contents(written(trainer_of(base, tokenizer)[0].save, tmp_path / "fresh"))
         actual = train(trainer, BATCHES[:2])
-        begun, now = trainer.score_initial(BATCHES[0].sequences), trainer.score(BATCHES[0].sequences)
-        for ours, theirs in zip(begun, plain.score_initial(BATCHES[0].sequences), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        sequences = BATCHES[0].sequences
+        now, begun = trainer.score(sequences), trainer.score_frozen(sequences, "initial")
+        for adapter in ("initial", "none"):
+            frozen = zip(trainer.score_frozen(sequences, adapter), plain.score_frozen(sequences, adapter), strict=True)
+            for ours, theirs in frozen:
+                np.testing.assert_allclose(ours, theirs, atol=1e-5)
         assert any(np.abs(ours - theirs).max() > 1e-3 for ours, theirs in zip(begun, now, strict=True))
         saved = written(trainer.save, tmp_path / "saved")
         assert contents(saved).keys() == contents(plain_saved).keys()

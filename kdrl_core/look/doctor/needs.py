@@ -155,6 +155,7 @@ def _cpu_bytes(recipe: Recipe) -> float:
     one = memory.update_components(
         student, settings, micro_batch_tokens=max(config.micro_batch_tokens, longest), longest=longest
     )
-    copies = list(shapes.values()) + ([student] if config.ref_beta > 0 and not engines.has_initial_policy else [])
+    copies = [shape for role, shape in shapes.items() if role not in engines.of_trainer]
+    copies += [student] if config.ref_beta > 0 and "reference" not in engines.of_trainer else []
     cache = (engines.kv_cache_bytes or 0.0) * (engines.rollout == "vllm")
     return ranks * sum(one.values()) + sum(engines.width * shape.parameters for shape in copies) + cache

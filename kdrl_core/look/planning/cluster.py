@@ -12,6 +12,7 @@ from kdrl_core.look.planning.shapes import ModelShape, shape_of
 from kdrl_core.models.gpu_share import USABLE
 
 Role = Literal["rollout", "teacher", "reference"]
+_SCORERS: tuple[Role, ...] = ("teacher", "reference")
 
 MEAN_RESPONSE_SHARE = 0.4
 """Assumed mean response length, as a share of the longest, if none is given."""
@@ -79,6 +80,8 @@ class Engines:
     offloads_optimizer: bool = False
     lora: LoraConfig | None = None
     """The adapter of the student that alone is trained; None: all weights are."""
+    of_trainer: tuple[Role, ...] = ()
+    """Roles that the trainer of an adapter fills (kdrl_core.boxes.frozen_policy), without other weights."""
     tensor_parallel: int = 1
     """GPUs of one vLLM engine or replica."""
     replicas: int = 1
@@ -98,14 +101,11 @@ class Engines:
 
     def engine(self, role: Role) -> EngineName:
         """The engine of a role: it generates, or it scores with the teacher or the stage's initial policy."""
-        in_process = self.rollout == "vllm" and "rollout" not in self.served and not self.has_initial_policy
+        if role in self.of_trainer:  # ranks share the work, as several vLLM engines do
+            return "vllm" if self.trainer == "deepspeed" else "transformers"
+        in_process = self.rollout == "vllm" and "rollout" not in self.served
         reference: EngineName = "vllm" if in_process else "transformers"  # as in `StageSession`
         return {"rollout": self.rollout, "teacher": self.teacher, "reference": reference}[role]
-
-    @property
-    def has_initial_policy(self) -> bool:
-        """Whether the trainer itself scores with the stage's initial policy (kdrl_core.boxes.initial_policy)."""
-        return self.lora is not None and self.trainer == "torch"
 
     def split(self, role: Role) -> int:
         """GPUs of one engine of the role."""
@@ -122,7 +122,7 @@ class Engines:
         stage = 0 if is_torch else self.zero_stage
         precision: Precision = "float32"
         if self.dtype == "bfloat16":
-            is_half = stage > 0 or self.has_initial_policy  # torch's frozen base has bfloat16 weights
+            is_half = stage > 0 or (is_torch and self.lora is not None)  # torch's frozen base has bfloat16 weights
             precision = "bfloat16" if is_half else "autocast"
         return TrainerSettings(
             precision=precision,
@@ -148,6 +148,7 @@ def engines_of(recipe: Recipe) -> Engines:
         is_checkpointed=trainer.activation_checkpointing,
         offloads_optimizer=trainer.offload_optimizer,
         lora=recipe.student.lora,
+        of_trainer=tuple(role for role in _SCORERS if recipe.trainer_scores(role)),
         tensor_parallel=vllm.tensor_parallel,
         replicas=vllm.replicas,
         max_sequences=vllm.max_num_seqs,

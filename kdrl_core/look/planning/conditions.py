@@ -51,6 +51,9 @@ def _rollouts(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[st
         yield from _replicas(plan, recipe, chosen, replicas(engines, "rollout", chosen.placement.generating_gpus))
     if engines.rollout == "transformers" and plan.cluster.gpus > 1:
         yield "rollout.engine=transformers generates on one GPU alone; on more: --set rollout.engine=vllm"
+    if rounds := recipe.stage(work.stage).dynamic_sampling_rounds:
+        again = many(rounds, "more time")
+        yield f"a step samples once in this plan; with {work.stage}.dynamic_sampling_rounds={rounds}, up to {again}"
 
 
 def _own_engines(plan: StagePlan, chosen: Candidate) -> Iterator[str]:
@@ -108,7 +111,7 @@ def _scores(plan: StagePlan, recipe: Recipe, chosen: Candidate) -> Iterator[str]
             f"the teacher has GPUs of its own: serve it there, {many(count, 'replica')} (kdrl serve), and list all in "
             "teacher.server.urls"
         )
-    elif engines.teacher == "transformers" and plan.cluster.gpus > 1:
+    elif engines.engine("teacher") == "transformers" and plan.cluster.gpus > 1:
         yield "teacher.engine=transformers works on one GPU alone; on more: --set teacher.engine=vllm"
     if "teacher" in engines.served and not placement.is_split:
         yield from _listed(recipe, "teacher", replicas(engines, "teacher", placement.student_gpus))

@@ -173,9 +173,9 @@ def _models(work: Work, engines: Engines, placement: Placement) -> dict[Role, Mo
     found: dict[Role, ModelShape] = {}
     if not placement.rollout_gpus:
         found["rollout"] = work.student
-    if work.teacher is not None and not placement.is_split:
+    if work.teacher is not None and not placement.is_split and "teacher" not in engines.of_trainer:
         found["teacher"] = work.teacher
-    if work.has_reference and not engines.has_initial_policy:
+    if work.has_reference and "reference" not in engines.of_trainer:
         found["reference"] = work.student
     return found
 
@@ -193,13 +193,13 @@ def _scoring(
     engines: Engines,
     cluster: Cluster,
 ) -> PhaseMemory:
-    is_vllm = engines.engine(role) == "vllm"
+    is_vllm = engines.engine(role) == "vllm" and role not in engines.of_trainer
     tokens = engines.score_tokens if is_vllm else max(work.score_tokens_in_process, work.context)
     workspace = memory.score_workspace(
         shape, tokens=tokens, width=engines.width, tensor_parallel=engines.split(role), is_chunked=not is_vllm
     )
     phase, own = f"{role}-score", {f"{role} weights": _weights(role, shape, engines), "workspace": workspace}
-    if role == "reference" and engines.has_initial_policy:
+    if role in engines.of_trainer:
         del own[f"{role} weights"]
     if not is_vllm:
         return PhaseMemory(phase=phase, gpus=gpus, components={**others, **own})

@@ -11,13 +11,14 @@ from support import benchmarks
 from kdrl_core.boxes.check import check_run
 from kdrl_core.boxes.completion import student
 from kdrl_core.boxes.evaluate import evaluate_model
-from kdrl_core.boxes.initial_policy import InitialPolicy
+from kdrl_core.boxes.frozen_policy import FrozenPolicy
 from kdrl_core.boxes.make import make
 from kdrl_core.boxes.session import StageSession
-from kdrl_core.config import ModelConfig, resolve_path
+from kdrl_core.config import ModelConfig, load_recipe, resolve_path
 from kdrl_core.engines.transformers_engines import TransformersScorer
 from kdrl_core.errors import ModelError, RunError
 from kdrl_core.ledger import Run
+from kdrl_core.look.planning.cluster import engines_of
 from kdrl_core.models.loading import check_model_dir, load_model
 from kdrl_core.tables.files import load_metrics, ragged, read_table, score_requests
 
@@ -36,14 +37,14 @@ LORA = [
 
 
 @pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Scorers of the initial policy, as sessions make them."""
-    made: list[object] = []
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, type]]:
+    """Scorers of the initial policy and of the teacher, as sessions make them."""
+    made: list[tuple[str, type]] = []
     own = StageSession.scorer
 
     def scorer(self: StageSession, role: str) -> Any:
         found = own(self, role)
-        made.extend([found] if role == "reference" else [])
+        made.append((role, type(found)))
         return found
 
     monkeypatch.setattr(StageSession, "scorer", scorer)
@@ -54,7 +55,7 @@ def model_files(run: Run) -> list[str]:
     return sorted(run.paths.relative(file) for file in run.paths.root.rglob("model.safetensors"))
 
 
-def test_a_run_with_an_adapter(tmp_path: Path, scored: list[object]) -> None:
+def test_a_run_with_an_adapter(tmp_path: Path, scored: list[tuple[str, type]]) -> None:
     run = open_tiny(tmp_path, "whole", LORA)
     train(run)
     make(run, student)
@@ -72,7 +73,7 @@ def test_a_run_with_an_adapter(tmp_path: Path, scored: list[object]) -> None:
         check_model_dir(ModelConfig(path=str(small)), role="student")
 
     # The initial policy: the base for stage 1, the result of stage 1 for stage 2.
-    assert {type(each) for each in scored} == {InitialPolicy}
+    assert set(scored) == {("reference", FrozenPolicy), ("teacher", TransformersScorer)}
     for stage in run.recipe.stages:
         rows = load_metrics(run, stage)
         assert rows[0]["ref/kl"] == 0.0 < rows[-1]["ref/kl"]
@@ -99,3 +100,33 @@ def test_a_run_with_an_adapter(tmp_path: Path, scored: list[object]) -> None:
     assert differing(run, stopped) == []
     with pytest.raises(RunError, match=r"student\.lora\.rank"):
         open_tiny(tmp_path / "b", "whole", [*LORA, "student.lora.rank=8"])
+
+
+def test_a_teacher_that_is_the_base_is_no_second_model(tmp_path: Path, scored: list[tuple[str, type]]) -> None:
+    """The bits are those of a model that is loaded, in the stage too that begins with an adapter."""
+    run = open_tiny(tmp_path, "base", [*LORA, "teacher.path=builtin:miniature/student"])
+    train(run)
+    assert set(scored) == {("reference", FrozenPolicy), ("teacher", FrozenPolicy)}
+    temperature = run.recipe.stage("stage2").temperature
+    base = load_model(resolve_path("builtin:miniature/student"))
+    scorer = TransformersScorer(base, temperature=temperature, batch_tokens=65_536)
+    expected = scorer.score(score_requests(read_table(run.paths.rollouts("stage2", 1))))
+    found = ragged(read_table(run.paths.teacher("stage2", 1))["teacher_logprobs"])
+    assert all((ours == theirs).all() for ours, theirs in zip(found, expected, strict=True))
+    initial = ragged(read_table(run.paths.reference("stage2", 1))["ref_logprobs"])
+    assert any((ours != theirs).any() for ours, theirs in zip(found, initial, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "roles"),
+    [
+        ([], {"reference"}),
+        (["teacher.path=builtin:miniature/student"], {"reference", "teacher"}),
+        (["teacher.path=builtin:miniature/student", "teacher.engine=vllm"], {"reference"}),
+        (["teacher.path=builtin:miniature/student", "stage2.kl_estimator=topk"], {"reference"}),
+        (["teacher.path=builtin:miniature/student", "student.lora=null"], set()),
+    ],
+)
+def test_which_roles_the_trainer_of_an_adapter_fills(overrides: list[str], roles: set[str]) -> None:
+    recipe = load_recipe("miniature", [*LORA, *overrides])
+    assert set(engines_of(recipe).of_trainer) == roles

@@ -249,4 +249,4 @@ def test_a_trainer_with_an_adapter_scores_with_the_initial_policy_itself() -> No
     told = json.loads(json.dumps(planned("stage1", lora=LoraConfig(rank=4)).to_json()))
     assert told["assumed"]["engines"]["lora"]["rank"] == 4
     assert "reference weights" in reference()
-    assert "reference weights" not in reference(lora=LoraConfig())
+    assert "reference weights" not in reference(lora=LoraConfig(), of_trainer=("reference",))

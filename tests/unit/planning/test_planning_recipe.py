@@ -207,6 +207,11 @@ def test_no_shipped_recipe_takes_more_of_a_gpu_than_its_plan_leaves(name: str) -
         (["teacher.engine=transformers"], 8, "teacher.engine=transformers works on one GPU alone"),
         (["runtime.device=cpu"], 8, "--set runtime.device=cuda"),
         (
+            ["stage2.kd_masking=group", "stage2.dynamic_sampling_rounds=2"],
+            8,
+            "samples once in this plan; with stage2.dynamic_sampling_rounds=2, up to 2 more times",
+        ),
+        (
             ["teacher.server={urls: ['http://a:1/v1'], temperature: 0.6}"],
             8,
             "teacher.server: neither its GPUs nor its time are in this plan",

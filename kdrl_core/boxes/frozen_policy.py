@@ -1,7 +1,7 @@
-"""The policy that a stage began with, scored by the trainer that changes it.
+"""Frozen models that a trainer with an adapter can score with, without another copy of the weights.
 
-With an adapter, the trainer holds the base and both adapters, of now and of the beginning. So the penalty to the
-initial policy (`ref_beta`) takes no second copy of the model.
+It holds the base and both adapters, of now and of the beginning. So the penalty to the stage's initial policy
+(`ref_beta`) takes no second model, nor does a teacher that is the base.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,22 @@ import numpy as np
 from kdrl_core.engines.protocols import TopKScore
 from kdrl_core.engines.transformers_engines import refuse_not_finite
 from kdrl_core.logprobs.model import batches_of
+from kdrl_core.models.lora import FrozenAdapter
 from kdrl_core.training.protocols import Float32s, Trainer
 from kdrl_core.types import ScoreRequest
 
 
-class InitialPolicy:
+class FrozenPolicy:
     """`TeacherScorer` by a trainer with an adapter.
 
     Args:
+        adapter: with which adapter it scores.
         batch_tokens: padded tokens that the trainer gets at a time; None: all at once, as ranks cut them themselves.
     """
 
-    def __init__(self, trainer: Trainer, *, batch_tokens: int | None) -> None:
+    def __init__(self, trainer: Trainer, adapter: FrozenAdapter, *, batch_tokens: int | None) -> None:
         self._trainer = trainer
+        self._adapter = adapter
         self._batch_tokens = batch_tokens
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Float32s]:
@@ -31,14 +34,14 @@ class InitialPolicy:
         scores: list[Float32s] = [np.empty(0, np.float32)] * len(requests)
         tokens = self._batch_tokens
         for rows in [range(len(requests))] if tokens is None else batches_of(requests, max_tokens=tokens):
-            found = self._trainer.score_initial([requests[row] for row in rows])
+            found = self._trainer.score_frozen([requests[row] for row in rows], self._adapter)
             for row, values in zip(rows, found, strict=True):
                 scores[row] = values
         refuse_not_finite(scores)
         return scores
 
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
-        """Not supported: no objective asks the initial policy for its best tokens."""
+        """Not supported: a teacher whose best tokens are asked for is loaded (`Recipe.base_teaches`)."""
         raise NotImplementedError
 
     def sleep(self) -> None:
