@@ -11,7 +11,8 @@ from flows.cli.deploy import deploy
 from flows.cli.doctor import doctor
 from flows.cli.evaluate import evaluate
 from flows.cli.plan import plan
-from flows.cli.printed_tables import alarm_mark, fitted, grid, print_alarms
+from flows.cli.printed_tables import alarm_mark, fitted, grid, print_alarms, print_listing
+from flows.cli.program import CONTEXT, Program, complete_recipe, complete_run, print_version
 from flows.cli.report import report
 from flows.cli.rollouts import app as rollouts_app
 from flows.cli.serve import bake_teacher, serve
@@ -33,12 +34,25 @@ from kdrl_core.errors import RunError
 
 app = typer.Typer(
     name="kdrl",
+    cls=Program,
+    context_settings=CONTEXT,
     help="Post-train a reasoning LLM with a teacher and a verifiable reward (KDRL), as a resumable Prefect pipeline.",
     epilog="Start here:  kdrl run --recipe miniature   then   kdrl status",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def _program(
+    _: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 _STATUS_COLUMNS = ["run", "state", "progress", "reward", "alarms", "started"]
 
 VerboseOption = Annotated[
@@ -59,6 +73,11 @@ def run(
 
     Nothing has to be set up: without PREFECT_API_URL the run starts a Prefect API of its own and ends it again.
     You may interrupt the run at any time (Ctrl-C); `kdrl resume` continues it from its files.
+
+    \b
+    kdrl run --recipe miniature --name first
+    kdrl run --name grpo --set stage2.objective=grpo --set stage2.steps=60   a --set for each field
+    kdrl run --recipe mine.yaml                                             see: kdrl recipes miniature > mine.yaml
     """
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
@@ -83,6 +102,10 @@ def resume(
     """Continue a run from its files; published steps are not computed again.
 
     `--set` changes fields that published files do not depend on, e.g. --set stage2.steps=400 for more steps.
+
+    \b
+    kdrl resume first
+    kdrl resume first --set stage2.steps=400
     """
     from kdrl_core.config import load_recipe
     from kdrl_core.config.fetch import fetched
@@ -107,14 +130,21 @@ def resume(
 @app.command()
 def status(
     run_name: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="One run in detail; default: all runs.")
+        str | None,
+        typer.Argument(metavar="[RUN]", help="One run in detail; default: all runs.", autocompletion=complete_run),
     ] = None,
     as_json: JsonOption = False,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Follow the run until it ends (Ctrl-C to leave).")
     ] = False,
 ) -> None:
-    """Show the state of all runs: stage, step, reward, alarms, the process at work. With RUN: metrics and results."""
+    """Show the state of all runs: stage, step, reward, alarms, the process at work. With RUN: metrics and results.
+
+    \b
+    kdrl status
+    kdrl status first --watch
+    kdrl status | cut -f1,3   piped, a list is tab-separated
+    """
     from kdrl_core.ledger import list_runs, open_run
 
     with errors():
@@ -155,12 +185,21 @@ def status(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A recipe to print with every default filled in.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="A recipe to print with every default filled in.", autocompletion=complete_recipe
+        ),
     ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the shipped recipes, or validate one and show every field."""
+    """List the shipped recipes, or validate one and show every field.
+
+    \b
+    kdrl recipes
+    kdrl recipes miniature --set stage2.beta.init=0.1
+    kdrl recipes miniature > mine.yaml   a file of your own to begin with
+    """
     from kdrl_core.config import dump_recipe, list_recipes, load_recipe
 
     with errors():
@@ -238,7 +277,7 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str]) -> None:
         if row.get("reward") is not None:
             shown["reward"] = round(row["reward"], 3)
         lines.append(["" if shown.get(column) is None else str(shown[column]) for column in columns])
-    out.print(grid(columns, "L".ljust(len(columns), "l"), lines))
+    print_listing(columns, lines, num_text=len(columns))
 
 
 def _print_status(rows: list[dict[str, Any]]) -> None:

@@ -36,6 +36,10 @@ def check(
     Without --repair and --replace it only reads, so you may use it during the run. `kdrl resume` checks the files that
     it continues from, and makes damaged ones again; this command also finds damage in past steps. Exit code 1 if damage
     is left.
+
+    \b
+    kdrl check first
+    kdrl check first --repair
     """
     from kdrl_core.boxes.check import check_run, repair_run, replace_artifact
     from kdrl_core.ledger import open_run
@@ -82,6 +86,9 @@ def recover(run_name: RunArgument, as_json: JsonOption = False) -> None:
     On the server of PREFECT_API_URL, flow runs of RUN that are running, pending or being cancelled become Crashed,
     which also frees their concurrency slots. Unfinished files are deleted; published files stay. The command is refused
     while a process holds the run's lock. Then continue: kdrl resume RUN, or the deployment with the same run name.
+
+    \b
+    kdrl recover first
     """
     with errors():
         from kdrl_core.ledger import lock_holder, open_run, run_lock, sweep_temporaries

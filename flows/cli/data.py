@@ -198,6 +198,10 @@ def label(
 
     You may interrupt it at any time (Ctrl-C): the same command continues where it stopped. A stage (data.files) and
     `kdrl filter` can read the output.
+
+    \b
+    kdrl label -r paper-1.5b -i problems.jsonl -o labelled.parquet
+    kdrl label -r paper-1.5b -i problems.jsonl -o labelled.parquet --model models/Qwen2.5-3B --label qwen-3b
     """
     from kdrl_core.config import DataConfig, load_recipe
     from kdrl_core.config.fetch import fetched_files

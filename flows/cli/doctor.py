@@ -12,7 +12,7 @@ _WIDTH = 25
 
 
 def doctor(
-    recipe: RecipeOption = "paper-1.5b",
+    recipe: RecipeOption,
     overrides: SetOption = None,
     folder: Annotated[
         Path | None, typer.Option(help="Folder on the disk to measure; default: the artifacts folder.", file_okay=False)

@@ -40,7 +40,7 @@ _TIMES = {
 
 
 def plan(
-    recipe: RecipeOption = "paper-1.5b",
+    recipe: RecipeOption,
     overrides: SetOption = None,
     gpus: Annotated[
         int | None,

@@ -4,12 +4,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import OverflowMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from flows.cli.shared import PlainConsole, out
+from kdrl_core.errors import visible
 
 if TYPE_CHECKING:
     from kdrl_core.alarms import Alarm
@@ -53,17 +56,68 @@ def grid(
     return table
 
 
-def print_rows(header: list[str], rows: list[list[str]], *, num_text: int = 1) -> None:
-    """Print a table whose first `num_text` columns are text. Long cells are folded."""
-    kinds = "".join("r" if place >= num_text else "L" if num_text == 1 else "l" for place in range(len(header)))
-    table = grid(header, kinds, rows, overflow="fold")
-    (out if out.is_terminal else PlainConsole(width=PIPED_WIDTH)).print(table)
+def print_listing(header: list[str], rows: list[list[str]], *, num_text: int = 1) -> None:
+    """Print a list: on a terminal a table, of as many columns as fit it, else tab-separated values."""
+    if out.is_terminal:
+        header, rows, left_out = narrowed(header, rows, out.width)
+        letters = ["l" if _is_text(column) else "L" for column in zip(*rows, strict=True)] or ["L"] * len(header)
+        kinds = "".join(letters[:num_text]).ljust(len(header), "r")
+        out.print(grid(header, kinds, rows, overflow="fold"))
+        tell_left_out(left_out, out)
+    else:
+        print_tsv(header, rows)
+
+
+def print_tsv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print tab-separated values, a line each, after a line with the names of the columns. None is empty."""
+    for row in [header, *rows]:
+        typer.echo("\t".join("" if cell is None else " ".join(visible(str(cell)).split()) for cell in row))
+
+
+_GAP = 3
+_LEAST_TEXT = 20
+"""Characters of a column of text, whose cells can be folded or cut, in a narrow table."""
+
+
+def narrowed(
+    header: Sequence[str], rows: Sequence[Sequence[Any]], width: int, *, drop: Sequence[str] | None = None
+) -> tuple[list[str], list[list[Any]], list[str]]:
+    """A table without the columns for which `width` is too small, and the names of those.
+
+    Args:
+        drop: columns that may be left out, in this order; None: from the last to the second.
+    """
+    needs = {}
+    for name, *cells in zip(header, *rows, strict=True):
+        most = _LEAST_TEXT if _is_text(cells) else width
+        needs[name] = max(cell_len(name), *(min(cell_len(str(cell)), most) for cell in cells), 0)
+    left_out = []
+    for name in header[:0:-1] if drop is None else drop:
+        if sum(needs.values()) + _GAP * (len(needs) - 1) <= width:
+            break
+        if needs.pop(name, None) is not None:
+            left_out.append(name)
+    places = [place for place, name in enumerate(header) if name in needs]
+    return [header[place] for place in places], [[row[place] for place in places] for row in rows], left_out
+
+
+def _is_text(cells: Iterable[Any]) -> bool:
+    """Whether the cells of a column have words between which they can be folded."""
+    return any(" " in str(cell) for cell in cells)
+
+
+def tell_left_out(names: Sequence[str], console: PlainConsole) -> None:
+    """Say which columns a table lacks for want of room."""
+    if names:
+        console.say(f"no room for {', '.join(names)}; a wider terminal has it, and --json", style="dim")
 
 
 def _print_table(table: "Table") -> None:
     """Print intervals on a line of their own: otherwise a row of six benchmarks would be too wide."""
     out.print(table.title, style="bold")
-    print_rows(table.header, _broken(table), num_text=table.num_text)
+    kinds = ("L" if table.num_text == 1 else "l" * table.num_text).ljust(len(table.header), "r")
+    shown = grid(table.header, kinds, _broken(table), overflow="fold")
+    (out if out.is_terminal else PlainConsole(width=PIPED_WIDTH)).print(shown)
     out.print()
 
 

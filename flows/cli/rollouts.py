@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.printed_tables import narrowed, print_tsv, tell_left_out
+from flows.cli.program import Program
 from flows.cli.rollouts_files import export, import_command
 from flows.cli.rollouts_shared import (
     PromptOption,
@@ -25,7 +27,7 @@ from flows.cli.rollouts_shared import (
     why_nothing,
 )
 from flows.cli.rollouts_show import SQLCommand, show, sql
-from flows.cli.shared import JsonOption, PlainConsole, errors
+from flows.cli.shared import JsonOption, PlainConsole, errors, out
 from kdrl_core.errors import DataError
 from kdrl_core.types import VerdictKind
 
@@ -231,7 +233,12 @@ def _responses(
             console.print()
 
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="See what a run sampled: trends, responses, SQL.")
+app = typer.Typer(
+    cls=Program,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="See what a run sampled: trends, responses, SQL.",
+)
 _SHOWN_STEPS = 40
 _TRENDS = {
     "reward_mean": ("reward", 3),
@@ -293,6 +300,10 @@ def stats(
             return
         if not rows:
             raise DataError(why_nothing(store))
+        if not out.is_terminal:
+            columns = ["run", "stage", "step", *_STEP_COLUMNS]
+            print_tsv(columns, [[row[name] for name in columns] for row in rows])
+            return
         with paged() as console:
             for run, name in dict.fromkeys((row["run"], row["stage"]) for row in rows):
                 _print_stage([row for row in rows if (row["run"], row["stage"]) == (run, name)], console, every_step)
@@ -323,7 +334,9 @@ def _print_stage(rows: list[dict[str, Any]], console: PlainConsole, every_step: 
     ]
     if len(parts) < len(rows):
         console.print("means over several steps; --all has each alone", style="dim")
-    console.print(table(["step", *(label for label, _ in columns.values())], lines))
+    shown, lines, left_out = narrowed(["step", *(label for label, _ in columns.values())], lines, console.width)
+    console.print(table(shown, lines))
+    tell_left_out(left_out, console)
     console.print()
 
 

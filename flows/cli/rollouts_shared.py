@@ -18,6 +18,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from flows.cli.printed_tables import PIPED_WIDTH, grid
+from flows.cli.program import complete_run, complete_stage, complete_verdict
 from flows.cli.shared import PlainConsole, counted_progress, err, interruptible, out, with_options
 from kdrl_core.errors import DataError, visible
 
@@ -29,9 +30,12 @@ _QUICK_STEPS = 50
 """Steps that are indexed without a progress bar."""
 
 RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN…", help="Names of runs (see: kdrl status), or folders of runs.")
+    list[str],
+    typer.Argument(
+        metavar="RUN…", help="Names of runs (see: kdrl status), or folders of runs.", autocompletion=complete_run
+    ),
 ]
-StageOption = Annotated[str | None, typer.Option(help="Only this stage, e.g. stage2.")]
+StageOption = Annotated[str | None, typer.Option(help="Only this stage, e.g. stage2.", autocompletion=complete_stage)]
 StepsOption = Annotated[
     str | None, typer.Option("--step", metavar="STEP", help="Only this step, 143, or a range: 140-150, 140-, -20.")
 ]
@@ -43,7 +47,11 @@ FILTER_OPTIONS: dict[str, Any] = {
     "sample": Annotated[int | None, typer.Option(min=0, help="Number of the response in its group, from 0.")],
     "verdicts": Annotated[
         list[str] | None,
-        typer.Option("--verdict", help="correct, wrong, malformed, no_answer, timeout or error. Repeatable."),
+        typer.Option(
+            "--verdict",
+            help="correct, wrong, malformed, no_answer, timeout or error. Repeatable.",
+            autocompletion=complete_verdict,
+        ),
     ],
     "finish_reason": Annotated[str | None, typer.Option("--finish", help="stop, or length: cut at the limit.")],
     "reward": Annotated[str | None, typer.Option(metavar="RANGE", help="E.g. 1, 0.5-, -0.5, 0..1.")],

@@ -6,6 +6,8 @@ import typer
 from rich.text import Text
 from typer.core import TyperCommand
 
+from flows.cli.printed_tables import narrowed, print_tsv, tell_left_out
+from flows.cli.program import complete_column
 from flows.cli.rollouts_shared import (
     RunsArgument,
     fits,
@@ -23,13 +25,20 @@ from flows.cli.rollouts_shared import (
     why_nothing,
     with_filter,
 )
-from flows.cli.shared import JsonOption, PlainConsole, errors
+from flows.cli.shared import JsonOption, PlainConsole, err, errors, out
 from kdrl_core.errors import DataError
 
 if TYPE_CHECKING:
     from kdrl_core.look.rollouts.query import RolloutFilter, RolloutStore
 
 _UNLIKELIEST = 8
+_LISTED = [
+    "run", "stage", "step", "prompt_id", "sample", "verdict", "reward", "length", "finish_reason", "kl_mean",
+    "response_preview",
+]  # fmt: skip
+"""Columns of the list where it is no terminal's."""
+_LEAST_NEEDED = ["KL", "sample", "stage", "reward", "length", "run"]
+"""Columns that a narrow terminal does without, in this order."""
 
 
 @with_filter
@@ -37,7 +46,10 @@ def show(
     runs: RunsArgument,
     where: "RolloutFilter",
     sort: Annotated[
-        str, typer.Option(help="Column to sort by, e.g. reward, length, kl_mean, repetition_rate.")
+        str,
+        typer.Option(
+            help="Column to sort by, e.g. reward, length, kl_mean, repetition_rate.", autocompletion=complete_column
+        ),
     ] = "step",
     descending: Annotated[bool, typer.Option("--desc", help="Greatest first.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="How many to show; default: 20, or 1 with --full.")] = None,
@@ -71,6 +83,9 @@ def show(
                 return
             if not found:
                 raise DataError(why_nothing(store))
+            if not full and not out.is_terminal:
+                print_tsv(_LISTED, [[row[name] for name in _LISTED] for row in found])
+                return
             with paged() as console:
                 if full:
                     for record in found:
@@ -99,11 +114,10 @@ def _print_page(rows: list[dict[str, Any]], console: PlainConsole, *, several: b
         ]
         for row in rows
     ]
-    console.print(
-        table(
-            [*names, "response"], lines, left=["run", "stage", "prompt_id", "verdict", "response"], width=console.width
-        )
-    )
+    columns, lines, left_out = narrowed([*names, "response"], lines, console.width, drop=_LEAST_NEEDED)
+    left = ["run", "stage", "prompt_id", "verdict", "response"]
+    console.print(table(columns, lines, left=left, width=console.width))
+    tell_left_out(left_out, console)
 
 
 def _in_full(store: "RolloutStore", row: dict[str, Any]) -> dict[str, Any]:
@@ -221,6 +235,11 @@ def sql(
                 print_json(rows)
                 return
             lines = [[_cell(value) for value in row.values()] for row in rows]
+            if not out.is_terminal:
+                print_tsv(found.column_names, [list(row.values()) for row in rows])
+                if is_cut:
+                    err.say(f"first {limit:,} rows; --limit 0 prints all")
+                return
             with paged() as console:
                 if fits(found.column_names, lines, console.width):
                     types = zip(found.column_names, found.schema.types, strict=True)

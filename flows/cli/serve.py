@@ -152,6 +152,9 @@ def bake_teacher(
     """Divide a teacher's output layer by the temperature, so that a server returns logprobs of softmax(logits / T).
 
     Serve the copy (`vllm serve DIR --max-logprobs 32`) and set teacher.server.urls and teacher.server.temperature.
+
+    \b
+    kdrl bake-teacher --model models/Skywork-OR1-Math-7B --temperature 0.6 --output models/teacher-at-0.6
     """
     with errors():
         if output.exists():

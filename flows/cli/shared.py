@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.text import Text
 
+from flows.cli.program import complete_field, complete_recipe, complete_run
 from flows.guard import guard_children
 from flows.signals import STOPPED, Signals
 from kdrl_core.config.paths import artifacts_root
@@ -59,15 +60,27 @@ class OnError(StrEnum):
 
 
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="Name of a shipped recipe (see: kdrl recipes), or path of a YAML file.")
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Name of a shipped recipe (see: kdrl recipes), or path of a YAML file.",
+        autocompletion=complete_recipe,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-s", metavar="FIELD=VALUE", help="Change a field, e.g. --set stage2.beta.init=2e-3. Repeatable."
+        "--set",
+        "-s",
+        metavar="FIELD=VALUE",
+        help="Change a field, e.g. --set stage2.beta.init=2e-3. Repeatable.",
+        autocompletion=complete_field,
     ),
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run (see: kdrl status).")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name of a run (see: kdrl status).", autocompletion=complete_run)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 OnErrorOption = Annotated[
     OnError | None, typer.Option(help="Malformed rows: stop, or drop and count; default: the recipe's.")

@@ -5,11 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.printed_tables import print_comparison, print_rows
+from flows.cli.printed_tables import print_comparison, print_listing
+from flows.cli.program import Program, complete_recipe, complete_started, complete_sweep
 from flows.cli.shared import JsonOption, SetOption, err, errors, interruptible, out, with_options
 from kdrl_core.errors import RecipeError, RunError, Stopped
 
 app = typer.Typer(
+    cls=Program,
     no_args_is_help=False,
     invoke_without_command=True,
     rich_markup_mode=None,
@@ -17,16 +19,28 @@ app = typer.Typer(
 
 SweepArgument = Annotated[
     str,
-    typer.Argument(metavar="SWEEP", help="A shipped sweep (kdrl sweep list), one that was started, or a YAML file."),
+    typer.Argument(
+        metavar="SWEEP",
+        help="A shipped sweep (kdrl sweep list), one that was started, or a YAML file.",
+        autocompletion=complete_sweep,
+    ),
 ]
-StartedArgument = Annotated[str, typer.Argument(metavar="SWEEP", help="Name of a sweep that was started.")]
+StartedArgument = Annotated[
+    str,
+    typer.Argument(metavar="SWEEP", help="Name of a sweep that was started.", autocompletion=complete_started),
+]
 ASKED: dict[str, Any] = {
     "name": Annotated[
         str | None, typer.Option(help="Name of the sweep, its folder and its runs; default: from the file.")
     ],
     "recipe": Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Replaces the sweep's recipe: a shipped one, or a YAML file."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Replaces the sweep's recipe: a shipped one, or a YAML file.",
+            autocompletion=complete_recipe,
+        ),
     ],
     "seeds": Annotated[
         str | None, typer.Option(help="How many seeds, e.g. 5, or which, e.g. 0,3,7; default: the sweep's.")
@@ -41,6 +55,7 @@ ASKED: dict[str, Any] = {
         typer.Option(
             "--share-with",
             metavar="SWEEP",
+            autocompletion=complete_started,
             help="Also take over the same work that this sweep has finished. Repeatable.",
         ),
     ],
@@ -87,7 +102,11 @@ def vary_only(
 
 @app.command("list")
 def list_command(as_json: JsonOption = False) -> None:
-    """List the shipped sweeps, and those that were started here."""
+    """List the shipped sweeps, and those that were started here.
+
+    \b
+    kdrl sweep list
+    """
     from kdrl_core.look.sweeps.spec import list_sweeps, load_sweep
     from kdrl_core.look.sweeps.state import list_started, read_record
 
@@ -103,7 +122,7 @@ def list_command(as_json: JsonOption = False) -> None:
             out.print_json(data=rows)
             return
         shown = [[str(row["sweep"]), "yes" if row["started"] else "", str(row["description"])] for row in rows]
-        print_rows(["sweep", "started", "description"], shown, num_text=3)
+        print_listing(["sweep", "started", "description"], shown, num_text=3)
 
 
 @app.command()
@@ -117,7 +136,12 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Validate every cell of a sweep, and show what each variant is, where it is described, the work that cells share,
-    and the number of steps to train. Models and data need not be there yet."""
+    and the number of steps to train. Models and data need not be there yet.
+
+    \b
+    kdrl sweep show table1 -r paper-1.5b
+    kdrl sweep show baselines --yaml > mine.yaml   a sweep of your own to begin with
+    """
     from kdrl_core.look.sweeps.equality import differences, last_stage_told, unequal_notes
     from kdrl_core.look.sweeps.request import estimate, make_request
     from kdrl_core.look.sweeps.spec import dump_sweep
@@ -148,13 +172,13 @@ def show(
             return
         out.say(f"{request.spec.name}: {request.spec.description}  Recipe: {request.spec.recipe}.")
         rows = [[c.variant, "\n".join(fields[c.variant]) or "–", sources.get(c.label, "")] for c in variants]
-        print_rows(["variant", "fields (below the first: other than there)", "source"], rows, num_text=3)
+        print_listing(["variant", "fields (below the first: other than there)", "source"], rows, num_text=3)
         for note in unequal_notes({c.variant: c.recipe for c in variants}):
             out.say(note)
         seeds_told = ", ".join(str(seed) for seed in dict.fromkeys(c.seed for c in request.cells))
         out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}")
         rows = [[part, str(have), str(made)] for part, (have, made) in work.by_part.items()]
-        print_rows(["shared", "cells", "times done"], rows)
+        print_listing(["shared", "cells", "times done"], rows)
         out.say(f"{work.to_train:,} steps to train; {work.alone:,} if the cells shared nothing")
 
 
@@ -171,13 +195,21 @@ def run(
 
     Every cell is validated before the first one starts. If a cell fails, it is reported, and the others go on. Options
     that you leave out keep the values that the sweep was started with.
+
+    \b
+    kdrl sweep run baselines --workers 2
+    kdrl sweep run baselines --name long --set stage2.steps=200 --seeds 5
     """
     _run(sweep, asked, workers, deployment, verbose)
 
 
 @app.command()
 def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
-    """Show the state of a sweep's cells. Each cell is a run: kdrl status, resume and check work on it."""
+    """Show the state of a sweep's cells. Each cell is a run: kdrl status, resume and check work on it.
+
+    \b
+    kdrl sweep status baselines
+    """
     from kdrl_core.look.sweeps.state import SweepPaths, cell_status, read_record
 
     with errors():
@@ -187,7 +219,7 @@ def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
             out.print_json(data={"sweep": sweep, "cells": [one.to_json() for one in statuses]})
             return
         rows = [[one.run, one.state.value, _progress(one.run), one.detail] for one in statuses]
-        print_rows(["cell", "state", "progress", "detail"], rows, num_text=3)
+        print_listing(["cell", "state", "progress", "detail"], rows, num_text=3)
         counts = {
             state: sum(one.state is state for one in statuses) for state in dict.fromkeys(s.state for s in statuses)
         }
@@ -196,7 +228,11 @@ def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def report(sweep: StartedArgument, as_json: JsonOption = False) -> None:
-    """Print the tables of a sweep, finished or not, and write the report: an HTML page, Markdown, CSV and JSON."""
+    """Print the tables of a sweep, finished or not, and write the report: an HTML page, Markdown, CSV and JSON.
+
+    \b
+    kdrl sweep report baselines
+    """
     from kdrl_core.look.sweeps.comparison import write_sweep_report
     from kdrl_core.look.sweeps.state import SweepPaths
 

@@ -35,8 +35,11 @@ _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
 def artifacts_root() -> Path:
-    """`$KDRL_ARTIFACTS`, or `artifacts/` in the current folder."""
-    return Path(os.environ.get("KDRL_ARTIFACTS", "artifacts")).absolute()
+    """`$KDRL_ARTIFACTS`, or `artifacts/` in the current folder. It need not exist. Raises RunError if it is a file."""
+    root = Path(os.environ.get("KDRL_ARTIFACTS") or "artifacts").absolute()
+    if root.is_file():
+        raise RunError(f"KDRL_ARTIFACTS: {root} is a file; give a folder, which is made if it is missing")
+    return root
 
 
 def validate_run_name(name: str) -> str:

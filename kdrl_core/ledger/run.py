@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import kdrl_core
-from kdrl_core.config import Recipe, anchored, config_hash, diff_recipes, dump_recipe, load_recipe, unsafe_changes
+from kdrl_core.config import (
+    Recipe,
+    anchored,
+    config_hash,
+    did_you_mean,
+    diff_recipes,
+    dump_recipe,
+    load_recipe,
+    unsafe_changes,
+)
 from kdrl_core.config.changes import SAFE_FIELDS
 from kdrl_core.config.paths import artifacts_root, read_json, why
 from kdrl_core.errors import RecipeError, RunError
@@ -202,7 +211,7 @@ def open_run(name: str, *, artifacts: Path | None = None) -> Run:
     if not paths.manifest.exists():
         known = list_runs(artifacts)
         listing = f"runs here: {', '.join(known[-8:])}" if known else "there are none yet; start one with kdrl run"
-        raise RunError(f"no run '{name}' in {paths.root.parent}; {listing}")
+        raise RunError(f"no run '{name}' in {paths.root.parent}{did_you_mean(name, known)}; {listing}")
     manifest = _read_manifest(paths)
     if not paths.recipe.exists():
         raise RunError(f"{paths.recipe} is missing; {_REWRITE} --name {name}, with the recipe it was started with")

@@ -21,7 +21,7 @@ def test_a_machine_without_gpus(cli: Callable[..., Any], artifacts: Path) -> Non
 
 
 def test_json_for_a_bug_report(cli: Callable[..., Any], tmp_path: Path) -> None:
-    done = cli("doctor", "--json", "--folder", str(tmp_path / "scratch"), CUDA_VISIBLE_DEVICES="")
+    done = cli("doctor", "-r", "paper-1.5b", "--json", "--folder", str(tmp_path / "scratch"), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     assert report["recipe"] == "paper-1.5b"

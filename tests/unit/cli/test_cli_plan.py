@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_the_paper_fits_eight_gpus(cli: Cli) -> None:
 
 def test_set_changes_the_plan_as_it_changes_the_run(cli: Cli) -> None:
     settings = ("trainer.zero_stage=3", "trainer.ranks=4", "vllm.replicas=1")
-    done = cli("plan", *(part for each in settings for part in ("--set", each)), "--json")
+    done = cli("plan", "-r", "paper-1.5b", *(part for each in settings for part in ("--set", each)), "--json")
     assert done.returncode == 0, done.stderr
     stage = json.loads(done.stdout)["stages"][-1]
     assert stage["assumed"]["engines"]["zero_stage"] == 3
@@ -47,7 +48,7 @@ def test_set_changes_the_plan_as_it_changes_the_run(cli: Cli) -> None:
 
 
 def test_json_says_the_same(cli: Cli) -> None:
-    done = cli("plan", "--gpus", "8", "--json")
+    done = cli("plan", "-r", "paper-1.5b", "--gpus", "8", "--json")
     assert done.returncode == 0, done.stderr
     stages = {stage["stage"]: stage for stage in json.loads(done.stdout)["stages"]}
     assert stages["stage2"]["parameters"] == {"student": 1_777_088_000, "teacher": 7_615_616_512}
@@ -57,12 +58,12 @@ def test_json_says_the_same(cli: Cli) -> None:
 
 
 def test_exit_code_1_where_nothing_fits(cli: Cli) -> None:
-    done = cli("plan", "--gpus", "1", "--gpu-memory", "16GB")
+    done = cli("plan", "-r", "paper-1.5b", "--gpus", "1", "--gpu-memory", "16GB")
     assert done.returncode == 1
     assert "does not fit, because" in done.stdout
     assert "would fit with: " in done.stdout
     assert done.stderr == "error: stage1, stage2 of paper-1.5b does not fit\n"
-    as_json = cli("plan", "--gpus", "1", "--gpu-memory", "16GB", "--json")
+    as_json = cli("plan", "-r", "paper-1.5b", "--gpus", "1", "--gpu-memory", "16GB", "--json")
     assert as_json.returncode == 1
     assert json.loads(as_json.stdout)["hours"] is None
 
@@ -85,7 +86,7 @@ def test_exit_code_1_where_nothing_fits(cli: Cli) -> None:
     ],
 )
 def test_bad_input_is_one_line(cli: Cli, arguments: list[str], parts: list[str]) -> None:
-    done = cli("plan", *arguments)
+    done = cli("plan", "-r", "paper-1.5b", *arguments)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -137,11 +138,10 @@ def test_a_run_predicts_its_own_steps(
 
 def test_without_options_the_plan_is_for_this_machines_gpus(cli: Cli, smi: Callable[..., None]) -> None:
     smi()  # four of 80 GiB
-    done = cli("plan", "--json", PATH=os.environ["PATH"])
+    plan = partial(cli, "plan", "-r", "paper-1.5b", "--json", PATH=os.environ["PATH"])
+    done = plan()
     assert done.returncode == 0, done.stderr
     cluster = json.loads(done.stdout)["stages"][-1]["assumed"]["cluster"]
     assert (cluster["gpus"], cluster["gpus_per_node"], cluster["gpu_memory"]) == (4, 4, 80 * 2**30)
-    given = json.loads(cli("plan", "--gpus", "2", "--json", PATH=os.environ["PATH"]).stdout)["stages"][-1]["assumed"][
-        "cluster"
-    ]
+    given = json.loads(plan("--gpus", "2").stdout)["stages"][-1]["assumed"]["cluster"]
     assert (given["gpus"], given["gpu_memory"]) == (2, 80e9)

@@ -1,5 +1,6 @@
 """`kdrl rollouts`: what the commands print, as JSON and for people, and how they refuse."""
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from rollout_runs import make_run, part_path, write_step
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from flows.cli.shared import out
 from kdrl_core.ledger import Run
 from kdrl_core.look.rollouts.record import RECORD
 from kdrl_core.look.rollouts.views import PROMPTS, STEPS
@@ -37,38 +39,72 @@ def rollouts(run: Run, monkeypatch: pytest.MonkeyPatch) -> Rollouts:
     return call
 
 
+@pytest.fixture
+def on_terminal(rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What `rollouts` prints on a terminal without a pager, styles removed."""
+
+    def call(*arguments: str, columns: int = 200) -> str:
+        for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "PAGER": "none"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(out, "_width", columns)
+        return re.sub(r"\x1b\[[0-9;]*m", "", rollouts(*arguments).stdout)
+
+    return call
+
+
+def rows_of(done: Result) -> list[dict[str, str]]:
+    """The rows of tab-separated values."""
+    return list(csv.DictReader(done.stdout.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
 def printed(done: Result) -> Any:
     assert (done.exit_code, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
 
-def test_stats(rollouts: Rollouts) -> None:
+def test_stats(rollouts: Rollouts, on_terminal: Callable[..., str]) -> None:
     rows = printed(rollouts("stats", "small", "--json"))
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["metrics"]["loss/total"] == 0.0
-    shown = rollouts("stats", "small").stdout
+    piped = rows_of(rollouts("stats", "small"))
+    assert [(row["stage"], row["step"], row["entropy"]) for row in piped] == [
+        ("stage2", "0", "0.5"), ("stage2", "1", "1.5"), ("stage2", "2", "2.5")
+    ]  # fmt: skip
+    shown = on_terminal("stats", "small")
     assert "small stage2: steps 0 to 2, 18 rollouts" in shown
     assert re.search(r"entropy +0\.500 +→ +2\.500 +▁▅█", shown)
     assert re.search(r"^ +2 +6 +0\.333 +5 +14 +23 +0\.167 +0\.138 +2\.500", shown, re.MULTILINE)
+    narrow = on_terminal("stats", "small", columns=60)
+    assert "…" not in narrow
+    assert max(map(len, narrow.splitlines()[:-2])) <= 60
+    assert "no room for all right, all wrong, " in narrow
+
+
+def test_stats_of_some_steps(rollouts: Rollouts) -> None:
     assert [row["step"] for row in printed(rollouts("stats", "small", "--step", "1-", "--json"))] == [1, 2]
 
 
 def test_many_steps_are_put_together_unless_all_are_asked_for(
-    rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
+    on_terminal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flows.cli.rollouts._SHOWN_STEPS", 2)
-    shown = rollouts("stats", "small").stdout
+    shown = on_terminal("stats", "small")
     assert "0–1" in shown
     assert "means over several steps; --all has each alone" in shown
-    assert "0–1" not in rollouts("stats", "small", "--all").stdout
+    assert "0–1" not in on_terminal("stats", "small", "--all")
 
 
-def test_show_lists_what_meets_the_conditions(rollouts: Rollouts) -> None:
+def test_show_lists_what_meets_the_conditions(rollouts: Rollouts, on_terminal: Callable[..., str]) -> None:
     found = printed(rollouts("show", "small", "--step", "1", "--verdict", "wrong", "--verdict", "malformed", "--json"))
     assert (found["total"], [row["prompt_id"] for row in found["rows"]]) == (3, ["q-a", "q-b", "q-c"])
     found = printed(rollouts("show", "small", "--sort", "kl_mean", "--desc", "--limit", "2", "--reward", "0", "--json"))
     assert (found["total"], len(found["rows"])) == (12, 2)
-    shown = rollouts("show", "small", "--text", "q-b number 1", "--limit", "2").stdout
+    asked = ("show", "small", "--text", "q-b number 1", "--limit", "2")
+    piped = rows_of(rollouts(*asked))
+    assert [row["response_preview"] for row in piped] == ["step 0 q-b number 1", "step 1 q-b number 1"]
+    assert (piped[0]["reward"], piped[0]["finish_reason"]) == ("1.0", "stop")
+    assert "no room for KL, " in on_terminal(*asked, columns=60)
+    shown = on_terminal(*asked)
     assert re.search(r"stage2 +0 +q-b +1 +correct +1\.00 +16 +0\.100 +step 0 q-b number 1", shown)
     assert "1–2 of 3; --limit, --offset and --sort show others" in shown
     found = printed(rollouts("show", "small", "--length", "12..16", "--kl", "-0.15", "--finish", "stop", "--json"))
@@ -154,15 +190,18 @@ def test_diff_of_two_runs(rollouts: Rollouts, artifacts: Path) -> None:
     assert found["counts"]["same"] == 3
 
 
-def test_sql(rollouts: Rollouts) -> None:
+def test_sql(rollouts: Rollouts, on_terminal: Callable[..., str]) -> None:
     query = "select verdict, count(*) n, sum(length) tokens from rollouts group by 1 order by 1"
     assert printed(rollouts("sql", "small", query, "--json"))[0] == {"verdict": "correct", "n": 6, "tokens": 60}
-    shown = rollouts("sql", "small", query).stdout
+    assert rows_of(rollouts("sql", "small", query))[0] == {"verdict": "correct", "n": "6", "tokens": "60"}
+    cut = rollouts("sql", "small", "from rollouts", "--limit", "2")
+    assert (len(rows_of(cut)), cut.stderr) == (2, "first 2 rows; --limit 0 prints all\n")
+    shown = on_terminal("sql", "small", query)
     assert re.search(r"correct +6 +60", shown)
     assert "4 rows" in shown
-    assert "first 2 rows; --limit 0 prints all" in rollouts("sql", "small", "from rollouts", "--limit", "2").stdout
+    assert "first 2 rows; --limit 0 prints all" in on_terminal("sql", "small", "from rollouts", "--limit", "2")
     assert len(printed(rollouts("sql", "small", "from range(300)", "--limit", "0", "--json"))) == 300
-    wide = rollouts("sql", "small", "from rollouts", "--limit", "1").stdout
+    wide = on_terminal("sql", "small", "from rollouts", "--limit", "1")
     assert re.search(r"response +step 0 q-a number 0", wide)  # a line a column
 
 
