@@ -5,6 +5,7 @@ Its figure shows each metric as a faint raw line with its exponential moving ave
 
 import json
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kdrl_core.data import FilterReport
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, checkpoint_label, is_published
 from kdrl_core.ledger.graph import REPORT
-from kdrl_core.look.reporting.run_summary import sample_responses, summarize, tables_of
+from kdrl_core.look.reporting.run_summary import filter_table, sample_responses, seconds_of, summarize, tables_of
 from kdrl_core.tables.files import load_metrics
 
 _NUM_SAMPLES = 3
@@ -41,18 +42,24 @@ def render_report(run: Run, folder: Path) -> None:
         "summary": summary,
         "tables": tables_of(summary),
         "filters": filter_reports(run),
+        "filter_table": filter_table,
         "samples": sample_responses(run, _NUM_SAMPLES),
         "recipe_yaml": dump_recipe(run.recipe),
         "manifest": read_json(run.paths.manifest),
     }
     figure = dynamics_figure(run).to_html(
-        full_html=False, include_plotlyjs=True, config={"responsive": True, "displaylogo": False}, div_id="dynamics"
+        full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}, div_id="dynamics"
     )
-    html = environment.get_template("report.html.j2").render(**context, figure=figure)
+    html = environment.get_template("report.html.j2").render(**context, figure=figure, plotly=plotly_js())
     markdown = environment.get_template("report.md.j2").render(**context)
     (folder / "report.html").write_text(html, encoding="utf-8")
     (folder / "report.md").write_text(markdown, encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def plotly_js() -> str:
+    """The script that draws a page's figures: Plotly's build with lines and bars, a quarter of the whole library."""
+    return files(__package__).joinpath("static/plotly-basic.min.js").read_text(encoding="utf-8")
 
 
 def filter_reports(run: Run) -> dict[str, FilterReport]:
@@ -67,7 +74,9 @@ _PANELS = [
     ("response/clip_ratio", "clip ratio"),
     ("kd/kl_unmasked", "KL to teacher, unmasked tokens"),
     ("entropy", "entropy, nats"),
-    ("accuracy", "periodic accuracy"),
+    ("accuracy", "periodic accuracy, %"),
+    ("beta", "β, weight of the KL to the teacher"),
+    ("seconds", "seconds of a step"),
 ]
 _SFT_PANEL = ("loss/sft", "SFT loss, nats a token")
 _COLORS = {"stage1": "#7a869a", "stage2": "#2a78d6"}
@@ -101,12 +110,16 @@ def dynamics_figure(run: Run) -> go.Figure:
         rows = load_metrics(run, stage)
         for position, (name, _) in enumerate(panels):
             where = {"row": position // 2 + 1, "col": position % 2 + 1}
+            steps = [offset + row["step"] for row in rows]
             if name == "accuracy":
                 _add_accuracy(figure, run, stage, offset, where)
+            elif rows and name == "seconds":
+                _add_line(figure, stage, steps, [seconds_of(row) for row in rows], where)
             elif rows and rows[0].get(name) is not None:
-                _add_line(figure, stage, [offset + row["step"] for row in rows], [row[name] for row in rows], where)
+                _add_line(figure, stage, steps, [row[name] for row in rows], where)
         offset += len(rows)
-    figure.update_xaxes(matches="x")  # one step axis for all panels, so that they can be compared
+    for axis in figure.select_xaxes(lambda axis: axis.plotly_name != "xaxis"):
+        axis.matches = "x"  # one step axis for all panels, so that they can be compared
     figure.update_xaxes(title_text="step", row=num_rows)
     figure.update_layout(
         height=80 + 260 * num_rows,
@@ -133,7 +146,7 @@ def _add_accuracy(figure: go.Figure, run: Run, stage: str, offset: int, where: d
         path = run.paths.evaluation(checkpoint_label(stage, step))
         if is_published(path):
             benchmarks = read_results(path)["benchmarks"].values()
-            points.append((offset + step, sum(b["accuracy"] for b in benchmarks) / len(benchmarks)))
+            points.append((offset + step, 100 * sum(b["accuracy"] for b in benchmarks) / len(benchmarks)))
     if points:
         steps, values = zip(*points, strict=True)
         figure.add_trace(

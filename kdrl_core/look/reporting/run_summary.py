@@ -12,6 +12,7 @@ from kdrl_core.alarms import Alarm, alarms_of, resume_command, stopping_alarm
 from kdrl_core.boxes.completion import is_finished
 from kdrl_core.boxes.shards import num_shards, remaining_shards
 from kdrl_core.boxes.stage import checkpoint_steps
+from kdrl_core.data import FilterReport
 from kdrl_core.errors import KdrlError, visible
 from kdrl_core.evaluation.results import read_results
 from kdrl_core.ledger import Run, adopted, artifacts_root, is_published, lock_holder, manifest_of, open_run
@@ -101,7 +102,7 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
     config = run.recipe.stage(stage)
     dataset = run.paths.sft_dataset(stage)
     samples = manifest_of(dataset).metadata if config.objective == "sft" and is_published(dataset) else None
-    seconds = sum(value for row in rows for name, value in row.items() if is_spent(name))
+    seconds = sum(map(seconds_of, rows))
     return StageRow(
         stage=stage,
         objective=config.objective,
@@ -118,16 +119,25 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
 
 
 def sample_responses(run: Run, count: int) -> list[dict[str, Any]]:
-    """Rows of EVALUATION of the finished student: the first `count` right ones, then the first wrong ones."""
+    """Rows of EVALUATION of the finished student: `count` right ones, then as many wrong ones, each of another problem,
+    from the shortest response to the longest."""
     path = run.paths.evaluation(run.recipe.stages[-1])
     if not is_published(path):
         return []
     table = read_table(path / "responses.parquet", most_bytes=LOOKED_AT)
-    return [
-        row
-        for right in (1.0, 0.0)
-        for row in table.filter(pc.equal(table["accuracy_reward"], right)).slice(0, count).to_pylist()
-    ]
+    found = []
+    for right in (1.0, 0.0):
+        rows = table.filter(pc.equal(table["accuracy_reward"], right)).to_pylist()
+        problems = {row["question"]: row for row in reversed(rows)}.values()  # the first response to each
+        ordered = sorted(problems, key=lambda row: (row["length"], row["question"]))
+        most = min(count, len(ordered))
+        found += [ordered[round(place * (len(ordered) - 1) / max(1, most - 1))] for place in range(most)]
+    return found
+
+
+def seconds_of(row: dict[str, Any]) -> float:
+    """Seconds of a step, from its row of metrics and timings."""
+    return float(sum(value for name, value in row.items() if is_spent(name)))
 
 
 def is_spent(name: str) -> bool:
@@ -198,6 +208,14 @@ def sft_table(summary: RunSummary) -> Table:
             ]
         )
     return Table(title="SFT by rejection sampling", header=["stage", "samples kept", "problems", "loss"], rows=rows)
+
+
+def filter_table(report: FilterReport) -> Table:
+    """What each rule of a stage's filter dropped and left."""
+    rows = [[one.rule, one.description, f"{one.dropped:,}", f"{left:,}"] for one, left in report.lines()]
+    ends = (["problems read", "", "", f"{report.rows_in:,}"], ["kept", "", "", f"{report.rows_out:,}"])
+    header = ["rule", "what it drops", "dropped", "left"]
+    return Table(title=f"Data filter of {report.stage}", header=header, rows=[ends[0], *rows, ends[1]], num_text=2)
 
 
 def tables_of(summary: RunSummary) -> list[Table]:

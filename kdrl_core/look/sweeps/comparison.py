@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
-from plotly.offline import get_plotlyjs
 
 from kdrl_core.config import Recipe, TrackingConfig, config_hash, load_recipe
 from kdrl_core.config.alarms import AlarmsConfig
 from kdrl_core.errors import RecipeError, RunError
 from kdrl_core.ledger import Run, open_run, replace_file
+from kdrl_core.look.reporting.run_report import plotly_js
 from kdrl_core.look.sweeps.aggregate import build_table
 from kdrl_core.look.sweeps.claims import claims_of
 from kdrl_core.look.sweeps.dynamics import SweepDynamics, read_dynamics
@@ -80,7 +80,7 @@ def render_page(table: SweepTable, results: SweepResults, dynamics: SweepDynamic
             (variant.label, color_of(position), dash_of(position)) for position, variant in enumerate(dynamics.variants)
         ],
         "dynamics": dynamics,
-        "plotly": get_plotlyjs(),
+        "plotly": plotly_js(),
     }
     return environment.get_template("sweep.html.j2").render(**context)
 

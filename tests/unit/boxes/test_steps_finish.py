@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 import torch
+from browser import look, needs_chromium
 from crash.tiny_run import finish, open_tiny, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +18,8 @@ from kdrl_core.errors import DamagedArtifactError, ModelError, RunError
 from kdrl_core.ledger import Run, RunPaths, is_published
 from kdrl_core.ledger.graph import evaluated_labels
 from kdrl_core.look.reporting.run_report import report
+from kdrl_core.look.reporting.run_summary import sample_responses
+from kdrl_core.tables.files import read_table
 
 
 @pytest.fixture
@@ -40,6 +44,34 @@ def test_student_has_the_last_checkpoints_weights(finished: Run) -> None:
     name = "model.safetensors"
     checkpoint = finished.paths.checkpoint("stage2", 4)
     assert (finished.paths.student / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_is_small_and_quiet(copied: Run, width: int) -> None:
+    page = copied.paths.report / "report.html"
+    assert page.stat().st_size < 1.5e6
+    script = """return {
+        drawn: document.querySelectorAll("#dynamics .subplot").length,
+        overflows: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+        headings: [...document.querySelectorAll("main h2")].map(one => one.textContent)}"""
+    found, console = look(page, script, width=width)
+    assert console == []
+    assert (found["drawn"], found["overflows"]) == (7, False)  # all panels but the periodic accuracy
+    assert {"Training dynamics", "Data filter of stage1", "Data filter of stage2"} < set(found["headings"])
+
+
+def test_the_responses_of_a_report_differ(finished: Run) -> None:
+    rows = sample_responses(finished, 3)
+    for right in (1.0, 0.0):
+        own = [row for row in rows if row["accuracy_reward"] == right]
+        assert len({row["question"] for row in own}) == len(own) <= 3
+        assert [row["length"] for row in own] == sorted(row["length"] for row in own)
+    responses = read_table(finished.paths.evaluation("stage2") / "responses.parquet")
+    wrong = responses.filter(pc.equal(responses["accuracy_reward"], 0.0)).to_pylist()
+    firsts = {row["question"]: row["length"] for row in reversed(wrong)}.values()
+    lengths = [row["length"] for row in rows if row["accuracy_reward"] == 0.0]
+    assert (lengths[0], lengths[-1]) == (min(firsts), max(firsts))
 
 
 def test_report_is_written(finished: Run) -> None:

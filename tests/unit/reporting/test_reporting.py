@@ -138,4 +138,5 @@ def test_the_figure_has_raw_and_smoothed_lines_and_the_evaluated_checkpoint(run:
     assert list(figure.data[0].y) == rewards
     assert list(figure.data[1].y) == pytest.approx(ema(rewards))
     assert list(named["stage1", "lines+markers"].x) == [10]
-    assert list(named["stage1", "lines+markers"].y) == [0.5]
+    assert list(named["stage1", "lines+markers"].y) == [50.0]  # per cent
+    assert list(figure.data[-1].y) == pytest.approx(ema([0.75] * 10))  # seconds of a step: times, no throughput
