@@ -41,7 +41,7 @@ class FrozenPolicy:
         return scores
 
     def score_topk(self, requests: Sequence[ScoreRequest], k: int) -> list[TopKScore]:
-        """Not supported: a teacher whose best tokens are asked for is loaded (`Recipe.base_teaches`)."""
+        """Not supported: a teacher whose best tokens are asked for is loaded (`Recipe.trainer_scores`)."""
         raise NotImplementedError
 
     def sleep(self) -> None:

@@ -17,11 +17,13 @@ from kdrl_core.data.decontamination import evaluation_problems
 from kdrl_core.data.fitting import require_fitting
 from kdrl_core.engines.vllm_support import how_to_install, install_fault, model_fault
 from kdrl_core.errors import DataError, EngineError, ModelError, RecipeError
+from kdrl_core.ledger import digest
 from kdrl_core.models.devices import devices_of_ranks, named_devices, visible_devices
 from kdrl_core.models.loading import check_device, check_model_dir, compare_tokenizers, context_limit, read_config
 from kdrl_core.models.tokenizer import check_embedding, vocabulary_of
 from kdrl_core.models.weights import architecture, compare_architecture, other_kind, stored_weights
 from kdrl_core.objectives.plugins import is_reference, parse_reference
+from kdrl_core.objectives.trial import fault_of
 
 _logger = logging.getLogger("kdrl")
 
@@ -107,13 +109,18 @@ def check_adapter(recipe: Recipe) -> None:
 
 
 def check_estimators(recipe: Recipe) -> None:
-    """Raise RecipeError if the file or package of an estimator or term is not there. Its code is not run."""
+    """Raise RecipeError if a user's estimator or term is not there, or fails when it is tried in another process."""
     for slot, name in slots_of(recipe).items():
         if is_code(slot) and slot.startswith("stage") and is_reference(name):
+            where = f"recipe {recipe.name}, field '{slot}'"
             try:
-                parse_reference(name).check()
+                (reference := parse_reference(name)).check()
             except RecipeError as error:
-                raise RecipeError(f"recipe {recipe.name}, field '{slot}': {error}") from error
+                raise RecipeError(f"{where}: {error}") from error
+            file = reference.located()
+            sha256 = "" if file is None else digest(file)[1]
+            if fault := fault_of("term" if ".terms" in slot else "estimator", name, sha256):
+                raise RecipeError(f"{where}: {fault}")
 
 
 def check_rewards(recipe: Recipe) -> None:

@@ -240,7 +240,10 @@ def timings(told: Told, update_s: float, tokens: int) -> dict[str, float]:
     found["time/update_s"] = update_s
     if sync := told["rollouts"].get("sync"):
         found["sync/seconds"] = float(sync["seconds"])
-    found["throughput/rollout_tokens_per_s"] = tokens / max(found["time/rollout_s"], 1e-9)
+    sampling_s = found["time/rollout_s"]
+    if resampled := told["rollouts"].get("resampling"):  # dropped groups were sampled as well, and all were judged
+        tokens, sampling_s = resampled["num_tokens"], sampling_s - resampled["judged_s"]
+    found["throughput/rollout_tokens_per_s"] = tokens / max(sampling_s, 1e-9)
     return found
 
 

@@ -271,10 +271,19 @@ def _without(batch: UpdateBatch, is_out: Sequence[bool]) -> UpdateBatch:
 
 def _trained(trainer: Trainer, batch: UpdateBatch, num_updates: int) -> StepStats:
     if num_updates == 1:
-        return trainer.update(batch)
-    from kdrl_core.training.mini_batches import update_in_turn
+        stats = trainer.update(batch)
+    else:
+        from kdrl_core.training.mini_batches import update_in_turn
 
-    return update_in_turn(trainer, batch, num_updates)
+        stats = update_in_turn(trainer, batch, num_updates)
+    if batch.loss_mask is None or any(batch.loss_mask):
+        return stats
+    # No token takes part in the loss: a mean of the loss, the KL or the entropy would be one of nothing.
+    return replace(stats, metrics={name: v for name, v in stats.metrics.items() if name.startswith(_OF_NO_TOKEN)})
+
+
+_OF_NO_TOKEN = ("optim/", "memory/")
+"""Metrics of an update that are no mean over tokens."""
 
 
 def _signals_of(batch: UpdateBatch, stats: StepStats) -> dict[str, Any]:

@@ -7,6 +7,7 @@ The paper's `mini_batch_prompts` equals `prompts_per_step` (64 / 64), which make
 `overlong_filtering` and `clip_low`, `clip_high` are DAPO's, not the paper's; they are off by default.
 """
 
+import json
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -152,7 +153,10 @@ class StageConfig(Section):
         is_penalty = info.field_name == "ref_kl_estimator"
         known = [known for known, row in ESTIMATORS.items() if row.is_for_reference or not is_penalty]
         found = None if name in known else reference_in(name, group="kdrl.estimators")
-        return require_one_of(name, known) if found is None else str(found)
+        try:
+            return require_one_of(name, known) if found is None else str(found)
+        except ValueError as error:
+            raise ValueError(f"{error}, or file.py:name for one of your own") from None
 
     @field_validator("terms")
     @classmethod
@@ -169,12 +173,16 @@ class StageConfig(Section):
             "dynamic_sampling_rounds": 0,
             "overlong_filtering": False,
             "terms": [],
+            "clip_low": None,
+            "clip_high": None,
+            "tis_cap": None,
+            "ref_beta": 0.0,
         }
         for name, neutral in fields.items():
             if getattr(self, name) != neutral:
                 raise ValueError(
                     f"{name} is about rollouts, and objective {self.objective} trains on teacher "
-                    f"responses (sft.batch_size per step); set {name}={str(neutral).lower()}, or another objective"
+                    f"responses (sft.batch_size per step); set {name}={json.dumps(neutral)}, or another objective"
                 )
 
     @model_validator(mode="after")

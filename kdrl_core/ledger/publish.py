@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -106,6 +107,7 @@ def publish_directory(
             made = _manifest(path, inputs, metadata, size=size, sha256=sha256, files=files)
             written = heal.settled(path, made, expected).to_bytes()
             _write(temporary / DIRECTORY_MANIFEST, written)
+            _open_to_readers(temporary)
             _fsync_folders(temporary)
             with _temporary(path) as superseded:
                 if path.exists():
@@ -114,6 +116,15 @@ def publish_directory(
                 _fsync(path.parent)
         heal.forget(path)
     return Manifest.from_bytes(written)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Let whoever may read the manifest read all files: safetensors makes files for their owner alone."""
+    readers = stat.S_IMODE((folder / DIRECTORY_MANIFEST).stat().st_mode) & 0o444
+    for file in folder.rglob("*"):
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if file.is_file() and mode & readers != readers:
+            file.chmod(mode | readers)
 
 
 def write_hashed(path: Path, parts: Iterable[memoryview | bytes]) -> dict[str, Any]:
@@ -230,7 +241,12 @@ def sweep_temporaries(root: Path) -> int:
 def require_writable(folder: Path, *, free_mb: int) -> None:
     """Fail before expensive work if `folder` cannot be made or written, or has less than `free_mb` MiB left."""
     with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as below /proc
+            raise StorageError(
+                f"cannot write {folder}: it cannot be made; set KDRL_ARTIFACTS to another folder"
+            ) from error
         with _temporary(folder / "probe") as temporary:
             temporary.write_bytes(b"kdrl")
         free = _free_bytes(folder) // 2**20
@@ -306,8 +322,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             remedy = "no disk space; free some, then run it again or resume the run"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "the folder cannot be written; change its permissions or set KDRL_ARTIFACTS"
-        elif error.errno == errno.ENOENT:  # as below /proc
-            remedy = "the folder cannot be made, or was removed; set KDRL_ARTIFACTS to another one"
+
         elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
             remedy = "something else stands in its place; move it away or set KDRL_ARTIFACTS"
         else:

@@ -28,7 +28,7 @@ from torch import Tensor
 from kdrl_core.objectives.checks import as_float, check_num_dims, check_shape
 from kdrl_core.objectives.inputs import check_choice
 from kdrl_core.objectives.kinds import ESTIMATORS, Estimator
-from kdrl_core.objectives.plugins import is_reference, parse_reference
+from kdrl_core.objectives.plugins import faults_told, is_reference, parse_reference
 
 KLFunction = Callable[[Tensor], Tensor]
 """From R [B, T], with its gradient, to the estimate of each token [B, T]."""
@@ -134,9 +134,10 @@ def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: s
 
     Raises:
         ValueError: the shapes differ, an unknown estimator, or one that returns another shape.
+        RecipeError: an estimator that is named as `file.py:name` cannot be loaded, raises, or returns another shape.
     """
     check_estimator("estimator", estimator)
-    return _estimate(KL_ESTIMATORS[estimator], student_logprobs, teacher_logprobs)
+    return _estimate(KL_ESTIMATORS[estimator], student_logprobs, teacher_logprobs, name=estimator)
 
 
 def recorded_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: str) -> Tensor:
@@ -148,13 +149,14 @@ def recorded_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: s
     check_estimator("estimator", estimator, with_topk=True)
     expectation = ESTIMATORS[estimator].expectation or estimator
     function = KL_ESTIMATORS[expectation] if isinstance(expectation, str) else expectation
-    return _estimate(function, student_logprobs.detach(), teacher_logprobs)
+    return _estimate(function, student_logprobs.detach(), teacher_logprobs, name=estimator)
 
 
-def _estimate(function: KLFunction, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+def _estimate(function: KLFunction, student_logprobs: Tensor, teacher_logprobs: Tensor, *, name: str) -> Tensor:
     log_ratio = _log_ratio(student_logprobs, teacher_logprobs)
-    kl = function(_stop_gradient_unless(log_ratio.isfinite(), log_ratio))
-    check_shape("what the KL estimator returns", kl, log_ratio.shape, "[B, T]")
+    with faults_told(name):
+        kl = function(_stop_gradient_unless(log_ratio.isfinite(), log_ratio))
+        check_shape("what the KL estimator returns", kl, log_ratio.shape, "[B, T]")
     return kl
 
 

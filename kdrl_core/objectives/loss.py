@@ -31,7 +31,7 @@ Sums are computed and returned in float32 at least.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -54,7 +54,7 @@ from kdrl_core.objectives.kl import check_estimator, kl_estimate, kl_policy_grad
 Metrics = dict[str, Tensor]
 
 LOSS_METRICS: dict[str, str] = {
-    "loss/total": "the loss = loss/policy + β kd/kl + β_ref ref/kl − c entropy",
+    "loss/total": "the loss = loss/policy + β kd/kl + β_ref ref/kl − c entropy, and terms of one's own",
     "loss/policy": "−mean of w ρ Â",
     "kd/kl": "mean of w m KL, as it enters the loss: over all response tokens (with a teacher)",
     "kd/kl_unmasked": "mean of KL over the response tokens on which KD acts (Fig. 5); 0 if there are none. Absent for "
@@ -68,8 +68,8 @@ LOSS_METRICS: dict[str, str] = {
     "ratio/tis_mean": "mean of w (with rollout_logprobs)",
     "ratio/tis_capped_frac": "share of response tokens whose w is at the cap (with rollout_logprobs)",
 }
-"""Every metric of `joint_loss`. "mean" and "share" are taken by `aggregation`, with its global denominator, so that the
-metrics of micro-batches add up to the whole batch's."""
+"""Every metric of `joint_loss`, except `term/<function>`: the mean of a term of one's own. "mean" and "share" are taken
+by `aggregation`, with its global denominator, so that the metrics of micro-batches add up to the whole batch's."""
 
 
 def joint_loss(responses: Responses, objective: Objective, totals: Totals) -> tuple[Tensor, Metrics]:
@@ -102,7 +102,7 @@ def joint_loss(responses: Responses, objective: Objective, totals: Totals) -> tu
     if objective.terms:
         from kdrl_core.objectives.terms import own_terms
 
-        own, found = own_terms(responses, objective, sampled.mean)
+        own, found = own_terms(_without_padding(responses, sampled), objective, sampled.mean)
         loss, metrics = loss + own, metrics | found
     metrics["loss/total"] = loss
     return loss, {name: value.detach() for name, value in metrics.items()}
@@ -144,6 +144,14 @@ def _sampled(responses: Responses, objective: Objective, totals: Totals, is_resp
         is_off_policy=responses.old_logprobs is not None,
         mean=mean,
     )
+
+
+def _without_padding(responses: Responses, at: _Sampled) -> Responses:
+    """0 on padding, where a gradient flows: a function that knows no mask may make NaN of what stands there."""
+    entropy = responses.entropy
+    if entropy is not None:
+        entropy = torch.where(at.is_response, as_float(entropy), 0.0)
+    return replace(responses, logprobs=at.student, entropy=entropy)
 
 
 def policy_gradient(responses: Responses, objective: Objective, at: _Sampled) -> tuple[Tensor, Metrics]:

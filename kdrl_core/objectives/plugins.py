@@ -14,7 +14,9 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -114,6 +116,24 @@ class Reference:
             del sys.modules[self._module]
             raise
         return module
+
+
+@contextmanager
+def faults_told(name: str) -> Iterator[None]:
+    """Around a call of the function that `name` refers to: what goes wrong becomes a RecipeError with its line. Around
+    one of kdrl's own it does nothing."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        if not is_reference(name):
+            raise
+        reference = parse_reference(name)
+        file = str(reference.located())
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f"{reference}, line {lines[-1]}" if lines else f"{reference}"
+        raise RecipeError(f"{where}: {type(error).__name__}: {error}; correct it there") from error
 
 
 def expect_code(recorded: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from kdrl_core.rewards.loading import LoadedFunction
 from kdrl_core.rewards.score import BadReturnError, Found, Scored, as_found
 from kdrl_core.rewards.worker import (
     arguments_of,
+    contained,
     failure,
     load_functions,
     loaded_function,
@@ -59,6 +60,7 @@ class _Tries:
         self.made += 1
 
 
+@contained
 def score_calls(
     items: Sequence[Scored], indices: Sequence[int], cpu_limit_s: float, calls: dict[str, Any], left: Left
 ) -> tuple[str | None, list[list[Found | None]], int]:
@@ -74,6 +76,9 @@ def score_calls(
     tries = _Tries(left.calls, None if left.seconds is None else time.monotonic() + left.seconds)
     try:
         found = _runners[0].run(_all(loaded_function(indices[0]), items, cpu_limit_s, calls, tries))
+    except BaseException:  # a task of the user's has ended the loop
+        _runners.clear()
+        raise
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         take_printed()  # of which response, nobody knows
@@ -104,14 +109,19 @@ async def _one(
         retry=retry_if_exception(_may_pass),
         reraise=True,
     )
+    last: BaseException | None = None
     try:
         async for attempt in retrying:
+            last = attempt.retry_state.outcome.exception() if attempt.retry_state.outcome else last
             with attempt:
                 tries.begin()
                 signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
                 return await _try(loaded, item, calls["timeout_s"])
     except TimeoutError as error:
         return failure(loaded, item, error, VerdictKind.TIMEOUT)
+    except BudgetSpentError as error:
+        more = "" if last is None else f"; the last try ended with {type(last).__name__}: {last}"
+        return failure(loaded, item, BudgetSpentError(f"{error}{more}"))
     except BaseException as error:
         return failure(loaded, item, error)
     raise AssertionError("the last try returns or raises")

@@ -1,4 +1,4 @@
-"""A program: `python -I -S jail.py` runs code that a model has written, then tests of it, behind locks of the kernel.
+"""A program: `python -P -S jail.py` runs code that a model has written, then tests of it, behind locks of the kernel.
 
 Standard input is one JSON object: `code`, `tests`, `secret`, `cpu_s`, `memory_mb`. Standard output, a file, gets the
 secret if code and tests ran without an exception, or what went wrong. Only the standard library can be imported.
@@ -34,6 +34,7 @@ _REFUSED = (
     62, 200, 234, 129, 297, 424, 434, 438,             # kill, tkill, tgkill, rt_…sigqueueinfo, pidfd_…
     101, 310, 311, 141, 142, 144, 203, 251, 314,       # ptrace, process_vm_…, priorities and processors of others
     76, 90, 91, 268, 452, 92, 93, 94, 260,             # truncate, chmod, chown
+    160,                                               # setrlimit
     132, 235, 261, 280, 188, 189, 190, 463, 197, 198, 199, 466,  # times and extended attributes of files
     29, 30, 31, 64, 65, 66, 68, 69, 70, 71,            # System V memory, semaphores, messages
     155, 161, 165, 166, 272, 304, 308, 428, 429, 430, 431, 432, 442,  # mounts, namespaces, files by handle
@@ -53,7 +54,10 @@ def _filter() -> bytes:
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _AUDIT_ARCH_X86_64), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     program += [(_AT_LEAST, 0, 1, _NEWEST), unknown, (_EQUAL, 0, 1, _CLONE3), unknown]
     program += [(_EQUAL, 0, 4, _CLONE), first_argument, (_ANY_BIT, 1, 0, _CLONE_THREAD), refuse, allow]
-    program += [(_EQUAL, 0, 4, _PRLIMIT64), first_argument, (_EQUAL, 1, 0, 0), refuse, allow]
+    # prlimit64 may only read limits, of this process: the first argument and both halves of the third are 0.
+    new_low, new_high = (_LOAD, 0, 0, 32), (_LOAD, 0, 0, 36)
+    program += [(_EQUAL, 0, 8, _PRLIMIT64), first_argument, (_EQUAL, 0, 4, 0), new_low, (_EQUAL, 0, 2, 0)]
+    program += [new_high, (_EQUAL, 1, 0, 0), refuse, allow]
     for number in _REFUSED:
         program += [(_EQUAL, 0, 1, number), refuse]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in (*program, allow))
@@ -63,7 +67,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _lock(readable: tuple[str, ...]) -> None:
+def _lock(readable: dict[str, int]) -> None:
     """Withhold files, network and processes from this process, for good. Raises OSError if the kernel cannot."""
     if platform.machine() != "x86_64" or not sys.platform.startswith("linux"):
         raise OSError(errno.ENOSYS, f"the locks are made for Linux on x86_64, not {sys.platform} {platform.machine()}")
@@ -79,9 +83,9 @@ def _lock(readable: tuple[str, ...]) -> None:
     version = call(create, None, 0, 1)
     attributes = struct.pack("=Q", _HANDLED.get(version, 0xFFFF))
     rules = call(create, attributes, len(attributes), 0)
-    for path in filter(os.path.exists, readable):
+    for path, rights in readable.items():
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rights = _READ_FILE | _READ_DIR if os.path.isdir(path) else _READ_FILE  # noqa: PTH112 (pathlib takes long)
+        rights &= _READ_FILE | _READ_DIR if os.path.isdir(path) else _READ_FILE  # noqa: PTH112 (pathlib takes long)
         call(add_rule, rules, 1, struct.pack("=Qi", rights, place), 0)
         os.close(place)
     call(prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
@@ -89,6 +93,14 @@ def _lock(readable: tuple[str, ...]) -> None:
     os.close(rules)
     text = _filter()
     call(prctl, 22, 2, ctypes.byref(_Program(len(text) // 8, text)), 0, 0)  # PR_SET_SECCOMP
+
+
+def _readable() -> dict[str, int]:
+    """Path → rights. Of the standard library all but the packages that are installed in it, whose names are seen."""
+    library = os.path.dirname(os.__file__)  # noqa: PTH120 (pathlib takes long)
+    names = [name for name in os.listdir(library) if name not in ("site-packages", "dist-packages")]  # noqa: PTH208
+    paths = [*_READABLE, *(f"{library}/{name}" for name in names)]
+    return {**{path: _READ_FILE | _READ_DIR for path in paths if os.path.exists(path)}, library: _READ_DIR}  # noqa: PTH110
 
 
 def _limit(cpu_s: int, memory_mb: int) -> None:
@@ -113,8 +125,8 @@ def main() -> None:
         os.dup2(nowhere, stream)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the worker
     try:
-        _lock((*_READABLE, os.path.dirname(os.__file__)))  # noqa: PTH120
         _limit(given["cpu_s"], given["memory_mb"])
+        _lock(_readable())
     except OSError as error:
         os.write(told, f"no locks: {error}".encode())
         return

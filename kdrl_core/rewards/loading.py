@@ -65,9 +65,11 @@ def load_function(term: Term) -> LoadedFunction:
     try:
         inspect.signature(found).bind("", "", {}, **term.arguments)
     except TypeError as error:
+        remedy = "correct `arguments` in the recipe"
+        if is_reference(term.function):
+            remedy = f"write {_contract(term)}, with a parameter for each of the recipe's `arguments`"
         raise RecipeError(
-            f"{term.function}, {where}: it cannot be called as {_called(term)}: {error}; write {_CONTRACT}, with a "
-            "parameter for each of the recipe's `arguments`"
+            f"{term.function}, {where}: it cannot be called as {_called(term)}: {error}; {remedy}"
         ) from error
     return LoadedFunction(term.label, found, dict(term.arguments), where)
 
@@ -83,6 +85,12 @@ def failing_line(error: BaseException, function: Any) -> str:
     file = inspect.unwrap(function).__code__.co_filename
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{file}:{lines[-1]}" if lines else place_of_function(function)
+
+
+def _contract(term: Term) -> str:
+    if term.batch_size:
+        return "def score(responses: list[str], answers: list[str], problems: list[dict]) -> list[float]"
+    return f"async {_CONTRACT}" if term.calls is not None else _CONTRACT
 
 
 def _called(term: Term) -> str:
@@ -109,12 +117,12 @@ def _require_function(found: Any, reference: Reference, *, is_called: bool) -> N
     where = f"{reference}, line {line}" if line else f"{reference}"
     if not isinstance(found, FunctionType):
         what = "a method" if inspect.ismethod(found) else f"{type(found).__name__}"
-        raise RecipeError(f"{where}: it is {what} and not a function; write {_CONTRACT}, and call it there")
+        raise RecipeError(f"{where}: it is {what} and not a function; write a `{_CONTRACT}` that calls it")
     plain = inspect.unwrap(found)
     if plain.__name__ == "<lambda>":
         raise RecipeError(f"{where}: it is a lambda, whose errors could not be named; write {_CONTRACT}")
     if "." in plain.__qualname__ and "<locals>" not in plain.__qualname__:
-        raise RecipeError(f"{where}: {plain.__qualname__} is a method; write {_CONTRACT}, and call it there")
+        raise RecipeError(f"{where}: {plain.__qualname__} is a method; write a `{_CONTRACT}` that calls it")
     if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
         raise RecipeError(f"{where}: it is a generator; write {_CONTRACT} that returns the value itself")
     if inspect.iscoroutinefunction(found) and not is_called:
@@ -130,5 +138,5 @@ def line_of(reference: Reference) -> int | None:
         text = "" if file is None else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    match = re.search(rf"^(?:class\s+|def\s+)?{re.escape(reference.function)}\b", text, re.M)
+    match = re.search(rf"^(?:class\s+|(?:async\s+)?def\s+)?{re.escape(reference.function)}\b", text, re.M)
     return text.count("\n", 0, match.start()) + 1 if match else None

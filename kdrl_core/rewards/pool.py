@@ -6,6 +6,7 @@ in batches. If a worker dies, or a function of lists fails as a whole, each resp
 with one function at a time, so that the finding names the function that did it.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -15,8 +16,9 @@ from typing import Any
 from kdrl_core.config.answers import CallsConfig, RewardConfig, RewardFunction, VerificationConfig
 from kdrl_core.errors import RecipeError
 from kdrl_core.objectives.plugins import parse_reference
-from kdrl_core.rewards.builtin import try_built_in
+from kdrl_core.rewards.builtin import python_tests, try_built_in
 from kdrl_core.rewards.calls import JOB_S, LONGEST_WAIT_S, Left, score_calls
+from kdrl_core.rewards.code_runs import longest_wait_s
 from kdrl_core.rewards.loading import Term, line_of
 from kdrl_core.rewards.score import Found, Scored
 from kdrl_core.rewards.worker import load_functions, loaded_or_fault, score_batch, score_list, start_reward_worker
@@ -43,6 +45,12 @@ class _Group:
     num_at_once: int
     budget: "_Budget | None" = None
     """Of an `async def`."""
+    waits_s: float = 0.0
+    """Seconds that a call may wait for a process of its own."""
+
+    def longest_s(self) -> float:
+        """Seconds that a worker may be idle without being given up."""
+        return self.waits_s if self.budget is None else self.budget.longest_s()
 
 
 @dataclass(slots=True, eq=False)
@@ -152,14 +160,16 @@ class FunctionPool:
         """Load the functions in a worker. Raises RecipeError if one cannot be used: missing, no function, another
         signature, code that raises, hangs or is not what the run began with."""
         told: list[str | None] = []
+        room = f" (verification.memory_limit_mb={self._limits.memory_limit_mb})"
 
         def finish(_: Any, result: JobResult) -> None:
-            told.append(result.found[0] if result.found is not None else f"its import: {result.outcome.reason}")
+            told.append(result.found[0] if result.found is not None else f"its import: {result.outcome.reason}{room}")
 
         for index in self._indices:
             work_off(self._workers, [(index,)], {}, num_at_once=1, finish=finish)
             if (fault := told.pop()) is not None:
-                where = "" if fault.startswith("field ") else f"field 'reward.functions.{index}': "
+                where = f"field 'reward.functions.{index}': {self._functions[index].function}: "
+                where = "" if fault.startswith("field ") else where
                 raise RecipeError(f"{where}{fault}")
 
     def score(self, items: Sequence[Scored]) -> list[dict[int, Found | None]]:
@@ -195,7 +205,15 @@ class FunctionPool:
             else:
                 plain.append(index)
         size = max(1, min(_MAX_BATCH, -(-num_items // several)))
-        return [*([_Group(tuple(plain), score_batch, size, several)] if plain else []), *groups]
+        waits_s = max((self._waits_s(index) for index in plain), default=0.0)
+        return [*([_Group(tuple(plain), score_batch, size, several, waits_s=waits_s)] if plain else []), *groups]
+
+    def _waits_s(self, index: int) -> float:
+        function = self._functions[index]
+        if function.function != "python_tests":
+            return 0.0
+        default = inspect.signature(python_tests).parameters["cpu_s"].default
+        return longest_wait_s(float(str(function.arguments.get("cpu_s", default))))  # checked before the run
 
     def _work(
         self, batches: Sequence[_Batch], found: list[dict[int, Found | None]], suspects: list[_Batch]
@@ -225,8 +243,8 @@ class FunctionPool:
             done += len(rows)
             rest.extend(batch.places[len(rows) :])
 
-        most = None if group.budget is None else group.budget.longest_s()
-        work_off(self._workers, batches, {}, num_at_once=group.num_at_once, finish=finish, extra_s=most or 0.0)
+        extra_s = group.longest_s()
+        work_off(self._workers, batches, {}, num_at_once=group.num_at_once, finish=finish, extra_s=extra_s)
         if faults:
             raise RecipeError(faults[0])
         return done, sorted(rest)
@@ -251,7 +269,7 @@ class FunctionPool:
         for start in range(0, len(suspects), _SUSPECTS_AT_ONCE):
             part = suspects[start : start + _SUSPECTS_AT_ONCE]
             if len(failed) <= most:
-                extra_s = max(0.0 if each.group.budget is None else each.group.budget.longest_s() for each in part)
+                extra_s = max(each.group.longest_s() for each in part)
                 work_off(self._workers, part, {}, num_at_once=1, finish=finish, extra_s=extra_s)
                 continue
             for batch in part:
@@ -275,5 +293,5 @@ def _read_rows(batch: _Batch, result: JobResult) -> tuple[str | None, list[list[
         return None, []
     fault, rows, *made = result.found[0]
     if budget is not None:
-        budget.made += made[0]
+        budget.made += made[0] if made else len(batch.items)
     return fault, rows

@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -94,6 +96,11 @@ def _numbers(values: Mapping[Any, Any], what: str) -> dict[str, float]:
 
 def _number(value: Any, what: str) -> float:
     if type(value) is not float:
+        if isinstance(value, Decimal):
+            value = float(value)
+        elif not isinstance(value, Real) and hasattr(value, "item"):  # a bool of NumPy, a tensor of one number
+            with suppress(Exception):
+                value = value.item()
         if not isinstance(value, Real):
             raise BadReturnError(
                 f"{what} {described(value)}; return a number, None, a dictionary of numbers, or a Score"
@@ -110,6 +117,6 @@ def described(value: Any) -> str:
     """Type and beginning of a value, for error texts."""
     try:
         text = repr(value)
-    except Exception:
+    except BaseException:  # the user's own class may raise anything
         text = "…"
     return f"{type(value).__name__} {text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + '…'}"

@@ -13,7 +13,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import wraps
 from typing import Any
 
 from kdrl_core.errors import RecipeError
@@ -56,7 +57,7 @@ def start_reward_worker(memory_limit_mb: int, terms: Sequence[Term], code: Mappi
 
 def _refuse_fork(event: str, _: tuple[Any, ...]) -> None:
     if event in ("os.fork", "os.forkpty"):
-        raise PermissionError("it forks, which a worker cannot survive; use subprocess, or do without")
+        raise PermissionError("os.fork is refused in a worker; use subprocess, or do without")
 
 
 def load_functions(indices: Sequence[int]) -> str | None:
@@ -88,6 +89,21 @@ def loaded_or_fault(index: int, term: Term) -> LoadedFunction | str:
         return f"field 'reward.functions.{index}': {term.function}: {type(error).__name__}: {error}"
 
 
+def contained(task: Callable[..., Any]) -> Callable[..., Any]:
+    """A task out of which no exception comes, whatever it is: SystemExit would reach the caller's process."""
+
+    @wraps(task)
+    def call(items: Sequence[Scored], indices: Sequence[int], *rest: Any) -> Any:
+        try:
+            return task(items, indices, *rest)
+        except BaseException as error:
+            is_known = len(items) == len(indices) == 1
+            return None, [[failure(_loaded[indices[0]], items[0], error)]] if is_known else []
+
+    return call
+
+
+@contained
 def score_batch(items: Sequence[Scored], indices: Sequence[int], cpu_limit_s: float) -> Done:
     """Call the terms `indices` on as many of the items as the budget allows, one at least.
 
@@ -121,6 +137,7 @@ def _call(loaded: LoadedFunction, item: Scored, cpu_limit_s: float) -> Found | N
     return _with_printed(found) if _printed.tell() else found
 
 
+@contained
 def score_list(items: Sequence[Scored], indices: Sequence[int], cpu_limit_s: float) -> Done:
     """Call one term, a function of lists, on all of the items at once.
 
@@ -134,7 +151,8 @@ def score_list(items: Sequence[Scored], indices: Sequence[int], cpu_limit_s: flo
     signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
     try:
         values = _list_of(loaded.function(responses, answers, given, **arguments), len(items))
-        if (responses, answers) != ([item[0] for item in items], [item[1] for item in items]):
+        is_same = (responses, answers) == ([item[0] for item in items], [item[1] for item in items])
+        if not is_same or len(given) != len(items):
             raise BadReturnError("it changed a list that it was given; copy it first")
     except BaseException as error:
         return None, [] if len(items) > 1 else [[failure(loaded, items[0], error)]]
@@ -158,7 +176,7 @@ def _checked(
 
 
 def _list_of(returned: Any, length: int) -> list[Any]:
-    if isinstance(returned, str | bytes | Mapping) or not hasattr(returned, "__len__"):
+    if isinstance(returned, str | bytes | Mapping | Set) or not hasattr(returned, "__len__"):
         raise BadReturnError(f"it returned {type(returned).__name__}; return a list with a value for each response")
     if len(returned) != length:
         raise BadReturnError(f"it returned {len(returned)} values for {length} responses; return one for each")
@@ -173,11 +191,19 @@ def arguments_of(loaded: LoadedFunction) -> dict[str, Any]:
 def refuse_changes(loaded: LoadedFunction, item: Scored, given: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Raise BadReturnError if a call has changed what it was given."""
     problem = item[2]
-    if given != problem:
-        changed = sorted(str(name) for name in {*given, *problem} if given.get(name) != problem.get(name))
+    if not _equal(given, problem):
+        changed = sorted(str(name) for name in {*given, *problem} if not _equal(given.get(name), problem.get(name)))
         raise BadReturnError(f"it changed its argument problem ({', '.join(changed)[:200]})")
-    if loaded.may_change_arguments and arguments != loaded.arguments:
+    if loaded.may_change_arguments and not _equal(arguments, loaded.arguments):
         raise BadReturnError("it changed an argument that the recipe gives; copy it first")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are equal; those that cannot be compared (an array) are not."""
+    try:
+        return bool(one == other)
+    except Exception:
+        return False
 
 
 def failure(loaded: LoadedFunction, item: Scored, error: BaseException, kind: VerdictKind = VerdictKind.ERROR) -> Found:
@@ -199,13 +225,13 @@ def failure(loaded: LoadedFunction, item: Scored, error: BaseException, kind: Ve
 def _text_of(error: BaseException) -> str:
     try:
         return " ".join(str(error).split())[:MAX_REASON_CHARS]
-    except Exception:
+    except BaseException:  # the user's own class may raise anything
         return ""
 
 
 def take_printed() -> str:
     """What was printed since the last call, in one line."""
-    text = " ".join(_printed.getvalue().split())
+    text = _ADDRESS.sub("", " ".join(_printed.getvalue().split()))
     _printed.seek(0)
     _printed.truncate(0)
     return text if len(text) <= _MAX_PRINTED else text[:_MAX_PRINTED] + "…"

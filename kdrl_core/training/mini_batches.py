@@ -54,8 +54,8 @@ def _combined(stats: Sequence[StepStats], parts: Sequence[UpdateBatch]) -> dict[
     """One value for each metric of the parts."""
     totals = [totals_of(part) for part in parts]
     tokens = [0.0 if each.loss_mask is not None and not any(each.loss_mask) else 1.0 for each in parts]
-    if parts[0].objective.aggregation == "token_mean":
-        tokens = [weight * float(total.tokens or 0) for weight, total in zip(tokens, totals, strict=True)]
+    counts = [total.tokens if total.num_groups is None else total.num_groups for total in totals]
+    tokens = [weight * float(count or 0) for weight, count in zip(tokens, counts, strict=True)]
     kd_tokens = [float(total.kd_tokens or 0) for total in totals]
     combined: dict[str, float] = {}
     for name in stats[-1].metrics:

@@ -183,7 +183,7 @@ def totals_of(batch: UpdateBatch) -> Totals:
         if size is None or len(lengths) % size:
             raise ValueError(f"group_size: expected a divisor of the {len(lengths)} responses, given {size}")
         group_tokens = lengths.reshape(-1, size).sum(1).repeat(size).tolist()
-        num_groups = len(lengths) / size
+        num_groups = max(1.0, float((lengths.reshape(-1, size).sum(1) > 0).sum()))  # those with a response in the loss
     return Totals(
         tokens=max(int(lengths.sum()), 1),  # none where all responses are left out: the loss is 0 then
         responses=len(lengths),
@@ -274,11 +274,14 @@ def _scatter(values: torch.Tensor, mask: torch.Tensor, rows: Sequence[int], into
 
 def refuse_not_finite(step: int, metrics: Mapping[str, float], grad_norm: float) -> None:
     """Raise EngineError if a step's metrics or gradient norm are not finite; called before anything is changed."""
-    if not np.isfinite([grad_norm, *metrics.values()]).all():
-        raise EngineError(
-            f"optimiser step {step}: loss {metrics.get('loss/total')} or gradient norm {grad_norm} is not finite; "
-            "training has diverged, lower learning_rate or beta"
-        )
+    if np.isfinite([grad_norm, *metrics.values()]).all():
+        return
+    own = [name for name, value in metrics.items() if name.startswith("term/") and not np.isfinite(value)]
+    remedy = f"correct {' and '.join(own)}" if own else "training has diverged, lower learning_rate or beta"
+    raise EngineError(
+        f"optimiser step {step}: {', '.join(own) or 'loss ' + str(metrics.get('loss/total'))} or gradient norm "
+        f"{grad_norm} is not finite; {remedy}"
+    )
 
 
 # --- optimiser and state ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ limit allows.
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -57,7 +58,12 @@ def _in_own_session(path: str, arguments: Sequence[str], passed: Sequence[int]) 
     """As multiprocessing's `spawnv_passfds`, in a new session: Ctrl-C, `timeout` and a closed terminal signal the whole
     group of the parent, which stops its workers itself."""
     process = subprocess.Popen(
-        arguments, executable=path, pass_fds=passed, restore_signals=False, start_new_session=True
+        arguments,
+        executable=path,
+        pass_fds=passed,
+        restore_signals=False,
+        start_new_session=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},  # sets have one order, so a function finds the same twice
     )
     process.returncode = 0  # multiprocessing waits for it, `subprocess` must not
     return process.pid
@@ -75,6 +81,16 @@ class _Popen(popen_spawn_posix.Popen):
         {**vars(popen_spawn_posix), "spawn": _SPAWN, "util": _UTIL},
         "_launch",
     )
+    _has_group = True
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        """As multiprocessing's. What a dead worker has started in its session ends with it."""
+        code = super().poll(flag)
+        if code is not None and self._has_group:
+            self._has_group = False
+            with contextlib.suppress(OSError):
+                os.killpg(self.pid, signal.SIGKILL)
+        return code
 
 
 class WorkerProcess(SpawnProcess):
@@ -155,8 +171,12 @@ class Workers:
     def finding(self, future: "Future[Any]") -> JobResult | None:
         """What came of a job that is done. None if the pool broke first and the job was not the cause."""
         try:
+            error = future.exception(timeout=0)  # not `result`: a worker may send SystemExit
+        except Exception:  # CancelledError
+            return None
+        if error is None:
             return self._read(future.result(timeout=0))
-        except ProcessExpired as error:
+        if isinstance(error, ProcessExpired):
             if error.exitcode == -signal.SIGPROF:
                 reason = f"no result within {self.timeout_s:g} s; the worker was killed"
                 return JobResult(Outcome(VerdictKind.TIMEOUT, reason), is_certain=True)
@@ -165,8 +185,7 @@ class Workers:
             else:
                 reason = f"the worker died (exit code {error.exitcode}) and was replaced"
             return JobResult(Outcome(VerdictKind.ERROR, reason), is_certain=False)
-        except Exception:  # BrokenProcessPool, CancelledError, a channel error
-            return None
+        return None  # BrokenProcessPool, a channel error
 
     @staticmethod
     def give_up(future: "Future[Any]", waited_s: float) -> JobResult:

@@ -34,7 +34,8 @@ def test_it_is_the_command_with_the_overrides_as_texts(
     put: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(f'printf "%s\\n" "$@" > {tmp_path}/arguments; echo step 1; echo step 2 >&2')
-    changes = {"stage2.steps": 3, "stage2.beta": None, "stage1.learning_rate": 1e-6, "stage2.objective": "grpo"}
+    steps = type("Number", (), {"item": lambda self: 3})()  # as those of NumPy and torch
+    changes = {"stage2.steps": steps, "stage2.beta": None, "stage1.learning_rate": 1e-6, "stage2.objective": "grpo"}
     run = kdrl.run("miniature", changes, name="mine")
     assert (run.name, run.path.parent.name) == ("mine", "runs")
     assert (tmp_path / "arguments").read_text().splitlines() == [
@@ -51,6 +52,8 @@ def test_a_bad_recipe_or_name_starts_nothing(put: Put, tmp_path: Path) -> None:
         kdrl.run("miniatur")
     with pytest.raises(RecipeError, match=r"stage2\.stepz"):
         kdrl.run("miniature", {"stage2.stepz": 3})
+    with pytest.raises(RecipeError, match=r"override \('stage2.steps', 3\): give a text such as"):
+        kdrl.run("miniature", [("stage2.steps", 3)])  # type: ignore[list-item]
     with pytest.raises(RunError, match="not allowed"):
         kdrl.run("miniature", name="../mine")
     assert not (tmp_path / "started").exists()

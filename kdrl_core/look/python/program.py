@@ -12,7 +12,7 @@ from typing import Any
 
 from kdrl_core import process_guard
 from kdrl_core.config import load_recipe
-from kdrl_core.errors import RunError, Stopped
+from kdrl_core.errors import RecipeError, RunError, Stopped
 from kdrl_core.ledger import RunPaths, default_run_name
 from kdrl_core.look.python.reader import RunReader
 
@@ -65,10 +65,18 @@ def run(
 
 
 def _as_texts(overrides: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """Changes as `--set` takes them. JSON is YAML."""
+    """Changes as `--set` takes them. JSON is YAML. Raises RecipeError for a change that is no text."""
     if isinstance(overrides, Mapping):
-        return [f"{field}={json.dumps(value, default=str)}" for field, value in overrides.items()]
-    return [overrides] if isinstance(overrides, str) else list(overrides)
+        return [f"{field}={json.dumps(value, default=_plain)}" for field, value in overrides.items()]
+    texts = [overrides] if isinstance(overrides, str) else list(overrides)
+    if wrong := [each for each in texts if not isinstance(each, str)]:
+        raise RecipeError(f'override {wrong[0]!r}: give a text such as "stage2.steps=100", or a mapping of fields')
+    return texts
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _follow(command: list[str]) -> tuple[int, str, bool]:

@@ -145,7 +145,7 @@ class RunReader:
         return pa.concat_tables([schema.empty_table(), *tables]).to_pandas()
 
     def prompts(self, stage: str | None = None) -> pd.DataFrame:
-        """One row per problem and stage: how often it was drawn, its rewards first and last (docs/inspecting.md)."""
+        """One row per problem and stage: steps that trained on it, its rewards first and last (docs/inspecting.md)."""
         self._chosen(stage)
         condition = f"where stage = {quoted(stage)}" if stage is not None else ""
         return self.sql(f"select * from prompts {condition} order by stage, prompt_id")  # noqa: S608 (quoted)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,13 @@ from crash.tiny_run import differing, open_tiny, rows, train
 
 from kdrl_core.boxes.session import stage_session
 from kdrl_core.config import config_hash, load_recipe
-from kdrl_core.errors import RunError
+from kdrl_core.errors import EngineError, RunError
 from kdrl_core.ledger import Run
+from kdrl_core.objectives import Objective
 from kdrl_core.tables.files import load_metrics
+from kdrl_core.training.protocols import UpdateBatch
+from kdrl_core.training.torch_trainer import refuse_not_finite, totals_of
+from kdrl_core.types import ScoreRequest
 
 pytestmark = pytest.mark.usefixtures("fast_sessions")
 
@@ -91,6 +96,52 @@ def test_a_step_that_failed_between_its_optimiser_steps_is_not_gone_on_with(tmp_
     told = "stage2 is at step 0 after 1 of its 2 optimiser steps, but step 0 was asked for; resume the run with"
     with pytest.raises(RunError, match=told):
         session.trainer_at(0)
+
+
+def test_a_step_of_cut_responses_alone_has_no_metrics_of_the_loss(tmp_path: Path) -> None:
+    fields = [*FIELDS, "stage2.max_response_tokens=1", "alarms.clip_ratio=null", "stage2.steps=4"]
+    train(run := open_tiny(tmp_path, "cut", fields))
+    found = load_metrics(run, "stage2")
+    assert {row["response/clip_ratio"] == 1.0 for row in found} == {True, False}
+    for row in found:
+        is_cut = row["response/clip_ratio"] == 1.0
+        of_loss = [name for name in row if name.startswith(("loss/", "kd/", "ratio/")) or name == "entropy"]
+        assert [row[name] is None for name in of_loss] == [is_cut] * len(of_loss), row["step"]
+        assert (row["optim/grad_norm"] == 0.0) is is_cut
+
+
+def test_groups_that_are_left_out_whole_are_not_counted() -> None:
+    sequences = [ScoreRequest(prompt_token_ids=[1], token_ids=[2] * length) for length in (3, 4, 5, 6)]
+    objective = Objective(kind="grpo", aggregation="group_mean", group_size=2)
+    signals: dict[str, Any] = {
+        "sequences": sequences,
+        "objective": objective,
+        "advantages": [0.0] * 4,
+        "kd_weights": [0.0] * 4,
+    }
+    for mask, groups, tokens in (
+        (None, 2.0, [7, 7, 11, 11]),
+        ([1.0, 1.0, 0.0, 0.0], 1.0, [7, 7, 0, 0]),
+        ([1.0, 0.0, 0.0, 1.0], 2.0, [3, 3, 6, 6]),
+        ([0.0] * 4, 1.0, [0] * 4),
+    ):
+        totals = totals_of(UpdateBatch(**signals, loss_mask=mask))
+        assert (totals.num_groups, totals.group_tokens) == (groups, tokens)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"),
+    [
+        (
+            {"loss/total": float("nan"), "term/mine": float("nan")},
+            "term/mine or gradient norm 1.0 .*; correct term/mine",
+        ),
+        ({"loss/total": float("inf")}, "loss inf or gradient norm 1.0 is not finite; training has diverged, lower"),
+    ],
+)
+def test_what_is_not_finite_is_named(metrics: dict[str, float], told: str) -> None:
+    with pytest.raises(EngineError, match=told):
+        refuse_not_finite(7, metrics, 1.0)
 
 
 def test_the_fields_are_off_and_do_not_count_until_they_are_set() -> None:

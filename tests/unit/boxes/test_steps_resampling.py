@@ -24,16 +24,16 @@ def by_hand(rounds: int, spare: Sequence[str]) -> tuple[list[str], dict[str, Any
     asked = []
 
     def table(names: Sequence[str]) -> pa.Table:
-        return pa.table({"prompt_id": [name for name in names for _ in range(2)]})
+        return pa.table({"prompt_id": [name for name in names for _ in range(2)], "length": [5, 7] * len(names)})
 
     def sample(names: Sequence[str]) -> pa.Table:
         asked.append(list(names))
         return table(names)
 
-    def judge(found: pa.Table) -> tuple[list[float], list[bool]]:
+    def judge(found: pa.Table) -> tuple[list[float], list[bool], list[bool]]:
         names = found["prompt_id"].to_pylist()[::2]
         values = [float(reward) for name in names for reward in rewards[name]]
-        return values, [len(set(rewards[name])) > 1 for name in names for _ in range(2)]
+        return values, [len(set(rewards[name])) > 1 for name in names for _ in range(2)], [True] * len(values)
 
     found, told = resampled(table("abc"), rounds=rounds, group_size=2, spare=iter(spare), sample=sample, judge=judge)
     return found["prompt_id"].to_pylist()[::2], told, asked
@@ -52,29 +52,36 @@ def test_groups_are_replaced_in_place_up_to_the_bound() -> None:
         (2, "d", 1.0),
         (3, "f", 0.0),
     ]
-    assert told == {"rounds": 3, "teach_nothing": 0, "reward_mean": 0.5}
+    assert told == {"rounds": 3, "teach_nothing": 0, "reward_mean": 0.5, "num_tokens": 7 * 12}  # a, b, c; d, e; f; g
 
 
 def test_a_group_of_which_nothing_is_trained_on_is_told_as_such() -> None:
-    groups = {name: pa.table({"prompt_id": [name] * 2}) for name in "ab"}
-    judged = {"a": ([0.25, 1.0], [False, False]), "b": ([0.0, 1.0], [True, True])}
+    groups = {name: pa.table({"prompt_id": [name] * 2, "length": [1, 1]}) for name in "abc"}
+    judged = {
+        "a": ([0.25, 1.0], [False, False], [False, True]),
+        "b": ([0.0, 0.0], [False, False], [False, False]),
+        "c": ([0.0, 1.0], [True, True], [True, True]),
+    }
     found, told = resampled(
         groups["a"],
-        rounds=1,
+        rounds=2,
         group_size=2,
-        spare=iter("b"),
+        spare=iter("bc"),
         sample=lambda names: groups[names[0]],
         judge=lambda table: judged[table["prompt_id"][0].as_py()],
     )
-    assert found["prompt_id"].to_pylist() == ["b", "b"]
-    reason = "rewards lie between 0.25 and 1, but overlong_filtering leaves all of them out"
-    assert told["dropped"] == [{"round": 1, "prompt_id": "a", "reward": 0.625, "reason": reason}]
+    assert found["prompt_id"].to_pylist() == ["c", "c"]
+    assert [each["reason"] for each in told["dropped"]] == [
+        "rewards lie between 0.25 and 1, but overlong_filtering leaves out what differs",
+        "all 2 responses were cut, and overlong_filtering leaves them out",
+    ]
 
 
 def test_what_cannot_be_replaced_stays() -> None:
     names, told, asked = by_hand(2, "e")  # one problem is left for two places
     assert (names, asked, told["teach_nothing"]) == (["e", "b", "c"], [["e"]], 1)
-    assert by_hand(2, "") == (["a", "b", "c"], {**told, "rounds": 0, "dropped": [], "teach_nothing": 2}, [])
+    untouched = {**told, "rounds": 0, "dropped": [], "teach_nothing": 2, "num_tokens": 36}
+    assert by_hand(2, "") == (["a", "b", "c"], untouched, [])
 
 
 def test_spare_problems_are_a_shuffle_of_the_step_without_what_it_has() -> None:

@@ -99,6 +99,10 @@ FAULTS: dict[str, tuple[list[str], list[str]]] = {
         ["stage2.objective=sft", "stage2.overlong_filtering=true"],
         ["'stage2'", "overlong_filtering is about rollouts", "set overlong_filtering=false"],
     ),
+    "importance weights of SFT": (
+        ["stage2.objective=sft", "stage2.terms=[]", "stage2.tis_cap=2.0"],
+        ["'stage2'", "tis_cap is about rollouts", "set tis_cap=null"],
+    ),
     "masking without the joint loss": (
         ["stage2.objective=kd_rkl", "stage2.kd_masking=group"],
         ["'stage2'", "kd_masking group", "set objective=kdrl"],

@@ -57,6 +57,19 @@ def everything_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
+def test_whoever_reads_the_manifest_can_read_the_files(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(CONTENT)
+        (folder / "model.safetensors").chmod(0o600)  # as safetensors does
+        (folder / "run.sh").write_text("")
+        (folder / "run.sh").chmod(0o744)
+
+    publish_directory(tmp_path / "made", write)
+    readable = (tmp_path / "made" / "manifest.json").stat().st_mode & 0o444
+    assert (tmp_path / "made" / "model.safetensors").stat().st_mode & 0o777 == 0o600 | readable
+    assert (tmp_path / "made" / "run.sh").stat().st_mode & 0o777 == 0o744 | readable
+
+
 def test_published_file_has_its_content_and_a_manifest_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "a" / "rollouts.parquet"
     manifest = publish_file(path, write_content, inputs={"pool": "abc"}, metadata={"seconds": 1.5})

@@ -35,12 +35,14 @@ def file(tmp_path: Path) -> Path:
 def test_a_registered_estimator_is_at_once_legal_everywhere() -> None:
     with pytest.raises(ValueError, match=r"^estimator: expected one of k1, k2, k3, k3_k2grad, given 'mine'"):
         kl_estimate(STUDENT, TEACHER, "mine")
-    with pytest.raises(RecipeError, match=r"'stage2.kl_estimator': Input should be 'k1', .* or 'topk', got 'mine'"):
+    with pytest.raises(
+        RecipeError, match=r"'stage2.kl_estimator': Input should be 'k1', .* or 'topk', or file.py:name .*, got 'mine'"
+    ):
         load_recipe("miniature", ["stage2.kl_estimator=mine"])
     register_estimator("mine", hinge)
     assert kl_estimate(STUDENT, TEACHER, "mine").tolist() == recorded_kl(STUDENT, TEACHER, "mine").tolist() == [[0, 2]]
     assert load_recipe("miniature", ["stage2.kl_estimator=mine"]).stage("stage2").kl_estimator == "mine"
-    with pytest.raises(RecipeError, match=r"Input should be .* 'topk' or 'mine', got 'k4'"):
+    with pytest.raises(RecipeError, match=r"Input should be .* 'topk' or 'mine', or file.py:name .*, got 'k4'"):
         load_recipe("miniature", ["stage2.kl_estimator=k4"])
 
 
@@ -182,7 +184,8 @@ def test_the_recipes_legal_values_are_the_tables(field: str, table: Iterable[str
     with pytest.raises(RecipeError) as caught:
         load_recipe("miniature", [f"stage2.{field}=nonsense"])
     *most, last = map(repr, table)
-    assert f"Input should be {', '.join(most)} or {last}, got 'nonsense'" in str(caught.value)
+    own = ", or file.py:name for one of your own" if field.endswith("kl_estimator") else ""
+    assert f"Input should be {', '.join(most)} or {last}{own}, got 'nonsense'" in str(caught.value)
 
 
 def sha256(path: Path) -> str:

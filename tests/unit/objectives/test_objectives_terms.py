@@ -19,6 +19,12 @@ def certain(responses):
 
 def flat(responses):
     return responses.logprobs.mean()
+
+def ratio(responses):
+    return (responses.logprobs - responses.old_logprobs).exp()
+
+def root(responses):
+    return (-responses.logprobs).sqrt()
 """
 
 
@@ -54,11 +60,31 @@ def test_a_term_must_give_a_value_for_each_token(file: Path) -> None:
     responses = Responses(
         logprobs=torch.zeros(2, 3), response_mask=torch.ones(2, 3), advantages=torch.zeros(2), teacher_logprobs=None
     )
-    told = rf"what the term {file}:flat returns: expected shape \[B, T\] = \(2, 3\), given \(\)"
-    with pytest.raises(ValueError, match=told):
+    told = rf"{file}:flat: ValueError: what it returns: expected shape \[B, T\] = \(2, 3\), given \(\); correct it"
+    with pytest.raises(RecipeError, match=told):
         joint_loss(responses, Objective(kind="grpo", terms=((f"{file}:flat", 1.0),)), Totals())
     with pytest.raises(RecipeError, match=r"absent is not there in .*mine.py"):
         joint_loss(responses, Objective(kind="grpo", terms=((f"{file}:absent", 1.0),)), Totals())
+
+
+def test_on_policy_a_term_has_the_ratio_1_with_its_gradient(file: Path) -> None:
+    """ρ = exp(log π − log π_old): value 1, gradient 1 by log π; the mean is over three tokens."""
+    logprobs = torch.full((2, 2), -1.0, requires_grad=True)
+    mask = torch.tensor([[1, 1], [1, 0]])
+    responses = Responses(logprobs=logprobs, response_mask=mask, advantages=torch.zeros(2))
+    loss, metrics = joint_loss(responses, Objective(kind="grpo", terms=((f"{file}:ratio", 1.0),)), Totals())
+    assert metrics["term/ratio"].item() == pytest.approx(1.0)
+    (found,) = torch.autograd.grad(loss, logprobs)
+    assert found.flatten().tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
+
+
+def test_what_a_term_makes_of_padding_does_not_matter(file: Path) -> None:
+    logprobs = torch.tensor([[-4.0, -1.0], [-1.0, 0.0]], requires_grad=True)  # √ has no gradient at 0
+    mask = torch.tensor([[1, 1], [1, 0]])
+    responses = Responses(logprobs=logprobs, response_mask=mask, advantages=torch.zeros(2))
+    loss, _ = joint_loss(responses, Objective(kind="grpo", terms=((f"{file}:root", 1.0),)), Totals())
+    (found,) = torch.autograd.grad(loss, logprobs)
+    assert found.flatten().tolist() == pytest.approx([-0.25 / 3, -0.5 / 3, -0.5 / 3, 0.0])
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kdrl_core.boxes.preflight import check_inputs, check_rewards
@@ -40,7 +41,27 @@ def score(response, answer, problem):
         sys.exit(1)
     if response == "import":
         import nothing_like_it
+    if response == "odd error":
+        raise Odd
+    if response == "array":
+        problem["question"] = Array()
+    if response == "numpy":
+        return Boolean()
+    if response == "decimal":
+        from decimal import Decimal; return Decimal("0.5")
     return VALUES.get(response, 1)
+
+class Odd(Exception):
+    def __str__(self):
+        sys.exit(3)
+
+class Array:
+    def __eq__(self, other):
+        raise ValueError("ambiguous")
+
+class Boolean:
+    def item(self):
+        return True
 
 VALUES = {
     "object": object(), "text": "1", "nan": float("nan"), "list": [1.0, 2.0], "dict of text": {"a": "b"}, "empty": {},
@@ -52,11 +73,13 @@ LINE = 4
 EXPECTED = {
     "raise": "{file}:6, {id}: KeyError: 'x'",
     "hog": "{file}:score, line 4, {id}: the function reached the memory limit; the worker was replaced",
-    "fork": "{file}:13, {id}: PermissionError: it forks, which a worker cannot survive; use subprocess, or do without",
+    "fork": "{file}:13, {id}: PermissionError: os.fork is refused in a worker; use subprocess, or do without",
     "change": "{file}:4, {id}: it changed its argument problem (question)",
     "die": "{file}:score, line 4, {id}: the worker died (exit code 3) and was replaced",
     "quit": "{file}:21, {id}: SystemExit: 1",
     "import": "{file}:23, {id}: ModuleNotFoundError: No module named 'nothing_like_it'",
+    "odd error": "{file}:25, {id}: Odd",
+    "array": "{file}:4, {id}: it changed its argument problem (question)",
     "object": "{file}:4, {id}: it returned object <object object>; return a number, None, a dictionary of numbers, "
     "or a Score",
     "text": "{file}:4, {id}: it returned str '1'; return a number, None, a dictionary of numbers, or a Score",
@@ -96,7 +119,8 @@ def facts(number: int) -> dict:
 
 def test_each_misdeed_is_an_error_of_its_own_response(tmp_path: Path, verifier: Verifier) -> None:
     (file := tmp_path / "mine.py").write_text(CODE)
-    responses = ["fine", *EXPECTED, "loop", "print", "plain", "dict", "score", "none", "true", "also fine"]
+    responses = ["fine", *EXPECTED, "loop", "print", "plain", "dict", "score", "none", "true", "numpy", "decimal"]
+    responses.append("also fine")
     found = judge(file, responses, verifier)
     for number, text in enumerate(responses):
         if text in EXPECTED:
@@ -106,7 +130,7 @@ def test_each_misdeed_is_an_error_of_its_own_response(tmp_path: Path, verifier: 
             assert found[text].values == {"score": None}
     loop = found["loop"].verdict
     assert loop.kind is VerdictKind.TIMEOUT
-    assert f"{file}:score, line 4, problem q-16, sample 3: no result within 0.5 s; the worker was killed" in loop.reason
+    assert f"{file}:score, line 4, problem q-18, sample 3: no result within 0.5 s; the worker was killed" in loop.reason
     assert found["fine"].verdict.kind is found["also fine"].verdict.kind is VerdictKind.CORRECT
     assert found["print"].verdict.reason == "score 1: (printed: a line and another)"
     assert found["dict"].values == {"score": 0.75, "score.a": 0.25, "score.b": 0.5}
@@ -116,7 +140,28 @@ def test_each_misdeed_is_an_error_of_its_own_response(tmp_path: Path, verifier: 
     assert (score.verdict.kind, score.verdict.reward) == (VerdictKind.WRONG, -2.0)
     assert found["none"].verdict.reason == "none of reward.functions applies to this problem"
     assert found["none"].verdict.kind is VerdictKind.ERROR
-    assert found["true"].verdict.reward == 1.0
+    assert found["true"].verdict.reward == found["numpy"].verdict.reward == 1.0
+    assert found["decimal"].verdict.reward == 0.5
+
+
+def test_what_a_killed_worker_has_started_ends_with_it(tmp_path: Path, verifier: Verifier) -> None:
+    (file := tmp_path / "mine.py").write_text(
+        f"import subprocess\ndef score(response, answer, problem):\n"
+        f"    subprocess.Popen(['sleep', '987'])\n    open({str(tmp_path / 'begun')!r}, 'a').write('x')\n"
+        "    while True: pass\n"
+    )
+    assert judge(file, ["1"], verifier)["1"].verdict.kind is VerdictKind.TIMEOUT
+    assert (tmp_path / "begun").read_text()
+    left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "987"]]
+    assert [each for each in left if each.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_set_has_one_order_in_every_worker(tmp_path: Path, verifier: Verifier) -> None:
+    (file := tmp_path / "mine.py").write_text(
+        "def score(response, answer, problem):\n    return float([*{'a', 'b', 'c', 'd', 'e'}].index('a'))\n"
+    )
+    values = {judge(file, ["1"], verifier)["1"].verdict.reward for _ in range(3)}
+    assert len(values) == 1
 
 
 def test_a_function_that_always_hangs_costs_a_few_timeouts_and_not_one_a_response(
@@ -161,7 +206,7 @@ def test_users_code_is_imported_in_a_worker_before_anything_starts(tmp_path: Pat
     recipe = load_recipe("miniature", [f"reward.functions=[{{function: math}}, {{function: '{file}:score'}}]"])
     with pytest.raises(RecipeError) as told:
         check_inputs(recipe)
-    expected = "recipe miniature, field 'reward.functions.1': its import: the worker died (exit code 4)"
+    expected = f"recipe miniature, field 'reward.functions.1': {file}:score: its import: the worker died (exit code 4)"
     assert str(told.value).startswith(expected)
 
 

@@ -36,6 +36,12 @@ def boxed(text: str) -> str:
         ("choice", boxed("C"), "B", {}, 0.0),
         ("choice", "<think>A</think>So it goes.\nThe answer is (B)", "B", {}, 1.0),
         ("choice", "A or B", "B", {}, 0.0),
+        ("choice", "The answer is **B**.", "B", {}, 1.0),
+        ("choice", "**Answer:** B", "B", {}, 1.0),
+        ("choice", "Therefore the answer is $B$", "B", {}, 1.0),
+        ("choice", "The answer is A or B.", "B", {}, 0.0),
+        ("choice", boxed("**B**"), "b", {}, 1.0),
+        ("choice", boxed("(b)"), "B", {}, 1.0),
         ("numeric", boxed("1,234.5"), "1234.5", {}, 1.0),
         ("numeric", boxed(r"\frac{1}{2}"), "0.5", {}, 1.0),
         ("numeric", boxed("-3/4"), "-.75", {}, 1.0),
@@ -43,6 +49,12 @@ def boxed(text: str) -> str:
         ("numeric", boxed("3.14"), "3.14159", {"absolute": 0.01}, 1.0),
         ("numeric", boxed("99"), "100", {"relative": 0.01}, 1.0),
         ("numeric", boxed("98.9"), "100", {"relative": 0.01}, 0.0),
+        ("numeric", boxed("4.3"), "4", {"absolute": 0.3}, 1.0),
+        ("numeric", boxed("3.7"), "4", {"absolute": 0.3}, 1.0),
+        ("numeric", boxed("e5"), "100", {}, 0.0),
+        ("numeric", boxed("."), "100", {}, 0.0),
+        ("numeric", boxed("1.7e308"), "-1.7e308", {}, 0.0),
+        ("numeric", boxed(r"\$18"), "18", {}, 1.0),
         ("numeric", boxed("many"), "100", {}, 0.0),
         ("numeric", boxed("1/0"), "100", {}, 0.0),
         ("regex", "<think>yes</think>no", "", {"pattern": "yes"}, 0.0),
@@ -50,6 +62,9 @@ def boxed(text: str) -> str:
         ("regex", "<think>no</think>yes!", "", {"pattern": "yes", "is_whole": True}, 0.0),
         ("json_schema", '<think></think>{"n": 1}', "", {"schema": SCHEMA}, 1.0),
         ("json_schema", 'Here:\n```json\n{"n": 1}\n```\n', "", {"schema": SCHEMA}, 1.0),
+        ("regex", "<think>x</think>\nAnswer: 4", "", {"pattern": "^Answer"}, 1.0),
+        ("json_schema", '```python\nx\n```\nHere:\n```JSON\n{"n": 1}\n```', "", {"schema": SCHEMA}, 1.0),
+        ("json_schema", '{"n": NaN}', "", {"schema": {}}, 0.0),
         ("json_schema", '{"n": "1"}', "", {"schema": SCHEMA}, 0.0),
         ("json_schema", "{n: 1}", "", {"schema": SCHEMA}, 0.0),
     ],
@@ -72,7 +87,7 @@ def test_the_length_penalty_is_dapos_equation_13(length: int, value: float) -> N
 
 @pytest.mark.parametrize("function", ["choice", "numeric"])
 def test_a_truth_of_another_kind_is_an_error(function: str) -> None:
-    with pytest.raises(ValueError, match="mend the problem"):
+    with pytest.raises(ValueError, match="correct the problem's answer"):
         builtin.BUILT_IN_FUNCTIONS[function](boxed("1"), "blue", PROBLEM)
 
 
@@ -83,6 +98,19 @@ def test_a_truth_of_another_kind_is_an_error(function: str) -> None:
         ("regex", {"pattern": "x", "is_whole": "false"}, "Input should be a valid boolean"),
         ("numeric", {"absolute": "0.1"}, "Input should be a valid number"),
         ("json_schema", {"schema": {"type": "integr"}}, "'integr' is not valid"),
+        ("json_schema", {"schema": []}, "schema: expected a JSON schema, an object, given []"),
+        (
+            "json_schema",
+            {"schema": {"items": {"$ref": "#/nope"}}},
+            "$ref '#/nope' is not in the schema",
+        ),
+        (
+            "json_schema",
+            {"schema": {"$ref": "http://127.0.0.1:9/a"}},
+            "is not in the schema; nothing is fetched",
+        ),
+        ("numeric", {"absolute": -1.0}, "must not be negative"),
+        ("numeric", {"relative": True}, "relative: Input should be a valid number; correct the arguments"),
         ("length_penalty", {"max_tokens": 10, "cache": 11}, "cache=11 must be above 0"),
     ],
 )
@@ -93,6 +121,32 @@ def test_arguments_that_cannot_work_are_refused_before_a_run(function: str, argu
     with pytest.raises(RecipeError, match=rf"field 'reward.functions.0.arguments': {function}: ") as told:
         check_rewards(recipe)
     assert said in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "First:\n```bash\npip install x\n```\nThen:\n```python\n{code}\n```\n",
+        "```python\n{code}\n```\nOutput:\n```text\n1\n```\nand\n```text\n1\n```\n",
+        "```python\n{code}\n```\nIt prints:\n```\n1\n```\n",
+        "```Python3 title=x\r\n{code}\r\n```",
+        "1. So:\n   ```py\n   {code}\n   ```",
+        "~~~python\n{code}\n~~~",
+        "```python\nno\n```\nNo, rather:\n```python\n{code}\n```",
+        "```\n{code}\n```\n```bash\nls\n```",
+        "```python\nx = '```'\n{code}\n```",
+    ],
+)
+def test_the_last_block_of_python_is_run(text: str) -> None:
+    found = builtin._last_block(text.replace("{code}", "y = 1"), "python", "python3", "py")
+    assert found is not None
+    assert found.splitlines()[-1] == "y = 1"
+
+
+@pytest.mark.parametrize("tests", ["def check(f):\n    assert f() == 1", "import os\nclass Test: pass\nx = 1"])
+def test_tests_that_only_define_are_refused(tests: str) -> None:
+    with pytest.raises(ValueError, match="the tests only define things, so any code passes; add the lines that call"):
+        builtin.python_tests("```\npass\n```", tests, PROBLEM)
 
 
 TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
@@ -120,6 +174,10 @@ ADD = "def add(a, b):\n    return a + b"
         ("import os\nos.unlink('{file}')", "code, line 2: PermissionError: "),
         ("import os\nos.chmod('{file}', 0)", "code, line 2: PermissionError: "),
         ("import os\nos.listdir('/proc')", "code, line 2: PermissionError: "),
+        (
+            "import resource as r\nr.setrlimit(r.RLIMIT_CPU, r.getrlimit(r.RLIMIT_CPU))",
+            "code, line 2: ValueError: not allowed",
+        ),
     ],
 )
 def test_code_of_answers_runs_behind_locks(code: str, said: str, tmp_path: Path) -> None:

@@ -153,6 +153,46 @@ def test_a_budget_ends_calls_and_a_loop_harms_no_other(tmp_path: Path, server: S
     assert "problem q-1, sample 0: no result within 0.3 s; the worker was killed" in looped["loop"].verdict.reason
 
 
+ODD = """\
+import asyncio, sys
+
+def pops(responses, answers, problems):
+    if "bad" in responses:
+        problems.pop()
+    return [1.0] * len(responses)
+
+def unordered(responses, answers, problems):
+    return {float(len(text)) for text in responses}
+
+async def quits(response, answer, problem):
+    async def part():
+        if response == "bad":
+            sys.exit(0)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(part())
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "more", "said"),
+    [
+        ("pops", {"batch_size": 4}, "it changed a list that it was given; copy it first"),
+        ("unordered", {"batch_size": 4}, "it returned set; return a list with a value for each response"),
+        ("quits", {"calls": {"retries": 0}}, "SystemExit: 0"),
+    ],
+)
+def test_what_would_end_the_pool_or_the_run_is_an_error_of_its_response(
+    tmp_path: Path, function: str, more: dict[str, Any], said: str
+) -> None:
+    (file := tmp_path / "mine.py").write_text(ODD)
+    found = judge({"functions": [{"function": f"{file}:{function}", **more}]}, ["a", "bad", "ccc"])
+    assert said in found["bad"].verdict.reason
+    assert found["bad"].verdict.kind is VerdictKind.ERROR
+    if function != "unordered":
+        assert found["a"].values == found["ccc"].values == {function: 1.0}
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
