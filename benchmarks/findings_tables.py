@@ -167,7 +167,9 @@ def _judged(claim: dict[str, Any] | None) -> str:
         return "–"
     ends = [claim["difference"][name] * (100 if claim["is_share"] else 1) for name in ("mean", "low", "high")]
     mean, low, high = (f"{value:+.1f}" if claim["is_share"] else f"{value:+.3g}" for value in ends)
-    seeds = "" if claim["num_seeds"] == claim["num_planned"] else f", {claim['num_seeds']} seeds"
+    seeds = (
+        "" if claim["num_seeds"] == claim["num_planned"] else f", {claim['num_seeds']} of {claim['num_planned']} seeds"
+    )
     return f"**{claim['verdict']}** {mean} ({low} to {high}{seeds})"
 
 

@@ -123,7 +123,7 @@ def test_the_page_has_the_tables_of_the_file(tables: ModuleType, file: dict[str,
     assert tables.dumped(file) == (DOCS / "findings.json").read_text(encoding="utf-8")
 
 
-def test_the_numbers_are_of_the_sweeps_as_they_are_now(file: dict[str, Any]) -> None:
+def test_the_numbers_are_of_the_sweeps_as_they_are_now(file: dict[str, Any], page: str) -> None:
     for name, sweep in file["sweeps"].items():
         spec = load_sweep(name)
         now: dict[str, str] = {}
@@ -135,7 +135,9 @@ def test_the_numbers_are_of_the_sweeps_as_they_are_now(file: dict[str, Any]) -> 
         assert isinstance(spec.claims, str)
         texts = {claim.text for claim in load_claims(spec.claims, "test")}
         assert {claim["text"] for claim in sweep["claims"]} <= texts
-        assert all(claim["num_seeds"] == spec.seeds for claim in sweep["claims"] if claim["verdict"] != "missing")
+        judged = [claim for claim in sweep["claims"] if claim["verdict"] != "missing"]
+        for claim in judged:
+            assert claim["num_seeds"] == spec.seeds or f"{claim['num_seeds']} of {spec.seeds} seeds)" in page
 
 
 def test_twenty_findings_are_decided_at_least(tables: ModuleType, file: dict[str, Any]) -> None:
