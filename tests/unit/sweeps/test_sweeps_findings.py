@@ -189,7 +189,7 @@ def test_rows_of_the_tables_golden(tables: ModuleType) -> None:
     assert last("accuracy", "x-equal") == "| GRPO | **50.0** (45.7–60.0) | 42 |"
     assert last("claims", "x-equal", "x") == (
         "| A beats B | Sec. 1 | A > B, accuracy on test | more | **holds** +20.0 (+10.0 to +30.0) | "
-        "**unclear** +0.2 (+0.1 to +0.3, 3 seeds) |"
+        "**unclear** +0.2 (+0.1 to +0.3, 3 of 8 seeds) |"
     )
     assert last("counts", "x-equal") == "| `x-equal` | 1 | 1 | 0 | 0 | 0 | 0 |"
     assert last("dynamics", "x-equal") == "| GRPO | – | – | 1.0 → 2.4 | – | – | – |"
