@@ -56,6 +56,12 @@ def grid(
     return table
 
 
+def print_table(header: list[str], rows: list[list[str]], *, num_text: int = 1) -> None:
+    """Print a table of a page, whose first `num_text` columns are text. Long cells are folded."""
+    kinds = ("L" if num_text == 1 else "l" * num_text).ljust(len(header), "r")
+    (out if out.is_terminal else PlainConsole(width=PIPED_WIDTH)).print(grid(header, kinds, rows, overflow="fold"))
+
+
 def print_listing(header: list[str], rows: list[list[str]], *, num_text: int = 1) -> None:
     """Print a list: on a terminal a table, of as many columns as fit it, else tab-separated values."""
     if out.is_terminal:
@@ -115,9 +121,7 @@ def tell_left_out(names: Sequence[str], console: PlainConsole) -> None:
 def _print_table(table: "Table") -> None:
     """Print intervals on a line of their own: otherwise a row of six benchmarks would be too wide."""
     out.print(table.title, style="bold")
-    kinds = ("L" if table.num_text == 1 else "l" * table.num_text).ljust(len(table.header), "r")
-    shown = grid(table.header, kinds, _broken(table), overflow="fold")
-    (out if out.is_terminal else PlainConsole(width=PIPED_WIDTH)).print(shown)
+    print_table(table.header, _broken(table), num_text=table.num_text)
     out.print()
 
 

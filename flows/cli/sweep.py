@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.printed_tables import print_comparison, print_listing
+from flows.cli.printed_tables import print_comparison, print_listing, print_table
 from flows.cli.program import Program, complete_recipe, complete_started, complete_sweep
 from flows.cli.shared import JsonOption, SetOption, err, errors, interruptible, out, with_options
 from kdrl_core.errors import RecipeError, RunError, Stopped
@@ -172,13 +172,13 @@ def show(
             return
         out.say(f"{request.spec.name}: {request.spec.description}  Recipe: {request.spec.recipe}.")
         rows = [[c.variant, "\n".join(fields[c.variant]) or "–", sources.get(c.label, "")] for c in variants]
-        print_listing(["variant", "fields (below the first: other than there)", "source"], rows, num_text=3)
+        print_table(["variant", "fields (below the first: other than there)", "source"], rows, num_text=3)
         for note in unequal_notes({c.variant: c.recipe for c in variants}):
             out.say(note)
         seeds_told = ", ".join(str(seed) for seed in dict.fromkeys(c.seed for c in request.cells))
         out.print(f"{len(request.cells)} cells: {len(rows)} variants × seeds {seeds_told}")
         rows = [[part, str(have), str(made)] for part, (have, made) in work.by_part.items()]
-        print_listing(["shared", "cells", "times done"], rows)
+        print_table(["shared", "cells", "times done"], rows)
         out.say(f"{work.to_train:,} steps to train; {work.alone:,} if the cells shared nothing")
 
 
@@ -223,7 +223,7 @@ def status(sweep: StartedArgument, as_json: JsonOption = False) -> None:
         counts = {
             state: sum(one.state is state for one in statuses) for state in dict.fromkeys(s.state for s in statuses)
         }
-        out.print(", ".join(f"{count} {state.value}" for state, count in counts.items()))
+        (out if out.is_terminal else err).print(", ".join(f"{count} {state.value}" for state, count in counts.items()))
 
 
 @app.command()

@@ -21,7 +21,7 @@ PROMPTS: dict[str, str] = {
     "run": "name of the run",
     "stage": "stage of the run",
     "prompt_id": "problem_id of the pool",
-    "num_steps": "steps in which the prompt was drawn",
+    "num_steps": "steps that trained on the prompt (dynamic sampling may drop what was drawn)",
     "first_step": "first of them",
     "last_step": "last of them",
     "num_rollouts": "responses to it",
