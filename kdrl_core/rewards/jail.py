@@ -1,7 +1,7 @@
 """A program: `python -P -S jail.py` runs code that a model has written, then tests of it, behind locks of the kernel.
 
 Standard input is one JSON object: `code`, `tests`, `secret`, `cpu_s`, `memory_mb`. Standard output, a file, gets the
-secret if code and tests ran without an exception, or what went wrong. Only the standard library can be imported.
+secret if code and tests ran without an exception, or what went wrong. The standard library can be imported.
 
 The locks come before the code: Landlock (Linux 5.13 or newer) lets it read the standard library and nothing else, and
 write nothing; a seccomp filter refuses sockets, new processes, signals to others, changed modes and owners, and what
@@ -67,7 +67,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _lock(readable: dict[str, int]) -> None:
+def _lock(readable: tuple[str, ...]) -> None:
     """Withhold files, network and processes from this process, for good. Raises OSError if the kernel cannot."""
     if platform.machine() != "x86_64" or not sys.platform.startswith("linux"):
         raise OSError(errno.ENOSYS, f"the locks are made for Linux on x86_64, not {sys.platform} {platform.machine()}")
@@ -83,9 +83,9 @@ def _lock(readable: dict[str, int]) -> None:
     version = call(create, None, 0, 1)
     attributes = struct.pack("=Q", _HANDLED.get(version, 0xFFFF))
     rules = call(create, attributes, len(attributes), 0)
-    for path, rights in readable.items():
+    for path in filter(os.path.exists, readable):
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rights &= _READ_FILE | _READ_DIR if os.path.isdir(path) else _READ_FILE  # noqa: PTH112 (pathlib takes long)
+        rights = _READ_FILE | _READ_DIR if os.path.isdir(path) else _READ_FILE  # noqa: PTH112 (pathlib takes long)
         call(add_rule, rules, 1, struct.pack("=Qi", rights, place), 0)
         os.close(place)
     call(prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
@@ -93,14 +93,6 @@ def _lock(readable: dict[str, int]) -> None:
     os.close(rules)
     text = _filter()
     call(prctl, 22, 2, ctypes.byref(_Program(len(text) // 8, text)), 0, 0)  # PR_SET_SECCOMP
-
-
-def _readable() -> dict[str, int]:
-    """Path → rights. Of the standard library all but the packages that are installed in it, whose names are seen."""
-    library = os.path.dirname(os.__file__)  # noqa: PTH120 (pathlib takes long)
-    names = [name for name in os.listdir(library) if name not in ("site-packages", "dist-packages")]  # noqa: PTH208
-    paths = [*_READABLE, *(f"{library}/{name}" for name in names)]
-    return {**{path: _READ_FILE | _READ_DIR for path in paths if os.path.exists(path)}, library: _READ_DIR}  # noqa: PTH110
 
 
 def _limit(cpu_s: int, memory_mb: int) -> None:
@@ -126,7 +118,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the worker
     try:
         _limit(given["cpu_s"], given["memory_mb"])
-        _lock(_readable())
+        _lock((*_READABLE, os.path.dirname(os.__file__)))  # noqa: PTH120 (pathlib takes long)
     except OSError as error:
         os.write(told, f"no locks: {error}".encode())
         return
