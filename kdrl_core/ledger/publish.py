@@ -322,7 +322,6 @@ def storage_errors(path: Path) -> Iterator[None]:
             remedy = "no disk space; free some, then run it again or resume the run"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "the folder cannot be written; change its permissions or set KDRL_ARTIFACTS"
-
         elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP):
             remedy = "something else stands in its place; move it away or set KDRL_ARTIFACTS"
         else:

@@ -110,13 +110,13 @@ def dynamics_figure(run: Run) -> go.Figure:
         rows = load_metrics(run, stage)
         for position, (name, _) in enumerate(panels):
             where = {"row": position // 2 + 1, "col": position % 2 + 1}
-            steps = [offset + row["step"] for row in rows]
             if name == "accuracy":
                 _add_accuracy(figure, run, stage, offset, where)
-            elif rows and name == "seconds":
-                _add_line(figure, stage, steps, [seconds_of(row) for row in rows], where)
-            elif rows and rows[0].get(name) is not None:
-                _add_line(figure, stage, steps, [row[name] for row in rows], where)
+                continue
+            values = [seconds_of(row) if name == "seconds" else row.get(name) for row in rows]
+            known = {offset + row["step"]: value for row, value in zip(rows, values, strict=True) if value is not None}
+            if known:  # a step of cut responses alone has no metrics of the loss
+                _add_line(figure, stage, list(known), list(known.values()), where)
         offset += len(rows)
     for axis in figure.select_xaxes(lambda axis: axis.plotly_name != "xaxis"):
         axis.matches = "x"  # one step axis for all panels, so that they can be compared

@@ -99,6 +99,7 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
         return None
     ends = max(1, round(_ENDS_SHARE * len(rows)))
     names = ["reward/mean", "response/length_mean", "response/clip_ratio", "entropy", "kd/kl_unmasked", "loss/sft"]
+    known = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
     config = run.recipe.stage(stage)
     dataset = run.paths.sft_dataset(stage)
     samples = manifest_of(dataset).metadata if config.objective == "sft" and is_published(dataset) else None
@@ -110,11 +111,7 @@ def _stage_row(run: Run, stage: str) -> StageRow | None:
         planned_steps=config.steps,
         seconds=seconds + (samples["sample_s"] + samples["verify_s"] if samples else 0.0),
         samples=samples,
-        metrics={
-            name: (_mean(rows[:ends], name), _mean(rows[-ends:], name))
-            for name in names
-            if rows[0].get(name) is not None
-        },
+        metrics={name: (_mean(found[:ends]), _mean(found[-ends:])) for name, found in known.items() if found},
     )
 
 
@@ -145,9 +142,8 @@ def is_spent(name: str) -> bool:
     return name.startswith("time/") and not name.endswith("_hidden_s")
 
 
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return float(sum(values) / max(1, len(values)))
+def _mean(values: list[float]) -> float:
+    return float(sum(values) / len(values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

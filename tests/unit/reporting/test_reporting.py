@@ -140,3 +140,14 @@ def test_the_figure_has_raw_and_smoothed_lines_and_the_evaluated_checkpoint(run:
     assert list(named["stage1", "lines+markers"].x) == [10]
     assert list(named["stage1", "lines+markers"].y) == [50.0]  # per cent
     assert list(figure.data[-1].y) == pytest.approx(ema([0.75] * 10))  # seconds of a step: times, no throughput
+
+
+def test_steps_without_a_metric_are_left_out_of_its_line(run: Run) -> None:
+    """A step of cut responses alone has no metrics of the loss, be it the first."""
+    rows = [{"step": k, "entropy": None if k in (0, 2) else k / 10} for k in range(4)]
+    sink = pa.BufferOutputStream()
+    write_table(pa.Table.from_pylist(rows), sink)
+    replace_file(run.paths.metrics("stage1"), sink.getvalue().to_pybytes())
+    (raw,) = [trace for trace in dynamics_figure(run).data if trace.name == "stage1 raw" and trace.yaxis == "y5"]
+    assert (list(raw.x), list(raw.y)) == ([1, 3], [0.1, 0.3])
+    assert summarize(run).stages[0].metrics["entropy"] == pytest.approx((0.1, 0.3))
